@@ -1,0 +1,251 @@
+"""The frozen base of a model, loaded onto the rank's own device; in NF4 from a copy that was quantised once.
+
+Quantising 8B weights reads 16 GB; the copy is 6 GB and read by every rank of every later launch. Its folder's name is a hash of what
+decides its bytes, it appears by a rename, and what was loaded from it is compared with the checksum taken when it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+
+from glassloop.base_source import BaseError, BaseSource, base_hash, loading_errors, resolve_source
+from glassloop.config import ModelConfig
+from glassloop.cache import cache_root, published
+from glassloop.model_checks import base_checksum
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMAT = 1  # of a cached folder
+MANIFEST = "glassloop_base.json"
+HASHED_BYTES = 1 << 20  # files of a copy up to this size are compared by content, larger ones by size and what loads from them
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How the base came into memory.
+
+    Attributes:
+        name, commit: what adapter_config.json will say; commit is None for a local folder.
+        base_hash: 64 hex digits that stand for the base's files (see base_source.base_hash).
+        checksum: of the loaded tensors' bytes (see base_checksum); equal on ranks that hold the same base.
+        folder: what was read; None: the hub's own cache.
+        from_cache: a quantised copy was read and nothing was quantised.
+        seconds: whole time of loading, waiting for another rank included.
+        notes: what a person should know, a line each.
+    """
+
+    name: str
+    commit: str | None
+    base_hash: str
+    checksum: int
+    folder: str | None
+    from_cache: bool
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def load_base(
+    model: ModelConfig, *, precision: str, device: torch.device, first: Callable[[], AbstractContextManager[Any]]
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The frozen base on `device`, linear layers in NF4 or all of it in the dtype of `precision`.
+
+    Args:
+        first: context in which one rank of a host goes before the others: it downloads and quantises, they find it done.
+
+    Raises:
+        ValueError: naming model.id, model.attention, model.quantization or model.trust_remote_code and the cure; or a damaged copy.
+    """
+    started, dtype = time.monotonic(), DTYPES[precision]
+    if model.attention == "flash_attention_2" and precision == "fp32":
+        raise BaseError("model.attention = flash_attention_2 has no fp32: set model.attention=sdpa or execution.precision=bf16")
+    copy: Path | None = None
+    hf: PreTrainedModel | None = None
+    made = False
+    with first():
+        source = resolve_source(model)
+        notes = [source.note] if source.note else []
+        own = _own_quantization(source, model)
+        files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
+        if own is not None:
+            notes += _compare_own_quantization(own, model, dtype)
+        if own is None and model.quantization == "nf4":
+            copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+        else:
+            hf = _load(source.path, source.revision, model, dtype, device)
+    if copy is not None:
+        hf, checksum = _load_copy(copy, model, dtype, device)
+    else:
+        assert hf is not None
+        checksum = base_checksum(hf)
+    folder = copy or source.folder
+    report = LoadReport(
+        name=source.name,
+        commit=source.commit,
+        base_hash=files_hash,
+        checksum=checksum,
+        folder=str(folder) if folder else None,
+        from_cache=copy is not None and not made,
+        seconds=time.monotonic() - started,
+        notes=tuple(notes),
+    )
+    return hf, report
+
+
+def _load(
+    path: str, revision: str | None, model: ModelConfig, dtype: torch.dtype, device: torch.device, quantize: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    settings = {} if quantize is None else {"quantization_config": quantize}
+    with loading_errors(model):
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **settings,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BaseError(
+            f"model.id = {model.id}: {len(missing)} weights are missing from its files and would be random "
+            f"({', '.join(missing[:3])}): take a complete repository or folder"
+        )
+    hf.requires_grad_(False)
+    prepare_4bit(hf, dtype)
+    return hf
+
+
+def prepare_4bit(hf: nn.Module, dtype: torch.dtype) -> None:
+    """Set the compute dtype of every 4-bit layer, and keep bitsandbytes from repacking them on a CPU.
+
+    bitsandbytes 0.50, on a CPU with AVX512-BF16: the first no-grad forward in eval mode repacks a layer's weight for a kernel that has
+    no backward pass, and later training forwards lose part of their gradient with no more than a warning.
+    """
+    for module in hf.modules():
+        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):  # bitsandbytes' Linear4bit
+            module.compute_dtype = dtype  # type: ignore[assignment]
+            module.compute_type_is_set = True  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _quantized_copy(
+    source: BaseSource, files_hash: str, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Path, bool]:
+    """Folder of the base in NF4, and whether it was made just now."""
+    folder = cache_root(model.cache_dir) / "quantized" / copy_name(source.name, files_hash, model, dtype, device.type)
+    if folder.is_dir():
+        return folder, False
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    hf = _load(source.path, source.revision, model, dtype, device, settings)
+    with published(folder) as temporary:
+        _check_free_space(temporary, hf.get_memory_footprint())
+        generation, hf.generation_config = hf.generation_config, GenerationConfig()
+        hf.save_pretrained(temporary)
+        if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
+            generation.to_json_file(temporary / "generation_config.json")
+        files = {str(f.relative_to(temporary)): _file_entry(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        manifest = {"name": source.name, "commit": source.commit, "base_hash": files_hash, "checksum": base_checksum(hf), "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return folder, True
+
+
+def _file_entry(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    return {"bytes": size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED_BYTES else None}
+
+
+def _check_free_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BaseError(
+            f"model.cache_dir: the quantised base needs {needed / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f} GiB free: "
+            "make room, or set model.cache_dir to a larger disk"
+        )
+
+
+def copy_name(name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype, device_type: str) -> str:
+    """Folder name of a quantised copy: readable, then 16 hex digits over all that decides its bytes.
+
+    The device's type is among them: kernels of a CPU and a GPU may round a scale differently.
+    """
+    decides = {
+        "format": FORMAT,
+        "base": files_hash,
+        "quantization": ["nf4", 64, model.double_quantization, "uint8"],  # type, block, scales quantised, storage
+        "dtype": str(dtype),
+        "bitsandbytes": ".".join(version("bitsandbytes").split(".")[:2]),
+        "device": device_type,
+        "own code": model.trust_remote_code,
+    }
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', name.rstrip('/').split('/')[-1])[:60]}-nf4-{key}"
+
+
+def _load_copy(folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, int]:
+    """Load a quantised copy and compare it with the checksum taken when it was made. Raises BaseError naming a damaged folder."""
+
+    def damaged(why: object) -> BaseError:
+        return BaseError(
+            f"the quantised copy of model.id = {model.id} is damaged ({why}): delete the folder {folder}; the next launch makes it again"
+        )
+
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        expected, files = manifest["checksum"], manifest["files"]
+        for name, entry in files.items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"] or (entry["sha256"] and entry["sha256"] != _file_entry(folder / name)["sha256"]):
+                raise damaged(name)
+        hf = _load(str(folder), None, model, dtype, device)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, FileNotFoundError, SafetensorError) as error:
+        raise damaged(f"{type(error).__name__}: {error}") from error
+    checksum = base_checksum(hf)
+    if checksum != expected:
+        raise damaged(f"checksum {checksum}, made with {expected}")
+    return hf, checksum
+
+
+def _own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
+    """The quantization_config that a repository brings, None where its weights are not quantised."""
+    with loading_errors(model):
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=model.trust_remote_code)
+    own = getattr(config, "quantization_config", None)
+    return own if own is None or isinstance(own, dict) else own.to_dict()
+
+
+def _compare_own_quantization(own: dict[str, Any], model: ModelConfig, dtype: torch.dtype) -> list[str]:
+    """Notes on a repository that comes quantised: its settings are kept. Raises BaseError where they are not NF4 by bitsandbytes."""
+    kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method", "unknown")
+    if kind != "nf4":
+        raise BaseError(f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised repository")
+    if model.quantization != "nf4":
+        raise BaseError(f"model.id = {model.id} comes quantised as NF4, but model.quantization = {model.quantization}: set it to nf4")
+    notes = [f"model.id = {model.id} comes quantised: its own NF4 weights are used"]
+    double = bool(own.get("bnb_4bit_use_double_quant"))
+    if double != model.double_quantization:
+        notes.append(f"its double quantisation is {double}; model.double_quantization = {model.double_quantization} has no effect")
+    compute, wanted = (str(d).removeprefix("torch.") for d in (own.get("bnb_4bit_compute_dtype"), dtype))
+    if compute != wanted:
+        notes.append(f"its compute dtype {compute} is replaced by {wanted}")
+    return notes

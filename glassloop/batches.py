@@ -1,0 +1,142 @@
+"""Which rows make up each update, and in what passes each rank computes them.
+
+The order is a function of seed and epoch and of nothing else, so every rank knows every window without asking, and update u can be rebuilt at
+any time. Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from glassloop.plan import StepPlan
+from glassloop.rows import IGNORE, Pass, Row
+from glassloop.templates import targets
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of one update, and for each rank its passes, each a tuple of indices into the training rows."""
+
+    update: int
+    epoch: int
+    rows: tuple[int, ...]
+    passes: tuple[tuple[tuple[int, ...], ...], ...]  # [rank][pass][row]
+    packed: bool
+
+
+@lru_cache(maxsize=4)
+def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Permutation of range(rows), a function of its arguments alone (Python's own generator, stable over versions)."""
+    order = list(range(rows))
+    random.Random(f"rows:{seed}:{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def literal_passes(rows: Sequence[int], size: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Exactly the micro-batches asked for: micro-batch m of rank r takes rows [(m * ranks + r) * size, ... + size)."""
+    chunks = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return tuple(tuple(chunks[rank::ranks]) for rank in range(ranks))
+
+
+def packed_passes(
+    rows: Sequence[int], lengths: Sequence[int], ranks: int, pass_tokens: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The same rows in few passes of at most `pass_tokens` tokens: longest first to the lightest rank, then first fit in a pass."""
+    by_length = sorted(rows, key=lambda row: (-lengths[row], row))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for row in by_length:
+        rank = loads.index(min(loads))
+        shares[rank].append(row)
+        loads[rank] += lengths[row]
+    result = []
+    for share in shares:
+        bins: list[list[int]] = []
+        room: list[int] = []
+        for row in share:
+            fit = next((i for i, left in enumerate(room) if lengths[row] <= left), None)
+            if fit is None:
+                bins.append([row])
+                room.append(pass_tokens - lengths[row])
+            else:
+                bins[fit].append(row)
+                room[fit] -= lengths[row]
+        result.append(tuple(tuple(b) for b in bins))
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All windows of a run, by number."""
+
+    rows: tuple[Row, ...]
+    plan: StepPlan
+    seed: int
+    layout: str  # "literal" | "packed"
+    pass_tokens: int  # packed only: most tokens of a pass
+
+    def window(self, update: int) -> Window:
+        """Window of update u = 1, 2, ..."""
+        plan = self.plan
+        epoch, place = divmod(update - 1, plan.windows_per_epoch)
+        order = epoch_order(len(self.rows), self.seed, epoch)
+        rows = order[place * plan.rows_per_update : (place + 1) * plan.rows_per_update]
+        if self.layout == "literal":
+            passes = literal_passes(rows, plan.size, plan.ranks)
+        else:
+            passes = packed_passes(rows, [len(row) for row in self.rows], plan.ranks, self.pass_tokens)
+        return Window(update, epoch, rows, passes, packed=self.layout == "packed")
+
+    def share(self, window: Window, rank: int) -> list[Row]:
+        """The rows of one rank, in the order of its passes."""
+        return [self.rows[row] for one in window.passes[rank] for row in one]
+
+    def supervised_tokens(self, window: Window) -> int:
+        """N of the formula: supervised tokens of the whole window, over all ranks."""
+        return sum(self.rows[row].supervised_tokens for row in window.rows)
+
+
+def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device, micro_batch: int = 0) -> Pass:
+    """Tensors of one pass. Padded: right padding to the longest row. Packed: rows end to end, positions restart."""
+    if packed:
+        ids = [[token for row in rows for token in row.input_ids]]
+        labels = [[target for row in rows for target in targets(row)]]
+        positions = [[place for row in rows for place in range(len(row))]]
+        owner = [[index for index, row in enumerate(rows) for _ in row.input_ids]]
+    else:
+        width = max(len(row) for row in rows)
+        ids = [[*row.input_ids, *[pad_id] * (width - len(row))] for row in rows]
+        labels = [[*targets(row), *[IGNORE] * (width - len(row))] for row in rows]
+        positions = [list(range(width)) for _ in rows]
+        owner = [[index] * width for index in range(len(rows))]
+    tensors = torch.tensor([ids, labels, positions, owner])  # (4, B, T) int64: one copy to the device
+    places = (tensors[1].flatten() != IGNORE).nonzero().squeeze(1)
+    if device.type == "cuda":
+        tensors, places = tensors.pin_memory(), places.pin_memory()
+    on_device = tensors.to(device, non_blocking=True)
+    return Pass(
+        row_ids=tuple(row.row_id for row in rows),
+        input_ids=on_device[0],
+        targets=on_device[1],
+        position_ids=on_device[2],
+        row_of=on_device[3],
+        places=places.to(device, non_blocking=True),
+        lengths=tuple(len(row) for row in rows),
+        packed=packed,
+        supervised_tokens=len(places),
+        real_tokens=sum(len(row) for row in rows),
+        slot_tokens=tensors[0].numel(),
+        micro_batch=micro_batch,
+    )
+
+
+def empty_pass(row: Row, *, pad_id: int, device: torch.device) -> Pass:
+    """A pass without any supervised place, for a rank that has no rows while others wait for its gradient (DDP)."""
+    unsupervised = Row(row.row_id, row.input_ids[:8], (False,) * len(row.input_ids[:8]))
+    built = build_pass([unsupervised], packed=False, pad_id=pad_id, device=device)
+    return replace(built, real_tokens=0, slot_tokens=0)

@@ -1,0 +1,251 @@
+"""From a config to a Run: what is cheap to refuse first, then data, model, optimizer, folder and observers."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from array import array
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from glassloop.arguments import to_yaml
+from glassloop.batches import Batches
+from glassloop.checkpoint import last_checkpoint, load_checkpoint
+from glassloop.config import Config, as_dict
+from glassloop.dataset import Dataset, build_rows, summary
+from glassloop.dist import broadcast_from_rank_0, gather_objects, require_same
+from glassloop.environment import environment
+from glassloop.launch import check_launch, make_accelerator
+from glassloop.model import Engine, build_engine, load_tokenizer
+from glassloop.model_checks import audit_table, dtype_audit
+from glassloop.observers import JsonlObserver, Observer, write_json, write_text
+from glassloop.optim import FlatAdapters, LossScale, make_optimizer
+from glassloop.plan import StepPlan, describe, make_plan
+from glassloop.run import Run, StopFlag
+from glassloop.sources import load_examples
+from glassloop.templates import make_template
+from glassloop.terminal import TerminalObserver
+from glassloop.trackers import TrackerObserver, check_tracking, make_tracker_observer
+
+
+def build_run(config: Config) -> Run:
+    """Build every part of the run on this rank. Raises ValueError, with the cure, for what cannot be run as asked."""
+    check_launch(config)
+    check_tracking(config.tracking)
+    checkpoint = find_checkpoint(config)
+    accelerator = make_accelerator(config)
+    stop = StopFlag()
+    stop.listen()
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    device = (
+        accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
+    )  # Accelerate numbers CPUs; tensors do not
+
+    with accelerator.local_main_process_first():  # one rank of a host downloads
+        tokenizer = load_tokenizer(config.model)
+        loaded = load_examples(config.data, config.seed)
+    template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
+    dataset = build_rows(loaded, template, config.data)
+    plan = plan_of(config, len(dataset.train.rows), ranks)
+    batches = Batches(
+        rows=dataset.train.rows,
+        plan=plan,
+        seed=config.seed,
+        layout=config.execution.layout,
+        pass_tokens=config.execution.pass_tokens or config.batch.size * config.data.max_tokens,
+    )
+    require_same("training rows", hash_of(dataset), "the ranks read different data or tokenizers; give every host the same files")
+
+    set_seed(config.seed + rank)  # dropout differs by rank; adapters and row order have seeds of their own
+    engine = build_engine(
+        config.model,
+        config.lora,
+        precision=config.execution.precision,
+        checkpointing=config.execution.checkpointing,
+        seed=config.seed,
+        device=device,
+        first=accelerator.local_main_process_first,
+    )
+    require_same(
+        "base weights", engine.report.checksum, "the ranks loaded different bases; clear the cache of one, or pin model.revision"
+    )
+    adapters = FlatAdapters(engine.hf.named_parameters())
+    broadcast_from_rank_0(adapters.flat.data)
+    explicit = config.execution.reduction == "explicit"
+    prepared = accelerator.prepare_model(engine, device_placement=False, evaluation_mode=explicit)
+    hyper = config.optimizer
+    optimizer = make_optimizer(
+        hyper.name,
+        adapters.flat,
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        eps=hyper.eps,
+        weight_decay=hyper.weight_decay,
+    )
+    stability = config.stability
+    scale = LossScale(
+        stability.initial_loss_scale, stability.loss_scale_growth_updates, enabled=config.execution.precision == "fp16"
+    )
+    folder = run_folder(config)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        header=tuple(header(config, plan, dataset, engine, adapters, accelerator)),
+        plan=plan,
+        batches=batches,
+        heldout=dataset.heldout.rows,
+        heldout_examples=dataset.heldout.examples,
+        sample_examples=dataset.train.examples[: config.evaluation.samples],
+        engine=prepared,
+        plain_engine=engine,
+        template=template,
+        tokenizer=tokenizer,
+        adapters=adapters,
+        optimizer=optimizer,
+        scale=scale,
+        rank=rank,
+        ranks=ranks,
+        device=device,
+        pad_id=cast(int, tokenizer.pad_token_id),
+        stop=stop,
+    )
+    tracker_ids: dict[str, str] = {}
+    if checkpoint is not None:
+        state = load_checkpoint(
+            checkpoint,
+            adapters=adapters,
+            optimizer=optimizer,
+            rank=rank,
+            world_size=ranks,
+            base_hash=engine.report.base_hash,
+            config=as_dict(config),
+        )
+        run.first_update = state.update + 1
+        scale.value, scale.finite_updates = state.loss_scale, state.finite_updates
+        tracker_ids = state.tracker_ids
+    if rank == 0:
+        observe(run, dataset, tracker_ids)
+    run.attempt = gather_objects(run.attempt)[0]
+    return run
+
+
+def observe(run: Run, dataset: Dataset, tracker_ids: dict[str, str]) -> None:
+    """Rank 0: write what the run's folder begins with, and start the observers."""
+    config, folder = run.config, run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.first_update == 1:
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_json(folder / "plan.json", run.plan.as_dict())
+    write_json(folder / "env.json", environment(sys.argv))
+    text = config.record.text
+    by_id = {row.row_id: row for row in dataset.train.rows}
+    jsonl = JsonlObserver(folder, text, row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))))
+    run.attempt = max(jsonl.attempt(u) for u in range(min(run.first_update, run.plan.updates), run.plan.updates + 1))
+    terminal = TerminalObserver(run.plan.updates, run.ranks, text=text)
+    observers: list[Observer] = [jsonl, terminal]
+    tracker = make_tracker_observer(
+        run.accelerator,
+        config.tracking,
+        as_dict(config),
+        folder,
+        folder.name,
+        tracker_ids,
+        text=text,
+        updates_done=run.first_update - 1,
+    )
+    if isinstance(tracker, TrackerObserver):
+        observers.append(tracker)
+        run.tracker_ids = tracker.tracker_ids
+    run.observers = observers
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that --resume goes on from, or None. Raises ValueError where there is none that is complete."""
+    if config.resume.run is None:
+        return None
+    folder = Path(config.resume.run)
+    checkpoint, notes = last_checkpoint(folder)
+    if checkpoint is None:
+        found = "; ".join(notes) or "there is none"
+        raise ValueError(
+            f"resume.run = {folder} has no complete checkpoint ({found}): start the run anew, or name another folder"
+        )
+    return checkpoint
+
+
+def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
+    """The run's step arithmetic."""
+    schedule = config.schedule
+    return make_plan(
+        rows=rows,
+        size=config.batch.size,
+        ranks=ranks,
+        accumulation=config.batch.accumulation_for(ranks),
+        tail=config.batch.tail,
+        updates=schedule.updates,
+        epochs=schedule.epochs,
+        warmup=schedule.warmup_updates,
+        peak=config.optimizer.lr,
+        kind=schedule.kind,
+        first=schedule.first,
+    )
+
+
+def run_folder(config: Config) -> Path:
+    """The run's folder, the same on every rank. Raises ValueError where a new run would write into an old one's."""
+    if config.resume.run is not None:
+        return Path(config.resume.run)
+    name = config.run.name or f"{config.preset or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.run.dir) / gather_objects(name)[0]
+    if any(gather_objects((folder / "config.yaml").exists())):
+        raise ValueError(
+            f"run.name = {folder.name}: {folder} already holds a run; choose another name, or go on with it: --resume {folder}"
+        )
+    return folder
+
+
+def hash_of(dataset: Dataset) -> str:
+    """16 hex digits that differ where ids, tokens or labels of any training or held-out row differ."""
+    digest = hashlib.sha256()
+    for row in (*dataset.train.rows, *dataset.heldout.rows):
+        digest.update(row.row_id.encode() + array("i", row.input_ids).tobytes() + bytes(row.supervised))
+    return digest.hexdigest()[:16]
+
+
+def header(
+    config: Config, plan: StepPlan, dataset: Dataset, engine: Engine, adapters: FlatAdapters, accelerator: Accelerator
+) -> list[str]:
+    """What a run says of itself before it begins: rows, what was asked, how it is executed, what is trained."""
+    execution = config.execution
+    report = engine.report
+    device = (
+        torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
+    )
+    overrides = f" (schedule.updates overrides {config.schedule.epochs:g} epochs)" if config.schedule.updates is not None else ""
+    asked, windows, updates = describe(plan)
+    layout = {
+        "literal": "literal, the micro-batches asked for",
+        "packed": f"packed, the same rows in passes of at most {execution.pass_tokens or config.batch.size * config.data.max_tokens:,} tokens",
+    }[execution.layout]
+    checkpointing = "recomputed" if execution.checkpointing else "stored"
+    origin = "read from the cache" if report.from_cache else "loaded"
+    return [
+        f"model     {report.name} {report.commit or ''}".rstrip()
+        + f", {config.model.quantization}, {origin} in {report.seconds:.1f} s",
+        *(f"          {note}" for note in report.notes),
+        *(f"data      {line}" for line in summary(dataset, config.data)),
+        f"asked     {asked}",
+        f"          {windows}",
+        f"          {updates}{overrides}",
+        f"executed  {layout}; {execution.reduction} reduction, {plan.ranks} x {device}; engine {execution.engine}, "
+        f"{execution.precision}, activations {checkpointing}",
+        f"trains    {adapters.trainable:,} parameters: W + ({config.lora.alpha:g}/{config.lora.r}) B A on {', '.join(config.lora.targets)}",
+        *(f"          {line}" for line in audit_table(dtype_audit(engine.hf)).splitlines()),
+    ]

@@ -1,0 +1,60 @@
+"""Where glassloop keeps models that it makes once, and how such a folder appears there. No torch.
+
+Unlike a run's folders these are large, and several processes may make the same one at the same time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process that died
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """model.cache_dir, else $GLASSLOOP_CACHE, else ~/.cache/glassloop; made where it is missing."""
+    root = Path(cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop").expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"model.cache_dir = {root} cannot be made ({error}): name a folder that can be written") from error
+    return root
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well; so `folder` exists whole or not at all.
+
+    Two writers may race: the first rename wins, and the other's copy is thrown away.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""The console command `glassloop`: finds the command's module and hands it the rest of the words.
+
+A command is a module of this package. Its name is the file's name with - for _, its help line is the first line of its docstring,
+and `main(argv: list[str]) -> int | None` runs it: the value is the exit code, None is 0.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+import glassloop
+from glassloop import cli
+
+USAGE = "usage: glassloop COMMAND [ARGUMENT] ..."
+TRAINING = """To train:
+  accelerate launch --config_file accelerate_configs/single_gpu.yaml train_loop.py PRESET [section.field=VALUE] ..."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: the command's own, or 2 for input that is refused, with the reason on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"glassloop {glassloop.__version__}")
+        return 0
+    name, *rest = words
+    if name not in command_names():
+        print(_unknown(name), file=sys.stderr)
+        return 2
+    command = importlib.import_module(_module(name))
+    try:
+        return command.main(rest) or 0
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("GLASSLOOP_TRACEBACK"):
+            raise
+        print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def command_names() -> list[str]:
+    """All commands, in alphabetical order."""
+    found = (module.name for module in pkgutil.iter_modules(cli.__path__))
+    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
+
+
+def _module(name: str) -> str:
+    return f"glassloop.cli.{name.replace('-', '_')}"
+
+
+def _help() -> str:
+    lines = [USAGE, "", inspect.getdoc(glassloop) or "", "", "Commands (glassloop COMMAND --help says more):"]
+    for name in command_names():
+        summary = (inspect.getdoc(importlib.import_module(_module(name))) or "").partition("\n")[0]
+        lines.append(f"  {name:<10} {summary}")
+    return "\n".join([*lines, "", TRAINING])
+
+
+def _unknown(name: str) -> str:
+    """Says what is wrong with a command's name and what to type instead."""
+    names = command_names()
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}\n{TRAINING}"
+    return f"glassloop: {name} is no command. {hint}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

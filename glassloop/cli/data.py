@@ -1,0 +1,87 @@
+"""Show rows as the model will see them, token by token, and count tokens, cuts, duplicates and classes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from glassloop.config import Config
+from glassloop.rows import Row
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+LEGEND = (
+    "[token] is supervised: the model learns to write it. token| is only read. <<token>> is a control token, all else is text."
+)
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop data PRESET [--show N] [section.field=VALUE ...]`; loads the tokenizer and the rows, no model. Exit code 0."""
+    from glassloop.arguments import parse
+
+    own = argparse.ArgumentParser(prog="glassloop data", add_help=False, allow_abbrev=False)
+    own.add_argument("--show", type=int, default=3, metavar="N", help="rows printed token by token (default: 3)")
+    if {"-h", "--help"} & set(argv):
+        own.print_help()
+    given, rest = own.parse_known_args(argv)
+    return show_data(parse(rest, prog="glassloop data"), given.show)
+
+
+def show_data(config: Config, show: int) -> int:
+    """Prints the first `show` training rows and the counts. Raises ValueError for data or a tokenizer that cannot be used."""
+    from rich.console import Console
+
+    from glassloop.dataset import build_rows, summary
+    from glassloop.model import load_tokenizer
+    from glassloop.sources import load_examples
+    from glassloop.templates import make_template
+
+    loaded = load_examples(config.data, config.seed)
+    tokenizer = load_tokenizer(config.model)
+    dataset = build_rows(loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data)
+    console = Console(soft_wrap=True, highlight=False)
+    if show:
+        console.print(LEGEND, markup=False)
+    for row, example in list(zip(dataset.train.rows, dataset.train.examples, strict=True))[:show]:
+        label = "" if example.label is None else f", {example.label}"
+        console.print()
+        console.rule(f"{row.row_id}: {len(row):,} tokens, {row.supervised_tokens:,} supervised{label}", align="left")
+        console.print(render(row, tokenizer))
+    console.print()
+    for line in summary(dataset, config.data):
+        console.print(line, markup=False)
+    return 0
+
+
+def render(row: Row, tokenizer: Any) -> Text:
+    """Every token of a row, told apart with and without colour."""
+    from rich.text import Text
+
+    control = set(tokenizer.get_added_vocab().values())
+    text = Text()
+    for ids, supervised in _characters(row, tokenizer):
+        shown = visible(tokenizer.decode(list(ids)))
+        if ids[0] in control:
+            shown = f"<<{shown}>>"
+        opening, closing, style = ("[", "]", "bold green") if supervised else ("", "|", "dim")
+        text.append(opening + shown + closing, style="bold magenta" if ids[0] in control and not supervised else style)
+        if shown.endswith("⏎"):
+            text.append("\n")
+    return text
+
+
+def visible(text: str) -> str:
+    """`text` with line breaks as ⏎ and what a terminal would obey or hide written as an escape."""
+    return "".join(char if char.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(char) or repr(char)[1:-1] for char in text)
+
+
+def _characters(row: Row, tokenizer: Any) -> Iterator[tuple[Sequence[int], bool]]:
+    """Tokens one by one; neighbours that hold the bytes of one character (an emoji) together."""
+    start = 0
+    for end in range(1, len(row) + 1):
+        last = end == len(row) or row.supervised[end] != row.supervised[start]
+        if last or end - start == 4 or "\ufffd" not in tokenizer.decode(list(row.input_ids[start:end])):
+            yield row.input_ids[start:end], row.supervised[start]
+            start = end

@@ -1,0 +1,187 @@
+"""What ranks tell each other in an update: one gather (the gate), one sum of gradients, and two checks that replicas are the same.
+
+Every function works on one rank without a process group. Legend: K numbers of one rank's report, R rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank says in the gate, after its passes and before anything is reduced. Counts are of what it really computed."""
+
+    whole: bool  # all passes done; False: out of memory, or a stop was asked in mid-update
+    out_of_memory: bool
+    stop: bool  # a signal asked this rank to end the run
+    passes: int
+    supervised_tokens: int
+    real_tokens: int
+    slot_tokens: int
+    peak_gib: float  # largest allocation so far; 0 without a GPU
+    loss_sum: float  # nats, summed over the rank's supervised tokens
+    grad_norm: float  # of the rank's share of the gradient, still times the loss scale
+    checksum: int  # of the adapters before this update
+    row_loss_sums: tuple[float, ...]  # nats, in the order of the rank's rows
+
+
+@dataclass(frozen=True)
+class Gate:
+    """All ranks' reports, in rank order, the same on every rank."""
+
+    reports: tuple[RankReport, ...]
+
+    @property
+    def whole(self) -> bool:
+        return all(report.whole for report in self.reports)
+
+    @property
+    def out_of_memory(self) -> tuple[int, ...]:
+        """Ranks that ran out of memory."""
+        return tuple(rank for rank, report in enumerate(self.reports) if report.out_of_memory)
+
+    @property
+    def stop(self) -> bool:
+        return any(report.stop for report in self.reports)
+
+    @property
+    def loss_sum(self) -> float:
+        return sum(report.loss_sum for report in self.reports)
+
+    @property
+    def replicas_agree(self) -> bool:
+        return len({report.checksum for report in self.reports}) == 1
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_reports(
+    *,
+    whole: bool,
+    out_of_memory: bool,
+    stop: bool,
+    passes: int,
+    supervised_tokens: int,
+    real_tokens: int,
+    slot_tokens: int,
+    peak_gib: float,
+    loss_sum: Tensor,
+    grad_norm: Tensor,
+    checksum: Tensor,
+    row_loss_sums: Tensor,
+    rows_of_ranks: Sequence[int],
+) -> Gate:
+    """The gate: one small all-gather of float64, and one read by the host. Arguments are the fields of RankReport.
+
+    Args:
+        loss_sum, grad_norm, checksum: () tensors on the rank's device.
+        row_loss_sums: (R,) fp32 of this rank's rows; short where its passes were not finished.
+        rows_of_ranks: how many rows each rank has in this window, known to all.
+    """
+    device = loss_sum.device
+    host = [whole, out_of_memory, stop, passes, supervised_tokens, real_tokens, slot_tokens, peak_gib]
+    rows = torch.zeros(max(rows_of_ranks), dtype=torch.float64, device=device)
+    rows[: len(row_loss_sums)] = row_loss_sums
+    scalars = torch.stack([loss_sum.double(), grad_norm.double(), checksum.double()])  # a checksum is below 2**48: exact
+    values = torch.cat([torch.tensor(host, dtype=torch.float64, device=device), scalars, rows])  # (K,)
+    reports = []
+    for rank, (w, oom, s, count, supervised, real, slot, peak, loss, norm, check, *losses) in enumerate(
+        _all_gather(values).tolist()
+    ):
+        reports.append(
+            RankReport(
+                whole=bool(w),
+                out_of_memory=bool(oom),
+                stop=bool(s),
+                passes=int(count),
+                supervised_tokens=int(supervised),
+                real_tokens=int(real),
+                slot_tokens=int(slot),
+                peak_gib=peak,
+                loss_sum=loss,
+                grad_norm=norm,
+                checksum=int(check),
+                row_loss_sums=tuple(losses[: rows_of_ranks[rank]]),
+            )
+        )
+    return Gate(tuple(reports))
+
+
+def _all_gather(values: Tensor) -> Tensor:
+    """(ranks, K) from each rank's (K,)."""
+    if not is_distributed():
+        return values.unsqueeze(0)
+    if dist.get_backend() == "gloo":
+        values = values.cpu()
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values)
+    return torch.stack(gathered)
+
+
+def reduce_gradients(grad: Tensor) -> None:
+    """Sum the flat gradient over ranks, in place: afterwards `grad` is the g of the formula on every rank."""
+    if is_distributed():
+        dist.all_reduce(grad, op=dist.ReduceOp.SUM)
+
+
+def broadcast_from_rank_0(values: Tensor) -> Tensor:
+    """Give every rank rank 0's values, in place; returns them."""
+    if is_distributed():
+        dist.broadcast(values, src=0)
+    return values
+
+
+def require_same(what: str, value: int | float | str, cure: str) -> None:
+    """Raise ValueError on every rank unless all ranks hold the same `value`."""
+    if not is_distributed():
+        return
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        held = ", ".join(f"rank {rank}: {held}" for rank, held in enumerate(values))
+        raise ValueError(f"ranks hold different {what} ({held}): {cure}")
+
+
+def gather_objects(value: object) -> list:
+    """Each rank's value, in rank order, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def all_or_none(what: str) -> Iterator[None]:
+    """Run a block on every rank; if it fails on one, every rank raises and names that rank, so that none waits for it."""
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    broken = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
+    if broken:
+        raise RuntimeError(f"{what} failed on another rank ({'; '.join(broken)})")
+
+
+def rank_cosine(norms: Sequence[float], total: float) -> float | None:
+    """Mean cosine between ranks' shares of the gradient, weighted by the products of their norms.
+
+    From |sum g_r|^2 = sum |g_r|^2 + sum over pairs of 2 |g_r| |g_s| cos. None with one rank, or where fewer than two ranks have a gradient.
+    """
+    products = sum(norms) ** 2 - sum(norm * norm for norm in norms)  # sum over ordered pairs of |g_r| |g_s|
+    if len(norms) < 2 or products <= 0:
+        return None
+    return (total * total - sum(norm * norm for norm in norms)) / products

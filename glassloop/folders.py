@@ -1,0 +1,161 @@
+"""Folders that are published whole or not at all, with a sum of every file, and read only where the sums are right.
+
+A folder and its files are written and synced under a hidden name, the name is changed, the parent is synced: a published name is
+complete, whenever the process died. The sums lie in SHA256SUMS, which `sha256sum -c SHA256SUMS` reads too.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+SUMS = "SHA256SUMS"
+REPLACED = ".replaced"  # suffix of a folder that stood where a new one of the same name is being put
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator, no dot in front: it cannot leave its folder
+
+
+class NotSaved(OSError):
+    """The disk refused a folder. Nothing was published under its name and nothing older was removed, so a run may go on."""
+
+
+def publish(target: Path, contents: Mapping[str, bytes], also: Callable[[Path], None] | None = None) -> None:
+    """Make the folder `target` of `contents` (file name -> bytes) and of what `also` writes into the folder that it is given.
+
+    The last of `contents` is the last in the sums: a reader that requires it notices a list that was cut short. A folder that has
+    the name is moved aside (suffix .replaced), and stays whole there until the caller removes it.
+
+    Raises:
+        NotSaved: names the folder, what the disk said, and the cure.
+    """
+    work = target.with_name(f".{target.name}.writing")
+    try:
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True)
+            _sync(target.parent.parent)
+        if work.exists():
+            shutil.rmtree(work)  # left by a process that died here
+        work.mkdir()
+        if also is not None:
+            also(work)
+        others = sorted(work.iterdir())
+        for path in others:
+            _sync(path)
+        for name, data in contents.items():
+            _write(work / name, data)
+        names = [*[path.name for path in others], *contents]
+        assert all(PLAIN_NAME.fullmatch(name) for name in names), f"names that could not be read back: {names}"
+        _write(work / SUMS, "".join(f"{_digest((work / name).read_bytes())}  {name}\n" for name in names).encode())
+        _sync(work)
+        if target.exists():
+            aside = target.with_name(target.name + REPLACED)
+            if aside.exists():
+                remove(aside)
+            os.rename(target, aside)
+        os.rename(work, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise NotSaved(f"{target} was not saved: {error}; {cure(error)}") from error
+    finally:
+        if work.exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file in place of the one of that name, whole at every moment."""
+    work = path.with_name(f".{path.name}.writing")
+    work.unlink(missing_ok=True)
+    _write(work, data)
+    os.rename(work, path)
+    _sync(path.parent)
+
+
+def remove(folder: Path) -> None:
+    """Take the published name away first, so that what a dying removal leaves is not taken for a torn folder."""
+    doomed = folder.with_name(f".{folder.name}.removing")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def unfinished(parent: Path) -> list[Path]:
+    """What processes left in `parent` that died while they wrote or removed a folder."""
+    return sorted(path for path in parent.glob(".*") if path.suffix in (".writing", ".removing") and path.is_dir())
+
+
+def read(folder: Path, required: Collection[str], only: str | None = None) -> dict[str, bytes]:
+    """Bytes of all files of a published folder, or of `only` one, by name.
+
+    Raises:
+        ValueError: names the file that is missing, corrupt, cut short or not a plain file, or a `required` one that has no sum.
+    """
+    digests: dict[str, str] = {}
+    sums = _bytes(folder / SUMS)
+    for line in sums.decode("utf-8", "replace").split("\n")[:-1]:
+        digest, _, name = line.partition("  ")
+        if not re.fullmatch("[0-9a-f]{64}", digest) or not PLAIN_NAME.fullmatch(name) or name in digests:
+            raise ValueError(f"{SUMS} is corrupt at {line[:100]!r}")
+        digests[name] = digest
+    if not sums.endswith(b"\n"):
+        raise ValueError(f"{SUMS} is cut short: it does not end with a line break")
+    if missing := set(required) - digests.keys():
+        raise ValueError(f"{SUMS} is corrupt or cut short: it does not list {', '.join(sorted(missing))}")
+    contents = {}
+    for name in digests if only is None else [only]:
+        data = _bytes(folder / name)
+        if _digest(data) != digests[name]:
+            raise ValueError(f"{name} is corrupt or cut short: its {len(data)} bytes do not have the sum in {SUMS}")
+        contents[name] = data
+    return contents
+
+
+def sweep(parent: Path) -> None:
+    """Remove what is unfinished."""
+    for path in unfinished(parent):
+        shutil.rmtree(path)
+
+
+def cure(error: OSError) -> str:
+    """What a person can do about a disk that refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space there, lower checkpoint.keep, or set run.dir to another disk"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make the folder writable for this user, or set run.dir to one that is"
+    return "see whether the disk is healthy and the folder still there, or set run.dir to another one"
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError(f"{path.name} is not a plain file")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.name} is missing") from error
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error

@@ -1,0 +1,82 @@
+"""How the processes of a run were started: what is refused before anything is loaded, and the Accelerator that the rest uses."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from glassloop.config import Config
+
+MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
+REFUSED_LAUNCHES = {
+    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor c of the formula could be seen",
+    DistributedType.FSDP: "FSDP shards what the flat adapter buffer holds whole (and 4-bit weights need "
+    "bnb_4bit_quant_storage=bf16 with bf16 adapters there); 8B in NF4 fits each 24 GB card without it",
+    DistributedType.MEGATRON_LM: "Megatron-LM brings its own loop",
+}
+
+
+def on_cuda() -> bool:
+    """Whether ranks compute on GPUs: there is one, and the launch file does not ask for CPUs."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes")
+
+
+def check_launch(config: Config) -> None:
+    """Raise ValueError, with the command or field that cures it, for a start that would not do what was asked."""
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    visible = torch.cuda.device_count() if on_cuda() else 0
+    words = " ".join(sys.argv[1:])
+    if not launched and visible > 1:
+        raise ValueError(
+            f"{visible} GPUs are visible, but no launcher started this process, so one would be used. For all of them:\n"
+            f"  accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml --num_processes {visible} train_loop.py {words}\n"
+            f"For one:\n  accelerate launch --config_file accelerate_configs/single_gpu.yaml train_loop.py {words}"
+        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch.ranks is not None and config.batch.ranks != ranks:
+        raise ValueError(
+            f"batch.ranks = {config.batch.ranks}, but {ranks} process{'es were' if ranks > 1 else ' was'} started:\n"
+            f"  accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml --num_processes {config.batch.ranks} train_loop.py {words}"
+        )
+    config.batch.accumulation_for(ranks)
+    execution = config.execution
+    if not on_cuda():
+        if execution.precision == "fp16":
+            raise ValueError("execution.precision = fp16 needs a CUDA device: a CPU has no fp16 training; use fp32 or bf16")
+        if config.optimizer.name == "paged_adamw_8bit":
+            raise ValueError("optimizer.name = paged_adamw_8bit needs a CUDA device: use adamw_8bit")
+        if config.model.attention == "flash_attention_2":
+            raise ValueError("model.attention = flash_attention_2 needs a CUDA device: use sdpa")
+    elif execution.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 units; use fp16")
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The Accelerator of this rank. Raises ValueError for launch settings that the loop cannot honour."""
+    if config.execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    backend = config.execution.backend
+    process_group = InitProcessGroupKwargs(
+        backend=None if backend == "auto" else backend, timeout=timedelta(seconds=config.execution.collective_timeout_s)
+    )
+    accelerator = Accelerator(
+        cpu=not on_cuda(),
+        mixed_precision=MIXED_PRECISION[config.execution.precision],
+        gradient_accumulation_steps=1,  # the loop accumulates itself
+        log_with=list(config.tracking.to) or None,
+        kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+    )
+    kind = accelerator.distributed_type
+    if kind in REFUSED_LAUNCHES:
+        raise ValueError(f"the launch file asks for {kind.value}: {REFUSED_LAUNCHES[kind]}. Use accelerate_configs/ddp_2gpu.yaml")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"the launch file asks for {kind.value}, which glassloop has not been tried on; use a file of accelerate_configs/"
+        )
+    return accelerator

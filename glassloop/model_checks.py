@@ -1,0 +1,231 @@
+"""What must be true of a built model before it trains: dtypes, devices, a head of plain weights, one and the same base.
+
+Legend: H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Factors between the head's product and the logits that a head of plain weights leaves out; 1, 0 and None are no factor.
+LOGIT_FACTORS = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale", "lm_head_multiplier")
+CHUNK_WORDS = 1 << 22  # 32 MiB of int64 at a time
+
+
+@dataclass(frozen=True)
+class DtypeGroup:
+    """Tensors of one kind and dtype. `parameters` counts logical weights (two to a byte in NF4), `size_bytes` memory."""
+
+    kind: str
+    dtype: str
+    trainable: bool
+    tensors: int
+    parameters: int
+    size_bytes: int
+
+
+def dtype_audit(hf: nn.Module) -> list[DtypeGroup]:
+    """Every parameter (and NF4's scales) by kind, dtype and whether it trains, in the order of first appearance."""
+    groups: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for kind, tensor, parameters, trainable in _kinds(hf):
+        group = groups[kind, str(tensor.dtype).removeprefix("torch."), trainable]
+        for place, more in enumerate((1, parameters, tensor.numel() * tensor.element_size())):
+            group[place] += more
+    return [DtypeGroup(*key, *numbers) for key, numbers in groups.items()]
+
+
+def audit_table(groups: list[DtypeGroup]) -> str:
+    """The audit as lines of text."""
+    lines = [f"{'parameters':24}{'dtype':10}{'trains':8}{'tensors':>8}{'weights':>16}{'MiB':>10}"]
+    for g in groups:
+        trains = "yes" if g.trainable else "no"
+        lines.append(f"{g.kind:24}{g.dtype:10}{trains:8}{g.tensors:>8}{g.parameters:>16,}{g.size_bytes / 2**20:>10.1f}")
+    return "\n".join(lines)
+
+
+def check_dtypes(hf: nn.Module, precision: str) -> None:
+    """Raise ValueError where a trainable is not fp32, or a base tensor other than a norm is fp32 that nobody asked for.
+
+    Trainables in 16 bits lose small steps to rounding in bf16, and cannot be unscaled in fp16 (peft issue 341). fp32 copies of
+    the 16-bit embedding and head cost 2 GB on an 8B model and change nothing (peft issue 816).
+    """
+    kept = tuple(getattr(_base(hf), "_keep_in_fp32_modules", None) or ()) + tuple(getattr(_base(hf), "_keep_in_fp32_modules_strict", None) or ())
+    for name, kind, parameter in named_kinds(hf):
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{name} trains in {parameter.dtype}, but execution.precision = {precision} needs fp32 trainables: "
+                "load adapters with autocast_adapter_dtype, or convert them to fp32"
+            )
+        asked = parameter.requires_grad or precision == "fp32" or kind == "norm" or any(part in name.split(".") for part in kept)
+        if parameter.dtype == torch.float32 and not asked:
+            raise ValueError(
+                f"{name} ({kind}) is fp32 although execution.precision = {precision}: only norms may be; "
+                "do not prepare the model for k-bit training, or set execution.precision=fp32"
+            )
+
+
+def check_devices(hf: nn.Module, device: torch.device) -> None:
+    """Raise ValueError unless every parameter and buffer lies on this rank's own device."""
+    own = _indexed(device)
+    for name, tensor in [*hf.named_parameters(), *hf.named_buffers()]:
+        if _indexed(tensor.device) != own:
+            raise ValueError(
+                f"{name} lies on {tensor.device}, but this rank owns {own}: device_map='auto' splits a model over GPUs and leaves one "
+                "rank; load with device_map={'': the rank's device}"
+            )
+
+
+def check_sharding(distributed_type: str, quantization: str) -> None:
+    """Raise ValueError for a launch file that shards weights; every rank of glassloop holds the whole base."""
+    name = distributed_type.rpartition(".")[2].upper()
+    if name not in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        return
+    why = (
+        "FSDP takes 4-bit weights only with bnb_4bit_quant_storage=bfloat16 and bf16 adapters together, and adapters here are fp32"
+        if name == "FSDP" and quantization == "nf4"
+        else "every rank holds the whole base here"
+    )
+    raise ValueError(
+        f"distributed_type = {name} with model.quantization = {quantization}: {why}; an 8B base in NF4 takes 6 GB a GPU, so plain data "
+        "parallelism is enough: use distributed_type MULTI_GPU (accelerate_configs/)"
+    )
+
+
+@torch.no_grad()
+def check_plain_head(hf: nn.Module, device: torch.device) -> None:
+    """Raise ValueError where logits are more than head(decoder(x)): softcaps, scales, a quantised head.
+
+    The loss is computed from hidden states and the head's weight, chunk by chunk; a factor in between would be left out.
+    Known names first, then four tokens through both ways.
+    """
+    config = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    for field in LOGIT_FACTORS:
+        value = getattr(config, field, None)
+        if value is not None and value not in (0, 1):
+            raise ValueError(
+                f"{config.model_type} has {field} = {value} between head and logits, which execution.engine = peft does not compute: "
+                "take a model without it"
+            )
+    head, decoder = hf.get_output_embeddings(), hf.get_decoder()  # type: ignore[operator]
+    name = type(hf).__name__
+    if decoder is None or decoder is hf:
+        raise ValueError(f"{name} does not tell its decoder from its head, which execution.engine = peft relies on: take another model")
+    if head is None or type(head) is not nn.Linear:
+        raise ValueError(f"{name} has no head of plain weights ({type(head).__name__}): take a model whose head is an unquantised nn.Linear")
+    ids = torch.arange(1, 5, device=device).unsqueeze(0) % config.vocab_size  # (1, 4)
+    was_training = hf.training
+    hf.eval()
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (1, 4, H)
+    logits = hf(input_ids=ids, use_cache=False).logits.float()  # (1, 4, V)
+    hf.train(was_training)
+    plain = F.linear(hidden, head.weight, head.bias).float()
+    if plain.shape != logits.shape or not torch.allclose(plain, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise ValueError(f"the logits of {name} are not head(decoder(x)), which execution.engine = peft relies on: take another model")
+
+
+@torch.no_grad()
+def base_checksum(hf: nn.Module) -> int:
+    """Checksum in [0, 2**64) of the bytes of all base tensors, NF4's scales included; the same before and after PEFT wraps it.
+
+    Sums of integers, so it is exact, in any order and on any device: each 8-byte word times an odd number that depends on its
+    place, modulo 2**64, then bound to the tensor's name, dtype and shape. One changed byte always changes its tensor's sum. Needs
+    32 MiB beside the model.
+    """
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    total = 0
+    for name, tensor in sorted(_base_tensors(hf), key=lambda pair: pair[0]):
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and place in seen:
+            continue  # a tied head
+        seen.add(place)
+        label = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode()
+        bound = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big") | 1
+        total = (total + bound * (_word_sum(tensor) + 1)) % 2**64
+    return total
+
+
+def _base_tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in hf.state_dict().items():
+        if "lora_" not in name:
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
+
+
+def _word_sum(tensor: Tensor) -> int:
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = raw.numel() // 8 * 8
+    words = raw[:whole]
+    if words.data_ptr() % 8:
+        words = words.clone()
+    words = words.view(torch.int64)
+    odd = torch.arange(1, 2 * min(CHUNK_WORDS, max(len(words), 1)) + 1, 2, device=raw.device)  # 1, 3, 5, ...
+    total = 0
+    for start in range(0, len(words), CHUNK_WORDS):
+        chunk = words[start : start + CHUNK_WORDS]
+        # sum of x * (odd + 2 * start), int64 arithmetic wraps at 2**64 on every device
+        total += int((chunk * odd[: len(chunk)]).sum()) + 2 * start * int(chunk.sum())
+    tail = bytes(raw[whole:].tolist())
+    return (total + (2 * len(words) + 1) * int.from_bytes(tail, "little")) % 2**64
+
+
+def named_kinds(hf: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(name, kind, parameter) of every parameter, module by module; a tied one comes twice."""
+    head = _base(hf).get_output_embeddings()  # type: ignore[operator]
+    for path, module in hf.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            yield full, _kind(full, name, module, is_head=module is head), parameter
+
+
+def _kind(full: str, name: str, module: nn.Module, is_head: bool) -> str:
+    if "lora_A" in full:
+        return "adapter A"
+    if "lora_B" in full:
+        return "adapter B"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if is_head:
+        return "head"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    if name == "bias":
+        return "bias"
+    if hasattr(module, "quant_state"):
+        return "quantised linear"
+    return "linear" if isinstance(module, nn.Linear) else "other"
+
+
+def _kinds(hf: nn.Module) -> Iterator[tuple[str, Tensor, int, bool]]:
+    seen: set[int] = set()
+    for _, kind, parameter in named_kinds(hf):
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        state: Any = getattr(parameter, "quant_state", None)
+        yield kind, parameter, state.shape.numel() if state is not None else parameter.numel(), parameter.requires_grad
+        for scales in _scales(state):
+            yield "quantisation scales", scales, 0, False
+
+
+def _scales(state: Any) -> list[Tensor]:
+    if state is None:
+        return []
+    return [state.absmax, *([state.state2.absmax] if state.nested else [])]
+
+
+def _base(hf: nn.Module) -> nn.Module:
+    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf  # type: ignore[operator]
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """cuda -> cuda:<current>, so that two names of one device are equal."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,127 @@
+"""One flat fp32 buffer for all adapters, its optimizer, and fp16's loss scale.
+
+Every engine trains this buffer: PEFT's parameters and their gradients are views of it, so one reduction, one norm and one optimizer launch
+serve them all, and the 8-bit state is one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256  # elements of one block of bitsandbytes' 8-bit states: no block holds parts of two tensors
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one adapter matrix lies in the flat buffer."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The matrix, as a view of a tensor laid out like the flat buffer."""
+        return flat[self.offset : self.offset + self.size].view(self.shape)
+
+
+class FlatAdapters:
+    """All trainable parameters as views of one vector.
+
+    Attributes:
+        flat: (N,) fp32 Parameter. Padding between matrices belongs to nobody: an 8-bit state has no exact 0, so it may drift a little.
+        grad: (N,) fp32; `flat.grad` is this tensor, and each parameter's `.grad` a view of it.
+        slices: name -> Slice, in the model's order.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]):
+        self.parameters = {name: p for name, p in parameters if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter: lora.targets matched no layer")
+        self.slices: dict[str, Slice] = {}
+        offset = 0
+        for name, p in self.parameters.items():
+            if p.dtype != torch.float32:
+                raise ValueError(f"{name} is {p.dtype}: adapters are trained in fp32, or small steps are rounded away")
+            self.slices[name] = Slice(offset, tuple(p.shape))
+            offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        device = next(iter(self.parameters.values())).device
+        self.flat = nn.Parameter(torch.zeros(offset, device=device))
+        self.grad = torch.zeros(offset, device=device)
+        self.flat.grad = self.grad
+        for name, p in self.parameters.items():
+            view = self.slices[name].of(self.flat.data)
+            view.copy_(p.data)
+            p.data = view
+            p.grad = self.slices[name].of(self.grad)
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters, padding not counted."""
+        return sum(s.size for s in self.slices.values())
+
+    def zero_grad(self) -> None:
+        """Set every gradient to 0 and keep the views (an optimizer's own zero_grad drops them)."""
+        self.grad.zero_()
+
+    def check_views(self) -> None:
+        """Raise RuntimeError if a parameter or gradient no longer is a view of the flat buffers."""
+        for name, p in self.parameters.items():
+            place = self.slices[name]
+            if p.data_ptr() != place.of(self.flat.data).data_ptr():
+                raise RuntimeError(f"{name} left the flat buffer: something replaced its data")
+            if p.grad is None or p.grad.data_ptr() != place.of(self.grad).data_ptr():
+                raise RuntimeError(f"the gradient of {name} left the flat buffer: something replaced or dropped it")
+
+    def checksum(self) -> Tensor:
+        """() int64: sum of the bits of all adapters, exact in any order, below 2**48; equal on replicas that agree."""
+        return self.flat.data.view(torch.int32).sum(dtype=torch.int64) % (1 << 48)
+
+
+def l2_norm(flat: Tensor) -> Tensor:
+    """() float64: L2 norm of a flat vector; accumulated in float64, since fp32 is off by 3e-3 at 42 M entries on a CPU."""
+    return torch.linalg.vector_norm(flat, dtype=torch.float64)
+
+
+def make_optimizer(
+    name: str, flat: nn.Parameter, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer over the flat buffer: adamw_8bit, paged_adamw_8bit (bitsandbytes), adamw, sgd (torch)."""
+    betas = (beta1, beta2)
+    if name == "sgd":
+        return torch.optim.SGD([flat], lr=lr, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW([flat], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+
+    if name == "paged_adamw_8bit" and not flat.is_cuda:
+        raise ValueError("optimizer.name = paged_adamw_8bit needs a CUDA device: use adamw_8bit")
+    kinds = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}
+    return kinds[name]([flat], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+class LossScale:
+    """fp16's dynamic loss scale: halved on overflow, doubled after `growth_updates` finite updates in a row; 1 and fixed otherwise."""
+
+    def __init__(self, initial: float, growth_updates: int, enabled: bool):
+        self.enabled = enabled
+        self.value = initial if enabled else 1.0
+        self.growth_updates = growth_updates
+        self.finite_updates = 0
+
+    def after(self, finite: bool) -> None:
+        """Note whether the update's gradient was finite."""
+        if not self.enabled:
+            return
+        self.finite_updates = self.finite_updates + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.finite_updates == self.growth_updates:
+            self.value, self.finite_updates = self.value * 2, 0

@@ -1,0 +1,118 @@
+"""The arithmetic of a run, before it begins: windows, updates, epochs, and the learning rate of every update. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA = 1
+
+
+def lr_at(update: int, *, updates: int, warmup: int, peak: float, kind: str, first: str) -> float:
+    """Learning rate of update u = 1 .. U.
+
+    linear:   peak * min(u / W, (U - u + 1) / (U - W + 1)), so that lr(W) = peak and lr(U) > 0.
+    cosine:   after warmup, peak * (1 + cos(pi * (u - W) / (U - W + 1))) / 2.
+    constant: peak after warmup.
+    With first = "zero" each update has the value of the one before, and update 1 has 0, as transformers' Trainer has it:
+    peak * min((u - 1) / W, (U - u + 1) / (U - W)).
+    """
+    if not 1 <= update <= updates:
+        raise ValueError(f"update {update} is not one of 1 .. {updates}")
+    u, total = (update, updates) if first == "peak_over_warmup" else (update - 1, updates - 1)
+    if u < warmup:
+        return peak * u / warmup
+    done = u - warmup  # updates since the peak
+    span = total - warmup + 1
+    if kind == "linear":
+        return peak * (span - done) / span
+    if kind == "cosine":
+        return peak * (1 + math.cos(math.pi * done / span)) / 2
+    return peak
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the windows of a run are."""
+
+    rows: int  # training rows of an epoch
+    size: int  # rows of a micro-batch
+    ranks: int
+    accumulation: int  # micro-batches a rank takes in an update
+    full_windows: int  # windows of rows_per_update rows in an epoch
+    tail_rows: int  # rows left after the full windows; 0 where they divide
+    tail: str  # "keep": the rest is a smaller update; "drop": it is left out
+    updates: int
+    lr: tuple[float, ...]  # lr[u - 1] is the learning rate of update u
+
+    @property
+    def rows_per_update(self) -> int:
+        return self.size * self.ranks * self.accumulation
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return self.full_windows + (1 if self.tail_rows and self.tail == "keep" else 0)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that the updates make: updates over windows of an epoch."""
+        return self.updates / self.windows_per_epoch
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for plan.json."""
+        derived = {
+            "rows_per_update": self.rows_per_update,
+            "windows_per_epoch": self.windows_per_epoch,
+            "epochs": self.epochs,
+        }
+        return {"schema": SCHEMA, **asdict(self), **derived}
+
+
+def make_plan(
+    *,
+    rows: int,
+    size: int,
+    ranks: int,
+    accumulation: int,
+    tail: str,
+    updates: int | None,
+    epochs: float,
+    warmup: int,
+    peak: float,
+    kind: str,
+    first: str,
+) -> StepPlan:
+    """Count windows and updates. Raises ValueError where the rows make no window or the warmup outlasts the run."""
+    per_update = size * ranks * accumulation
+    full, left = divmod(rows, per_update)
+    windows = full + (1 if left and tail == "keep" else 0)
+    if windows == 0:
+        raise ValueError(
+            f"{rows} training rows make no window of {per_update} rows (batch.size {size} x {ranks} ranks x accumulation "
+            f"{accumulation}), and batch.tail = drop leaves the rest out: take more rows, a smaller batch, or batch.tail=keep"
+        )
+    if updates is None:
+        updates = max(1, math.ceil(round(epochs * windows, 9)))
+    if warmup > updates:
+        raise ValueError(
+            f"schedule.warmup_updates = {warmup} is more than the {updates} updates of the run: "
+            "the peak would never be reached; lower schedule.warmup_updates"
+        )
+    lr = tuple(lr_at(u, updates=updates, warmup=warmup, peak=peak, kind=kind, first=first) for u in range(1, updates + 1))
+    return StepPlan(rows, size, ranks, accumulation, full, left, tail, updates, lr)
+
+
+def describe(plan: StepPlan) -> list[str]:
+    """The step math in sentences, for the header of a run."""
+    tail = {
+        "keep": f"{plan.full_windows} full windows and one of {plan.tail_rows} rows",
+        "drop": f"{plan.full_windows} full windows; {plan.tail_rows} rows of each epoch are left out",
+    }[plan.tail]
+    windows = tail if plan.tail_rows else f"{plan.full_windows} full windows"
+    return [
+        f"asked {plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches = {plan.rows_per_update} rows an update",
+        f"{plan.rows:,} rows make {plan.windows_per_epoch} updates an epoch ({windows})",
+        f"{plan.updates} updates are {plan.epochs:.2f} epochs; lr {plan.lr[0]:.3g} at update 1, "
+        f"{max(plan.lr):.3g} at its peak, {plan.lr[-1]:.3g} at update {plan.updates}",
+    ]

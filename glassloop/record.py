@@ -1,0 +1,120 @@
+"""What is known of an update, a row and an event: frozen, versioned, plain values that every observer gets.
+
+Everything that people see of a run, in the terminal, in metrics.jsonl, in a tracker, comes from one of these. A value that does not exist
+under a layout or a reduction is None, never 0. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = 1  # raised when a field changes its meaning; readers open older ones
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """One update. Tuples have one entry a rank, in rank order. Losses are in nats a supervised token."""
+
+    update: int  # 1 .. updates; a window keeps its number, also when it is skipped
+    updates: int  # updates of the run
+    epoch: int  # 0-based pass over the rows that the window belongs to
+    rows: int  # rows of the window, over all ranks
+    lr: float  # the learning rate that was applied
+    loss_nats: float | None  # global token mean: sum of loss / N; None where the window has no supervised token
+    grad_norm_pre_clip: float | None  # L2 norm of the whole gradient, unscaled, before clipping; None where there is none
+    clip_coef: float | None  # min(1, max_norm / norm); None without clipping or without a step
+    action: str  # "applied" | "skipped"
+    reason: str | None  # why it was skipped; None where it was applied
+    supervised_tokens: int  # N of the formula, over all ranks
+    rank_loss_nats: tuple[float | None, ...]  # each rank's own token mean; None for a rank without supervised tokens
+    rank_supervised_tokens: tuple[int, ...]
+    rank_real_tokens: tuple[int, ...]  # tokens of rows
+    rank_slot_tokens: tuple[int, ...]  # places computed, padding included
+    rank_passes: tuple[int, ...]  # forward + backward passes
+    rank_grad_norm: tuple[float, ...] | None  # of each rank's share of the sum, before reduction; None under ddp
+    rank_cosine: float | None  # mean cosine between ranks' shares, weighted by their norms; None under ddp or with one rank
+    loss_scale: float | None  # fp16: the factor on the loss in this update; None otherwise
+    update_s: float  # wall time of the whole update on rank 0: data, passes, gate, reduction, optimizer
+    compute_s: float  # rank 0: until its passes were done and the ranks' results were in hand
+    reduce_s: float  # rank 0: summing gradients over ranks and taking the norm
+    rank_peak_gib: tuple[float, ...] | None  # largest allocation since the run began; None without a GPU
+    attempt: int = 1  # raised each time that a resumed run does the update again
+    schema: int = SCHEMA
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(self.rank_real_tokens)
+
+    @property
+    def slot_tokens(self) -> int:
+        return sum(self.rank_slot_tokens)
+
+    @property
+    def real_tokens_per_s(self) -> float:
+        """Tokens of rows a second, all ranks together."""
+        return self.real_tokens / self.update_s if self.update_s > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """One row in one update: where it was computed and what it cost."""
+
+    update: int
+    rank: int
+    micro_batch: int  # index of the pass within the rank's update
+    row_id: str
+    loss_sum_nats: float  # summed over the row's supervised tokens
+    supervised_tokens: int
+    real_tokens: int
+    attempt: int = 1
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth a person's eye, with the next command to type where there is one."""
+
+    update: int  # the last update that had begun; 0 before the first
+    kind: str  # "started" | "skipped" | "stopped" | "checkpoint" | "evaluation" | "warning" | "resumed" | "finished" | ...
+    message: str
+    command: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 1
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """Held-out rows after `update` updates. `scores` is the adapter's; `base` the same model without it, None if not asked."""
+
+    update: int
+    loss_nats: float  # token mean over all held-out rows and ranks
+    rows: int
+    supervised_tokens: int
+    scores: dict[str, float | None]  # see evaluation.py for names; None where a score has no rows to stand on
+    base: dict[str, float | None] | None = None
+    seconds: float = 0.0
+    attempt: int = 1
+    schema: int = SCHEMA
+
+
+AnyRecord = UpdateRecord | RowRecord | Event | EvaluationRecord
+
+
+def to_json(record: AnyRecord) -> str:
+    """One line of JSON without line break. Infinite and NaN numbers are written as the strings "inf", "-inf", "nan", so that any parser reads it."""
+    return json.dumps(_plain(dataclasses.asdict(record)), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,262 @@
+"""A run's parts in one place, and what is done between updates: evaluation, samples, checkpoints, the ways to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glassloop.batches import Batches
+from glassloop.checkpoint import CheckpointNotSaved, State, save_checkpoint
+from glassloop.snapshots import rng_state
+from glassloop.config import Config, as_dict
+from glassloop.dist import gather_objects
+from glassloop.evaluation import Answer, answer_examples, evaluate
+from glassloop.observers import Observer, RunInfo, SampleRecord
+from glassloop.optim import FlatAdapters, LossScale
+from glassloop.plan import StepPlan
+from glassloop.record import EvaluationRecord, Event
+from glassloop.rows import Example, Row
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from glassloop.templates import Template
+
+
+class StopFlag:
+    """Set by the first SIGINT or SIGTERM. The gate carries it to all ranks; further signals change nothing, since a launcher sends several."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.by: str | None = None
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, _frame: Any) -> None:
+        self.asked, self.by = True, self.by or signal.Signals(number).name
+
+
+@dataclass
+class Run:
+    """Everything that the loop touches. Built once by build.py; `observers` is empty on all ranks but 0."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: Path
+    header: tuple[str, ...]
+    plan: StepPlan
+    batches: Batches
+    heldout: tuple[Row, ...]
+    heldout_examples: tuple[Example, ...]
+    sample_examples: tuple[Example, ...]  # answered before and after training
+    engine: Any  # what the loop calls: forward(Pass) -> (loss_sum, row_loss_sums)
+    plain_engine: Any  # the same without DDP's wrapper
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    adapters: FlatAdapters
+    optimizer: torch.optim.Optimizer
+    scale: LossScale
+    rank: int
+    ranks: int
+    device: torch.device
+    pad_id: int
+    stop: StopFlag
+    observers: list[Observer] = field(default_factory=list)
+    tracker_ids: Callable[[], dict[str, str]] = dict
+    first_update: int = 1
+    attempt: int = 1
+    last_saved: int | None = None
+    heldout_losses: dict[int, float] = field(default_factory=dict)  # by update, of this process
+    base_scores: dict[str, float | None] | None = None
+
+    @property
+    def ddp(self) -> bool:
+        """Gradients are reduced by DistributedDataParallel, inside backward."""
+        return self.config.execution.reduction == "ddp" and self.ranks > 1
+
+    def constants(self) -> dict[str, Any]:
+        """What describe() needs to know and never changes in a run."""
+        return {
+            "max_norm": self.config.optimizer.max_grad_norm,
+            "explicit": not self.ddp,
+            "fp16": self.config.execution.precision == "fp16",
+            "attempt": self.attempt,
+        }
+
+    @property
+    def smaller_passes(self) -> str:
+        """Settings that need less memory and leave the rows of an update as they are."""
+        execution, batch = self.config.execution, self.config.batch
+        cures = []
+        if not execution.checkpointing:
+            cures.append("execution.checkpointing=true")
+        if execution.layout == "packed":
+            cures.append("a smaller execution.pass_tokens")
+        elif batch.size > 1:
+            cures.append(f"batch.size={batch.size // 2} batch.rows_per_update={self.plan.rows_per_update}")
+        cures.append(f"a smaller data.max_tokens (now {self.config.data.max_tokens}), which leaves out or cuts long rows")
+        return "; or ".join(cures)
+
+    def event(self, update: int, kind: str, message: str, command: str | None = None, **details: Any) -> None:
+        """Tell every observer."""
+        for observer in self.observers:
+            observer.on_event(Event(update, kind, message, command, details, self.attempt))
+
+    def start(self) -> None:
+        """Print the header; before the first update, evaluate and answer the samples."""
+        done = self.first_update - 1
+        for observer in self.observers:
+            observer.on_start(RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header))
+        self.event(done, "resumed" if done else "started", f"run folder {self.folder}")
+        if done == 0:
+            self.evaluate(0)
+
+    def evaluation_is_due(self, update: int) -> bool:
+        every = self.config.evaluation.every_updates
+        return update == self.plan.updates or (every is not None and update % every == 0)
+
+    def checkpoint_is_due(self, update: int) -> bool:
+        every = self.config.checkpoint.every_updates
+        return update == self.plan.updates or (every is not None and update % every == 0)
+
+    def evaluate(self, update: int) -> None:
+        """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
+        settings = self.config.evaluation
+        shared: dict[str, Any] = {
+            "template": self.template,
+            "tokenizer": self.tokenizer,
+            "batch_size": self.config.batch.size,
+            "pad_id": self.pad_id,
+            "device": self.device,
+            "autocast": self.accelerator.autocast,
+            "max_new_tokens": settings.max_new_tokens,
+        }
+        answers: list[Answer] = []
+        if self.heldout:
+            # Fresh adapters change nothing, so the scores before the first update are the base's.
+            fresh = update == 0 and self.config.model.init_adapter is None
+            record, answers = evaluate(
+                self.plain_engine,
+                self.heldout,
+                self.heldout_examples,
+                rank=self.rank,
+                ranks=self.ranks,
+                generate_rows=settings.generate_rows,
+                with_base=not fresh and self.base_scores is None,
+                update=update,
+                attempt=self.attempt,
+                **shared,
+            )
+            self.base_scores = record.scores if fresh else (self.base_scores or record.base)
+            self._tell(dataclasses.replace(record, base=self.base_scores))
+        if update in (0, self.plan.updates) and settings.samples:
+            if not answers and self.sample_examples:
+                mine = answer_examples(self.plain_engine.hf, self.sample_examples[self.rank :: self.ranks], **shared)
+                answers = [answer for share in gather_objects(mine) for answer in share]
+            for answer in answers[: settings.samples]:
+                self._show(answer, update)
+
+    def _tell(self, record: EvaluationRecord) -> None:
+        if math.isfinite(record.loss_nats):
+            self.heldout_losses[record.update] = record.loss_nats
+        for observer in self.observers:
+            observer.on_evaluation(record)
+
+    def _show(self, answer: Answer, update: int) -> None:
+        base = update == 0 and self.config.model.init_adapter is None
+        sample = SampleRecord(
+            update, answer.row_id, base, answer.prompt, answer.reference, answer.answer, answer.tokens, self.attempt
+        )
+        for observer in self.observers:
+            observer.on_sample(sample)
+
+    def save(self, update: int) -> bool:
+        """Publish a checkpoint after `update` updates; False, with an event, where the disk refused it. All ranks take part."""
+        if self.last_saved == update:
+            return True
+        rng_states = gather_objects(rng_state(self.device))
+        failure = None
+        if self.rank == 0:
+            state = State(
+                update=update,
+                epoch=max(update - 1, 0) // self.plan.windows_per_epoch,
+                world_size=self.ranks,
+                order_seed=self.config.seed,
+                base_hash=self.plain_engine.report.base_hash,
+                config=as_dict(self.config),
+                attempt=self.attempt,
+                loss_scale=self.scale.value,
+                finite_updates=self.scale.finite_updates,
+                heldout_loss_nats=self.heldout_losses.get(update),
+                tracker_ids=self.tracker_ids(),
+            )
+            try:
+                saved = save_checkpoint(
+                    self.folder / "checkpoints",
+                    state,
+                    adapters=self.adapters,
+                    peft_model=self.plain_engine.hf,
+                    tokenizer=self.tokenizer,
+                    chat_template=self.template.chat_template,
+                    base_id=self.plain_engine.report.name,
+                    base_revision=self.plain_engine.report.commit,
+                    optimizer=self.optimizer,
+                    rng_states=rng_states,
+                    keep=self.config.checkpoint.keep,
+                )
+                best = " (best held-out loss so far)" if saved.best == saved.path else ""
+                self.event(update, "checkpoint", f"saved {saved.path}{best}")
+                for note in saved.notes:
+                    self.event(update, "warning", note)
+            except CheckpointNotSaved as error:
+                failure = str(error)
+                self.event(update, "warning", failure)
+        failure = gather_objects(failure)[0]
+        self.last_saved = self.last_saved if failure else update
+        return failure is None
+
+    def stopped(self, update: int, why: str) -> int:
+        """End on demand after `update` updates, with a checkpoint. Exit code 0, or 1 if it could not be saved."""
+        saved = update == 0 or self.save(update)
+        self.event(update, "stopped", f"{why} ({self.stop.by or 'another rank'})", self.resume_command if update else None)
+        return 0 if saved else 1
+
+    def failed(self, update: int, why: str | None) -> int:
+        """End because an update was not sound; the adapters as they were before it are saved. Exit code 1."""
+        if update > 1:
+            self.save(update - 1)
+        self.event(
+            update, "stopped", f"update {update} was not applied: {why}", f"{self.resume_command} --stability.on_nonfinite skip"
+        )
+        return 1
+
+    def finish(self) -> int:
+        """After the last update. Exit code 0, or 1 if the final checkpoint could not be saved."""
+        saved = self.save(self.plan.updates)
+        self.event(self.plan.updates, "finished", f"run folder {self.folder}")
+        return 0 if saved else 1
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"accelerate launch ... train_loop.py --resume {self.folder}"
+
+    def close_observers(self) -> None:
+        """Close files, terminal and trackers."""
+        for observer in self.observers:
+            observer.close()
+
+    def close(self) -> None:
+        """Close observers and the process group."""
+        self.close_observers()
+        self.accelerator.end_training()

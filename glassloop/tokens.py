@@ -1,0 +1,172 @@
+"""Text to token ids, with the tokens that control a conversation kept apart from the text of rows.
+
+A row's text is encoded by a copy of the tokenizer that knows no added token, so `<｜Assistant｜>`, `<think>` or an end-of-text
+mark in a row stays text. (`split_special_tokens=True` is not enough: some of them are added tokens that do not count as
+special.) Control tokens come from templates, as ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Part = tuple[int | str, bool]  # a control token's id or a piece of text, and whether it is supervised
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What a tokenizer does to parts. Two copies, since some tokenizers put a space before text, and must not do so within a
+    text."""
+
+    opening: Tokenizer  # for text at the start of a row or behind a control token
+    within: Tokenizer  # for text that goes on where the supervised part begins or ends
+    control: dict[str, int]  # added tokens by their text, those of mere whitespace left out
+    pattern: re.Pattern[str]  # finds them, the longest first
+    never_text: frozenset[int]  # ids that no text may turn into
+    begin: int | None  # BOS, None where the tokenizer has none
+    end: int  # EOS
+
+    def control_of(self, match: re.Match[str]) -> int:
+        """The control token that `pattern` found."""
+        return self.control[match.group(match.lastindex or 0)]
+
+
+def make_codec(tokenizer: PreTrainedTokenizerBase) -> Codec:
+    """Raises ValueError for a tokenizer without a `tokenizers` backend or without EOS, or one that makes control tokens of
+    plain text."""
+    name = tokenizer.name_or_path
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"model.id = {name}: {type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json")
+    begin, end, unknown = (cast("int | None", getattr(tokenizer, f"{what}_token_id")) for what in ("bos", "eos", "unk"))
+    if end is None:
+        raise ValueError(
+            f"model.id = {name}: its tokenizer has no end token, so no answer could end; choose a model that has one"
+        )
+    written = json.loads(backend.to_str())
+    added = {token["content"]: token for token in written["added_tokens"]}
+    # Runs of spaces or line breaks steer nothing, and the model knows them as text: they stay as they are.
+    blank = {text for text, token in added.items() if not token["special"] and not text.strip(" \t\n\r▁")}
+    control = {text: token["id"] for text, token in added.items() if text not in blank}
+    steps = {where: _steps(written, within=where) for where in (False, True)}
+    opening = _plain(written, blank, steps[False])
+    within = opening if steps[True] == steps[False] else _plain(written, blank, steps[True])
+    ordered = sorted(control, key=len, reverse=True)
+    pattern = "|".join(r"\s*" * added[t]["lstrip"] + f"({re.escape(t)})" + r"\s*" * added[t]["rstrip"] for t in ordered)
+    never_text = frozenset(control.values()) - ({unknown} - {begin, end})
+    for text, token in control.items():
+        if token in never_text and token in opening.encode(text, add_special_tokens=False).ids:
+            raise ValueError(
+                f"model.id = {name}: its tokenizer turns the plain text {text!r} into control token {token}, so rows could "
+                "not be told from a conversation's marks; choose a model with a byte-level tokenizer"
+            )
+    return Codec(opening, within, control, re.compile(pattern or r"(?!)"), never_text, begin, end)
+
+
+def _plain(written: dict[str, Any], keep: set[str], steps: dict[str, Any]) -> Tokenizer:
+    """A copy of the tokenizer without control tokens, with other `steps` before its model and none behind it."""
+    from tokenizers import Tokenizer
+
+    kept = {token["content"]: token["id"] for token in written["added_tokens"] if token["content"] in keep}
+    plain = dict(written, added_tokens=[t for t in written["added_tokens"] if t["content"] in keep])
+    plain.update(post_processor=None, truncation=None, padding=None, **steps)
+    copy = Tokenizer.from_str(json.dumps(plain))
+    moved = [text for text, token in kept.items() if copy.token_to_id(text) != token]
+    if moved:  # they are numbered behind a control token that is gone
+        raise ValueError(
+            f"the tokenizer's whitespace tokens {moved} cannot be told from its control tokens; choose another model"
+        )
+    return copy
+
+
+def _steps(written: dict[str, Any], *, within: bool) -> dict[str, Any]:
+    normalizer = written["normalizer"]
+    return {
+        "normalizer": _without_prepend(normalizer) if within else normalizer,
+        "pre_tokenizer": _without_prefix(written["pre_tokenizer"], within),
+    }
+
+
+def _without_prefix(step: dict[str, Any] | None, within: bool) -> dict[str, Any] | None:
+    """A pre-tokenizer step that puts no space before text: never for `within`, only what every piece of text gets otherwise."""
+    if step is None:
+        return None
+    step = dict(step)
+    if "pretokenizers" in step:
+        step["pretokenizers"] = [_without_prefix(inner, within) for inner in step["pretokenizers"]]
+    if step.get("prepend_scheme") == "first" or (within and "prepend_scheme" in step):
+        step["prepend_scheme"] = "never"  # "first" speaks of the start of a row, where BOS stands
+    if within and "add_prefix_space" in step:
+        step["add_prefix_space"] = False
+    return step
+
+
+def _without_prepend(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    if step is None or step["type"] == "Prepend":
+        return None
+    if "normalizers" in step:
+        inner = [kept for one in step["normalizers"] if (kept := _without_prepend(one)) is not None]
+        return dict(step, normalizers=inner)
+    return step
+
+
+def literal(codec: Codec, text: str, supervised: bool = False) -> list[Part]:
+    """Text that a template wrote: the control tokens in it become ids, the rest stays text."""
+    parts: list[Part] = []
+    end = 0
+    for match in codec.pattern.finditer(text):
+        parts += [(text[end : match.start()], supervised), (codec.control_of(match), supervised)]
+        end = match.end()
+    return [*parts, (text[end:], supervised)]
+
+
+def encode_rows(codec: Codec, rows: Sequence[Sequence[Part]], row_ids: Sequence[str]) -> list[tuple[list[int], list[bool]]]:
+    """Ids and supervision of each row of parts.
+
+    Neighbouring text with equal supervision is joined first, so it is encoded as one text; where supervision changes, tokens end.
+    """
+    texts: dict[bool, list[str]] = {False: [], True: []}  # within -> texts, in order
+    joined = [_join(parts) for parts in rows]
+    for parts in joined:
+        for place, (part, _) in enumerate(parts):
+            if isinstance(part, str):
+                texts[_is_within(parts, place)].append(part)
+    encoded = {
+        False: iter(codec.opening.encode_batch_fast(texts[False], add_special_tokens=False)),
+        True: iter(codec.within.encode_batch_fast(texts[True], add_special_tokens=False)),
+    }
+    result = []
+    for parts, row_id in zip(joined, row_ids, strict=True):
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for place, (part, flag) in enumerate(parts):
+            new = [part] if isinstance(part, int) else next(encoded[_is_within(parts, place)]).ids
+            if isinstance(part, str) and not codec.never_text.isdisjoint(new):
+                raise ValueError(
+                    f"row {row_id}: its text turns into control tokens {codec.never_text & {*new}}; leave the row out"
+                )
+            ids += new
+            supervised += [flag] * len(new)
+        result.append((ids, supervised))
+    return result
+
+
+def _join(parts: Sequence[Part]) -> list[Part]:
+    joined: list[Part] = []
+    for part, flag in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1][0], str) and joined[-1][1] == flag:
+            joined[-1] = (joined[-1][0] + part, flag)
+        elif part != "":
+            joined.append((part, flag))
+    return joined
+
+
+def _is_within(parts: Sequence[Part], place: int) -> bool:
+    return place > 0 and isinstance(parts[place - 1][0], str)

@@ -1,0 +1,273 @@
+"""Who may import whom, what stays light, and how long a file may get."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "triton", "numpy", "pandas", "wandb")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a module may import. The standard library is free; a package not named here is refused."""
+
+    siblings: str = ""  # modules of glassloop
+    packages: str = ""  # packages, anywhere in the file
+    late: str = ""  # packages, inside functions only
+
+
+# Data flows one way: a module may only import from rows above its own.
+TABLE = {
+    "__init__": Rule(),
+    # Plain values and files; no torch.
+    "config": Rule(packages="pydantic"),
+    "presets": Rule(),
+    "arguments": Rule("config presets", "pydantic yaml"),
+    "plan": Rule(),
+    "record": Rule(),
+    "cache": Rule(),
+    "folders": Rule(),
+    "environment": Rule(late="torch"),
+    # Rows as token ids: they know of no model and no loop.
+    "rows": Rule(),
+    "formats": Rule("config rows"),
+    "text_files": Rule("formats"),
+    "duplicates": Rule("formats rows"),
+    "sources": Rule("config duplicates formats rows text_files", late="datasets"),
+    "tokens": Rule(late="tokenizers"),
+    "chat_template": Rule("rows tokens", late="jinja2"),
+    "templates": Rule("chat_template config rows tokens"),
+    "dataset": Rule("config rows sources templates"),
+    "batches": Rule("plan rows templates", "torch"),
+    # Arithmetic on tensors: takes numbers, no config.
+    "loss": Rule("rows", "torch"),
+    "optim": Rule("", "torch", late="bitsandbytes"),
+    "dist": Rule("", "torch"),
+    # The model: knows of no batches, optimizer or observers.
+    "smollm2": Rule("cache", late="gguf tokenizers torch transformers"),
+    "base_source": Rule("cache config smollm2", late="huggingface_hub"),
+    "model_checks": Rule("", "torch"),
+    "base_cache": Rule("base_source cache config model_checks", "safetensors torch transformers"),
+    "adapters": Rule("config", "peft safetensors torch transformers"),
+    "model": Rule("adapters base_cache base_source config loss model_checks rows", "torch transformers"),
+    "generation": Rule("", "torch", late="transformers"),
+    # What is kept and shown of a run.
+    "snapshots": Rule("", "numpy torch"),
+    "checkpoint": Rule("folders optim snapshots", "safetensors torch"),
+    "observers": Rule("record"),
+    "terminal": Rule("observers record", "rich"),
+    "trackers": Rule("config environment observers record", late="wandb"),
+    "outcome": Rule("batches dist record"),
+    "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
+    # What knows every part.
+    "launch": Rule("config", "accelerate torch"),
+    "run": Rule("*", "torch"),
+    "build": Rule("*", "accelerate torch"),
+    "cli": Rule("*", late="*"),
+    "train_loop": Rule("*", "torch"),
+}
+NOBODY_IMPORTS = ("cli", "train_loop")  # but cli itself
+LIGHT = ("config", "presets", "arguments", "plan", "record", "rows")
+CALLED = {"yaml": "pyyaml"}  # packages that are imported by another name than they are installed by
+LONGEST = {"update_once": 45, "train": 150}  # lines of a function in train_loop.py, from def to the last one
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: dotted name, whether a function's body holds it, whether only a type checker sees it."""
+
+    name: str
+    line: int
+    late: bool
+    types_only: bool
+
+
+def sources() -> list[Path]:
+    return [*sorted((ROOT / "glassloop").rglob("*.py")), *ROOT.glob("train_loop.py")]
+
+
+def module_of(path: Path) -> str:
+    """Dotted name of a file: glassloop/cli/data.py is glassloop.cli.data, glassloop/__init__.py is glassloop.__init__."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(module: str, source: str) -> Iterator[Import]:
+    """Every import statement of a file, relative ones made absolute. `from a import b` counts as a.b, for b may be a module."""
+
+    def visit(node: ast.AST, late: bool, types_only: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, late, types_only) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (Import(f"{base}.{alias.name}", node.lineno, late, types_only) for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                yield from visit(child, late, True)
+            for child in node.orelse:
+                yield from visit(child, late, types_only)
+        else:
+            inside = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, inside, types_only)
+
+    yield from visit(ast.parse(source), False, False)
+
+
+def row_of(module: str) -> str:
+    """The table's row for a dotted name: glassloop.fused.norm is fused, train_loop is itself, glassloop alone is __init__."""
+    parts = module.split(".")
+    if parts[0] != "glassloop":
+        return parts[0]
+    return parts[1] if len(parts) > 1 and parts[1] in known_rows() else "__init__"
+
+
+def known_rows() -> set[str]:
+    """One row for each file or folder of glassloop, and one for train_loop."""
+    return {"train_loop", *(module_of(path).split(".")[1] for path in sources() if path.name != "train_loop.py")}
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a file imports against the table, one line each."""
+    row = row_of(module)
+    if row not in TABLE:
+        return [f"{module} has no row in TABLE: say what it may import"]
+    rule, found = TABLE[row], []
+    for item in imports(module, source):
+        top = item.name.split(".")[0]
+        if top in sys.stdlib_module_names:
+            continue
+        what = f"{module}:{item.line} imports {item.name}"
+        if top in ("glassloop", "train_loop"):
+            target = row_of(item.name)
+            if target in NOBODY_IMPORTS and row != "cli":
+                found.append(f"{what}: only cli may")
+            elif target not in (row, "__init__") and rule.siblings != "*" and target not in rule.siblings.split():
+                found.append(f"{what}: its row does not name {target}")
+        elif item.types_only or top in rule.packages.split():
+            continue
+        elif rule.late != "*" and top not in rule.late.split():
+            found.append(f"{what}: its row does not name {top}")
+        elif not item.late:
+            found.append(f"{what}: only inside a function")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_imports_follow_the_table(path: Path) -> None:
+    assert violations(module_of(path), path.read_text(encoding="utf-8")) == []
+
+
+def test_the_table_flows_one_way_and_names_files_that_exist() -> None:
+    above: list[str] = []
+    for row, rule in TABLE.items():
+        later = set(rule.siblings.split()) - {"*", row} - set(above)
+        assert not later, f"{row} may import {later}, which stand below it"
+        above.append(row)
+    assert set(TABLE) == known_rows()
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    asked = parser["options"]["install_requires"] + "".join(parser["options.extras_require"].values())
+    names = {canonicalize_name(Requirement(line).name) for line in asked.splitlines() if line}
+    for path in sources():
+        for item in imports(module_of(path), path.read_text(encoding="utf-8")):
+            top = item.name.split(".")[0]
+            if top not in sys.stdlib_module_names and top not in ("glassloop", "train_loop"):
+                name = canonicalize_name(CALLED.get(top, top))
+                assert name in names, f"{path.name}:{item.line} imports {top}, which setup.cfg does not ask for"
+
+
+PLANTED = {
+    "package the row lacks": ("glassloop.record", "import torch", "does not name torch"),
+    "part of such a package": ("glassloop.plan", "from torch.nn import functional", "does not name torch"),
+    "late package on top": ("glassloop.optim", "import bitsandbytes", "only inside a function"),
+    "late package in a class": ("glassloop.optim", "class A:\n    import bitsandbytes", "only inside a function"),
+    "package in a function": ("glassloop.record", "def f():\n    import torch", "does not name torch"),
+    "package behind try": ("glassloop.plan", "try:\n    import torch\nexcept ImportError:\n    pass", "does not name torch"),
+    "sibling": ("glassloop.loss", "from glassloop.config import Config", "does not name config"),
+    "sibling from the package": ("glassloop.loss", "from glassloop import config", "does not name config"),
+    "sibling, relative": ("glassloop.loss", "from .config import Config", "does not name config"),
+    "sibling, relative and bare": ("glassloop.loss.part", "from .. import config", "does not name config"),
+    "sibling for types": (
+        "glassloop.loss",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from glassloop.config import Config",
+        "does not name config",
+    ),
+    "the loop": ("glassloop.model", "def f():\n    import train_loop", "only cli may"),
+    "a command": ("glassloop.plan", "from glassloop.cli import data", "only cli may"),
+    "a command, from the loop": ("train_loop", "import glassloop.cli.data", "only cli may"),
+    "heavy on top of a command": ("glassloop.cli.data", "import torch", "only inside a function"),
+    "a file without a row": ("glassloop.elsewhere", "", "no row in TABLE"),
+}
+
+
+@pytest.mark.parametrize(("module", "source", "complaint"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_import_is_seen(module: str, source: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {*TABLE, module.split(".")[-1]}
+    monkeypatch.setitem(globals(), "known_rows", lambda: names)
+    (found,) = violations(module, source)
+    assert complaint in found
+
+
+ALLOWED = {
+    "standard library": ("glassloop.record", "import json\nfrom pathlib import Path"),
+    "torch for types": ("glassloop.rows", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+    "late package": ("glassloop.optim", "def f():\n    import bitsandbytes as bnb"),
+    "the version": ("glassloop.loss", "from glassloop import __version__"),
+    "a sibling in the row": ("glassloop.loss", "from glassloop.rows import IGNORE"),
+    "the loop in a command": ("glassloop.cli.data", "def main(argv):\n    import torch, train_loop"),
+}
+
+
+@pytest.mark.parametrize(("module", "source"), ALLOWED.values(), ids=ALLOWED)
+def test_what_the_table_allows_passes(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def heavy_after(statement: str) -> set[str]:
+    """Which of HEAVY a new interpreter holds after the statement."""
+    code = f"import sys\n{statement}\nprint('HELD', *(set({HEAVY!r}) & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return set(ran.stdout.rpartition("HELD")[2].split())
+
+
+def test_what_must_stay_light_loads_nothing_heavy() -> None:
+    assert heavy_after(f"import glassloop\nfrom glassloop import {', '.join(LIGHT)}") == set()
+
+
+def test_the_console_command_lists_its_commands_without_torch() -> None:
+    assert heavy_after("from glassloop.cli.__main__ import main\nassert main(['--help']) == 0") == set()
+
+
+def test_a_heavy_import_is_seen() -> None:
+    assert "torch" in heavy_after("import glassloop.loss")
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_no_file_outgrows_a_reader(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines < 350, f"{path.name} has {lines} lines: split it by concept"
+
+
+@pytest.mark.parametrize(("name", "most"), LONGEST.items())
+def test_the_loop_stays_readable(name: str, most: int) -> None:
+    path = ROOT / "train_loop.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    assert lines <= most, f"{name}() has {lines} lines, {most} at most"

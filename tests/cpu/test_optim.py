@@ -1,0 +1,97 @@
+"""The flat buffer, its optimizers, the norm and fp16's scale."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from glassloop.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer
+from torch import nn
+
+HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+
+
+def layers(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(96, 70, bias=False), nn.Linear(70, 96, bias=False))
+
+
+def test_parameters_and_gradients_are_views_and_values_stay():
+    model, same = layers(), layers()
+    adapters = FlatAdapters(model.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert adapters.trainable == 2 * 96 * 70
+    assert all(s.offset % ALIGNMENT == 0 for s in adapters.slices.values())
+    model(torch.ones(3, 96)).sum().backward()
+    model(torch.ones(3, 96)).sum().backward()
+    same(torch.ones(3, 96)).sum().backward()
+    for name, p in same.named_parameters():
+        torch.testing.assert_close(adapters.slices[name].of(adapters.grad), 2 * p.grad)
+    adapters.check_views()
+
+
+def test_a_dropped_gradient_view_is_noticed():
+    model = layers()
+    adapters = FlatAdapters(model.named_parameters())
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="0.weight left the flat buffer"):
+        adapters.check_views()
+
+
+def test_a_bf16_adapter_is_refused():
+    with pytest.raises(ValueError, match="bfloat16"):
+        FlatAdapters(layers().bfloat16().named_parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw", "sgd"])
+def test_one_flat_tensor_moves_as_the_tensors_would_one_by_one(name):
+    """Bitwise for 8 bits: blocks of 256 never straddle two matrices, so quantisation of the states is the same."""
+    model, single = layers(), layers()
+    adapters = FlatAdapters(model.named_parameters())
+    optimizer = make_optimizer(name, adapters.flat, **HYPER)
+    ps = list(single.parameters())
+    betas = (HYPER["beta1"], HYPER["beta2"])
+    one_by_one = {
+        "adamw_8bit": lambda: bnb.optim.AdamW8bit(ps, lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.01),
+        "adamw": lambda: torch.optim.AdamW(ps, lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.01, fused=True),
+        "sgd": lambda: torch.optim.SGD(ps, lr=1e-2, weight_decay=0.01),
+    }[name]()
+    for step in range(4):
+        torch.manual_seed(step)
+        x = torch.randn(5, 96)
+        adapters.zero_grad()
+        one_by_one.zero_grad()
+        for m in (model, single):
+            (m(x) ** 2).mean().backward()
+        optimizer.step()
+        one_by_one.step()
+    for a, b in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7 if name == "adamw_8bit" else 0)
+
+
+def test_the_norm_of_a_large_vector_is_exact_to_1e_7():
+    flat = torch.randn(5_000_000, generator=torch.Generator().manual_seed(1))
+    exact = flat.double().square().sum().sqrt().item()
+    assert l2_norm(flat).item() == pytest.approx(exact, rel=1e-7)
+
+
+def test_the_checksum_sees_one_changed_bit():
+    adapters = FlatAdapters(layers().named_parameters())
+    before = adapters.checksum().item()
+    adapters.flat.data.view(torch.int32)[5] ^= 1
+    assert adapters.checksum().item() != before
+
+
+def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_quiet_while():
+    scale = LossScale(1024.0, growth_updates=3, enabled=True)
+    scale.after(finite=False)
+    assert scale.value == 512
+    for _ in range(3):
+        scale.after(finite=True)
+    assert scale.value == 1024
+    off = LossScale(1024.0, 3, enabled=False)
+    off.after(finite=False)
+    assert off.value == 1
+
+
+def test_paged_states_on_a_cpu_are_refused():
+    with pytest.raises(ValueError, match="paged_adamw_8bit needs a CUDA device"):
+        make_optimizer("paged_adamw_8bit", FlatAdapters(layers().named_parameters()).flat, **HYPER)

@@ -1,0 +1,88 @@
+"""Step arithmetic and learning rate: closed forms, and counts against brute force."""
+
+import math
+
+import pytest
+from glassloop.plan import describe, lr_at, make_plan
+from hypothesis import given
+from hypothesis import strategies as st
+
+RECIPE = dict(tail="keep", epochs=1.0, warmup=5, peak=2e-4, kind="linear", first="peak_over_warmup")
+
+
+def test_the_recipe_makes_38_windows_and_1_58_epochs():
+    plan = make_plan(rows=600, size=2, ranks=2, accumulation=4, updates=60, **RECIPE)
+    assert (plan.full_windows, plan.tail_rows, plan.windows_per_epoch) == (37, 8, 38)
+    assert round(plan.epochs, 2) == 1.58
+    assert "37 full windows and one of 8 rows" in describe(plan)[1]
+
+
+def test_the_recipes_learning_rate_follows_the_formula_and_is_never_zero():
+    U, W = 60, 5
+    lr = [lr_at(u, updates=U, warmup=W, peak=2e-4, kind="linear", first="peak_over_warmup") for u in range(1, U + 1)]
+    assert lr == pytest.approx([2e-4 * min(u / W, (U - u + 1) / (U - W + 1)) for u in range(1, U + 1)], rel=1e-12)
+    assert max(lr) == lr[W - 1] == 2e-4
+    assert min(lr) > 0
+
+
+def test_first_zero_is_the_trainers_schedule():
+    U, W = 60, 5
+    lr = [lr_at(u, updates=U, warmup=W, peak=2e-4, kind="linear", first="zero") for u in range(1, U + 1)]
+    trainer = [2e-4 * (s / W if s < W else (U - s) / (U - W)) for s in range(U)]
+    assert lr == pytest.approx(trainer, rel=1e-12)
+    assert lr[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@given(updates=st.integers(1, 200), warmup=st.integers(0, 200))
+def test_every_schedule_peaks_once_and_stays_positive(kind, updates, warmup):
+    if warmup > updates:
+        return
+    lr = [lr_at(u, updates=updates, warmup=warmup, peak=1.0, kind=kind, first="peak_over_warmup") for u in range(1, updates + 1)]
+    assert all(0 < value <= 1 for value in lr)
+    rising = lr[: max(warmup, 1)]
+    assert rising == sorted(rising)
+    falling = lr[max(warmup - 1, 0) :]
+    assert falling == sorted(falling, reverse=True)
+    if warmup:
+        assert lr[warmup - 1] == 1.0
+
+
+@given(
+    rows=st.integers(1, 500),
+    size=st.integers(1, 5),
+    ranks=st.integers(1, 4),
+    accumulation=st.integers(1, 5),
+    tail=st.sampled_from(["keep", "drop"]),
+    epochs=st.sampled_from([0.5, 1.0, 1.5, 3.0]),
+)
+def test_windows_and_updates_equal_a_count(rows, size, ranks, accumulation, tail, epochs):
+    per_update = size * ranks * accumulation
+    windows = [min(per_update, rows - start) for start in range(0, rows, per_update)]
+    if tail == "drop":
+        windows = [window for window in windows if window == per_update]
+    make = lambda: make_plan(  # noqa: E731
+        rows=rows,
+        size=size,
+        ranks=ranks,
+        accumulation=accumulation,
+        updates=None,
+        **(RECIPE | {"tail": tail, "epochs": epochs, "warmup": 0}),
+    )
+    if not windows:
+        with pytest.raises(ValueError, match="make no window"):
+            make()
+        return
+    plan = make()
+    assert plan.windows_per_epoch == len(windows)
+    assert plan.updates == max(1, math.ceil(epochs * len(windows)))
+
+
+def test_updates_outside_the_run_have_no_learning_rate():
+    with pytest.raises(ValueError, match="not one of 1 .. 60"):
+        lr_at(61, updates=60, warmup=5, peak=1.0, kind="linear", first="zero")
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match=r"schedule.warmup_updates = 5 is more than the 1 updates"):
+        make_plan(rows=8, size=2, ranks=2, accumulation=2, updates=None, **RECIPE)

