@@ -51,7 +51,9 @@ def attach_lora(hf: PreTrainedModel, lora: LoraConfig, *, seed: int, base_name: 
     )
     # Before activation checkpointing is switched on: PEFT would then make embeddings require grad, at the price of one more gradient.
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft 0.21 asks by the old name
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )  # peft 0.21 asks by the old name
         model = peft.get_peft_model(hf, config, autocast_adapter_dtype=True)
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = base_name, commit
@@ -68,7 +70,9 @@ def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
     """Raise ValueError, with the names that exist, unless each target is the last part of some linear layer's name (the head is none)."""
     head = hf.get_output_embeddings()
     linear = {
-        name.rpartition(".")[2] for name, module in hf.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+        name.rpartition(".")[2]
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     unknown = [target for target in targets if target not in linear]
     if unknown:
@@ -87,20 +91,28 @@ def load_adapter(model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_n
     try:
         saved: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"model.init_adapter = {folder} has no adapter_config.json: name the folder of a PEFT adapter") from error
+        raise ValueError(
+            f"model.init_adapter = {folder} has no adapter_config.json: name the folder of a PEFT adapter"
+        ) from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"model.init_adapter = {folder}: adapter_config.json is not JSON ({error}): take an undamaged adapter") from error
+        raise ValueError(
+            f"model.init_adapter = {folder}: adapter_config.json is not JSON ({error}): take an undamaged adapter"
+        ) from error
     differences = adapter_differences(saved, lora, base_name=base_name, commit=commit)
     if differences:
         raise ValueError(f"model.init_adapter = {folder} does not fit this run: {'; '.join(differences)}")
     try:
         weights = peft.load_peft_weights(str(path), device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"model.init_adapter = {folder}: its weights cannot be read ({error}): take an undamaged adapter") from error
+        raise ValueError(
+            f"model.init_adapter = {folder}: its weights cannot be read ({error}): take an undamaged adapter"
+        ) from error
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     odd = sorted(weights.keys() ^ expected.keys()) or sorted(n for n in weights if weights[n].shape != expected[n].shape)
     if odd:
-        raise ValueError(f"model.init_adapter = {folder}: {len(odd)} tensors are missing, unknown or of another shape ({', '.join(odd[:3])})")
+        raise ValueError(
+            f"model.init_adapter = {folder}: {len(odd)} tensors are missing, unknown or of another shape ({', '.join(odd[:3])})"
+        )
     peft.set_peft_model_state_dict(model, weights)
 
 
@@ -109,13 +121,21 @@ def adapter_differences(saved: dict[str, Any], lora: LoraConfig, *, base_name: s
     if saved.get("peft_type") != "LORA":
         return [f"peft_type is {saved.get('peft_type')}, only LORA is trained here"]
     targets = saved.get("target_modules") or []
-    there = {"lora.r": saved.get("r"), "lora.alpha": saved.get("lora_alpha"), "lora.targets": sorted([targets] if isinstance(targets, str) else targets)}
-    here = {"lora.r": lora.r, "lora.alpha": lora.alpha, "lora.targets": sorted(lora.targets)}
-    differences = [f"{field} is {there[field]} in the adapter, {here[field]} in the config" for field in here if there[field] != here[field]]
+    targets = [targets] if isinstance(targets, str) else targets
+    fields = {
+        "lora.r": (saved.get("r"), lora.r),
+        "lora.alpha": (saved.get("lora_alpha"), lora.alpha),
+        "lora.targets": (sorted(targets), sorted(lora.targets)),
+    }
+    differences = [
+        f"{field} is {there} in the adapter, {here} in the config" for field, (there, here) in fields.items() if there != here
+    ]
     saved_base = saved.get("base_model_name_or_path")
     if saved_base and saved_base != base_name:
         differences.append(f"it was trained on {saved_base}, model.id gives {base_name}")
     elif saved.get("revision") and commit and saved["revision"] != commit:
         differences.append(f"it was trained on commit {saved['revision']}, model.revision gives {commit}")
-    differences += [f"{field} is {saved[field]}, not trained here" for field, plain in PLAIN.items() if (saved.get(field) or plain) != plain]
+    differences += [
+        f"{field} is {saved[field]}, not trained here" for field, plain in PLAIN.items() if (saved.get(field) or plain) != plain
+    ]
     return differences

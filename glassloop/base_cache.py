@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from glassloop.base_source import BaseError, BaseSource, base_hash, loading_errors, resolve_source
-from glassloop.config import ModelConfig
+from glassloop.base_source import BaseError, BaseSource, base_hash, damaged_copy, loading_errors, resolve_source
 from glassloop.cache import cache_root, published
+from glassloop.config import ModelConfig
 from glassloop.model_checks import base_checksum
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -106,11 +105,18 @@ def load_base(
 
 
 def _load(
-    path: str, revision: str | None, model: ModelConfig, dtype: torch.dtype, device: torch.device, quantize: BitsAndBytesConfig | None = None
+    path: str,
+    revision: str | None,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantize: BitsAndBytesConfig | None = None,
+    copy: Path | None = None,
 ) -> PreTrainedModel:
     settings = {} if quantize is None else {"quantization_config": quantize}
-    with loading_errors(model):
-        hf, info = AutoModelForCausalLM.from_pretrained(
+    with loading_errors(model, copy):
+        hf, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             path,
             revision=revision,
             dtype=dtype,
@@ -126,6 +132,13 @@ def _load(
             f"model.id = {model.id}: {len(missing)} weights are missing from its files and would be random "
             f"({', '.join(missing[:3])}): take a complete repository or folder"
         )
+    for name, module in hf.named_modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            raise BaseError(
+                f"model.id = {model.id}: {name} is {tuple(state.shape)} in its files, ({module.out_features}, {module.in_features}) in "
+                "config.json: take a repository or folder whose config fits its weights"
+            )
     hf.requires_grad_(False)
     prepare_4bit(hf, dtype)
     return hf
@@ -157,7 +170,7 @@ def _quantized_copy(
         bnb_4bit_use_double_quant=model.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-    hf = _load(source.path, source.revision, model, dtype, device, settings)
+    hf = _load(source.path, source.revision, model, dtype, device, quantize=settings)
     with published(folder) as temporary:
         _check_free_space(temporary, hf.get_memory_footprint())
         generation, hf.generation_config = hf.generation_config, GenerationConfig()
@@ -165,7 +178,13 @@ def _quantized_copy(
         if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
             generation.to_json_file(temporary / "generation_config.json")
         files = {str(f.relative_to(temporary)): _file_entry(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-        manifest = {"name": source.name, "commit": source.commit, "base_hash": files_hash, "checksum": base_checksum(hf), "files": files}
+        manifest = {
+            "name": source.name,
+            "commit": source.commit,
+            "base_hash": files_hash,
+            "checksum": base_checksum(hf),
+            "files": files,
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return folder, True
 
@@ -203,26 +222,17 @@ def copy_name(name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype
 
 
 def _load_copy(folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, int]:
-    """Load a quantised copy and compare it with the checksum taken when it was made. Raises BaseError naming a damaged folder."""
-
-    def damaged(why: object) -> BaseError:
-        return BaseError(
-            f"the quantised copy of model.id = {model.id} is damaged ({why}): delete the folder {folder}; the next launch makes it again"
-        )
-
-    try:
+    """Load a quantised copy and compare it with what was written down when it was made. Raises BaseError naming a damaged folder."""
+    with loading_errors(model, copy=folder):
         manifest = json.loads((folder / MANIFEST).read_text())
         expected, files = manifest["checksum"], manifest["files"]
         for name, entry in files.items():
-            size = (folder / name).stat().st_size
-            if size != entry["bytes"] or (entry["sha256"] and entry["sha256"] != _file_entry(folder / name)["sha256"]):
-                raise damaged(name)
-        hf = _load(str(folder), None, model, dtype, device)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, FileNotFoundError, SafetensorError) as error:
-        raise damaged(f"{type(error).__name__}: {error}") from error
+            if _file_entry(folder / name) != entry:
+                raise BaseError(damaged_copy(model, folder, name))
+        hf = _load(str(folder), None, model, dtype, device, copy=folder)
     checksum = base_checksum(hf)
     if checksum != expected:
-        raise damaged(f"checksum {checksum}, made with {expected}")
+        raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))
     return hf, checksum
 
 
@@ -238,13 +248,19 @@ def _compare_own_quantization(own: dict[str, Any], model: ModelConfig, dtype: to
     """Notes on a repository that comes quantised: its settings are kept. Raises BaseError where they are not NF4 by bitsandbytes."""
     kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method", "unknown")
     if kind != "nf4":
-        raise BaseError(f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised repository")
+        raise BaseError(
+            f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised repository"
+        )
     if model.quantization != "nf4":
-        raise BaseError(f"model.id = {model.id} comes quantised as NF4, but model.quantization = {model.quantization}: set it to nf4")
+        raise BaseError(
+            f"model.id = {model.id} comes quantised as NF4, but model.quantization = {model.quantization}: set it to nf4"
+        )
     notes = [f"model.id = {model.id} comes quantised: its own NF4 weights are used"]
     double = bool(own.get("bnb_4bit_use_double_quant"))
     if double != model.double_quantization:
-        notes.append(f"its double quantisation is {double}; model.double_quantization = {model.double_quantization} has no effect")
+        notes.append(
+            f"its double quantisation is {double}; model.double_quantization = {model.double_quantization} has no effect"
+        )
     compute, wanted = (str(d).removeprefix("torch.") for d in (own.get("bnb_4bit_compute_dtype"), dtype))
     if compute != wanted:
         notes.append(f"its compute dtype {compute} is replaced by {wanted}")

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from glassloop.config import ModelConfig
 from glassloop.cache import cache_root
+from glassloop.config import ModelConfig
 from glassloop.smollm2 import MODEL_ID, smollm2_folder
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")  # the first kind that is there, as transformers chooses
@@ -65,7 +65,9 @@ def resolve_source(model: ModelConfig) -> BaseSource:
     folder = Path(model.id).expanduser()
     if folder.is_dir():
         if model.revision is not None:
-            raise BaseError(f"model.revision = {model.revision} means nothing for the local folder model.id = {model.id}: leave it out")
+            raise BaseError(
+                f"model.revision = {model.revision} means nothing for the local folder model.id = {model.id}: leave it out"
+            )
         if not (folder / "config.json").is_file():
             raise BaseError(f"model.id = {model.id} is a folder without config.json: name the folder that save_pretrained wrote")
         return BaseSource(name=str(folder.absolute()), commit=None, folder=folder.absolute())
@@ -87,7 +89,9 @@ def _hub_source(model: ModelConfig) -> BaseSource:
     except GatedRepoError as error:
         raise BaseError(_gated(model.id)) from error
     except RevisionNotFoundError as error:
-        raise BaseError(f"model.revision = {revision} does not exist in {model.id}: give a commit, tag or branch of it") from error
+        raise BaseError(
+            f"model.revision = {revision} does not exist in {model.id}: give a commit, tag or branch of it"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BaseError(
             f"model.id = {model.id} is neither a folder nor a model on the hub: check the spelling (owner/name); "
@@ -133,7 +137,9 @@ def base_files(folder: Path) -> list[Path]:
     """config.json and the weight files that transformers would read from a folder."""
     weights = next((found for kind in WEIGHT_FILES if (found := sorted(folder.glob(kind)))), [])
     if not weights:
-        raise BaseError(f"model.id = {folder} holds no weights (*.safetensors or *.bin): name the folder that save_pretrained wrote")
+        raise BaseError(
+            f"model.id = {folder} holds no weights (*.safetensors or *.bin): name the folder that save_pretrained wrote"
+        )
     return [folder / "config.json", *weights]
 
 
@@ -156,32 +162,45 @@ def _gated(name: str) -> str:
 
 
 @contextmanager
-def loading_errors(model: ModelConfig) -> Iterator[None]:
-    """Turn what transformers raises about a user's choice into a BaseError that names the field and the cure."""
+def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[None]:
+    """Turn what transformers raises about a user's choice, or about a damaged file, into a BaseError with field and cure.
+
+    `copy` is the folder of a quantised copy that is being read: what has no other explanation is then damage to it.
+    """
+    from safetensors import SafetensorError
+
     try:
         yield
     except BaseError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # a full disk or a broken file system is no fault of the config
-        text = str(error)
-        if "trust_remote_code" in text:
-            cure = "it brings Python code of its own, which would run here: if you trust it, set model.trust_remote_code=true"
-        elif re.search(r"flash.?att", text, re.IGNORECASE):
-            raise BaseError(
-                f"model.attention = {model.attention} cannot run here ({_first_line(text)}): install flash-attn or set model.attention=sdpa"
-            ) from error
-        elif "scaled_dot_product_attention" in text:
-            raise BaseError(f"model.attention = sdpa is not there for model.id = {model.id}: set model.attention=eager") from error
-        elif "gated" in text:
-            raise BaseError(_gated(model.id)) from error
-        elif "AutoModelForCausalLM" in text or "model_type" in text or "recognize this architecture" in text:
-            cure = f"this transformers knows no causal language model of its kind ({_first_line(text)}): update transformers or take another model"
-        else:
-            cure = f"it cannot be loaded ({_first_line(text)}): check model.id and model.revision"
-        raise BaseError(f"model.id = {model.id}: {cure}") from error
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        outside = isinstance(error, OSError) and error.errno is not None  # a full disk is no fault of the config
+        if type(error).__name__ == "OutOfMemoryError" or (outside and copy is None):
+            raise
+        raise BaseError(_explained(model, error, copy)) from error
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "no reason given"
+def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
+    text = str(error)
+    reason = f"{type(error).__name__}: {text.strip().splitlines()[0][:300] if text.strip() else 'no reason given'}"
+    if "trust_remote_code" in text:
+        return f"model.id = {model.id} brings Python code of its own, which would run here: if you trust it, set model.trust_remote_code=true"
+    if re.search(r"flash.?att", text, re.IGNORECASE):
+        return f"model.attention = {model.attention} cannot run here ({reason}): install flash-attn or set model.attention=sdpa"
+    if "scaled_dot_product_attention" in text:
+        return f"model.attention = {model.attention} is not there for model.id = {model.id}: set model.attention=eager"
+    if "gated" in text:
+        return _gated(model.id)
+    if copy is not None:
+        return damaged_copy(model, copy, reason)
+    if "AutoModelForCausalLM" in text or "model_type" in text or "recognize this architecture" in text:
+        return (
+            f"model.id = {model.id}: this transformers knows no causal language model of its kind ({reason}): "
+            "update transformers or take another model"
+        )
+    return f"model.id = {model.id} cannot be loaded ({reason}): check model.id, model.revision and the files"
+
+
+def damaged_copy(model: ModelConfig, copy: Path, reason: str) -> str:
+    """What a person reads about a quantised copy that is not as it was made."""
+    return f"the quantised copy of model.id = {model.id} is damaged ({reason}): delete the folder {copy}; the next launch makes it again"

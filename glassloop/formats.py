@@ -9,6 +9,10 @@
 | prompt_completion | prompt, completion |
 | alpaca | instruction, input (optional), output |
 
+A row of format scam asks SCAM_QUESTION about its dialogue and answers with a verdict line. Between the think tags stands its
+own `reasoning` where it brings one; else, with `data.scam_reasoning=cues`, what is typical of its `type` of call (CUES), or of
+its class where the type is unknown (OTHER_CUES). The question holds neither type nor label, so neither leaks into the prompt.
+
 `data.columns` renames any of them. Every assistant turn is kept, so that every one is supervised. Assistant text that opens
 with a <think> ... </think> block is split into reasoning and content.
 """
@@ -24,8 +28,8 @@ from glassloop.config import DataConfig
 from glassloop.rows import Turn
 
 SCAM_QUESTION = (
-    "Read this phone call and decide whether the caller is trying to cheat the receiver. Think it over first, then answer with "
-    "one line, 'Verdict: scam' or 'Verdict: not a scam'.\n\nThe call:\n"
+    "Read this phone call and decide whether the caller is trying to cheat the receiver. Think it over first, and end your answer "
+    "with the line 'Verdict: scam' or 'Verdict: not a scam'.\n\nThe call:\n"
 )
 VERDICTS = {"scam": "Verdict: scam", "honest": "Verdict: not a scam"}
 LABELS = {

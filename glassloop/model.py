@@ -31,9 +31,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """
     source = resolve_source(model)
     with loading_errors(model):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
+        )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.id = {model.id} has a tokenizer without an EOS token: no row could teach it to stop; take another model")
+        raise ValueError(
+            f"model.id = {model.id} has a tokenizer without an EOS token: no row could teach it to stop; take another model"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -116,7 +120,12 @@ class PeftEngine(nn.Module):
             if self.hf.config._attn_implementation == "flash_attention_2":  # type: ignore[union-attr]
                 ends = [0, *accumulate(lengths)]
                 bounds = torch.tensor(ends, dtype=torch.int32).to(input_ids.device, non_blocking=True)
-                where |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+                where |= {
+                    "cu_seq_lens_q": bounds,
+                    "cu_seq_lens_k": bounds,
+                    "max_length_q": max(lengths),
+                    "max_length_k": max(lengths),
+                }
         decoder = self.hf.get_base_model().get_decoder()  # type: ignore[operator]
         return decoder(input_ids=input_ids, use_cache=False, **where).last_hidden_state
 
@@ -143,7 +152,9 @@ class PeftEngine(nn.Module):
             self.train(was_training)
         off = float((packed - alone).norm() / alone.norm())
         if not off < 2e-2:  # rounding in bf16 gives less, another row's tokens or places give more
-            raise ValueError(f"execution.layout = packed: {name} lets rows of one pass see each other (one differs by {off:.1e}): {cure}")
+            raise ValueError(
+                f"execution.layout = packed: {name} lets rows of one pass see each other (one differs by {off:.1e}): {cure}"
+            )
         self._packing_checked = True
 
 
@@ -153,7 +164,9 @@ Engine = PeftEngine  # what the loop calls; other engines have the same forward,
 def _recompute_layers(base: PreTrainedModel, model_id: str) -> None:
     """Non-reentrant activation checkpointing of every decoder layer (needs no gradient at the frozen embeddings' output)."""
     if not base.supports_gradient_checkpointing:
-        raise ValueError(f"execution.checkpointing = True: {type(base).__name__} ({model_id}) cannot recompute its layers: set it to false")
+        raise ValueError(
+            f"execution.checkpointing = True: {type(base).__name__} ({model_id}) cannot recompute its layers: set it to false"
+        )
     # transformers 5.2x renamed the method; the old name warns there
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -57,7 +57,9 @@ def check_dtypes(hf: nn.Module, precision: str) -> None:
     Trainables in 16 bits lose small steps to rounding in bf16, and cannot be unscaled in fp16 (peft issue 341). fp32 copies of
     the 16-bit embedding and head cost 2 GB on an 8B model and change nothing (peft issue 816).
     """
-    kept = tuple(getattr(_base(hf), "_keep_in_fp32_modules", None) or ()) + tuple(getattr(_base(hf), "_keep_in_fp32_modules_strict", None) or ())
+    kept = tuple(getattr(_base(hf), "_keep_in_fp32_modules", None) or ()) + tuple(
+        getattr(_base(hf), "_keep_in_fp32_modules_strict", None) or ()
+    )
     for name, kind, parameter in named_kinds(hf):
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ValueError(
@@ -117,9 +119,13 @@ def check_plain_head(hf: nn.Module, device: torch.device) -> None:
     head, decoder = hf.get_output_embeddings(), hf.get_decoder()  # type: ignore[operator]
     name = type(hf).__name__
     if decoder is None or decoder is hf:
-        raise ValueError(f"{name} does not tell its decoder from its head, which execution.engine = peft relies on: take another model")
+        raise ValueError(
+            f"{name} does not tell its decoder from its head, which execution.engine = peft relies on: take another model"
+        )
     if head is None or type(head) is not nn.Linear:
-        raise ValueError(f"{name} has no head of plain weights ({type(head).__name__}): take a model whose head is an unquantised nn.Linear")
+        raise ValueError(
+            f"{name} has no head of plain weights ({type(head).__name__}): take a model whose head is an unquantised nn.Linear"
+        )
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % config.vocab_size  # (1, 4)
     was_training = hf.training
     hf.eval()
@@ -128,7 +134,9 @@ def check_plain_head(hf: nn.Module, device: torch.device) -> None:
     hf.train(was_training)
     plain = F.linear(hidden, head.weight, head.bias).float()
     if plain.shape != logits.shape or not torch.allclose(plain, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
-        raise ValueError(f"the logits of {name} are not head(decoder(x)), which execution.engine = peft relies on: take another model")
+        raise ValueError(
+            f"the logits of {name} are not head(decoder(x)), which execution.engine = peft relies on: take another model"
+        )
 
 
 @torch.no_grad()

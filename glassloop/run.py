@@ -17,7 +17,7 @@ from glassloop.checkpoint import CheckpointNotSaved, State, save_checkpoint
 from glassloop.snapshots import rng_state
 from glassloop.config import Config, as_dict
 from glassloop.dist import gather_objects
-from glassloop.evaluation import Answer, answer_examples, evaluate
+from glassloop.evaluation import Answer, answer_together, evaluate
 from glassloop.observers import Observer, RunInfo, SampleRecord
 from glassloop.optim import FlatAdapters, LossScale
 from glassloop.plan import StepPlan
@@ -161,8 +161,7 @@ class Run:
             self._tell(dataclasses.replace(record, base=self.base_scores))
         if update in (0, self.plan.updates) and settings.samples:
             if not answers and self.sample_examples:
-                mine = answer_examples(self.plain_engine.hf, self.sample_examples[self.rank :: self.ranks], **shared)
-                answers = [answer for share in gather_objects(mine) for answer in share]
+                answers = answer_together(self.plain_engine.hf, self.sample_examples, rank=self.rank, ranks=self.ranks, **shared)
             for answer in answers[: settings.samples]:
                 self._show(answer, update)
 

@@ -246,10 +246,11 @@ def _load(place: str, called: str, split: str, field: str, **arguments: object) 
         text = " ".join(str(reason).split()) or type(reason).__name__
         if "no data" in text or isinstance(reason, StopIteration):
             raise ValueError(f"{field} = {place}: it has no rows") from error
-        raise ValueError(
-            f"{field} = {place} cannot be read: {text[:300]} ({type(reason).__name__}). A local file or folder must be sound; "
+        hub = (
             "a hub id needs network access, the right data.config, data.split and data.revision, and a login if it is not public"
-        ) from error
+        )
+        cure = "the file is damaged or of another kind than its name says" if "data_files" in arguments else hub
+        raise ValueError(f"{field} = {place} cannot be read: {text[:300]} ({type(reason).__name__}); {cure}") from error
     return Source(rows, split, called)
 
 

@@ -228,4 +228,4 @@ def _score(value: float | None) -> str:
 def _fixed(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1000 else f"{value:.3e}"
+    return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1000 else f"{value:.2e}"

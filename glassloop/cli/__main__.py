@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = importlib.import_module(_module(name))
     try:
-        return command.main(rest) or 0
+        code = command.main(rest) or 0
+        sys.stdout.flush()  # here, where a reader that left can still be excused
+        return code
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
         return 0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 LEGEND = (
-    "[token] is supervised: the model learns to write it. token| is only read. <<token>> is a control token, all else is text."
+    "[token] is supervised: the model learns to write it. token| is only read. «token» is a control token, all else is text."
 )
 
 
@@ -64,7 +64,7 @@ def render(row: Row, tokenizer: Any) -> Text:
     for ids, supervised in _characters(row, tokenizer):
         shown = visible(tokenizer.decode(list(ids)))
         if ids[0] in control:
-            shown = f"<<{shown}>>"
+            shown = f"«{shown}»"
         opening, closing, style = ("[", "]", "bold green") if supervised else ("", "|", "dim")
         text.append(opening + shown + closing, style="bold magenta" if ids[0] in control and not supervised else style)
         if shown.endswith("⏎"):

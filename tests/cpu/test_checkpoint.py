@@ -619,6 +619,26 @@ def test_a_second_checkpoint_of_an_update_takes_the_first_ones_place(
     assert load(saved.path, scratch).attempt == 2
 
 
+def test_one_that_was_replaced_is_removed_by_the_next_save_and_is_never_the_best(
+    run: Path, trained: Bench, tokenizer: Any
+) -> None:
+    best = save(run, trained, tokenizer, state_at(40, attempt=2, heldout_loss_nats=2.0)).best
+    aside = run / "checkpoints/update_000040.replaced"
+    shutil.copytree(run / "checkpoints/update_000040", aside)
+    forge(aside, "state.json", lambda s: s | {"attempt": 1, "heldout_loss_nats": 1.0})
+    assert best_checkpoint(run) == best == aside.with_suffix("")
+    assert save(run, trained, tokenizer, state_at(60, attempt=2), keep=3).removed == (aside,)
+    assert names(run) == ["update_000020", "update_000040", "update_000060"]
+
+
+def test_one_that_was_replaced_is_found_while_the_new_one_is_not_there(run: Path, scratch: Bench) -> None:
+    (run / "checkpoints/update_000040").rename(run / "checkpoints/update_000040.replaced")
+    found, notes = last_checkpoint(run)
+    assert (found, notes) == (run / "checkpoints/update_000040.replaced", ())
+    assert found is not None
+    assert load(found, scratch).update == 40
+
+
 def test_a_run_without_checkpoints_has_no_last_one(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == (None, ())
     assert best_checkpoint(tmp_path) is None
@@ -783,6 +803,8 @@ def test_a_kill_at_any_step_loses_at_most_the_checkpoint_under_way_also_without_
         else:
             assert whole(run, "update_000020"), "an older checkpoint went before the new one was there"
         assert not (run / "checkpoints/update_000040").exists() or whole(run, "update_000040")
+        again = save(run, trained, tokenizer, state_at(update, attempt=3), keep=1)
+        assert (names(run), again.notes) == ([f"update_{update:06d}"], ())
     assert 5 < published < kills
 
 

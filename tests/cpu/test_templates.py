@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import example, given, settings
@@ -66,26 +67,44 @@ def toy(marks: Sequence[str], *, bos: str | None, eos: str | None, template: str
     return fast
 
 
-def prefixing(how: str) -> PreTrainedTokenizerFast:
-    """A sentencepiece-like tokenizer that puts a space before text: at the start ("first"), behind each mark ("always", "prepend")."""
+def prefixing(how: str, space: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before text, at the start of a row ("first") or behind each mark; `space` stands before answers."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if how == "prepend" else how)  # type: ignore[arg-type]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    scheme = how if how in ("first", "always") else "always"
+    tokenizer.pre_tokenizer = byte_level if how == "bytes" else pre_tokenizers.Metaspace(prepend_scheme=scheme)  # type: ignore[arg-type]
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator(
         [QUESTION, REASONING, ANSWER, "[INST] [/INST] And a bee? Be brief. It has eight.\n<think>/"] * 4, trainer
     )
-    if how == "prepend":
+    if how == "bytes":
+        tokenizer.pre_tokenizer = byte_level
+    elif how == "prepend":
         tokenizer.pre_tokenizer = None  # type: ignore[assignment]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.chat_template = LLAMA2
+    fast.chat_template = LLAMA2.replace("{{ ' ' +", "{{ '" + space + "' +")
     return fast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_codec_a_tokenizer() -> Iterator[None]:
+    """Templates of one tokenizer share what is made of it, to save time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates, "make_codec", functools.cache(make_codec))
+        yield
 
 
 @pytest.fixture(scope="module")
 def r1_toy() -> PreTrainedTokenizerFast:
     return toy(MARKS, bos=BOS, eos=EOS)
+
+
+@pytest.fixture(scope="module")
+def chatml_template() -> tuple[PreTrainedTokenizerFast, Template]:
+    tokenizer = chatml()
+    return tokenizer, make_template(DataConfig(template="chat"), tokenizer, (UNTHOUGHT,))
 
 
 def chatml(template: str = CHATML) -> PreTrainedTokenizerFast:
@@ -324,18 +343,15 @@ def test_chat_writes_what_the_tokenizers_template_writes_and_learns_each_answer_
 
 @given(HOSTILE_TEXT, HOSTILE_TEXT)
 @settings(max_examples=40, deadline=None)
-def test_no_text_of_a_row_becomes_a_mark_under_chat(question: str, answer: str) -> None:
-    tokenizer = CHATML_TOY
+def test_no_text_of_a_row_becomes_a_mark_under_chat(
+    chatml_template: tuple[PreTrainedTokenizerFast, Template], question: str, answer: str
+) -> None:
+    tokenizer, template = chatml_template
     conversation = talk(("user", question + "<|im_end|>"), ("assistant", "<|im_start|>" + answer))
-    template = CHATML_TEMPLATE
     row = template.encode(conversation)
     assert marks_in(tokenizer, row) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
     assert f"user\n{question}<|im_end|>" in tokenizer.decode(row.input_ids)
     assert list(row.input_ids[: len(template.prompt_ids(conversation))]) == template.prompt_ids(conversation)
-
-
-CHATML_TOY = chatml()
-CHATML_TEMPLATE = make_template(DataConfig(template="chat"), CHATML_TOY, (UNTHOUGHT,))
 
 
 @pytest.mark.parametrize(
@@ -410,14 +426,15 @@ def test_a_template_that_writes_todays_date_gets_one_that_stays() -> None:
     assert datetime.date.today() > chat_template.TODAY
 
 
-@pytest.mark.parametrize("how", ["first", "always", "prepend"])
-def test_a_tokenizer_that_puts_a_space_before_text_puts_none_where_an_answer_begins(how: str) -> None:
-    tokenizer = prefixing(how)
+@pytest.mark.parametrize("space", ["", " "])
+@pytest.mark.parametrize("how", ["first", "always", "prepend", "bytes"])
+def test_a_tokenizer_that_puts_a_space_before_text_puts_none_where_an_answer_begins(how: str, space: str) -> None:
+    tokenizer = prefixing(how, space)
     template = make_template(DataConfig(template="chat"), tokenizer, (UNTHOUGHT,))
     row, prompt = template.encode(UNTHOUGHT), template.prompt_ids(UNTHOUGHT)
     assert saved_prompt(tokenizer, template, UNTHOUGHT) == prompt
     text = "".join(tokenizer.convert_ids_to_tokens(list(row.input_ids[len(prompt) : -1])))
-    assert text == f"▁{ANSWER}▁"  # the one space that the template writes, not two
+    assert text.replace("Ġ", " ").replace("▁", " ") == f"{space}{ANSWER} "  # the space that the template writes, if any
     assert marks_in(tokenizer, row) == ["<s>", "</s>"]
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassloop import terminal
@@ -93,6 +93,7 @@ def test_a_skipped_update_says_so_with_its_reason() -> None:
 numbers = st.floats(0, 1e300) | st.sampled_from([math.nan, math.inf])
 
 
+@settings(deadline=None)
 @given(
     updates=st.integers(1, 99_999),
     loss=st.none() | numbers,
@@ -164,8 +165,12 @@ def test_on_a_terminal_the_same_lines_scroll_above_a_bar() -> None:
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     screen = Screen()
-    run_all(TerminalObserver(60, 2, stream=screen))
+    observer = TerminalObserver(60, 2, stream=screen)
+    run_all(observer)
+    for u in range(2, 21):
+        observer.on_update(update_record(u), ())
     assert "\x1b" not in screen.getvalue()
+    assert "\n20/60 updates, about " in screen.getvalue()  # it has no bar, so the time left is on a line
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Screen()])

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from glassloop.batches import build_pass
 from glassloop.dist import reduce_gradients
-from glassloop.evaluation import answer_together, evaluate
+from glassloop.evaluation import Answer, answer_together, evaluate
 from glassloop.loss import token_loss_sums
 from glassloop.optim import FlatAdapters, make_optimizer
 from glassloop.record import EvaluationRecord
@@ -148,6 +148,22 @@ def run_evaluation(engine: nn.Module, rows: tuple[Row, ...], *, rank: int = 0, r
     return evaluate(engine, rows, rank=rank, ranks=ranks, **{**arguments, **changes})
 
 
+def answer_toys(engine: ToyEngine, count: int, *, rank: int = 0, ranks: int = 1) -> list[Answer]:
+    return answer_together(
+        engine.hf,
+        toy_examples(count),
+        template=ToyTemplate(),  # type: ignore[arg-type]
+        tokenizer=ToyTokenizer(),  # type: ignore[arg-type]
+        batch_size=2,
+        pad_id=PAD,
+        device=CPU,
+        rank=rank,
+        ranks=ranks,
+        autocast=nullcontext,
+        max_new_tokens=6,
+    )
+
+
 def train(
     engine: nn.Module, updates: int, *, rank: int = 0, ranks: int = 1, between: Any = None, autocast: Any = nullcontext
 ) -> torch.Tensor:
@@ -218,14 +234,9 @@ def check_uneven_answers_end(rank: int, ranks: int) -> None:
 
 
 def check_answers_alone_come_in_the_order_of_their_rows(rank: int, ranks: int) -> None:
-    engine, shared = ToyEngine(), {"template": ToyTemplate(), "tokenizer": ToyTokenizer(), "batch_size": 2, "pad_id": PAD}
+    engine = ToyEngine()
     for count in (0, 1, 5):
-        alone, together = (
-            answer_together(
-                engine.hf, toy_examples(count), rank=r, ranks=n, device=CPU, autocast=nullcontext, max_new_tokens=6, **shared
-            )
-            for r, n in ((0, 1), (rank, ranks))
-        )
+        alone, together = answer_toys(engine, count), answer_toys(engine, count, rank=rank, ranks=ranks)
         assert together == alone
         assert [one.row_id for one in alone] == [f"toy:{index}" for index in range(count)]
 
@@ -234,9 +245,13 @@ def check_a_failure_on_one_rank_ends_all(rank: int, ranks: int) -> None:
     engine = ToyEngine()
     if rank == ranks - 1:
         engine.hf.get_base_model().lm_head.register_forward_hook(_fail)  # only generation runs the head as a module
-    with pytest.raises(RuntimeError, match="the head broke") as caught:
-        run_evaluation(engine, toy_rows(4), rank=rank, ranks=ranks)
-    assert ("another rank" in str(caught.value)) == (rank != ranks - 1)
+    for call in (
+        lambda: run_evaluation(engine, toy_rows(4), rank=rank, ranks=ranks),
+        lambda: answer_toys(engine, 4, rank=rank, ranks=ranks),
+    ):
+        with pytest.raises(RuntimeError, match="the head broke") as caught:
+            call()
+        assert ("another rank" in str(caught.value)) == (rank != ranks - 1)
     assert engine.training
     assert all(m.training for m in engine.modules())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +29,15 @@ def launch(script: str | Path, *arguments: str, expect: int = 0, timeout_s: int 
     output = done.stdout + done.stderr
     assert done.returncode == expect, f"exit code {done.returncode}, expected {expect}:\n{output[-6000:]}"
     return output
+
+
+def write_rows(path: Path, rows: int) -> Path:
+    """A jsonl file of prompts and completions of 1 to 14 and 1 to 9 words; the same at each call."""
+    words = "the caller asks for a code and the receiver hangs up because nothing can be checked today".split()
+    drawn = random.Random(5)
+    lines = [
+        {"prompt": " ".join(drawn.choices(words, k=drawn.randint(1, 14))), "completion": " ".join(drawn.choices(words, k=drawn.randint(1, 9)))}
+        for _ in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

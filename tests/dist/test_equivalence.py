@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
-from launching import HERE, environment, launch
+from launching import HERE, environment, launch, write_rows
 from members import ONE_RANK, REFERENCE, ROWS, TWO_RANKS
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     folder = tmp_path_factory.mktemp("equivalence")
-    words = "the caller asks for a code and the receiver hangs up because nothing can be checked today".split()
-    drawn = random.Random(5)
-    lines = [
-        {"prompt": " ".join(drawn.choices(words, k=drawn.randint(1, 14))), "completion": " ".join(drawn.choices(words, k=drawn.randint(1, 9)))}
-        for _ in range(ROWS)
-    ]
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = write_rows(folder / "rows.jsonl", ROWS)
     arguments = [str(folder), str(tiny_llama), str(rows)]
     one = subprocess.run([sys.executable, HERE / "members.py", *arguments], env=environment(), capture_output=True, text=True, timeout=300)
     assert one.returncode == 0, one.stdout[-3000:] + one.stderr[-3000:]

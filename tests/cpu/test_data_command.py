@@ -1,0 +1,85 @@
+"""`glassloop data`: rows token by token, then the counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from glassloop.cli.data import main, render, visible
+from glassloop.rows import Row
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> str:
+    rows = [
+        {"dialogue": f"caller: Hello {number}. [bold]\x1b[2J</think> receiver: Yes 🧨?", "type": "ssn", "label": number % 2}
+        for number in range(8)
+    ]
+    path = tmp_path / "calls.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def run(tiny_llama: Path, calls: str, *more: str) -> int:
+    return main([f"model.id={tiny_llama}", f"data.source={calls}", "data.template=chat", "data.max_tokens=2048", *more])
+
+
+def test_it_prints_rows_then_counts_and_loads_no_model(
+    tiny_llama: Path, calls: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert run(tiny_llama, calls, "--show", "2", "data.heldout=0.25") == 0
+    text = capsys.readouterr().out
+    assert text.count(" tokens, ") == 2
+    assert "took 6 of 6 rows" in text
+    assert "6 rows kept, 0 dropped" in text
+    assert "held-out     " in text
+    assert "labels       training: " in text
+    assert "[«</s>»]" in text  # the end token is supervised
+    assert "«<s>»|«<|user|>»|" in text
+    assert "\x1b" not in text  # neither colours, where nobody sees them, nor what a row would do to the terminal
+    assert "[bold]" in text.replace("|", "")
+
+
+@pytest.mark.parametrize(("show", "rows"), [("0", 0), ("1", 1), ("99", 8)])
+def test_show_says_how_many_rows(tiny_llama: Path, calls: str, show: str, rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny_llama, calls, "--show", show)
+    assert capsys.readouterr().out.count("«<s>»") == rows
+
+
+def test_supervised_and_masked_tokens_differ_with_and_without_colour(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tuple(tiny_tokenizer("Hé🧨\n", add_special_tokens=False).input_ids)
+    row = Row("train:0", (1, *ids, 1, *ids, 2), (False,) * (len(ids) + 2) + (True,) * (len(ids) + 1))
+    text = render(row, tiny_tokenizer)
+    masked, supervised = text.plain.split("«<s>»|")[1:]
+    assert masked.replace("|", "") == "Hé🧨⏎\n"
+    assert supervised.replace("][", "") == "[Hé🧨⏎]\n[«</s>»]"
+    styles = {str(span.style) for span in text.spans}
+    assert styles == {"bold green", "dim", "bold magenta"}
+    assert all(str(span.style) == "bold green" for span in text.spans if text.plain[span.start] == "[")
+
+
+def test_every_token_of_a_row_is_shown(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tuple(tiny_tokenizer("The caller says that your account is locked.", add_special_tokens=False).input_ids)
+    row = Row("train:0", ids, (False, *(True,) * (len(ids) - 1)))
+    assert render(row, tiny_tokenizer).plain.count("|") + render(row, tiny_tokenizer).plain.count("[") == len(ids)
+
+
+def test_what_a_terminal_would_obey_is_written_out() -> None:
+    assert visible("a\x1b[2J\0\r\u202e\t\n é") == "a\\x1b[2J\\x00\\r\\u202e⇥⏎ é"
+
+
+def test_help_names_show_and_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "--show N" in (text := capsys.readouterr().out)
+    assert "--data.heldout_duplicates" in text
+
+
+def test_data_that_cannot_be_used_is_refused_before_the_tokenizer_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such file"):
+        main(["model.id=no/such-model", f"data.source={tmp_path / 'gone.csv'}"])

@@ -1,0 +1,174 @@
+"""Dtypes, devices, the head and the base: what is checked before a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from glassloop import base_cache
+from glassloop.model import PeftEngine
+from glassloop.model_checks import (
+    audit_table,
+    base_checksum,
+    check_devices,
+    check_dtypes,
+    check_plain_head,
+    check_sharding,
+    dtype_audit,
+)
+
+CPU = torch.device("cpu")
+EngineOf = Callable[..., PeftEngine]
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_qwen2"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+# --- dtypes, devices, checksums
+
+
+def test_dtype_audit_counts_every_parameter(engine_of: EngineOf, folder: Path) -> None:
+    engine = engine_of(folder, precision="bf16", quantization="nf4")
+    groups = {(g.kind, g.dtype): g for g in dtype_audit(engine.hf)}
+    layers, hidden, inner = 2, 64, 128
+    linear = layers * (2 * hidden * hidden + 2 * 32 * hidden + 3 * hidden * inner)
+    assert groups["quantised linear", "uint8"].parameters == linear
+    assert groups["quantised linear", "uint8"].size_bytes == linear // 2
+    assert groups["quantisation scales", "uint8"].size_bytes == linear // 64
+    assert groups["embedding", "bfloat16"].parameters == 512 * 64
+    assert groups["norm", "bfloat16"].tensors == 5
+    assert groups["adapter A", "float32"].trainable
+    assert groups["adapter B", "float32"].trainable
+    assert not groups["norm", "bfloat16"].trainable
+    untied = folder.name.startswith("tiny-llama")
+    assert (("head", "bfloat16") in groups) == untied, "a tied head is the embedding, counted once"
+    assert (("bias", "bfloat16") in groups) != untied
+    total = sum(p.numel() for p in engine.hf.parameters() if p.dtype != torch.uint8) + linear
+    assert sum(g.parameters for g in groups.values()) == total
+    assert all(g.kind in audit_table(list(groups.values())) for g in groups.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_base_has_the_dtype_asked_for(engine_of: EngineOf, tiny_llama: Path, precision: str) -> None:
+    engine = engine_of(tiny_llama, precision=precision, quantization="nf4")
+    wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
+    for group in dtype_audit(engine.hf):
+        if group.kind.startswith("adapter"):
+            assert group.dtype == "float32"
+        elif not group.kind.startswith("quanti"):
+            assert group.dtype == wanted, group
+    layer = engine.hf.get_base_model().get_decoder().layers[0].mlp.up_proj.base_layer  # type: ignore[operator]
+    assert layer.compute_dtype == base_cache.DTYPES[precision]
+    assert layer.support_avx512bf16_for_cpu is False
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_trainables_in_16_bits_are_refused(engine_of: EngineOf, tiny_llama: Path, precision: str) -> None:
+    engine = engine_of(tiny_llama, precision=precision)
+    name, parameter = next((n, p) for n, p in engine.hf.named_parameters() if "lora_B" in n)
+    parameter.data = parameter.data.to(torch.float16)
+    with pytest.raises(ValueError, match=rf"{name} trains in torch.float16, but execution.precision = {precision} needs fp32"):
+        check_dtypes(engine.hf, precision)
+
+
+def test_fp32_copies_of_base_weights_are_refused(engine_of: EngineOf, tiny_llama: Path) -> None:
+    """What prepare_model_for_kbit_training does to embedding and head."""
+    engine = engine_of(tiny_llama, precision="bf16", quantization="nf4")
+    base = engine.hf.get_base_model()  # type: ignore[operator]
+    for layer in base.get_decoder().layers:
+        layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.float()
+    check_dtypes(engine.hf, "bf16")  # norms may be fp32
+    base.get_output_embeddings().weight.data = base.get_output_embeddings().weight.data.float()
+    with pytest.raises(ValueError, match=r"lm_head.weight \(head\) is fp32 although execution.precision = bf16"):
+        check_dtypes(engine.hf, "bf16")
+    check_dtypes(engine.hf, "fp32")
+
+
+def test_model_on_another_device_is_refused(engine_of: EngineOf, tiny_llama: Path) -> None:
+    engine = engine_of(tiny_llama)
+    check_devices(engine.hf, CPU)
+    with pytest.raises(ValueError, match="lies on cpu, but this rank owns cuda:1: device_map='auto' splits"):
+        check_devices(engine.hf, torch.device("cuda", 1))
+    norm = engine.hf.get_base_model().get_decoder().norm  # type: ignore[operator]
+    norm.weight = torch.nn.Parameter(norm.weight.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match=r"norm.weight lies on meta"):
+        check_devices(engine.hf, CPU)
+
+
+def test_sharding_launch_files_are_refused() -> None:
+    for fine in ("DistributedType.MULTI_GPU", "DistributedType.NO", "MULTI_CPU"):
+        check_sharding(fine, "nf4")
+    with pytest.raises(ValueError, match=r"FSDP .*bnb_4bit_quant_storage=bfloat16 and bf16 adapters .*MULTI_GPU"):
+        check_sharding("DistributedType.FSDP", "nf4")
+    with pytest.raises(ValueError, match=r"DEEPSPEED with model.quantization = none: every rank holds"):
+        check_sharding("DEEPSPEED", "none")
+
+
+def test_base_checksum_sees_one_changed_byte_in_any_tensor(engine_of: EngineOf, folder: Path) -> None:
+    engine = engine_of(folder, quantization="nf4", precision="bf16")
+    clean = base_checksum(engine.hf)
+    assert clean == engine.report.checksum, "wrapping in adapters changes it"
+    for name, p in engine.hf.named_parameters():
+        if "lora_" in name:
+            p.data.add_(1)
+    assert base_checksum(engine.hf) == clean, "adapters count"
+    tensors = [p for n, p in engine.hf.named_parameters() if "lora_" not in n]
+    states = [p.quant_state for p in tensors if hasattr(p, "quant_state")]
+    tensors += [t for s in states for t in (s.absmax, s.state2.absmax, s.code)]
+    sums = {clean}
+    for tensor in tensors:
+        raw = tensor.data.view(-1).view(torch.uint8)
+        for place in {0, raw.numel() // 2, raw.numel() - 1}:
+            raw[place] ^= 1
+            sums.add(base_checksum(engine.hf))
+            raw[place] ^= 1
+    assert base_checksum(engine.hf) == clean
+    assert len(sums) > 2 * len(tensors), "a changed byte gave a sum that was seen before"
+
+
+def test_base_checksum_sees_two_words_that_changed_places() -> None:
+    module = torch.nn.Linear(64, 1, bias=False)
+    clean = base_checksum(module)
+    module.weight.data[0, :4] = module.weight.data[0, [2, 3, 0, 1]]
+    assert base_checksum(module) != clean
+
+
+def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from glassloop import model_checks
+
+    module = torch.nn.Linear(33, 7)
+    clean = base_checksum(module)
+    monkeypatch.setattr(model_checks, "CHUNK_WORDS", 5)
+    assert base_checksum(module) == clean
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625)]
+)
+def test_factors_between_head_and_logits_are_refused_by_name(tiny_llama: Path, field: str, value: float) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    setattr(hf.config, field, 1.0)
+    check_plain_head(hf, CPU)
+    setattr(hf.config, field, value)
+    with pytest.raises(ValueError, match=f"llama has {field} = {value} between head and logits"):
+        check_plain_head(hf, CPU)
+
+
+def test_factor_without_a_known_name_is_found_by_its_effect(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    real = hf.forward
+
+    def scaled(*args: object, **rest: object) -> object:
+        output = real(*args, **rest)
+        output.logits = output.logits * 1.5
+        return output
+
+    monkeypatch.setattr(hf, "forward", scaled)
+    with pytest.raises(ValueError, match=r"the logits of LlamaForCausalLM are not head\(decoder\(x\)\)"):
+        check_plain_head(hf, CPU)

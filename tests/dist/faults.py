@@ -1,0 +1,220 @@
+"""What two ranks do when something goes wrong on one of them. `accelerate launch faults.py FOLDER MODEL ROWS` writes FOLDER/faults.json.
+
+Every check below runs on both ranks; its value is what it returned on each, so that a test can see whether they agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from glassloop.arguments import from_values
+from glassloop.build import build_run
+from glassloop.dist import gather_objects
+from glassloop.rows import Row
+from glassloop.run import Run
+from train_loop import update_once
+
+FOLDER, MODEL, ROWS = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+
+def run_of(name: str, **sections: dict) -> Run:
+    values = {
+        "model": {"id": MODEL},
+        "lora": {"r": 4, "alpha": 8},
+        "data": {"source": ROWS, "template": "chat", "max_tokens": 96, "too_long": "cut"},
+        "batch": {"size": 2, "accumulation": 2},
+        "schedule": {"updates": 6, "warmup_updates": 2},
+        "optimizer": {"lr": 1e-2},
+        "execution": {"precision": "fp32", "checkpointing": False},
+        "evaluation": {"samples": 0},
+        "run": {"dir": str(FOLDER / "runs"), "name": name},
+    }
+    for section, fields in sections.items():
+        values[section] = {**values.get(section, {}), **fields}
+    return build_run(from_values(values))
+
+
+def poisoned(run: Run, rank: int, at_pass: int, change) -> None:
+    """On one rank, pass `change` the result of its pass number `at_pass` instead of returning it."""
+    engine, calls = run.engine, iter(range(1000))
+
+    def call(p):
+        result = engine(p)
+        return change(*result) if run.rank == rank and next(calls) == at_pass else result
+
+    run.engine = call
+
+
+def state(run: Run) -> str:
+    """Bits of adapters and optimizer, to compare before and after."""
+    tensors = [run.adapters.flat.detach(), *(v for v in run.optimizer.state[run.adapters.flat].values() if torch.is_tensor(v))]
+    return " ".join(str(hash(t.numpy().tobytes())) for t in tensors) + str(
+        [v for v in run.optimizer.state[run.adapters.flat].values() if not torch.is_tensor(v)]
+    )
+
+
+def learning_rates_of_60_updates():
+    run = run_of("lr", schedule={"updates": 60, "warmup_updates": 5}, batch={"size": 1, "accumulation": 1})
+    return [update_once(run, u).record.lr for u in range(1, 61)]
+
+
+def nan_on_rank_1():
+    run = run_of("nan")
+    update_once(run, 1)
+    before = state(run)
+    poisoned(run, 1, 1, lambda loss, rows: (loss * float("nan"), rows * torch.tensor([1.0] * (len(rows) - 1) + [float("nan")])))
+    outcome = update_once(run, 2)
+    row = run.batches.share(run.batches.window(2), 1)[-1].row_id
+    return {**asdict(outcome.record), "unchanged": state(run) == before, "row": row, "nonfinite": outcome.nonfinite}
+
+
+def infinite_gradient_on_rank_1():
+    run = run_of("inf")
+    before = state(run)
+    engine = run.engine
+
+    def call(p):
+        loss, rows = engine(p)
+        if run.rank == 1:
+            loss.register_hook(lambda g: g * float("inf"))
+        return loss, rows
+
+    run.engine = call
+    outcome = update_once(run, 1)
+    return {"action": outcome.record.action, "reason": outcome.record.reason, "unchanged": state(run) == before}
+
+
+def losses_of_unequal_ranks():
+    """Rank 0 has constant loss 1 a token, rank 1 has 3, and not equally many tokens."""
+    run = run_of("mean")
+    engine = run.engine
+
+    def call(p):
+        loss, rows = engine(p)
+        per_row = torch.tensor([float((p.targets[p.row_of == i] != -100).sum()) for i in range(len(rows))])
+        constant = per_row * (1.0 if run.rank == 0 else 3.0)
+        return loss * 0 + constant.sum(), constant
+
+    run.engine = call
+    record = update_once(run, 1).record
+    n = record.rank_supervised_tokens
+    return {"logged": record.loss_nats, "mean": (n[0] + 3 * n[1]) / sum(n), "ranks": record.rank_loss_nats, "tokens": n}
+
+
+def out_of_memory_on_rank_1():
+    run = run_of("oom")
+    before = state(run)
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    poisoned(run, 1, 1, exhausted)
+    try:
+        update_once(run, 1)
+        return {"error": None}
+    except RuntimeError as error:
+        return {"error": str(error), "unchanged": state(run) == before}
+
+
+def stop_asked_on_rank_1():
+    run = run_of("stop")
+    before = state(run)
+    if run.rank == 1:
+        run.stop.asked = True
+    given_up = update_once(run, 1) is None
+    unchanged = state(run) == before
+    run.stop.asked = False
+    return {"given_up": given_up, "unchanged": unchanged, "then": update_once(run, 1).record.action}
+
+
+def nothing_supervised():
+    run = run_of("none")
+    empty = set(run.batches.window(2).rows)
+    rows = tuple(
+        Row(r.row_id, r.input_ids, (False,) * len(r)) if i in empty else r for i, r in enumerate(run.batches.rows)
+    )
+    run.batches = replace(run.batches, rows=rows)
+    update_once(run, 1)
+    before = state(run)
+    outcome = update_once(run, 2)
+    return {**asdict(outcome.record), "unchanged": state(run) == before, "next": update_once(run, 3).record.action}
+
+
+def unwrapped_forward():
+    """The mutant: DDP is asked for, but the loop calls the module inside its wrapper, so nothing is reduced."""
+    run = run_of("unwrapped", execution={"reduction": "ddp"})
+    run.engine = Unsynchronised(run.plain_engine)
+    for u in range(1, 4):
+        try:
+            update_once(run, u)
+        except RuntimeError as error:
+            return {"caught_at": u, "error": str(error)}
+    return {"caught_at": None}
+
+
+class Unsynchronised:
+    def __init__(self, engine):
+        self.engine = engine
+
+    def __call__(self, p):
+        return self.engine(p)
+
+    def no_sync(self):
+        return contextlib.nullcontext()
+
+
+def clipping():
+    norms = {}
+    for max_norm in (None, 1e-3):
+        run = run_of(f"clip{max_norm}", optimizer={"max_grad_norm": max_norm, "name": "sgd"})
+        record = update_once(run, 1).record
+        norms[str(max_norm)] = (record.grad_norm_pre_clip, record.clip_coef, run.adapters.grad.double().norm().item())
+        ranks = record.rank_grad_norm
+        cosine = record.rank_cosine
+    return {"norms": norms, "rank_norms": ranks, "rank_cosine": cosine}
+
+
+def evaluation_in_between():
+    """Weights after three updates, with and without evaluation and generation between them."""
+    states = []
+    for name, evaluate in (("plain", False), ("evaluated", True)):
+        run = run_of(name, data={"heldout": 0.2}, evaluation={"generate_rows": 3, "max_new_tokens": 5, "samples": 0})
+        for u in range(1, 4):
+            if evaluate:
+                run.evaluate(u)
+            update_once(run, u)
+        states.append(state(run))
+    return states[0] == states[1]
+
+
+def ledger():
+    """Rows that were consumed, by update, against the plan; two epochs with a tail."""
+    run = run_of("ledger")
+    seen = [[(r.rank, r.row_id, r.supervised_tokens) for r in update_once(run, u).rows] for u in range(1, 7)]
+    return {"seen": [sorted(r for _, r, _ in rows) for rows in seen], "ranks": [{rank for rank, _, _ in rows} == {0, 1} for rows in seen]}
+
+
+CHECKS = [
+    learning_rates_of_60_updates,
+    nan_on_rank_1,
+    infinite_gradient_on_rank_1,
+    losses_of_unequal_ranks,
+    out_of_memory_on_rank_1,
+    stop_asked_on_rank_1,
+    nothing_supervised,
+    unwrapped_forward,
+    clipping,
+    evaluation_in_between,
+    ledger,
+]
+
+if __name__ == "__main__":
+    results = {check.__name__: gather_objects(check()) for check in CHECKS}
+    if os.environ["RANK"] == "0":
+        (FOLDER / "faults.json").write_text(json.dumps(results))

@@ -1,0 +1,117 @@
+"""Two ranks, and a fault on one of them: both take the same decision, nothing is applied by halves, and the record says what it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from glassloop.plan import lr_at
+from launching import HERE, launch, write_rows
+
+ROWS = 21
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict:
+    folder = tmp_path_factory.mktemp("faults")
+    launch(HERE / "faults.py", str(folder), str(tiny_llama), str(write_rows(folder / "rows.jsonl", ROWS)))
+    return json.loads((folder / "faults.json").read_text())
+
+
+def both(faults: dict, check: str):
+    """What a check returned, once it is known that both ranks returned the same."""
+    first, second = faults[check]
+    for result in (first, second):
+        for time in [key for key in result if str(key).endswith("_s")] if isinstance(result, dict) else ():
+            del result[time]
+    assert first == second
+    return first
+
+
+def test_two_ranks_apply_the_schedule_of_one(faults):
+    closed_form = [lr_at(u, updates=60, warmup=5, peak=1e-2, kind="linear", first="peak_over_warmup") for u in range(1, 61)]
+    assert both(faults, "learning_rates_of_60_updates") == closed_form
+    assert closed_form[58] > 0
+
+
+def test_a_nan_on_rank_1_is_skipped_by_both_and_names_rank_pass_and_row(faults):
+    by_rank = faults["nan_on_rank_1"]
+    for result in by_rank:
+        assert result["action"] == "skipped"
+        assert result["nonfinite"]
+        assert result["unchanged"]
+        assert f"rank 1, pass 1, row {result['row']}" in result["reason"]
+    assert math.isnan(by_rank[0]["loss_nats"])
+
+
+def test_an_infinite_gradient_behind_a_finite_loss_names_the_rank(faults):
+    result = both(faults, "infinite_gradient_on_rank_1")
+    assert result["action"] == "skipped"
+    assert result["unchanged"]
+    assert "gradient is not finite on rank 1" in result["reason"]
+
+
+def test_the_logged_loss_is_the_token_mean_over_ranks(faults):
+    result = both(faults, "losses_of_unequal_ranks")
+    assert result["tokens"][0] != result["tokens"][1]
+    assert result["ranks"] == [1.0, 3.0]
+    assert result["logged"] == pytest.approx(result["mean"], rel=1e-7)
+
+
+def test_out_of_memory_on_rank_1_ends_both_before_anything_is_reduced(faults):
+    result = both(faults, "out_of_memory_on_rank_1")
+    assert "rank 1 ran out of memory in update 1" in result["error"]
+    assert "batch.size=1 batch.rows_per_update=8" in result["error"]
+    assert result["unchanged"]
+
+
+def test_a_stop_asked_of_one_rank_gives_the_update_up_on_both(faults):
+    result = both(faults, "stop_asked_on_rank_1")
+    assert result["given_up"]
+    assert result["unchanged"]
+    assert result["then"] == "applied"
+
+
+def test_a_window_without_labels_is_skipped_named_and_nobody_hangs(faults):
+    result = both(faults, "nothing_supervised")
+    assert (result["action"], result["loss_nats"], result["grad_norm_pre_clip"]) == ("skipped", None, None)
+    assert "no supervised token in its 8 rows (train:" in result["reason"]
+    assert result["unchanged"]
+    assert result["next"] == "applied"
+
+
+def test_a_forward_past_ddps_wrapper_is_caught_by_the_next_update(faults):
+    result = both(faults, "unwrapped_forward")
+    assert result["caught_at"] == 2
+    assert "no longer equal before update 2" in result["error"]
+
+
+def test_the_whole_gradient_is_clipped_and_the_norm_before_that_is_logged(faults):
+    result = both(faults, "clipping")
+    free, clipped = result["norms"]["None"], result["norms"]["0.001"]
+    assert free[1] is None
+    assert clipped[0] == pytest.approx(free[0], rel=1e-6) == pytest.approx(free[2], rel=1e-6)
+    assert clipped[1] == pytest.approx(1e-3 / free[0], rel=1e-6)
+    assert clipped[2] == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_the_cosine_and_norms_of_ranks_add_up_to_the_whole(faults):
+    result = both(faults, "clipping")
+    a, b = result["rank_norms"]
+    whole = result["norms"]["None"][0]
+    assert math.sqrt(a * a + b * b + 2 * a * b * result["rank_cosine"]) == pytest.approx(whole, rel=1e-5)
+
+
+def test_evaluating_and_generating_between_updates_changes_no_bit(faults):
+    assert both(faults, "evaluation_in_between") is True
+
+
+def test_every_row_is_trained_once_an_epoch_on_both_ranks(faults):
+    result = both(faults, "ledger")
+    for epoch in (result["seen"][:3], result["seen"][3:]):
+        assert [len(window) for window in epoch] == [8, 8, 5]
+        assert Counter(row for window in epoch for row in window) == Counter(f"train:{i}" for i in range(ROWS))
+    assert all(result["ranks"])

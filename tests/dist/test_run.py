@@ -1,0 +1,111 @@
+"""The command as a user types it, on two ranks: refusals, a whole run, Ctrl-C, and going on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from launching import LAUNCH, ROOT, environment, launch, write_rows
+
+TRAIN = ROOT / "train_loop.py"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> list[str]:
+    folder = tmp_path_factory.mktemp("run")
+    rows = write_rows(folder / "rows.jsonl", 37)
+    return [
+        f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "data.heldout=0.2",
+        "lora.r=4", "batch.size=1", "batch.accumulation=2", "schedule.updates=24", "schedule.warmup_updates=2", "optimizer.lr=1e-2",
+        "execution.precision=fp32", "execution.deterministic=true", "evaluation.every_updates=10", "evaluation.generate_rows=2",
+        "evaluation.max_new_tokens=4", "evaluation.samples=1", "checkpoint.every_updates=10", f"run.dir={folder}",
+    ]  # fmt: skip
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str]) -> Path:
+    output = launch(TRAIN, *words, "run.name=whole")
+    folder = Path(next(word for word in words if word.startswith("run.dir="))[8:]) / "whole"
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+def test_a_run_leaves_the_folder_that_the_readme_promises(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.yaml", "env.json", "plan.json", "metrics.jsonl", "rows.jsonl", "events.jsonl", "samples.jsonl"} <= names
+    assert [record["update"] for record in lines(whole, "metrics.jsonl")] == list(range(1, 25))
+    assert [record["update"] for record in lines(whole, "evaluations.jsonl")] == [0, 10, 20, 24]
+    assert {"update_000010", "update_000020", "update_000024"} <= {path.name for path in (whole / "checkpoints").iterdir()}
+    assert {sample["update"] for sample in lines(whole, "samples.jsonl")} == {0, 24}
+
+
+def test_one_rank_speaks_and_says_what_was_asked_and_what_is_executed(whole):
+    output = (whole / "output.txt").read_text()
+    assert len(re.findall(r"^asked ", output, re.M)) == 1
+    assert "1 rows x 2 ranks x 2 micro-batches = 4 rows an update" in output
+    assert len(re.findall(r"^ *\d+/24 +\d", output, re.M)) == 24
+
+
+def test_the_rows_on_record_are_the_rows_of_the_plan(whole):
+    plan = json.loads((whole / "plan.json").read_text())
+    rows = lines(whole, "rows.jsonl")
+    per_epoch = plan["windows_per_epoch"]
+    for epoch in range(24 // per_epoch):
+        seen = [row["row_id"] for row in rows if epoch * per_epoch < row["update"] <= (epoch + 1) * per_epoch]
+        assert len(seen) == len(set(seen)) == plan["rows"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(whole, words):
+    """SIGINT to the launcher's whole process group, as Ctrl-C in a terminal; then --resume: rows, losses, adapter bit for bit."""
+    folder = whole.parent / "stopped"
+    process = subprocess.Popen(
+        [*LAUNCH, str(TRAIN), *words, "run.name=stopped"], cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    done = len(lines(folder, "metrics.jsonl"))
+    assert 6 <= done < 24, output[-3000:]
+    assert f"checkpoints/update_{done:06d}" in output
+    assert "stopped: a stop was asked" in output
+
+    launch(TRAIN, "--resume", str(folder))
+    for name in ("metrics.jsonl", "rows.jsonl", "evaluations.jsonl"):
+        ours, theirs = lines(folder, name), lines(whole, name)
+        for record in (*ours, *theirs):
+            for key in [key for key in record if key.endswith("_s") or key in ("attempt", "seconds", "base")]:
+                del record[key]
+        assert ours == theirs, name
+    final = "checkpoints/update_000024/adapter_model.safetensors"
+    resumed, uninterrupted = (safetensors.torch.load_file(f / final) for f in (folder, whole))
+    assert all((resumed[key] == uninterrupted[key]).all() for key in uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["batch.ranks=3"], "batch.ranks = 3, but 2 processes were started"),
+        (["execution.precision=fp16"], "execution.precision = fp16 needs a CUDA device"),
+        (["tracking.to=wandb"], "wandb login"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_model_is_loaded(words, extra, said, tmp_path):
+    output = launch(TRAIN, *words, *extra, expect=1, HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="", NETRC=str(tmp_path / "none"))
+    assert said in output
+    assert output.count("refused:") == 1
+    assert "Loading weights" not in output
