@@ -24,10 +24,10 @@ from torch import Tensor
 
 from glassloop.arguments import parse
 from glassloop.batches import Window, build_pass, empty_pass
-from glassloop.dist import Gate, broadcast_from_rank_0, gather_reports, reduce_gradients
+from glassloop.build import build_run
+from glassloop.dist import Gate, broadcast_from_rank_0, gather_reports, leave, reduce_gradients
 from glassloop.optim import l2_norm
 from glassloop.outcome import Outcome, clip_coefficient, describe, verdict
-from glassloop.build import build_run
 from glassloop.run import Run
 
 
@@ -143,13 +143,16 @@ def train(run: Run) -> int:
     run.start()
     skipped = 0
     for u in range(run.first_update, run.plan.updates + 1):
+        before = run.position()
         outcome = update_once(run, u)
         if outcome is None:
+            run.put_back(before)
             return run.stopped(u - 1, "a stop was asked; the update under way was given up")
         for observer in run.observers:
             observer.on_update(outcome.record, outcome.rows)
         skipped = skipped + 1 if outcome.nonfinite else 0
         if outcome.nonfinite and (run.config.stability.on_nonfinite == "stop" or skipped > run.config.stability.max_skipped):
+            run.put_back(before)
             return run.failed(u, outcome.record.reason)
         if outcome.stop:
             return run.stopped(u, "a stop was asked")
@@ -170,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
+        leave()
         return 2
     try:
         return train(run)

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -126,22 +126,23 @@ def _load(
             output_loading_info=True,
             **settings,
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise BaseError(
-            f"model.id = {model.id}: {len(missing)} weights are missing from its files and would be random "
-            f"({', '.join(missing[:3])}): take a complete repository or folder"
-        )
-    for name, module in hf.named_modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
-            raise BaseError(
-                f"model.id = {model.id}: {name} is {tuple(state.shape)} in its files, ({module.out_features}, {module.in_features}) in "
-                "config.json: take a repository or folder whose config fits its weights"
-            )
+    if wrong := _wrong_weights(hf, info["missing_keys"]):
+        cure = "take a complete repository or folder whose config fits its weights"
+        raise BaseError(damaged_copy(model, copy, wrong) if copy else f"model.id = {model.id}: {wrong}: {cure}")
     hf.requires_grad_(False)
     prepare_4bit(hf, dtype)
     return hf
+
+
+def _wrong_weights(hf: PreTrainedModel, missing: Iterable[str]) -> str:
+    """What transformers lets pass: weights that it drew at random, 4-bit weights of another shape. Empty where all is well."""
+    if names := sorted(missing):
+        return f"{len(names)} weights are missing from its files and would be random ({', '.join(names[:3])})"
+    for name, module in hf.named_modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            return f"{name} is {tuple(state.shape)} in its files, ({module.out_features}, {module.in_features}) in config.json"
+    return ""
 
 
 def prepare_4bit(hf: nn.Module, dtype: torch.dtype) -> None:

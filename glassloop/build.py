@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import sys
 import time
 from array import array
@@ -10,12 +12,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from glassloop.arguments import to_yaml
 from glassloop.batches import Batches
-from glassloop.checkpoint import last_checkpoint, load_checkpoint
+from glassloop.checkpoint import best_checkpoint, last_checkpoint, load_checkpoint
 from glassloop.config import Config, as_dict
 from glassloop.dataset import Dataset, build_rows, summary
 from glassloop.dist import broadcast_from_rank_0, gather_objects, require_same
@@ -23,7 +24,7 @@ from glassloop.environment import environment
 from glassloop.launch import check_launch, make_accelerator
 from glassloop.model import Engine, build_engine, load_tokenizer
 from glassloop.model_checks import audit_table, dtype_audit
-from glassloop.observers import JsonlObserver, Observer, write_json, write_text
+from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.plan import StepPlan, describe, make_plan
 from glassloop.run import Run, StopFlag
@@ -61,6 +62,18 @@ def build_run(config: Config) -> Run:
     )
     require_same("training rows", hash_of(dataset), "the ranks read different data or tokenizers; give every host the same files")
 
+    folder = run_folder(config)
+    done, tracker_ids = position(checkpoint, plan)
+    tracker = make_tracker_observer(
+        accelerator,
+        config.tracking,
+        as_dict(config),
+        folder,
+        folder.name,
+        tracker_ids,
+        text=config.record.text,
+        updates_done=done,
+    )  # before the model: a login that does not work shows here
     set_seed(config.seed + rank)  # dropout differs by rank; adapters and row order have seeds of their own
     engine = build_engine(
         config.model,
@@ -76,67 +89,55 @@ def build_run(config: Config) -> Run:
     )
     adapters = FlatAdapters(engine.hf.named_parameters())
     broadcast_from_rank_0(adapters.flat.data)
-    explicit = config.execution.reduction == "explicit"
-    prepared = accelerator.prepare_model(engine, device_placement=False, evaluation_mode=explicit)
-    hyper = config.optimizer
-    optimizer = make_optimizer(
-        hyper.name,
-        adapters.flat,
-        lr=hyper.lr,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        eps=hyper.eps,
-        weight_decay=hyper.weight_decay,
-    )
-    stability = config.stability
-    scale = LossScale(
-        stability.initial_loss_scale, stability.loss_scale_growth_updates, enabled=config.execution.precision == "fp16"
-    )
-    folder = run_folder(config)
     run = Run(
         config=config,
         accelerator=accelerator,
         folder=folder,
-        header=tuple(header(config, plan, dataset, engine, adapters, accelerator)),
+        header=(*header(config, plan, dataset, engine, adapters, device), *(tracker.lines() if tracker else ())),
         plan=plan,
         batches=batches,
         heldout=dataset.heldout.rows,
         heldout_examples=dataset.heldout.examples,
         sample_examples=dataset.train.examples[: config.evaluation.samples],
-        engine=prepared,
+        engine=accelerator.prepare_model(
+            engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit"
+        ),  # evaluation_mode: autocast, but no DistributedDataParallel
         plain_engine=engine,
         template=template,
         tokenizer=tokenizer,
         adapters=adapters,
-        optimizer=optimizer,
-        scale=scale,
+        optimizer=optimizer_of(config, adapters),
+        scale=LossScale(
+            config.stability.initial_loss_scale,
+            config.stability.loss_scale_growth_updates,
+            enabled=config.execution.precision == "fp16",
+        ),
         rank=rank,
         ranks=ranks,
         device=device,
         pad_id=cast(int, tokenizer.pad_token_id),
         stop=stop,
+        first_update=done + 1,
     )
-    tracker_ids: dict[str, str] = {}
+    if rank == 0:
+        observe(run, dataset, tracker)
+    run.attempt = gather_objects(run.attempt)[0]
     if checkpoint is not None:
         state = load_checkpoint(
             checkpoint,
             adapters=adapters,
-            optimizer=optimizer,
+            optimizer=run.optimizer,
             rank=rank,
             world_size=ranks,
             base_hash=engine.report.base_hash,
             config=as_dict(config),
         )
-        run.first_update = state.update + 1
-        scale.value, scale.finite_updates = state.loss_scale, state.finite_updates
-        tracker_ids = state.tracker_ids
-    if rank == 0:
-        observe(run, dataset, tracker_ids)
-    run.attempt = gather_objects(run.attempt)[0]
+        run.scale.value, run.scale.finite_updates = state.loss_scale, state.finite_updates
+        run.best_heldout_nats = best_heldout(folder)
     return run
 
 
-def observe(run: Run, dataset: Dataset, tracker_ids: dict[str, str]) -> None:
+def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None:
     """Rank 0: write what the run's folder begins with, and start the observers."""
     config, folder = run.config, run.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,23 +148,38 @@ def observe(run: Run, dataset: Dataset, tracker_ids: dict[str, str]) -> None:
     text = config.record.text
     by_id = {row.row_id: row for row in dataset.train.rows}
     jsonl = JsonlObserver(folder, text, row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))))
-    run.attempt = max(jsonl.attempt(u) for u in range(min(run.first_update, run.plan.updates), run.plan.updates + 1))
-    terminal = TerminalObserver(run.plan.updates, run.ranks, text=text)
-    observers: list[Observer] = [jsonl, terminal]
-    tracker = make_tracker_observer(
-        run.accelerator,
-        config.tracking,
-        as_dict(config),
-        folder,
-        folder.name,
-        tracker_ids,
-        text=text,
-        updates_done=run.first_update - 1,
-    )
-    if isinstance(tracker, TrackerObserver):
-        observers.append(tracker)
+    run.attempt = max(jsonl.attempt(u) for u in range(run.first_update, run.plan.updates + 1))
+    run.observers = [jsonl, TerminalObserver(run.plan.updates, run.ranks, text=text)]
+    if tracker is not None:
+        run.observers.append(tracker)
         run.tracker_ids = tracker.tracker_ids
-    run.observers = observers
+
+
+def optimizer_of(config: Config, adapters: FlatAdapters) -> torch.optim.Optimizer:
+    """The configured optimizer over the flat buffer."""
+    asked = config.optimizer
+    return make_optimizer(
+        asked.name,
+        adapters.flat,
+        lr=asked.lr,
+        beta1=asked.beta1,
+        beta2=asked.beta2,
+        eps=asked.eps,
+        weight_decay=asked.weight_decay,
+    )
+
+
+def position(checkpoint: Path | None, plan: StepPlan) -> tuple[int, dict[str, str]]:
+    """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded."""
+    if checkpoint is None:
+        return 0, {}
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    if state["update"] >= plan.updates:
+        raise ValueError(
+            f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} updates: there is nothing to go on with; "
+            f"to train further from its adapter, start a run with --init_adapter {checkpoint}"
+        )
+    return state["update"], state["tracker_ids"]
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -178,6 +194,12 @@ def find_checkpoint(config: Config) -> Path | None:
             f"resume.run = {folder} has no complete checkpoint ({found}): start the run anew, or name another folder"
         )
     return checkpoint
+
+
+def best_heldout(folder: Path) -> float:
+    """The lowest held-out loss of the run's checkpoints, in nats a token; infinite where none has one."""
+    best = best_checkpoint(folder)
+    return math.inf if best is None else json.loads((best / "state.json").read_text(encoding="utf-8"))["heldout_loss_nats"]
 
 
 def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
@@ -220,15 +242,15 @@ def hash_of(dataset: Dataset) -> str:
 
 
 def header(
-    config: Config, plan: StepPlan, dataset: Dataset, engine: Engine, adapters: FlatAdapters, accelerator: Accelerator
+    config: Config, plan: StepPlan, dataset: Dataset, engine: Engine, adapters: FlatAdapters, device: torch.device
 ) -> list[str]:
     """What a run says of itself before it begins: rows, what was asked, how it is executed, what is trained."""
     execution = config.execution
     report = engine.report
-    device = (
-        torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads a rank)"
+    overrides = (
+        f" (schedule.updates overrides epochs = {config.schedule.epochs:g})" if config.schedule.updates is not None else ""
     )
-    overrides = f" (schedule.updates overrides {config.schedule.epochs:g} epochs)" if config.schedule.updates is not None else ""
     asked, windows, updates = describe(plan)
     layout = {
         "literal": "literal, the micro-batches asked for",
@@ -244,7 +266,7 @@ def header(
         f"asked     {asked}",
         f"          {windows}",
         f"          {updates}{overrides}",
-        f"executed  {layout}; {execution.reduction} reduction, {plan.ranks} x {device}; engine {execution.engine}, "
+        f"executed  {layout}; {execution.reduction} reduction, {plan.ranks} x {hardware}; engine {execution.engine}, "
         f"{execution.precision}, activations {checkpointing}",
         f"trains    {adapters.trainable:,} parameters: W + ({config.lora.alpha:g}/{config.lora.r}) B A on {', '.join(config.lora.targets)}",
         *(f"          {line}" for line in audit_table(dtype_audit(engine.hf)).splitlines()),

@@ -4,7 +4,8 @@ write.
 The template is rendered with a mark from Unicode's private use area in place of each content, whitespace at a content's ends
 left in place so that a template that trims does trim. Between the marks stands what the template wrote. What it renders as
 generation prompt for the turns before an assistant turn must be how its rendering of the whole begins: from there on that turn
-is supervised, up to its end token.
+is supervised, up to its end token. If the template ends no turn, the last one gets EOS. If the template writes an empty think
+block into answers without reasoning, as Qwen3's does, that is its own form and stays.
 """
 
 from __future__ import annotations
@@ -23,34 +24,59 @@ if TYPE_CHECKING:
 
 TODAY = datetime.date(2024, 7, 26)  # for templates that write a date: the one that Llama's fall back to
 Parts = Callable[[Sequence[Turn], bool], list[Part]]  # (turns, generation prompt?) -> what the template writes
+MessageOf = Callable[[Turn], dict[str, str]]  # what apply_chat_template takes for a turn
 CURE = "set data.template=r1 or instruct, or use rows without reasoning or with one assistant turn only"
 
 
-def chat_parts(codec: Codec, tokenizer: PreTrainedTokenizerBase) -> tuple[Parts, str, tuple[int, ...]]:
-    """The template as a function, the jinja source to save, the stop ids. Raises ValueError for a tokenizer without a chat
-    template.
+def chat_parts(codec: Codec, tokenizer: PreTrainedTokenizerBase) -> tuple[Parts, MessageOf, str, tuple[int, ...]]:
+    """The template as a function, messages as it takes them, the jinja source to save, the stop ids.
 
-    Reasoning becomes part of the content, `<think>\\n...\\n</think>\\n\\n`.
+    Reasoning becomes part of the content, `<think>\\n...\\n</think>\\n\\n`, where the template writes that once and whole; else
+    it goes beside the content as `reasoning_content`, where the template writes that. Raises ValueError for a tokenizer without
+    a chat template.
     """
     source = _source(tokenizer)
-    skeletons: dict[tuple[object, ...], str] = {}
+    skeletons: dict[str, str] = {}
 
-    def render(turns: Sequence[Turn], generation_prompt: bool) -> str:
+    def render(turns: Sequence[Turn], generation_prompt: bool, apart: bool) -> str:
         """Text with marks for contents. Rows share it wherever roles and outer whitespace are equal."""
-        messages = [{"role": turn.role, "content": _marked(turn, place)} for place, turn in enumerate(turns)]
-        shape = (generation_prompt, *((message["role"], message["content"]) for message in messages))
+        messages = [_message(turn.role, *_marked(turn, place), apart) for place, turn in enumerate(turns)]
+        shape = repr((messages, generation_prompt))
         if shape not in skeletons:
             skeletons[shape] = _render(tokenizer, source, messages, generation_prompt)
         return skeletons[shape]
 
-    tail = render([Turn("user", "u"), Turn("assistant", "a")], False).rpartition(_mark(1, "content"))[2]
+    probe = [Turn("user", "u"), Turn("assistant", "a", "r")]
+    tail = render([probe[0], Turn("assistant", "a")], False, False).rpartition(_mark(1, "c"))[2]
     end = next((part for part, _ in literal(codec, tail) if isinstance(part, int)), codec.end)
     stop_ids = tuple(dict.fromkeys((end, codec.end)))
+    ways = [apart for apart in (False, True) if _writes_reasoning(render(probe, False, apart))]
+    apart = ways[0] if ways else None
+
+    def marked(turns: Sequence[Turn], generation_prompt: bool) -> str:
+        return render(turns, generation_prompt, bool(apart))
 
     def parts(turns: Sequence[Turn], generation_prompt: bool) -> list[Part]:
-        return _parts(codec, render, turns, generation_prompt, stop_ids)
+        if apart is None and any(turn.reasoning is not None for turn in turns):
+            raise ValueError(f"data.template = chat: the tokenizer's chat template drops or doubles reasoning; {CURE}")
+        return _parts(codec, marked, turns, generation_prompt, stop_ids)
 
-    return parts, source, stop_ids
+    return parts, lambda turn: _message(turn.role, turn.content, turn.reasoning, bool(apart)), source, stop_ids
+
+
+def _writes_reasoning(text: str) -> bool:
+    """True where user, reasoning and content stand in `text` once and in order, with one closing tag at most between the last
+    two."""
+    places = [text.find(mark) for mark in (_mark(0, "c"), _mark(1, "r"), _mark(1, "c"))]
+    return -1 not in places and places == sorted(places) and text[places[0] : places[2]].count("</think>") <= 1
+
+
+def _message(role: str, content: str, reasoning: str | None, apart: bool) -> dict[str, str]:
+    if reasoning is None:
+        return {"role": role, "content": content}
+    if apart:
+        return {"role": role, "content": content, "reasoning_content": reasoning}
+    return {"role": role, "content": f"<think>\n{reasoning}\n</think>\n\n{content}"}
 
 
 def _source(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -78,27 +104,33 @@ def _render(tokenizer: PreTrainedTokenizerBase, source: str, messages: list[dict
 
 
 def _mark(place: int, what: str) -> str:
-    return f"\ue000{place}{what[0]}\ue001"
+    """Stands for the content ("c") or the reasoning ("r") of a turn."""
+    return f"\ue000{place}{what}\ue001"
 
 
 MARK = re.compile("\ue000(\\d+)([cr])\ue001")
 
 
-def _marked(turn: Turn, place: int) -> str:
+def _marked(turn: Turn, place: int) -> tuple[str, str | None]:
+    """Content and reasoning, each as a mark with the whitespace around it."""
+
     def mark(text: str, what: str) -> str:
         core = text.strip()
         before, _, after = text.partition(core) if core else ("", "", "")
         return before + _mark(place, what) + after
 
-    content = mark(turn.content, "content")
-    return content if turn.reasoning is None else f"<think>\n{mark(turn.reasoning, 'reasoning')}\n</think>\n\n{content}"
+    return mark(turn.content, "c"), None if turn.reasoning is None else mark(turn.reasoning, "r")
 
 
 def _parts(
-    codec: Codec, render: Callable[..., str], turns: Sequence[Turn], generation_prompt: bool, stop_ids: tuple[int, ...]
+    codec: Codec,
+    render: Callable[[Sequence[Turn], bool], str],
+    turns: Sequence[Turn],
+    generation_prompt: bool,
+    stop_ids: tuple[int, ...],
 ) -> list[Part]:
     text = render(turns, generation_prompt)
-    expected = [mark.group() for place, turn in enumerate(turns) for mark in MARK.finditer(_marked(turn, place))]
+    expected = [_mark(place, what) for place, turn in enumerate(turns) for what in ("c" if turn.reasoning is None else "rc")]
     if [match.group() for match in MARK.finditer(text)] != expected:
         raise ValueError(f"data.template = chat: the tokenizer's chat template drops, repeats or moves text of a turn; {CURE}")
     marks = [*MARK.finditer(text)]
@@ -112,7 +144,7 @@ def _parts(
                     "data.template = chat: the tokenizer's template does not write its own generation prompt before an answer "
                     f"(...{before[-40:]!r}), so training would not see what generation sees; {CURE}"
                 )
-            behind = next(mark.end() for mark in marks if mark.group() == _mark(place, "content"))
+            behind = next(mark.end() for mark in marks if mark.group() == _mark(place, "c"))
             until = next((mark.start() for mark in marks if mark.start() >= behind), len(text))
             marks_of_control = codec.pattern.finditer(text, behind, until)
             end = next((match.end() for match in marks_of_control if codec.control_of(match) in stop_ids), None)

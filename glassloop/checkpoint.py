@@ -58,12 +58,13 @@ class State:
     base_hash: str  # of the frozen base's bytes; another base is refused
     config: dict[str, Any]  # the whole config
     versions: dict[str, str] = field(default_factory=dict)  # package -> version
-    attempt: int = 1  # raised by each resume; of two checkpoints the one with the higher attempt is the newer
+    attempt: int = 1  # of the updates that this process does, as in their records
     loss_scale: float = 1.0  # fp16: factor on the next update's loss
     finite_updates: int = 0  # fp16: finite updates in a row since the factor last changed
     heldout_loss_nats: float | None = None  # of these very weights, token mean; None where not measured or not finite
     tracker_ids: dict[str, str] = field(default_factory=dict)  # tracker -> id of its run
     details: dict[str, Any] = field(default_factory=dict)  # what other parts keep: detector windows, passes, memory tiers
+    serial: int = 0  # given by save_checkpoint: one more than any other in the folder has, so the last one saved is the newest
     schema: int = SCHEMA
 
 
@@ -106,6 +107,7 @@ def save_checkpoint(
     assert len(rng_states) == state.world_size, f"{len(rng_states)} states of random numbers for {state.world_size} ranks"
     if state.heldout_loss_nats is not None and not math.isfinite(state.heldout_loss_nats):
         state = dataclasses.replace(state, heldout_loss_nats=None)
+    state = dataclasses.replace(state, serial=1 + max((other.serial for other in _newest_first(folder).values()), default=0))
     flat = adapters.flat.detach().cpu()
     matrices = {saved_name(name): place.of(flat).clone() for name, place in adapters.slices.items()}
     described = peft_model.peft_config["default"].to_dict()
@@ -189,7 +191,7 @@ def best_checkpoint(run: Path) -> Path | None:
 
 
 def _newest_first(folder: Path) -> dict[Path, State]:
-    """Published checkpoints whose state can be read, by attempt and update; their other files are not looked at."""
+    """Published checkpoints whose state can be read, the last one saved first; their other files are not looked at."""
     known = {}
     for path in folder.glob("update_*"):
         if PUBLISHED.fullmatch(path.name):
@@ -197,8 +199,7 @@ def _newest_first(folder: Path) -> dict[Path, State]:
                 known[path] = _state(folders.read(path, REQUIRED, only=STATE))
             except ValueError:
                 continue  # last_checkpoint names it
-    order = sorted(known, key=lambda path: (known[path].attempt, known[path].update, path.suffix != REPLACED), reverse=True)
-    return {path: known[path] for path in order}
+    return {path: known[path] for path in sorted(known, key=lambda path: known[path].serial, reverse=True)}
 
 
 def _current(known: dict[Path, State]) -> list[Path]:

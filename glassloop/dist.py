@@ -151,6 +151,12 @@ def require_same(what: str, value: int | float | str, cure: str) -> None:
         raise ValueError(f"ranks hold different {what} ({held}): {cure}")
 
 
+def leave() -> None:
+    """End the process group, if there is one: gloo's threads abort a process that exits without it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather_objects(value: object) -> list:
     """Each rank's value, in rank order, on every rank."""
     if not is_distributed():

@@ -9,6 +9,8 @@
 | prompt_completion | prompt, completion |
 | alpaca | instruction, input (optional), output |
 
+alpaca and prompt_completion read a column `reasoning` too where there is one.
+
 A row of format scam asks SCAM_QUESTION about its dialogue and answers with a verdict line. Between the think tags stands its
 own `reasoning` where it brings one; else, with `data.scam_reasoning=cues`, what is typical of its `type` of call (CUES), or of
 its class where the type is unknown (OTHER_CUES). The question holds neither type nor label, so neither leaks into the prompt.

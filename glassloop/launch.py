@@ -26,6 +26,17 @@ def on_cuda() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes")
 
 
+def launch_command(ranks: int) -> str:
+    """How to start `ranks` processes of the kind that this one is: the first words of a command that ends in train_loop.py's own."""
+    if not on_cuda():
+        name, processes = "cpu_2proc", "" if ranks == 2 else f" --num_processes {ranks}"
+    elif ranks == 1:
+        name, processes = "single_gpu", ""
+    else:
+        name, processes = "ddp_2gpu", "" if ranks == 2 else f" --num_processes {ranks}"
+    return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} train_loop.py"
+
+
 def check_launch(config: Config) -> None:
     """Raise ValueError, with the command or field that cures it, for a start that would not do what was asked."""
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -34,14 +45,13 @@ def check_launch(config: Config) -> None:
     if not launched and visible > 1:
         raise ValueError(
             f"{visible} GPUs are visible, but no launcher started this process, so one would be used. For all of them:\n"
-            f"  accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml --num_processes {visible} train_loop.py {words}\n"
-            f"For one:\n  accelerate launch --config_file accelerate_configs/single_gpu.yaml train_loop.py {words}"
+            f"  {launch_command(visible)} {words}\nFor one:\n  {launch_command(1)} {words}"
         )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch.ranks is not None and config.batch.ranks != ranks:
         raise ValueError(
             f"batch.ranks = {config.batch.ranks}, but {ranks} process{'es were' if ranks > 1 else ' was'} started:\n"
-            f"  accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml --num_processes {config.batch.ranks} train_loop.py {words}"
+            f"  {launch_command(config.batch.ranks)} {words}"
         )
     config.batch.accumulation_for(ranks)
     execution = config.execution
@@ -70,6 +80,7 @@ def make_accelerator(config: Config) -> Accelerator:
         mixed_precision=MIXED_PRECISION[config.execution.precision],
         gradient_accumulation_steps=1,  # the loop accumulates itself
         log_with=list(config.tracking.to) or None,
+        project_dir=config.run.dir if config.tracking.to else None,
         kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
     )
     kind = accelerator.distributed_type

@@ -145,7 +145,7 @@ def base_checksum(hf: nn.Module) -> int:
 
     Sums of integers, so it is exact, in any order and on any device: each 8-byte word times an odd number that depends on its
     place, modulo 2**64, then bound to the tensor's name, dtype and shape. One changed byte always changes its tensor's sum. Needs
-    32 MiB beside the model.
+    about 100 MiB beside the model.
     """
     seen: set[tuple[int, tuple[int, ...]]] = set()
     total = 0

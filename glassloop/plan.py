@@ -111,7 +111,7 @@ def describe(plan: StepPlan) -> list[str]:
     }[plan.tail]
     windows = tail if plan.tail_rows else f"{plan.full_windows} full windows"
     return [
-        f"asked {plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches = {plan.rows_per_update} rows an update",
+        f"{plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches = {plan.rows_per_update} rows an update",
         f"{plan.rows:,} rows make {plan.windows_per_epoch} updates an epoch ({windows})",
         f"{plan.updates} updates are {plan.epochs:.2f} epochs; lr {plan.lr[0]:.3g} at update 1, "
         f"{max(plan.lr):.3g} at its peak, {plan.lr[-1]:.3g} at update {plan.updates}",

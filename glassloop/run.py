@@ -14,15 +14,16 @@ import torch
 
 from glassloop.batches import Batches
 from glassloop.checkpoint import CheckpointNotSaved, State, save_checkpoint
-from glassloop.snapshots import rng_state
 from glassloop.config import Config, as_dict
 from glassloop.dist import gather_objects
 from glassloop.evaluation import Answer, answer_together, evaluate
+from glassloop.launch import launch_command
 from glassloop.observers import Observer, RunInfo, SampleRecord
 from glassloop.optim import FlatAdapters, LossScale
 from glassloop.plan import StepPlan
 from glassloop.record import EvaluationRecord, Event
 from glassloop.rows import Example, Row
+from glassloop.snapshots import restore_rng, rng_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +77,8 @@ class Run:
     first_update: int = 1
     attempt: int = 1
     last_saved: int | None = None
-    heldout_losses: dict[int, float] = field(default_factory=dict)  # by update, of this process
+    heldout_nats: tuple[int, float] = (0, math.inf)  # the newest held-out loss, and after how many updates it was taken
+    best_heldout_nats: float = math.inf  # of the checkpoints so far
     base_scores: dict[str, float | None] | None = None
 
     @property
@@ -126,8 +128,19 @@ class Run:
         return update == self.plan.updates or (every is not None and update % every == 0)
 
     def checkpoint_is_due(self, update: int) -> bool:
+        """By interval, at the end, and where an evaluation has just found the lowest held-out loss so far."""
         every = self.config.checkpoint.every_updates
-        return update == self.plan.updates or (every is not None and update % every == 0)
+        improved = self.heldout_nats[0] == update and self.heldout_nats[1] < self.best_heldout_nats
+        return update == self.plan.updates or (every is not None and update % every == 0) or improved
+
+    def position(self) -> tuple[dict[str, Any], float, int]:
+        """What an update moves besides the weights: random numbers and fp16's loss scale."""
+        return rng_state(self.device), self.scale.value, self.scale.finite_updates
+
+    def put_back(self, position: tuple[dict[str, Any], float, int]) -> None:
+        """Undo that, for an update that was not applied and will be done again."""
+        rng, self.scale.value, self.scale.finite_updates = position
+        restore_rng(rng, self.device)
 
     def evaluate(self, update: int) -> None:
         """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
@@ -166,8 +179,7 @@ class Run:
                 self._show(answer, update)
 
     def _tell(self, record: EvaluationRecord) -> None:
-        if math.isfinite(record.loss_nats):
-            self.heldout_losses[record.update] = record.loss_nats
+        self.heldout_nats = (record.update, record.loss_nats)
         for observer in self.observers:
             observer.on_evaluation(record)
 
@@ -196,7 +208,7 @@ class Run:
                 attempt=self.attempt,
                 loss_scale=self.scale.value,
                 finite_updates=self.scale.finite_updates,
-                heldout_loss_nats=self.heldout_losses.get(update),
+                heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
                 tracker_ids=self.tracker_ids(),
             )
             try:
@@ -221,6 +233,8 @@ class Run:
                 failure = str(error)
                 self.event(update, "warning", failure)
         failure = gather_objects(failure)[0]
+        if self.heldout_nats[0] == update and failure is None:
+            self.best_heldout_nats = min(self.best_heldout_nats, self.heldout_nats[1])
         self.last_saved = self.last_saved if failure else update
         return failure is None
 
@@ -248,7 +262,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What to type to go on with this run."""
-        return f"accelerate launch ... train_loop.py --resume {self.folder}"
+        return f"{launch_command(self.ranks)} --resume {self.folder}"
 
     def close_observers(self) -> None:
         """Close files, terminal and trackers."""

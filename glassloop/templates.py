@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from glassloop.chat_template import Parts, chat_parts
+from glassloop.chat_template import MessageOf, Parts, chat_parts
 from glassloop.config import DataConfig
 from glassloop.rows import IGNORE, Example, Row, Turn
 from glassloop.tokens import Codec, Part, encode_rows, literal, make_codec
@@ -42,8 +42,8 @@ class Template:
     name: Literal["r1", "instruct", "chat"]
     codec: Codec
     parts: Parts
+    message: MessageOf
     opens_think: bool  # the generation prompt ends in an open think block
-    think_join: str  # what stands between </think> and the answer
     labels: Literal["response", "everything"]
     chat_template: str
     """Jinja template to save with the adapter: its generation prompt gives the ids of `prompt_ids` for text without control
@@ -72,16 +72,8 @@ class Template:
         return encode_rows(self.codec, [parts], [example.row_id])[0][0]
 
     def messages(self, example: Example) -> list[dict[str, str]]:
-        """The conversation as `apply_chat_template` takes it, reasoning within the content."""
-        return [{"role": turn.role, "content": self._content(turn)} for turn in example.turns]
-
-    def _content(self, turn: Turn) -> str:
-        if turn.role != "assistant" or self.name == "chat":
-            return (
-                turn.content if turn.reasoning is None else f"<think>\n{turn.reasoning}\n</think>{self.think_join}{turn.content}"
-            )
-        answer = turn.content.strip()
-        return answer if turn.reasoning is None else f"<think>\n{turn.reasoning.strip()}\n</think>{self.think_join}{answer}"
+        """The conversation as `apply_chat_template` takes it."""
+        return [self.message(turn) for turn in example.turns]
 
     def _parts(self, example: Example, turns: Sequence[Turn], generation_prompt: bool) -> list[Part]:
         try:
@@ -101,8 +93,8 @@ def make_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase, examples
     opens_think = all(turn.reasoning is not None for turn in answers)
     codec = make_codec(tokenizer)
     if data.template == "chat":
-        parts, source, stop_ids = chat_parts(codec, tokenizer)
-        template = Template("chat", codec, parts, False, "\n\n", data.labels, source, stop_ids)
+        parts, message, source, stop_ids = chat_parts(codec, tokenizer)
+        template = Template("chat", codec, parts, message, False, data.labels, source, stop_ids)
     elif data.template == "r1":
         missing = [mark for mark in R1_MARKS if mark not in codec.control]
         wanted = ", ".join(missing) or "to begin with"
@@ -111,10 +103,10 @@ def make_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase, examples
                 f"data.template = r1: the tokenizer of {tokenizer.name_or_path} has no token {wanted}; set data.template=chat"
             )
         parts, source = _r1(codec, codec.begin, opens_think), _r1_source(opens_think)
-        template = Template("r1", codec, parts, opens_think, "\n\n", data.labels, source, (codec.end,))
+        template = Template("r1", codec, parts, _message("\n\n"), opens_think, data.labels, source, (codec.end,))
     else:
         parts, source = _instruct(codec, opens_think), _instruct_source(codec, opens_think)
-        template = Template("instruct", codec, parts, opens_think, "\n", data.labels, source, (codec.end,))
+        template = Template("instruct", codec, parts, _message("\n"), opens_think, data.labels, source, (codec.end,))
     _check(template, tokenizer, examples, thinks=opens_think)
     return template
 
@@ -155,6 +147,18 @@ def _answer(codec: Codec, turn: Turn, opens_think: bool, join: str) -> list[Part
     opened = [] if opens_think else literal(codec, "<think>\n", True)
     closed = [("\n", True), *literal(codec, "</think>", True), (join + turn.content.strip(), True)]
     return [*opened, (turn.reasoning.strip(), True), *closed]
+
+
+def _message(join: str) -> MessageOf:
+    """Messages with reasoning within the content, stripped as in training; `join` stands between </think> and the answer."""
+
+    def message(turn: Turn) -> dict[str, str]:
+        content = turn.content.strip() if turn.role == "assistant" else turn.content
+        if turn.reasoning is not None:
+            content = f"<think>\n{turn.reasoning.strip()}\n</think>{join}{content}"
+        return {"role": turn.role, "content": content}
+
+    return message
 
 
 def _r1(codec: Codec, begin: int, opens_think: bool) -> Parts:

@@ -22,7 +22,7 @@ from glassloop.record import EvaluationRecord, Event, RowRecord, UpdateRecord
 
 WIDTH = 120  # columns of an update's line at most
 HEADING_EVERY = 20  # update lines between two headings
-STYLES = {"skipped": "yellow", "warning": "yellow", "stopped": "red", "finished": "green"}  # by kind of event
+STYLES = {"skipped": "yellow", "warning": "yellow", "stopped": "red", "failed": "red", "finished": "green"}  # by kind of event
 JOINERS = "\u200c\u200d"  # parts of ordinary words and signs, though of a category that is escaped otherwise
 
 

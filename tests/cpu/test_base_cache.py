@@ -12,7 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from glassloop import base_cache, base_source
 from glassloop.base_cache import MANIFEST, LoadReport, copy_name, load_base
@@ -142,6 +149,10 @@ def test_damage_anywhere_in_a_copy_is_found_and_named(
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
             with pytest.raises(ValueError, match=damaged):
                 load(tiny_llama, tmp_path)
+        if file.suffix == ".safetensors":  # a tensor of another name: transformers would draw the missing one at random
+            file.write_bytes(whole.replace(b'"model.norm.weight"', b'"model.norm.weighs"'))
+            with pytest.raises(ValueError, match=damaged):
+                load(tiny_llama, tmp_path)
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match=damaged):
             load(tiny_llama, tmp_path)
@@ -176,8 +187,15 @@ def test_too_little_disk_space_names_the_field(tiny_llama: Path, tmp_path: Path,
     assert list((tmp_path / "quantized").iterdir()) == []
 
 
-def test_generation_settings_come_along_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
-    """Some repositories hold a generation_config.json that save_pretrained refuses to write."""
+def test_generation_settings_come_along_as_they_are(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some repositories hold settings that transformers (all of them before 5.2x) refuses to save."""
+    real = GenerationConfig.save_pretrained
+
+    def strict(self: GenerationConfig, *args: object, **rest: object) -> None:
+        self.validate(strict=True)
+        real(self, *args, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": [2, 5]}))
     for _ in range(2):
@@ -303,5 +321,5 @@ def test_config_of_another_shape_than_the_weights_is_refused(tiny_llama: Path, t
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     for quantization in ("none", "nf4"):
-        with pytest.raises(ValueError, match=rf"model.id = {folder}.*(mismatch|config fits its weights)"):
+        with pytest.raises(ValueError, match=rf"model.id = {folder}.*(mismatch|in config.json: take .* fits its weights)"):
             load(folder, tmp_path, quantization=quantization)

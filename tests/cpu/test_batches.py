@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from glassloop.batches import Batches, build_pass, empty_pass, epoch_order, literal_passes, packed_passes
 from glassloop.plan import make_plan
 from glassloop.rows import IGNORE, Row
-from hypothesis import given
-from hypothesis import strategies as st
 
 CPU = torch.device("cpu")
 

@@ -187,12 +187,13 @@ def names(run: Path) -> list[str]:
 def test_a_resumed_run_is_the_uninterrupted_one_byte_for_byte(name: str, tmp_path: Path, tokenizer: Any) -> None:
     one = bench(name)
     one.update(3)
-    saved = save(tmp_path, one, tokenizer, state_at(3, details={"windows": [1.5, None]}, attempt=2, loss_scale=1024.0))
+    state = state_at(3, details={"windows": [1.5, None]}, attempt=2, loss_scale=1024.0)
+    saved = save(tmp_path, one, tokenizer, state)
     at_save = one.bits()
     one.update(2)
     again = bench(name, seed=9)
     again.update(1)
-    assert load(saved.path, again) == state_at(3, details={"windows": [1.5, None]}, attempt=2, loss_scale=1024.0)
+    assert load(saved.path, again) == replace(state, serial=1)
     assert again.bits() == at_save
     again.update(2)
     assert again.bits() == one.bits()
@@ -551,7 +552,7 @@ def test_changes_are_found_whatever_the_container() -> None:
 
 
 def test_a_state_written_without_later_fields_opens(at_40: Path, scratch: Bench) -> None:
-    later = ("versions", "attempt", "loss_scale", "finite_updates", "heldout_loss_nats", "tracker_ids", "details")
+    later = ("versions", "attempt", "loss_scale", "finite_updates", "heldout_loss_nats", "tracker_ids", "details", "serial")
     forge(at_40, "state.json", lambda s: {name: value for name, value in s.items() if name not in later})
     assert load(at_40, scratch) == State(40, 0, RANKS, 3407, BASE, CONFIG)
 
@@ -606,8 +607,11 @@ def test_without_heldout_loss_there_is_no_best(run: Path) -> None:
 
 
 def test_after_a_resume_from_an_older_one_its_successors_are_the_newest(run: Path, trained: Bench, tokenizer: Any) -> None:
-    saved = save(run, trained, tokenizer, state_at(30, attempt=2), keep=1)
-    assert names(run) == ["update_000030"]
+    saved = save(run, trained, tokenizer, state_at(30), keep=2)
+    assert names(run) == ["update_000030", "update_000040"]
+    assert last_checkpoint(run)[0] == saved.path
+    saved = save(run, trained, tokenizer, state_at(35), keep=2)
+    assert names(run) == ["update_000030", "update_000035"]
     assert last_checkpoint(run)[0] == saved.path
 
 
@@ -622,12 +626,12 @@ def test_a_second_checkpoint_of_an_update_takes_the_first_ones_place(
 def test_one_that_was_replaced_is_removed_by_the_next_save_and_is_never_the_best(
     run: Path, trained: Bench, tokenizer: Any
 ) -> None:
-    best = save(run, trained, tokenizer, state_at(40, attempt=2, heldout_loss_nats=2.0)).best
+    best = save(run, trained, tokenizer, state_at(40, heldout_loss_nats=2.0)).best
     aside = run / "checkpoints/update_000040.replaced"
     shutil.copytree(run / "checkpoints/update_000040", aside)
-    forge(aside, "state.json", lambda s: s | {"attempt": 1, "heldout_loss_nats": 1.0})
+    forge(aside, "state.json", lambda s: s | {"serial": 2, "heldout_loss_nats": 1.0})
     assert best_checkpoint(run) == best == aside.with_suffix("")
-    assert save(run, trained, tokenizer, state_at(60, attempt=2), keep=3).removed == (aside,)
+    assert save(run, trained, tokenizer, state_at(60), keep=3).removed == (aside,)
     assert names(run) == ["update_000020", "update_000040", "update_000060"]
 
 

@@ -68,6 +68,15 @@ def test_every_token_of_a_row_is_shown(tiny_tokenizer: PreTrainedTokenizerFast) 
     assert render(row, tiny_tokenizer).plain.count("|") + render(row, tiny_tokenizer).plain.count("[") == len(ids)
 
 
+def test_a_supervised_part_that_begins_within_a_character_is_shown_to_begin_there(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    ids = tuple(tiny_tokenizer("🧨", add_special_tokens=False).input_ids)
+    assert len(ids) == 4
+    text = render(Row("train:0", ids, (False, False, True, True)), tiny_tokenizer).plain
+    assert text.index("|") < text.index("[") < text.index("]")
+
+
 def test_what_a_terminal_would_obey_is_written_out() -> None:
     assert visible("a\x1b[2J\0\r\u202e\t\n é") == "a\\x1b[2J\\x00\\r\\u202e⇥⏎ é"
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from glassloop.loss import token_loss_sums, token_loss_sums_reference
 from glassloop.rows import IGNORE
 

@@ -139,6 +139,17 @@ def test_base_checksum_sees_two_words_that_changed_places() -> None:
     assert base_checksum(module) != clean
 
 
+def test_base_checksum_sees_every_byte_of_a_tensor_that_ends_in_part_of_a_word() -> None:
+    module = torch.nn.Linear(7, 1, bias=False, dtype=torch.bfloat16)  # 14 bytes
+    sums = {base_checksum(module)}
+    raw = module.weight.data.view(torch.uint8)
+    for place in range(14):
+        raw[0, place] ^= 0x80
+        sums.add(base_checksum(module))
+        raw[0, place] ^= 0x80
+    assert len(sums) == 15
+
+
 def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     from glassloop import model_checks
 

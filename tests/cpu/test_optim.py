@@ -3,8 +3,9 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from glassloop.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer
 from torch import nn
+
+from glassloop.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer
 
 HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 
@@ -32,7 +33,7 @@ def test_a_dropped_gradient_view_is_noticed():
     model = layers()
     adapters = FlatAdapters(model.named_parameters())
     model.zero_grad()
-    with pytest.raises(RuntimeError, match="0.weight left the flat buffer"):
+    with pytest.raises(RuntimeError, match=r"0\.weight left the flat buffer"):
         adapters.check_views()
 
 

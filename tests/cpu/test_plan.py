@@ -3,9 +3,10 @@
 import math
 
 import pytest
-from glassloop.plan import describe, lr_at, make_plan
 from hypothesis import given
 from hypothesis import strategies as st
+
+from glassloop.plan import describe, lr_at, make_plan
 
 RECIPE = dict(tail="keep", epochs=1.0, warmup=5, peak=2e-4, kind="linear", first="peak_over_warmup")
 
@@ -79,7 +80,7 @@ def test_windows_and_updates_equal_a_count(rows, size, ranks, accumulation, tail
 
 
 def test_updates_outside_the_run_have_no_learning_rate():
-    with pytest.raises(ValueError, match="not one of 1 .. 60"):
+    with pytest.raises(ValueError, match=r"not one of 1 \.\. 60"):
         lr_at(61, updates=60, warmup=5, peak=1.0, kind="linear", first="zero")
 
 

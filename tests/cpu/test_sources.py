@@ -66,18 +66,13 @@ def refused(tmp_path: Path, cells: list[dict[str, Any]], match: str, name: str =
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl", "rows.parquet", "a [1] *.csv"])
 def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path, name: str) -> None:
-    rows = [
-        {"dialogue": 'caller: "Hi, there"\nreceiver: é NA', "type": "NA", "label": 1},
-        {"dialogue": "12", "type": "", "label": 0},
-    ]
-    loaded = load(tmp_path, rows, name, shuffle=False, scam_reasoning="none")
+    dialogues = ['caller: "Hi, there"\nreceiver: é', "12", "NA"]
+    rows = [{"dialogue": dialogue, "type": "null", "label": number % 2} for number, dialogue in enumerate(dialogues)]
+    loaded = load(tmp_path, rows, name, shuffle=False)
     assert loaded.format == "scam"
-    assert [
-        (example.row_id, example.turns[0].content.removeprefix(SCAM_QUESTION), example.label) for example in loaded.train
-    ] == [
-        ("train:0", rows[0]["dialogue"], "scam"),
-        ("train:1", "12", "honest"),
-    ]
+    assert ids(loaded.train) == ["train:0", "train:1", "train:2"]
+    assert [example.turns[0].content.removeprefix(SCAM_QUESTION) for example in loaded.train] == dialogues
+    assert [example.label for example in loaded.train] == ["honest", "scam", "honest"]
 
 
 def test_a_folder_is_read_with_its_splits(tmp_path: Path) -> None:

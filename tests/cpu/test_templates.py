@@ -384,13 +384,19 @@ def test_an_end_of_turn_that_is_not_the_tokenizers_end_token_is_learned_and_stop
 DROPS_THOUGHT = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
 DROPS_EARLIER_THOUGHT = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
 REPEATS = CHATML.replace("m['content']", "m['content'] + messages[0]['content']")
+DOUBLES = CHATML.replace("m['content']", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content']")
+APART = CHATML.replace(
+    "m['content']",
+    "('<think>\n' + m['reasoning_content'] | default('') + '\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content']",
+)
 OPENS_THINK = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
 
 
 @pytest.mark.parametrize(
     ("source", "conversation", "message"),
     [
-        (DROPS_THOUGHT, THOUGHT, "drops, repeats or moves text of a turn; set data.template=r1 or instruct"),
+        (DROPS_THOUGHT, THOUGHT, "drops or doubles reasoning; set data.template=r1 or instruct"),
+        (DOUBLES, THOUGHT, "drops or doubles reasoning; set data.template=r1 or instruct"),
         (DROPS_EARLIER_THOUGHT, TWO, "drops, repeats or moves text of a turn; set data.template=r1 or instruct"),
         (REPEATS, UNTHOUGHT, "drops, repeats or moves text of a turn"),
         (OPENS_THINK, UNTHOUGHT, "does not write its own generation prompt before an answer"),
@@ -400,13 +406,31 @@ OPENS_THINK = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }
             "refuses turns user.*: no roles at all; set",
         ),
     ],
-    ids=["drops reasoning", "drops earlier reasoning", "repeats", "prompt that rows do not have", "raises"],
+    ids=[
+        "drops reasoning",
+        "writes an empty block before",
+        "drops earlier reasoning",
+        "repeats",
+        "prompt that rows do not have",
+        "raises",
+    ],
 )
 def test_a_template_under_which_training_and_generation_would_differ_is_refused(
     source: str, conversation: Example, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_template(DataConfig(template="chat"), chatml(source), (conversation,)).encode(conversation)
+
+
+def test_a_template_that_takes_reasoning_beside_the_content_gets_it_there() -> None:
+    tokenizer = chatml(APART)
+    template = make_template(DataConfig(template="chat"), tokenizer, (TWO,))
+    row = template.encode(TWO)
+    assert [tokenizer.decode(span) for span in spans(row)] == [
+        f"<think>\n{REASONING}\n</think>\n\n{ANSWER}<|im_end|>",
+        "<think>\nIt is an insect.\n</think>\n\nSix.<|im_end|>",
+    ]
+    assert saved_prompt(tokenizer, template, TWO) == template.prompt_ids(TWO)
 
 
 def test_a_template_that_drops_earlier_reasoning_serves_rows_of_one_answer() -> None:

@@ -144,7 +144,7 @@ def test_the_prompt_is_the_one_that_deepseeks_own_template_gives(r1: Any, scam: 
 
 
 def test_deepseeks_own_template_would_drop_the_reasoning_and_is_refused_as_chat(r1: Any) -> None:
-    with pytest.raises(ValueError, match=r"drops, repeats or moves text of a turn; set data\.template=r1"):
+    with pytest.raises(ValueError, match=r"drops or doubles reasoning; set data\.template=r1"):
         build(MEDICAL, r1, template="chat")
 
 

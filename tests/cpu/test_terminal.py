@@ -119,7 +119,7 @@ def test_no_line_is_wider_than_120_columns(
         rank_real_tokens=(tokens,), update_s=seconds, rank_peak_gib=(139.81,), reason=reason,
         action="applied" if reason is None else "skipped",
     )  # fmt: skip
-    assert len(update_line(record)) <= WIDTH
+    assert len(printable(update_line(record))) <= WIDTH
     assert len(heading(updates)) <= WIDTH
 
 
@@ -166,8 +166,8 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TERM", "dumb")
     screen = Screen()
     observer = TerminalObserver(60, 2, stream=screen)
-    run_all(observer)
-    for u in range(2, 21):
+    observer.on_start(RunInfo("runs/a", updates=60, ranks=2))
+    for u in range(1, 21):
         observer.on_update(update_record(u), ())
     assert "\x1b" not in screen.getvalue()
     assert "\n20/60 updates, about " in screen.getvalue()  # it has no bar, so the time left is on a line

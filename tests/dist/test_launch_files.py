@@ -21,6 +21,7 @@ total = accelerator.reduce(torch.ones(1)).item()
 print(json.dumps({"rank": accelerator.process_index, "ranks": accelerator.num_processes, "sum": total,
                   "backend": torch.distributed.get_backend(), "device": accelerator.device.type,
                   "precision": accelerator.mixed_precision, "cuda": torch.cuda.device_count()}), flush=True)
+accelerator.end_training()
 """
 WAITS_FOR_A_SIGNAL = """
 import signal, sys, time, torch
