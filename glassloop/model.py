@@ -20,6 +20,7 @@ from glassloop.base_source import loading_errors, resolve_source
 from glassloop.config import LoraConfig, ModelConfig
 from glassloop.loss import token_loss_sums
 from glassloop.model_checks import check_devices, check_dtypes, check_plain_head
+from glassloop.norms import fuse_norms
 from glassloop.rows import Pass
 
 
@@ -69,6 +70,7 @@ def build_engine(
     """
     base, report = load_base(model, precision=precision, device=device, first=first)
     check_plain_head(base, device)
+    fuse_norms(base)
     hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
     if model.init_adapter is not None:
         load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)
