@@ -1,0 +1,117 @@
+"""Updates on one CUDA device: fp16's loss scale, dtypes, layouts, optimizers, determinism."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from launching import write_rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NAMES = itertools.count()
+
+
+@pytest.fixture
+def run_of(tmp_path: Path, tiny_llama: Path):
+    """Builds a run on 37 short rows, 8 an update; every call starts from the same adapters."""
+    from accelerate.state import AcceleratorState
+    from glassloop.arguments import from_values
+    from glassloop.build import build_run
+
+    def build(**sections: dict):
+        AcceleratorState._reset_state(True)
+        values = {
+            "model": {"id": str(tiny_llama)},
+            "lora": {"r": 4, "alpha": 8},
+            "data": {"source": str(write_rows(tmp_path / "rows.jsonl", 37)), "template": "chat", "max_tokens": 96},
+            "batch": {"size": 2, "accumulation": 4},
+            "schedule": {"updates": 60},
+            "optimizer": {"lr": 1e-2},
+            "evaluation": {"samples": 0},
+            "run": {"dir": str(tmp_path / "runs"), "name": f"run{next(NAMES)}"},
+        }
+        for section, fields in sections.items():
+            values[section] = {**values.get(section, {}), **fields}
+        return build_run(from_values(values))
+
+    return build
+
+
+def update(run, u: int):
+    from train_loop import update_once
+
+    outcome = update_once(run, u)
+    assert outcome is not None
+    return outcome
+
+
+def test_an_fp16_overflow_is_skipped_recorded_and_halves_the_scale(run_of):
+    run = run_of(execution={"precision": "fp16"}, stability={"initial_loss_scale": 2.0**40})
+    before = run.adapters.flat.detach().clone()
+    first = update(run, 1)
+    assert (first.record.action, first.record.loss_scale, first.nonfinite) == ("skipped", 2.0**40, False)
+    assert "fp16 overflow" in first.record.reason
+    assert first.record.lr == run.plan.lr[0]
+    assert torch.equal(before, run.adapters.flat)
+    assert not run.optimizer.state[run.adapters.flat]  # its own count has not moved
+    records = [update(run, u).record for u in range(2, 60)]
+    skipped = [record for record in records if record.action == "skipped"]
+    assert [record.loss_scale for record in skipped] == [2.0 ** (39 - i) for i in range(len(skipped))]
+    assert records[-1].action == "applied"
+    assert records[-1].loss_nats < first.record.loss_nats
+
+
+def test_fp16_and_bf16_give_the_gradient_of_fp32_within_their_rounding(run_of):
+    grads = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        run = run_of(
+            execution={"precision": precision}, optimizer={"max_grad_norm": None}, stability={"initial_loss_scale": 1024.0}
+        )
+        assert update(run, 1).record.action == "applied"
+        grads[precision] = run.adapters.grad.double()
+    for precision, bound in (("bf16", 0.05), ("fp16", 0.01)):
+        assert (grads[precision] - grads["fp32"]).norm() / grads["fp32"].norm() < bound
+
+
+def test_adapters_gradients_and_loss_are_fp32_and_the_base_is_not(run_of):
+    run = run_of()
+    trainable = {p.dtype for p in run.plain_engine.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in run.plain_engine.parameters() if not p.requires_grad}
+    assert trainable == {run.adapters.grad.dtype} == {torch.float32}
+    assert frozen == {torch.bfloat16, torch.uint8}
+    assert {p.device for p in run.plain_engine.parameters()} == {torch.device("cuda:0")}
+
+
+@pytest.mark.parametrize("execution", [{"layout": "packed"}, {"checkpointing": True}])
+def test_layouts_and_recomputation_leave_the_fp32_gradient_as_it_is(run_of, execution):
+    grads = []
+    for how in ({"checkpointing": False}, execution):
+        run = run_of(execution={"precision": "fp32", **how}, optimizer={"max_grad_norm": None})
+        update(run, 1)
+        grads.append(run.adapters.grad.double())
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() <= 1e-6
+
+
+def test_60_updates_with_8_bit_states_end_near_those_with_32_bit_states(run_of):
+    losses = {}
+    for name in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
+        run = run_of(optimizer={"name": name})
+        losses[name] = [update(run, u).record.loss_nats for u in range(1, 61)]
+        learned = losses[name][0] - losses[name][-1]
+        assert learned > 1
+    for name in ("adamw_8bit", "paged_adamw_8bit"):
+        gap = abs(sum(losses[name][-5:]) - sum(losses["adamw"][-5:])) / 5
+        assert gap < 0.05 * learned, (name, gap, learned)
+
+
+def test_the_same_run_twice_is_the_same_to_the_last_bit_in_deterministic_mode(run_of):
+    ends = []
+    for _ in range(2):
+        run = run_of(execution={"deterministic": True})
+        for u in range(1, 6):
+            update(run, u)
+        ends.append(run.adapters.flat.detach().clone())
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(*ends)
