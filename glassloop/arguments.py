@@ -278,7 +278,7 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(_unknown(name))
         elif item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):
-            lines.append(str(item["ctx"]["error"]))  # our own checks name their fields
+            lines.append(str(item.get("ctx", {})["error"]))  # our own checks name their fields
         else:
             lines.append(f"{name} = {item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}")
     return "\n".join(dict.fromkeys(lines))

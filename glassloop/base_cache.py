@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from glassloop.base_source import BaseError, BaseSource, base_hash, damaged_copy, loading_errors, resolve_source
-from glassloop.cache import cache_root, published
+from glassloop.cache import cache_root, published, save_pretrained_here
 from glassloop.config import ModelConfig
 from glassloop.model_checks import base_checksum
 
@@ -175,7 +175,7 @@ def _quantized_copy(
     with published(folder) as temporary:
         _check_free_space(temporary, hf.get_memory_footprint())
         generation, hf.generation_config = hf.generation_config, GenerationConfig()
-        hf.save_pretrained(temporary)
+        save_pretrained_here(hf, temporary)
         if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
             generation.to_json_file(temporary / "generation_config.json")
         files = {str(f.relative_to(temporary)): _file_entry(f) for f in sorted(temporary.rglob("*")) if f.is_file()}

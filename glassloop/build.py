@@ -21,7 +21,7 @@ from glassloop.config import Config, as_dict
 from glassloop.dataset import Dataset, build_rows, summary
 from glassloop.dist import broadcast_from_rank_0, gather_objects, require_same
 from glassloop.environment import environment
-from glassloop.launch import check_launch, make_accelerator
+from glassloop.launch import check_launch, hush, make_accelerator
 from glassloop.model import Engine, build_engine, load_tokenizer
 from glassloop.model_checks import audit_table, dtype_audit
 from glassloop.observers import JsonlObserver, write_json, write_text
@@ -43,6 +43,7 @@ def build_run(config: Config) -> Run:
     stop = StopFlag()
     stop.listen()
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    hush(rank)
     device = (
         accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
     )  # Accelerate numbers CPUs; tensors do not

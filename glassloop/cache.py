@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process that died
 
@@ -50,6 +51,21 @@ def published(folder: Path) -> Iterator[Path]:
         _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_pretrained_here(model: Any, folder: Path) -> None:
+    """`model.save_pretrained(folder)` on whatever rank this is.
+
+    transformers 5 writes on global rank 0 only and says nothing on the others, but a cache belongs to a host, and the first rank of a second host
+    is not global rank 0. Raises RuntimeError if nothing was written all the same.
+    """
+    model.should_save_on_this_rank = lambda is_main_process: True
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.should_save_on_this_rank
+    if not (folder / "config.json").is_file():
+        raise RuntimeError(f"transformers wrote no config.json into {folder}")
 
 
 def _sync(path: Path) -> None:

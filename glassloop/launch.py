@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from datetime import timedelta
 
+import datasets
 import torch
+import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 
 from glassloop.config import Config
+
+# Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs that it lacks, on every rank.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 REFUSED_LAUNCHES = {
@@ -24,6 +31,16 @@ REFUSED_LAUNCHES = {
 def on_cuda() -> bool:
     """Whether ranks compute on GPUs: there is one, and the launch file does not ask for CPUs."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes")
+
+
+def hush(rank: int) -> None:
+    """Keep libraries from talking between the run's own lines: progress bars where nobody watches, and notes that no user can act on."""
+    if rank != 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )  # PEFT asks transformers for it
 
 
 def launch_command(ranks: int) -> str:

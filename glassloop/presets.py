@@ -71,7 +71,7 @@ def smollm2_demo() -> dict[str, Any]:
             "format": "scam",
             "template": "chat",
             "heldout": 0.2,
-            "heldout_rows": 8,
+            "heldout_rows": 12,
             "max_tokens": 384,
         },
         "batch": {"size": 2, "rows_per_update": 8},

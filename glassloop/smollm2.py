@@ -10,7 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassloop.cache import published
+from glassloop.cache import published, save_pretrained_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = LlamaForCausalLM(config)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
-    model.save_pretrained(folder)
+    save_pretrained_here(model, folder)
     _tokenizer(fields, config.max_position_embeddings).save_pretrained(folder)
 
 

@@ -23,6 +23,7 @@ from glassloop.record import EvaluationRecord, Event, RowRecord, UpdateRecord
 WIDTH = 120  # columns of an update's line at most
 HEADING_EVERY = 20  # update lines between two headings
 STYLES = {"skipped": "yellow", "warning": "yellow", "stopped": "red", "failed": "red", "finished": "green"}  # by kind of event
+NOT_SHOWN = {"answers", "reasoning_rows", "verdict_rows", "answer_tokens_median"}  # scores that evaluations.jsonl has room for
 JOINERS = "\u200c\u200d"  # parts of ordinary words and signs, though of a category that is escaped otherwise
 
 
@@ -184,7 +185,7 @@ def evaluation_line(record: EvaluationRecord) -> str:
     parts = [
         f"{name} {_score(value)}" + (f" (base {_score(base[name])})" if base.get(name) not in (None, value) else "")
         for name, value in scores.items()
-        if value is not None
+        if value is not None and name not in NOT_SHOWN
     ]
     size = f"{record.rows:,} rows, {record.supervised_tokens:,} supervised tokens, {record.seconds:.1f} s"
     return f"held-out: {', '.join(parts)} [{size}]"

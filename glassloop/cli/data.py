@@ -12,9 +12,7 @@ from glassloop.rows import Row
 if TYPE_CHECKING:
     from rich.text import Text
 
-LEGEND = (
-    "[token] is supervised: the model learns to write it. token| is only read. «token» is a control token, all else is text."
-)
+LEGEND = "[token] is supervised: the model learns to write it. token| is only read. «token» is a control token, all else is text."
 
 
 def main(argv: list[str]) -> int:

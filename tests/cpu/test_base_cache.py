@@ -90,6 +90,19 @@ def test_ranks_read_what_the_first_one_made(tiny_llama: Path, tmp_path: Path, mo
     assert reports[0].folder == reports[1].folder == str(copies(tmp_path)[0])
 
 
+def test_the_first_rank_of_a_second_host_writes_the_copy_too(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' save_pretrained is silent on every global rank but 0."""
+    from transformers.distributed import mixin
+
+    monkeypatch.setattr(mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(mixin, "_get_torch_distributed_rank", lambda: 2)
+    _, report = load(tiny_llama, tmp_path)
+    assert (Path(report.folder or "") / "config.json").is_file()
+    assert load(tiny_llama, tmp_path)[1].from_cache
+
+
 def test_every_setting_that_decides_the_bytes_has_its_own_copy(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig()
     names = {

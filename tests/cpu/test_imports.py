@@ -72,7 +72,7 @@ TABLE = {
     "outcome": Rule("batches dist record"),
     "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
     # What knows every part.
-    "launch": Rule("config", "accelerate torch"),
+    "launch": Rule("config", "accelerate datasets torch transformers"),
     "run": Rule("*", "torch"),
     "build": Rule("*", "accelerate torch"),
     "cli": Rule("*", late="*"),

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from glassloop.norms import fuse_norms
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from glassloop.norms import fuse_norms
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])

@@ -220,7 +220,7 @@ def test_an_evaluation_shows_the_base_beside_the_adapter_and_no_empty_score() ->
     base = {"loss_nats": 2.5, "answers": 8, "f1": 0.25, "recall": None}
     record = EvaluationRecord(20, 2.0, 64, 5678, scores, base, seconds=12.34)
     assert evaluation_line(record) == (
-        "held-out: loss_nats 2.0000 (base 2.5000), answers 8, f1 0.7500 (base 0.2500) [64 rows, 5,678 supervised tokens, 12.3 s]"
+        "held-out: loss_nats 2.0000 (base 2.5000), f1 0.7500 (base 0.2500) [64 rows, 5,678 supervised tokens, 12.3 s]"
     )
 
 

@@ -17,6 +17,7 @@ NAMES = itertools.count()
 def run_of(tmp_path: Path, tiny_llama: Path):
     """Builds a run on 37 short rows, 8 an update; every call starts from the same adapters."""
     from accelerate.state import AcceleratorState
+
     from glassloop.arguments import from_values
     from glassloop.build import build_run
 
