@@ -1,0 +1,58 @@
+"""Starts that would not do what was asked are refused, with the line to type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glassloop import launch
+from glassloop.arguments import parse
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_two_visible_gpus_without_a_launcher_are_refused_with_both_lines() -> None:
+    with pytest.raises(ValueError, match="2 GPUs are visible, but no launcher") as refusal:
+        launch.check_launch(parse(["r1_8b_scam"]))
+    assert "accelerate_configs/ddp_2gpu.yaml train_loop.py" in str(refusal.value)
+    assert "accelerate_configs/single_gpu.yaml train_loop.py" in str(refusal.value)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_launcher_makes_the_same_start_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch.check_launch(parse(["r1_8b_scam", "batch.ranks=2"]))
+    with pytest.raises(ValueError, match=r"batch\.ranks = 3, but 2 processes were started"):
+        launch.check_launch(parse(["r1_8b_scam", "batch.ranks=3", "batch.rows_per_update=18"]))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_bf16_on_a_card_without_it_names_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(ValueError, match="Tesla T4 has no bf16 units; use fp16"):
+        launch.check_launch(parse(["r1_8b_scam"]))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("execution.precision=fp16", "fp16 needs a CUDA device"),
+        ("optimizer.name=paged_adamw_8bit", "paged_adamw_8bit needs a CUDA device"),
+        ("model.attention=flash_attention_2", "flash_attention_2 needs a CUDA device"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, word: str, said: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=said):
+        launch.check_launch(parse(["r1_8b_scam", word]))
