@@ -82,6 +82,13 @@ def test_packed_passes_hold_each_row_once_within_the_bound_and_balanced(lengths,
     assert max(loads) - min(loads) <= max(lengths)
 
 
+def test_packed_shares_are_balanced_by_tokens_and_not_by_rows():
+    lengths = [40, 10, 10, 10, 10]
+    passes = packed_passes(range(5), lengths, ranks=2, pass_tokens=40)
+    assert [sum(lengths[r] for one in share for r in one) for share in passes] == [40, 40]
+    assert passes[0] == ((0,),)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_pass_shifts_labels_once_and_counts_what_it_holds(packed):
     rows = [row(0, 5), row(1, 3)]

@@ -116,3 +116,14 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit_in_deterministic_mode(ru
         ends.append(run.adapters.flat.detach().clone())
     torch.use_deterministic_algorithms(False)
     assert torch.equal(*ends)
+
+
+def test_norms_stay_in_bf16_under_autocast_on_cuda():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from glassloop.norms import fuse_norms
+
+    norm = LlamaRMSNorm(64).to("cuda", torch.bfloat16)
+    assert fuse_norms(norm) == 1
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert norm(torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)).dtype == torch.bfloat16
