@@ -109,3 +109,16 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(words, extra, said,
     assert said in output
     assert output.count("refused:") == 1
     assert "Loading weights" not in output
+
+
+def test_two_ranks_make_one_tracked_run_without_secrets(words, tmp_path):
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    extra = ["tracking.to=wandb,tensorboard", "tracking.wandb_mode=offline", "schedule.updates=3", "data.heldout=null"]
+    plain = [word for word in words if not word.startswith(("data.heldout", "evaluation.every", "schedule.updates"))]
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    launch(TRAIN, *plain, *extra, f"run.dir={tmp_path}", "run.name=tracked", "evaluation.every_updates=null", WANDB_API_KEY=secret)
+    folder = tmp_path / "tracked"
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
+    assert not any(secret.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
