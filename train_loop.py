@@ -47,6 +47,7 @@ def update_once(run: Run, u: int) -> Outcome | None:
     if not gate.whole:
         return None
     if run.ddp:
+        run.adapters.check_views()
         run.adapters.grad.mul_(run.ranks)  # DDP has reduced by now, to the mean
     else:
         reduce_gradients(run.adapters.grad)  # SUM over ranks
@@ -114,6 +115,10 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
     return PassSums(torch.stack(losses).sum(), torch.cat(row_losses), done, supervised, real, slots, whole, out_of_memory)
 
 
+class RanOutOfMemory(RuntimeError):
+    """Raised on every rank when one has run out of memory; the update has changed nothing."""
+
+
 def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
     """Exchange the ranks' reports. Raises RuntimeError, on all ranks, for what must end the run before anything is reduced."""
     gate = gather_reports(
@@ -125,7 +130,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
         rows_of_ranks=[len(run.batches.share(window, rank)) for rank in range(run.ranks)],
     )
     if gate.out_of_memory:
-        raise RuntimeError(
+        raise RanOutOfMemory(
             f"rank {', '.join(map(str, gate.out_of_memory))} ran out of memory in update {window.update}; nothing was applied. "
             f"Smaller passes with the same rows an update: {run.smaller_passes}"
         )
@@ -144,7 +149,11 @@ def train(run: Run) -> int:
     skipped = 0
     for u in range(run.first_update, run.plan.updates + 1):
         before = run.position()
-        outcome = update_once(run, u)
+        try:
+            outcome = update_once(run, u)
+        except RanOutOfMemory as error:
+            run.put_back(before)
+            return run.failed(u, str(error), run.resume_command)
         if outcome is None:
             run.put_back(before)
             return run.stopped(u - 1, "a stop was asked; the update under way was given up")
@@ -153,7 +162,7 @@ def train(run: Run) -> int:
         skipped = skipped + 1 if outcome.nonfinite else 0
         if outcome.nonfinite and (run.config.stability.on_nonfinite == "stop" or skipped > run.config.stability.max_skipped):
             run.put_back(before)
-            return run.failed(u, outcome.record.reason)
+            return run.failed(u, outcome.record.reason, f"{run.resume_command} stability.on_nonfinite=skip")
         if outcome.stop:
             return run.stopped(u, "a stop was asked")
         if run.evaluation_is_due(u):

@@ -85,22 +85,6 @@ def check_devices(hf: nn.Module, device: torch.device) -> None:
             )
 
 
-def check_sharding(distributed_type: str, quantization: str) -> None:
-    """Raise ValueError for a launch file that shards weights; every rank of glassloop holds the whole base."""
-    name = distributed_type.rpartition(".")[2].upper()
-    if name not in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        return
-    why = (
-        "FSDP takes 4-bit weights only with bnb_4bit_quant_storage=bfloat16 and bf16 adapters together, and adapters here are fp32"
-        if name == "FSDP" and quantization == "nf4"
-        else "every rank holds the whole base here"
-    )
-    raise ValueError(
-        f"distributed_type = {name} with model.quantization = {quantization}: {why}; an 8B base in NF4 takes 6 GB a GPU, so plain data "
-        "parallelism is enough: use distributed_type MULTI_GPU (accelerate_configs/)"
-    )
-
-
 @torch.no_grad()
 def check_plain_head(hf: nn.Module, device: torch.device) -> None:
     """Raise ValueError where logits are more than head(decoder(x)): softcaps, scales, a quantised head.

@@ -244,13 +244,11 @@ class Run:
         self.event(update, "stopped", f"{why} ({self.stop.by or 'another rank'})", self.resume_command if update else None)
         return 0 if saved else 1
 
-    def failed(self, update: int, why: str | None) -> int:
-        """End because an update was not sound; the adapters as they were before it are saved. Exit code 1."""
+    def failed(self, update: int, why: str | None, command: str) -> int:
+        """End because update `update` could not be applied; the adapters as they were before it are saved. Exit code 1."""
         if update > 1:
             self.save(update - 1)
-        self.event(
-            update, "stopped", f"update {update} was not applied: {why}", f"{self.resume_command} --stability.on_nonfinite skip"
-        )
+        self.event(update, "failed", f"update {update} was not applied: {why}", command if update > 1 else None)
         return 1
 
     def finish(self) -> int:

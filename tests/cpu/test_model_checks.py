@@ -17,7 +17,6 @@ from glassloop.model_checks import (
     check_devices,
     check_dtypes,
     check_plain_head,
-    check_sharding,
     dtype_audit,
 )
 
@@ -99,15 +98,6 @@ def test_model_on_another_device_is_refused(engine_of: EngineOf, tiny_llama: Pat
     norm.weight = torch.nn.Parameter(norm.weight.to("meta"), requires_grad=False)
     with pytest.raises(ValueError, match=r"norm.weight lies on meta"):
         check_devices(engine.hf, CPU)
-
-
-def test_sharding_launch_files_are_refused() -> None:
-    for fine in ("DistributedType.MULTI_GPU", "DistributedType.NO", "MULTI_CPU"):
-        check_sharding(fine, "nf4")
-    with pytest.raises(ValueError, match=r"FSDP .*bnb_4bit_quant_storage=bfloat16 and bf16 adapters .*MULTI_GPU"):
-        check_sharding("DistributedType.FSDP", "nf4")
-    with pytest.raises(ValueError, match=r"DEEPSPEED with model.quantization = none: every rank holds"):
-        check_sharding("DEEPSPEED", "none")
 
 
 def test_base_checksum_sees_one_changed_byte_in_any_tensor(engine_of: EngineOf, folder: Path) -> None:

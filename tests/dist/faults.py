@@ -122,6 +122,21 @@ def out_of_memory_on_rank_1():
         return {"error": str(error), "unchanged": state(run) == before}
 
 
+def nan_ends_the_run():
+    """train() on a run whose second update is not finite on rank 1: exit code, and what is left."""
+    from glassloop.checkpoint import last_checkpoint
+    from train_loop import train
+
+    run = run_of("ends")
+    poisoned(run, 1, 2, lambda loss, rows: (loss * float("nan"), rows * float("nan")))
+    code = train(run)
+    run.close_observers()
+    gather_objects(None)
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    checkpoint, _ = last_checkpoint(run.folder)
+    return {"code": code, "last": events[-1], "checkpoint": checkpoint and checkpoint.name}
+
+
 def stop_asked_on_rank_1():
     run = run_of("stop")
     before = state(run)
@@ -206,6 +221,7 @@ CHECKS = [
     infinite_gradient_on_rank_1,
     losses_of_unequal_ranks,
     out_of_memory_on_rank_1,
+    nan_ends_the_run,
     stop_asked_on_rank_1,
     nothing_supervised,
     unwrapped_forward,

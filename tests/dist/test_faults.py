@@ -68,6 +68,14 @@ def test_out_of_memory_on_rank_1_ends_both_before_anything_is_reduced(faults):
     assert result["unchanged"]
 
 
+def test_a_run_that_ends_for_a_nan_keeps_the_last_good_state_and_says_how_to_go_on(faults):
+    result = both(faults, "nan_ends_the_run")
+    assert (result["code"], result["checkpoint"]) == (1, "update_000001")
+    assert result["last"]["kind"] == "failed"
+    assert "update 2 was not applied: loss is not finite: rank 1" in result["last"]["message"]
+    assert result["last"]["command"].endswith("stability.on_nonfinite=skip")
+
+
 def test_a_stop_asked_of_one_rank_gives_the_update_up_on_both(faults):
     result = both(faults, "stop_asked_on_rank_1")
     assert result["given_up"]
