@@ -56,3 +56,16 @@ def test_what_a_cpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, word: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=said):
         launch.check_launch(parse(["r1_8b_scam", word]))
+
+
+@pytest.mark.parametrize("kind", launch.REFUSED_LAUNCHES)
+def test_launch_settings_that_hide_the_formula_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    class Asked:
+        distributed_type = kind
+
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: Asked())
+    with pytest.raises(ValueError, match="the launch file asks for") as refusal:
+        launch.make_accelerator(parse(["smollm2_demo"]))
+    assert launch.REFUSED_LAUNCHES[kind] in str(refusal.value)
+    if kind == "FSDP":
+        assert "bnb_4bit_quant_storage=bf16 with bf16 adapters" in str(refusal.value)
