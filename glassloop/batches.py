@@ -101,7 +101,7 @@ class Batches:
         return sum(self.rows[row].supervised_tokens for row in window.rows)
 
 
-def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device, micro_batch: int = 0) -> Pass:
+def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device) -> Pass:
     """Tensors of one pass. Padded: right padding to the longest row. Packed: rows end to end, positions restart."""
     if packed:
         ids = [[token for row in rows for token in row.input_ids]]
@@ -131,7 +131,6 @@ def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.
         supervised_tokens=len(places),
         real_tokens=sum(len(row) for row in rows),
         slot_tokens=tensors[0].numel(),
-        micro_batch=micro_batch,
     )
 
 

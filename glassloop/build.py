@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 import time
@@ -16,7 +15,7 @@ from accelerate.utils import set_seed
 
 from glassloop.arguments import to_yaml
 from glassloop.batches import Batches
-from glassloop.checkpoint import best_checkpoint, last_checkpoint, load_checkpoint
+from glassloop.checkpoint import best_checkpoint, last_checkpoint, load_checkpoint, read_state
 from glassloop.config import Config, as_dict
 from glassloop.dataset import Dataset, build_rows, summary
 from glassloop.dist import broadcast_from_rank_0, gather_objects, require_same
@@ -94,7 +93,7 @@ def build_run(config: Config) -> Run:
         config=config,
         accelerator=accelerator,
         folder=folder,
-        header=(*header(config, plan, dataset, engine, adapters, device), *(tracker.lines() if tracker else ())),
+        header=(*header(config, batches, dataset, engine, adapters, device), *(tracker.lines() if tracker else ())),
         plan=plan,
         batches=batches,
         heldout=dataset.heldout.rows,
@@ -174,13 +173,13 @@ def position(checkpoint: Path | None, plan: StepPlan) -> tuple[int, dict[str, st
     """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded."""
     if checkpoint is None:
         return 0, {}
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    if state["update"] >= plan.updates:
+    state = read_state(checkpoint)
+    if state.update >= plan.updates:
         raise ValueError(
             f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} updates: there is nothing to go on with; "
             f"to train further from its adapter, start a run with --init_adapter {checkpoint}"
         )
-    return state["update"], state["tracker_ids"]
+    return state.update, state.tracker_ids
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -200,7 +199,8 @@ def find_checkpoint(config: Config) -> Path | None:
 def best_heldout(folder: Path) -> float:
     """The lowest held-out loss of the run's checkpoints, in nats a token; infinite where none has one."""
     best = best_checkpoint(folder)
-    return math.inf if best is None else json.loads((best / "state.json").read_text(encoding="utf-8"))["heldout_loss_nats"]
+    loss = None if best is None else read_state(best).heldout_loss_nats
+    return math.inf if loss is None else loss
 
 
 def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
@@ -243,7 +243,7 @@ def hash_of(dataset: Dataset) -> str:
 
 
 def header(
-    config: Config, plan: StepPlan, dataset: Dataset, engine: Engine, adapters: FlatAdapters, device: torch.device
+    config: Config, batches: Batches, dataset: Dataset, engine: Engine, adapters: FlatAdapters, device: torch.device
 ) -> list[str]:
     """What a run says of itself before it begins: rows, what was asked, how it is executed, what is trained."""
     execution = config.execution
@@ -252,10 +252,10 @@ def header(
     overrides = (
         f" (schedule.updates overrides epochs = {config.schedule.epochs:g})" if config.schedule.updates is not None else ""
     )
-    asked, windows, updates = describe(plan)
+    asked, windows, updates = describe(batches.plan)
     layout = {
         "literal": "literal, the micro-batches asked for",
-        "packed": f"packed, the same rows in passes of at most {execution.pass_tokens or config.batch.size * config.data.max_tokens:,} tokens",
+        "packed": f"packed, the same rows in passes of at most {batches.pass_tokens:,} tokens",
     }[execution.layout]
     checkpointing = "recomputed" if execution.checkpointing else "stored"
     origin = "read from the cache" if report.from_cache else "loaded"
@@ -267,7 +267,7 @@ def header(
         f"asked     {asked}",
         f"          {windows}",
         f"          {updates}{overrides}",
-        f"executed  {layout}; {execution.reduction} reduction, {plan.ranks} x {hardware}; engine {execution.engine}, "
+        f"executed  {layout}; {execution.reduction} reduction, {batches.plan.ranks} x {hardware}; engine {execution.engine}, "
         f"{execution.precision}, activations {checkpointing}",
         f"trains    {adapters.trainable:,} parameters: W + ({config.lora.alpha:g}/{config.lora.r}) B A on {', '.join(config.lora.targets)}",
         *(f"          {line}" for line in audit_table(dtype_audit(engine.hf)).splitlines()),

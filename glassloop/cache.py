@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from glassloop.folders import sync
+
 ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process that died
 
 
@@ -41,14 +43,14 @@ def published(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         temporary.chmod(0o755)  # mkdtemp makes it private
         try:
             temporary.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -66,11 +68,3 @@ def save_pretrained_here(model: Any, folder: Path) -> None:
         del model.should_save_on_this_rank
     if not (folder / "config.json").is_file():
         raise RuntimeError(f"transformers wrote no config.json into {folder}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

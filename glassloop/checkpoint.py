@@ -36,7 +36,16 @@ from glassloop.folders import NotSaved as CheckpointNotSaved
 from glassloop.optim import FlatAdapters
 from glassloop.snapshots import rng_state
 
-__all__ = ["CheckpointNotSaved", "Saved", "State", "best_checkpoint", "config_changes", "last_checkpoint", "load_checkpoint"]
+__all__ = [
+    "CheckpointNotSaved",
+    "Saved",
+    "State",
+    "best_checkpoint",
+    "config_changes",
+    "last_checkpoint",
+    "load_checkpoint",
+    "read_state",
+]
 __all__ += ["rng_state", "save_checkpoint", "saved_name"]
 
 SCHEMA = 1  # raised when a field changes its meaning; older ones open
@@ -185,6 +194,11 @@ def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, tuple(notes)
 
 
+def read_state(path: Path) -> State:
+    """Where a checkpoint stands; its other files are not looked at. Raises ValueError naming the file at fault."""
+    return _state(folders.read(path, REQUIRED, only=STATE))
+
+
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the lowest held-out loss, of equals the newest; None where none was measured. best.json names it."""
     return _best(_newest_first(run / "checkpoints"))
@@ -196,7 +210,7 @@ def _newest_first(folder: Path) -> dict[Path, State]:
     for path in folder.glob("update_*"):
         if PUBLISHED.fullmatch(path.name):
             try:
-                known[path] = _state(folders.read(path, REQUIRED, only=STATE))
+                known[path] = read_state(path)
             except ValueError:
                 continue  # last_checkpoint names it
     return {path: known[path] for path in sorted(known, key=lambda path: known[path].serial, reverse=True)}

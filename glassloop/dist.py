@@ -142,10 +142,7 @@ def broadcast_from_rank_0(values: Tensor) -> Tensor:
 
 def require_same(what: str, value: int | float | str, cure: str) -> None:
     """Raise ValueError on every rank unless all ranks hold the same `value`."""
-    if not is_distributed():
-        return
-    values: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = gather_objects(value)
     if len(set(values)) > 1:
         held = ", ".join(f"rank {rank}: {held}" for rank, held in enumerate(values))
         raise ValueError(f"ranks hold different {what} ({held}): {cure}")

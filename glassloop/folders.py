@@ -37,7 +37,7 @@ def publish(target: Path, contents: Mapping[str, bytes], also: Callable[[Path], 
     try:
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True)
-            _sync(target.parent.parent)
+            sync(target.parent.parent)
         if work.exists():
             shutil.rmtree(work)  # left by a process that died here
         work.mkdir()
@@ -45,20 +45,20 @@ def publish(target: Path, contents: Mapping[str, bytes], also: Callable[[Path], 
             also(work)
         others = sorted(work.iterdir())
         for path in others:
-            _sync(path)
+            sync(path)
         for name, data in contents.items():
             _write(work / name, data)
         names = [*[path.name for path in others], *contents]
         assert all(PLAIN_NAME.fullmatch(name) for name in names), f"names that could not be read back: {names}"
         _write(work / SUMS, "".join(f"{_digest((work / name).read_bytes())}  {name}\n" for name in names).encode())
-        _sync(work)
+        sync(work)
         if target.exists():
             aside = target.with_name(target.name + REPLACED)
             if aside.exists():
                 remove(aside)
             os.rename(target, aside)
         os.rename(work, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise NotSaved(f"{target} was not saved: {error}; {cure(error)}") from error
     finally:
@@ -72,7 +72,7 @@ def replace_file(path: Path, data: bytes) -> None:
     work.unlink(missing_ok=True)
     _write(work, data)
     os.rename(work, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove(folder: Path) -> None:
@@ -137,7 +137,7 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file's bytes, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

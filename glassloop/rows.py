@@ -68,4 +68,3 @@ class Pass:
     supervised_tokens: int
     real_tokens: int
     slot_tokens: int
-    micro_batch: int = 0  # index of the pass within this rank's update

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: a test that asks a hub is a fault
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than free cores wait for each other
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+if TYPE_CHECKING:
+    from glassloop.model import PeftEngine
 
 VOCABULARY = 512
 SPECIALS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]  # ids 0 .. 5
@@ -98,3 +105,31 @@ def _saved(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: P
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def engine_of() -> Callable[..., PeftEngine]:
+    """Builds an engine from a folder: fp32, unquantised, r = 4, on the CPU, unless told otherwise; other fields go to ModelConfig."""
+    from glassloop.config import LoraConfig, ModelConfig
+    from glassloop.model import build_engine
+
+    def build(
+        folder: Path,
+        *,
+        lora: LoraConfig | None = None,
+        precision: str = "fp32",
+        checkpointing: bool = False,
+        seed: int = 0,
+        **model: object,
+    ) -> PeftEngine:
+        return build_engine(
+            ModelConfig(id=str(folder), **{"quantization": "none", **model}),  # type: ignore[arg-type]
+            lora or LoraConfig(r=4, alpha=8),
+            precision=precision,
+            checkpointing=checkpointing,
+            seed=seed,
+            device=torch.device("cpu"),
+            first=contextlib.nullcontext,
+        )
+
+    return build

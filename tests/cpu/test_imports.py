@@ -36,8 +36,8 @@ TABLE = {
     "arguments": Rule("config presets", "pydantic yaml"),
     "plan": Rule(),
     "record": Rule(),
-    "cache": Rule(),
     "folders": Rule(),
+    "cache": Rule("folders"),
     "environment": Rule(late="torch"),
     # Rows as token ids: they know of no model and no loop.
     "rows": Rule(),
