@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from glassloop.arguments import from_values
 from glassloop.build import build_run
-from glassloop.dist import gather_objects
+from glassloop.dist import gather_objects, leave
 from glassloop.rows import Row
 from glassloop.run import Run
 from train_loop import update_once
@@ -234,3 +234,4 @@ if __name__ == "__main__":
     results = {check.__name__: gather_objects(check()) for check in CHECKS}
     if os.environ["RANK"] == "0":
         (FOLDER / "faults.json").write_text(json.dumps(results))
+    leave()

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from glassloop.arguments import from_values
 from glassloop.build import build_run
+from glassloop.dist import leave
 from glassloop.rows import Row
 from glassloop.run import Run
 from train_loop import update_once
@@ -101,3 +102,4 @@ if __name__ == "__main__":
     where, model_folder, rows_file = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     for member_name, spec in (TWO_RANKS if "LOCAL_RANK" in os.environ else ONE_RANK).items():
         measure(member_name, spec, where, model_folder, rows_file)
+    leave()
