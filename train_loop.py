@@ -26,8 +26,9 @@ from glassloop.arguments import parse
 from glassloop.batches import Window, build_pass, empty_pass
 from glassloop.build import build_run
 from glassloop.dist import Gate, broadcast_from_rank_0, gather_reports, leave, reduce_gradients
+from glassloop.inspection import look_before_step, probe_of
 from glassloop.optim import l2_norm
-from glassloop.outcome import Outcome, clip_coefficient, describe, verdict
+from glassloop.outcome import Outcome, Terms, clip_coefficient, describe
 from glassloop.run import Run
 
 
@@ -37,9 +38,10 @@ def update_once(run: Run, u: int) -> Outcome | None:
     Raises RuntimeError on every rank alike where a rank ran out of memory or the ranks' adapters are no longer equal.
     """
     started = time.perf_counter()
+    run.remember()  # random numbers and the like, as they are before the update
     lr = run.optimizer.param_groups[0]["lr"] = run.plan.lr[u - 1]  # lr(u)
     window = run.batches.window(u)
-    n = run.batches.supervised_tokens(window)  # N, known on every rank before anything is computed
+    n = 0 if u in run.inspection.left_out else run.batches.supervised_tokens(window)  # N, known before anything is computed
     run.adapters.zero_grad()
     sums = run_passes(run, window, n)  # backward of loss_sum / N, pass by pass
     gate = open_gate(run, window, sums)  # every rank's report, on every rank
@@ -55,16 +57,19 @@ def update_once(run: Run, u: int) -> Outcome | None:
     norm = broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale  # |g|, rank 0's number on every rank
     reduced = time.perf_counter()
 
-    reason = verdict(run.batches, window, gate, n, norm, scale)  # None: the update is sound. The same on every rank
-    clip = clip_coefficient(norm, run.config.optimizer.max_grad_norm)  # c
-    if reason is None:
+    terms = Terms(lr, n, norm, scale)
+    decision = run.inspection.decide(run.batches, window, gate, run.adapters, terms)  # on every rank alike
+    look = look_before_step(run, window, gate, decision, terms)  # probe and capsule: read only
+    clip = clip_coefficient(norm, decision.max_norm)  # c
+    if decision.reason is None:
         if clip != scale:
             run.adapters.grad.mul_(clip / scale)  # c * g
         run.optimizer.step()  # theta
     run.scale.after(finite=math.isfinite(norm))
-    times = (started, computed, reduced, time.perf_counter())
-    numbers = dict(lr=lr, n=n, norm=norm, clip=clip, scale=scale, times=times)
-    return describe(run.batches, window, gate, reason, **numbers, **run.constants())
+    times = (started, computed, reduced, time.perf_counter() - look.seconds)
+    probe = probe_of(run, u, look.before, applied=decision.reason is None)
+    known = dict(clip=clip, times=times, noise=look.noise, probe=probe)
+    return describe(run.batches, window, gate, decision, terms, **known, **run.constants())
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
     row_losses = [torch.zeros(0, device=run.device)]
     done = supervised = real = slots = 0
     out_of_memory = False
+    half_way = run.inspection.half_way(window)
     try:
         for index, rows in enumerate(passes):
             if run.stop.asked and not run.ddp:  # under DDP the others already wait inside backward
@@ -106,6 +112,8 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
             row_losses.append(row_loss_sums)
             done, supervised = done + 1, supervised + p.supervised_tokens
             real, slots = real + p.real_tokens, slots + p.slot_tokens
+            if index == half_way:
+                run.inspection.half = (run.adapters.grad.clone(), supervised)
         if run.ddp and n and not passes:
             loss_sum, _ = run.engine(empty_pass(run.batches.rows[0], pad_id=run.pad_id, device=run.device))
             loss_sum.backward()  # 0, so that the other ranks' reduction finds a partner
@@ -124,9 +132,11 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
     gate = gather_reports(
         **vars(sums),
         stop=run.stop.asked,
+        capture=run.capture.take(),
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0.0,
         grad_norm=l2_norm(run.adapters.grad),
-        checksum=run.adapters.checksum(),
+        checksum=run.adapters.checksum(run.optimizer),
+        largest_weight=torch.linalg.vector_norm(run.adapters.flat.detach(), ord=math.inf),
         rows_of_ranks=[len(run.batches.share(window, rank)) for rank in range(run.ranks)],
     )
     if gate.out_of_memory:
@@ -135,11 +145,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
             f"Smaller passes with the same rows an update: {run.smaller_passes}"
         )
     if not gate.replicas_agree:
-        sums_of_ranks = ", ".join(f"rank {rank}: {report.checksum:x}" for rank, report in enumerate(gate.reports))
-        raise RuntimeError(
-            f"the ranks' adapters are no longer equal before update {window.update} ({sums_of_ranks}): "
-            "something changed or skipped a step on one rank only; resume from a checkpoint before that"
-        )
+        raise RuntimeError(run.disagreement(f"before update {window.update}"))
     return gate
 
 
@@ -148,21 +154,20 @@ def train(run: Run) -> int:
     run.start()
     skipped = 0
     for u in range(run.first_update, run.plan.updates + 1):
-        before = run.position()
         try:
             outcome = update_once(run, u)
         except RanOutOfMemory as error:
-            run.put_back(before)
+            run.put_back()
             return run.failed(u, str(error), run.resume_command)
         if outcome is None:
-            run.put_back(before)
+            run.put_back()
             return run.stopped(u - 1, "a stop was asked; the update under way was given up")
-        for observer in run.observers:
-            observer.on_update(outcome.record, outcome.rows)
-        skipped = skipped + 1 if outcome.nonfinite else 0
-        if outcome.nonfinite and (run.config.stability.on_nonfinite == "stop" or skipped > run.config.stability.max_skipped):
-            run.put_back(before)
-            return run.failed(u, outcome.record.reason, f"{run.resume_command} stability.on_nonfinite=skip")
+        run.tell(outcome)
+        decision = outcome.decision
+        skipped = skipped + 1 if decision.bad and decision.reason else 0
+        if decision.ends or skipped > run.config.stability.max_skipped:
+            run.put_back()
+            return run.failed(u, decision.reason, f"{run.resume_command} --without-window {u}")
         if outcome.stop:
             return run.stopped(u, "a stop was asked")
         if run.evaluation_is_due(u):

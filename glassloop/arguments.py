@@ -73,7 +73,12 @@ PEER_NAMES = {
     "save_total_limit": "checkpoint.keep",
     "resume_from_checkpoint": "resume.run",
 }
-SHORTHANDS = {"--resume": "--resume.run", "--init_adapter": "--model.init_adapter"}
+SHORTHANDS = {
+    "--resume": "--resume.run",
+    "--at": "--resume.at",
+    "--without-window": "--resume.without_windows",
+    "--init_adapter": "--model.init_adapter",
+}
 
 
 class ConfigError(ValueError):

@@ -79,6 +79,7 @@ class Batches:
     seed: int
     layout: str  # "literal" | "packed"
     pass_tokens: int  # packed only: most tokens of a pass
+    two_passes_every: int | None = None  # every so many updates a lone rank's only packed pass is cut in two, for the noise scale
 
     def window(self, update: int) -> Window:
         """Window of update u = 1, 2, ..."""
@@ -90,6 +91,8 @@ class Batches:
             passes = literal_passes(rows, plan.size, plan.ranks)
         else:
             passes = packed_passes(rows, [len(row) for row in self.rows], plan.ranks, self.pass_tokens)
+            if self.two_passes_every and update % self.two_passes_every == 0 and plan.ranks == len(passes[0]) == 1:
+                passes = (tuple(half for half in (passes[0][0][::2], passes[0][0][1::2]) if half),)
         return Window(update, epoch, rows, passes, packed=self.layout == "packed")
 
     def share(self, window: Window, rank: int) -> list[Row]:

@@ -20,13 +20,15 @@ from glassloop.config import Config, as_dict
 from glassloop.dataset import Dataset, build_rows, summary
 from glassloop.dist import broadcast_from_rank_0, gather_objects, require_same
 from glassloop.environment import environment
+from glassloop.flags import CaptureFlag, StopFlag
+from glassloop.inspection import make_inspection
 from glassloop.launch import check_launch, hush, make_accelerator
 from glassloop.model import Engine, build_engine, load_tokenizer
 from glassloop.model_checks import audit_table, dtype_audit
 from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.plan import StepPlan, describe, make_plan
-from glassloop.run import Run, StopFlag
+from glassloop.run import Run
 from glassloop.sources import load_examples
 from glassloop.templates import make_template
 from glassloop.terminal import TerminalObserver
@@ -41,6 +43,8 @@ def build_run(config: Config) -> Run:
     accelerator = make_accelerator(config)
     stop = StopFlag()
     stop.listen()
+    capture = CaptureFlag()
+    capture.listen()
     rank, ranks = accelerator.process_index, accelerator.num_processes
     hush(rank)
     device = (
@@ -59,6 +63,7 @@ def build_run(config: Config) -> Run:
         seed=config.seed,
         layout=config.execution.layout,
         pass_tokens=config.execution.pass_tokens or config.batch.size * config.data.max_tokens,
+        two_passes_every=config.record.probe_every_updates,
     )
     require_same("training rows", hash_of(dataset), "the ranks read different data or tokenizers; give every host the same files")
 
@@ -117,6 +122,13 @@ def build_run(config: Config) -> Run:
         device=device,
         pad_id=cast(int, tokenizer.pad_token_id),
         stop=stop,
+        capture=capture,
+        inspection=make_inspection(
+            config,
+            rows=len(dataset.train.rows),
+            rows_per_update=plan.rows_per_update,
+            explicit=config.execution.reduction == "explicit" or ranks == 1,
+        ),
         first_update=done + 1,
     )
     if rank == 0:
@@ -133,6 +145,7 @@ def build_run(config: Config) -> Run:
             config=as_dict(config),
         )
         run.scale.value, run.scale.finite_updates = state.loss_scale, state.finite_updates
+        run.inspection.restore(state.details)
         run.best_heldout_nats = best_heldout(folder)
     return run
 
@@ -141,7 +154,7 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
     """Rank 0: write what the run's folder begins with, and start the observers."""
     config, folder = run.config, run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if run.first_update == 1:
+    if config.resume.run is None:
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "plan.json", run.plan.as_dict())
     write_json(folder / "env.json", environment(sys.argv))
@@ -183,10 +196,15 @@ def position(checkpoint: Path | None, plan: StepPlan) -> tuple[int, dict[str, st
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that --resume goes on from, or None. Raises ValueError where there is none that is complete."""
+    """The checkpoint that --resume goes on from: the last one, or that of --at. None for a new run and for --at 0.
+
+    Raises ValueError where there is none, or it is not complete.
+    """
     if config.resume.run is None:
         return None
     folder = Path(config.resume.run)
+    if config.resume.at is not None:
+        return checkpoint_at(folder, config.resume.at)
     checkpoint, notes = last_checkpoint(folder)
     if checkpoint is None:
         found = "; ".join(notes) or "there is none"
@@ -194,6 +212,20 @@ def find_checkpoint(config: Config) -> Path | None:
             f"resume.run = {folder} has no complete checkpoint ({found}): start the run anew, or name another folder"
         )
     return checkpoint
+
+
+def checkpoint_at(folder: Path, update: int) -> Path | None:
+    """The run's checkpoint after `update` updates; None for 0, the run's beginning. Raises ValueError, with those that there are."""
+    found = {path: read_state(path).update for path in sorted((folder / "checkpoints").glob("update_*[0-9]"))}
+    for path, done in found.items():
+        if done == update:
+            return path
+    if update == 0 and (folder / "config.yaml").exists():
+        return None
+    there = ", ".join(map(str, sorted({0, *found.values()})))
+    raise ValueError(
+        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there are {there} (0: from the beginning)"
+    )
 
 
 def best_heldout(folder: Path) -> float:

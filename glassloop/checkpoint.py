@@ -28,13 +28,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from glassloop import folders, snapshots
 from glassloop.folders import REPLACED
 from glassloop.folders import NotSaved as CheckpointNotSaved
 from glassloop.optim import FlatAdapters
-from glassloop.snapshots import rng_state
+from glassloop.snapshots import rng_state, saved_name
 
 __all__ = [
     "CheckpointNotSaved",
@@ -117,8 +116,7 @@ def save_checkpoint(
     if state.heldout_loss_nats is not None and not math.isfinite(state.heldout_loss_nats):
         state = dataclasses.replace(state, heldout_loss_nats=None)
     state = dataclasses.replace(state, serial=1 + max((other.serial for other in _newest_first(folder).values()), default=0))
-    flat = adapters.flat.detach().cpu()
-    matrices = {saved_name(name): place.of(flat).clone() for name, place in adapters.slices.items()}
+    matrices = snapshots.adapter_matrices(adapters)
     described = peft_model.peft_config["default"].to_dict()
     described |= {"base_model_name_or_path": base_id, "revision": base_revision, "inference_mode": True}
     tensors, values = snapshots.optimizer_state(optimizer, adapters.flat)
@@ -133,11 +131,6 @@ def save_checkpoint(
     target = folder / f"update_{state.update:06d}"
     folders.publish(target, contents, also=lambda work: _save_tokenizer(work, tokenizer, chat_template))
     return _tidy(folder, target, keep)
-
-
-def saved_name(name: str) -> str:
-    """PEFT's name of a LoRA parameter in a saved adapter: its own name without the adapter's."""
-    return re.sub(r"\.default(\.[^.]+)?$", r"\1", name)
 
 
 def _json(value: Any) -> bytes:
@@ -257,7 +250,7 @@ def load_checkpoint(
             raise ValueError(f"{folders.SUMS} is corrupt: it does not list {', '.join(sorted(missing))}")
         device = adapters.flat.device
         rng = _parsed(contents, f"rng_rank{rank}.json", lambda data: snapshots.checked_rng(json.loads(data), device))
-        flat = _parsed(contents, ADAPTER, lambda data: _flat_from(safetensors.torch.load(data), adapters))
+        flat = _parsed(contents, ADAPTER, lambda data: snapshots.flat_from(safetensors.torch.load(data), adapters))
         tensors, plain = _parsed(contents, OPTIMIZER, safetensors.torch.load), _parsed(contents, "optimizer.json", json.loads)
         moments = snapshots.built_optimizer_state(optimizer, adapters.flat, tensors, plain)
     except ValueError as error:
@@ -298,20 +291,6 @@ def _check_same_run(
     if wrong:
         cure = f"leave it as it was, or begin a new run from these adapters with model.init_adapter={path}"
         raise ValueError(f"{'; '.join(wrong)}: {cure}")
-
-
-def _flat_from(matrices: dict[str, Tensor], adapters: FlatAdapters) -> Tensor:
-    """(N,) fp32 on the CPU: saved matrices in the flat buffer's order."""
-    flat = torch.zeros(adapters.flat.shape)
-    wanted = {saved_name(name): place for name, place in adapters.slices.items()}
-    if odd := wanted.keys() ^ matrices.keys():
-        raise ValueError(f"it and this model do not have the same matrices: {', '.join(sorted(odd)[:3])}")
-    for name, place in wanted.items():
-        matrix = matrices[name]
-        if tuple(matrix.shape) != place.shape or matrix.dtype != flat.dtype:
-            raise ValueError(f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model {place.shape} {flat.dtype}")
-        place.of(flat).copy_(matrix)
-    return flat
 
 
 def _parsed(contents: dict[str, bytes], name: str, parse: Callable[[bytes], Any]) -> Any:

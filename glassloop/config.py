@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from glassloop.settings import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    RecordConfig,
+    ResumeConfig,
+    RunConfig,
+    Section,
+    StabilityConfig,
+    TrackingConfig,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
 class ModelConfig(Section):
@@ -194,84 +202,6 @@ class OptimizerConfig(Section):
     """Largest L2 norm of an update's whole gradient; a larger one is scaled down. None: no clipping."""
 
 
-class ExecutionConfig(Section):
-    """How an update is carried out. Nothing here changes its gradient beyond rounding."""
-
-    engine: Literal["peft"] = "peft"
-    """peft: transformers + PEFT + bitsandbytes, the reference."""
-    layout: Literal["literal", "packed"] = "literal"
-    """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""
-    pass_tokens: int | None = Field(default=None, ge=8)
-    """Most slot tokens of one packed pass on one rank. None: batch.size x data.max_tokens."""
-    reduction: Literal["explicit", "ddp"] = "explicit"
-    """explicit: one summed all-reduce of the flat gradient, in the open. ddp: DistributedDataParallel, for comparison."""
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Library for collectives. auto: nccl on GPUs, gloo on CPUs. gloo lets two ranks share one GPU, to check results and not speed."""
-    collective_timeout_s: int = Field(default=1800, ge=10)
-    """Seconds a rank waits for the others before it gives up; covers one rank's download and quantisation of the base."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Compute precision (autocast). Adapters, their gradients and the loss stay fp32."""
-    checkpointing: bool = True
-    """Recompute activations in the backward pass instead of storing them."""
-    deterministic: bool = False
-    """Refuse kernels whose result may differ from run to run (slower)."""
-
-
-class StabilityConfig(Section):
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What all ranks do when loss or gradient is not finite: end the run, or leave the update out and go on."""
-    max_skipped: int = Field(default=5, ge=1)
-    """Updates in a row that may be skipped before the run ends all the same."""
-    initial_loss_scale: float = Field(default=65536.0, gt=0)
-    """fp16 only: the factor on the loss at update 1; halved on overflow, doubled after `loss_scale_growth_updates`."""
-    loss_scale_growth_updates: int = Field(default=2000, ge=1)
-    """fp16 only: finite updates in a row after which the factor doubles."""
-
-
-class EvaluationConfig(Section):
-    every_updates: int | None = Field(default=None, ge=1)
-    """Updates between evaluations on held-out rows. None: only before the first update and after the last."""
-    generate_rows: int = Field(default=8, ge=0)
-    """Held-out rows that are answered in an evaluation (greedy); 0: loss only."""
-    max_new_tokens: int = Field(default=256, ge=1)
-    """Longest generated answer, in tokens."""
-    samples: int = Field(default=2, ge=0)
-    """Rows answered before and after training, printed and kept in samples.jsonl."""
-
-
-class CheckpointConfig(Section):
-    every_updates: int | None = Field(default=20, ge=1)
-    """Updates between checkpoints. None: only at the end."""
-    keep: int = Field(default=3, ge=1)
-    """Newest checkpoints kept; the best by held-out loss is kept beside them."""
-
-
-class RecordConfig(Section):
-    text: Literal["none", "ids", "full"] = "ids"
-    """What is written about rows, in the run's folder and trackers: nothing, ids, or ids and text."""
-
-
-class TrackingConfig(Section):
-    to: tuple[Literal["wandb", "tensorboard"], ...] = ()
-    """Trackers beside the run's own folder."""
-    project: str = "glassloop"
-    """Project name in the tracker."""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """online needs a Weights & Biases login; offline writes to the run's folder, to be synced later."""
-
-
-class RunConfig(Section):
-    dir: str = "runs"
-    """Folder that holds runs."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run's folder. None: preset, date and time."""
-
-
-class ResumeConfig(Section):
-    run: str | None = None
-    """Folder of a run to go on with, from its last complete checkpoint."""
-
-
 class Config(Section):
     """Everything that a run is asked to do."""
 
@@ -312,6 +242,8 @@ class Config(Section):
                 f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to evaluate on: "
                 "set data.heldout to a split, a file or a fraction such as 0.1"
             )
+        if self.resume.run is None and (self.resume.at is not None or self.resume.without_windows):
+            raise ValueError("resume.at and resume.without_windows say how a run goes on: name its folder with --resume RUN")
         if self.model.init_adapter is not None and self.resume.run is not None:
             raise ValueError("model.init_adapter and resume.run both say where adapters come from: keep one")
         if self.batch.ranks is not None:

@@ -21,6 +21,7 @@ class RankReport:
     whole: bool  # all passes done; False: out of memory, or a stop was asked in mid-update
     out_of_memory: bool
     stop: bool  # a signal asked this rank to end the run
+    capture: bool  # a signal asked this rank to keep the update whole
     passes: int
     supervised_tokens: int
     real_tokens: int
@@ -28,7 +29,8 @@ class RankReport:
     peak_gib: float  # largest allocation so far; 0 without a GPU
     loss_sum: float  # nats, summed over the rank's supervised tokens
     grad_norm: float  # of the rank's share of the gradient, still times the loss scale
-    checksum: int  # of the adapters before this update
+    checksum: int  # of adapters and optimizer state before this update
+    largest_weight: float  # of the adapters before this update, by magnitude; not finite where one of them is not
     row_loss_sums: tuple[float, ...]  # nats, in the order of the rank's rows
 
 
@@ -52,6 +54,10 @@ class Gate:
         return any(report.stop for report in self.reports)
 
     @property
+    def capture(self) -> bool:
+        return any(report.capture for report in self.reports)
+
+    @property
     def loss_sum(self) -> float:
         return sum(report.loss_sum for report in self.reports)
 
@@ -69,6 +75,7 @@ def gather_reports(
     whole: bool,
     out_of_memory: bool,
     stop: bool,
+    capture: bool,
     passes: int,
     supervised_tokens: int,
     real_tokens: int,
@@ -77,24 +84,27 @@ def gather_reports(
     loss_sum: Tensor,
     grad_norm: Tensor,
     checksum: Tensor,
+    largest_weight: Tensor,
     row_loss_sums: Tensor,
     rows_of_ranks: Sequence[int],
 ) -> Gate:
     """The gate: one small all-gather of float64, and one read by the host. Arguments are the fields of RankReport.
 
     Args:
-        loss_sum, grad_norm, checksum: () tensors on the rank's device.
+        loss_sum, grad_norm, checksum, largest_weight: () tensors on the rank's device.
         row_loss_sums: (R,) fp32 of this rank's rows; short where its passes were not finished.
         rows_of_ranks: how many rows each rank has in this window, known to all.
     """
     device = loss_sum.device
-    host = [whole, out_of_memory, stop, passes, supervised_tokens, real_tokens, slot_tokens, peak_gib]
+    host = [whole, out_of_memory, stop, capture, passes, supervised_tokens, real_tokens, slot_tokens, peak_gib]
     rows = torch.zeros(max(rows_of_ranks), dtype=torch.float64, device=device)
     rows[: len(row_loss_sums)] = row_loss_sums
-    scalars = torch.stack([loss_sum.double(), grad_norm.double(), checksum.double()])  # a checksum is below 2**48: exact
+    scalars = torch.stack(
+        [loss_sum.double(), grad_norm.double(), checksum.double(), largest_weight.double()]
+    )  # checksum: < 2**48
     values = torch.cat([torch.tensor(host, dtype=torch.float64, device=device), scalars, rows])  # (K,)
     reports = []
-    for rank, (w, oom, s, count, supervised, real, slot, peak, loss, norm, check, *losses) in enumerate(
+    for rank, (w, oom, s, c, count, supervised, real, slot, peak, loss, norm, check, largest, *losses) in enumerate(
         _all_gather(values).tolist()
     ):
         reports.append(
@@ -102,6 +112,7 @@ def gather_reports(
                 whole=bool(w),
                 out_of_memory=bool(oom),
                 stop=bool(s),
+                capture=bool(c),
                 passes=int(count),
                 supervised_tokens=int(supervised),
                 real_tokens=int(real),
@@ -110,6 +121,7 @@ def gather_reports(
                 loss_sum=loss,
                 grad_norm=norm,
                 checksum=int(check),
+                largest_weight=largest,
                 row_loss_sums=tuple(losses[: rows_of_ranks[rank]]),
             )
         )
@@ -125,6 +137,26 @@ def _all_gather(values: Tensor) -> Tensor:
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, values)
     return torch.stack(gathered)
+
+
+def first_difference(parts: Sequence[tuple[str, Tensor]], bit_sums: Tensor) -> str:
+    """Where replicas part: name and index of the first differing entry, with each rank's value. All ranks take part.
+
+    Args:
+        parts: (name, flat tensor) of everything that replicas share, the same names and sizes on every rank.
+        bit_sums: (K,) int64, an exact checksum of each part on this rank.
+    """
+    sums = _all_gather(bit_sums)  # (ranks, K)
+    differing = (sums != sums[0]).any(dim=0).nonzero().flatten().tolist()
+    if not differing:
+        return "every parameter has an equal sum of bits: the difference is in a table that they share"
+    name, tensor = parts[differing[0]]
+    values = _all_gather(tensor.contiguous())  # (ranks, entries)
+    bits = values.view(torch.int32) if values.element_size() == 4 else values
+    entries = (bits != bits[0]).any(dim=0).nonzero().flatten()
+    held = ", ".join(f"rank {rank}: {value:.9g}" for rank, value in enumerate(values[:, int(entries[0])].tolist()))
+    also = f"; {len(entries) - 1:,} more entries of it and {len(differing) - 1:,} more tensors differ"
+    return f"{name}, entry {int(entries[0]):,} is the first ({held}){also}"
 
 
 def reduce_gradients(grad: Tensor) -> None:

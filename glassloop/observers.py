@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from glassloop.record import SCHEMA, EvaluationRecord, Event, RowRecord, UpdateRecord, to_json
+from glassloop.record import SCHEMA, EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord, to_json
 
 METRICS = "metrics.jsonl"  # one UpdateRecord a line
 ROWS = "rows.jsonl"  # one RowRecord a line, "text" beside it under record.text=full; not there under none
+PROBES = "probes.jsonl"  # one ProbeRecord a line
 EVENTS = "events.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"  # one SampleRecord a line; not there under record.text=none
@@ -58,6 +59,7 @@ class SampleRecord:
 class Observer(Protocol):
     def on_start(self, info: RunInfo) -> None: ...
     def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None: ...
+    def on_probe(self, record: ProbeRecord) -> None: ...
     def on_evaluation(self, record: EvaluationRecord) -> None: ...
     def on_sample(self, sample: SampleRecord) -> None: ...
     def on_event(self, event: Event) -> None: ...
@@ -87,12 +89,12 @@ class JsonlObserver:
         self._folder = Path(folder)
         with _named(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, ROWS, EVENTS, EVALUATIONS, SAMPLES):
+        for name in (METRICS, ROWS, PROBES, EVENTS, EVALUATIONS, SAMPLES):
             with _named(self._folder / name):
                 mend(self._folder / name)
         self._attempts = _attempts(self._folder, (METRICS, ROWS))
         self._evaluation_attempts = _attempts(self._folder, (EVALUATIONS,))
-        names = [METRICS, EVENTS, EVALUATIONS] + ([] if text == "none" else [ROWS, SAMPLES])
+        names = [METRICS, PROBES, EVENTS, EVALUATIONS] + ([] if text == "none" else [ROWS, SAMPLES])
         self._files: dict[str, int] = {}  # descriptors by name
         self._update_ids: list[str] = []  # rows of the last update, which its events may name
         for name in names:
@@ -118,6 +120,9 @@ class JsonlObserver:
         elif rows:
             self._append(ROWS, [self._row_line(row) for row in rows])
         self._append(METRICS, [to_json(record)])  # last: where it stands, the update's rows stand too
+
+    def on_probe(self, record: ProbeRecord) -> None:
+        self._append(PROBES, [to_json(record)])
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         self._append(EVALUATIONS, [to_json(record)])

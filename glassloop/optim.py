@@ -80,9 +80,38 @@ class FlatAdapters:
             if p.grad is None or p.grad.data_ptr() != place.of(self.grad).data_ptr():
                 raise RuntimeError(f"the gradient of {name} left the flat buffer: something replaced or dropped it")
 
-    def checksum(self) -> Tensor:
-        """() int64: sum of the bits of all adapters, exact in any order, below 2**48; equal on replicas that agree."""
-        return self.flat.data.view(torch.int32).sum(dtype=torch.int64) % (1 << 48)
+    def checksum(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """() int64 below 2**48 of adapters and optimizer state, exact in any order of adding; equal on replicas that agree."""
+        tensors = [self.flat.data, *(value for _, value in state_tensors(optimizer, self.flat))]
+        total = torch.zeros((), dtype=torch.int64, device=self.flat.device)
+        for index, tensor in enumerate(tensors):  # weights, so that two that were exchanged show
+            total += (2 * index + 1) * bit_sum(tensor).to(total.device)
+        return total % (1 << 48)
+
+    def parts(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+        """(name, flat view) of each adapter matrix and of its optimizer state, in the model's order: what replicas must share."""
+        tensors = state_tensors(optimizer, self.flat)
+        found = []
+        for name, place in self.slices.items():
+            found.append((name, place.of(self.flat.data).flatten()))
+            for kind, tensor in tensors:
+                step = self.flat.numel() // max(tensor.numel(), 1)  # elements that one entry serves: 1, or a block's
+                if not kind.startswith("qmap"):  # constant tables of bitsandbytes
+                    found.append((f"{kind} of {name}", tensor[place.offset // step : -(-(place.offset + place.size) // step)]))
+        return found
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """() int64: sum of a tensor's bits, read as integers of 1 or 4 bytes."""
+    bits = tensor.detach().reshape(-1)
+    if bits.numel() * bits.element_size() % 4 == 0:
+        bits = bits.view(torch.int32)
+    return bits.sum(dtype=torch.int64)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[tuple[str, Tensor]]:
+    """(kind, tensor) of an optimizer's state over the flat buffer, by kind; empty before its first step."""
+    return sorted((kind, value) for kind, value in optimizer.state.get(flat, {}).items() if isinstance(value, Tensor))
 
 
 def l2_norm(flat: Tensor) -> Tensor:

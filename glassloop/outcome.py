@@ -1,4 +1,4 @@
-"""What became of an update: the verdict on its numbers, and its record. Pure functions of what every rank knows after the gate."""
+"""What becomes of an update: the decision on its numbers, and its record. Pure functions of what every rank knows after the gate."""
 
 from __future__ import annotations
 
@@ -6,8 +6,37 @@ import math
 from dataclasses import dataclass
 
 from glassloop.batches import Batches, Window
+from glassloop.config import StabilityConfig
 from glassloop.dist import Gate, rank_cosine
-from glassloop.record import RowRecord, UpdateRecord
+from glassloop.record import ProbeRecord, RowRecord, UpdateRecord
+from glassloop.stability import Detectors, Finding, Signals
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The formula's terms in one update, the same on every rank."""
+
+    lr: float  # lr(u)
+    n: int  # N; 0 where nothing was computed
+    norm: float  # |g|, unscaled, before clipping
+    scale: float  # fp16's loss scale, else 1: the flat gradient holds g * scale
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do with an update, taken alike before the optimizer moves."""
+
+    reason: str | None  # why it is not applied; None: it is
+    max_norm: float | None  # what g is clipped to
+    findings: tuple[Finding, ...] = ()
+    nonfinite: bool = False  # loss, gradient or adapters are not finite, and fp16's loss scale does not explain it
+    overflow: bool = False  # fp16's loss scale was too high: part of how it works
+    ends: bool = False  # the run ends here
+
+    @property
+    def bad(self) -> str | None:
+        """Why the update is worth keeping: "nonfinite" or the kind of the first finding; None for a sound one."""
+        return "nonfinite" if self.nonfinite else self.findings[0].kind if self.findings else None
 
 
 @dataclass(frozen=True)
@@ -16,8 +45,9 @@ class Outcome:
 
     record: UpdateRecord
     rows: tuple[RowRecord, ...]
+    decision: Decision
     stop: bool  # a rank was asked to end the run
-    nonfinite: bool  # skipped for loss or gradient that fp16's loss scale does not explain
+    probe: ProbeRecord | None = None
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
@@ -25,10 +55,60 @@ def clip_coefficient(norm: float, max_norm: float | None) -> float:
     return min(1.0, max_norm / norm) if max_norm is not None and norm > 0 else 1.0
 
 
-def verdict(batches: Batches, window: Window, gate: Gate, n: int, norm: float, scale: float) -> str | None:
-    """Why the update must not be applied, or None. It names rank, pass and rows of what is not finite."""
-    if n == 0:
-        return f"no supervised token in its {len(window.rows)} rows ({_names(batches, window.rows)})"
+def decide(
+    batches: Batches,
+    window: Window,
+    gate: Gate,
+    detectors: Detectors,
+    stability: StabilityConfig,
+    terms: Terms,
+    *,
+    left_out: bool,
+    broken_weight: str | None,
+    max_norm: float | None,
+) -> Decision:
+    """Whether the update is applied, and to what it is clipped: from numbers that every rank has, so that all decide alike.
+
+    Args:
+        left_out: the window was taken out of the run on demand.
+        broken_weight: the first adapter matrix that is not finite before the update.
+        max_norm: optimizer.max_grad_norm.
+    """
+    if left_out:
+        return Decision("its window was left out on demand (resume.without_windows)", max_norm)
+    if terms.n == 0:
+        return Decision(f"no supervised token in its {len(window.rows)} rows ({_names(batches, window.rows)})", max_norm)
+    if reason := _nonfinite(batches, window, gate, broken_weight, terms):
+        overflow = terms.scale != 1.0 and math.isfinite(gate.loss_sum) and broken_weight is None
+        return Decision(
+            reason, max_norm, nonfinite=not overflow, overflow=overflow, ends=not overflow and stability.on_nonfinite == "stop"
+        )
+    findings = detectors.look(signals_of(window, gate, terms))
+    reactions = {reaction_to(finding.kind, stability) for finding in findings}
+    messages = "; ".join(finding.message for finding in findings)
+    if "clip" in reactions and detectors.usual_norm is not None:
+        max_norm = min(detectors.usual_norm, max_norm or math.inf)
+    reason = (
+        f"{messages} (stability reaction: {'stop' if 'stop' in reactions else 'skip'})" if reactions & {"stop", "skip"} else None
+    )
+    return Decision(reason, max_norm, findings, ends="stop" in reactions)
+
+
+def signals_of(window: Window, gate: Gate, terms: Terms) -> Signals:
+    """What the detectors look at."""
+    return Signals(window.update, terms.lr, len(window.rows), terms.n, gate.loss_sum / terms.n, terms.norm)
+
+
+def reaction_to(kind: str, stability: StabilityConfig) -> str:
+    """warn | clip | skip | stop, as configured for a kind of finding."""
+    reactions = {"vanishing_gradient": stability.on_vanishing, "no_learning": stability.on_no_learning}
+    return reactions.get(kind, stability.on_spike)
+
+
+def _nonfinite(batches: Batches, window: Window, gate: Gate, broken_weight: str | None, terms: Terms) -> str | None:
+    """What is not finite, or None. It names rank, pass and rows."""
+    if broken_weight is not None:
+        return f"adapters are not finite before the update: {broken_weight} is the first"
     bad = [
         f"rank {rank}, pass {index}, row {batches.rows[row].row_id}"
         for rank, report in enumerate(gate.reports)
@@ -37,10 +117,10 @@ def verdict(batches: Batches, window: Window, gate: Gate, n: int, norm: float, s
     ]
     if bad:
         return "loss is not finite: " + "; ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
-    if math.isfinite(norm):
+    if math.isfinite(terms.norm):
         return None
-    if scale != 1.0:
-        return f"fp16 overflow at loss scale {scale:g}: the gradient is not finite, the loss is"
+    if terms.scale != 1.0:
+        return f"fp16 overflow at loss scale {terms.scale:g}: the gradient is not finite, the loss is"
     ranks = [rank for rank, report in enumerate(gate.reports) if not math.isfinite(report.grad_norm)]
     rows = [row for rank in ranks for one in window.passes[rank] for row in one]
     return f"gradient is not finite on rank {', '.join(map(str, ranks))}, the loss is: rows {_names(batches, rows)}"
@@ -50,14 +130,12 @@ def describe(
     batches: Batches,
     window: Window,
     gate: Gate,
-    reason: str | None,
+    decision: Decision,
+    terms: Terms,
     *,
-    lr: float,
-    n: int,
-    norm: float,
     clip: float,
-    scale: float,
-    max_norm: float | None,
+    noise: float | None,
+    probe: ProbeRecord | None,
     explicit: bool,
     fp16: bool,
     times: tuple[float, float, float, float],
@@ -66,36 +144,40 @@ def describe(
     """The update's record and its rows' records, from the numbers that the update itself used.
 
     Args:
-        norm: of g, before clipping. n: N of the formula. times: host clock at start, after the gate, after the norm, at the end, in s.
-        explicit: each rank's norm was taken before reduction. attempt: 1, or higher in a resumed run that does the update again.
+        clip: c of the formula. times: host clock at start, after the gate, after the norm, at the end, in s.
+        noise: gradient noise scale, in tokens. explicit: each rank's norm was taken before reduction.
+        attempt: 1, or higher in a resumed run that does the update again.
     """
     started, computed, reduced, finished = times
     reports = gate.reports
-    norms = tuple(report.grad_norm / scale for report in reports)
+    norms = tuple(report.grad_norm / terms.scale for report in reports)
     record = UpdateRecord(
         update=window.update,
         updates=batches.plan.updates,
         epoch=window.epoch,
         rows=len(window.rows),
-        lr=lr,
-        loss_nats=gate.loss_sum / n if n else None,
-        grad_norm_pre_clip=norm if n else None,
-        clip_coef=clip if reason is None and max_norm is not None else None,
-        action="applied" if reason is None else "skipped",
-        reason=reason,
-        supervised_tokens=n,
+        lr=terms.lr,
+        loss_nats=gate.loss_sum / terms.n if terms.n else None,
+        grad_norm_pre_clip=terms.norm if terms.n else None,
+        clip_coef=clip if decision.reason is None and decision.max_norm is not None else None,
+        action="applied" if decision.reason is None else "skipped",
+        reason=decision.reason,
+        supervised_tokens=terms.n,
         rank_loss_nats=tuple(r.loss_sum / r.supervised_tokens if r.supervised_tokens else None for r in reports),
         rank_supervised_tokens=tuple(r.supervised_tokens for r in reports),
         rank_real_tokens=tuple(r.real_tokens for r in reports),
         rank_slot_tokens=tuple(r.slot_tokens for r in reports),
         rank_passes=tuple(r.passes for r in reports),
-        rank_grad_norm=norms if explicit and n else None,
-        rank_cosine=rank_cosine(norms, norm) if explicit and n else None,
-        loss_scale=scale if fp16 else None,
+        rank_grad_norm=norms if explicit and terms.n else None,
+        rank_cosine=rank_cosine(norms, terms.norm) if explicit and terms.n else None,
+        loss_scale=terms.scale if fp16 else None,
         update_s=finished - started,
         compute_s=computed - started,
         reduce_s=reduced - computed,
         rank_peak_gib=tuple(r.peak_gib for r in reports) if any(r.peak_gib for r in reports) else None,
+        optimizer_s=finished - reduced,
+        noise_scale_tokens=noise,
+        alarms=tuple(finding.kind for finding in decision.findings),
         attempt=attempt,
     )
     rows = tuple(
@@ -112,8 +194,7 @@ def describe(
         for rank, report in enumerate(reports)
         for (index, row), loss in zip(_places(window, rank), report.row_loss_sums, strict=True)
     )
-    overflow = fp16 and math.isfinite(gate.loss_sum)
-    return Outcome(record, rows, gate.stop, nonfinite=reason is not None and n > 0 and not overflow)
+    return Outcome(record, rows, decision, gate.stop, probe)
 
 
 def _places(window: Window, rank: int) -> list[tuple[int, int]]:

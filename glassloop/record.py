@@ -42,6 +42,13 @@ class UpdateRecord:
     compute_s: float  # rank 0: until its passes were done and the ranks' results were in hand
     reduce_s: float  # rank 0: summing gradients over ranks and taking the norm
     rank_peak_gib: tuple[float, ...] | None  # largest allocation since the run began; None without a GPU
+    optimizer_s: float = (
+        0.0  # rank 0: clipping and the step; on a GPU until they were started: they end in the next update's compute_s
+    )
+    noise_scale_tokens: float | None = (
+        None  # gradient noise scale, smoothed, in supervised tokens; None where no parts tell (see noise.py)
+    )
+    alarms: tuple[str, ...] = ()  # kinds of what the detectors found; events.jsonl says more
     attempt: int = 1  # raised each time that a resumed run does the update again
     schema: int = SCHEMA
 
@@ -57,6 +64,29 @@ class UpdateRecord:
     def real_tokens_per_s(self) -> float:
         """Tokens of rows a second, all ranks together."""
         return self.real_tokens / self.update_s if self.update_s > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """Every adapter matrix in one update. Tuples have one entry a matrix, in the order of `matrices`, or one a module.
+
+    Innocent values: fresh B is 0, so in update 1 A's gradient is 0 and B has no ratio; a skipped update moves nothing.
+    """
+
+    update: int
+    applied: bool  # False: the optimizer did not move, and all that tells of its step is None
+    matrices: tuple[str, ...]  # "layers.0.self_attn.q_proj.A"
+    grad_norm: tuple[float, ...]  # unscaled, before clipping
+    weight_norm: tuple[float, ...]  # before the step
+    update_norm: tuple[float, ...] | None  # of theta(u) - theta(u - 1)
+    update_to_weight: tuple[float | None, ...] | None  # None for a matrix that was 0
+    unmoved_share: tuple[float, ...] | None  # of the entries, bit for bit the same after the step
+    modules: tuple[str, ...]  # "layers.0.self_attn.q_proj"
+    delta_norm: tuple[float, ...] | None  # Frobenius norm of the change of (alpha/r) B A
+    all_update_to_weight: float | None  # of all matrices together
+    all_unmoved_share: float | None
+    attempt: int = 1
+    schema: int = SCHEMA
 
 
 @dataclass(frozen=True)
@@ -102,7 +132,7 @@ class EvaluationRecord:
     schema: int = SCHEMA
 
 
-AnyRecord = UpdateRecord | RowRecord | Event | EvaluationRecord
+AnyRecord = UpdateRecord | ProbeRecord | RowRecord | Event | EvaluationRecord
 
 
 def to_json(record: AnyRecord) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,14 @@ import torch
 from glassloop.batches import Batches
 from glassloop.checkpoint import CheckpointNotSaved, State, save_checkpoint
 from glassloop.config import Config, as_dict
-from glassloop.dist import gather_objects
+from glassloop.dist import first_difference, gather_objects
 from glassloop.evaluation import Answer, answer_together, evaluate
+from glassloop.flags import CaptureFlag, StopFlag
+from glassloop.inspection import Inspection, replay_command
 from glassloop.launch import launch_command
 from glassloop.observers import Observer, RunInfo, SampleRecord
-from glassloop.optim import FlatAdapters, LossScale
+from glassloop.optim import FlatAdapters, LossScale, bit_sum
+from glassloop.outcome import Outcome
 from glassloop.plan import StepPlan
 from glassloop.record import EvaluationRecord, Event
 from glassloop.rows import Example, Row
@@ -32,19 +34,14 @@ if TYPE_CHECKING:
     from glassloop.templates import Template
 
 
-class StopFlag:
-    """Set by the first SIGINT or SIGTERM. The gate carries it to all ranks; further signals change nothing, since a launcher sends several."""
+@dataclass(frozen=True)
+class Position:
+    """What an update moves besides weights and optimizer, as it was before it."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.by: str | None = None
-
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, _frame: Any) -> None:
-        self.asked, self.by = True, self.by or signal.Signals(number).name
+    rng: dict[str, Any]
+    loss_scale: float
+    finite_updates: int
+    inspection: dict[str, Any]
 
 
 @dataclass
@@ -72,11 +69,14 @@ class Run:
     device: torch.device
     pad_id: int
     stop: StopFlag
+    capture: CaptureFlag
+    inspection: Inspection
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
     first_update: int = 1
     attempt: int = 1
     last_saved: int | None = None
+    before: Position = field(init=False)  # the update under way
     heldout_nats: tuple[int, float] = (0, math.inf)  # the newest held-out loss, and after how many updates it was taken
     best_heldout_nats: float = math.inf  # of the checkpoints so far
     base_scores: dict[str, float | None] | None = None
@@ -89,7 +89,6 @@ class Run:
     def constants(self) -> dict[str, Any]:
         """What describe() needs to know and never changes in a run."""
         return {
-            "max_norm": self.config.optimizer.max_grad_norm,
             "explicit": not self.ddp,
             "fp16": self.config.execution.precision == "fp16",
             "attempt": self.attempt,
@@ -119,7 +118,12 @@ class Run:
         done = self.first_update - 1
         for observer in self.observers:
             observer.on_start(RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header))
-        self.event(done, "resumed" if done else "started", f"run folder {self.folder}")
+        left_out = ", ".join(map(str, sorted(self.inspection.left_out)))
+        again = f", after {done} updates" + (f", without the windows of updates {left_out}" if left_out else "")
+        resumed = self.config.resume.run is not None
+        self.event(done, "resumed" if resumed else "started", f"run folder {self.folder}" + (again if resumed else ""))
+        if self.config.resume.at is not None:
+            self.save(done)  # again: it is the newest now, whatever later ones there are, and knows the windows that are left out
         if done == 0:
             self.evaluate(0)
 
@@ -133,14 +137,35 @@ class Run:
         improved = self.heldout_nats[0] == update and self.heldout_nats[1] < self.best_heldout_nats
         return update == self.plan.updates or (every is not None and update % every == 0) or improved
 
-    def position(self) -> tuple[dict[str, Any], float, int]:
-        """What an update moves besides the weights: random numbers and fp16's loss scale."""
-        return rng_state(self.device), self.scale.value, self.scale.finite_updates
+    def remember(self) -> None:
+        """Note what the coming update moves besides weights and optimizer."""
+        self.before = Position(rng_state(self.device), self.scale.value, self.scale.finite_updates, self.inspection.state())
 
-    def put_back(self, position: tuple[dict[str, Any], float, int]) -> None:
+    def put_back(self) -> None:
         """Undo that, for an update that was not applied and will be done again."""
-        rng, self.scale.value, self.scale.finite_updates = position
-        restore_rng(rng, self.device)
+        self.scale.value, self.scale.finite_updates = self.before.loss_scale, self.before.finite_updates
+        self.inspection.restore(self.before.inspection)
+        restore_rng(self.before.rng, self.device)
+
+    def tell(self, outcome: Outcome) -> None:
+        """Give an update to every observer, and what was unusual about it as events with the next command to type."""
+        record, decision = outcome.record, outcome.decision
+        for observer in self.observers:
+            observer.on_update(record, outcome.rows)
+            if outcome.probe is not None:
+                observer.on_probe(outcome.probe)
+        look = replay_command(self.folder, record.update)
+        for finding in decision.findings:
+            self.event(record.update, "alarm", f"{finding.kind}: {finding.message}", look, **finding.details)
+        if decision.overflow or self.scale.value > self.before.loss_scale:
+            change = f"loss scale {self.before.loss_scale:g} -> {self.scale.value:g}"
+            self.event(record.update, "loss_scale", f"{change}: {record.reason or 'no overflow for a while'}")
+        elif record.reason is not None:
+            self.event(record.update, "skipped", f"update {record.update}: {record.reason}", look if decision.bad else None)
+        elif decision.max_norm != self.config.optimizer.max_grad_norm:
+            self.event(
+                record.update, "clipped", f"update {record.update} was clipped to the usual norm {decision.max_norm:.4g}", look
+            )
 
     def evaluate(self, update: int) -> None:
         """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
@@ -195,6 +220,7 @@ class Run:
         """Publish a checkpoint after `update` updates; False, with an event, where the disk refused it. All ranks take part."""
         if self.last_saved == update:
             return True
+        self.require_agreement(update)
         rng_states = gather_objects(rng_state(self.device))
         failure = None
         if self.rank == 0:
@@ -210,6 +236,7 @@ class Run:
                 finite_updates=self.scale.finite_updates,
                 heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
                 tracker_ids=self.tracker_ids(),
+                details=self.inspection.state(),
             )
             try:
                 saved = save_checkpoint(
@@ -237,6 +264,20 @@ class Run:
             self.best_heldout_nats = min(self.best_heldout_nats, self.heldout_nats[1])
         self.last_saved = self.last_saved if failure else update
         return failure is None
+
+    def require_agreement(self, update: int) -> None:
+        """Raise RuntimeError, on all ranks, unless they hold the same adapters and optimizer state after `update` updates."""
+        if len(set(gather_objects(int(self.adapters.checksum(self.optimizer))))) > 1:
+            raise RuntimeError(self.disagreement(f"after update {update}"))
+
+    def disagreement(self, when: str) -> str:
+        """In what ranks differ. All ranks take part."""
+        parts = self.adapters.parts(self.optimizer)
+        where = first_difference(parts, torch.stack([bit_sum(tensor) for _, tensor in parts]))
+        return (
+            f"the ranks' adapters or optimizer states are no longer equal {when}: {where}. Something changed or skipped a step on one rank "
+            "only; nothing was saved. Resume from the last checkpoint, and send this message if it comes again"
+        )
 
     def stopped(self, update: int, why: str) -> int:
         """End on demand after `update` updates, with a checkpoint. Exit code 0, or 1 if it could not be saved."""

@@ -1,4 +1,4 @@
-"""The state of an optimizer over one flat parameter, and of one rank's random numbers, as tensors and plain JSON types, and back.
+"""Adapters, the state of an optimizer over one flat parameter, and one rank's random numbers, as tensors and plain JSON types, and back.
 
 Each has a function that checks and builds and changes nothing, so that a caller can check every part of a run before it sets one.
 """
@@ -6,14 +6,42 @@ Each has a function that checks and builds and changes nothing, so that a caller
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+from glassloop.optim import FlatAdapters
+
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
 MALFORMED = (ValueError, KeyError, TypeError, IndexError, RuntimeError, OverflowError, AttributeError)  # what odd JSON can raise
+
+
+def saved_name(name: str) -> str:
+    """PEFT's name of a LoRA parameter in a saved adapter: its own name without the adapter's."""
+    return re.sub(r"\.default(\.[^.]+)?$", r"\1", name)
+
+
+def adapter_matrices(adapters: FlatAdapters) -> dict[str, Tensor]:
+    """fp32 copies of the adapters' matrices on the CPU, under PEFT's names in a saved adapter."""
+    flat = adapters.flat.detach().cpu()
+    return {saved_name(name): place.of(flat).clone() for name, place in adapters.slices.items()}
+
+
+def flat_from(matrices: dict[str, Tensor], adapters: FlatAdapters) -> Tensor:
+    """(N,) fp32 on the CPU: saved matrices in the flat buffer's order. Raises ValueError where they are not this model's."""
+    flat = torch.zeros(adapters.flat.shape)
+    wanted = {saved_name(name): place for name, place in adapters.slices.items()}
+    if odd := wanted.keys() ^ matrices.keys():
+        raise ValueError(f"it and this model do not have the same matrices: {', '.join(sorted(odd)[:3])}")
+    for name, place in wanted.items():
+        matrix = matrices[name]
+        if tuple(matrix.shape) != place.shape or matrix.dtype != flat.dtype:
+            raise ValueError(f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model {place.shape} {flat.dtype}")
+        place.of(flat).copy_(matrix)
+    return flat
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,11 +18,15 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from glassloop.observers import RunInfo, SampleRecord, TextPolicy
-from glassloop.record import EvaluationRecord, Event, RowRecord, UpdateRecord
+from glassloop.record import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 WIDTH = 120  # columns of an update's line at most
 HEADING_EVERY = 20  # update lines between two headings
-STYLES = {"skipped": "yellow", "warning": "yellow", "stopped": "red", "failed": "red", "finished": "green"}  # by kind of event
+STYLES = {  # by kind of event
+    **dict.fromkeys(("skipped", "warning", "alarm", "clipped"), "yellow"),
+    **dict.fromkeys(("stopped", "failed"), "red"),
+    "finished": "green",
+}
 NOT_SHOWN = {"answers", "reasoning_rows", "verdict_rows", "answer_tokens_median"}  # scores that evaluations.jsonl has room for
 JOINERS = "\u200c\u200d"  # parts of ordinary words and signs, though of a category that is escaped otherwise
 
@@ -100,6 +104,9 @@ class TerminalObserver:
             self._bar.update(self._bar.task_ids[0], completed=record.update, description=left)
         elif self._lines % HEADING_EVERY == 0:
             self._print(f"{record.update}/{record.updates} updates, {left}")
+
+    def on_probe(self, record: ProbeRecord) -> None:
+        pass
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         self._print(f"[{record.update}/{self._updates}] {evaluation_line(record)}", "cyan")

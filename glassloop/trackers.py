@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import math
 import netrc
 import os
 import sys
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 from glassloop.config import TrackingConfig
 from glassloop.environment import package_version, without_secrets
 from glassloop.observers import EVALUATIONS, METRICS, SAMPLES, RunInfo, SampleRecord, TextPolicy
-from glassloop.record import EvaluationRecord, Event, RowRecord, UpdateRecord
+from glassloop.record import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,6 +121,9 @@ class TrackerObserver:
 
     def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None:
         self._log(update_metrics(record), record.update)
+
+    def on_probe(self, record: ProbeRecord) -> None:
+        self._log(probe_metrics(record), record.update)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         self._log(evaluation_metrics(record), record.update)
@@ -253,6 +257,9 @@ def update_metrics(record: UpdateRecord) -> dict[str, float | int]:
         "speed/update_s": record.update_s,
         "speed/compute_s": record.compute_s,
         "speed/reduce_s": record.reduce_s,
+        "speed/optimizer_s": record.optimizer_s,
+        "train/noise_scale_tokens": record.noise_scale_tokens,
+        "train/alarms": len(record.alarms),
     }
     for rank, loss in enumerate(record.rank_loss_nats):
         values[f"rank{rank}/loss_nats"] = loss
@@ -262,6 +269,16 @@ def update_metrics(record: UpdateRecord) -> dict[str, float | int]:
         values[f"rank{rank}/passes"] = record.rank_passes[rank]
         values[f"rank{rank}/grad_norm"] = None if record.rank_grad_norm is None else record.rank_grad_norm[rank]
         values[f"memory/rank{rank}_peak_gib"] = None if record.rank_peak_gib is None else record.rank_peak_gib[rank]
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def probe_metrics(record: ProbeRecord) -> dict[str, float]:
+    """What holds for all matrices together; probes.jsonl has each of them."""
+    values = {
+        "probe/update_to_weight": record.all_update_to_weight,
+        "probe/unmoved_share": record.all_unmoved_share,
+        "probe/delta_norm": None if record.delta_norm is None else math.hypot(*record.delta_norm),
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 

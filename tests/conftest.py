@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from glassloop.model import PeftEngine
 
 VOCABULARY = 512
+RUNS = itertools.count()
 SPECIALS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]  # ids 0 .. 5
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -131,5 +133,33 @@ def engine_of() -> Callable[..., PeftEngine]:
             device=torch.device("cpu"),
             first=contextlib.nullcontext,
         )
+
+    return build
+
+
+@pytest.fixture
+def run_of(tmp_path: Path, tiny_llama: Path):
+    """Builds a run on 37 short rows, 8 an update; every call starts from the same adapters."""
+    from accelerate.state import AcceleratorState
+    from launching import write_rows
+
+    from glassloop.arguments import from_values
+    from glassloop.build import build_run
+
+    def build(**sections: dict):
+        AcceleratorState._reset_state(True)
+        values = {
+            "model": {"id": str(tiny_llama)},
+            "lora": {"r": 4, "alpha": 8},
+            "data": {"source": str(write_rows(tmp_path / "rows.jsonl", 37)), "template": "chat", "max_tokens": 96},
+            "batch": {"size": 2, "accumulation": 4},
+            "schedule": {"updates": 60},
+            "optimizer": {"lr": 1e-2},
+            "evaluation": {"samples": 0},
+            "run": {"dir": str(tmp_path / "runs"), "name": f"run{next(RUNS)}"},
+        }
+        for section, fields in sections.items():
+            values[section] = {**values.get(section, {}), **fields}
+        return build_run(from_values(values))
 
     return build

@@ -31,11 +31,15 @@ class Rule:
 TABLE = {
     "__init__": Rule(),
     # Plain values and files; no torch.
-    "config": Rule(packages="pydantic"),
+    "settings": Rule(packages="pydantic"),
+    "config": Rule("settings", "pydantic"),
     "presets": Rule(),
     "arguments": Rule("config presets", "pydantic yaml"),
     "plan": Rule(),
     "record": Rule(),
+    "forecast": Rule(),
+    "stability": Rule("forecast"),
+    "noise": Rule(),
     "folders": Rule(),
     "cache": Rule("folders"),
     "environment": Rule(late="torch"),
@@ -64,22 +68,28 @@ TABLE = {
     "model": Rule("adapters base_cache base_source config loss model_checks norms rows", "torch transformers"),
     "generation": Rule("", "torch", late="transformers"),
     # What is kept and shown of a run.
-    "snapshots": Rule("", "numpy torch"),
+    "snapshots": Rule("optim", "numpy torch"),
     "checkpoint": Rule("folders optim snapshots", "safetensors torch"),
+    "capsule_facts": Rule("rows"),
+    "capsule": Rule("batches capsule_facts dist environment folders optim snapshots", "safetensors torch"),
     "observers": Rule("record"),
     "terminal": Rule("observers record", "rich"),
     "trackers": Rule("config environment observers record", late="wandb"),
-    "outcome": Rule("batches dist record"),
+    "outcome": Rule("batches config dist record stability"),
+    "probes": Rule("optim record", "torch"),
+    "flags": Rule(),
     "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
     # What knows every part.
     "launch": Rule("config", "accelerate datasets torch transformers"),
+    "inspection": Rule("*", "torch"),
     "run": Rule("*", "torch"),
     "build": Rule("*", "accelerate torch"),
+    "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),
     "cli": Rule("*", late="*"),
     "train_loop": Rule("*", "torch"),
 }
 NOBODY_IMPORTS = ("cli", "train_loop")  # but cli itself
-LIGHT = ("config", "presets", "arguments", "plan", "record", "rows")
+LIGHT = ("settings", "config", "presets", "arguments", "plan", "record", "rows")
 CALLED = {"yaml": "pyyaml"}  # packages that are imported by another name than they are installed by
 LONGEST = {"update_once": 45, "train": 150}  # lines of a function in train_loop.py, from def to the last one
 

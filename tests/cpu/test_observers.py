@@ -18,7 +18,7 @@ import pytest
 
 from glassloop import observers
 from glassloop.observers import JsonlObserver, RunInfo, SampleRecord, next_attempt, read_jsonl, write_json, write_text
-from glassloop.record import EvaluationRecord, Event, RowRecord, UpdateRecord
+from glassloop.record import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 ID, TEXT = "train:17", "the caller asks for a gift card"
@@ -37,6 +37,15 @@ def update_record(update: int = 1, **changes: Any) -> UpdateRecord:
 def row_record(update: int = 1, rank: int = 0, row_id: str = ID, **changes: Any) -> RowRecord:
     base = RowRecord(update, rank, row_id=row_id, micro_batch=0, loss_sum_nats=3.5, supervised_tokens=5, real_tokens=9)
     return dataclasses.replace(base, **changes)
+
+
+def probe_record() -> ProbeRecord:
+    """Of one module at update 1: A's gradient is 0, and B was 0."""
+    return ProbeRecord(
+        update=1, applied=True, matrices=("m.A", "m.B"), grad_norm=(0.0, 1.0), weight_norm=(2.0, 0.0), update_norm=(0.0, 0.1),
+        update_to_weight=(0.0, None), unmoved_share=(1.0, 0.0), modules=("m",), delta_norm=(0.2,),
+        all_update_to_weight=0.05, all_unmoved_share=0.5,
+    )  # fmt: skip
 
 
 def sample(**changes: Any) -> SampleRecord:
@@ -60,12 +69,14 @@ def test_a_line_is_in_its_file_when_the_call_returns_and_is_one_write(tmp_path: 
     monkeypatch.setattr(os, "write", spy)
     observer.on_start(RunInfo(str(tmp_path), updates=60, ranks=2))
     observer.on_update(update_record(), (row_record(), row_record(rank=1, row_id="train:18")))
+    observer.on_probe(probe_record())
     observer.on_evaluation(EvaluationRecord(update=1, loss_nats=2.0, rows=4, supervised_tokens=50, scores={}))
     observer.on_event(Event(1, "warning", "look"))
     observer.on_sample(sample())
     lengths = {name: len(read_jsonl(tmp_path / name)) for name in os.listdir(tmp_path)}  # nothing is closed yet
-    assert lengths == {"metrics.jsonl": 1, "rows.jsonl": 2, "evaluations.jsonl": 1, "events.jsonl": 1, "samples.jsonl": 1}
-    assert len(writes) == 5
+    once = dict.fromkeys(("metrics.jsonl", "probes.jsonl", "evaluations.jsonl", "events.jsonl", "samples.jsonl"), 1)
+    assert lengths == once | {"rows.jsonl": 2}
+    assert len(writes) == 6
     assert all(data.endswith(b"}\n") for data in writes)
     observer.close()
     observer.close()
@@ -178,7 +189,7 @@ def write_one_of_each(folder: Path, policy: Any) -> None:
 
 def test_text_none_keeps_ids_and_text_of_rows_out_of_every_file(tmp_path: Path) -> None:
     write_one_of_each(tmp_path, "none")
-    assert sorted(os.listdir(tmp_path)) == ["evaluations.jsonl", "events.jsonl", "metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["evaluations.jsonl", "events.jsonl", "metrics.jsonl", "probes.jsonl"]
     assert ID.encode() not in everything(tmp_path)
     assert b"gift card" not in everything(tmp_path)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["reason"] == "loss is not finite: rank 1, pass 0, row (row)"
@@ -265,7 +276,7 @@ def test_a_checkpoint_event_puts_what_was_written_on_the_disk(tmp_path: Path, mo
     observer.on_event(Event(1, "warning", "look"))
     assert synced == []  # an update does not wait for the disk
     observer.on_event(Event(1, "checkpoint", "saved"))
-    assert len(set(synced)) == 5
+    assert len(set(synced)) == 6
     observer.close()
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from glassloop.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer
+from glassloop.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer, state_tensors
 
 HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 
@@ -74,11 +74,46 @@ def test_the_norm_of_a_large_vector_is_exact_to_1e_7():
     assert l2_norm(flat).item() == pytest.approx(exact, rel=1e-7)
 
 
-def test_the_checksum_sees_one_changed_bit():
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adamw_8bit"])
+def test_the_checksum_sees_one_changed_bit_of_any_tensor_that_replicas_share(name):
     adapters = FlatAdapters(layers().named_parameters())
-    before = adapters.checksum().item()
-    adapters.flat.data.view(torch.int32)[5] ^= 1
-    assert adapters.checksum().item() != before
+    optimizer = make_optimizer(name, adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    adapters.grad.normal_(generator=torch.Generator().manual_seed(2))
+    optimizer.step()
+    before = adapters.checksum(optimizer).item()
+    assert 0 <= before < 2**48
+    tensors = [adapters.flat.data, *(tensor for _, tensor in state_tensors(optimizer, adapters.flat))]
+    assert len(tensors) == {"sgd": 1, "adamw": 4, "adamw_8bit": 7}[name]
+    for tensor in tensors:
+        bits = tensor.reshape(-1).view(torch.uint8)
+        bits[-1] ^= 1
+        assert adapters.checksum(optimizer).item() != before
+        bits[-1] ^= 1
+        assert adapters.checksum(optimizer).item() == before
+
+
+def test_the_checksum_sees_two_moments_exchanged():
+    adapters = FlatAdapters(layers().named_parameters())
+    optimizer = make_optimizer("adamw", adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    adapters.grad.fill_(1.0)
+    optimizer.step()
+    before = adapters.checksum(optimizer).item()
+    moments = optimizer.state[adapters.flat]
+    moments["exp_avg"], moments["exp_avg_sq"] = moments["exp_avg_sq"], moments["exp_avg"]
+    assert adapters.checksum(optimizer).item() != before
+
+
+def test_parts_name_every_matrix_and_its_optimizer_state_block_by_block():
+    adapters = FlatAdapters(layers().named_parameters())
+    optimizer = make_optimizer("adamw_8bit", adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    adapters.grad.fill_(1.0)
+    optimizer.step()
+    parts = dict(adapters.parts(optimizer))
+    for name, place in adapters.slices.items():
+        assert parts[name].data_ptr() == place.of(adapters.flat.data).data_ptr()
+        assert parts[f"state1 of {name}"].numel() == place.size
+        assert parts[f"absmax1 of {name}"].numel() == -(-place.size // 256)
+    assert not any(part.startswith("qmap") for part in parts)
 
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_quiet_while():

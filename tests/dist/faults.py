@@ -8,55 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-from glassloop.arguments import from_values
-from glassloop.build import build_run
+from tiny import FOLDER, poisoned, run_of, state
+
 from glassloop.dist import gather_objects, leave
 from glassloop.rows import Row
-from glassloop.run import Run
 from train_loop import update_once
-
-FOLDER, MODEL, ROWS = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-
-
-def run_of(name: str, **sections: dict) -> Run:
-    values = {
-        "model": {"id": MODEL},
-        "lora": {"r": 4, "alpha": 8},
-        "data": {"source": ROWS, "template": "chat", "max_tokens": 96, "too_long": "cut"},
-        "batch": {"size": 2, "accumulation": 2},
-        "schedule": {"updates": 6, "warmup_updates": 2},
-        "optimizer": {"lr": 1e-2},
-        "execution": {"precision": "fp32", "checkpointing": False},
-        "evaluation": {"samples": 0},
-        "run": {"dir": str(FOLDER / "runs"), "name": name},
-    }
-    for section, fields in sections.items():
-        values[section] = {**values.get(section, {}), **fields}
-    return build_run(from_values(values))
-
-
-def poisoned(run: Run, rank: int, at_pass: int, change) -> None:
-    """On one rank, pass `change` the result of its pass number `at_pass` instead of returning it."""
-    engine, calls = run.engine, iter(range(1000))
-
-    def call(p):
-        result = engine(p)
-        return change(*result) if run.rank == rank and next(calls) == at_pass else result
-
-    run.engine = call
-
-
-def state(run: Run) -> str:
-    """Bits of adapters and optimizer, to compare before and after."""
-    tensors = [run.adapters.flat.detach(), *(v for v in run.optimizer.state[run.adapters.flat].values() if torch.is_tensor(v))]
-    return " ".join(str(hash(t.numpy().tobytes())) for t in tensors) + str(
-        [v for v in run.optimizer.state[run.adapters.flat].values() if not torch.is_tensor(v)]
-    )
 
 
 def learning_rates_of_60_updates():
@@ -71,7 +30,7 @@ def nan_on_rank_1():
     poisoned(run, 1, 1, lambda loss, rows: (loss * float("nan"), rows * torch.tensor([1.0] * (len(rows) - 1) + [float("nan")])))
     outcome = update_once(run, 2)
     row = run.batches.share(run.batches.window(2), 1)[-1].row_id
-    return {**asdict(outcome.record), "unchanged": state(run) == before, "row": row, "nonfinite": outcome.nonfinite}
+    return {**asdict(outcome.record), "unchanged": state(run) == before, "row": row, "nonfinite": outcome.decision.nonfinite}
 
 
 def infinite_gradient_on_rank_1():
@@ -151,9 +110,7 @@ def stop_asked_on_rank_1():
 def nothing_supervised():
     run = run_of("none")
     empty = set(run.batches.window(2).rows)
-    rows = tuple(
-        Row(r.row_id, r.input_ids, (False,) * len(r)) if i in empty else r for i, r in enumerate(run.batches.rows)
-    )
+    rows = tuple(Row(r.row_id, r.input_ids, (False,) * len(r)) if i in empty else r for i, r in enumerate(run.batches.rows))
     run.batches = replace(run.batches, rows=rows)
     update_once(run, 1)
     before = state(run)
@@ -212,7 +169,10 @@ def ledger():
     """Rows that were consumed, by update, against the plan; two epochs with a tail."""
     run = run_of("ledger")
     seen = [[(r.rank, r.row_id, r.supervised_tokens) for r in update_once(run, u).rows] for u in range(1, 7)]
-    return {"seen": [sorted(r for _, r, _ in rows) for rows in seen], "ranks": [{rank for rank, _, _ in rows} == {0, 1} for rows in seen]}
+    return {
+        "seen": [sorted(r for _, r, _ in rows) for rows in seen],
+        "ranks": [{rank for rank, _, _ in rows} == {0, 1} for rows in seen],
+    }
 
 
 CHECKS = [

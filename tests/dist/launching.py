@@ -33,7 +33,7 @@ def launch(script: str | Path, *arguments: str, expect: int = 0, timeout_s: int 
 
 def write_rows(path: Path, rows: int) -> Path:
     """A jsonl file of prompts and completions of 1 to 14 and 1 to 9 words; the same at each call."""
-    words = "the caller asks for a code and the receiver hangs up because nothing can be checked today".split()
+    words = ("the caller asks for a code and the receiver hangs up because nothing can be checked today").split()  # noqa: SIM905
     drawn = random.Random(5)
     lines = [
         {"prompt": " ".join(drawn.choices(words, k=drawn.randint(1, 14))), "completion": " ".join(drawn.choices(words, k=drawn.randint(1, 9)))}

@@ -1,48 +1,45 @@
-"""How an update is laid out may not change its gradient: micro-batches, ranks, padding, packing, recomputation, reduction."""
+"""How an update is laid out may not change it: micro-batches, ranks, padding, packing, recomputation, reduction, probes, clipping.
+
+What every member is compared with is the formula, computed row by row by transformers and PEFT without the loop.
+"""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import safetensors.torch
-from launching import HERE, environment, launch, write_rows
-from members import ONE_RANK, REFERENCE, ROWS, TWO_RANKS
+
+from glassloop.verify.members import SHAPES, members
+from glassloop.verify.problem import TASKS
+
+MEMBERS = [member.name for member in members() if member.engine == "peft"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    folder = tmp_path_factory.mktemp("equivalence")
-    rows = write_rows(folder / "rows.jsonl", ROWS)
-    arguments = [str(folder), str(tiny_llama), str(rows)]
-    one = subprocess.run([sys.executable, HERE / "members.py", *arguments], env=environment(), capture_output=True, text=True, timeout=300)
-    assert one.returncode == 0, one.stdout[-3000:] + one.stderr[-3000:]
-    launch(HERE / "members.py", *arguments)
-    return folder
-
-
-def distance(results: Path, member: str, what: str) -> float:
-    """L2 distance to the reference member, relative to the reference."""
-    mine, reference = (safetensors.torch.load_file(results / f"{name}.safetensors")[what].double() for name in (member, REFERENCE))
-    assert reference.norm() > 1e-3
-    return ((mine - reference).norm() / reference.norm()).item()
-
-
-MEMBERS = [name for name in {**ONE_RANK, **TWO_RANKS} if name != REFERENCE]
+def distances(verified) -> dict[str, dict[str, float]]:
+    """L2 distance to the formula, relative to it, by member and by what was compared."""
+    assert verified.stdout, verified.stderr[-6000:]
+    return {verdict["name"]: verdict["distances"] for verdict in verified.output["verdicts"] if verdict["kind"] == "member"}
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_the_gradient_at_equal_weights_is_the_same(results, member):
-    assert distance(results, member, "grad") <= 1e-6
+def test_the_gradient_at_equal_weights_is_the_same(distances, member):
+    assert distances[member]["gradient"] <= 1e-6
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_five_updates_of_sgd_end_in_the_same_place(results, member):
-    assert distance(results, member, "sgd") <= 2e-6
+def test_five_updates_of_sgd_end_in_the_same_place(distances, member):
+    assert distances[member]["sgd"] <= 2e-6
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_five_updates_of_8_bit_adamw_make_the_same_change(results, member):
-    assert distance(results, member, "adamw_8bit") <= 1e-3
+def test_five_updates_of_8_bit_adamw_make_the_same_change(distances, member):
+    assert distances[member]["adamw_8bit"] <= 1e-3
+
+
+def test_the_class_holds_every_layout_on_one_rank_and_two_with_both_reductions_and_bases():
+    ways = {(s.ranks, s.layout, s.reduction, s.recomputed) for s in SHAPES.values()}
+    assert {(ranks, "literal", "explicit", recomputed) for ranks in (1, 2) for recomputed in (False, True)} <= ways
+    assert {(1, "packed", "explicit", False), (2, "packed", "explicit", False), (2, "packed", "ddp", False)} <= ways
+    assert {(2, "literal", "ddp", recomputed) for recomputed in (False, True)} <= ways
+    assert any(shape.pass_tokens for shape in SHAPES.values()), "packed in small passes"
+    assert {task.quantization for task in TASKS.values()} == {"nf4", "none"}
+    assert {f"{task} peft {shape}" for task in ("nf4", "plain") for shape in SHAPES} <= set(MEMBERS)

@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from glassloop.plan import lr_at
 from launching import HERE, launch, write_rows
+
+from glassloop.plan import lr_at
 
 ROWS = 21
 
@@ -73,7 +74,7 @@ def test_a_run_that_ends_for_a_nan_keeps_the_last_good_state_and_says_how_to_go_
     assert (result["code"], result["checkpoint"]) == (1, "update_000001")
     assert result["last"]["kind"] == "failed"
     assert "update 2 was not applied: loss is not finite: rank 1" in result["last"]["message"]
-    assert result["last"]["command"].endswith("stability.on_nonfinite=skip")
+    assert result["last"]["command"].endswith("--without-window 2")
 
 
 def test_a_stop_asked_of_one_rank_gives_the_update_up_on_both(faults):

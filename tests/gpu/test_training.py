@@ -2,42 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
-
 import pytest
 import torch
-from launching import write_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NAMES = itertools.count()
-
-
-@pytest.fixture
-def run_of(tmp_path: Path, tiny_llama: Path):
-    """Builds a run on 37 short rows, 8 an update; every call starts from the same adapters."""
-    from accelerate.state import AcceleratorState
-
-    from glassloop.arguments import from_values
-    from glassloop.build import build_run
-
-    def build(**sections: dict):
-        AcceleratorState._reset_state(True)
-        values = {
-            "model": {"id": str(tiny_llama)},
-            "lora": {"r": 4, "alpha": 8},
-            "data": {"source": str(write_rows(tmp_path / "rows.jsonl", 37)), "template": "chat", "max_tokens": 96},
-            "batch": {"size": 2, "accumulation": 4},
-            "schedule": {"updates": 60},
-            "optimizer": {"lr": 1e-2},
-            "evaluation": {"samples": 0},
-            "run": {"dir": str(tmp_path / "runs"), "name": f"run{next(NAMES)}"},
-        }
-        for section, fields in sections.items():
-            values[section] = {**values.get(section, {}), **fields}
-        return build_run(from_values(values))
-
-    return build
 
 
 def update(run, u: int):
@@ -52,7 +20,7 @@ def test_an_fp16_overflow_is_skipped_recorded_and_halves_the_scale(run_of):
     run = run_of(execution={"precision": "fp16"}, stability={"initial_loss_scale": 2.0**40})
     before = run.adapters.flat.detach().clone()
     first = update(run, 1)
-    assert (first.record.action, first.record.loss_scale, first.nonfinite) == ("skipped", 2.0**40, False)
+    assert (first.record.action, first.record.loss_scale, first.decision.nonfinite) == ("skipped", 2.0**40, False)
     assert "fp16 overflow" in first.record.reason
     assert first.record.lr == run.plan.lr[0]
     assert torch.equal(before, run.adapters.flat)

@@ -1,0 +1,113 @@
+"""The sections of a config that say how a run is carried out, watched, kept and taken up again; the others are in config.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class ExecutionConfig(Section):
+    """How an update is carried out. Nothing here changes its gradient beyond rounding."""
+
+    engine: Literal["peft"] = "peft"
+    """peft: transformers + PEFT + bitsandbytes, the reference."""
+    layout: Literal["literal", "packed"] = "literal"
+    """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""
+    pass_tokens: int | None = Field(default=None, ge=8)
+    """Most slot tokens of one packed pass on one rank. None: batch.size x data.max_tokens."""
+    reduction: Literal["explicit", "ddp"] = "explicit"
+    """explicit: one summed all-reduce of the flat gradient, in the open. ddp: DistributedDataParallel, for comparison."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Library for collectives. auto: nccl on GPUs, gloo on CPUs. gloo lets two ranks share one GPU, to check results and not speed."""
+    collective_timeout_s: int = Field(default=1800, ge=10)
+    """Seconds a rank waits for the others before it gives up; covers one rank's download and quantisation of the base."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Compute precision (autocast). Adapters, their gradients and the loss stay fp32."""
+    checkpointing: bool = True
+    """Recompute activations in the backward pass instead of storing them."""
+    deterministic: bool = False
+    """Refuse kernels whose result may differ from run to run (slower)."""
+
+
+class StabilityConfig(Section):
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What all ranks do when loss or gradient is not finite: end the run, or leave the update out and go on."""
+    max_skipped: int = Field(default=5, ge=1)
+    """Updates in a row that may be skipped before the run ends all the same."""
+    on_spike: Literal["warn", "clip", "skip", "stop"] = "warn"
+    """What all ranks do when gradient norm or loss leaps out of its window: note it, clip to the window's mean norm, leave out, end."""
+    on_vanishing: Literal["warn", "stop"] = "warn"
+    """The same where the gradient norm falls out of its window."""
+    on_no_learning: Literal["warn", "stop"] = "warn"
+    """The same where the loss has not fallen over `no_learning_updates`."""
+    window_updates: int = Field(default=20, ge=8)
+    """Sound updates that a new one is compared with."""
+    false_alarm_rate: float = Field(default=1e-5, gt=0, le=0.05)
+    """Chance that a sound update raises an alarm, for each detector."""
+    no_learning_updates: int = Field(default=40, ge=10)
+    """Updates over which the loss has to fall at all."""
+    initial_loss_scale: float = Field(default=65536.0, gt=0)
+    """fp16 only: the factor on the loss at update 1; halved on overflow, doubled after `loss_scale_growth_updates`."""
+    loss_scale_growth_updates: int = Field(default=2000, ge=1)
+    """fp16 only: finite updates in a row after which the factor doubles."""
+
+
+class EvaluationConfig(Section):
+    every_updates: int | None = Field(default=None, ge=1)
+    """Updates between evaluations on held-out rows. None: only before the first update and after the last."""
+    generate_rows: int = Field(default=8, ge=0)
+    """Held-out rows that are answered in an evaluation (greedy); 0: loss only."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest generated answer, in tokens."""
+    samples: int = Field(default=2, ge=0)
+    """Rows answered before and after training, printed and kept in samples.jsonl."""
+
+
+class CheckpointConfig(Section):
+    every_updates: int | None = Field(default=20, ge=1)
+    """Updates between checkpoints. None: only at the end."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints kept; the best by held-out loss is kept beside them."""
+
+
+class RecordConfig(Section):
+    text: Literal["none", "ids", "full"] = "ids"
+    """What is written about rows, in the run's folder and trackers: nothing, ids, or ids and text."""
+    probe_every_updates: int | None = Field(default=10, ge=1)
+    """Updates between probes of every adapter matrix (probes.jsonl). None: none."""
+    capture_updates: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Updates that are kept whole in a capsule, whatever becomes of them. SIGUSR1 captures the next one of a running job."""
+    capsules: int = Field(default=4, ge=0)
+    """Most capsules kept: the healthy one, those asked for, the newest bad ones. 0: none."""
+    capsules_gib: float = Field(default=2.0, gt=0)
+    """Most disk space of all capsules together, in GiB."""
+
+
+class TrackingConfig(Section):
+    to: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Trackers beside the run's own folder."""
+    project: str = "glassloop"
+    """Project name in the tracker."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """online needs a Weights & Biases login; offline writes to the run's folder, to be synced later."""
+
+
+class RunConfig(Section):
+    dir: str = "runs"
+    """Folder that holds runs."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run's folder. None: preset, date and time."""
+
+
+class ResumeConfig(Section):
+    run: str | None = None
+    """Folder of a run to go on with, from its last complete checkpoint."""
+    at: int | None = Field(default=None, ge=0)
+    """Go on from the checkpoint after this many updates instead; 0: from the beginning."""
+    without_windows: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Updates whose rows are left out: they are listed as skipped, and the others keep their number and lr."""

@@ -1,0 +1,76 @@
+"""What is read of an update on one rank: the noise scale from halves of a window, and its place in checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glassloop.noise import estimates
+
+
+def parts_of(run, u: int) -> tuple[list[float], list[int], float]:
+    """|s_p| and n_p of the halves of update u's passes, and |g|, each from backward passes of its own."""
+    from glassloop.batches import build_pass
+
+    window = run.batches.window(u)
+    n = run.batches.supervised_tokens(window)
+    (passes,) = window.passes
+    grads, tokens = [], []
+    for half in (passes[: len(passes) // 2], passes[len(passes) // 2 :]):
+        run.adapters.zero_grad()
+        for rows in half:
+            p = build_pass([run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+            (run.engine(p)[0] / n).backward()
+        grads.append(run.adapters.grad.double().clone())
+        tokens.append(sum(run.batches.rows[row].supervised_tokens for rows in half for row in rows))
+    return [grad.norm().item() for grad in grads], tokens, sum(grads).norm().item()
+
+
+@pytest.mark.parametrize("layout", ["literal", "packed"])
+def test_a_lone_rank_takes_the_noise_scale_from_the_halves_of_a_probed_window(run_of, layout):
+    from train_loop import update_once
+
+    execution = {"layout": layout, "precision": "fp32", "checkpointing": False}
+    run = run_of(execution=execution | ({"pass_tokens": 4096} if layout == "packed" else {}), record={"probe_every_updates": 2})
+    first = update_once(run, 1)
+    assert first.record.noise_scale_tokens is None
+    assert first.probe is None
+    parts = parts_of(run, 2)
+    second = update_once(run, 2)
+    assert second.record.rank_passes == ((2,) if layout == "packed" else (4,))
+    assert first.record.rank_passes == ((1,) if layout == "packed" else (4,))
+    within, squared = estimates(*parts)
+    expected = within / squared if within > 0 and squared > 0 else None
+    assert second.record.noise_scale_tokens == (None if expected is None else pytest.approx(expected, rel=1e-3))
+    noise = run.inspection.noise
+    assert (noise.updates, noise.within) == (1, pytest.approx((1 - noise.decay) * within, rel=1e-3))
+    assert second.probe is not None
+    assert run.inspection.half is None
+
+
+def test_detectors_and_noise_scale_go_on_where_they_were(run_of):
+    from train_loop import update_once
+
+    run = run_of(execution={"precision": "fp32", "checkpointing": False}, record={"probe_every_updates": 1})
+    for u in range(1, 9):
+        update_once(run, u)
+    state = run.inspection.state()
+    other = run_of(execution={"precision": "fp32", "checkpointing": False}).inspection
+    assert other.state() != state
+    other.restore(state)
+    assert other.state() == state
+
+
+def test_an_update_that_is_put_back_leaves_no_trace_in_the_windows(run_of):
+    from train_loop import update_once
+
+    run = run_of(execution={"precision": "fp32", "checkpointing": False})
+    update_once(run, 1)
+    run.remember()
+    before, rng = run.inspection.state(), torch.get_rng_state()
+    update_once(run, 2)
+    torch.rand(1)
+    assert run.inspection.state() != before
+    run.put_back()
+    assert run.inspection.state() == before
+    assert torch.equal(torch.get_rng_state(), rng)

@@ -1,0 +1,50 @@
+"""A small run for scripts that are launched as `accelerate launch SCRIPT FOLDER MODEL ROWS`, and ways to spoil it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from glassloop.arguments import from_values
+from glassloop.build import build_run
+from glassloop.run import Run
+
+FOLDER, MODEL, ROWS = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+
+def run_of(name: str, **sections: dict) -> Run:
+    values = {
+        "model": {"id": MODEL},
+        "lora": {"r": 4, "alpha": 8},
+        "data": {"source": ROWS, "template": "chat", "max_tokens": 96, "too_long": "cut"},
+        "batch": {"size": 2, "accumulation": 2},
+        "schedule": {"updates": 6, "warmup_updates": 2},
+        "optimizer": {"lr": 1e-2},
+        "execution": {"precision": "fp32", "checkpointing": False},
+        "evaluation": {"samples": 0},
+        "run": {"dir": str(FOLDER / "runs"), "name": name},
+    }
+    for section, fields in sections.items():
+        values[section] = {**values.get(section, {}), **fields}
+    return build_run(from_values(values))
+
+
+def poisoned(run: Run, rank: int, at_pass: int, change) -> None:
+    """On one rank, pass `change` the result of its pass number `at_pass` instead of returning it."""
+    engine, calls = run.engine, iter(range(1000))
+
+    def call(p):
+        result = engine(p)
+        return change(*result) if run.rank == rank and next(calls) == at_pass else result
+
+    run.engine = call
+
+
+def state(run: Run) -> str:
+    """Bits of adapters and optimizer, to compare before and after."""
+    tensors = [run.adapters.flat.detach(), *(v for v in run.optimizer.state[run.adapters.flat].values() if torch.is_tensor(v))]
+    return " ".join(str(hash(t.numpy().tobytes())) for t in tensors) + str(
+        [v for v in run.optimizer.state[run.adapters.flat].values() if not torch.is_tensor(v)]
+    )
