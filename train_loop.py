@@ -25,10 +25,12 @@ from torch import Tensor
 from glassloop.arguments import parse
 from glassloop.batches import Window, build_pass, empty_pass
 from glassloop.build import build_run
+from glassloop.contract import ContractBroken
 from glassloop.dist import Gate, broadcast_from_rank_0, gather_reports, leave, reduce_gradients
 from glassloop.inspection import look_before_step, probe_of
 from glassloop.optim import l2_norm
 from glassloop.outcome import Outcome, Terms, clip_coefficient, describe
+from glassloop.room import cures, preflight_done, smaller_passes
 from glassloop.run import Run
 
 
@@ -48,6 +50,7 @@ def update_once(run: Run, u: int) -> Outcome | None:
     computed = time.perf_counter()
     if not gate.whole:
         return None
+    check_contract(run, u, n, gate)  # rows, tokens and lr are the planned ones
     if run.ddp:
         run.adapters.check_views()
         run.adapters.grad.mul_(run.ranks)  # DDP has reduced by now, to the mean
@@ -79,6 +82,7 @@ class PassSums:
     loss_sum: Tensor  # () fp32, nats
     row_loss_sums: Tensor  # (R,) fp32, nats
     passes: int
+    rows: int
     supervised_tokens: int
     real_tokens: int
     slot_tokens: int
@@ -94,7 +98,7 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
     passes = window.passes[run.rank] if n else ()
     losses = [torch.zeros((), device=run.device)]
     row_losses = [torch.zeros(0, device=run.device)]
-    done = supervised = real = slots = 0
+    done = counted = supervised = real = slots = 0
     out_of_memory = False
     half_way = run.inspection.half_way(window)
     try:
@@ -110,7 +114,7 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
                 (loss_sum * (run.scale.value / n)).backward()
             losses.append(loss_sum.detach())
             row_losses.append(row_loss_sums)
-            done, supervised = done + 1, supervised + p.supervised_tokens
+            done, counted, supervised = done + 1, counted + len(p.row_ids), supervised + p.supervised_tokens
             real, slots = real + p.real_tokens, slots + p.slot_tokens
             if index == half_way:
                 run.inspection.half = (run.adapters.grad.clone(), supervised)
@@ -120,7 +124,8 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
     except torch.OutOfMemoryError:
         out_of_memory = True
     whole = done == len(passes) and not out_of_memory
-    return PassSums(torch.stack(losses).sum(), torch.cat(row_losses), done, supervised, real, slots, whole, out_of_memory)
+    counts = (done, counted, supervised, real, slots)
+    return PassSums(torch.stack(losses).sum(), torch.cat(row_losses), *counts, whole=whole, out_of_memory=out_of_memory)
 
 
 class RanOutOfMemory(RuntimeError):
@@ -142,22 +147,55 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
     if gate.out_of_memory:
         raise RanOutOfMemory(
             f"rank {', '.join(map(str, gate.out_of_memory))} ran out of memory in update {window.update}; nothing was applied. "
-            f"Smaller passes with the same rows an update: {run.smaller_passes}"
+            f"Smaller passes with the same rows an update: {cures(run)}"
         )
     if not gate.replicas_agree:
         raise RuntimeError(run.disagreement(f"before update {window.update}"))
     return gate
 
 
+def check_contract(run: Run, u: int, n: int, gate: Gate) -> None:
+    """Raise ContractBroken, on all ranks, unless the passes had the rows and tokens that plan.json has for update u, and lr is its lr."""
+    if n and run.contract is not None:
+        names = ("rows", "supervised_tokens", "real_tokens")
+        counted = {name: sum(getattr(report, name) for report in gate.reports) for name in names}
+        run.contract.check_update(u, **counted, lr=run.optimizer.param_groups[0]["lr"])
+
+
+def preflight(run: Run) -> None:
+    """Forward and backward of each rank's heaviest pass, no step. Raises ValueError, on all ranks, where it does not fit or is not finite."""
+    run.remember()
+    while True:
+        window = run.batches.heaviest()
+        run.adapters.zero_grad()
+        try:
+            gate = open_gate(run, window, run_passes(run, window, max(1, run.batches.supervised_tokens(window))))
+            break
+        except RanOutOfMemory as error:
+            if not smaller_passes(run, 0, str(error)):
+                raise ValueError(f"preflight, before update 1: {error}") from None
+    run.adapters.zero_grad()
+    run.put_back()
+    preflight_done(run, window, gate)
+
+
 def train(run: Run) -> int:
     """Carry out the run's updates, with evaluations, samples and checkpoints when due. Returns the exit code: 0 whole or stopped on demand."""
+    run.begin()
+    if run.config.execution.preflight:
+        try:
+            preflight(run)
+        except ValueError as error:
+            return run.refused(str(error))
     run.start()
-    skipped = 0
-    for u in range(run.first_update, run.plan.updates + 1):
+    u, skipped = run.first_update, 0
+    while u <= run.plan.updates:
         try:
             outcome = update_once(run, u)
         except RanOutOfMemory as error:
             run.put_back()
+            if smaller_passes(run, u, str(error)):
+                continue  # the same rows once more
             return run.failed(u, str(error), run.resume_command)
         if outcome is None:
             run.put_back()
@@ -174,6 +212,7 @@ def train(run: Run) -> int:
             run.evaluate(u)
         if run.checkpoint_is_due(u):
             run.save(u)
+        u += 1
     return run.finish()
 
 
@@ -182,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         run = build_run(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ContractBroken) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
         if os.environ.get("RANK", "0") == "0":

@@ -80,6 +80,7 @@ class Batches:
     layout: str  # "literal" | "packed"
     pass_tokens: int  # packed only: most tokens of a pass
     two_passes_every: int | None = None  # every so many updates a lone rank's only packed pass is cut in two, for the noise scale
+    halvings: int = 0  # how often passes were cut in two since they did not fit into memory
 
     def window(self, update: int) -> Window:
         """Window of update u = 1, 2, ..."""
@@ -93,7 +94,23 @@ class Batches:
             passes = packed_passes(rows, [len(row) for row in self.rows], plan.ranks, self.pass_tokens)
             if self.two_passes_every and update % self.two_passes_every == 0 and plan.ranks == len(passes[0]) == 1:
                 passes = (tuple(half for half in (passes[0][0][::2], passes[0][0][1::2]) if half),)
+        for _ in range(self.halvings):
+            passes = tuple(tuple(half for one in rank for half in (one[::2], one[1::2]) if half) for rank in passes)
         return Window(update, epoch, rows, passes, packed=self.layout == "packed")
+
+    def heaviest(self) -> Window:
+        """Each rank's pass with the most slot tokens of all updates, as a window of its own, numbered 0."""
+        heaviest: list[tuple[int, tuple[int, ...]]] = [(0, ())] * self.plan.ranks
+        for update in range(1, self.plan.updates + 1):
+            for rank, passes in enumerate(self.window(update).passes):
+                heaviest[rank] = max([heaviest[rank], *((self.slots(one), one) for one in passes)])
+        passes = tuple((one,) if one else () for _, one in heaviest)
+        return Window(0, 0, tuple(row for rank in passes for one in rank for row in one), passes, packed=self.layout == "packed")
+
+    def slots(self, rows: Sequence[int]) -> int:
+        """Slot tokens of a pass."""
+        lengths = [len(self.rows[row]) for row in rows]
+        return sum(lengths) if self.layout == "packed" else len(rows) * max(lengths)
 
     def share(self, window: Window, rank: int) -> list[Row]:
         """The rows of one rank, in the order of its passes."""

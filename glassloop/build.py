@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 import time
 from array import array
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import set_seed
 
 from glassloop.arguments import to_yaml
 from glassloop.batches import Batches
-from glassloop.checkpoint import best_checkpoint, last_checkpoint, load_checkpoint, read_state
+from glassloop.checkpoint import load_checkpoint
 from glassloop.config import Config, as_dict
+from glassloop.contract import Contract, check_same_rows
 from glassloop.dataset import Dataset, build_rows, summary
 from glassloop.dist import broadcast_from_rank_0, gather_objects, require_same
 from glassloop.environment import environment
+from glassloop.facts import found_facts, planned_facts, target_shapes
 from glassloop.flags import CaptureFlag, StopFlag
 from glassloop.inspection import make_inspection
 from glassloop.launch import check_launch, hush, make_accelerator
@@ -28,6 +30,7 @@ from glassloop.model_checks import audit_table, dtype_audit
 from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.plan import StepPlan, describe, make_plan
+from glassloop.resuming import best_heldout, find_checkpoint, position, read_plan
 from glassloop.run import Run
 from glassloop.sources import load_examples
 from glassloop.templates import make_template
@@ -65,9 +68,12 @@ def build_run(config: Config) -> Run:
         pass_tokens=config.execution.pass_tokens or config.batch.size * config.data.max_tokens,
         two_passes_every=config.record.probe_every_updates,
     )
-    require_same("training rows", hash_of(dataset), "the ranks read different data or tokenizers; give every host the same files")
+    rows_digest = hash_of(dataset)
+    require_same("training rows", rows_digest, "the ranks read different data or tokenizers; give every host the same files")
 
     folder = run_folder(config)
+    if config.resume.run is not None:
+        check_same_rows(read_plan(folder), rows_digest, str(folder / "plan.json"))
     done, tracker_ids = position(checkpoint, plan)
     tracker = make_tracker_observer(
         accelerator,
@@ -94,19 +100,26 @@ def build_run(config: Config) -> Run:
     )
     adapters = FlatAdapters(engine.hf.named_parameters())
     broadcast_from_rank_0(adapters.flat.data)
+    prepared = accelerator.prepare_model(engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit")
+    # evaluation_mode: autocast, but no DistributedDataParallel
+    shapes = target_shapes(engine.hf, config.lora.targets)
+    contract = contract_of(
+        batches, rows_digest, planned_facts(config, ranks=plan.ranks, linear_shapes=shapes, on_cuda=device.type == "cuda")
+    )
+    shared = contract.facts["devices"] == "shared"
+    contract.check_facts(found_facts(accelerator, engine, prepared, adapters, device=device, shared=shared))
     run = Run(
         config=config,
         accelerator=accelerator,
         folder=folder,
         header=(*header(config, batches, dataset, engine, adapters, device), *(tracker.lines() if tracker else ())),
         plan=plan,
+        contract=contract,
         batches=batches,
         heldout=dataset.heldout.rows,
         heldout_examples=dataset.heldout.examples,
         sample_examples=dataset.train.examples[: config.evaluation.samples],
-        engine=accelerator.prepare_model(
-            engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit"
-        ),  # evaluation_mode: autocast, but no DistributedDataParallel
+        engine=prepared,
         plain_engine=engine,
         template=template,
         tokenizer=tokenizer,
@@ -146,6 +159,7 @@ def build_run(config: Config) -> Run:
         )
         run.scale.value, run.scale.finite_updates = state.loss_scale, state.finite_updates
         run.inspection.restore(state.details)
+        run.batches = replace(run.batches, halvings=state.details.get("halvings", 0))
         run.best_heldout_nats = best_heldout(folder)
     return run
 
@@ -156,7 +170,8 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
     folder.mkdir(parents=True, exist_ok=True)
     if config.resume.run is None:
         write_text(folder / "config.yaml", to_yaml(config))
-        write_json(folder / "plan.json", run.plan.as_dict())
+        assert run.contract is not None
+        write_json(folder / "plan.json", run.contract.as_dict())
     write_json(folder / "env.json", environment(sys.argv))
     text = config.record.text
     by_id = {row.row_id: row for row in dataset.train.rows}
@@ -182,59 +197,6 @@ def optimizer_of(config: Config, adapters: FlatAdapters) -> torch.optim.Optimize
     )
 
 
-def position(checkpoint: Path | None, plan: StepPlan) -> tuple[int, dict[str, str]]:
-    """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded."""
-    if checkpoint is None:
-        return 0, {}
-    state = read_state(checkpoint)
-    if state.update >= plan.updates:
-        raise ValueError(
-            f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} updates: there is nothing to go on with; "
-            f"to train further from its adapter, start a run with --init_adapter {checkpoint}"
-        )
-    return state.update, state.tracker_ids
-
-
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that --resume goes on from: the last one, or that of --at. None for a new run and for --at 0.
-
-    Raises ValueError where there is none, or it is not complete.
-    """
-    if config.resume.run is None:
-        return None
-    folder = Path(config.resume.run)
-    if config.resume.at is not None:
-        return checkpoint_at(folder, config.resume.at)
-    checkpoint, notes = last_checkpoint(folder)
-    if checkpoint is None:
-        found = "; ".join(notes) or "there is none"
-        raise ValueError(
-            f"resume.run = {folder} has no complete checkpoint ({found}): start the run anew, or name another folder"
-        )
-    return checkpoint
-
-
-def checkpoint_at(folder: Path, update: int) -> Path | None:
-    """The run's checkpoint after `update` updates; None for 0, the run's beginning. Raises ValueError, with those that there are."""
-    found = {path: read_state(path).update for path in sorted((folder / "checkpoints").glob("update_*[0-9]"))}
-    for path, done in found.items():
-        if done == update:
-            return path
-    if update == 0 and (folder / "config.yaml").exists():
-        return None
-    there = ", ".join(map(str, sorted({0, *found.values()})))
-    raise ValueError(
-        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there are {there} (0: from the beginning)"
-    )
-
-
-def best_heldout(folder: Path) -> float:
-    """The lowest held-out loss of the run's checkpoints, in nats a token; infinite where none has one."""
-    best = best_checkpoint(folder)
-    loss = None if best is None else read_state(best).heldout_loss_nats
-    return math.inf if loss is None else loss
-
-
 def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
     """The run's step arithmetic."""
     schedule = config.schedule
@@ -251,6 +213,17 @@ def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
         kind=schedule.kind,
         first=schedule.first,
     )
+
+
+def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Contract:
+    """What the run is held to, update by update."""
+    rows, supervised, real = [], [], []
+    for update in range(1, batches.plan.updates + 1):
+        window = batches.window(update)
+        rows.append(len(window.rows))
+        supervised.append(batches.supervised_tokens(window))
+        real.append(sum(len(batches.rows[row]) for row in window.rows))
+    return Contract(batches.plan, tuple(rows), tuple(supervised), tuple(real), rows_digest, facts)
 
 
 def run_folder(config: Config) -> Path:

@@ -23,6 +23,7 @@ class RankReport:
     stop: bool  # a signal asked this rank to end the run
     capture: bool  # a signal asked this rank to keep the update whole
     passes: int
+    rows: int
     supervised_tokens: int
     real_tokens: int
     slot_tokens: int
@@ -77,6 +78,7 @@ def gather_reports(
     stop: bool,
     capture: bool,
     passes: int,
+    rows: int,
     supervised_tokens: int,
     real_tokens: int,
     slot_tokens: int,
@@ -96,15 +98,15 @@ def gather_reports(
         rows_of_ranks: how many rows each rank has in this window, known to all.
     """
     device = loss_sum.device
-    host = [whole, out_of_memory, stop, capture, passes, supervised_tokens, real_tokens, slot_tokens, peak_gib]
-    rows = torch.zeros(max(rows_of_ranks), dtype=torch.float64, device=device)
-    rows[: len(row_loss_sums)] = row_loss_sums
+    host = [whole, out_of_memory, stop, capture, passes, rows, supervised_tokens, real_tokens, slot_tokens, peak_gib]
+    losses = torch.zeros(max(rows_of_ranks), dtype=torch.float64, device=device)
+    losses[: len(row_loss_sums)] = row_loss_sums
     scalars = torch.stack(
         [loss_sum.double(), grad_norm.double(), checksum.double(), largest_weight.double()]
     )  # checksum: < 2**48
-    values = torch.cat([torch.tensor(host, dtype=torch.float64, device=device), scalars, rows])  # (K,)
+    values = torch.cat([torch.tensor(host, dtype=torch.float64, device=device), scalars, losses])  # (K,)
     reports = []
-    for rank, (w, oom, s, c, count, supervised, real, slot, peak, loss, norm, check, largest, *losses) in enumerate(
+    for rank, (w, oom, s, c, count, counted, supervised, real, slot, peak, loss, norm, check, largest, *row_losses) in enumerate(
         _all_gather(values).tolist()
     ):
         reports.append(
@@ -114,6 +116,7 @@ def gather_reports(
                 stop=bool(s),
                 capture=bool(c),
                 passes=int(count),
+                rows=int(counted),
                 supervised_tokens=int(supervised),
                 real_tokens=int(real),
                 slot_tokens=int(slot),
@@ -122,7 +125,7 @@ def gather_reports(
                 grad_norm=norm,
                 checksum=int(check),
                 largest_weight=largest,
-                row_loss_sums=tuple(losses[: rows_of_ranks[rank]]),
+                row_loss_sums=tuple(row_losses[: rows_of_ranks[rank]]),
             )
         )
     return Gate(tuple(reports))

@@ -85,9 +85,12 @@ class PeftEngine(nn.Module):
     """transformers + PEFT + bitsandbytes: the reference engine.
 
     Attributes:
+        name: as in execution.engine.
         hf: the PEFT model; generation and saving go through it.
         report: how the base was loaded.
     """
+
+    name = "peft"
 
     def __init__(self, hf: nn.Module, report: LoadReport):
         super().__init__()

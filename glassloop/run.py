@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 from glassloop.batches import Batches
 from glassloop.checkpoint import CheckpointNotSaved, State, save_checkpoint
 from glassloop.config import Config, as_dict
+from glassloop.contract import Contract
 from glassloop.dist import first_difference, gather_objects
 from glassloop.evaluation import Answer, answer_together, evaluate
 from glassloop.flags import CaptureFlag, StopFlag
@@ -73,6 +73,7 @@ class Run:
     inspection: Inspection
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
+    contract: Contract | None = None  # None: in a replay, which is held to the record instead
     first_update: int = 1
     attempt: int = 1
     last_saved: int | None = None
@@ -94,30 +95,20 @@ class Run:
             "attempt": self.attempt,
         }
 
-    @property
-    def smaller_passes(self) -> str:
-        """Settings that need less memory and leave the rows of an update as they are."""
-        execution, batch = self.config.execution, self.config.batch
-        cures = []
-        if not execution.checkpointing:
-            cures.append("execution.checkpointing=true")
-        if execution.layout == "packed":
-            cures.append("a smaller execution.pass_tokens")
-        elif batch.size > 1:
-            cures.append(f"batch.size={batch.size // 2} batch.rows_per_update={self.plan.rows_per_update}")
-        cures.append(f"a smaller data.max_tokens (now {self.config.data.max_tokens}), which leaves out or cuts long rows")
-        return "; or ".join(cures)
-
     def event(self, update: int, kind: str, message: str, command: str | None = None, **details: Any) -> None:
         """Tell every observer."""
         for observer in self.observers:
             observer.on_event(Event(update, kind, message, command, details, self.attempt))
 
-    def start(self) -> None:
-        """Print the header; before the first update, evaluate and answer the samples."""
+    def begin(self) -> None:
+        """Print the header."""
         done = self.first_update - 1
         for observer in self.observers:
             observer.on_start(RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header))
+
+    def start(self) -> None:
+        """Before the first update, evaluate and answer the samples."""
+        done = self.first_update - 1
         left_out = ", ".join(map(str, sorted(self.inspection.left_out)))
         again = f", after {done} updates" + (f", without the windows of updates {left_out}" if left_out else "")
         resumed = self.config.resume.run is not None
@@ -196,7 +187,7 @@ class Run:
                 **shared,
             )
             self.base_scores = record.scores if fresh else (self.base_scores or record.base)
-            self._tell(dataclasses.replace(record, base=self.base_scores))
+            self._tell(replace(record, base=self.base_scores))
         if update in (0, self.plan.updates) and settings.samples:
             if not answers and self.sample_examples:
                 answers = answer_together(self.plain_engine.hf, self.sample_examples, rank=self.rank, ranks=self.ranks, **shared)
@@ -236,7 +227,7 @@ class Run:
                 finite_updates=self.scale.finite_updates,
                 heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
                 tracker_ids=self.tracker_ids(),
-                details=self.inspection.state(),
+                details={**self.inspection.state(), "halvings": self.batches.halvings},
             )
             try:
                 saved = save_checkpoint(
@@ -291,6 +282,11 @@ class Run:
             self.save(update - 1)
         self.event(update, "failed", f"update {update} was not applied: {why}", command if update > 1 else None)
         return 1
+
+    def refused(self, why: str) -> int:
+        """End before the first update. Exit code 2."""
+        self.event(self.first_update - 1, "failed", why)
+        return 2
 
     def finish(self) -> int:
         """After the last update. Exit code 0, or 1 if the final checkpoint could not be saved."""

@@ -30,6 +30,10 @@ class ExecutionConfig(Section):
     """Compute precision (autocast). Adapters, their gradients and the loss stay fp32."""
     checkpointing: bool = True
     """Recompute activations in the backward pass instead of storing them."""
+    preflight: bool = True
+    """Before update 1, compute each rank's heaviest pass, forward and backward, without a step: what does not fit shows at once."""
+    on_out_of_memory: Literal["smaller", "stop"] = "smaller"
+    """Where a rank runs out of memory in an update: all ranks do it again in passes of half the rows (explicit reduction), or the run ends."""
     deterministic: bool = False
     """Refuse kernels whose result may differ from run to run (slower)."""
 

@@ -222,7 +222,7 @@ class Detectors:
         start = math.fsum(self.start) / len(self.start)
         since_start = start - math.fsum(newer) / len(newer)
         start_error = line.sigma * math.sqrt(1 / len(self.start) + 1 / len(newer))
-        falls = fall > 0 or fall + 2.33 * error > LEAST_FALL * line.mean_y or since_start > start_error / 2
+        falls = fall > 0 or fall + 3 * error > LEAST_FALL * line.mean_y or since_start > start_error / 2
         if line.mean_y < LEARNED_NATS or falls:
             return None
         message = (

@@ -36,6 +36,7 @@ TABLE = {
     "presets": Rule(),
     "arguments": Rule("config presets", "pydantic yaml"),
     "plan": Rule(),
+    "contract": Rule("plan"),
     "record": Rule(),
     "forecast": Rule(),
     "stability": Rule("forecast"),
@@ -81,7 +82,10 @@ TABLE = {
     "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
     # What knows every part.
     "launch": Rule("config", "accelerate datasets torch transformers"),
+    "facts": Rule("config dist launch model_checks optim", "accelerate torch transformers"),
+    "resuming": Rule("checkpoint config plan"),
     "inspection": Rule("*", "torch"),
+    "room": Rule("batches dist", "torch"),
     "run": Rule("*", "torch"),
     "build": Rule("*", "accelerate torch"),
     "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")]
+TWO_CPUS = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -21,10 +22,17 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **quiet, **extra}
 
 
-def launch(script: str | Path, *arguments: str, expect: int = 0, timeout_s: int = 300, **env: str) -> str:
+def launch(
+    script: str | Path, *arguments: str, expect: int = 0, timeout_s: int = 300, config_file: Path = TWO_CPUS, **env: str
+) -> str:
     """Run `script` on two ranks; returns what it printed. Fails the test, with the output, on another exit code than `expect`."""
     done = subprocess.run(
-        [*LAUNCH, str(script), *arguments], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout_s
+        [*LAUNCH, str(config_file), str(script), *arguments],
+        cwd=ROOT,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
     )
     output = done.stdout + done.stderr
     assert done.returncode == expect, f"exit code {done.returncode}, expected {expect}:\n{output[-6000:]}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from launching import LAUNCH, ROOT, environment, launch, write_rows
+from launching import LAUNCH, ROOT, TWO_CPUS, environment, launch, write_rows
 
 TRAIN = ROOT / "train_loop.py"
 
@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(whole, words):
     """SIGINT to the launcher's whole process group, as Ctrl-C in a terminal; then --resume: rows, losses, adapter bit for bit."""
     folder = whole.parent / "stopped"
     process = subprocess.Popen(
-        [*LAUNCH, str(TRAIN), *words, "run.name=stopped"], cwd=ROOT, env=environment(), start_new_session=True,
+        [*LAUNCH, str(TWO_CPUS), str(TRAIN), *words, "run.name=stopped"], cwd=ROOT, env=environment(), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     metrics = folder / "metrics.jsonl"

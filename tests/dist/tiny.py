@@ -22,7 +22,7 @@ def run_of(name: str, **sections: dict) -> Run:
         "batch": {"size": 2, "accumulation": 2},
         "schedule": {"updates": 6, "warmup_updates": 2},
         "optimizer": {"lr": 1e-2},
-        "execution": {"precision": "fp32", "checkpointing": False},
+        "execution": {"precision": "fp32", "checkpointing": False, "preflight": False},
         "evaluation": {"samples": 0},
         "run": {"dir": str(FOLDER / "runs"), "name": name},
     }
