@@ -22,7 +22,7 @@ endif
 export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types install install-dev hooks clean
+.PHONY: help demo test verify-oldest lint format types install install-dev hooks clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -32,6 +32,11 @@ demo: .venv/run.stamp  ## Fine-tune SmolLM2 with two ranks on a CPU, through acc
 
 test: .venv/dev.stamp  ## Run the tests; those that need a GPU say so and are skipped without one
 	$(BIN)/python -m pytest $(ARGS)
+
+# What the numbers of the newest versions are is written down first; the oldest must find the same.
+verify-oldest: .venv/dev.stamp .venv-oldest/run.stamp  ## Prove the loop's math on the oldest versions that setup.cfg admits, and compare
+	$(BIN)/glassloop verify --device cpu --json > .venv-oldest/newest.json
+	.venv-oldest/bin/glassloop verify --device cpu --json --against .venv-oldest/newest.json > .venv-oldest/oldest.json
 
 lint: .venv/dev.stamp  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -50,8 +55,8 @@ install-dev: .venv/dev.stamp  ## Make .venv with what tests and checks need too
 hooks: .venv/dev.stamp  ## Run lint and types before each commit (needs pre-commit on the PATH)
 	pre-commit install
 
-clean:  ## Remove .venv, caches and build leftovers; runs stay
-	rm -rf .venv build dist glassloop.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove .venv and .venv-oldest, caches and build leftovers; runs stay
+	rm -rf .venv .venv-oldest build dist glassloop.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/pip:
@@ -69,4 +74,11 @@ clean:  ## Remove .venv, caches and build leftovers; runs stay
 
 .venv/dev.stamp: .venv/run.stamp
 	$(PIP_INSTALL) -e '.[demo,wandb,tensorboard,test]'
+	@touch $@
+
+.venv-oldest/run.stamp: setup.cfg pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt --no-deps \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt -e .
 	@touch $@

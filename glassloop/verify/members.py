@@ -1,0 +1,182 @@
+"""One update, many ways to carry it out: the equivalence class. Every member trains the same rows and leaves its gradient and weights.
+
+A task says what is computed (form of the base, clipping), a shape how: members of one task differ in shape and engine only, and may differ in
+nothing else than rounding. What a task must come to is computed without the loop, by formula.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+
+import train_loop
+from glassloop.arguments import from_values
+from glassloop.build import build_run
+from glassloop.config import Config
+from glassloop.outcome import Outcome
+from glassloop.run import Run
+from glassloop.verify.problem import LORA_ALPHA, LORA_R, MAX_TOKENS, PEAK_LR, TASKS, UPDATES, WARMUP_UPDATES, harden
+
+OPTIMIZERS = ("sgd", "adamw_8bit")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an update is carried out."""
+
+    ranks: int
+    size: int  # rows of a micro-batch
+    accumulation: int
+    layout: str = "literal"
+    pass_tokens: int | None = None  # packed only; None: size x MAX_TOKENS
+    reduction: str = "explicit"
+    recomputed: bool = False
+    probed: bool = False  # every matrix's norms are taken in every update
+
+
+SHAPES = {
+    "1x1x8": Shape(1, 1, 8),
+    "1x2x4": Shape(1, 2, 4),
+    "1x8x1": Shape(1, 8, 1),
+    "1x1x8 recomputed": Shape(1, 1, 8, recomputed=True),
+    "1x2x4 packed": Shape(1, 2, 4, layout="packed"),
+    "1x2x4 packed small": Shape(1, 2, 4, layout="packed", pass_tokens=MAX_TOKENS),
+    "1x2x4 packed probed": Shape(1, 2, 4, layout="packed", probed=True),
+    "2x1x4": Shape(2, 1, 4),
+    "2x2x2": Shape(2, 2, 2),
+    "2x2x2 recomputed": Shape(2, 2, 2, recomputed=True),
+    "2x2x2 probed": Shape(2, 2, 2, probed=True),
+    "2x2x2 packed": Shape(2, 2, 2, layout="packed"),
+    "2x2x2 packed small": Shape(2, 2, 2, layout="packed", pass_tokens=MAX_TOKENS),
+    "2x2x2 ddp": Shape(2, 2, 2, reduction="ddp"),
+    "2x2x2 ddp recomputed": Shape(2, 2, 2, reduction="ddp", recomputed=True),
+    "2x4x1 ddp": Shape(2, 4, 1, reduction="ddp"),
+    "2x2x2 ddp packed": Shape(2, 2, 2, reduction="ddp", layout="packed"),
+}
+CLIPPED = ("1x1x8", "1x2x4 packed", "2x2x2", "2x2x2 packed", "2x2x2 ddp")  # shapes of the task with clipping
+REFERENCE_ENGINE = "peft"
+REFERENCE_SHAPE = "1x1x8"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One way to carry a task's updates out."""
+
+    task: str
+    engine: str
+    shape: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.engine} {self.shape}"
+
+    @property
+    def ranks(self) -> int:
+        return SHAPES[self.shape].ranks
+
+
+def engines() -> tuple[str, ...]:
+    """Every engine that a config may name; one that is not installed, or refuses a shape, says so when it is built."""
+    execution: Any = Config.model_fields["execution"].annotation
+    return get_args(execution.model_fields["engine"].annotation)
+
+
+def members() -> list[Member]:
+    """The whole class, in the order of the table."""
+    return [
+        Member(task, engine, shape)
+        for task in TASKS
+        for engine in engines()
+        for shape in (CLIPPED if task == "clipped" else SHAPES)
+    ]
+
+
+def reference_of(task: str) -> Member:
+    """The member whose losses and norms stand for the task when versions are compared."""
+    return Member(task, REFERENCE_ENGINE, REFERENCE_SHAPE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the workers find and leave things."""
+
+    folder: Path
+    model: Path
+    rows: Path
+    backend: str  # execution.backend
+
+
+@dataclass
+class Trace:
+    """What an optimizer's updates left behind."""
+
+    change: Tensor | None = None  # (N,) fp32: adapters after the last update minus before the first
+    grad: Tensor | None = None  # (N,) fp32: the flat gradient that update 1 applied, at equal weights
+    losses: list[float | None] = field(default_factory=list)  # nats a token, by update
+    norms: list[float | None] = field(default_factory=list)  # of g before clipping, by update
+    stopped_by: str | None = None  # why the updates ended early: what the loop's own guard said
+
+
+def config_of(member: Member, optimizer: str, place: Place, name: str) -> Config:
+    """The member as a config, as a user would ask for it."""
+    task, shape = TASKS[member.task], SHAPES[member.shape]
+    return from_values(
+        {
+            "model": {"id": str(place.model), "quantization": task.quantization},
+            "lora": {"r": LORA_R, "alpha": LORA_ALPHA},
+            "data": {"source": str(place.rows), "template": "chat", "max_tokens": MAX_TOKENS, "too_long": "cut"},
+            "batch": {"size": shape.size, "accumulation": shape.accumulation, "ranks": shape.ranks},
+            "schedule": {"updates": UPDATES, "warmup_updates": WARMUP_UPDATES},
+            "optimizer": {"name": optimizer, "lr": PEAK_LR[optimizer], "max_grad_norm": task.max_grad_norm},
+            "execution": {
+                "engine": member.engine,
+                "layout": shape.layout,
+                "pass_tokens": shape.pass_tokens,
+                "reduction": shape.reduction,
+                "backend": place.backend,
+                "collective_timeout_s": 60,
+                "precision": "fp32",
+                "checkpointing": shape.recomputed,
+            },
+            "evaluation": {"samples": 0},
+            "record": {"probe_every_updates": 1 if shape.probed else None, "capsules": 0},
+            "run": {"dir": str(place.folder / "runs"), "name": name},
+        }
+    )
+
+
+def carry_out(run: Run, update: Callable[[Run, int], Outcome | None]) -> Trace:
+    """Take a fresh, hardened run through its updates by `update`: train_loop.update_once, or a faulty form of it."""
+    before = run.adapters.flat.detach().clone()
+    trace = Trace()
+    for u in range(1, UPDATES + 1):
+        try:
+            outcome = update(run, u)
+        except RuntimeError as error:
+            trace.stopped_by = str(error) if f"update {u}" in str(error) else f"update {u}: {error}"
+            break
+        if u == 1:
+            trace.grad = run.adapters.grad.clone()
+        if outcome is None or outcome.record.action != "applied":
+            trace.stopped_by = f"update {u} was not applied: {'given up' if outcome is None else outcome.record.reason}"
+            break
+        trace.losses.append(outcome.record.loss_nats)
+        trace.norms.append(outcome.record.grad_norm_pre_clip)
+    else:
+        trace.change = run.adapters.flat.detach() - before
+    return trace
+
+
+def train(member: Member, optimizer: str, place: Place, update: Callable[[Run, int], Outcome | None] | None = None) -> Trace:
+    """Build the member's run on hard rows and carry its updates out. Raises ValueError where the config or build refuses it."""
+    words = f"{member.name} {optimizer} {getattr(update, '__name__', '')}".strip()
+    run = build_run(config_of(member, optimizer, place, words.replace(" ", "-")))
+    try:
+        harden(run)
+        return carry_out(run, update or train_loop.update_once)
+    finally:
+        run.close_observers()
