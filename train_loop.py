@@ -32,6 +32,7 @@ from glassloop.optim import l2_norm
 from glassloop.outcome import Outcome, Terms, clip_coefficient, describe
 from glassloop.room import cures, preflight_done, smaller_passes
 from glassloop.run import Run
+from glassloop.watchdog import WAITS
 
 
 def update_once(run: Run, u: int) -> Outcome | None:
@@ -60,6 +61,7 @@ def update_once(run: Run, u: int) -> Outcome | None:
     norm = broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale  # |g|, rank 0's number on every rank
     reduced = time.perf_counter()
 
+    run.does(u, "steps")
     terms = Terms(lr, n, norm, scale)
     decision = run.inspection.decide(run.batches, window, gate, run.adapters, terms)  # on every rank alike
     look = look_before_step(run, window, gate, decision, terms)  # probe and capsule: read only
@@ -105,6 +107,7 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
         for index, rows in enumerate(passes):
             if run.stop.asked and not run.ddp:  # under DDP the others already wait inside backward
                 break
+            run.does(window.update, f"computes pass {index + 1} of {len(passes)}")
             last = index == len(passes) - 1
             with nullcontext() if last or not run.ddp else run.engine.no_sync():
                 p = build_pass(
@@ -134,6 +137,7 @@ class RanOutOfMemory(RuntimeError):
 
 def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
     """Exchange the ranks' reports. Raises RuntimeError, on all ranks, for what must end the run before anything is reduced."""
+    run.does(window.update, WAITS)
     gate = gather_reports(
         **vars(sums),
         stop=run.stop.asked,
@@ -229,9 +233,15 @@ def main(argv: list[str] | None = None) -> int:
         leave()
         return 2
     try:
-        return train(run)
+        code = train(run)
+    except RuntimeError as error:
+        if (lost := run.lost(error)) is None:
+            raise
+        print(f"\n{lost}", file=sys.stderr, flush=True)
+        os._exit(1)  # without the others, the process group could not even be left
     finally:
         run.close()
+    return code
 
 
 if __name__ == "__main__":

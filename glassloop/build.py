@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from array import array
@@ -30,16 +31,18 @@ from glassloop.model_checks import audit_table, dtype_audit
 from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.plan import StepPlan, describe, make_plan
-from glassloop.resuming import best_heldout, find_checkpoint, position, read_plan
+from glassloop.resuming import after_restart, best_heldout, find_checkpoint, position, read_plan
 from glassloop.run import Run
 from glassloop.sources import load_examples
 from glassloop.templates import make_template
 from glassloop.terminal import TerminalObserver
 from glassloop.trackers import TrackerObserver, check_tracking, make_tracker_observer
+from glassloop.watchdog import Watchdog
 
 
 def build_run(config: Config) -> Run:
     """Build every part of the run on this rank. Raises ValueError, with the cure, for what cannot be run as asked."""
+    config = after_restart(config)
     check_launch(config)
     check_tracking(config.tracking)
     checkpoint = find_checkpoint(config)
@@ -143,6 +146,7 @@ def build_run(config: Config) -> Run:
             explicit=config.execution.reduction == "explicit" or ranks == 1,
         ),
         first_update=done + 1,
+        watchdog=Watchdog(folder, rank, ranks, timeout_s=config.execution.collective_timeout_s, asked_to_stop=lambda: stop.asked),
     )
     if rank == 0:
         observe(run, dataset, tracker)
@@ -172,7 +176,7 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
         write_text(folder / "config.yaml", to_yaml(config))
         assert run.contract is not None
         write_json(folder / "plan.json", run.contract.as_dict())
-    write_json(folder / "env.json", environment(sys.argv))
+    write_json(folder / "env.json", environment(sys.argv) | {"launcher_pid": os.getppid()})
     text = config.record.text
     by_id = {row.row_id: row for row in dataset.train.rows}
     jsonl = JsonlObserver(folder, text, row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))))

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
@@ -83,15 +84,34 @@ def check_launch(config: Config) -> None:
         raise ValueError(f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 units; use fp16")
 
 
+def rejoin(backend: str, timeout: timedelta) -> None:
+    """Where the launcher has started the ranks again (--max_restarts): meet under names of this attempt.
+
+    Its store still holds the addresses of the processes that died, and torch gives restarted ranks no others (2.13, static rendezvous).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if on_cuda():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    chosen = backend if backend != "auto" else "nccl" if on_cuda() else "gloo"
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, is_master=False, timeout=timeout)
+    own = PrefixStore(f"glassloop/attempt_{attempt}", store)
+    dist.init_process_group(chosen, store=own, rank=rank, world_size=ranks, timeout=timeout)
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """The Accelerator of this rank. Raises ValueError for launch settings that the loop cannot honour."""
     if config.execution.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    backend = config.execution.backend
-    process_group = InitProcessGroupKwargs(
-        backend=None if backend == "auto" else backend, timeout=timedelta(seconds=config.execution.collective_timeout_s)
-    )
+    backend, timeout = config.execution.backend, timedelta(seconds=config.execution.collective_timeout_s)
+    process_group = InitProcessGroupKwargs(backend=None if backend == "auto" else backend, timeout=timeout)
+    rejoin(backend, timeout)
     accelerator = Accelerator(
         cpu=not on_cuda(),
         mixed_precision=MIXED_PRECISION[config.execution.precision],

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from glassloop.checkpoint import best_checkpoint, last_checkpoint, read_state
 from glassloop.config import Config
 from glassloop.plan import StepPlan
+
+
+def after_restart(config: Config) -> Config:
+    """The config of a process that the launcher has started again (--max_restarts): it goes on with the run of the first start.
+
+    The run is the newest in run.dir that this launcher began. One without a complete checkpoint begins anew, in the same folder.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return config
+    folder = Path(config.resume.run) if config.resume.run is not None else _begun_by(os.getppid(), Path(config.run.dir))
+    if folder is None:
+        return config
+    at = None if last_checkpoint(folder)[0] is not None else 0
+    resume = config.resume.model_copy(update={"run": str(folder), "at": at})
+    return config.model_copy(update={"resume": resume})
+
+
+def _begun_by(launcher: int, runs: Path) -> Path | None:
+    """The newest run of the folder whose env.json names this launcher's process."""
+    found = []
+    for path in runs.glob("*/env.json"):
+        try:
+            env = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if env.get("launcher_pid") == launcher and (path.parent / "config.yaml").exists():
+            found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
 
 
 def find_checkpoint(config: Config) -> Path | None:

@@ -26,6 +26,7 @@ from glassloop.plan import StepPlan
 from glassloop.record import EvaluationRecord, Event
 from glassloop.rows import Example, Row
 from glassloop.snapshots import restore_rng, rng_state
+from glassloop.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +72,7 @@ class Run:
     stop: StopFlag
     capture: CaptureFlag
     inspection: Inspection
+    watchdog: Watchdog | None = None
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
     contract: Contract | None = None  # None: in a replay, which is held to the record instead
@@ -101,8 +103,10 @@ class Run:
             observer.on_event(Event(update, kind, message, command, details, self.attempt))
 
     def begin(self) -> None:
-        """Print the header."""
+        """Print the header, and watch over the ranks from here on."""
         done = self.first_update - 1
+        if self.watchdog is not None:
+            self.watchdog.start()
         for observer in self.observers:
             observer.on_start(RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header))
 
@@ -127,6 +131,15 @@ class Run:
         every = self.config.checkpoint.every_updates
         improved = self.heldout_nats[0] == update and self.heldout_nats[1] < self.best_heldout_nats
         return update == self.plan.updates or (every is not None and update % every == 0) or improved
+
+    def does(self, update: int, what: str) -> None:
+        """Tell the watchdog."""
+        if self.watchdog is not None:
+            self.watchdog.does(update, what)
+
+    def lost(self, error: BaseException) -> str | None:
+        """What to say of an error that came from a collective; None: it is another one."""
+        return None if self.watchdog is None else self.watchdog.lost(error)
 
     def remember(self) -> None:
         """Note what the coming update moves besides weights and optimizer."""
@@ -160,6 +173,7 @@ class Run:
 
     def evaluate(self, update: int) -> None:
         """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
+        self.does(update, "evaluates")
         settings = self.config.evaluation
         shared: dict[str, Any] = {
             "template": self.template,
@@ -211,6 +225,7 @@ class Run:
         """Publish a checkpoint after `update` updates; False, with an event, where the disk refused it. All ranks take part."""
         if self.last_saved == update:
             return True
+        self.does(update, "saves a checkpoint")
         self.require_agreement(update)
         rng_states = gather_objects(rng_state(self.device))
         failure = None
@@ -305,6 +320,8 @@ class Run:
             observer.close()
 
     def close(self) -> None:
-        """Close observers and the process group."""
+        """Close observers, watchdog and the process group."""
         self.close_observers()
+        if self.watchdog is not None:
+            self.watchdog.close()
         self.accelerator.end_training()

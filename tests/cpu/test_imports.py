@@ -85,14 +85,25 @@ TABLE = {
     "facts": Rule("config dist launch model_checks optim", "accelerate torch transformers"),
     "resuming": Rule("checkpoint config plan"),
     "inspection": Rule("*", "torch"),
-    "room": Rule("batches dist", "torch"),
+    "watchdog": Rule(),
     "run": Rule("*", "torch"),
+    "room": Rule("batches dist run", "torch"),
     "build": Rule("*", "accelerate torch"),
+    # An update carried out again: read the record, build the parts, get to the state, compare, walk, vary.
+    "recorded": Rule("arguments config observers", "yaml"),
+    "parts": Rule("*", "accelerate torch"),
+    "replay": Rule("*", "torch"),
+    "layers": Rule("*", "torch"),
+    "bisect": Rule("*", "torch"),
+    "rerun": Rule("*"),
+    "scene": Rule("*", "torch"),
+    "trials": Rule("*", "torch"),
     "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),
     "cli": Rule("*", late="*"),
     "train_loop": Rule("*", "torch"),
 }
 NOBODY_IMPORTS = ("cli", "train_loop")  # but cli itself
+RUNS_THE_LOOP = ("replay", "verify")  # these import train_loop too: what they carry out is the loop's own code
 LIGHT = ("settings", "config", "presets", "arguments", "plan", "record", "rows")
 CALLED = {"yaml": "pyyaml"}  # packages that are imported by another name than they are installed by
 LONGEST = {"update_once": 45, "train": 150}  # lines of a function in train_loop.py, from def to the last one
@@ -166,9 +177,9 @@ def violations(module: str, source: str) -> list[str]:
         what = f"{module}:{item.line} imports {item.name}"
         if top in ("glassloop", "train_loop"):
             target = row_of(item.name)
-            if target in NOBODY_IMPORTS and row != "cli":
+            if target in NOBODY_IMPORTS and row != "cli" and not (target == "train_loop" and row in RUNS_THE_LOOP):
                 found.append(f"{what}: only cli may")
-            elif target not in (row, "__init__") and rule.siblings != "*" and target not in rule.siblings.split():
+            elif target not in (row, "__init__", "train_loop") and rule.siblings != "*" and target not in rule.siblings.split():
                 found.append(f"{what}: its row does not name {target}")
         elif item.types_only or top in rule.packages.split():
             continue

@@ -1,0 +1,289 @@
+"""How often the detectors of glassloop/stability.py raise an alarm on sound updates, and how often they see a fault.
+
+    PYTHONPATH=. python benchmarks/detectors.py [--runs RUN_FOLDER ...] [--seeds 1] [--out benchmarks/results/detectors.json]
+
+Trains clean runs of 60 updates with the real loop (a tiny Llama on this CPU, fresh and briefly pretrained; ragged rows, tails, both layouts,
+two learning rates), adds recorded runs if asked to, and draws series whose scatter is known. Then a fault is planted into the recorded numbers
+of one update at a time, and the detectors are asked. What they say where none was planted is a false alarm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from clean_runs import ROWS, UPDATES, WARMUP, Series, clean_runs, read_run
+
+from glassloop import stability
+from glassloop.config import StabilityConfig
+from glassloop.environment import environment
+from glassloop.forecast import LEAST_SIGMA, fit
+from glassloop.stability import Detectors, Signals
+
+DEFAULTS = StabilityConfig()
+PLACES = (14, 21, 33, 47, 58)  # a fault is planted at the first whole window, and the first tail, from here on
+Alarm = tuple[int, str]  # update, kind
+
+
+def ask(series: Series, change: Callable[[Signals, int], Signals] | None = None) -> list[Alarm]:
+    """What the detectors, at their defaults, say of a series; `change` gets each update and its index."""
+    detectors = Detectors(
+        rows_per_update=series.rows_per_update,
+        warmup_updates=series.warmup_updates,
+        window_updates=DEFAULTS.window_updates,
+        false_alarm_rate=DEFAULTS.false_alarm_rate,
+        no_learning_updates=DEFAULTS.no_learning_updates,
+    )
+    alarms = []
+    for index, sound in enumerate(series.signals):
+        signals = change(sound, index) if change else sound
+        findings = detectors.look(signals)
+        detectors.note(signals, findings, applied=True)
+        alarms += [(signals.update, finding.kind) for finding in findings]
+    return alarms
+
+
+def places(series: Series, *, tail: bool) -> list[int]:
+    """Indices that a fault is planted at."""
+    fits = [i for i, signals in enumerate(series.signals) if (signals.rows < series.rows_per_update) == tail]
+    found = (next((i for i in fits if series.signals[i].update >= least), None) for least in PLACES)
+    return sorted({index for index in found if index is not None})
+
+
+def share(hits: Sequence[bool]) -> dict[str, Any]:
+    return {"detected": sum(hits), "of": len(hits), "rate": round(sum(hits) / len(hits), 3) if hits else None}
+
+
+def clean(all_series: Sequence[Series]) -> dict[str, Any]:
+    """False alarms on sound runs."""
+    alarms = {series.name: ask(series) for series in all_series}
+    after_warmup = sum(s.update > series.warmup_updates for series in all_series for s in series.signals)
+    kinds = Counter(kind for found in alarms.values() for _, kind in found)
+    return {
+        "runs": len(all_series),
+        "updates": sum(len(series.signals) for series in all_series),
+        "updates_after_warmup": after_warmup,
+        "tails": sum(s.rows < series.rows_per_update for series in all_series for s in series.signals),
+        "false_alarms": dict(kinds),
+        "runs_with_one": [name for name, found in alarms.items() if found],
+    }
+
+
+def scatter(all_series: Sequence[Series]) -> dict[str, Any]:
+    """How much sound log norms and log losses scatter around a line through 20 whole windows, and how one depends on the one before."""
+    result = {}
+    for what in ("grad_norm", "loss_nats"):
+        sigmas, correlations = [], []
+        for series in all_series:
+            whole = [s for s in series.signals if s.rows == series.rows_per_update and s.update > series.warmup_updates]
+            for start in range(0, len(whole) - 19, 20):
+                xs = [float(s.update) for s in whole[start : start + 20]]
+                ys = [math.log(max(getattr(s, what), 1e-12)) for s in whole[start : start + 20]]
+                line = fit(xs, ys)
+                rest = [y - line.mean_y - line.slope * (x - line.mean_x) for x, y in zip(xs, ys, strict=True)]
+                sigmas.append(line.sigma)
+                correlations.append(sum(a * b for a, b in itertools.pairwise(rest)) / sum(a * a for a in rest))
+        if len(sigmas) < 2:
+            continue
+        result[what] = {
+            "sigma_log_quartiles": [round(q, 4) for q in statistics.quantiles(sigmas, n=4)],
+            "sigma_log_largest": round(max(sigmas), 4),
+            "lag_1_correlation_quartiles": [round(q, 2) for q in statistics.quantiles(correlations, n=4)],
+        }
+    return result
+
+
+def norm_spikes(all_series: Sequence[Series], *, tail: bool) -> dict[str, Any]:
+    """The gradient norm of one update times a factor."""
+
+    def hits(factor: float) -> Iterator[bool]:
+        for series in all_series:
+            for place in places(series, tail=tail):
+                alarms = ask(series, lambda s, i, at=place: replace(s, grad_norm=s.grad_norm * factor) if i == at else s)
+                yield (series.signals[place].update, "norm_spike") in alarms
+
+    return {f"x{factor:g}": share(list(hits(factor))) for factor in (1.3, 2, 3, 5, 10, 50)}
+
+
+def row_spikes(all_series: Sequence[Series], *, tail: bool) -> dict[str, Any]:
+    """The loss of one row of the window times a factor: its lightest, middle and heaviest row in turn."""
+
+    def hits(factor: float, which: Callable[[list[float]], float]) -> Iterator[bool]:
+        for series in all_series:
+            for place in places(series, tail=tail):
+                losses = sorted(series.row_losses[place])
+                if not losses:
+                    continue
+                sound = series.signals[place]
+                more = (factor - 1) * which(losses) / sound.supervised_tokens
+                alarms = ask(series, lambda s, i, at=place, m=more: replace(s, loss_nats=s.loss_nats + m) if i == at else s)
+                yield (sound.update, "loss_spike") in alarms
+
+    rows = {"lightest": lambda x: x[0], "middle": lambda x: x[len(x) // 2], "heaviest": lambda x: x[-1]}
+    return {f"x{factor}": {name: share(list(hits(factor, which))) for name, which in rows.items()} for factor in (5, 10, 20, 50)}
+
+
+def vanishing(all_series: Sequence[Series]) -> dict[str, Any]:
+    """The norm falls from update 30 on; how many updates until it is told, in the middle."""
+    faults: dict[str, Callable[[int], float]] = {
+        "to 0 at once": lambda k: 0.0,
+        "to 5 % at once": lambda k: 0.05,
+        "to 1 % at once": lambda k: 0.01,
+        "x 0.5 an update": lambda k: 0.5 ** (k + 1),
+        "x 0.8 an update": lambda k: 0.8 ** (k + 1),
+    }
+
+    def delay(series: Series, factor: Callable[[int], float]) -> int | None:
+        alarms = ask(series, lambda s, i: replace(s, grad_norm=s.grad_norm * factor(s.update - 30)) if s.update >= 30 else s)
+        return next((update - 29 for update, kind in alarms if kind == "vanishing_gradient"), None)
+
+    result = {}
+    for name, factor in faults.items():
+        delays = [delay(series, factor) for series in all_series if series.signals[-1].update >= UPDATES]
+        told = [d for d in delays if d is not None]
+        result[name] = {**share([d is not None for d in delays]), "updates_until": statistics.median(told) if told else None}
+    return result
+
+
+def drawn(
+    seed: int, *, sigma: float, correlation: float, heavy: bool = False, fall: float = 0.0, updates: int = UPDATES
+) -> Series:
+    """A series of log-normal norms and losses that scatter by sigma, with drift; `fall`: of the loss, over 40 updates.
+
+    heavy: the scatter is Student's t with 4 degrees of freedom, scaled to sigma. Every 8th window is a tail of half the rows.
+    """
+    random_ = random.Random(f"{seed}:{sigma}:{correlation}:{heavy}:{fall}")
+
+    def innovation() -> float:
+        z = random_.gauss(0, 1)
+        return z / math.sqrt(random_.gammavariate(2, 2) / 4) / math.sqrt(2) if heavy else z
+
+    drift = random_.uniform(-0.02, 0.02)  # of the log norm, an update
+    norm = loss = 0.0
+    signals = []
+    for u in range(1, updates + 1):
+        fresh = math.sqrt(1 - correlation**2)
+        norm, loss = correlation * norm + fresh * innovation(), correlation * loss + fresh * innovation()
+        rows = ROWS // 2 if u % 8 == 0 else ROWS
+        more = math.sqrt(ROWS / rows - 1)  # a tail's scatter beyond that of a whole window
+        trend = 2.0 * (1 - fall * (u - 1) / 40)
+        log_norm = drift * u + sigma * (norm + more * innovation()) + math.log(ROWS / rows) / 4
+        log_loss = math.log(trend) + sigma * (loss + more * innovation())
+        signals.append(Signals(u, 2e-4, rows, 25 * rows, math.exp(log_loss), math.exp(log_norm)))
+    return Series(f"drawn-{seed}", tuple(signals), ((),) * updates, ROWS, WARMUP)
+
+
+def synthetic(count: int) -> list[dict[str, Any]]:
+    """False alarms of the two spike detectors on drawn series, by scatter, correlation and weight of the tails."""
+    result = []
+    for heavy in (False, True):
+        for sigma in (0.05, 0.1, 0.2, 0.4):
+            for correlation in (0.0, 0.5, 0.9):
+                counts = Counter(
+                    kind
+                    for seed in range(count)
+                    for _, kind in ask(drawn(seed, sigma=sigma, correlation=correlation, heavy=heavy, fall=0.2))
+                )
+                where = {"sigma_log": sigma, "lag_1_correlation": correlation, "scatter": "Student t, 4" if heavy else "normal"}
+                updates = count * (UPDATES - WARMUP)
+                result.append(
+                    {**where, "updates": updates, "norm_spikes": counts["norm_spike"], "loss_spikes": counts["loss_spike"]}
+                )
+    return result
+
+
+def no_learning(count: int) -> list[dict[str, Any]]:
+    """Share of drawn runs of 60 updates that are said not to learn, by how much the loss falls over 40 updates and how it scatters."""
+    result = []
+    for sigma in (0.01, 0.03, 0.05, 0.1):
+        for fall in (0.0, 0.02, 0.05, 0.1, 0.2):
+            runs = (drawn(seed, sigma=sigma, correlation=0.0, fall=fall) for seed in range(count))
+            told = [any(kind == "no_learning" for _, kind in ask(run)) for run in runs]
+            result.append({"sigma": sigma, "fall_over_40_updates": fall, **share(told)})
+    return result
+
+
+def stuck(all_series: Sequence[Series]) -> dict[str, Any]:
+    """Clean runs whose loss is made flat: each whole window's loss without the run's line, so that only its real scatter is left."""
+    told = []
+    for series in all_series:
+        first = series.signals[:10]
+        level = sum(s.loss_nats for s in first) / len(first)
+        lines = {}
+        whole = [s for s in series.signals if s.rows == series.rows_per_update]
+        for start in range(0, len(whole), 20):
+            part = whole[start : start + 20]
+            if len(part) < 5:
+                part = whole[-5:]
+            line = fit([float(s.update) for s in part], [s.loss_nats for s in part])
+            lines.update(
+                {s.update: (s.loss_nats - line.mean_y - line.slope * (s.update - line.mean_x)) / line.mean_y for s in part}
+            )
+        if len(whole) - series.warmup_updates < DEFAULTS.no_learning_updates:
+            continue
+        alarms = ask(series, lambda s, i, at=lines, flat=level: replace(s, loss_nats=flat * (1 + at.get(s.update, 0.0))))
+        told.append(any(kind == "no_learning" for _, kind in alarms))
+    return share(told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", nargs="*", type=Path, default=[], help="folders of recorded runs without a fault, added to the clean ones"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="24 clean runs are trained for each; 0: none")
+    parser.add_argument("--drawn", type=int, default=400, help="series drawn for each scatter")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detectors.json"))
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trained = clean_runs(Path(folder), asked.seeds) if asked.seeds else []
+    recorded = [read_run(path) for path in asked.runs]
+    series = [*trained, *recorded]
+    if not series:
+        parser.error("no runs: give --seeds or --runs")
+    constants = {name: value for name, value in vars(stability).items() if name.isupper() and isinstance(value, int | float)}
+    where = environment()
+    result = {
+        "schema": 1,
+        "date": where["started"][:10],
+        "machine": {"system": where["system"], "cores": os.cpu_count(), "gpus": where["gpus"]},
+        "versions": {"glassloop": where["glassloop"], "python": where["python"], **where["packages"]},
+        "defaults": {
+            "window_updates": DEFAULTS.window_updates,
+            "false_alarm_rate": DEFAULTS.false_alarm_rate,
+            "no_learning_updates": DEFAULTS.no_learning_updates,
+            "LEAST_SIGMA": LEAST_SIGMA,
+            **constants,
+        },
+        "clean": clean(series),
+        "clean_recorded": clean(recorded) if recorded else None,
+        "scatter": scatter(series),
+        "norm_times": {"whole window": norm_spikes(series, tail=False), "tail": norm_spikes(series, tail=True)},
+        "loss_of_one_row_times": {"whole window": row_spikes(series, tail=False), "tail": row_spikes(series, tail=True)},
+        "norm_falls_from_update_30": vanishing(series),
+        "loss_made_flat": stuck(series),
+        "drawn_spikes": synthetic(asked.drawn),
+        "drawn_no_learning": no_learning(asked.drawn),
+    }
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({name: result[name] for name in ("clean", "norm_times", "loss_of_one_row_times")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What the record costs: update_once with probes off, and with per-layer probes at every update, beside the formula alone.
+
+    python benchmarks/record_cost.py MODEL [--workload scam-v1] [--rounds 6] [--out FILE] [section.field=VALUE ...]
+
+One process, one model, three arms that take turns on the same rows, so that all see the same machine: `bare` (passes, norm, clip, step: no
+report, checksum, detector, noise scale or file), `recorded` (the run's update with every observer of its folder, no probe) and `probed` (a
+probe of every matrix at each update). Prints one JSON object: seconds of each arm, and the ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from glassloop.arguments import parse
+from glassloop.batches import build_pass
+from glassloop.build import build_run
+from glassloop.dist import leave
+from glassloop.environment import environment
+from glassloop.optim import l2_norm
+from glassloop.outcome import clip_coefficient
+from glassloop.plan import make_plan
+from glassloop.run import Run
+from glassloop.workloads import workload
+from train_loop import update_once
+
+
+def bare(run: Run, u: int) -> None:
+    """The formula and nothing else."""
+    window = run.batches.window(u)
+    n = run.batches.supervised_tokens(window)
+    run.adapters.zero_grad()
+    for rows in window.passes[0]:
+        p = build_pass([run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+        loss_sum, _ = run.engine(p)
+        (loss_sum / n).backward()
+    norm = l2_norm(run.adapters.grad).item()
+    run.adapters.grad.mul_(clip_coefficient(norm, run.config.optimizer.max_grad_norm))
+    run.optimizer.step()
+
+
+def watched(run: Run, u: int) -> None:
+    outcome = update_once(run, u)
+    assert outcome is not None
+    run.tell(outcome)
+
+
+def seconds(run: Run, arm: str, u: int) -> float:
+    run.inspection.record = replace_probe(run, 1 if arm == "probed" else None)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    (bare if arm == "bare" else watched)(run, u)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def replace_probe(run: Run, every: int | None):
+    return run.config.record.model_copy(update={"probe_every_updates": every, "capsules": 0})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="folder or hub id of the base")
+    parser.add_argument("--workload", default="scam-v1")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--out", type=Path)
+    given, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows_file = Path(folder) / "rows.jsonl"
+        rows_file.write_text('{"prompt": "hello there", "completion": "hi"}\n' * 32)
+        words = [
+            f"model.id={given.model}",
+            f"data.source={rows_file}",
+            "data.template=instruct",
+            f"run.dir={folder}",
+            "run.name=cost",
+        ]
+        run = build_run(parse([*words, "evaluation.samples=0", "batch.rows_per_update=16", *overrides]))
+        vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size
+        per_update, updates = run.plan.rows_per_update, given.rounds + 1
+        rows = workload(given.workload, per_update * updates, vocabulary=vocabulary)
+        settings = dict(size=run.plan.size, ranks=1, accumulation=run.plan.accumulation, tail="keep", updates=updates, epochs=1.0)
+        plan = make_plan(rows=len(rows), **settings, warmup=1, peak=2e-4, kind="linear", first="peak_over_warmup")
+        run.plan, run.contract, run.batches = plan, None, replace(run.batches, rows=rows, plan=plan)
+        arms = ("bare", "recorded", "probed")
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        for u in range(1, updates + 1):
+            turn = arms[u % 3 :] + arms[: u % 3]  # each arm comes first as often as the others
+            for arm in turn:
+                taken = seconds(run, arm, u)
+                if u > 1:  # the first round warms up
+                    times[arm].append(taken)
+        run.close_observers()
+    medians = {arm: statistics.median(values) for arm, values in times.items()}
+    result = {
+        "what": "record_cost",
+        "workload": given.workload,
+        "rows_per_update": per_update,
+        "seconds": times,
+        "median_s": medians,
+        "recorded_over_bare": medians["recorded"] / medians["bare"],
+        "probed_over_bare": medians["probed"] / medians["bare"],
+        "ratios_by_round": {
+            arm: [value / base for value, base in zip(times[arm], times["bare"], strict=True)] for arm in ("recorded", "probed")
+        },
+        "environment": environment(["record_cost.py"]),
+    }
+    line = json.dumps(result)
+    print(line)
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        with given.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    leave()
+
+
+if __name__ == "__main__":
+    main()

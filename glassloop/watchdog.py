@@ -1,0 +1,173 @@
+"""Whether the ranks still move. Each says what it does; a rank whose partner is gone, or that waits too long, ends itself and says why.
+
+A collective whose partner died may wait for ever (NCCL) or fail at once (gloo). Positions lie in the run's folder, one small file a rank, written
+once a second by a thread that goes on while the main thread waits. Ranks on hosts that do not share that folder are not seen; for them
+execution.collective_timeout_s decides alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PATIENCE_S = (
+    10.0  # from a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher kills after 30
+)
+TICK_S = 1.0
+
+
+@dataclass(frozen=True)
+class Position:
+    """What a rank does."""
+
+    rank: int
+    host: str
+    pid: int
+    update: int
+    doing: str
+    since: float  # seconds since the epoch
+
+    @property
+    def gone(self) -> bool:
+        """Its process no longer exists, on this host, and did not end in good order."""
+        return self.doing != ENDED and self.host == socket.gethostname() and not _alive(self.pid)
+
+    def __str__(self) -> str:
+        fate = f"process {self.pid} is gone" if self.gone else f"for {time.time() - self.since:.0f} s"
+        return f"rank {self.rank}: update {self.update}, {self.doing} ({fate})"
+
+
+ENDED = "ended"
+WAITS = "waits for the other ranks"
+
+
+class Watchdog:
+    """One a rank. With one rank it does nothing.
+
+    Args:
+        folder: the run's.
+        timeout_s: longest wait for the other ranks.
+        asked_to_stop: whether a signal asked this process to end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        ranks: int,
+        *,
+        timeout_s: float,
+        asked_to_stop: Callable[[], bool],
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.folder = folder / "ranks"
+        self.rank, self.ranks = rank, ranks
+        self.timeout_s, self.patience_s = timeout_s, patience_s
+        self.asked_to_stop = asked_to_stop
+        self._now = (0, "starts", time.time())
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Call it when the folder exists."""
+        if self.ranks > 1:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def does(self, update: int, what: str) -> None:
+        self._now = (update, what, time.time())
+
+    def close(self) -> None:
+        """This rank has ended in good order."""
+        self.does(self._now[0], ENDED)
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._write()
+
+    def positions(self) -> list[Position]:
+        """What every rank said last, in rank order; those that cannot be read are left out."""
+        found = []
+        for rank in range(self.ranks):
+            try:
+                found.append(Position(**json.loads((self.folder / f"rank{rank}.json").read_text(encoding="utf-8"))))
+            except (OSError, ValueError, TypeError):
+                continue
+        return found
+
+    def lost(self, error: BaseException, wait_s: float = 3.0) -> str | None:
+        """What to say after a RuntimeError: which ranks are gone, or that a wait for the others failed, and where all were.
+
+        None if, after `wait_s`, all are there and this rank did not wait for them: the error is another one.
+        """
+        until = time.monotonic() + wait_s
+        while self.ranks > 1:
+            positions = self.positions()
+            if any(position.gone for position in positions):
+                return self._message(positions)
+            if time.monotonic() > until:
+                reason = str(error).partition("\n")[0]
+                told = f"rank {self.rank} could not hear from the others ({reason}): it ends, and nothing is saved. "
+                return told + self._where(positions) if self._now[1] == WAITS else None
+            time.sleep(0.1)
+        return None
+
+    def _watch(self) -> None:
+        gone_since: float | None = None
+        while not self._over.wait(TICK_S):
+            self._write()
+            positions = self.positions()
+            others_gone = any(position.gone for position in positions)
+            gone_since = (gone_since or time.monotonic()) if others_gone else None
+            _, doing, since = self._now
+            waited = time.time() - since if doing == WAITS else 0.0
+            if gone_since is not None and time.monotonic() - gone_since >= self.patience_s:
+                self._end(self._message(positions))
+            elif self.asked_to_stop() and waited >= self.patience_s:
+                self._end(f"rank {self.rank} was asked to end and waits in vain for the others. {self._where(positions)}")
+            elif waited >= self.timeout_s:
+                self._end(
+                    f"rank {self.rank} has waited {waited:.0f} s (execution.collective_timeout_s). {self._where(positions)}"
+                )
+
+    def _end(self, why: str) -> None:
+        if not self._over.is_set():
+            print(f"\n{why}", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread is in a call that does not return
+
+    def _message(self, positions: list[Position]) -> str:
+        gone = ", ".join(str(position.rank) for position in positions if position.gone)
+        return f"rank {gone} is gone: rank {self.rank} ends too, and nothing is saved. {self._where(positions)}"
+
+    def _where(self, positions: list[Position]) -> str:
+        return "Last seen: " + "; ".join(map(str, positions)) + ". Go on from the last checkpoint with --resume"
+
+    def _write(self) -> None:
+        update, doing, since = self._now
+        told = Position(self.rank, socket.gethostname(), os.getpid(), update, doing, since)
+        path = self.folder / f"rank{self.rank}.json"
+        temporary = path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(vars(told)), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            return  # a full disk is not what ends a run
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this host runs; one that ended and waits for its parent to notice does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

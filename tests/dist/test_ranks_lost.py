@@ -1,0 +1,116 @@
+"""A rank dies or hangs in mid-run: the other one ends soon, names it, keeps the last checkpoint as it was, and the run goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import LAUNCH, ROOT, TWO_CPUS, environment, launch, write_rows
+
+TRAIN = ROOT / "train_loop.py"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> list[str]:
+    folder = tmp_path_factory.mktemp("lost")
+    rows = write_rows(folder / "rows.jsonl", 37)
+    return [
+        f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "lora.r=4", "batch.size=1",
+        "batch.accumulation=2", "schedule.updates=400", "execution.precision=fp32", "evaluation.samples=0",
+        "checkpoint.every_updates=5", "checkpoint.keep=100", "execution.collective_timeout_s=60", f"run.dir={folder}",
+    ]  # fmt: skip
+
+
+def start(words: list[str], name: str, *launcher: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*LAUNCH, str(TWO_CPUS), *launcher, str(TRAIN), *words, f"run.name={name}"], cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def updates(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def pid_of_rank(folder: Path, rank: int, after_updates: int) -> int:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if updates(folder) >= after_updates and (path := folder / "ranks" / f"rank{rank}.json").exists():
+            return json.loads(path.read_text())["pid"]
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there")
+
+
+def checkpoints(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted((folder / "checkpoints").rglob("*")) if path.is_file()}
+
+
+def test_a_killed_rank_ends_the_other_one_which_names_it(words, tmp_path):
+    folder = Path(words[-1][8:]) / "killed"
+    process = start(words, "killed")
+    pid = pid_of_rank(folder, 1, after_updates=8)
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 20  # the launcher itself would wait for 30 s
+    assert process.returncode != 0
+    assert "rank 1 is gone: rank 0 ends too, and nothing is saved" in output
+    assert f"process {pid} is gone" in output
+    saved = checkpoints(folder)
+    last = max(json.loads(data)["update"] for name, data in saved.items() if name.endswith("state.json"))
+    assert last % 5 == 0  # a periodic one: nothing was saved on the way out
+    launch(
+        TRAIN,
+        "--resume",
+        str(folder),
+        "--at",
+        str(last),
+        "run.name=null",
+        "checkpoint.every_updates=null",
+        expect=0,
+        timeout_s=200,
+    )
+
+
+def test_a_hanging_rank_is_given_up_with_the_position_of_each(words):
+    folder = Path(words[-1][8:]) / "hung"
+    process = start([*words, "execution.collective_timeout_s=15"], "hung")
+    pid = pid_of_rank(folder, 1, after_updates=3)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+            if time.monotonic() > deadline - 30:  # the launcher now waits for the stopped rank, which it cannot end otherwise
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "Last seen: rank 0: update" in output
+    assert "rank 1: update" in output
+
+
+def test_with_max_restarts_the_run_goes_on_by_itself(words):
+    folder = Path(words[-1][8:]) / "restarted"
+    short = [word if not word.startswith("schedule.updates") else "schedule.updates=60" for word in words]
+    process = start(short, "restarted", "--max_restarts", "1")
+    pid = pid_of_rank(folder, 1, after_updates=12)
+    os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = {line["update"]: line["attempt"] for line in lines}
+    assert sorted(last) == list(range(1, 61))
+    assert (last[1], last[60]) == (1, 2)  # what came after the last checkpoint was done again
+    events = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert events.count("resumed") == 1
