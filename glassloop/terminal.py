@@ -207,6 +207,11 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
 
 
+def visible(text: str) -> str:
+    """`text` with line breaks as ⏎ and what a terminal would obey or hide written as an escape."""
+    return "".join(char if char.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(char) or repr(char)[1:-1] for char in text)
+
+
 def _harmless(char: str) -> bool:
     category = unicodedata.category(char)
     return (category[0] != "C" and category not in ("Zl", "Zp")) or char in JOINERS

@@ -57,6 +57,8 @@ def render(row: Row, tokenizer: Any) -> Text:
     """Every token of a row, told apart with and without colour."""
     from rich.text import Text
 
+    from glassloop.terminal import visible
+
     control = set(tokenizer.get_added_vocab().values())
     text = Text()
     for ids, supervised in _characters(row, tokenizer):
@@ -68,11 +70,6 @@ def render(row: Row, tokenizer: Any) -> Text:
         if shown.endswith("⏎"):
             text.append("\n")
     return text
-
-
-def visible(text: str) -> str:
-    """`text` with line breaks as ⏎ and what a terminal would obey or hide written as an escape."""
-    return "".join(char if char.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(char) or repr(char)[1:-1] for char in text)
 
 
 def _characters(row: Row, tokenizer: Any) -> Iterator[tuple[Sequence[int], bool]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.cli.data import main, render, visible
+from glassloop.cli.data import main, render
 from glassloop.rows import Row
+from glassloop.terminal import visible
 
 
 @pytest.fixture

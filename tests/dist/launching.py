@@ -44,7 +44,10 @@ def write_rows(path: Path, rows: int) -> Path:
     words = ("the caller asks for a code and the receiver hangs up because nothing can be checked today").split()  # noqa: SIM905
     drawn = random.Random(5)
     lines = [
-        {"prompt": " ".join(drawn.choices(words, k=drawn.randint(1, 14))), "completion": " ".join(drawn.choices(words, k=drawn.randint(1, 9)))}
+        {
+            "prompt": " ".join(drawn.choices(words, k=drawn.randint(1, 14))),
+            "completion": " ".join(drawn.choices(words, k=drawn.randint(1, 9))),
+        }
         for _ in range(rows)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,184 @@
+"""Carry a recorded update out again: does it reproduce, what is to blame (--bisect), what helps (--try)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glassloop.replay.bisect import Bisection
+    from glassloop.replay.reproduce import Reproduction
+    from glassloop.replay.scene import Opened
+    from glassloop.replay.trials import Trials
+
+MAY_CHANGE = {  # fields that say where things are, or how they are computed with the same result
+    "model.id",
+    "model.revision",
+    "model.cache_dir",
+    "model.trust_remote_code",
+    "data.source",
+    "data.revision",
+    "execution.checkpointing",
+    "execution.deterministic",
+}
+SCHEMA = 1
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop replay RUN --update N [--bisect] [--try] [--json]`. Exit code 0: the record reproduces; 1: it does not."""
+    own = argparse.ArgumentParser(
+        prog="glassloop replay",
+        allow_abbrev=False,
+        description="Carry a recorded update out again, on one process, from its capsule, the nearest earlier checkpoint, or the beginning.",
+        epilog=f"Fields that may be given as section.field=VALUE where things have moved: {', '.join(sorted(MAY_CHANGE))}.",
+    )
+    own.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of one of its capsules")
+    own.add_argument("--update", type=int, metavar="N", help="which update; of a capsule's folder, its own")
+    own.add_argument("--bisect", action="store_true", help="walk rank, pass, row, layer and token to what stands out")
+    own.add_argument("--try", dest="trials", action="store_true", help="again without the row, in fp32, ...; and a verdict")
+    own.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    own.add_argument("--base", metavar="MODEL", help="where the base model is now (short for model.id=MODEL)")
+    given, fields = own.parse_known_args(argv)
+    overrides = read_fields(fields) | ({"model.id": given.base} if given.base else {})
+    return replay(given.run, given.update, overrides, bisected=given.bisect, tried=given.trials, as_json=given.json)
+
+
+def read_fields(words: Sequence[str]) -> dict[str, str]:
+    """{"model.id": "/models/base"} of section.field=VALUE words. Raises ValueError for a field that a replay cannot change."""
+    fields = {}
+    for word in words:
+        if word.startswith("-") and "." not in word:
+            raise ValueError(f"{word} is no option of glassloop replay: see glassloop replay --help")
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals or name not in MAY_CHANGE:
+            raise ValueError(
+                f"{word}: a replay repeats the update as it was recorded, so only {', '.join(sorted(MAY_CHANGE))} can be given; "
+                "--try varies lr, precision, optimizer and engine"
+            )
+        fields[name] = value
+    return fields
+
+
+def replay(where: Path, update: int | None, overrides: dict[str, str], *, bisected: bool, tried: bool, as_json: bool) -> int:
+    """Replays and prints; returns the exit code. Raises ValueError for what cannot be replayed."""
+    from glassloop.launch import hush
+    from glassloop.replay import text as text
+    from glassloop.replay.reproduce import reproduce
+
+    if not where.is_dir():
+        raise ValueError(f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its capsules")
+    hush(1)
+    from glassloop.replay.scene import open_scene
+
+    def say(lines: str | Sequence[str]) -> None:
+        if not as_json:
+            print(lines if isinstance(lines, str) else "\n".join(lines), flush=True)
+
+    opened = open_scene(where, update, overrides, lambda line: say(text.progress(line)))
+    say(text.opening(opened))
+    reproduction = reproduce(opened.scene)
+    say(text.reproduction(opened, reproduction))
+    found = trials = None
+    if bisected or tried:
+        from glassloop.replay.bisect import bisect
+
+        found = bisect(opened.scene, opened.healthy)
+    if found is not None and bisected:
+        say(text.bisection(opened, found, decoder(opened)))
+    if found is not None and tried:
+        from glassloop.replay.trials import try_out
+
+        floor = max(reproduction.loss_floor, reproduction.norm_floor)
+        trials = try_out(opened.scene, opened.config, found, opened.usual, floor)
+        say(text.trials(opened, trials))
+    conclusion = text.conclusion(opened, reproduction, found if bisected else None, trials)
+    command = next_command(where, opened, found if bisected else None, trials)
+    if as_json:
+        print(json.dumps(as_object(opened, reproduction, found if bisected else None, trials, conclusion, command)))
+    else:
+        say(["", *text.wrapped("verdict", conclusion), f"next      {command}"])
+    return 0 if reproduction.reproduces is not False else 1
+
+
+def decoder(opened: Opened) -> Any:
+    """Token ids to text, under record.text = full only; None otherwise."""
+    if opened.text != "full":
+        return None
+    from glassloop.model import load_tokenizer
+
+    return load_tokenizer(opened.config.model).decode
+
+
+def next_command(where: Path, opened: Opened, found: Bisection | None, trials: Trials | None) -> str:
+    """What to type to go on from here."""
+    update = opened.scene.update
+    own = f"glassloop replay {where} --update {update}"
+    if trials is None:
+        return f"{own} --try" if found is not None else f"{own} --bisect"
+    kind = trials.verdict.kind
+    if trials.verdict.earlier and update > 1 and not (where / "capsule.json").exists():
+        return f"glassloop replay {where} --update {update - 1} --bisect --try"
+    start = f"{_launch(opened)} --config {run_folder(where)}/config.yaml"
+    go_on = f"{_launch(opened)} --resume {run_folder(where)} --at {checkpoint_before(run_folder(where), update)}"
+    return {
+        "data": f"{go_on} --without-window {update}",
+        "precision": f"{go_on} execution.precision=fp32",
+        "engine": f"{start} run.name=NEW execution.engine=peft model.attention=eager",
+        "optimizer": f"{start} run.name=NEW optimizer.name=adamw",
+        "lr": f"{start} run.name=NEW optimizer.lr={opened.config.optimizer.lr / 2:g}",
+    }.get(kind, "glassloop verify")
+
+
+def _launch(opened: Opened) -> str:
+    from glassloop.launch import launch_command
+
+    return launch_command(opened.scene.ranks)
+
+
+def run_folder(where: Path) -> Path:
+    """The run that a folder belongs to: itself, or two levels above a capsule."""
+    return where.resolve().parent.parent if (where / "capsule.json").exists() else where
+
+
+def checkpoint_before(folder: Path, update: int) -> int:
+    """Updates done at the newest checkpoint from which `update` is still to come; 0, the beginning, where there is none."""
+    names = [path.name.removeprefix("update_") for path in (folder / "checkpoints").glob("update_*")]
+    return max((int(name) for name in names if name.isdigit() and int(name) < update), default=0)
+
+
+def as_object(
+    opened: Opened, done: Reproduction, found: Bisection | None, trials: Trials | None, conclusion: str, command: str
+) -> dict[str, Any]:
+    """The replay in plain JSON types; numbers that are not finite are the texts "nan", "inf", "-inf"."""
+    from dataclasses import asdict
+
+    from glassloop.capsule_facts import finite_or_text
+
+    scene = opened.scene
+    first = {name: value for name, value in vars(done.first).items() if name != "rng_after"}
+    compared = [asdict(one) | {"reproduces": one.reproduces} for one in done.compared]
+    walk = None if found is None else asdict(found)
+    if walk is not None and opened.text == "none":
+        walk["tokens"] = [{name: value for name, value in token.items() if name != "token_id"} for token in walk["tokens"]]
+    return finite_or_text(
+        {
+            "schema": SCHEMA,
+            "update": scene.update,
+            "origin": scene.origin,
+            "updates_rerun": [asdict(one) for one in opened.on_the_way],
+            "notes": opened.notes,
+            "usual": None if opened.usual is None else {"loss_nats": opened.usual[0], "grad_norm": opened.usual[1]},
+            "replayed": first,
+            "noise_floor": {"loss": done.loss_floor, "grad_norm": done.norm_floor, "gradient": done.grad_floor},
+            "reproduces": done.reproduces,
+            "bit_for_bit": done.bit_for_bit,
+            "compared": compared,
+            "bisection": walk,
+            "trials": None if trials is None else asdict(trials),
+            "conclusion": conclusion,
+            "next": command,
+        }
+    )

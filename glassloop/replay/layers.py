@@ -1,0 +1,278 @@
+"""Which layer and projection of an update is off: the first output that is not finite, and norms of adapters, gradients and outputs.
+
+A matrix is compared with itself in a healthy update; without one, with the same projection of the other layers.
+Legend: A (R, in) and B (out, R) of an adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glassloop.batches import Window, build_pass
+from glassloop.optim import l2_norm
+from glassloop.replay.reproduce import Scene, carry_out, enter, fitting_rng
+from glassloop.run import Run
+from glassloop.snapshots import restore_rng
+
+OFF = 10.0  # a norm that is this many times what it is compared with names its layer
+MATRIX = re.compile(r"layers\.(\d+)\.(?:\w+\.)*?(\w+)\.lora_([AB])\.")
+
+
+@dataclass(frozen=True)
+class MatrixStat:
+    """One adapter matrix. Factors are over the reference; None where that is 0 or there is none."""
+
+    layer: int
+    projection: str
+    side: str  # "A" | "B"
+    grad_norm: float
+    weight_norm: float
+    grad_factor: float | None
+    weight_factor: float | None
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer} {self.projection} {self.side}"
+
+
+@dataclass(frozen=True)
+class LayerFinding:
+    """The layer that is named, and why."""
+
+    kind: str  # "activation" | "gradient" | "weight" | "output"
+    name: str  # "layer 1 q_proj", or a module's full name
+    layer: int | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a module put out in one forward: root mean squares over all its places."""
+
+    module: str
+    finite: bool
+    input_finite: bool
+    gain: float | None  # rms of output over rms of input; None where that is not finite or 0
+    adapted: bool = False  # a projection with an adapter
+    place: int | None = None  # the first place of the pass's first row that is not finite
+
+
+def inspect_layers(
+    scene: Scene, healthy: Scene | None, window: Window, rng_states: Sequence[dict[str, Any]]
+) -> tuple[tuple[MatrixStat, ...], LayerFinding | None]:
+    """Norms by layer, projection and side of `window` (a part of the scene's update), and the layer that is off, if one is."""
+    healthy_norms = None
+    if healthy is not None:
+        run = enter(healthy)
+        carry_out(run, healthy.window, healthy.supervised_tokens, healthy.state.rng_states)
+        healthy_norms = _norms(run)
+        healthy_outputs = _outputs(run, healthy.window, healthy.state.rng_states[0])
+    else:
+        healthy_outputs = []
+    run = enter(scene)
+    carry_out(run, window, scene.supervised_tokens, rng_states)
+    matrices = compare(_norms(run), healthy_norms)
+    outputs = _outputs(run, window, rng_states[0])
+    found = _not_finite(outputs, matrices) or _weights_off(matrices, healthy) or _outputs_off(outputs, healthy_outputs)
+    return matrices, found or _gradients_off(matrices, healthy)
+
+
+def _norms(run: Run) -> list[MatrixStat]:
+    """Of every adapter matrix that belongs to a numbered layer; the gradient is unscaled."""
+    stats = []
+    for name, place in run.adapters.slices.items():
+        if (found := MATRIX.search(name)) is not None:
+            weight, grad = (l2_norm(place.of(flat)).item() for flat in (run.adapters.flat.data, run.adapters.grad))
+            stats.append(MatrixStat(int(found[1]), found[2], found[3], grad / run.scale.value, weight, None, None))
+    return stats
+
+
+def compare(stats: Sequence[MatrixStat], healthy: Sequence[MatrixStat] | None) -> tuple[MatrixStat, ...]:
+    """The stats with their factors.
+
+    Over the healthy update's own, after division by what most matrices of that side grew by: B starts at 0 and grows in every layer, and
+    a larger loss raises every gradient. The lower quartile stands for most, so that one layer of two cannot hide. Without a healthy
+    update: over the median of the same projection and side in the other layers.
+    """
+    if healthy is None:
+        return tuple(
+            replace(
+                s,
+                weight_factor=_over(s.weight_norm, _middle([o.weight_norm for o in stats if _same_elsewhere(o, s)])),
+                grad_factor=_over(s.grad_norm, _middle([o.grad_norm for o in stats if _same_elsewhere(o, s)])),
+            )
+            for s in stats
+        )
+    before = {(h.layer, h.projection, h.side): h for h in healthy}
+    grown = []
+    for s in stats:
+        h = before.get((s.layer, s.projection, s.side))
+        weight, grad = (None, None) if h is None else (_over(s.weight_norm, h.weight_norm), _over(s.grad_norm, h.grad_norm))
+        grown.append(replace(s, weight_factor=weight, grad_factor=grad))
+    result = []
+    for s in grown:
+        weight, grad = (
+            _most([getattr(o, field) for o in grown if o.side == s.side]) for field in ("weight_factor", "grad_factor")
+        )
+        result.append(
+            replace(
+                s,
+                weight_factor=None if s.weight_factor is None else _over(s.weight_factor, weight),
+                grad_factor=None if s.grad_factor is None else _over(s.grad_factor, grad),
+            )
+        )
+    return tuple(result)
+
+
+def _same_elsewhere(a: MatrixStat, b: MatrixStat) -> bool:
+    return (a.projection, a.side) == (b.projection, b.side) and a.layer != b.layer
+
+
+def _middle(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return median(finite) if finite else 0.0
+
+
+def _most(factors: Sequence[float | None]) -> float:
+    """Lower quartile of the factors that are numbers; 0 where there are none."""
+    known = sorted(factor for factor in factors if factor is not None and math.isfinite(factor))
+    return known[len(known) // 4] if known else 0.0
+
+
+def _over(value: float, reference: float) -> float | None:
+    return value / reference if reference > 0 else None
+
+
+@torch.no_grad()
+def _outputs(run: Run, window: Window, rng: dict[str, Any]) -> list[Output]:
+    """What every leaf module and every adapted layer puts out in one forward of the window's first pass, in the order of execution."""
+    seen: list[Output] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            given = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+            if not tensors or not tensors[0].is_floating_point():
+                return
+            finite, input_finite = (all(bool(torch.isfinite(t).all()) for t in of) for of in (tensors, given))
+            gain = None
+            if given and finite and input_finite:
+                size = _rms(given[0])
+                gain = _rms(tensors[0]) / size if size > 0 else None
+            place = None
+            if not finite and tensors[0].ndim == 3:
+                bad = ~torch.isfinite(tensors[0][0]).all(dim=-1)  # (T,)
+                place = int(bad.nonzero()[0]) if bool(bad.any()) else None
+            seen.append(Output(name, finite, input_finite, gain, hasattr(module, "lora_A"), place))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(_short(name)))
+        for name, module in run.plain_engine.hf.named_modules()
+        if not list(module.children()) or hasattr(module, "lora_A")
+    ]
+    try:
+        restore_rng(next(fitting_rng([rng], run)), run.device)
+        rows = next(one for rank in window.passes for one in rank)
+        run.engine(build_pass([run.batches.rows[r] for r in rows], packed=window.packed, pad_id=run.pad_id, device=run.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _rms(t: Tensor) -> float:
+    return (l2_norm(t.float()) / math.sqrt(max(1, t.numel()))).item()
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.").removeprefix("model.")
+
+
+def _not_finite(outputs: Sequence[Output], matrices: Sequence[MatrixStat]) -> LayerFinding | None:
+    """The first output that is not finite; where all are, the last layer of those whose gradient is not: backward comes from the end."""
+    for before, output in zip([None, *outputs], outputs, strict=False):
+        if output.finite:
+            continue
+        place = f"{output.module} is the first module whose output is not finite"
+        if not output.input_finite:
+            place = f"{output.module} is the first module with an input that is not finite (after {before.module if before else 'none'})"
+        if output.place is not None:
+            place += f", first at place {output.place}"
+        return LayerFinding("activation", output.module, _layer(output.module), place)
+    bad = [m for m in matrices if not math.isfinite(m.weight_norm)]
+    if bad:
+        return LayerFinding("weight", bad[0].name, bad[0].layer, f"the weights of {bad[0].name} are not finite")
+    bad = [m for m in matrices if not math.isfinite(m.grad_norm)]
+    if bad:
+        last = max(bad, key=lambda m: m.layer)
+        where = ", ".join(dict.fromkeys(m.projection for m in bad if m.layer == last.layer))
+        message = f"every output is finite; gradients are not, from layer {last.layer} ({where}) down"
+        return LayerFinding("gradient", f"layer {last.layer}", last.layer, message)
+    return None
+
+
+def _layer(module: str) -> int | None:
+    found = re.search(r"layers\.(\d+)\.", module)
+    return int(found[1]) if found else None
+
+
+def _weights_off(matrices: Sequence[MatrixStat], healthy: Scene | None) -> LayerFinding | None:
+    than = (
+        f"in the healthy update {healthy.update}, beyond what most matrices grew by"
+        if healthy
+        else "in the median of the other layers"
+    )
+    return _off([(m, m.weight_factor) for m in matrices], "weight", "adapter weights of", than)
+
+
+def _gradients_off(matrices: Sequence[MatrixStat], healthy: Scene | None) -> LayerFinding | None:
+    than = f"in the healthy update {healthy.update}" if healthy else "in the median of the other layers"
+    return _off([(m, m.grad_factor) for m in matrices], "gradient", "gradients of", than)
+
+
+def _off(factors: Sequence[tuple[MatrixStat, float | None]], kind: str, what: str, than: str) -> LayerFinding | None:
+    """The layer of the matrix that is furthest above its reference, with all its projections that are off."""
+    off = [(m, factor) for m, factor in factors if factor is not None and factor >= OFF]
+    if not off:
+        return None
+    worst, factor = max(off, key=lambda item: item[1])
+    of_layer = [m for m, _ in off if m.layer == worst.layer]
+    all_of_layer = [m for m, _ in factors if m.layer == worst.layer]
+    names = ", ".join(f"{m.projection} {m.side}" for m in of_layer[:4])
+    names += f" and {len(of_layer) - 4} more" if len(of_layer) > 4 else ""
+    names = "all projections" if len(of_layer) == len(all_of_layer) else names
+    message = f"{what} layer {worst.layer} ({names}) are up to {factor:,.0f} times what they are {than}"
+    name = f"layer {worst.layer} {worst.projection}" if len({m.projection for m in of_layer}) == 1 else f"layer {worst.layer}"
+    return LayerFinding(kind, name, worst.layer, message)
+
+
+def _outputs_off(outputs: Sequence[Output], healthy: Sequence[Output]) -> LayerFinding | None:
+    """The first adapted layer whose gain is far above the healthy update's, or the median of the same projection in other layers."""
+    before = {o.module: o.gain for o in healthy}
+    worst: tuple[float, Output] | None = None
+    for output in outputs:
+        layer, projection = _layer(output.module), output.module.rpartition(".")[2]
+        if layer is None or output.gain is None or not output.adapted:
+            continue
+        others = [
+            o.gain for o in outputs if o.gain and o.module.endswith(f".{projection}") and _layer(o.module) not in (None, layer)
+        ]
+        reference = before.get(output.module) or (median(others) if others else 0.0)
+        factor = _over(output.gain, reference)
+        if factor is not None and factor >= OFF and (worst is None or factor > worst[0]):
+            worst = factor, output
+    if worst is None:
+        return None
+    than = "in the healthy update" if healthy else "in the median of the other layers"
+    message = f"{worst[1].module} enlarges its input {worst[0]:,.0f} times as much as {than}"
+    return LayerFinding("output", worst[1].module, _layer(worst[1].module), message)

@@ -1,0 +1,274 @@
+"""An update carried out again on one process: its parts, its passes rank by rank, and whether the recorded numbers come back.
+
+Each rank of the run becomes a virtual one: it gets its own random numbers and passes, and its share of g is summed in rank order. The passes
+go through the training loop's own run_passes. Nothing is written: no run folder, no observer, no tracker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glassloop import snapshots
+from glassloop.batches import Window, build_pass
+from glassloop.optim import l2_norm
+from glassloop.outcome import clip_coefficient
+from glassloop.replay.parts import State
+from glassloop.rows import Row
+from glassloop.run import Run
+
+FLOOR_FACTOR = 4  # a number reproduces if it is off by no more than this many times what two replays differ by
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One update and what it starts from, ready to be carried out as often as one likes."""
+
+    run: Run  # parts on this process; what they hold is put right by `enter`
+    update: int
+    window: Window  # passes hold indices into `rows`
+    rows: tuple[Row, ...]
+    row_names: tuple[str, ...]  # what to call them: their ids, or "row 17" under record.text = none
+    state: State
+    lr: float
+    max_grad_norm: float | None
+    recorded: Mapping[str, float]  # what is on record, under the names of `numbers`
+    origin: str  # where the state comes from, for people
+    updates_rerun: int = 0  # updates that were carried out to get here
+
+    @property
+    def supervised_tokens(self) -> int:
+        """N of the formula."""
+        return sum(self.rows[row].supervised_tokens for row in self.window.rows)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.window.passes)
+
+    def rank_tokens(self, rank: int) -> int:
+        """Supervised tokens of one rank's rows."""
+        return sum(self.rows[row].supervised_tokens for one in self.window.passes[rank] for row in one)
+
+    def places(self) -> list[tuple[int, int, int]]:
+        """(rank, pass, row) of every row, in the order of ranks and passes."""
+        passes = self.window.passes
+        return [(rank, index, row) for rank, of in enumerate(passes) for index, one in enumerate(of) for row in one]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What an update gave before the optimizer moved. The gradient itself, times the loss scale, is in run.adapters.grad. Losses in nats."""
+
+    loss_nats: float  # token mean over all ranks
+    grad_norm: float  # of g, unscaled, before clipping
+    rank_losses: tuple[float | None, ...]  # token means; None for a rank without supervised tokens
+    rank_grad_norms: tuple[float, ...]
+    row_losses: tuple[tuple[float, ...], ...]  # sums over tokens, by rank, in the order of its passes
+    rng_after: tuple[dict[str, Any], ...]  # by rank, after its passes
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss_nats) and math.isfinite(self.grad_norm)
+
+
+def enter(scene: Scene, run: Run | None = None, moments: tuple[dict[str, Tensor], Any] | None = None) -> Run:
+    """Put the parts into the state before the update, and return them.
+
+    Args:
+        run: other parts for the same update. moments: their optimizer's state, where it is not the run's optimizer.
+    """
+    run = run or scene.run
+    built = snapshots.built_optimizer_state(run.optimizer, run.adapters.flat, *(moments or scene.state.moments))
+    with torch.no_grad():
+        run.adapters.flat.copy_(scene.state.flat)
+    snapshots.set_optimizer_state(run.optimizer, run.adapters.flat, built)
+    run.scale.value = scene.state.loss_scale if run.scale.enabled else 1.0
+    run.batches = replace(run.batches, rows=scene.rows)
+    run.optimizer.param_groups[0]["lr"] = scene.lr
+    return run
+
+
+def carry_out(run: Run, window: Window, n: int, rng_states: Sequence[dict[str, Any]]) -> Carried:
+    """Passes of all ranks, one rank after the other, and their sum: afterwards run.adapters.grad is g times the loss scale.
+
+    Two shares add up to the same bits in any order; how a collective of more ranks orders its sum is its own affair.
+    Raises ValueError where memory runs out.
+    """
+    from train_loop import run_passes
+
+    losses, norms, row_losses, rng_after = [], [], [], []
+    total: Tensor | None = None
+    for rank, rng in enumerate(fitting_rng(rng_states, run)):
+        snapshots.restore_rng(rng, run.device)
+        run.rank = rank
+        run.adapters.zero_grad()
+        sums = run_passes(run, window, n)
+        if sums.out_of_memory:
+            raise ValueError(
+                f"rank {rank}'s passes do not fit in this device's memory: use a larger one, or execution.checkpointing=true"
+            )
+        losses.append(sums.loss_sum.double().item())
+        norms.append(l2_norm(run.adapters.grad).item() / run.scale.value)
+        row_losses.append(tuple(sums.row_loss_sums.double().tolist()))
+        rng_after.append(snapshots.rng_state(run.device))
+        if len(rng_states) > 1:
+            total = run.adapters.grad.clone() if total is None else total.add_(run.adapters.grad)
+    if total is not None:
+        run.adapters.grad.copy_(total)
+    tokens = [sum(run.batches.rows[row].supervised_tokens for one in of for row in one) for of in window.passes]
+    return Carried(
+        loss_nats=sum(losses) / n,
+        grad_norm=l2_norm(run.adapters.grad).item() / run.scale.value,
+        rank_losses=tuple(loss / count if count else None for loss, count in zip(losses, tokens, strict=True)),
+        rank_grad_norms=tuple(norms),
+        row_losses=tuple(row_losses),
+        rng_after=tuple(rng_after),
+    )
+
+
+def fitting_rng(rng_states: Sequence[dict[str, Any]], run: Run) -> Iterator[dict[str, Any]]:
+    """The ranks' random numbers; this device's own where they come from another kind of device and nothing is drawn."""
+    for state in rng_states:
+        foreign = (state.get("cuda") is None) != (run.device.type != "cuda")
+        if foreign and run.config.lora.dropout > 0:
+            raise ValueError(
+                f"lora.dropout = {run.config.lora.dropout}: dropout masks of a run on {'CPUs' if state.get('cuda') is None else 'GPUs'} "
+                f"cannot be drawn again on {run.device.type}: replay it on the kind of device that it was made on"
+            )
+        yield snapshots.rng_state(run.device) if foreign else state
+
+
+@torch.no_grad()
+def loss_now(run: Run, window: Window, n: int, rng_states: Sequence[dict[str, Any]]) -> float:
+    """Token mean of the window's loss with the adapters as they are, in nats; the same passes and dropout masks as in the update."""
+    total = 0.0
+    for passes, rng in zip(window.passes, fitting_rng(rng_states, run), strict=True):
+        snapshots.restore_rng(rng, run.device)
+        for rows in passes:
+            chosen = [run.batches.rows[row] for row in rows]
+            loss_sum, _ = run.engine(build_pass(chosen, packed=window.packed, pad_id=run.pad_id, device=run.device))
+            total += loss_sum.double().item()
+    return total / n
+
+
+def step(run: Run, clip: float) -> None:
+    """theta <- optimizer(theta, clip * g), as the loop does it."""
+    if clip != run.scale.value:
+        run.adapters.grad.mul_(clip / run.scale.value)
+    run.optimizer.step()
+
+
+def clip_of(scene: Scene, norm: float) -> float:
+    """c of the formula."""
+    return clip_coefficient(norm, scene.max_grad_norm)
+
+
+def replayed(scene: Scene) -> Carried:
+    """The update from its state; nothing is applied."""
+    return carry_out(enter(scene), scene.window, scene.supervised_tokens, scene.state.rng_states)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One recorded number beside what the replay gave."""
+
+    name: str
+    recorded: float
+    replayed: float
+    off: float  # |difference| relative to the recorded number; 0 where both are the same, or not finite in the same way
+    allowed: float  # FLOOR_FACTOR x what two replays differ by in this number, x updates carried out
+
+    @property
+    def reproduces(self) -> bool:
+        return self.off <= self.allowed
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The update twice, and what is on record of it."""
+
+    first: Carried
+    loss_floor: float  # relative difference of the loss of two replays
+    norm_floor: float
+    grad_floor: float  # L2 distance of their gradients, relative
+    compared: tuple[Compared, ...]
+
+    @property
+    def reproduces(self) -> bool | None:
+        """None: nothing is on record to compare with."""
+        return all(c.reproduces for c in self.compared) if self.compared else None
+
+    @property
+    def bit_for_bit(self) -> bool:
+        return all(c.off == 0 for c in self.compared)
+
+
+def relative(a: float, b: float) -> float:
+    """|a - b| / |b|; 0 for equal numbers, NaN equal to NaN; infinite where only one is finite."""
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.inf
+    return abs(a - b) / abs(b) if b else math.inf
+
+
+def reproduce(scene: Scene) -> Reproduction:
+    """Carry the update out twice, and compare the first with the record."""
+    first = replayed(scene)
+    grad = scene.run.adapters.grad.clone()
+    second = replayed(scene)
+    apart = relative_distance(scene.run.adapters.grad, grad)
+    pairs = list(zip(numbers(scene, first), numbers(scene, second), strict=True))
+    floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
+    compared = []
+    for name, value in numbers(scene, first):
+        if (recorded := scene.recorded.get(name)) is not None:
+            allowed = FLOOR_FACTOR * floors[name] * (1 + scene.updates_rerun)
+            compared.append(Compared(name, recorded, value, relative(value, recorded), allowed))
+    return Reproduction(first, floors["loss"], floors["gradient norm"], apart, tuple(compared))
+
+
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """L2 distance of two gradients, relative to the second; 0 where both hold the same bits."""
+    if torch.equal(a.view(torch.int32), b.view(torch.int32)):
+        return 0.0
+    distance, size = l2_norm(a.double() - b.double()).item(), l2_norm(b).item()
+    return distance / size if size else math.inf
+
+
+def numbers(scene: Scene, carried: Carried) -> Iterator[tuple[str, float]]:
+    """What can be compared with the record, each under its name. Losses in nats: token means, but sums for rows."""
+    yield "loss", carried.loss_nats
+    yield "gradient norm", carried.grad_norm
+    for rank in range(scene.ranks if scene.ranks > 1 else 0):
+        loss = carried.rank_losses[rank]
+        if loss is not None:
+            yield f"loss of rank {rank}", loss
+            yield f"norm of rank {rank}", carried.rank_grad_norms[rank]
+    losses = [loss for rank in carried.row_losses for loss in rank]
+    for (_, _, row), loss in zip(scene.places(), losses, strict=True):
+        yield f"loss of {scene.row_names[row]}", loss
+
+
+def recorded_numbers(
+    scene: Scene,
+    loss: float | None,
+    norm: float | None,
+    rank_losses: Sequence[float | None],
+    rank_norms: Sequence[float] | None,
+    row_losses: Sequence[float],
+) -> dict[str, float]:
+    """The record's numbers under the names of `numbers`; what is not on record is left out."""
+    found: dict[str, float | None] = {"loss": loss, "gradient norm": norm}
+    if scene.ranks > 1:
+        found |= {f"loss of rank {rank}": value for rank, value in enumerate(rank_losses)}
+        found |= {f"norm of rank {rank}": value for rank, value in enumerate(rank_norms or ())}
+    if row_losses:
+        places = scene.places()
+        found |= {f"loss of {scene.row_names[row]}": value for (_, _, row), value in zip(places, row_losses, strict=True)}
+    return {name: float(value) for name, value in found.items() if value is not None}

@@ -1,0 +1,235 @@
+"""Updates of a run carried out again, from the nearest earlier checkpoint or from the beginning, each compared with the record.
+
+Whether an update was applied, and with which clip coefficient, is taken from its record, so that skips and reactions of the run are repeated
+and not decided anew. Fresh adapters are a function of the seed, so the beginning needs no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from glassloop.batches import Batches, Window
+from glassloop.build import hash_of, plan_of
+from glassloop.checkpoint import State as Saved
+from glassloop.checkpoint import load_checkpoint, read_state
+from glassloop.config import Config, as_dict
+from glassloop.dataset import build_rows
+from glassloop.model import load_tokenizer
+from glassloop.replay.parts import make_parts, state_of
+from glassloop.replay.recorded import Record, number_of, row_records
+from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step
+from glassloop.rows import Row
+from glassloop.run import Run
+from glassloop.snapshots import rng_state
+from glassloop.sources import load_examples
+from glassloop.templates import make_template
+
+Say = Callable[[str], None]  # takes a line for people
+MOST_HALVINGS = 12
+
+
+@dataclass(frozen=True)
+class OnTheWay:
+    """An update that was carried out again to get to the one asked for."""
+
+    update: int
+    loss_off: float  # relative difference from the record
+    norm_off: float
+
+
+def rerun(
+    folder: Path, chain: Mapping[int, Record], config: Config, overrides: Mapping[str, str], say: Say, notes: list[str]
+) -> tuple[Scene, tuple[OnTheWay, ...]]:
+    """The scene of the last update of `chain`, and the updates that were carried out to get there.
+
+    Args:
+        chain: records of one trajectory by number, see recorded.trajectory. overrides: fields that may differ from the checkpoint's config.
+
+    Raises:
+        ValueError: an update on the way is not on record, or rows, base or data are not those of the run.
+    """
+    update = max(chain)
+    record = chain[update]
+    if not record["supervised_tokens"]:
+        raise ValueError(f"--update {update} has no supervised token and computed nothing: {record['reason']}")
+    ranks = len(record["rank_passes"])
+    rows, pad_id, digest = load_rows(config)
+    lines = row_records(folder)
+    plan = plan_of(config, len(rows), ranks)
+    pass_tokens = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
+    batches = Batches(rows, plan, config.seed, config.execution.layout, pass_tokens, config.record.probe_every_updates)
+    windows = {u: window_of(batches, chain[u], lines.get((u, chain[u]["attempt"]), [])) for u in chain}
+    notes += _other_rows(folder, digest)
+    run = make_parts(config, None, pad_id=pad_id, rows=rows)
+    run.batches = batches
+    done, rng_states, origin = _start(folder, chain, run, ranks, overrides, notes)
+    if missing := [u for u in range(done + 1, update) if u not in chain]:
+        raise ValueError(f"{folder} has no record of update {missing[0]}, which lies between {origin} and update {update}")
+    say(
+        f"from {origin}" + (f"; updates {done + 1} to {update - 1} are carried out again on the way" if done < update - 1 else "")
+    )
+    on_the_way = []
+    for u in range(done + 1, update):
+        if not sum(chain[u]["rank_passes"]):
+            continue  # left out, or nothing supervised: it moved nothing
+        run.scale.value = number_of(chain[u]["loss_scale"]) or 1.0
+        run.optimizer.param_groups[0]["lr"] = chain[u]["lr"]
+        carried = carry_out(run, windows[u], chain[u]["supervised_tokens"], rng_states)
+        rng_states = carried.rng_after
+        if chain[u]["action"] == "applied":
+            step(run, 1.0 if chain[u]["clip_coef"] is None else chain[u]["clip_coef"])
+        loss, norm = number_of(chain[u]["loss_nats"]), number_of(chain[u]["grad_norm_pre_clip"])
+        assert loss is not None
+        assert norm is not None
+        on_the_way.append(OnTheWay(u, relative(carried.loss_nats, loss), relative(carried.grad_norm, norm)))
+        say(f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm {carried.grad_norm:.6f}; {_off(on_the_way[-1])}")
+    run.scale.value = number_of(record["loss_scale"]) or 1.0
+    none = config.record.text == "none"
+    scene = Scene(
+        run=run,
+        update=update,
+        window=windows[update],
+        rows=rows,
+        row_names=tuple(f"row {number}" if none else row.row_id for number, row in enumerate(rows)),
+        state=state_of(run, rng_states),
+        lr=record["lr"],
+        max_grad_norm=config.optimizer.max_grad_norm,
+        recorded={},
+        origin=origin,
+        updates_rerun=len(on_the_way),
+    )
+    row_losses = [float(line["loss_sum_nats"]) for line in lines.get((update, record["attempt"]), [])]
+    rank_losses = [number_of(value) for value in record["rank_loss_nats"]]
+    rank_norms = None if record["rank_grad_norm"] is None else [float(value) for value in record["rank_grad_norm"]]
+    loss, norm = number_of(record["loss_nats"]), number_of(record["grad_norm_pre_clip"])
+    return replace(scene, recorded=recorded_numbers(scene, loss, norm, rank_losses, rank_norms, row_losses)), tuple(on_the_way)
+
+
+def _off(one: OnTheWay) -> str:
+    worst = max(one.loss_off, one.norm_off)
+    return "as recorded" if worst == 0 else f"off the record by {worst:.1e}"
+
+
+def _start(
+    folder: Path, chain: Mapping[int, Record], run: Run, ranks: int, overrides: Mapping[str, str], notes: list[str]
+) -> tuple[int, tuple[dict[str, Any], ...], str]:
+    """Put the parts where the nearest earlier checkpoint has them. Returns updates done, each rank's random numbers, and the place's name."""
+    update, base_hash = max(chain), run.plain_engine.report.base_hash
+    for path, saved in _checkpoints(folder / "checkpoints", chain):
+        if saved.base_hash != base_hash:
+            raise ValueError(
+                f"model.id = {run.config.model.id} has changed, or is another base: {path} was made on {saved.base_hash[:16]}, "
+                f"this is {base_hash[:16]}; name the base that it was made on with --base"
+            )
+        if saved.update >= update:
+            continue
+        states = []
+        try:
+            for rank in range(ranks):
+                load_checkpoint(
+                    path,
+                    adapters=run.adapters,
+                    optimizer=run.optimizer,
+                    rank=rank,
+                    world_size=ranks,
+                    base_hash=base_hash,
+                    config=as_dict(run.config),
+                    allow_changed=tuple(overrides),
+                )
+                states.append(rng_state(run.device))
+        except ValueError as error:
+            notes.append(f"{error}; an earlier one is taken")
+            continue
+        return saved.update, tuple(states), f"checkpoint {path}"
+    return 0, tuple(_first_rng(run, ranks)), "the beginning (fresh adapters are a function of the seed)"
+
+
+def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Path, Saved]]:
+    """Checkpoints of the trajectory whose state can be read, the one after most updates first."""
+    last = chain[max(chain)]["attempt"]
+    known = []
+    for path in folder.glob("update_*"):
+        try:
+            saved = read_state(path)
+        except ValueError:
+            continue
+        lowest = chain[saved.update]["attempt"] if saved.update in chain else 0
+        if lowest <= saved.attempt and (saved.attempt <= last or saved.update >= max(chain)):
+            known.append((path, saved))
+    return iter(sorted(known, key=lambda item: item[1].update, reverse=True))
+
+
+def _first_rng(run: Run, ranks: int) -> Iterator[dict[str, Any]]:
+    """Each rank's random numbers before update 1: a rank draws some while it builds its model, and dropout goes on from there."""
+    yield rng_state(run.device)
+    for rank in range(1, ranks):
+        if run.config.lora.dropout > 0:
+            make_parts(run.config, None, pad_id=run.pad_id, rows=(), rank=rank)
+        yield rng_state(run.device)
+
+
+def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
+    """The update's rows and passes as they were: from rows.jsonl, or from seed and layout where ids were not kept.
+
+    Raises:
+        ValueError: a row is not the one on record any more.
+    """
+    u = record["update"]
+    cure = "replay it with the data and tokenizer as they were, or from its capsule"
+    if lines:
+        numbers = {row.row_id: number for number, row in enumerate(batches.rows)}
+        for line in lines:
+            row = batches.rows[numbers[line["row_id"]]] if line["row_id"] in numbers else None
+            was = line["real_tokens"], line["supervised_tokens"]
+            now = None if row is None else (len(row), row.supervised_tokens)
+            if now != was:
+                is_now = "is not among the rows" if now is None else f"has {now[0]} and {now[1]}"
+                raise ValueError(
+                    f"the data have changed: row {line['row_id']} of update {u} had {was[0]} tokens, {was[1]} supervised, "
+                    f"and now {is_now}: {cure}"
+                )
+        passes: list[list[list[int]]] = [[[] for _ in range(count)] for count in record["rank_passes"]]
+        for line in lines:
+            of_rank = passes[line["rank"]]
+            of_rank.extend([] for _ in range(line["micro_batch"] + 1 - len(of_rank)))
+            of_rank[line["micro_batch"]].append(numbers[line["row_id"]])
+        order = tuple(numbers[line["row_id"]] for line in lines)
+        held = tuple(tuple(tuple(one) for one in rank) for rank in passes)
+        return Window(u, record["epoch"], order, held, packed=batches.layout == "packed")
+    window = _with_as_many_passes(batches, record)
+    real = [sum(map(len, batches.share(window, rank))) for rank in range(len(window.passes))]
+    if sum(record["rank_passes"]) and real != list(record["rank_real_tokens"]):
+        raise ValueError(
+            f"the data have changed: the ranks' rows of update {u} had {record['rank_real_tokens']} tokens, now {real}: {cure}"
+        )
+    return window
+
+
+def _with_as_many_passes(batches: Batches, record: Record) -> Window:
+    """The window in the record's number of passes: a run that ran out of memory goes on in halves of its passes."""
+    windows = [replace(batches, halvings=halvings).window(record["update"]) for halvings in range(MOST_HALVINGS)]
+    return next((w for w in windows if [len(passes) for passes in w.passes] == list(record["rank_passes"])), windows[0])
+
+
+def _other_rows(folder: Path, digest: str) -> list[str]:
+    """A note where plan.json says that the run began with other rows."""
+    try:
+        saved = json.loads((folder / "plan.json").read_text(encoding="utf-8")).get("rows_digest", digest)
+    except (OSError, ValueError, AttributeError):
+        return []
+    return (
+        [] if saved == digest else [f"the data have changed: {folder / 'plan.json'} has rows_digest {saved}, now it is {digest}"]
+    )
+
+
+def load_rows(config: Config) -> tuple[tuple[Row, ...], int, str]:
+    """Training rows of the config's data, the pad token's id, and a digest of all rows."""
+    tokenizer = load_tokenizer(config.model)
+    loaded = load_examples(config.data, config.seed)
+    template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
+    dataset = build_rows(loaded, template, config.data)
+    return dataset.train.rows, cast(int, tokenizer.pad_token_id), hash_of(dataset)
