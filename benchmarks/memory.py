@@ -31,13 +31,13 @@ from glassloop.base_cache import DTYPES, load_base
 from glassloop.batches import build_pass
 from glassloop.config import Config
 from glassloop.environment import environment
-from glassloop.ledger import GIB, Work, ledger_of
 from glassloop.model import PeftEngine, _recompute_layers
 from glassloop.model_checks import check_plain_head
 from glassloop.norms import fuse_norms
 from glassloop.optim import FlatAdapters, l2_norm, make_optimizer
+from glassloop.predict.ledger import GIB, Work, ledger_of
+from glassloop.predict.shapes import Shapes, shapes_of
 from glassloop.rows import Pass, Row
-from glassloop.shapes import Shapes, shapes_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARK = 0.10  # most that the predicted peak of the engine peft may be off

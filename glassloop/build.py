@@ -20,7 +20,7 @@ from glassloop.checkpoint import load_checkpoint
 from glassloop.config import Config, as_dict
 from glassloop.contract import Contract, check_same_rows
 from glassloop.dataset import Dataset, build_rows, summary
-from glassloop.dist import broadcast_from_rank_0, gather_objects, require_same
+from glassloop.dist import broadcast_from_rank_0, gather_objects, in_turn, require_same
 from glassloop.environment import environment
 from glassloop.facts import found_facts, planned_facts, target_shapes
 from glassloop.flags import CaptureFlag, StopFlag
@@ -30,10 +30,12 @@ from glassloop.model import Engine, build_engine, load_tokenizer
 from glassloop.model_checks import audit_table, dtype_audit
 from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
-from glassloop.plan import StepPlan, describe, make_plan
+from glassloop.plan import describe
+from glassloop.planning.outlook import plan_of
 from glassloop.resuming import after_restart, best_heldout, find_checkpoint, position, read_plan
+from glassloop.room import allocated_gib
 from glassloop.run import Run
-from glassloop.sources import load_examples
+from glassloop.sources import Loaded, load_examples
 from glassloop.templates import make_template
 from glassloop.terminal import TerminalObserver
 from glassloop.trackers import TrackerObserver, check_tracking, make_tracker_observer
@@ -57,9 +59,10 @@ def build_run(config: Config) -> Run:
         accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
     )  # Accelerate numbers CPUs; tensors do not
 
-    with accelerator.local_main_process_first():  # one rank of a host downloads
-        tokenizer = load_tokenizer(config.model)
-        loaded = load_examples(config.data, config.seed)
+    def read() -> tuple[Any, Loaded]:
+        return load_tokenizer(config.model), load_examples(config.data, config.seed)
+
+    tokenizer, loaded = in_turn(accelerator.local_main_process_first, read, "reading tokenizer and data")
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
     dataset = build_rows(loaded, template, config.data)
     plan = plan_of(config, len(dataset.train.rows), ranks)
@@ -101,6 +104,7 @@ def build_run(config: Config) -> Run:
     require_same(
         "base weights", engine.report.checksum, "the ranks loaded different bases; clear the cache of one, or pin model.revision"
     )
+    loaded_gib = allocated_gib(device)
     adapters = FlatAdapters(engine.hf.named_parameters())
     broadcast_from_rank_0(adapters.flat.data)
     prepared = accelerator.prepare_model(engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit")
@@ -146,6 +150,7 @@ def build_run(config: Config) -> Run:
             explicit=config.execution.reduction == "explicit" or ranks == 1,
         ),
         first_update=done + 1,
+        measured_gib={"load": loaded_gib, "adapters": allocated_gib(device)},
         watchdog=Watchdog(folder, rank, ranks, timeout_s=config.execution.collective_timeout_s, asked_to_stop=lambda: stop.asked),
     )
     if rank == 0:
@@ -198,24 +203,6 @@ def optimizer_of(config: Config, adapters: FlatAdapters) -> torch.optim.Optimize
         beta2=asked.beta2,
         eps=asked.eps,
         weight_decay=asked.weight_decay,
-    )
-
-
-def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
-    """The run's step arithmetic."""
-    schedule = config.schedule
-    return make_plan(
-        rows=rows,
-        size=config.batch.size,
-        ranks=ranks,
-        accumulation=config.batch.accumulation_for(ranks),
-        tail=config.batch.tail,
-        updates=schedule.updates,
-        epochs=schedule.epochs,
-        warmup=schedule.warmup_updates,
-        peak=config.optimizer.lr,
-        kind=schedule.kind,
-        first=schedule.first,
     )
 
 

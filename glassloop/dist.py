@@ -6,12 +6,16 @@ Every function works on one rank without a process group. Legend: K numbers of o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,21 @@ def all_or_none(what: str) -> Iterator[None]:
     broken = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
     if broken:
         raise RuntimeError(f"{what} failed on another rank ({'; '.join(broken)})")
+
+
+def in_turn(first: Callable[[], AbstractContextManager[Any]], action: Callable[[], T], what: str) -> T:
+    """What `action` gives, done by one rank of a host before the others (`first`). Where it fails on a rank, every rank raises and none waits."""
+    failure: Exception | None = None
+    result: list[T] = []
+    with first():
+        try:
+            result.append(action())
+        except Exception as error:
+            failure = error
+    with all_or_none(what):
+        if failure is not None:
+            raise failure
+    return result[0]
 
 
 def rank_cosine(norms: Sequence[float], total: float) -> float | None:

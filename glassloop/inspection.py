@@ -81,8 +81,7 @@ class Inspection:
         elif self.half is not None:
             first, counted = self.half
             norms = [l2_norm(part).item() / terms.scale for part in (first, grad - first)]
-            (report,) = gate.reports
-            tokens = [counted, report.supervised_tokens - counted]
+            tokens = [counted, sum(report.supervised_tokens for report in gate.reports) - counted]
             self.half = None
         else:
             return None

@@ -59,6 +59,28 @@ class StepPlan:
         """Epochs that the updates make: updates over windows of an epoch."""
         return self.updates / self.windows_per_epoch
 
+    def window_rows(self, update: int) -> int:
+        """Rows of update u = 1 .. U: those of a full window, or the tail's."""
+        place = (update - 1) % self.windows_per_epoch
+        return self.rows_per_update if place < self.full_windows else self.tail_rows
+
+    @property
+    def rows_trained(self) -> int:
+        """Rows of all updates together, each counted as often as it is trained on."""
+        epochs, windows = divmod(self.updates, self.windows_per_epoch)
+        of_an_epoch = self.rows - (self.tail_rows if self.tail == "drop" else 0)
+        return epochs * of_an_epoch + windows * self.rows_per_update  # only an epoch's last window can be a tail
+
+    @property
+    def times_trained(self) -> dict[int, int] | None:
+        """How often -> how many rows are trained on so often. None where tails are dropped: which rows those are differs by epoch."""
+        if self.tail_rows and self.tail == "drop":
+            return None
+        epochs, windows = divmod(self.updates, self.windows_per_epoch)
+        once_more = windows * self.rows_per_update
+        counts = {epochs: self.rows - once_more, epochs + 1: once_more}
+        return {times: rows for times, rows in counts.items() if rows}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for plan.json."""
         derived = {

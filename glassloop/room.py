@@ -10,9 +10,40 @@ import torch
 
 from glassloop.batches import Window
 from glassloop.dist import Gate
+from glassloop.planning.outlook import work_of
+from glassloop.predict.ledger import GIB, Ledger, ledger_of
+from glassloop.predict.shapes import shapes_of
+from glassloop.rows import Row
 
 if TYPE_CHECKING:
     from glassloop.run import Run
+
+
+def allocated_gib(device: torch.device) -> float:
+    """GPU memory that tensors hold now; 0 without a GPU."""
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
+    """Predicted memory with a pass of these rows as the heaviest; None where the model's shapes are unknown."""
+    shapes, _ = shapes_of(run.config.model.id)
+    if shapes is None or not rows:
+        return None
+    packed = run.batches.layout == "packed"
+    count, tokens = (1, sum(map(len, rows))) if packed else (len(rows), max(map(len, rows)))
+    work = replace(work_of(run.config), rows=count, tokens=tokens, supervised_tokens=sum(row.supervised_tokens for row in rows))
+    return ledger_of(shapes, replace(work, capability=torch.cuda.get_device_capability(run.device)))
+
+
+def memory_lines(run: Run, window: Window) -> list[str]:
+    """Predicted beside measured GiB of this rank, by phase, after the preflight; nothing without a GPU."""
+    if run.device.type != "cuda":
+        return []
+    measured = run.measured_gib | {"peak": torch.cuda.max_memory_allocated(run.device) / GIB}
+    ledger = ledger_of_pass(run, run.batches.share(window, run.rank))
+    predicted = {} if ledger is None else {phase: size / GIB for phase, size in ledger.phases.items()}
+    pairs = [f"{phase} {predicted.get(phase, math.nan):.2f} / {value:.2f}" for phase, value in measured.items()]
+    return [f"memory, predicted / measured GiB: {', '.join(pairs)}"]
 
 
 def cures(run: Run) -> str:
@@ -58,6 +89,8 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
             f"preflight, before update 1: loss or gradient is not finite on rank {', '.join(map(str, bad))} (rows {ids}): look at these rows, "
             "or set execution.precision to bf16 or fp32"
         )
+    for line in memory_lines(run, window):
+        run.event(run.first_update - 1, "memory", line)
     slots = max(report.slot_tokens for report in reports)
     peak = max(report.peak_gib for report in reports)
     memory = f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.device).total_memory / 2**30:.1f}" if peak else ""

@@ -73,6 +73,7 @@ class Run:
     capture: CaptureFlag
     inspection: Inspection
     watchdog: Watchdog | None = None
+    measured_gib: dict[str, float] = field(default_factory=dict)  # of GPU memory, by phase of the ledger; empty without a GPU
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
     contract: Contract | None = None  # None: in a replay, which is held to the record instead

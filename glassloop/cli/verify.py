@@ -1,4 +1,4 @@
-"""Prove on this machine that the loop's math is right: every way to carry out an update, and the faults it must notice."""
+"""Prove on this machine that the math of the loop is right, and that its faults would be noticed."""
 
 from __future__ import annotations
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from glassloop.batches import Batches, Window
-from glassloop.build import hash_of, plan_of
+from glassloop.build import hash_of
 from glassloop.checkpoint import State as Saved
 from glassloop.checkpoint import load_checkpoint, read_state
 from glassloop.config import Config, as_dict
 from glassloop.dataset import build_rows
 from glassloop.model import load_tokenizer
+from glassloop.planning.outlook import plan_of
 from glassloop.replay.parts import make_parts, state_of
 from glassloop.replay.recorded import Record, number_of, row_records
 from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step

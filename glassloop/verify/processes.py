@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,9 @@ def say_progress(text: str) -> None:
 
 class PartFailed(RuntimeError):
     """A part died or fell silent; the message says which, in what, and what it printed last."""
+
+
+RAISED = re.compile(r"(\[rank\d+\]: *)?(\w+\.)*\w*(Error|Exception|Broken|Interrupt)\b.*:")
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Watched:
         self.doing = "starting"
         self.workers: set[int] = set()  # process ids: a launcher gives its ranks sessions of their own
         self.output: deque[str] = deque(maxlen=30)
+        self.raised: list[str] = []  # lines that end a Python traceback: a launcher's own follow and push them out of `output`
         self.process = subprocess.Popen(
             part.command,
             env=part.environment,
@@ -170,6 +175,8 @@ class Watched:
         other, mark, said = line.rpartition(MARK)
         if not mark:
             self.output.append(line)
+            if RAISED.match(line) and len(self.raised) < 8:
+                self.raised.append(line)
             return None
         if other:  # a library had not ended its line
             self.output.append(other)
@@ -183,7 +190,8 @@ class Watched:
         while not lines.empty():
             one, line = lines.get()
             one.take(line)
-        return f"(it was at: {self.doing}). Its last lines:\n" + "\n".join(f"  {line}" for line in self.output)
+        raised = "What it raised:\n" + "\n".join(f"  {line}" for line in self.raised) + "\n" if self.raised else ""
+        return f"(it was at: {self.doing}). {raised}Its last lines:\n" + "\n".join(f"  {line}" for line in self.output)
 
     def end(self) -> None:
         """End what still runs: the ranks by the ids that they gave, the launcher and what it started before by signals."""

@@ -37,6 +37,7 @@ TABLE = {
     "arguments": Rule("config presets", "pydantic yaml"),
     "plan": Rule(),
     "contract": Rule("plan"),
+    "predict": Rule(),
     "record": Rule(),
     "forecast": Rule(),
     "stability": Rule("forecast"),
@@ -44,6 +45,7 @@ TABLE = {
     "folders": Rule(),
     "cache": Rule("folders"),
     "environment": Rule(late="torch"),
+    # What a run will be, said before it begins.
     # Rows as token ids: they know of no model and no loop.
     "rows": Rule(),
     "formats": Rule("config rows"),
@@ -69,6 +71,7 @@ TABLE = {
     "adapters": Rule("config", "peft safetensors torch transformers"),
     "model": Rule("adapters base_cache base_source config loss model_checks norms rows", "torch transformers"),
     "generation": Rule("", "torch", late="transformers"),
+    "planning": Rule("batches config dataset model plan predict sources templates", late="datasets pyarrow torch"),
     # What is kept and shown of a run.
     "snapshots": Rule("optim", "numpy torch"),
     "checkpoint": Rule("folders optim snapshots", "safetensors torch"),
@@ -88,8 +91,9 @@ TABLE = {
     "inspection": Rule("*", "torch"),
     "watchdog": Rule(),
     "run": Rule("*", "torch"),
-    "room": Rule("batches dist run", "torch"),
+    "room": Rule("batches dist planning predict rows run", "torch"),
     "build": Rule("*", "accelerate torch"),
+    "doctor": Rule("config environment planning predict trackers", late="accelerate datasets torch yaml"),
     # Updates carried out again: a recorded one to find out what it was, a small class of them to prove the math.
     "replay": Rule("*", "accelerate torch yaml"),
     "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),

@@ -1,12 +1,15 @@
 """Step arithmetic and learning rate: closed forms, and counts against brute force."""
 
 import math
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glassloop.batches import Batches
 from glassloop.plan import describe, lr_at, make_plan
+from glassloop.rows import Row
 
 RECIPE = dict(tail="keep", epochs=1.0, warmup=5, peak=2e-4, kind="linear", first="peak_over_warmup")
 
@@ -87,3 +90,50 @@ def test_updates_outside_the_run_have_no_learning_rate():
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match=r"schedule.warmup_updates = 5 is more than the 1 updates"):
         make_plan(rows=8, size=2, ranks=2, accumulation=2, updates=None, **RECIPE)
+
+
+@given(
+    rows=st.integers(1, 120),
+    size=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+    accumulation=st.integers(1, 4),
+    tail=st.sampled_from(["keep", "drop"]),
+    updates=st.integers(1, 40),
+    layout=st.sampled_from(["literal", "packed"]),
+    seed=st.integers(0, 3),
+)
+def test_the_plan_equals_a_count_of_the_rows_that_every_rank_gets(rows, size, ranks, accumulation, tail, updates, layout, seed):
+    """Row by row, rank by rank, pass by pass: what the plan says of windows, totals and repeats is what the batches hold."""
+    if tail == "drop" and rows < size * ranks * accumulation:
+        return
+    shape = RECIPE | {"tail": tail, "warmup": 0}
+    plan = make_plan(rows=rows, size=size, ranks=ranks, accumulation=accumulation, updates=updates, **shape)
+    made = tuple(Row(f"row:{i}", tuple(range(2 + i % 7)), (False,) + (True,) * (1 + i % 7)) for i in range(rows))
+    batches = Batches(rows=made, plan=plan, seed=seed, layout=layout, pass_tokens=40)
+    seen: Counter[int] = Counter()
+    of_epoch: dict[int, Counter[int]] = {}
+    for u in range(1, updates + 1):
+        window = batches.window(u)
+        computed = Counter(row for rank in window.passes for one in rank for row in one)
+        assert computed == Counter(window.rows)  # every row of the window once, on one rank
+        assert len(window.rows) == plan.window_rows(u)
+        if layout == "literal":
+            assert all(len(rank) <= accumulation for rank in window.passes)
+            assert all(len(one) <= size for rank in window.passes for one in rank)
+        seen += computed
+        of_epoch.setdefault(window.epoch, Counter()).update(computed)
+    assert seen.total() == plan.rows_trained
+    assert all(max(epoch.values()) == 1 for epoch in of_epoch.values())  # nothing twice in an epoch
+    assert len(of_epoch) == math.ceil(plan.epochs)
+    times = Counter(seen[row] for row in range(rows))
+    if plan.times_trained is None:
+        assert tail == "drop" and plan.tail_rows
+    else:
+        assert dict(times) == plan.times_trained
+
+
+def test_the_recipes_60_updates_train_on_352_rows_twice():
+    plan = make_plan(rows=600, size=2, ranks=2, accumulation=4, updates=60, **RECIPE)
+    assert (plan.window_rows(37), plan.window_rows(38), plan.window_rows(39)) == (16, 8, 16)
+    assert plan.rows_trained == 952
+    assert plan.times_trained == {2: 352, 1: 248}

@@ -1,0 +1,1 @@
+"""What `glassloop doctor` checks on a machine, and what known error messages mean."""

@@ -1,0 +1,243 @@
+"""Checks of a machine before a run: versions, driver, cards, disk, logins. Each says what is wrong and what cures it.
+
+Nothing here imports torch: what it was built for is read from its files. Secrets are looked for and never read out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from glassloop.config import Config
+from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
+from glassloop.environment import package_version
+from glassloop.planning.outlook import disk_state_bytes, work_of
+from glassloop.predict.cards import verdict
+from glassloop.predict.hardware import Present
+from glassloop.predict.ledger import GIB, base_bytes
+from glassloop.predict.shapes import shapes_of
+
+TESTED = {  # package: lowest and highest version that the tests ran with
+    "torch": ("2.11", "2.13"),
+    "transformers": ("5.17", "5.23"),
+    "peft": ("0.21", "0.21"),
+    "accelerate": ("1.15", "1.15"),
+    "bitsandbytes": ("0.50", "0.50"),
+    "datasets": ("4.7", "5.2"),
+}
+PINS = {
+    "unsloth": (("torch", "<", "2.15"), ("transformers", "<=", "5.17.0"), ("trl", "<=", "1.15.0"), ("datasets", "<", "5.0.0"))
+}
+DRIVERS = {12: (525, 60), 13: (580, 0)}  # CUDA's major version: the oldest driver that runs it
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(2, 11, 0) of "2.11.0+cu130"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def check_versions(installed: Callable[[str], str | None] = package_version) -> list[Finding]:
+    """Packages against what the tests ran with."""
+    found = []
+    for name, (lowest, highest) in TESTED.items():
+        version = installed(name)
+        if version is None:
+            found.append(Finding(PROBLEM, name, "not installed", f"pip install 'glassloop' (or {name}>={lowest})"))
+        elif numbers(version) < numbers(lowest):
+            found.append(Finding(PROBLEM, name, f"{version}: older than {lowest}", f"pip install '{name}>={lowest}'"))
+        elif numbers(version)[: len(numbers(highest))] > numbers(highest):
+            found.append(
+                Finding(
+                    NOTE, name, f"{version}: newer than the tested {lowest} to {highest}", "constraints.txt has tested versions"
+                )
+            )
+        else:
+            found.append(Finding(OK, name, f"{version}, tested {lowest} to {highest}"))
+    return found
+
+
+def check_pins(installed: Callable[[str], str | None] = package_version) -> list[Finding]:
+    """Packages that cap versions of others, where they are installed."""
+    found = []
+    for owner, pins in PINS.items():
+        version = installed(owner)
+        wanted = ", ".join(f"{name}{sign}{bound}" for name, sign, bound in pins)
+        if version is None:
+            found.append(Finding(OK, owner, f"not installed (2026.10 would need {wanted})"))
+            continue
+        broken = [
+            f"{name} {there}" for name, sign, bound in pins if (there := installed(name)) and not _within(there, sign, bound)
+        ]
+        if broken:
+            cure = f"give {owner} an environment of its own, without constraints.txt"
+            found.append(Finding(PROBLEM, owner, f"{version} needs {wanted}, here are {', '.join(broken)}", cure))
+        else:
+            found.append(Finding(OK, owner, f"{version}; its pins hold ({wanted})"))
+    return found
+
+
+def _within(version: str, sign: str, bound: str) -> bool:
+    width = len(numbers(bound))
+    here = (numbers(version) + (0,) * width)[:width]
+    return here < numbers(bound) or (sign == "<=" and here == numbers(bound))
+
+
+def torch_cuda() -> str | None:
+    """CUDA version that the installed torch was built for, without importing it; None for a CPU build or no torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    return cuda_in((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
+
+
+def cuda_in(text: str) -> str | None:
+    """CUDA's version in the text of torch/version.py."""
+    built = re.search(r"^cuda[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return built.group(1) if built else None
+
+
+def check_cards(config: Config, present: Sequence[Present], cuda: str | None, environ: Mapping[str, str]) -> list[Finding]:
+    """Driver against torch's CUDA, bf16, number and kind of cards, memory that is free."""
+    if not present:
+        if cuda is None:
+            return [Finding(NOTE, "gpu", "none, and torch is a CPU build: runs are for trying things out", "")]
+        return [
+            Finding(
+                NOTE,
+                "gpu",
+                f"nvidia-smi shows none; torch is built for CUDA {cuda}",
+                "install the NVIDIA driver if there is a card",
+            )
+        ]
+    names = ", ".join(card.name for card in present)
+    if cuda is None:
+        return [
+            Finding(PROBLEM, "gpu", f"{names}, but torch is a CPU build", "install torch from its CUDA index (pip install torch)")
+        ]
+    found = [Finding(OK, "gpu", f"{names}; torch for CUDA {cuda}")]
+    least = DRIVERS.get(numbers(cuda)[0])
+    driver = present[0].driver
+    if least is not None and numbers(driver)[:2] < least:
+        text = f"{driver} is older than {least[0]}.{least[1]:02}, which CUDA {cuda} needs"
+        found.append(Finding(PROBLEM, "driver", text, "update the driver, or install torch for an older CUDA"))
+    else:
+        found.append(Finding(OK, "driver", f"{driver} runs CUDA {cuda}"))
+    hidden = environ.get("CUDA_VISIBLE_DEVICES")
+    visible = len(present) if hidden is None else len([part for part in hidden.split(",") if part.strip() not in ("", "-1")])
+    if hidden is not None:
+        found.append(Finding(NOTE, "gpu", f"CUDA_VISIBLE_DEVICES={hidden} leaves {visible} of {len(present)}"))
+    if len({card.name for card in present}) > 1:
+        found.append(
+            Finding(
+                NOTE, "gpu", "cards of different kinds: every update waits for the slowest", "choose with CUDA_VISIBLE_DEVICES"
+            )
+        )
+    found += _precision(config, present)
+    ranks = config.batch.ranks
+    if ranks is not None and ranks > visible and config.execution.backend != "gloo":
+        text = f"batch.ranks = {ranks}, but {visible} GPUs are visible"
+        found.append(
+            Finding(PROBLEM, "ranks", text, f"batch.ranks={max(visible, 1)}; rows an update stay with batch.rows_per_update")
+        )
+    return found + _memory(config, present, ranks or max(visible, 1))
+
+
+def _precision(config: Config, present: Sequence[Present]) -> list[Finding]:
+    asked = config.execution.precision
+    without = [card.name for card in present if card.capability is not None and card.capability < (8, 0)]
+    unknown = [card.name for card in present if card.capability is None]
+    if asked == "bf16" and without:
+        return [Finding(PROBLEM, "bf16", f"{', '.join(without)} has no bf16 units", "execution.precision=fp16")]
+    if unknown:
+        return [Finding(NOTE, "bf16", f"nvidia-smi does not say whether {', '.join(unknown)} has bf16 units")]
+    if asked == "fp16" and not without:
+        return [
+            Finding(
+                NOTE,
+                "bf16",
+                "execution.precision = fp16, though every card has bf16",
+                "execution.precision=bf16 needs no loss scale",
+            )
+        ]
+    return [Finding(OK, "bf16", f"execution.precision = {asked} runs on every card")]
+
+
+def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Finding]:
+    shapes, why = shapes_of(config.model.id)
+    if shapes is None:
+        return [Finding(NOTE, "memory", f"not predicted: {why}")]
+    found = []
+    for number, card in enumerate(present):
+        if card.gpu is None:
+            found.append(Finding(NOTE, "memory", f"{card.name} is not in glassloop's table: nothing is predicted for it"))
+            continue
+        try:
+            rows = config.batch.accumulation_for(ranks) * config.batch.size * ranks
+        except ValueError as error:
+            return [Finding(PROBLEM, "batch", str(error))]
+        one = verdict(card.gpu, shapes, work_of(config), ranks=ranks, rows_per_update=rows, free_gib=card.free_gib)
+        text = (
+            f"GPU {number}: about {one.needed_gib:.1f} GiB needed for full rows, {card.free_gib:.1f} of {card.total_gib:.1f} free"
+        )
+        if one.fits:
+            found.append(Finding(OK, "memory", text))
+        else:
+            found.append(Finding(PROBLEM, "memory", text, one.cure or "free the card, or lower data.max_tokens"))
+    return found
+
+
+def check_disk(config: Config, environ: Mapping[str, str], free: Callable[[Path], int] | None = None) -> list[Finding]:
+    """Room for the download, the quantised copy, checkpoints and capsules."""
+    free = free or (lambda path: shutil.disk_usage(path).free)
+    shapes, why = shapes_of(config.model.id)
+    if shapes is None:
+        return [Finding(NOTE, "disk", f"sizes are not known: {why}")]
+    n = shapes.lora_weights(config.lora.r, config.lora.targets)
+    one = round((4 + disk_state_bytes(config.optimizer.name)) * n)
+    kept = config.checkpoint.keep + 1 + (config.data.heldout is not None)  # a new one is written before the oldest goes
+    run = kept * one + (round(config.record.capsules_gib * GIB) if config.record.capsules else 0)
+    cache = Path(config.model.cache_dir or environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop").expanduser()
+    base = sum(base_bytes(shapes, work_of(config)).values()) if config.model.quantization == "nf4" else 0
+    hub = Path(environ.get("HF_HUB_CACHE") or Path(environ.get("HF_HOME") or "~/.cache/huggingface") / "hub").expanduser()
+    remote = config.model.id != "smollm2" and not Path(config.model.id).expanduser().is_dir()
+    there = any(hub.glob(f"models--{config.model.id.replace('/', '--')}/snapshots/*/*.safetensors")) if remote else True
+    needs = [
+        ("run.dir", Path(config.run.dir).expanduser(), run, "checkpoints and capsules"),
+        ("model.cache_dir", cache, base, "the quantised base, made once"),
+        ("HF_HOME", hub, 0 if there else 2 * shapes.weights, "the download of the model"),
+    ]
+    found, spoken = [], {}
+    for field, folder, needed, what in needs:
+        if not needed:
+            continue
+        place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        disk = place.stat().st_dev
+        spoken[disk] = spoken.get(disk, 0) + needed  # what shares a disk adds up
+        shared = f", {spoken[disk] / GIB:.1f} with what else goes there" if spoken[disk] > needed else ""
+        text = f"{what}: {needed / GIB:.1f} GiB in {folder}{shared}; {free(place) / GIB:.1f} GiB free"
+        short = spoken[disk] > free(place)
+        found.append(Finding(PROBLEM if short else OK, "disk", text, f"make room, or move {field}" if short else ""))
+    return found
+
+
+def check_logins(config: Config, environ: Mapping[str, str]) -> list[Finding]:
+    """Whether a hub token and the trackers' logins are there; they are not shown, nor tried."""
+    from glassloop.trackers import check_tracking
+
+    home = Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    token = Path(environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
+    has = bool(environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN") or (token.is_file() and token.stat().st_size))
+    text = "a token is there (not shown, not tried)" if has else "no token: public models and data sets only"
+    found = [Finding(OK if has else NOTE, "hub login", text, "" if has else "`hf auth login` for gated or private ones")]
+    if environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        found.append(Finding(NOTE, "hub login", "HF_HUB_OFFLINE is set: nothing will be downloaded", "unset HF_HUB_OFFLINE"))
+    try:
+        check_tracking(config.tracking)
+    except ValueError as error:
+        found.append(Finding(PROBLEM, "trackers", str(error), "tracking.to=null does without"))
+    else:
+        found.append(Finding(OK, "trackers", ", ".join(config.tracking.to) or "none asked for"))
+    return found

@@ -1,0 +1,94 @@
+"""Does a run fit a card, and which setting does: the ledger's peak, and what lies outside of torch's counters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from glassloop.predict.hardware import Gpu
+from glassloop.predict.ledger import GIB, Work, ledger_of
+from glassloop.predict.shapes import Shapes
+
+CONTEXT_GIB = 0.5  # CUDA context with the kernels of torch, cuBLAS and bitsandbytes loaded
+NCCL_GIB = 0.3  # its buffers, where there is more than one rank
+FRAGMENTATION = 0.03  # of the peak: memory that the allocator holds in pieces that fit nothing
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run fits a card.
+
+    Attributes:
+        needed_gib: peak, fragmentation, context and NCCL, as asked. has_gib: the card's memory, or what is free of it.
+        cure: fields that make it fit with the same rows an update, where it does not; None where nothing does or nothing is needed.
+        cure_gib: what is needed then.
+        faster: fields with which activations are stored, where that fits too and was not asked for; None otherwise. faster_gib: what that needs.
+        note: what a reader should know beside the numbers.
+    """
+
+    card: str
+    fits: bool
+    needed_gib: float
+    has_gib: float
+    cure: str | None
+    cure_gib: float | None
+    faster: str | None
+    faster_gib: float | None
+    note: str = ""
+
+
+def needed_gib(shapes: Shapes, work: Work, ranks: int, engine: str = "peft") -> float:
+    """GiB of a card that a rank takes."""
+    peak = ledger_of(shapes, work, engine).peak_bytes / GIB
+    return peak * (1 + FRAGMENTATION) + CONTEXT_GIB + (NCCL_GIB if ranks > 1 else 0.0)
+
+
+def verdict(
+    gpu: Gpu, shapes: Shapes, work: Work, *, ranks: int, rows_per_update: int, free_gib: float | None = None, engine: str = "peft"
+) -> Verdict:
+    """Judge one card. `free_gib`: what nvidia-smi says is free now, of a card that is present (a context is not yet part of it)."""
+    work = replace(work, capability=gpu.capability)
+    note = "" if gpu.has_bf16 or work.precision != "bf16" else "no bf16 units: execution.precision=fp16"
+    has = gpu.usable_gib if free_gib is None else free_gib
+    asked = needed_gib(shapes, work, ranks, engine)
+    kept = f"batch.rows_per_update={rows_per_update}"
+    for fields, smaller in smaller_settings(work, ranks=ranks, rows_per_update=rows_per_update) if asked > has else ():
+        needed = needed_gib(shapes, smaller, ranks, engine)
+        if needed <= has:
+            return Verdict(gpu.key, False, asked, has, fields, needed, None, None, note)
+    if work.checkpointing and asked <= has:
+        stored, off = replace(work, checkpointing=False), "execution.checkpointing=false"
+        for size in range(work.rows, 0, -1):
+            needed = needed_gib(shapes, replace(stored, rows=size, supervised_tokens=_share(work, size)), ranks, engine)
+            if needed <= has and (size == work.rows or (not work.packed and rows_per_update % (size * ranks) == 0)):
+                fields = off if size == work.rows else f"{off} batch.size={size} {kept}"
+                return Verdict(gpu.key, True, asked, has, None, None, fields, needed, note)
+    return Verdict(gpu.key, asked <= has, asked, has, None, None, None, None, note)
+
+
+def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequence[tuple[str, Work]]:
+    """Settings that need less memory and leave rows per update alone, in the order in which one would try them: (fields, work).
+
+    First what changes no term of the update's gradient (recomputation, smaller micro-batches or passes), then NF4 for an unquantised base.
+    """
+    kept = f"batch.rows_per_update={rows_per_update}"
+    if work.packed:
+        sizes = [(f"execution.pass_tokens={work.tokens // part}", replace(work, tokens=work.tokens // part)) for part in (2, 4)]
+    else:
+        smaller = [size for size in range(work.rows - 1, 0, -1) if rows_per_update % (size * ranks) == 0]
+        sizes = [
+            (f"batch.size={size} {kept}", replace(work, rows=size, supervised_tokens=_share(work, size))) for size in smaller
+        ]
+    found = list(sizes)
+    if not work.checkpointing:
+        on = "execution.checkpointing=true"
+        found = [(on, replace(work, checkpointing=True)), *found]
+        found += [(f"{fields} {on}", replace(other, checkpointing=True)) for fields, other in sizes]
+    if work.quantization == "none":
+        as_nf4 = [("model.quantization=nf4", work), *((f"{fields} model.quantization=nf4", other) for fields, other in found)]
+        found += [(fields, replace(other, quantization="nf4")) for fields, other in as_nf4]
+    return found
+
+
+def _share(work: Work, rows: int) -> int | None:
+    return None if work.supervised_tokens is None else -(-work.supervised_tokens * rows // work.rows)

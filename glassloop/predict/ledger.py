@@ -1,0 +1,250 @@
+"""GPU memory of a run by phase, from shapes alone: each term is counted from what the code of the reference engine keeps alive.
+
+A phase's number is the most that torch's allocator holds at once during it (`torch.cuda.max_memory_allocated`), in the steady state: the
+optimizer's state exists. What lies outside of it (CUDA context, fragmentation, NCCL's buffers) is added where a card is judged (cards.py).
+
+Legend: H hidden size, I intermediate size, V vocabulary, L layers, N trainable parameters, P places of a pass (rows x tokens, padding included),
+S supervised places of a pass, a bytes of an activation (2; 4 in fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from glassloop.predict.shapes import Shapes
+
+PHASES = ("load", "adapters", "forward", "logits", "backward", "optimizer")
+GIB = 2**30
+HEAD_CHUNK = 512  # places whose logits are computed at a time: CHUNK_TOKENS of loss.py
+NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
+STATE_BLOCK = 256  # elements that share one scale in an 8-bit optimizer state
+STATE_BYTES = {  # of the optimizer's state, per trainable parameter, in GPU memory
+    "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK),
+    "paged_adamw_8bit": 2 * 4 / STATE_BLOCK,  # the 8-bit moments lie in managed memory, their scales do not
+    "adamw": 8.0,
+    "sgd": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What decides memory beside the shapes: one pass, the adapters, and how they are computed.
+
+    Attributes:
+        rows, tokens: rows of a pass and places of each, padding included. A packed pass is one row of all its tokens.
+        supervised_tokens: supervised places of the pass; None: all.
+        r, targets: the adapters.
+        capability: of the card; decides the size of cuBLAS's workspaces.
+    """
+
+    rows: int
+    tokens: int
+    r: int
+    targets: tuple[str, ...]
+    supervised_tokens: int | None = None
+    quantization: str = "nf4"
+    double_quantization: bool = True
+    precision: str = "bf16"
+    checkpointing: bool = True
+    optimizer: str = "adamw_8bit"
+    packed: bool = False
+    attention: str = "sdpa"
+    reduction: str = "explicit"
+    capability: tuple[int, int] = (9, 0)
+
+    @property
+    def places(self) -> int:
+        return self.rows * self.tokens
+
+    @property
+    def supervised(self) -> int:
+        return self.places if self.supervised_tokens is None else min(self.supervised_tokens, self.places)
+
+    @property
+    def act(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.precision == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class Term:
+    """One thing that lies in memory, and in which phases."""
+
+    what: str
+    size_bytes: int
+    phases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Terms, and what they add up to in each phase."""
+
+    engine: str
+    terms: tuple[Term, ...]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Phase -> bytes, in order, with "peak" last."""
+        sums = {phase: sum(term.size_bytes for term in self.terms if phase in term.phases) for phase in PHASES}
+        return {**sums, "peak": max(sums.values())}
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.phases["peak"]
+
+
+def ledger_of(shapes: Shapes, work: Work, engine: str = "peft") -> Ledger:
+    """Bytes by phase for an engine that has a profile here. Raises ValueError for one that has none, or targets that are not there."""
+    if engine not in PROFILES:
+        raise ValueError(f"execution.engine = {engine}: no memory profile; there is one for {', '.join(PROFILES)}")
+    terms = (*_resident(shapes, work), *PROFILES[engine](shapes, work))
+    return Ledger(engine, tuple(term for term in terms if term.size_bytes))
+
+
+def base_bytes(shapes: Shapes, work: Work) -> dict[str, int]:
+    """The frozen base: linear weights, their scales, and what stays 16-bit (or fp32)."""
+    n = shapes.linear_weights
+    blocks = n // NF4_BLOCK
+    nested = blocks + 4 * -(-blocks // SCALE_BLOCK)  # one byte a scale, and a second-level fp32 scale for every 256
+    linear = n // 2 if work.quantization == "nf4" else n * work.act
+    scales = 0 if work.quantization != "nf4" else nested if work.double_quantization else 4 * blocks
+    rest = shapes.embedding_weights + shapes.head_weights + shapes.norm_weights
+    return {"linear weights": linear, "their scales": scales, "embedding, head, norms": rest * work.act}
+
+
+def workspace_bytes(capability: tuple[int, int]) -> int:
+    """cuBLAS's workspaces, which torch allocates once for the thread of the forward pass and once for that of the backward pass."""
+    return 2 * (32 << 20 if capability[0] >= 9 else (8 << 20) + (128 << 10))
+
+
+def _resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
+    """What every engine holds for the whole run."""
+    n = shapes.lora_weights(work.r, work.targets)
+    after_load = PHASES[1:]
+    return (
+        *(Term(what, size, PHASES) for what, size in base_bytes(shapes, work).items()),
+        Term("adapters, fp32", 4 * n, after_load),
+        Term("their gradients, fp32", 4 * n, after_load),
+        Term("DDP's buckets", 4 * n if work.reduction == "ddp" else 0, PHASES[2:]),
+        Term(f"state of {work.optimizer}", round(STATE_BYTES[work.optimizer] * n), PHASES[2:]),
+        Term("cuBLAS workspaces", workspace_bytes(work.capability), PHASES[2:]),
+        # Norm and checksum of the flat buffer are summed in float64 and int64, of a copy in that type.
+        Term("norm and checksum, 8-byte copy of the flat buffer", 8 * n, ("optimizer",)),
+    )
+
+
+def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
+    """transformers + PEFT + bitsandbytes."""
+    a, places, hidden, layers = work.act, work.places, shapes.hidden, shapes.layers
+    cast = work.precision != "fp32"  # autocast is on
+    adapters_16 = a * shapes.lora_weights(work.r, work.targets) if cast else 0  # autocast's copies, kept until the pass leaves it
+    stored = stored_bytes(shapes, work)
+    flows = ("forward", "logits", "backward")
+    terms = [
+        Term("ids, targets, positions and owners", 32 * places, flows),
+        Term("cosines and sines", 2 * a * work.tokens * shapes.head_dim, flows),
+        # A packed pass brings a block-diagonal mask: bool, and the kernel's own copy in the activations' type.
+        Term("mask of the packed pass", (1 + a) * work.tokens**2 if work.packed and work.attention == "sdpa" else 0, flows),
+        Term("inputs of all layers", layers * places * hidden * a, flows),
+        Term("16-bit copies of the adapters", adapters_16, ("forward", "logits")),
+        Term("forward: buffers of a layer", _forward_buffers(shapes, work), ("forward",)),
+        Term("output of the last layer, and its norm's", 2 * places * hidden * a, ("logits",)),
+        Term("supervised places: hidden states and their gradient", 2 * work.supervised * hidden * a, ("logits",)),
+        Term("logits of a chunk", head_bytes(shapes, work), ("logits",)),
+        Term("backward: gradient of a layer's output", places * hidden * a, ("backward",)),
+        Term("backward: buffers of a layer", _backward_buffers(shapes, work), ("backward",)),
+    ]
+    if work.checkpointing:
+        terms.append(Term("stored by the layer that is recomputed", stored, ("backward",)))
+        terms.append(Term("16-bit copies of its adapters", adapters_16 // layers, ("backward",)))
+    else:
+        terms.append(Term("stored by all layers", layers * stored, flows))
+        terms.append(Term("16-bit copies of the adapters, stored", adapters_16, ("backward",)))
+    return tuple(terms)
+
+
+def stored_bytes(shapes: Shapes, work: Work) -> int:
+    """What one layer keeps for its backward pass in the engine `peft`, its input not counted.
+
+    Counted from autograd's saved tensors: a LoRA matrix keeps its input, an RMS norm its input and 1 / rms, attention its q, k, v, output and
+    log-sum-exp, SwiGLU gate, silu(gate) and up. bitsandbytes keeps no activation. Beside unquantised weights PEFT casts x to fp32 for each
+    projection and autocast casts it back, so every adapter keeps a copy of its own.
+    """
+    hidden, inner, targets = shapes.hidden, shapes.intermediate, set(work.targets)
+    copies = work.quantization == "none" and work.precision != "fp32"
+    into_attention, into_mlp = len(targets & {"q_proj", "k_proj", "v_proj"}), len(targets & {"gate_proj", "up_proj"})
+    if not copies:  # the adapters share one normed input
+        into_attention, into_mlp = min(into_attention, 1), min(into_mlp, 1)
+    elements = (
+        into_attention * hidden
+        + shapes.q_width + 2 * shapes.kv_width  # q, k, v
+        + shapes.q_width  # attention's output
+        + (shapes.q_width if copies and "o_proj" in targets else 0)
+        + hidden  # input of the second norm
+        + into_mlp * hidden
+        + 3 * inner  # gate, silu(gate), up
+        + (inner if "down_proj" in targets else 0)  # their product
+        + work.r * len(targets)  # x A^T
+    )  # fmt: skip
+    fp32 = 4 * shapes.heads + 2 * 4  # log-sum-exp, 1 / rms of two norms
+    scores = 6 * shapes.heads * work.tokens if work.attention == "eager" else 0  # softmax in fp32, and rounded
+    return work.places * (elements * work.act + fp32 + scores)
+
+
+def head_bytes(shapes: Shapes, work: Work) -> int:
+    """Logits of a chunk in the weight's type and in fp32, and the gradient of its hidden states.
+
+    From the second chunk on the fp32 logits of the one before are still held by loss.py's names while the new ones are made.
+    """
+    s, v = work.supervised, shapes.vocabulary
+    rounded = 0 if work.precision == "fp32" else work.act
+    chunk = min(s, HEAD_CHUNK)
+    most = chunk * (4 + rounded)
+    if s > HEAD_CHUNK:
+        second = min(s - HEAD_CHUNK, HEAD_CHUNK)
+        most = max(most, 4 * HEAD_CHUNK + second * (4 + rounded))
+    return most * v + chunk * shapes.hidden * work.act
+
+
+def _dequantized(shapes: Shapes, work: Work, scale_copies: int) -> int:
+    """The largest weight in 16 bits (only one is dequantised at a time), and its scales in fp32."""
+    if work.quantization != "nf4":
+        return 0
+    n = shapes.intermediate * shapes.hidden
+    return n * work.act + (scale_copies * 4 * n // NF4_BLOCK if work.double_quantization else 0)
+
+
+def _forward_buffers(shapes: Shapes, work: Work) -> int:
+    """Most that a layer holds beside its input at a time, in the forward pass of its MLP.
+
+    Recomputed layers: input of the second norm and its output, silu(gate), and for `up` three of four at a time: base output, adapter's output,
+    that scaled, their sum; or the dequantised weight instead of two of them. Stored layers: only the last projection is extra.
+    """
+    a, hidden, inner, places = work.act, shapes.hidden, shapes.intermediate, work.places
+    x_fp32 = (
+        4 if work.quantization == "none" and work.precision != "fp32" else 0
+    )  # bytes: PEFT's fp32 copy of x, beside unquantised weights
+    if work.checkpointing:
+        adding = 4 * inner * a + x_fp32 * hidden
+        multiplying = 2 * inner * a
+        return places * 2 * hidden * a + max(places * adding, places * multiplying + _dequantized(shapes, work, 2))
+    adding = 3 * hidden * a + x_fp32 * inner + (inner * a if x_fp32 else 0)
+    return max(places * adding, places * hidden * a + _dequantized(shapes, work, 2))
+
+
+def _backward_buffers(shapes: Shapes, work: Work) -> int:
+    """Most that the backward pass of a layer needs beside what is stored: in its MLP, at the product of silu(gate) and up.
+
+    NF4: the product is freed; its gradient through the adapter and through the base (which dequantises), then the gradients of both factors.
+    Unquantised: at the end of the recomputation the product, its fp32 copy and three tensors of the layer's output; or the gradients in fp32.
+    """
+    a, hidden, inner, places = work.act, shapes.hidden, shapes.intermediate, work.places
+    if work.quantization == "nf4" or work.precision == "fp32":
+        return max(places * inner * a + _dequantized(shapes, work, 1), places * 2 * inner * a)
+    if work.checkpointing:
+        return places * (3 * inner + 3 * hidden) * a
+    return places * 2 * inner * a
+
+
+PROFILES: dict[str, Callable[[Shapes, Work], tuple[Term, ...]]] = {"peft": _peft}

@@ -1,0 +1,146 @@
+"""A decoder's shapes from its config.json, or from a table of well-known ones: what memory, time and parameter counts are computed from.
+
+Legend: H hidden size, I intermediate size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # model_type of decoders with q, k, v, o, gate, up, down and two RMS norms a layer
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a Llama-like decoder."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied_head: bool = False
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Name -> (in, out) of each linear layer of one decoder layer."""
+        h, i = self.hidden, self.intermediate
+        attention = {"q_proj": (h, self.q_width), "k_proj": (h, self.kv_width), "v_proj": (h, self.kv_width)}
+        return {**attention, "o_proj": (self.q_width, h), "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all decoder layers' linear layers: what NF4 stores in 4 bits."""
+        return self.layers * sum(inner * outer for inner, outer in self.projections.values())
+
+    @property
+    def embedding_weights(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the head beside the embedding; 0 where it is the embedding itself."""
+        return 0 if self.tied_head else self.embedding_weights
+
+    @property
+    def norm_weights(self) -> int:
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """All weights (biases of attention, where there are any, not counted)."""
+        return self.linear_weights + self.embedding_weights + self.head_weights + self.norm_weights
+
+    def lora_weights(self, r: int, targets: Sequence[str]) -> int:
+        """Trainable parameters: r x (in + out) for each target of each layer. Raises ValueError for a target that is not there."""
+        if unknown := [target for target in targets if target not in self.projections]:
+            raise ValueError(f"lora.targets = {', '.join(unknown)}: {self.name} has {', '.join(self.projections)}")
+        return self.layers * sum(r * sum(self.projections[target]) for target in targets)
+
+
+KNOWN = {
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes("DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256),
+    "smollm2": Shapes("SmolLM2-135M-Instruct", 30, 576, 1536, 9, 3, 64, 49152, tied_head=True),
+}
+
+
+def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
+    """Shapes of `model_id` and where they come from, without the network; (None, why and what to do) where they are not known."""
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return _from_file(path / "config.json", model_id)
+    if model_id in KNOWN:
+        return KNOWN[model_id], "known architecture"
+    cached = _downloaded_config(model_id)
+    if cached is not None:
+        return _from_file(cached, model_id)
+    return (
+        None,
+        f"model.id = {model_id} is neither a local folder, nor downloaded, nor in glassloop's own table: download it first",
+    )
+
+
+def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
+    """Shapes from a config.json's content; None for an architecture of another kind. Raises ValueError where a size is missing."""
+    values = values.get("text_config") or values
+    if values.get("model_type") not in FAMILIES:
+        return None
+    try:
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        return Shapes(
+            name=name,
+            layers=int(values["num_hidden_layers"]),
+            hidden=hidden,
+            intermediate=int(values["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(values.get("num_key_value_heads") or heads),
+            head_dim=int(values.get("head_dim") or hidden // heads),
+            vocabulary=int(values["vocab_size"]),
+            tied_head=bool(values.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"model.id = {name}: its config.json lacks or garbles a size ({error!r})") from error
+
+
+def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return None, f"model.id = {model_id}: {file} cannot be read ({error})"
+    if not isinstance(values, dict):
+        return None, f"model.id = {model_id}: {file} holds no object"
+    shapes = shapes_from_config(values, model_id.rstrip("/").rpartition("/")[2])
+    if shapes is None:
+        return None, f"model.id = {model_id}: model_type {values.get('model_type')} is not one of {', '.join(FAMILIES)}"
+    return shapes, str(file)
+
+
+def _downloaded_config(model_id: str) -> Path | None:
+    """config.json of a hub model that was downloaded, of the newest snapshot."""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    found = sorted(
+        hub.glob(f"models--{model_id.replace('/', '--')}/snapshots/*/config.json"), key=lambda file: file.stat().st_mtime
+    )
+    return found[-1] if found else None

@@ -1,0 +1,141 @@
+"""Bytes that live at once while the engine computes, counted on a CPU with the allocations of a GPU.
+
+What a CPU would allocate otherwise is exchanged for stand-ins with a GPU's allocations: 16-bit dequantisation by bitsandbytes, fused RMS norms, flash
+attention with its saved log-sum-exp. Values are wrong, sizes are right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
+
+import bitsandbytes
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from glassloop import norms
+from glassloop.optim import FlatAdapters
+from glassloop.rows import Pass
+
+
+class Live(TorchDispatchMode):
+    """Counts the storages that operations make, until they are freed. `known`: tensors that were there before."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self.seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen[storage] = True
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+                self.peak = max(self.peak, self.live)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+    def take_peak(self) -> int:
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+def peaks(engine, adapters: FlatAdapters, p: Pass, *, autocast: bool) -> dict[str, int]:
+    """Peak bytes of forward, logits and backward of a pass, beside the base and the flat buffers."""
+    with as_on_a_gpu():
+        live = Live([*engine.parameters(), *engine.buffers(), adapters.flat, adapters.grad, *vars_of(p)])
+        found: dict[str, int] = {}
+        decoder = engine.hf.get_base_model().get_decoder()
+        hook = decoder.register_forward_hook(lambda *_: found.__setitem__("forward", live.take_peak()))
+        with live:
+            with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+                loss_sum, _ = engine(p)
+            found["logits"] = live.take_peak()
+            loss_sum.backward()
+            found["backward"] = live.take_peak()
+        hook.remove()
+        adapters.zero_grad()
+    return found
+
+
+def vars_of(p: Pass) -> list[torch.Tensor]:
+    return [value for value in vars(p).values() if isinstance(value, torch.Tensor)]
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    asked = torch.is_autocast_enabled
+    with (
+        patch.object(
+            bitsandbytes,
+            "matmul_4bit",
+            lambda a, b, quant_state, bias=None, out=None: _Matmul4bit.apply(a, b.detach(), quant_state),
+        ),
+        patch.object(norms._Fused, "__call__", lambda self, x: _Norm.apply(x, self.weight)),
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
+        patch.object(torch, "is_autocast_enabled", lambda device="cpu": asked("cpu")),  # PEFT asks for a GPU's
+    ):
+        yield
+
+
+class _Matmul4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, state):
+        ctx.save_for_backward(packed)
+        ctx.state = state
+        return torch.nn.functional.linear(x, _dequantized(state, x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ _dequantized(ctx.state, grad.dtype), None, None
+
+
+def _dequantized(state, dtype: torch.dtype) -> torch.Tensor:
+    scales = torch.zeros(state.shape.numel() // 64)  # held while the weight is made
+    return torch.zeros(state.shape, dtype=dtype).add_(scales[0])
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x).copy_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(grad).copy_(grad), None
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        batch, heads, tokens, width = q.shape
+        out = torch.empty(batch, tokens, heads, width, dtype=q.dtype).copy_(q.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, torch.empty(batch, heads, tokens))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, *_ = ctx.saved_tensors
+        sums = torch.empty(q.shape)  # dq is summed in fp32
+        dq = torch.empty_like(q).copy_(grad)
+        wide = [torch.empty_like(q) for _ in range(2)]  # dk and dv for every query head
+        groups = q.shape[1] // k.shape[1]
+        dk, dv = (one.unflatten(1, (k.shape[1], groups)).sum(2) for one in wide)
+        del sums
+        return dq, dk, dv
+
+
+def _sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    assert attn_mask is None and (enable_gqa or q.shape[1] == k.shape[1]), "this pass would not take the flash kernel"
+    return _Flash.apply(q, k, v)
