@@ -31,17 +31,17 @@ from glassloop.inspection import look_before_step, probe_of
 from glassloop.optim import l2_norm
 from glassloop.outcome import Outcome, Terms, clip_coefficient, describe
 from glassloop.room import cures, preflight_done, smaller_passes
-from glassloop.run import Run
+from glassloop.run import ReplicasDiffer, Run
 from glassloop.watchdog import WAITS
 
 
 def update_once(run: Run, u: int) -> Outcome | None:
     """Carry out update u and say what it did. None: a stop was asked in its middle, it was given up and has changed nothing.
 
-    Raises RuntimeError on every rank alike where a rank ran out of memory or the ranks' adapters are no longer equal.
+    Raises, on every rank alike, RanOutOfMemory, ContractBroken or ReplicasDiffer; nothing was applied then.
     """
     started = time.perf_counter()
-    run.remember()  # random numbers and the like, as they are before the update
+    run.remember(u)  # random numbers and the like, as they are before the update
     lr = run.optimizer.param_groups[0]["lr"] = run.plan.lr[u - 1]  # lr(u)
     window = run.batches.window(u)
     n = 0 if u in run.inspection.left_out else run.batches.supervised_tokens(window)  # N, known before anything is computed
@@ -154,7 +154,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
             f"Smaller passes with the same rows an update: {cures(run)}"
         )
     if not gate.replicas_agree:
-        raise RuntimeError(run.disagreement(f"before update {window.update}"))
+        raise ReplicasDiffer(run.disagreement(f"before update {window.update}"))
     return gate
 
 
@@ -168,7 +168,7 @@ def check_contract(run: Run, u: int, n: int, gate: Gate) -> None:
 
 def preflight(run: Run) -> None:
     """Forward and backward of each rank's heaviest pass, no step. Raises ValueError, on all ranks, where it does not fit or is not finite."""
-    run.remember()
+    run.remember(run.first_update - 1)
     while True:
         window = run.batches.heaviest()
         run.adapters.zero_grad()
@@ -234,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         code = train(run)
+    except (ContractBroken, ReplicasDiffer) as error:
+        code = run.broken(error)
     except RuntimeError as error:
         if (lost := run.lost(error)) is None:
             raise

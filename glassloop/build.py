@@ -178,14 +178,17 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
     config, folder = run.config, run.folder
     folder.mkdir(parents=True, exist_ok=True)
     if config.resume.run is None:
-        write_text(folder / "config.yaml", to_yaml(config))
         assert run.contract is not None
         write_json(folder / "plan.json", run.contract.as_dict())
     write_json(folder / "env.json", environment(sys.argv) | {"launcher_pid": os.getppid()})
+    if config.resume.run is None:
+        write_text(folder / "config.yaml", to_yaml(config))  # last: where it stands, there is a run to go on with
     text = config.record.text
     by_id = {row.row_id: row for row in dataset.train.rows}
     jsonl = JsonlObserver(folder, text, row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))))
-    run.attempt = max(jsonl.attempt(u) for u in range(run.first_update, run.plan.updates + 1))
+    coming = range(run.first_update, run.plan.updates + 1)
+    again = [jsonl.evaluation_attempt(u) for u in ([0] if run.first_update == 1 else []) + list(coming)]
+    run.attempt = max(*again, *(jsonl.attempt(u) for u in coming))
     run.observers = [jsonl, TerminalObserver(run.plan.updates, run.ranks, text=text)]
     if tracker is not None:
         run.observers.append(tracker)

@@ -55,7 +55,7 @@ def find_checkpoint(config: Config) -> Path | None:
     if checkpoint is None:
         found = "; ".join(notes) or "there is none"
         raise ValueError(
-            f"resume.run = {folder} has no complete checkpoint ({found}): start the run anew, or name another folder"
+            f"resume.run = {folder} has no complete checkpoint ({found}): begin it again (--resume {folder} --at 0), or name another folder"
         )
     return checkpoint
 

@@ -45,6 +45,10 @@ class Position:
     inspection: dict[str, Any]
 
 
+class ReplicasDiffer(RuntimeError):
+    """Raised on every rank when their adapters or optimizer states are no longer equal."""
+
+
 @dataclass
 class Run:
     """Everything that the loop touches. Built once by build.py; `observers` is empty on all ranks but 0."""
@@ -78,6 +82,7 @@ class Run:
     tracker_ids: Callable[[], dict[str, str]] = dict
     contract: Contract | None = None  # None: in a replay, which is held to the record instead
     first_update: int = 1
+    at: int = 0  # the update under way
     attempt: int = 1
     last_saved: int | None = None
     before: Position = field(init=False)  # the update under way
@@ -142,8 +147,9 @@ class Run:
         """What to say of an error that came from a collective; None: it is another one."""
         return None if self.watchdog is None else self.watchdog.lost(error)
 
-    def remember(self) -> None:
+    def remember(self, update: int) -> None:
         """Note what the coming update moves besides weights and optimizer."""
+        self.at = update
         self.before = Position(rng_state(self.device), self.scale.value, self.scale.finite_updates, self.inspection.state())
 
     def put_back(self) -> None:
@@ -273,9 +279,9 @@ class Run:
         return failure is None
 
     def require_agreement(self, update: int) -> None:
-        """Raise RuntimeError, on all ranks, unless they hold the same adapters and optimizer state after `update` updates."""
+        """Raise ReplicasDiffer, on all ranks, unless they hold the same adapters and optimizer state after `update` updates."""
         if len(set(gather_objects(int(self.adapters.checksum(self.optimizer))))) > 1:
-            raise RuntimeError(self.disagreement(f"after update {update}"))
+            raise ReplicasDiffer(self.disagreement(f"after update {update}"))
 
     def disagreement(self, when: str) -> str:
         """In what ranks differ. All ranks take part."""
@@ -297,6 +303,12 @@ class Run:
         if update > 1:
             self.save(update - 1)
         self.event(update, "failed", f"update {update} was not applied: {why}", command if update > 1 else None)
+        return 1
+
+    def broken(self, error: RuntimeError) -> int:
+        """End because the run is not what it has to be: nothing is saved, since what is in memory cannot be trusted. Exit code 1."""
+        command = self.resume_command if self.last_saved or self.first_update > 1 else None
+        self.event(self.at, "failed", str(error), command)
         return 1
 
     def refused(self, why: str) -> int:

@@ -22,6 +22,7 @@ from glassloop.replay.parts import State
 from glassloop.rows import Row
 from glassloop.run import Run
 
+ULP = 2.0**-23  # relative size of fp32's last bit
 FLOOR_FACTOR = 4  # a number reproduces if it is off by no more than this many times what two replays differ by
 
 
@@ -181,7 +182,7 @@ class Compared:
     recorded: float
     replayed: float
     off: float  # |difference| relative to the recorded number; 0 where both are the same, or not finite in the same way
-    allowed: float  # FLOOR_FACTOR x what two replays differ by in this number, x updates carried out
+    allowed: float  # FLOOR_FACTOR x what two replays differ by in this number (fp32's last bit at least), x updates carried out
 
     @property
     def reproduces(self) -> bool:
@@ -224,7 +225,9 @@ def reproduce(scene: Scene) -> Reproduction:
     second = replayed(scene)
     apart = relative_distance(scene.run.adapters.grad, grad)
     pairs = list(zip(numbers(scene, first), numbers(scene, second), strict=True))
-    floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
+    # Where two replays are not the same bit for bit, a number that came out the same twice did so by luck: its last bit may still differ.
+    least = 0.0 if apart == 0 else ULP
+    floors = {name: max(relative(other, value), least) for (name, value), (_, other) in pairs}
     compared = []
     for name, value in numbers(scene, first):
         if (recorded := scene.recorded.get(name)) is not None:

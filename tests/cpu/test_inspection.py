@@ -66,7 +66,7 @@ def test_an_update_that_is_put_back_leaves_no_trace_in_the_windows(run_of):
 
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
     update_once(run, 1)
-    run.remember()
+    run.remember(2)
     before, rng = run.inspection.state(), torch.get_rng_state()
     update_once(run, 2)
     torch.rand(1)
@@ -74,3 +74,15 @@ def test_an_update_that_is_put_back_leaves_no_trace_in_the_windows(run_of):
     run.put_back()
     assert run.inspection.state() == before
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_run_that_is_not_what_was_planned_ends_with_an_event_and_saves_nothing(run_of):
+    from glassloop.contract import ContractBroken
+    from glassloop.observers import read_jsonl
+
+    run = run_of(execution={"precision": "fp32", "checkpointing": False})
+    run.remember(7)
+    assert run.broken(ContractBroken("update 7: planned 8 rows, counted 7")) == 1
+    event = read_jsonl(run.folder / "events.jsonl")[-1]
+    assert (event["update"], event["kind"], event["message"]) == (7, "failed", "update 7: planned 8 rows, counted 7")
+    assert not (run.folder / "checkpoints").exists()

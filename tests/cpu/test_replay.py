@@ -251,6 +251,18 @@ def test_a_number_within_a_few_noise_floors_reproduces(whole, monkeypatch):
     assert replay.reproduce(scene).reproduces is False
 
 
+def test_a_number_that_came_out_the_same_twice_by_luck_may_differ_in_its_last_bit(whole, monkeypatch):
+    """Where the gradients of two replays part, equal losses prove nothing about the last bit."""
+    opened = open_scene(whole, 7, {})
+    scene = replace(opened.scene, recorded={"loss": opened.scene.recorded["loss"] * (1 + 2.2e-7)})
+    from glassloop.replay import reproduce as replay
+
+    assert replay.reproduce(scene).reproduces is False  # bit for bit here: such a difference is one
+    monkeypatch.setattr(replay, "relative_distance", lambda a, b: 1e-3)
+    assert replay.reproduce(scene).reproduces is True
+
+
+
 # What is not the run's
 
 
