@@ -86,6 +86,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     gradient = scaled.div_(total)  # softmax - onehot
                     gradient.scatter_add_(1, label, torch.full_like(label_logit, -1.0))
                     grad_hidden[chunk] = (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
+                    del gradient
+                del logits, scaled  # or they would live on while the next chunk's are made
         ctx.save_for_backward(grad_hidden)
         return losses
 

@@ -193,18 +193,10 @@ def stored_bytes(shapes: Shapes, work: Work) -> int:
 
 
 def head_bytes(shapes: Shapes, work: Work) -> int:
-    """Logits of a chunk in the weight's type and in fp32, and the gradient of its hidden states.
-
-    From the second chunk on the fp32 logits of the one before are still held by loss.py's names while the new ones are made.
-    """
-    s, v = work.supervised, shapes.vocabulary
+    """Logits of a chunk in the weight's type and in fp32, and the gradient of its hidden states."""
     rounded = 0 if work.precision == "fp32" else work.act
-    chunk = min(s, HEAD_CHUNK)
-    most = chunk * (4 + rounded)
-    if s > HEAD_CHUNK:
-        second = min(s - HEAD_CHUNK, HEAD_CHUNK)
-        most = max(most, 4 * HEAD_CHUNK + second * (4 + rounded))
-    return most * v + chunk * shapes.hidden * work.act
+    chunk = min(work.supervised, HEAD_CHUNK)
+    return chunk * (4 + rounded) * shapes.vocabulary + chunk * shapes.hidden * work.act
 
 
 def _dequantized(shapes: Shapes, work: Work, scale_copies: int) -> int:
