@@ -262,7 +262,6 @@ def test_a_number_that_came_out_the_same_twice_by_luck_may_differ_in_its_last_bi
     assert replay.reproduce(scene).reproduces is True
 
 
-
 # What is not the run's
 
 
