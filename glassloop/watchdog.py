@@ -107,7 +107,7 @@ class Watchdog:
     def lost(self, error: BaseException, wait_s: float = 3.0) -> str | None:
         """What to say after a RuntimeError: which ranks are gone, or that a wait for the others failed, and where all were.
 
-        None if, after `wait_s`, all are there and this rank did not wait for them: the error is another one.
+        None if, after `wait_s`, all are there and the error is not one of a collective.
         """
         until = time.monotonic() + wait_s
         while self.ranks > 1:
@@ -117,7 +117,8 @@ class Watchdog:
             if time.monotonic() > until:
                 reason = str(error).partition("\n")[0]
                 told = f"rank {self.rank} could not hear from the others ({reason}): it ends, and nothing is saved. "
-                return told + self._where(positions) if self._now[1] == WAITS else None
+                collective = self._now[1] == WAITS or any(library in str(error).lower() for library in ("gloo", "nccl", "c10d"))
+                return told + self._where(positions) if collective else None
             time.sleep(0.1)
         return None
 

@@ -38,7 +38,7 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
 
     from glassloop.arguments import from_values
     from glassloop.batches import epoch_order
-    from glassloop.build import build_run
+    from glassloop.build import build_run, contract_of
     from train_loop import update_once
 
     optimizer = {"name": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
@@ -66,6 +66,7 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
         row = rows[order[place]]
         rows[order[place]] = replace(row, supervised=tuple(t >= len(row) - labels for t in range(len(row))))
     run.batches = replace(run.batches, rows=tuple(rows))
+    run.contract = contract_of(run.batches, run.contract.rows_digest, run.contract.facts)
     problem = [
         {"input_ids": row.input_ids, "labels": [i if s else -100 for i, s in zip(row.input_ids, row.supervised, strict=True)]}
         for row in (rows[index] for index in order)
