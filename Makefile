@@ -22,7 +22,7 @@ endif
 export OMP_NUM_THREADS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify-oldest lint format types install install-dev hooks clean
+.PHONY: help demo test soak verify-oldest lint format types install install-dev hooks clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -32,6 +32,9 @@ demo: .venv/run.stamp  ## Fine-tune SmolLM2 with two ranks on a CPU, through acc
 
 test: .venv/dev.stamp  ## Run the tests; those that need a GPU say so and are skipped without one
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: .venv/dev.stamp  ## Kill a run hundreds of times, at every call that changes the disk and by the clock, and go on each time (10 minutes)
+	GLASSLOOP_SOAK=1 $(BIN)/python -m pytest -s tests/dist/test_soak.py
 
 # What the numbers of the newest versions are is written down first; the oldest must find the same.
 verify-oldest: .venv/dev.stamp .venv-oldest/run.stamp  ## Prove the loop's math on the oldest versions that setup.cfg admits, and compare

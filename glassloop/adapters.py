@@ -94,13 +94,20 @@ def load_adapter(model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_n
         raise ValueError(
             f"model.init_adapter = {folder} has no adapter_config.json: name the folder of a PEFT adapter"
         ) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"model.init_adapter = {folder}: adapter_config.json is not JSON ({error}): take an undamaged adapter"
         ) from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"model.init_adapter = {folder}: adapter_config.json holds no fields: take an undamaged adapter")
     differences = adapter_differences(saved, lora, base_name=base_name, commit=commit)
     if differences:
         raise ValueError(f"model.init_adapter = {folder} does not fit this run: {'; '.join(differences)}")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"model.init_adapter = {folder} has no adapter_model.safetensors, and pickled weights (adapter_model.bin) are not read: "
+            "load it in PEFT where you trust it, and save it again"
+        )
     try:
         weights = peft.load_peft_weights(str(path), device="cpu")
     except (SafetensorError, OSError, ValueError) as error:

@@ -155,7 +155,8 @@ def _add_fields(parser: argparse.ArgumentParser, model: type[BaseModel] = Config
             default = ",".join(map(str, info.default)) if isinstance(info.default, tuple) else info.default
             shown = "null" if default is None else default
             text = f"{info.description} (default: {shown})".replace("%", "%%")
-            group.add_argument(f"--{prefix}{name}", metavar=metavar, help=text, default=argparse.SUPPRESS)
+            few, alone = ("?", "true") if info.annotation is bool else (None, None)  # --resume.reshape alone says it
+            group.add_argument(f"--{prefix}{name}", metavar=metavar, help=text, default=argparse.SUPPRESS, nargs=few, const=alone)
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -219,7 +220,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: broken UTF-8, or a date that is none
         raise ConfigError(f"--config {path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected sections such as `batch:`, found {type(values).__name__}")

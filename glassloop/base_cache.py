@@ -26,6 +26,7 @@ from glassloop.base_source import BaseError, BaseSource, base_hash, damaged_copy
 from glassloop.cache import cache_root, published, save_pretrained_here
 from glassloop.config import ModelConfig
 from glassloop.model_checks import base_checksum
+from glassloop.random_base import fill, sizes, write_nf4
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMAT = 1  # of a cached folder
@@ -83,6 +84,8 @@ def load_base(
             notes += _compare_own_quantization(own, model, dtype)
         if own is None and model.quantization == "nf4":
             copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+        elif source.drawn is not None:
+            hf = _draw(source, model, dtype, device)
         else:
             hf = _load(source.path, source.revision, model, dtype, device)
     if copy is not None:
@@ -134,6 +137,16 @@ def _load(
     return hf
 
 
+def _draw(source: BaseSource, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """An unquantised base with drawn weights."""
+    assert source.drawn is not None
+    with loading_errors(model), device:
+        config = AutoConfig.from_pretrained(source.path)
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attention)
+    fill(hf, sizes()[source.drawn], device)
+    return hf.eval().requires_grad_(False)  # as from_pretrained leaves it
+
+
 def _wrong_weights(hf: PreTrainedModel, missing: Iterable[str]) -> str:
     """What transformers lets pass: weights that it drew at random, 4-bit weights of another shape. Empty where all is well."""
     if names := sorted(missing):
@@ -171,13 +184,23 @@ def _quantized_copy(
         bnb_4bit_use_double_quant=model.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-    hf = _load(source.path, source.revision, model, dtype, device, quantize=settings)
+    hf = None if source.drawn else _load(source.path, source.revision, model, dtype, device, quantize=settings)
     with published(folder) as temporary:
-        _check_free_space(temporary, hf.get_memory_footprint())
-        generation, hf.generation_config = hf.generation_config, GenerationConfig()
-        save_pretrained_here(hf, temporary)
-        if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
-            generation.to_json_file(temporary / "generation_config.json")
+        if hf is None:
+            assert source.drawn is not None and source.folder is not None
+            shapes = sizes()[source.drawn]
+            _check_free_space(temporary, shapes.weights)  # more than it takes: the linear layers' are half a byte each
+            form = settings.to_dict()
+            write_nf4(
+                temporary, source.folder, shapes, quantization=form, double=model.double_quantization, dtype=dtype, device=device
+            )
+            hf = _load(str(temporary), None, model, dtype, device)
+        else:
+            _check_free_space(temporary, hf.get_memory_footprint())
+            generation, hf.generation_config = hf.generation_config, GenerationConfig()
+            save_pretrained_here(hf, temporary)
+            if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
+                generation.to_json_file(temporary / "generation_config.json")
         files = {str(f.relative_to(temporary)): _file_entry(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
         manifest = {
             "name": source.name,

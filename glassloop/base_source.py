@@ -1,4 +1,4 @@
-"""Which files a base model is: a hub commit, a local folder, or SmolLM2's package; and what its loading errors mean.
+"""Which files a base model is: a hub commit, a local folder, SmolLM2's package, drawn weights; and what its loading errors mean.
 
 Everything here is decided before a weight is read, so that all ranks and a later resume speak of the same bytes.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from glassloop.cache import cache_root
 from glassloop.config import ModelConfig
+from glassloop.random_base import PREFIX, VERSION, random_folder
 from glassloop.smollm2 import MODEL_ID, smollm2_folder
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")  # the first kind that is there, as transformers chooses
@@ -36,12 +37,14 @@ class BaseSource:
         commit: hub commit of 40 hex digits; None for a local folder.
         folder: local folder to read; None: transformers downloads name@commit.
         note: what a person should know about this choice; empty where there is nothing.
+        drawn: NAME of `random:NAME`, whose folder holds no weights; None for a base that is read.
     """
 
     name: str
     commit: str | None
     folder: Path | None
     note: str = ""
+    drawn: str | None = None
 
     @property
     def path(self) -> str:
@@ -62,6 +65,10 @@ def resolve_source(model: ModelConfig) -> BaseSource:
     if model.id == MODEL_ID:
         folder = smollm2_folder(cache_root(model.cache_dir))
         return BaseSource(name=str(folder), commit=None, folder=folder)
+    if model.id.startswith(PREFIX):
+        folder = random_folder(model.id, cache_root(model.cache_dir))
+        note = "its weights are drawn, not trained: good for timing, not for learning"
+        return BaseSource(name=str(folder), commit=None, folder=folder, note=note, drawn=model.id.removeprefix(PREFIX))
     folder = Path(model.id).expanduser()
     if folder.is_dir():
         if model.revision is not None:
@@ -113,11 +120,13 @@ def _hub_source(model: ModelConfig) -> BaseSource:
 def base_hash(source: BaseSource, memo: Path) -> str:
     """64 hex digits that stand for the base's config and weights.
 
-    Hub: of name and commit, since a commit is itself a hash of all its files. Local folder: of the files' bytes, remembered in
-    the file `memo` by path, size and time of change, so that 16 GB are read once.
+    Hub: of name and commit, since a commit is itself a hash of all its files. Drawn weights: of their name and version. Local folder: of the
+    files' bytes, remembered in the file `memo` by path, size and time of change, so that 16 GB are read once.
     """
     if source.commit is not None:
         return hashlib.sha256(f"hub:{source.name}@{source.commit}".encode()).hexdigest()
+    if source.drawn is not None:
+        return hashlib.sha256(f"{PREFIX}{source.drawn}:{VERSION}".encode()).hexdigest()
     assert source.folder is not None
     known: dict[str, str] = _read_memo(memo)
     total, fresh = hashlib.sha256(b"folder"), dict(known)
@@ -167,12 +176,17 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
 
     `copy` is the folder of a quantised copy that is being read: what has no other explanation is then damage to it.
     """
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
     try:
         yield
     except BaseError:
         raise
+    except UnpicklingError as error:  # transformers loads *.bin with weights_only=True, which runs no code
+        cure = "take a model saved as safetensors"
+        raise BaseError(f"model.id = {model.id}: its pickled weights hold more than tensors, or are damaged: {cure}") from error
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         outside = isinstance(error, OSError) and error.errno is not None  # a full disk is no fault of the config
         if type(error).__name__ == "OutOfMemoryError" or (outside and copy is None):

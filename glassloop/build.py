@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 
 from glassloop.arguments import to_yaml
 from glassloop.batches import Batches
-from glassloop.checkpoint import load_checkpoint
+from glassloop.checkpoint import load_checkpoint, read_state
 from glassloop.config import Config, as_dict
 from glassloop.contract import Contract, check_same_rows
 from glassloop.dataset import Dataset, build_rows, summary
@@ -32,9 +32,10 @@ from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.plan import describe
 from glassloop.planning.outlook import plan_of
-from glassloop.resuming import after_restart, best_heldout, find_checkpoint, position, read_plan
+from glassloop.resuming import after_restart, best_heldout, changes, find_checkpoint, position, read_plan, reshaped, with_past
 from glassloop.room import allocated_gib
 from glassloop.run import Run
+from glassloop.settings import ResumeConfig
 from glassloop.sources import Loaded, load_examples
 from glassloop.templates import make_template
 from glassloop.terminal import TerminalObserver
@@ -45,9 +46,11 @@ from glassloop.watchdog import Watchdog
 def build_run(config: Config) -> Run:
     """Build every part of the run on this rank. Raises ValueError, with the cure, for what cannot be run as asked."""
     config = after_restart(config)
+    checkpoint = find_checkpoint(config)
+    if checkpoint is not None and config.resume.reshape:
+        config = reshaped(config, read_state(checkpoint), int(os.environ.get("WORLD_SIZE", "1")))
     check_launch(config)
     check_tracking(config.tracking)
-    checkpoint = find_checkpoint(config)
     accelerator = make_accelerator(config)
     stop = StopFlag()
     stop.listen()
@@ -66,6 +69,9 @@ def build_run(config: Config) -> Run:
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
     dataset = build_rows(loaded, template, config.data)
     plan = plan_of(config, len(dataset.train.rows), ranks)
+    done, tracker_ids = position(checkpoint, plan)
+    old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
+    plan = with_past(plan, old_plan, done)
     batches = Batches(
         rows=dataset.train.rows,
         plan=plan,
@@ -78,9 +84,7 @@ def build_run(config: Config) -> Run:
     require_same("training rows", rows_digest, "the ranks read different data or tokenizers; give every host the same files")
 
     folder = run_folder(config)
-    if config.resume.run is not None:
-        check_same_rows(read_plan(folder), rows_digest, str(folder / "plan.json"))
-    done, tracker_ids = position(checkpoint, plan)
+    check_same_rows(old_plan, rows_digest, str(folder / "plan.json"))
     tracker = make_tracker_observer(
         accelerator,
         config.tracking,
@@ -157,6 +161,7 @@ def build_run(config: Config) -> Run:
         observe(run, dataset, tracker)
     run.attempt = gather_objects(run.attempt)[0]
     if checkpoint is not None:
+        allowed, run.changes = changes(config, read_state(checkpoint), plan, old_plan)
         state = load_checkpoint(
             checkpoint,
             adapters=adapters,
@@ -165,11 +170,15 @@ def build_run(config: Config) -> Run:
             world_size=ranks,
             base_hash=engine.report.base_hash,
             config=as_dict(config),
+            allow_changed=allowed,
+            reshape=config.resume.reshape,
         )
         run.scale.value, run.scale.finite_updates = state.loss_scale, state.finite_updates
         run.inspection.restore(state.details)
         run.batches = replace(run.batches, halvings=state.details.get("halvings", 0))
         run.best_heldout_nats = best_heldout(folder)
+        if rank == 0:
+            rewrite_plan(run, old_plan)
     return run
 
 
@@ -193,6 +202,22 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
     if tracker is not None:
         run.observers.append(tracker)
         run.tracker_ids = tracker.tracker_ids
+
+
+def rewrite_plan(run: Run, old: dict[str, Any]) -> None:
+    """Where a run goes on otherwise than planned, write plan.json and config.yaml anew; the old ones stay as plan_000020.json, config_000020.yaml."""
+    assert run.contract is not None
+    new = run.contract.as_dict()
+    if all(
+        old.get(name) == (list(new[name]) if name == "lr" else new[name])
+        for name in ("updates", "ranks", "size", "accumulation", "lr")
+    ):
+        return
+    for name in ("plan.json", "config.yaml"):
+        if (path := run.folder / name).exists():
+            write_text(path.with_stem(f"{path.stem}_{run.first_update - 1:06d}"), path.read_text(encoding="utf-8"))
+    write_json(run.folder / "plan.json", new)
+    write_text(run.folder / "config.yaml", to_yaml(run.config.model_copy(update={"resume": ResumeConfig()})))
 
 
 def optimizer_of(config: Config, adapters: FlatAdapters) -> torch.optim.Optimizer:

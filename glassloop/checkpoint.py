@@ -229,6 +229,7 @@ def load_checkpoint(
     base_hash: str,
     config: dict[str, Any],
     allow_changed: Collection[str] = (),
+    reshape: bool = False,
 ) -> State:
     """Restore adapters, optimizer and this rank's random numbers. Everything is checked before anything is changed.
 
@@ -237,6 +238,7 @@ def load_checkpoint(
     Args:
         config: the resumed run's whole config in plain JSON types; fields that say what an update computes must be as they were.
         allow_changed: such fields that may differ all the same ("schedule.updates"), because the caller has said what that does.
+        reshape: another number of ranks may have saved it. Ranks that it does not know keep their random numbers.
 
     Raises:
         ValueError: a file is missing, corrupt or malformed, or ranks, base, config, adapters or optimizer are other ones.
@@ -245,11 +247,12 @@ def load_checkpoint(
     try:
         contents = folders.read(path, REQUIRED)
         state = _state(contents)
-        _check_same_run(state, path, world_size, base_hash, config, allow_changed)
-        if missing := {f"rng_rank{other}.json" for other in range(world_size)} - contents.keys():
+        _check_same_run(state, path, state.world_size if reshape else world_size, base_hash, config, allow_changed)
+        if missing := {f"rng_rank{other}.json" for other in range(state.world_size)} - contents.keys():
             raise ValueError(f"{folders.SUMS} is corrupt: it does not list {', '.join(sorted(missing))}")
         device = adapters.flat.device
-        rng = _parsed(contents, f"rng_rank{rank}.json", lambda data: snapshots.checked_rng(json.loads(data), device))
+        known = rank if rank < state.world_size else 0
+        rng = _parsed(contents, f"rng_rank{known}.json", lambda data: snapshots.checked_rng(json.loads(data), device))
         flat = _parsed(contents, ADAPTER, lambda data: snapshots.flat_from(safetensors.torch.load(data), adapters))
         tensors, plain = _parsed(contents, OPTIMIZER, safetensors.torch.load), _parsed(contents, "optimizer.json", json.loads)
         moments = snapshots.built_optimizer_state(optimizer, adapters.flat, tensors, plain)
@@ -258,7 +261,8 @@ def load_checkpoint(
     with torch.no_grad():
         adapters.flat.copy_(flat)
     snapshots.set_optimizer_state(optimizer, adapters.flat, moments)
-    snapshots.set_rng(rng, device)
+    if known == rank:
+        snapshots.set_rng(rng, device)
     return state
 
 
@@ -278,7 +282,7 @@ def _check_same_run(
     state: State, path: Path, world_size: int, base_hash: str, config: dict[str, Any], allow_changed: Collection[str]
 ) -> None:
     if state.world_size != world_size:
-        cure = f"start {state.world_size} ranks (accelerate launch --num_processes {state.world_size})"
+        cure = f"start {state.world_size} (accelerate launch --num_processes {state.world_size}), or go on with {world_size}: --resume.reshape"
         raise ValueError(f"it was saved by {state.world_size} ranks, this run has {world_size}: {cure}")
     if state.base_hash != base_hash:
         cure = "set model.id, model.revision and model.quantization to those of the saved run"

@@ -242,8 +242,10 @@ class Config(Section):
                 f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to evaluate on: "
                 "set data.heldout to a split, a file or a fraction such as 0.1"
             )
-        if self.resume.run is None and (self.resume.at is not None or self.resume.without_windows):
-            raise ValueError("resume.at and resume.without_windows say how a run goes on: name its folder with --resume RUN")
+        if self.resume.run is None and (self.resume.at is not None or self.resume.without_windows or self.resume.reshape):
+            raise ValueError(
+                "resume.at, resume.without_windows and resume.reshape say how a run goes on: name its folder with --resume RUN"
+            )
         if self.model.init_adapter is not None and self.resume.run is not None:
             raise ValueError("model.init_adapter and resume.run both say where adapters come from: keep one")
         if self.batch.ranks is not None:

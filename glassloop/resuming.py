@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glassloop.checkpoint import best_checkpoint, last_checkpoint, read_state
-from glassloop.config import Config
-from glassloop.plan import StepPlan
+from glassloop.checkpoint import State, best_checkpoint, last_checkpoint, read_state
+from glassloop.config import BatchConfig, Config, ScheduleConfig
+from glassloop.plan import StepPlan, lr_at
 
 
 def after_restart(config: Config) -> Config:
@@ -82,9 +83,68 @@ def position(checkpoint: Path | None, plan: StepPlan) -> tuple[int, dict[str, st
     if state.update >= plan.updates:
         raise ValueError(
             f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} updates: there is nothing to go on with; "
-            f"to train further from its adapter, start a run with --init_adapter {checkpoint}"
+            f"to train further, name more: schedule.updates={2 * plan.updates}; to begin a new schedule from its adapter, start a run with "
+            f"--init_adapter {checkpoint}"
         )
     return state.update, state.tracker_ids
+
+
+def reshaped(config: Config, saved: State, ranks: int) -> Config:
+    """The config of a run that goes on with `ranks` ranks: rows of an update stay, accumulation follows.
+
+    Raises ValueError, with batch sizes that fit, where the rows do not divide.
+    """
+    before = BatchConfig.model_validate(saved.config["batch"])
+    rows = before.size * saved.world_size * before.accumulation_for(saved.world_size)
+    batch = config.batch.model_copy(update={"rows_per_update": rows, "accumulation": None, "ranks": None})
+    batch.accumulation_for(ranks)
+    return config.model_copy(update={"batch": batch})
+
+
+def with_past(plan: StepPlan, old: dict[str, Any], done: int) -> StepPlan:
+    """The plan with the learning rates that the `done` updates had; `old` is the plan.json that they were done under."""
+    return replace(plan, lr=(*old.get("lr", plan.lr)[:done], *plan.lr[done:]))
+
+
+def changes(
+    config: Config, saved: State, plan: StepPlan, old: dict[str, Any]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """How the run that goes on is not the one that was saved: fields that may differ, and events (kind, message) that say what it does."""
+    allowed: list[str] = []
+    told: list[tuple[str, str]] = []
+    if config.resume.reshape:
+        allowed += ["batch.size", "batch.accumulation", "batch.rows_per_update"]
+    if plan.ranks != saved.world_size:
+        told.append(("reshaped", _reshaping(saved.world_size, plan)))
+    schedule = ScheduleConfig.model_validate(saved.config["schedule"])
+    updates = schedule.updates or old.get("updates", plan.updates)
+    if plan.updates > updates:
+        allowed += ["schedule.updates", "schedule.epochs"]
+        told.append(("longer", _lengthening(schedule, saved, updates, plan)))
+    return tuple(allowed), tuple(told)
+
+
+def _reshaping(ranks: int, plan: StepPlan) -> str:
+    return (
+        f"goes on with {plan.ranks} rank{'s' if plan.ranks > 1 else ''} instead of {ranks}: the same {plan.rows_per_update} rows an update in the "
+        f"same order, as {plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches. No longer bit for bit what {ranks} would do: "
+        "losses and gradients are summed in another order (last bits), and dropout draws other numbers, since rows move between ranks"
+        + (f"; ranks {ranks} to {plan.ranks - 1} begin with random numbers of their own" if plan.ranks > ranks else "")
+    )
+
+
+def _lengthening(schedule: ScheduleConfig, saved: State, updates: int, plan: StepPlan) -> str:
+    """What a longer schedule does to the learning rate of the coming updates."""
+    done, peak = saved.update, float(saved.config["optimizer"]["lr"])
+    known = {"warmup": schedule.warmup_updates, "peak": peak, "kind": schedule.kind, "first": schedule.first}
+    coming = sorted(
+        {done + 1, (done + updates + 1) // 2, updates, updates + 1, plan.updates} & set(range(done + 1, plan.updates + 1))
+    )
+    was = {u: f"{lr_at(u, updates=updates, **known):.3g}" if u <= updates else "none" for u in coming}
+    table = ", ".join(f"lr({u}) was {was[u]}, is {plan.lr[u - 1]:.3g}" for u in coming)
+    last = f"; update {done} had {plan.lr[done - 1]:.3g}" if done else ""
+    effect = "" if schedule.kind == "constant" else ", so the learning rate falls later"
+    return f"trains {plan.updates} updates instead of {updates}{effect}: {table}{last}"
 
 
 def best_heldout(folder: Path) -> float:

@@ -76,6 +76,9 @@ class Run:
     stop: StopFlag
     capture: CaptureFlag
     inspection: Inspection
+    changes: tuple[
+        tuple[str, str], ...
+    ] = ()  # kind and message of an event each: how a resumed run is not the one that was saved
     watchdog: Watchdog | None = None
     measured_gib: dict[str, float] = field(default_factory=dict)  # of GPU memory, by phase of the ledger; empty without a GPU
     observers: list[Observer] = field(default_factory=list)
@@ -123,6 +126,8 @@ class Run:
         again = f", after {done} updates" + (f", without the windows of updates {left_out}" if left_out else "")
         resumed = self.config.resume.run is not None
         self.event(done, "resumed" if resumed else "started", f"run folder {self.folder}" + (again if resumed else ""))
+        for kind, message in self.changes:
+            self.event(done, kind, message)
         if self.config.resume.at is not None:
             self.save(done)  # again: it is the newest now, whatever later ones there are, and knows the windows that are left out
         if done == 0:
@@ -276,6 +281,8 @@ class Run:
         if self.heldout_nats[0] == update and failure is None:
             self.best_heldout_nats = min(self.best_heldout_nats, self.heldout_nats[1])
         self.last_saved = self.last_saved if failure else update
+        if failure and self.config.checkpoint.on_failure == "stop":
+            self.stop.asked, self.stop.by = True, "checkpoint.on_failure = stop"
         return failure is None
 
     def require_agreement(self, update: int) -> None:

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ExecutionConfig(Section):
@@ -77,6 +79,8 @@ class CheckpointConfig(Section):
     """Updates between checkpoints. None: only at the end."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept; the best by held-out loss is kept beside them."""
+    on_failure: Literal["warn", "stop"] = "warn"
+    """What happens where the disk refuses a checkpoint: the run goes on and says so, or ends with exit code 1."""
 
 
 class RecordConfig(Section):
@@ -115,3 +119,5 @@ class ResumeConfig(Section):
     """Go on from the checkpoint after this many updates instead; 0: from the beginning."""
     without_windows: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Updates whose rows are left out: they are listed as skipped, and the others keep their number and lr."""
+    reshape: bool = False
+    """Go on with another number of ranks than saved the checkpoint: same rows in the same order, same rows an update."""

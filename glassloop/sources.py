@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glassloop.config import DataConfig
 from glassloop.duplicates import key, near_duplicates, repeated
 from glassloop.formats import Skip, column_names, detect_format, to_turns
 from glassloop.formats import verdict_of as verdict_of  # what evaluation reads answers with
 from glassloop.rows import Example
-from glassloop.text_files import check_lines, checked_header, checked_text
+from glassloop.text_files import check_json, check_lines, checked_header, checked_text
 
 if TYPE_CHECKING:
     import datasets
@@ -129,7 +129,7 @@ def take(
     for index in indices:
         if len(examples) == limit:
             break
-        row = source.rows[index]
+        row = _row(source, index)
         row_id = f"{source.split}:{index}"
         try:
             turns, label = to_turns({role: row[name] for role, name in names.items()}, kind, data, f"{source.name}, row {index}")
@@ -160,6 +160,14 @@ def take(
             f"set {field}={len(examples)} or leave it out to take all"
         )
     return Taken(tuple(examples), len(indices), dict(skipped))
+
+
+def _row(source: Source, index: int) -> dict[str, Any]:
+    try:
+        return source.rows[index]
+    except Exception as error:  # what `datasets` raises for a table with odd names inside
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"{source.name}, row {index} cannot be read ({reason}): correct the row or leave it out") from error
 
 
 def order(indices: Sequence[int], seed: int, purpose: str) -> list[int]:
@@ -228,8 +236,8 @@ def _load_file(path: Path, place: str, split: str, field: str) -> Source:
                 "features": datasets.Features({name: datasets.Value("string") for name in header}),
                 "keep_default_na": False,
             }
-        elif path.suffix.lower() == ".jsonl":
-            check_lines(text, place, field)
+        else:
+            (check_lines if path.suffix.lower() == ".jsonl" else check_json)(text, place, field)
     # The path is quoted: `datasets` would read [, ] and * in it as a pattern.
     files = {split: "".join(f"[{char}]" if char in "[*?" else char for char in str(path.resolve()))}
     return _load(place, place, split, field, path=builder, data_files=files, **options)

@@ -36,7 +36,9 @@ def checked_header(text: str, place: str, field: str) -> list[str]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = next(row for row in reader if row)
+        header = next((row for row in reader if row), [])
+        if not header:
+            raise ValueError(f"{field} = {place}: the file is empty")
         if len(set(header)) < len(header):
             raise ValueError(f"{field} = {place}: columns {', '.join(header)} are not all different; rename them")
         for index, row in enumerate(row for row in reader if row):
@@ -50,6 +52,28 @@ def checked_header(text: str, place: str, field: str) -> list[str]:
     return header
 
 
+def check_json(text: str, place: str, field: str) -> None:
+    """Raises ValueError where a row of json text is no object, in a list or one a line: pyarrow's reader (26.0) ends the process at a null.
+
+    Text that is neither is left to the reader, which refuses it.
+    """
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
+        rows = [_parsed_or_object(line) for line in text.split("\n") if line.strip()]
+    for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        if not isinstance(row, dict):
+            raise ValueError(f"{field} = {place}, row {index}: {shorten(row)} is not a JSON object with named columns")
+
+
+def _parsed_or_object(line: str) -> object:
+    """The JSON value of a line; {} for one that is no JSON by itself."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+
+
 def check_lines(text: str, place: str, field: str) -> None:
     """Raises ValueError where a line of jsonl text is no JSON object."""
     for number, line in enumerate(text.split("\n"), start=1):
@@ -57,9 +81,10 @@ def check_lines(text: str, place: str, field: str) -> None:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            said = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
             raise ValueError(
-                f"{field} = {place}, line {number}: {error.msg} in {shorten(line)}; each line must be one JSON object"
+                f"{field} = {place}, line {number}: {said} in {shorten(line)}; each line must be one JSON object"
             ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{field} = {place}, line {number}: {shorten(line)} is not a JSON object with named columns")

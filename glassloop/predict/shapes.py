@@ -82,6 +82,8 @@ class Shapes:
 KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes("DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256),
     "smollm2": Shapes("SmolLM2-135M-Instruct", 30, 576, 1536, 9, 3, 64, 49152, tied_head=True),
+    "random:llama-8b": Shapes("random-llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
+    "random:tiny": Shapes("random-tiny", 2, 64, 192, 4, 2, 16, 512),
 }
 
 

@@ -258,14 +258,30 @@ def test_what_is_not_json_or_not_a_tensor_file_is_refused(tmp_path):
         signed(path)
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+DAMAGE = {
+    "missing": None,
+    "empty": lambda data: b"",
+    "cut short": lambda data: data[: len(data) // 2],
+    "one bit flipped": lambda data: data[:-2] + bytes([data[-2] ^ 1]) + data[-1:],
+    "longer": lambda data: data + b" ",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_to_any_file_is_noticed_and_named(tmp_path, damage):
     path = save(tmp_path).path
     assert path is not None
-    data = bytearray((path / "adapter_before.safetensors").read_bytes())
-    data[-1] ^= 1
-    (path / "adapter_before.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match=r"adapter_before\.safetensors is corrupt"):
-        read_capsule(path)
+    files = sorted(path.iterdir())
+    assert len(files) == 7  # adapter, optimizer twice, random numbers of two ranks, facts, sums
+    for file in files:
+        data = file.read_bytes()
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage(data))
+        with pytest.raises(ValueError, match=rf"cannot be read: .*{file.name.replace('.', '[.]')}"):
+            read_capsule(path)
+        file.write_bytes(data)
+    read_capsule(path)
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/passwd", ".hidden", "sub/file"])

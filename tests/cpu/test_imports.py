@@ -64,9 +64,10 @@ TABLE = {
     "dist": Rule("", "torch"),
     # The model: knows of no batches, optimizer or observers.
     "smollm2": Rule("cache", late="gguf tokenizers torch transformers"),
-    "base_source": Rule("cache config smollm2", late="huggingface_hub safetensors"),
+    "random_base": Rule("cache predict", late="bitsandbytes safetensors tokenizers torch transformers"),
+    "base_source": Rule("cache config random_base smollm2", late="huggingface_hub safetensors"),
     "model_checks": Rule("", "torch"),
-    "base_cache": Rule("base_source cache config model_checks", "safetensors torch transformers"),
+    "base_cache": Rule("base_source cache config model_checks random_base", "safetensors torch transformers"),
     "norms": Rule("", "torch"),
     "adapters": Rule("config", "peft safetensors torch transformers"),
     "model": Rule("adapters base_cache base_source config loss model_checks norms rows", "torch transformers"),
@@ -97,11 +98,12 @@ TABLE = {
     # Updates carried out again: a recorded one to find out what it was, a small class of them to prove the math.
     "replay": Rule("*", "accelerate torch yaml"),
     "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),
+    "bench": Rule("*", "torch"),
     "cli": Rule("*", late="*"),
     "train_loop": Rule("*", "torch"),
 }
 NOBODY_IMPORTS = ("cli", "train_loop")  # but cli itself
-RUNS_THE_LOOP = ("replay", "verify")  # these import train_loop too: what they carry out is the loop's own code
+RUNS_THE_LOOP = ("bench", "replay", "verify")  # these import train_loop too: what they carry out is the loop's own code
 LIGHT = ("contract", "settings", "config", "presets", "arguments", "plan", "record", "rows")
 CALLED = {"yaml": "pyyaml"}  # packages that are imported by another name than they are installed by
 LONGEST = {"update_once": 45, "train": 150}  # lines of a function in train_loop.py, from def to the last one

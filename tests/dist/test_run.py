@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -94,6 +96,47 @@ def test_a_stopped_run_goes_on_to_the_same_end(whole, words):
     final = "checkpoints/update_000024/adapter_model.safetensors"
     resumed, uninterrupted = (safetensors.torch.load_file(f / final) for f in (folder, whole))
     assert all((resumed[key] == uninterrupted[key]).all() for key in uninterrupted)
+
+
+def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) -> None:
+    """Refused with both numbers unless asked; then the same rows in every update, and what is no longer the same is said."""
+    folder = shutil.copytree(whole, whole.parent / "reshaped")
+    alone = [
+        sys.executable,
+        str(TRAIN),
+        "--resume",
+        str(folder),
+        "--at",
+        "20",
+        "schedule.updates=30",
+        "execution.preflight=false",
+    ]
+    once = lambda *more: subprocess.run([*alone, *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)  # noqa: E731
+    refused = once()
+    assert refused.returncode == 2
+    assert "it was saved by 2 ranks, this run has 1: start 2" in refused.stderr
+    went_on = once("--resume.reshape")
+    assert went_on.returncode == 0, went_on.stderr[-3000:]
+    told = {event["kind"]: event["message"] for event in lines(folder, "events.jsonl")}
+    assert "goes on with 1 rank instead of 2: the same 4 rows an update" in told["reshaped"]
+    assert "No longer bit for bit" in told["reshaped"]
+    assert "trains 30 updates instead of 24" in told["longer"]
+    old, new = (json.loads((folder / name).read_text()) for name in ("plan_000020.json", "plan.json"))
+    assert old == json.loads((whole / "plan.json").read_text())
+    assert (new["updates"], new["ranks"], new["accumulation"], new["rows_per_update"]) == (30, 1, 4, 4)
+    assert new["lr"][:20] == old["lr"][:20]
+    assert f"lr(21) was {old['lr'][20]:.3g}, is {new['lr'][20]:.3g}" in told["longer"]
+    rows = {
+        run: [(r["update"], r["row_id"]) for r in lines(run, "rows.jsonl") if r["attempt"] == a]
+        for run, a in ((whole, 1), (folder, 2))
+    }
+    done_again = sorted(pair for pair in rows[folder] if pair[0] <= 24)
+    assert done_again == sorted(pair for pair in rows[whole] if pair[0] > 20)
+    losses = {run: {r["update"]: r["loss_nats"] for r in lines(run, "metrics.jsonl")} for run in (whole, folder)}
+    assert losses[folder][21] == pytest.approx(losses[whole][21], rel=1e-5)
+    assert sorted(losses[folder]) == list(range(1, 31))
+    again = subprocess.run([*alone[:4], "--at", "30"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert "has done all of its 30 updates" in again.stderr  # config.yaml says what the run is now
 
 
 @pytest.mark.parametrize(

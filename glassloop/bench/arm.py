@@ -1,0 +1,280 @@
+"""One arm of a benchmark in a process of its own: `python -m glassloop.bench.arm SPEC.json`, or the same under `accelerate launch` for several ranks.
+
+A run is built as train_loop.py builds it, its rows are exchanged for a named workload's, and its updates are carried out by `update_once`. Rank 0
+prints one line of JSON and adds it to the spec's `out`. Exit code 0: measured; 3: it could not be, and the line says why.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+REACHED = time.time()
+
+import torch  # noqa: E402  (its import belongs to the time from launch)
+
+from glassloop.arguments import parse  # noqa: E402
+from glassloop.batches import Batches, Window, build_pass, epoch_order  # noqa: E402
+from glassloop.bench.ceiling import matmul_ceiling  # noqa: E402
+from glassloop.bench.machine import Sampler, card_state, energy_j  # noqa: E402
+from glassloop.bench.spec import Spec, read_spec  # noqa: E402
+from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, utilisation  # noqa: E402
+from glassloop.build import build_run  # noqa: E402
+from glassloop.config import Config  # noqa: E402
+from glassloop.dist import gather_objects, leave  # noqa: E402
+from glassloop.environment import environment  # noqa: E402
+from glassloop.observers import JsonlObserver  # noqa: E402
+from glassloop.plan import make_plan  # noqa: E402
+from glassloop.predict.shapes import shapes_from_config  # noqa: E402
+from glassloop.record import UpdateRecord  # noqa: E402
+from glassloop.rows import Row  # noqa: E402
+from glassloop.run import Run  # noqa: E402
+from glassloop.workloads import workload  # noqa: E402
+
+GIB = 2**30
+
+
+def main(path: Path) -> int:
+    """Measure the spec in `path`; rank 0 writes its line."""
+    spec = read_spec(path)
+    with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
+        try:
+            line, code = measure(spec, Path(folder)), 0
+        except (ValueError, RuntimeError, OSError) as error:  # refused, or out of memory: what there is to say of this arm
+            line, code = {"failed": f"{type(error).__name__}: {error}"[:600]}, 3
+    line = spec.about | line
+    if _rank() == 0:
+        text = json.dumps(line)
+        if spec.out:
+            with open(spec.out, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        print(text, flush=True)
+    if code == 0:
+        leave()
+    return code
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def measure(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Build the run, carry out warm-up and measured updates, and sum up. All ranks take part; the result is rank 0's."""
+    run = build(spec, folder)
+    built = time.time()
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    updates = [timed_update(run, 1)]
+    first_ended = time.time()
+    uuid = _uuid(run.device)
+    before = card_state(uuid) if run.rank == 0 else None  # not sooner: asking takes a while, which is not the first update's
+    sampler = Sampler(uuid) if run.rank == 0 and run.device.type == "cuda" else None
+    updates += [timed_update(run, u) for u in range(2, spec.warmup + 1)]
+    joules, began = energy_j(uuid), time.perf_counter()
+    updates += [timed_update(run, u) for u in range(spec.warmup + 1, spec.warmup + spec.updates + 1)]
+    seconds = time.perf_counter() - began
+    joules_after = energy_j(uuid)
+    during = sampler.stop() if sampler is not None else None
+    used = None if joules is None or joules_after is None else joules_after - joules
+    ranks = gather_objects({"joules": used, **_memory(run.device)})
+    after = card_state(uuid) if run.rank == 0 else None
+    run.close_observers()
+    measured = updates[spec.warmup :]
+    shapes = shapes_from_config(run.plain_engine.hf.config.to_dict(), spec.model)
+    ceiling = matmul_ceiling(shapes, run.device) if shapes is not None and run.rank == 0 else None
+    tokens = tokens_of(measured)
+    return {
+        "rows_digest": digest_of(run.batches.rows[row] for row in run.batches.window(1).rows),
+        "updates": spec.updates,
+        "warmup_s": [one.seconds for one in updates[: spec.warmup]],
+        "measured_s": seconds,
+        "tokens_per_s": tokens.per_s(seconds),
+        "tokens_per_s_per_rank": tokens.per_s(seconds, spec.ranks),
+        **times(spec.launched_at or REACHED, built, first_ended, [one.seconds for one in measured]),
+        "peak": {name: most(rank[name] for rank in ranks) for name in ("allocated_gib", "reserved_gib", "host_gib")},
+        "shares": shares(run, spec, measured),
+        "energy": energy_of([rank["joules"] for rank in ranks], during, seconds, tokens.real),
+        "update_1": {"loss_nats": updates[0].record.loss_nats, "grad_norm": updates[0].record.grad_norm_pre_clip},
+        "losses_nats": [one.record.loss_nats for one in updates],
+        "passes": list(measured[0].record.rank_passes),
+        "flops": None
+        if shapes is None
+        else utilisation(
+            shapes,
+            passes_of(run.batches, spec),
+            packed=spec.layout == "packed",
+            r=spec.r,
+            targets=run.config.lora.targets,
+            checkpointing=spec.checkpointing,
+            seconds=seconds,
+            ranks=spec.ranks,
+            ceiling=ceiling,
+        ),
+        "card": {"before": before, "during": during, "after": after, "p2p": _p2p(run.device)},
+        "machine": {**environment(["glassloop bench"]), "threads": torch.get_num_threads(), "cpu": _cpu()},
+    }
+
+
+def build(spec: Spec, folder: Path) -> Run:
+    """The run as configured, on the rows of the workload."""
+    rows_file = folder / "rows.jsonl"
+    rows_file.write_text('{"prompt": "hello there", "completion": "hi"}\n' * max(32, spec.rows_per_update))
+    run = build_run(config_of(spec, folder, rows_file))
+    run.observers = [one for one in run.observers if isinstance(one, JsonlObserver)]  # files as in any run, no lines in between
+    total = spec.warmup + spec.updates
+    vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size
+    rows = workload(spec.workload, spec.rows_per_update * total, vocabulary=vocabulary)
+    order = epoch_order(len(rows), run.config.seed, 0)
+    arranged = tuple(
+        row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])
+    )  # so that update 1 has the workload's first rows, and so on
+    o, s = run.config.optimizer, run.config.schedule
+    plan = make_plan(
+        rows=len(rows),
+        size=run.plan.size,
+        ranks=run.ranks,
+        accumulation=run.plan.accumulation,
+        tail="keep",
+        updates=total,
+        epochs=1.0,
+        warmup=1,
+        peak=o.lr,
+        kind=s.kind,
+        first=s.first,
+    )
+    run.plan, run.contract, run.batches = plan, None, replace(run.batches, rows=arranged, plan=plan)
+    return run
+
+
+def config_of(spec: Spec, folder: Path, rows_file: Path) -> Config:
+    """The arm's config: the recipe, without what is not an update (evaluation, probes, capsules, preflight)."""
+    words = [
+        f"model.id={spec.model}",
+        f"lora.r={spec.r}",
+        f"data.source={rows_file}",
+        "data.template=instruct",
+        f"batch.size={spec.batch}",
+        f"batch.rows_per_update={spec.rows_per_update}",
+        f"batch.ranks={spec.ranks}",
+        f"execution.engine={spec.engine}",
+        f"execution.layout={spec.layout}",
+        f"execution.precision={spec.precision}",
+        f"execution.checkpointing={spec.checkpointing}",
+        f"execution.backend={spec.backend}",
+        "execution.preflight=false",
+        "evaluation.samples=0",
+        "record.probe_every_updates=null",
+        "record.capsules=0",
+        f"run.dir={folder}",
+        "run.name=arm",
+    ]
+    return parse([*words, *spec.overrides], prog="glassloop bench")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One update: wall time until the device had finished it and the observers had it, and its record."""
+
+    seconds: float
+    record: UpdateRecord
+
+
+def timed_update(run: Run, u: int) -> Timed:
+    """Update u by the loop's own code. Raises RuntimeError where it was not applied: its time would be worth nothing."""
+    from train_loop import update_once
+
+    _wait(run.device)
+    began = time.perf_counter()
+    outcome = update_once(run, u)
+    assert outcome is not None  # nobody asks an arm to stop
+    run.tell(outcome)
+    _wait(run.device)
+    if outcome.record.action != "applied":
+        raise RuntimeError(f"update {u} was not applied: {outcome.record.reason}")
+    return Timed(time.perf_counter() - began, outcome.record)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def tokens_of(updates: Sequence[Timed]) -> Tokens:
+    """Tokens of all ranks."""
+    records = [one.record for one in updates]
+    real, slot = sum(one.real_tokens for one in records), sum(one.slot_tokens for one in records)
+    return Tokens(real, sum(one.supervised_tokens for one in records), slot)
+
+
+def shares(run: Run, spec: Spec, updates: Sequence[Timed]) -> dict[str, float]:
+    """Parts of an update's wall time on rank 0, by the record's own clocks; `data` is measured apart, by building the same passes once more.
+
+    passes: building, forward, backward and the ranks' reports, so it holds `data` and waiting for other ranks. reduce: sum over ranks and the norm.
+    optimizer: until it was started. rest: records, observers, and the device finishing the step.
+    """
+    total = sum(one.seconds for one in updates)
+    parts = {
+        "passes": sum(one.record.compute_s for one in updates) / total,
+        "reduce": sum(one.record.reduce_s for one in updates) / total,
+        "optimizer": sum(one.record.optimizer_s for one in updates) / total,
+    }
+    parts["rest"] = 1 - sum(parts.values())
+    began = time.perf_counter()
+    for window in windows(run.batches, spec):
+        for rows in window.passes[run.rank]:
+            build_pass([run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+    _wait(run.device)
+    return parts | {"data": (time.perf_counter() - began) / total}
+
+
+def passes_of(batches: Batches, spec: Spec) -> list[list[Row]]:
+    """Rows of every pass of every rank in the measured updates."""
+    ranks = (rank for window in windows(batches, spec) for rank in window.passes)
+    return [[batches.rows[row] for row in one] for rank in ranks for one in rank]
+
+
+def windows(batches: Batches, spec: Spec) -> list[Window]:
+    """Those of the measured updates."""
+    return [batches.window(u) for u in range(spec.warmup + 1, spec.warmup + spec.updates + 1)]
+
+
+def _memory(device: torch.device) -> dict[str, float | None]:
+    """This rank's peaks in GiB since the base was loaded (host: since its process began; ru_maxrss counts KiB on Linux)."""
+    on_cuda = device.type == "cuda"
+    return {
+        "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB if on_cuda else None,
+        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+    }
+
+
+def _uuid(device: torch.device) -> str | None:
+    """The card's name for nvidia-smi and NVML."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
+def _p2p(device: torch.device) -> bool | None:
+    """Whether the first two cards that this process sees reach each other's memory; None with fewer."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return None
+    return torch.cuda.can_device_access_peer(0, 1)
+
+
+def _cpu() -> str | None:
+    """The processor's name, which decides how fast kernels are launched."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,112 @@
+"""`glassloop bench --card`: one fixed piece of work for every card, and one line that says how fast it went and on what. No torch.
+
+The name carries a version: a change of anything in WORK makes a new one, so that lines of one name can be put side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glassloop.bench.matrix import Place
+from glassloop.bench.spec import Spec
+from glassloop.predict.hardware import gpu_named
+from glassloop.predict.roofline import RATES, pass_time, tokens_per_s
+from glassloop.predict.shapes import KNOWN
+
+NAME = "card-v1"
+TIME_LIMIT_S = 300.0
+ROWS_PER_RANK = 8
+WORK: dict[str, Any] = {  # the recipe at full length: 2 rows of 2,048 tokens a pass, 4 passes an update, activations recomputed
+    "engine": "peft",
+    "workload": "full-v1",
+    "layout": "literal",
+    "batch": 2,
+    "model": "random:llama-8b",
+    "precision": "bf16",
+    "checkpointing": True,
+    "r": 16,
+    "warmup": 1,
+    "updates": 4,
+}
+
+
+def card_spec(place: Place, ranks: int) -> Spec:
+    """The work on `ranks` cards: as much for each as for one. Raises ValueError where they are not there."""
+    if place.device != "cuda" or place.gpus == 0:
+        raise ValueError(
+            "--card measures a GPU, and torch sees none here. Look at nvidia-smi and at whether torch is a CUDA build "
+            "(python -c 'import torch; print(torch.version.cuda)'). What cards are predicted to reach: glassloop bench --predict"
+        )
+    if ranks > place.gpus:
+        raise ValueError(f"--ranks {ranks}: torch sees {place.gpus} GPU{'s' * (place.gpus > 1)} here")
+    return Spec(ranks=ranks, rows_per_update=ROWS_PER_RANK * ranks, device="cuda", **WORK)
+
+
+def card_line(line: dict[str, Any]) -> str:
+    """The line to paste, from an arm's result."""
+    card, machine, cell = line["card"], line["machine"], line["cell"]
+    before, during = card["before"] or {}, card["during"] or {}
+    name = machine["gpus"][0]["name"] if machine["gpus"] else "unknown card"
+    packages, git = machine["packages"], machine["git"] or {}
+    commit = f"{git['commit'][:9]}{'+changes' if git.get('changed') else ''}" if git else f"glassloop {machine['glassloop']}"
+    reasons = during.get("throttle")
+    throttle = "unknown" if reasons is None else ", ".join(reasons) or "none"
+    lowest = during.get("sm_mhz_lowest")
+    link = f"PCIe gen{_or(before.get('pcie_generation'))} (max {_or(before.get('pcie_generation_max'))}) x{_or(before.get('pcie_width'))}"
+    p2p = {True: "yes", False: "no", None: "one card"}[card.get("p2p")]
+    versions = " ".join(f"{short} {packages.get(long)}" for short, long in SHORT.items())
+    speed, mfu = line["tokens_per_s_per_rank"]["real"], (line.get("flops") or {}).get("mfu")
+    peak = line["peak"]["allocated_gib"]
+    return " | ".join(
+        [
+            NAME,
+            f"{cell['ranks']} x {name}",
+            f"{_or(before.get('power_limit_w'))} W",
+            f"SM {_or(during.get('sm_mhz'))} MHz (lowest {_or(lowest)}), memory {_or(during.get('memory_mhz'))} MHz",
+            f"throttle: {throttle}",
+            link,
+            f"P2P {p2p}",
+            f"driver {machine['driver'] or '?'} cuda {machine['cuda']}",
+            versions,
+            commit,
+            f"{speed:,.0f} tokens/s per GPU",
+            f"{'?' if peak is None else f'{peak:.2f}'} GiB",
+            f"MFU {'?' if mfu is None else f'{mfu:.1%}'}",
+            f"loss {line['update_1']['loss_nats']:.4f}",
+        ]
+    )
+
+
+SHORT = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bnb": "bitsandbytes", "accelerate": "accelerate"}
+
+
+def _or(value: Any) -> str:
+    return "?" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def predictions(measured: dict[str, float]) -> list[str]:
+    """Tokens/s per GPU on this work: measured where `measured` (card's key -> tokens/s) has it, else predicted, and labelled so."""
+    shapes = KNOWN[WORK["model"]]
+    passes = ROWS_PER_RANK // WORK["batch"]
+    lines = [f"| card | {NAME}: real tokens/s per GPU | where from |", "| --- | --- | --- |"]
+    for key in RATES:
+        one = pass_time(shapes, key, rows=WORK["batch"], row_tokens=2048, supervised_share=0.8)
+        assert one is not None
+        fast = tokens_per_s(one, rows=WORK["batch"], row_tokens=2048, passes=passes, ranks=1)
+        if key in measured:
+            lines.append(f"| {key} | {measured[key]:,.0f} | measured (predicted: {fast:,.0f}) |")
+        else:
+            lines.append(f"| {key} | {fast:,.0f} | PREDICTED by arithmetic, never measured |")
+    return lines
+
+
+def measured_cards(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Best tokens/s per GPU by card's key, of lines of this very work on one card."""
+    found: dict[str, float] = {}
+    for line in lines:
+        if line.get("card_name") != NAME or "failed" in line or line["cell"]["ranks"] != 1 or not line["machine"]["gpus"]:
+            continue
+        gpu = gpu_named(line["machine"]["gpus"][0]["name"])
+        if gpu is not None:
+            found[gpu.key] = max(found.get(gpu.key, 0.0), line["tokens_per_s_per_rank"]["real"])
+    return found

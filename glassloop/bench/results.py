@@ -1,0 +1,143 @@
+"""Lines of results: kept in files of JSON lines, summed up by arm, judged against the reference engine. No torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glassloop.bench.spec import SCHEMA
+
+# Largest relative difference of update 1's loss and gradient norm from the reference engine's on the same rows, by precision.
+TOLERANCE = {"bf16": (2e-3, 5e-2), "fp16": (2e-3, 5e-2), "fp32": (1e-5, 1e-5)}
+REFERENCE_ENGINE = "peft"
+SAME_WORK = (
+    "workload",
+    "rows_per_update",
+    "precision",
+    "model",
+    "r",
+    "overrides",
+)  # of a line and the reference that it is held to
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All repeats of one arm on one machine."""
+
+    key: str
+    cell: dict[str, Any]
+    rows_digest: str
+    lines: tuple[dict[str, Any], ...]
+
+    def middle(self, *path: str) -> float | None:
+        """Median over the repeats of a number in the lines; None where no line has it."""
+        found = [value for line in self.lines if (value := _at(line, path)) is not None]
+        return statistics.median(found) if found else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Real tokens, all ranks together."""
+        value = self.middle("tokens_per_s", "real")
+        assert value is not None
+        return value
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Slowest and fastest repeat, real tokens a second."""
+        values = [line["tokens_per_s"]["real"] for line in self.lines]
+        return min(values), max(values)
+
+
+def _at(line: dict[str, Any], path: Sequence[str]) -> Any:
+    value: Any = line
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The benchmark's lines of a file. Raises ValueError for a file that holds none, or a newer schema."""
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is not JSON ({error}): is it a file of glassloop bench?") from None
+        if isinstance(line, dict) and line.get("kind") == "bench":
+            if line.get("schema", 0) > SCHEMA:
+                raise ValueError(
+                    f"{file}, line {number} has schema {line['schema']}, this glassloop reads up to {SCHEMA}: update it"
+                )
+            lines.append(line)
+    if not lines:
+        raise ValueError(f"{file} holds no line of glassloop bench")
+    return lines
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def arms(lines: Iterable[dict[str, Any]]) -> list[Arm]:
+    """Lines that were measured and passed their check, grouped by arm, in order of appearance."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if "failed" not in line and line.get("check", {}).get("within") and not line.get("check_only"):
+            machine = line["machine"]
+            place = [machine["gpus"], machine["git"], machine["packages"]]  # another card, commit or library is another arm
+            grouped.setdefault(key_of(line) + json.dumps(place), []).append(line)
+    return [Arm(key_of(found[0]), found[0]["cell"], found[0]["rows_digest"], tuple(found)) for found in grouped.values()]
+
+
+def key_of(line: dict[str, Any]) -> str:
+    """What is the same for repeats of an arm and for nothing else."""
+    return json.dumps([line["cell"], line.get("rows_digest")], sort_keys=True)
+
+
+def is_reference(cell: dict[str, Any]) -> bool:
+    """The reference engine, one rank, the micro-batches as asked for."""
+    return cell["engine"] == REFERENCE_ENGINE and cell["layout"] == "literal" and cell["ranks"] == 1
+
+
+def checked(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`check` of a line: update 1's loss and norm beside the reference's among `lines`, on the same rows.
+
+    within: None where there is nothing to hold it to; such a line is shown by no table. A reference line is its own measure.
+    """
+    if "failed" in line:
+        return {"within": None, "why": "it was not measured"}
+    cell = line["cell"]
+    if is_reference(cell):
+        return {"within": True, "why": "it is the reference"}
+    reference = next((one for one in lines if _holds(one, line)), None)
+    if reference is None:
+        return {"within": None, "why": f"no {REFERENCE_ENGINE} line, literal on one rank, with the same rows"}
+    ours, theirs = line["update_1"], reference["update_1"]
+    loss_off, norm_off = (relative(ours[name], theirs[name]) for name in ("loss_nats", "grad_norm"))
+    most = TOLERANCE[cell["precision"]]
+    within = loss_off is not None and norm_off is not None and loss_off <= most[0] and norm_off <= most[1]
+    return {"within": within, "against": reference["name"], "loss_off": loss_off, "norm_off": norm_off, "tolerance": list(most)}
+
+
+def _holds(reference: dict[str, Any], line: dict[str, Any]) -> bool:
+    return (
+        "failed" not in reference
+        and is_reference(reference["cell"])
+        and reference["rows_digest"] == line["rows_digest"]
+        and all(reference["cell"].get(name) == line["cell"].get(name) for name in SAME_WORK)
+    )
+
+
+def relative(ours: float | None, theirs: float | None) -> float | None:
+    """|ours / theirs - 1|; None where one is missing or not a number."""
+    if ours is None or theirs is None or ours != ours or not theirs:
+        return None
+    return abs(ours / theirs - 1)

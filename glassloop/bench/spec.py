@@ -1,0 +1,83 @@
+"""What one arm of a benchmark does, as plain values that travel to its process in a JSON file. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1  # of a line of results; raised when a field changes its meaning
+SAME = ("workload", "rows_per_update", "precision", "checkpointing", "model", "r", "rows_digest")  # what comparable lines share
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One arm.
+
+    Attributes:
+        engine: execution.engine. workload: a name of workloads.py. model: model.id. layout, precision, checkpointing: execution.*.
+        ranks: processes, over which the rows of an update are shared. batch: rows of a micro-batch. rows_per_update: over all ranks.
+        updates: measured ones, after `warmup` that are not. repeat: which time this arm is measured. r: rank of the adapters.
+        device: cuda | cpu. overrides: further section.field=value of the config.
+        launched_at: seconds since 1970 at which the process was started; 0: when its interpreter reached us.
+        out: file that gets the result's line. check_only: others are held to it, and no table shows its speed.
+    """
+
+    engine: str
+    workload: str
+    layout: str
+    ranks: int
+    batch: int
+    rows_per_update: int
+    model: str = "random:llama-8b"
+    precision: str = "bf16"
+    checkpointing: bool = True
+    r: int = 16
+    updates: int = 5
+    warmup: int = 2
+    repeat: int = 0
+    device: str = "cuda"
+    backend: str = "auto"
+    overrides: tuple[str, ...] = ()
+    launched_at: float = 0.0
+    out: str = ""
+    check_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.warmup < 1 or self.updates < 1:
+            raise ValueError(
+                f"updates = {self.updates}, warmup = {self.warmup}: at least one of each (update 1 is never measured)"
+            )
+
+    @property
+    def name(self) -> str:
+        """What a table calls the arm."""
+        parts = [self.engine, self.workload, self.layout, f"{self.batch} rows", f"{self.ranks} rank{'s' * (self.ranks > 1)}"]
+        return ", ".join([*parts, "recomputed" if self.checkpointing else "stored"])
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """What tells the arm from others of its matrix and of other files; `rows_digest` is added by the arm."""
+        values = asdict(self)
+        for name in ("updates", "warmup", "repeat", "device", "backend", "launched_at", "out", "check_only"):
+            del values[name]
+        return {**values, "overrides": list(self.overrides)}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How its line begins, whatever becomes of it."""
+        own = {"name": self.name, "repeat": self.repeat, "check_only": self.check_only, "cell": self.cell}
+        return {"schema": SCHEMA, "kind": "bench", **own}
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def read_spec(path: Path) -> Spec:
+    """A spec that `write` wrote. Raises ValueError for fields that it does not know."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return Spec(**{**values, "overrides": tuple(values.get("overrides", ()))})
+    except TypeError as error:
+        raise ValueError(f"{path} is no spec of an arm: {error}") from None

@@ -1,0 +1,216 @@
+"""Measure throughput and memory, each arm in a fresh process; a card in one line; two files of results compared."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ON_OFF = {"on": True, "off": False}
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop bench [options] [section.field=VALUE ...]`, `--card`, `--compare A B`, `--predict`.
+
+    Exit code 0; 1 where an arm failed or did not pass its check, or rows could not be compared; ValueError for what is refused.
+    """
+    asked = _parser().parse_args(argv)
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError("glassloop bench starts its own processes: run it without accelerate launch, and say --ranks")
+    if asked.compare:
+        return _compare(asked)
+    if asked.predict:
+        return _predict()
+    return _card(asked) if asked.card else _matrix(asked)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glassloop bench",
+        allow_abbrev=False,
+        description="Every combination of the lists below is an arm: a process of its own that carries out updates by the training loop's own "
+        "code, on rows of a named workload, with random weights of the 8B shape unless told otherwise (nothing is downloaded). Arms take turns. "
+        "A result is shown only if update 1's loss and gradient norm agree with the reference engine's on the same rows.",
+    )
+    lists = parser.add_argument_group("arms (lists with commas)")
+    lists.add_argument("--engines", type=_words, default=["peft"], metavar="E,..", help="execution.engine (default: peft)")
+    lists.add_argument(
+        "--workloads", type=_words, default=["scam-v1", "full-v1"], metavar="W,..", help="default: scam-v1,full-v1"
+    )
+    lists.add_argument("--layouts", type=_words, default=["literal", "packed"], metavar="L,..", help="default: literal,packed")
+    lists.add_argument(
+        "--ranks", type=_counts, default=[1], metavar="N,..", help="processes that share an update's rows (default: 1)"
+    )
+    lists.add_argument("--batch", type=_counts, default=[2], metavar="N,..", help="rows of a micro-batch (default: 2)")
+    lists.add_argument(
+        "--checkpointing", type=_words, default=["on"], metavar="on,off", help="activations recomputed or stored (default: on)"
+    )
+    parser.add_argument(
+        "--rows-per-update", type=_count, default=8, metavar="N", help="over all ranks, in every arm (default: 8)"
+    )
+    parser.add_argument("--model", default="random:llama-8b", help="model.id (default: random:llama-8b)")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"], help="default: bf16")
+    parser.add_argument("--updates", type=_count, default=5, metavar="N", help="measured updates of an arm (default: 5)")
+    parser.add_argument("--warmup", type=_count, default=2, metavar="N", help="updates before them (default: 2)")
+    parser.add_argument("--repeats", type=_count, default=2, metavar="N", help="times that each arm is run (default: 2)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: cuda where there is a GPU")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results are added to it (default: benchmarks/results/bench-CARD.jsonl)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the arms in the order of their turns, and run nothing")
+    parser.add_argument("--card", action="store_true", help="one fixed piece of work, at most 5 minutes, one line to paste")
+    parser.add_argument(
+        "--predict", action="store_true", help="the card's work by card: measured where results are there, else predicted"
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="ratios of two files of results, B / A")
+    parser.add_argument("--anyway", action="store_true", help="with --compare: also where the work differs")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="with --compare: the bars as a picture too (needs matplotlib)")
+    parser.add_argument("overrides", nargs="*", type=_override, metavar="section.field=VALUE", help="of every arm's config")
+    return parser
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or text == "0":
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(word) for word in _words(text)]
+
+
+def _override(text: str) -> str:
+    if not re.match(r"(--)?[a-z_]+(\.[a-z_0-9]+)+=", text):
+        raise argparse.ArgumentTypeError(f"{text}: a field of the config is given as section.field=VALUE")
+    return text
+
+
+def _place(device: str) -> Any:
+    """Raises ValueError where a GPU is asked for and there is none."""
+    from glassloop.bench.matrix import Place
+
+    if device == "cpu":
+        return Place("cpu", 0)
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0 and device == "cuda":
+        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return Place("cuda", gpus) if gpus else Place("cpu", 0)
+
+
+def _matrix(asked: argparse.Namespace) -> int:
+    from glassloop.bench.matrix import run_matrix, schedule, specs_of
+    from glassloop.bench.table import table
+    from glassloop.workloads import QUANTILES
+
+    if unknown := [name for name in asked.workloads if name not in QUANTILES]:
+        raise ValueError(f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}")
+    if unknown := [word for word in asked.checkpointing if word not in ON_OFF]:
+        raise ValueError(f"--checkpointing {', '.join(unknown)}: say on, off or on,off")
+    place = _place(asked.device)
+    specs = specs_of(
+        engines=asked.engines,
+        workloads=asked.workloads,
+        layouts=asked.layouts,
+        ranks=asked.ranks,
+        batches=asked.batch,
+        checkpointing=[ON_OFF[word] for word in asked.checkpointing],
+        place=place,
+        common=dict(
+            rows_per_update=asked.rows_per_update,
+            model=asked.model,
+            precision=asked.precision,
+            updates=asked.updates,
+            warmup=asked.warmup,
+            overrides=tuple(asked.overrides),
+        ),
+    )
+    order = schedule(specs, asked.repeats)
+    if asked.dry_run:
+        print(
+            "\n".join(f"{number:>3}  {spec.name}, {spec.warmup} + {spec.updates} updates" for number, spec in enumerate(order, 1))
+        )
+        return 0
+    out = (asked.out or _default_out(place.device)).absolute()
+    _say(f"{len(order)} arms on {place.device}; results are added to {out}")
+    with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
+        lines = run_matrix(order, place, Path(folder), out, _say)
+    print("\n".join(table(lines)))
+    return 0 if all(line["check"]["within"] for line in lines) else 1
+
+
+def _card(asked: argparse.Namespace) -> int:
+    from glassloop.bench.card import NAME, TIME_LIMIT_S, card_line, card_spec
+    from glassloop.bench.matrix import run_arm
+    from glassloop.bench.results import append
+
+    place = _place("auto")
+    spec = card_spec(place, asked.ranks[0])
+    out = (asked.out or _default_out("cuda")).absolute()
+    _say(
+        f"{NAME}: {spec.name}, {spec.warmup} + {spec.updates} updates of {spec.rows_per_update} rows; at most {TIME_LIMIT_S:.0f} s"
+    )
+    with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
+        line = run_arm(spec, place, Path(folder) / "card", timeout_s=TIME_LIMIT_S)
+    if "failed" in line:
+        print(f"failed: {line['failed']}", file=sys.stderr)
+        return 1
+    # The engine is the reference itself; weights and rows are the same bits on every card, so its loss can be held to other cards' lines.
+    append(out, line | {"card_name": NAME, "check": {"within": True, "why": "it is the reference engine"}})
+    _say(f"added to {out}")
+    print(card_line(line))
+    return 0
+
+
+def _predict() -> int:
+    from glassloop.bench.card import measured_cards, predictions
+    from glassloop.bench.results import read
+
+    lines: list[dict[str, Any]] = []
+    for file in sorted(_results_folder().glob("bench-*.jsonl")):
+        lines += read(file)
+    print("\n".join(predictions(measured_cards(lines))))
+    return 0
+
+
+def _compare(asked: argparse.Namespace) -> int:
+    from glassloop.bench.results import read
+    from glassloop.bench.table import bars, compare, left_out, png
+
+    before, after = (read(file) for file in asked.compare)
+    lines, whole = compare(before, after, anyway=asked.anyway)
+    print("\n".join([f"A: {asked.compare[0]}", f"B: {asked.compare[1]}", *lines, *left_out(after)]))
+    named = [("A", before), ("B", after)]
+    print("\n".join(["", *bars(named)]))
+    if asked.png is not None:
+        png(named, asked.png)
+        print(f"written: {asked.png}")
+    return 0 if whole else 1
+
+
+def _results_folder() -> Path:
+    """benchmarks/results of the checkout; the working folder where glassloop is installed without one."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    return folder if folder.is_dir() else Path()
+
+
+def _default_out(device: str) -> Path:
+    name = "cpu"
+    if device == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(0).lower().removeprefix("nvidia ")
+    return _results_folder() / f"bench-{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.jsonl"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,493 @@
+"""The benchmark: drawn weights, FLOPs, what a card says of itself, the matrix's order, checks, tables and comparisons."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from glassloop import random_base
+from glassloop.base_cache import load_base
+from glassloop.base_source import base_hash, resolve_source
+from glassloop.batches import build_pass
+from glassloop.bench import card, machine, results, table
+from glassloop.bench.arm import build
+from glassloop.bench.matrix import Place, command, environment, run_arm, schedule, specs_of
+from glassloop.bench.spec import Spec, read_spec
+from glassloop.bench.sums import Tokens, digest_of, energy_of, spread, utilisation
+from glassloop.cli import bench as bench_command
+from glassloop.config import LoraConfig, ModelConfig
+from glassloop.model import build_engine, load_tokenizer
+from glassloop.predict.flops import flops_of
+from glassloop.predict.shapes import KNOWN
+from glassloop.rows import Row
+from glassloop.workloads import workload
+
+CPU = torch.device("cpu")
+EXPECTED_WEIGHTS = [
+    -0.01513671875,
+    0.28515625,
+    0.058349609375,
+    -0.042236328125,
+]  # the first of "0.q_proj", hidden 64: on any device
+TINY = KNOWN["random:tiny"]
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load(model: str, cache_dir: Path, *, precision: str = "bf16", **fields: object):
+    config = ModelConfig(id=model, cache_dir=str(cache_dir), **fields)  # type: ignore[arg-type]
+    return load_base(config, precision=precision, device=CPU, first=contextlib.nullcontext)
+
+
+# --- models with drawn weights
+
+
+def test_drawn_nf4_base_is_what_transformers_makes_of_the_same_weights(tmp_path: Path) -> None:
+    drawn, report = load("random:tiny", tmp_path)
+    plain, _ = load("random:tiny", tmp_path, quantization="none")
+    plain.save_pretrained(tmp_path / "files")
+    _, read = load(str(tmp_path / "files"), tmp_path)
+    assert report.checksum == read.checksum
+    assert type(drawn.model.layers[1].mlp.down_proj).__name__ == "Linear4bit"
+    _, second = load("random:tiny", tmp_path)
+    assert second.from_cache and second.checksum == report.checksum
+
+
+def test_drawn_weights_are_the_same_bits_everywhere_and_about_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_base.drawn("0.q_proj", (256, 64), 64, CPU)
+    assert weight.flatten()[:4].tolist() == EXPECTED_WEIGHTS
+    assert weight.dtype == torch.bfloat16
+    assert weight.float().std().item() == pytest.approx(0.16, rel=0.02)
+    assert abs(weight.float().mean().item()) < 0.005
+    monkeypatch.setattr(random_base, "CHUNK", 100)
+    assert torch.equal(random_base.drawn("0.q_proj", (256, 64), 64, CPU), weight)
+    other = random_base.drawn("1.q_proj", (256, 64), 64, CPU)
+    assert abs(torch.corrcoef(torch.stack([weight.flatten(), other.flatten()]).float())[0, 1].item()) < 0.03
+
+
+def test_drawn_base_is_known_by_name_and_has_a_tokenizer_of_its_vocabulary(tmp_path: Path) -> None:
+    config = ModelConfig(id="random:tiny", cache_dir=str(tmp_path))
+    tokenizer = load_tokenizer(config)
+    assert len(tokenizer) == TINY.vocabulary
+    assert tokenizer.decode(tokenizer.encode("Grüße, 12 §")) == "Grüße, 12 §"
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
+    source = resolve_source(config)
+    assert base_hash(source, tmp_path / "memo") == base_hash(replace(source, folder=None), tmp_path / "memo")
+    assert "drawn" in source.note
+    with pytest.raises(ValueError, match=r"random:llama-9b is unknown: there are random:llama-8b, random:tiny"):
+        resolve_source(ModelConfig(id="random:llama-9b", cache_dir=str(tmp_path)))
+
+
+# --- FLOPs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", [SEVEN, ("down_proj",), ("k_proj", "down_proj")])
+def test_flops_are_those_that_torch_counts(tmp_path: Path, checkpointing: bool, targets: tuple[str, ...]) -> None:
+    # eager attention: torch counts no other on a CPU. It computes all places of a row.
+    model = ModelConfig(id="random:tiny", quantization="none", attention="eager", cache_dir=str(tmp_path))
+    engine = build_engine(
+        model,
+        LoraConfig(r=4, alpha=8, targets=targets),
+        precision="fp32",
+        checkpointing=checkpointing,
+        seed=0,
+        device=CPU,
+        first=contextlib.nullcontext,
+    )
+    rows = [Row(str(i), tuple(range(10, 74)), (False,) * 20 + (True,) * 44) for i in range(2)]
+    p = build_pass(rows, packed=False, pad_id=3, device=CPU)
+    with FlopCounterMode(display=False) as counter:
+        engine(p)[0].backward()
+    counted = flops_of(TINY, [(64, 44)] * 2, r=4, targets=targets, checkpointing=checkpointing, causal=False)
+    assert counted.model + counted.recompute == pytest.approx(counter.get_total_flops(), rel=0.01)
+    if not checkpointing:
+        assert counted.model == counter.get_total_flops() and counted.recompute == 0
+
+
+def test_flops_of_the_8b_shape_are_the_ones_done_by_hand() -> None:
+    per_token = flops_of(KNOWN["random:llama-8b"], [(2048, 2048)], r=16, targets=SEVEN, checkpointing=True)
+    # 4 x 6.98 G weights, less 0.05 of the first layer; 4 x 0.525 G of the head; 6 x 42 M of adapters
+    assert per_token.linear / 2048 / 1e9 == pytest.approx(4 * 6.9793 - 0.0503, rel=1e-3)
+    assert per_token.head / 2048 / 1e9 == pytest.approx(2.101, rel=1e-3)
+    assert per_token.adapters / 2048 / 1e9 == pytest.approx(6 * 0.041943, rel=1e-2)
+    assert per_token.attention / 2048 / 1e9 == pytest.approx(3 * 32 * 4 * 1024.5 * 4096 / 1e9, rel=1e-6)
+    half = flops_of(KNOWN["random:llama-8b"], [(2048, 1024)], r=16, targets=SEVEN, checkpointing=False)
+    assert half.head == per_token.head / 2 and half.linear == per_token.linear
+
+
+# --- sums
+
+
+def test_rates_and_spread_say_of_what() -> None:
+    assert Tokens(100, 80, 120).per_s(2.0) == {"real": 50.0, "supervised": 40.0, "slot": 60.0}
+    assert Tokens(100, 80, 120).per_s(2.0, 2)["real"] == 25.0
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "p10": 1.2, "p90": 2.8, "all": [3.0, 1.0, 2.0]}
+    assert spread([3.0])["p90"] == 3.0
+
+
+def test_utilisation_tells_needed_from_executed() -> None:
+    rows = workload("scam-v1", 4, vocabulary=512)
+    how: dict[str, Any] = dict(r=4, targets=SEVEN, checkpointing=True, seconds=2.0, ceiling=1e9)
+    literal = utilisation(TINY, [rows[:2], rows[2:]], packed=False, ranks=1, **how)
+    packed = utilisation(TINY, [rows], packed=True, ranks=1, **how)
+    assert literal["mfu"] == packed["mfu"] and literal["hfu"] > packed["hfu"] > packed["mfu"]
+    assert utilisation(TINY, [rows], packed=True, ranks=2, **how)["mfu"] == pytest.approx(packed["mfu"] / 2)
+    assert utilisation(TINY, [rows], packed=True, ranks=1, **how | {"ceiling": None})["mfu"] is None
+
+
+def test_energy_is_the_counters_else_the_mean_power_else_nothing() -> None:
+    assert energy_of([100.0, 200.0], None, 2.0, 600) == {"joules": 300.0, "how": "NVML's energy counter", "tokens_per_joule": 2.0}
+    told = energy_of([None, None], {"power_w": 50.0}, 2.0, 600)
+    assert told is not None and told["joules"] == 200.0 and "mean power" in told["how"]
+    assert energy_of([None], None, 2.0, 600) is None
+    assert energy_of([None], {"power_w": None}, 2.0, 600) is None
+
+
+# --- what a card says of itself
+
+SMI = """#!/bin/sh
+case "$*" in
+  *throttle*lms*|*event*lms*) for i in 1 2 3; do echo "1700, 9501, 300.50, 61, 0x0000000000000004"; done
+    echo "1500, 9501, 340.50, 63, 0x0000000000000024"; echo "1700, 95"; exec sleep 5;;
+  *event_reasons*) echo "Field is not a valid field to query" >&2; exit 2;;
+  *throttle_reasons*) echo "0x0000000000000024";;
+  *clocks.sm,clocks.mem*) echo "1700, 9501, 300.5, 61";;
+  *driver_version*) echo "NVIDIA GeForce RTX 3090, 570.10, 350.00, [N/A], 1695, 2100, 9501, 60, 4, 4, 8";;
+esac
+"""
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for nvidia-smi of an older driver."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("smi")
+def test_card_state_has_units_and_names_its_throttling() -> None:
+    state = machine.card_state("GPU-1")
+    assert state is not None
+    assert state["card"] == "NVIDIA GeForce RTX 3090" and state["driver"] == "570.10"
+    assert (state["power_limit_w"], state["power_w"], state["sm_mhz"], state["pcie_width"]) == (350.0, None, 1695, 8)
+    assert state["throttle"] == ["power cap", "thermal, software"]
+
+
+@pytest.mark.usefixtures("smi")
+def test_sampler_sums_up_what_was_seen_under_load() -> None:
+    sampler = machine.Sampler("GPU-1")
+    assert sampler._process is not None and sampler._process.stdout is not None
+    time.sleep(0.5)
+    seen = sampler.stop()
+    assert seen is not None and seen["samples"] == 4  # the cut-off line is not one
+    assert (seen["sm_mhz"], seen["sm_mhz_lowest"], seen["power_w"]) == (1700, 1500, 310.5)
+    assert seen["throttle"] == ["power cap", "thermal, software"]
+
+
+def test_a_machine_without_a_card_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert machine.card_state(None) is None
+    assert machine.Sampler(None).stop() is None
+    assert machine.energy_j(None) is None
+    assert machine.reasons_of("0x0") == [] and machine.reasons_of("0x8000") == ["0x8000"]
+
+
+# --- the matrix
+
+
+def specs(**changes: Any) -> list[Spec]:
+    asked: dict[str, Any] = dict(
+        engines=["peft"],
+        workloads=["scam-v1", "full-v1"],
+        layouts=["literal", "packed"],
+        ranks=[1, 2],
+        batches=[2],
+        checkpointing=[True],
+    )
+    common = dict(rows_per_update=8, model="random:tiny", precision="fp32", updates=2, warmup=1)
+    return specs_of(**{**asked, **changes}, place=Place("cpu", 0), common=common)
+
+
+def test_arms_take_turns_and_every_repeat_begins_with_another() -> None:
+    order = schedule(specs(), 3)
+    assert len(order) == 24
+    by_repeat = [[spec.name for spec in order if spec.repeat == repeat] for repeat in range(3)]
+    assert [spec.repeat for spec in order] == [0] * 8 + [1] * 8 + [2] * 8
+    assert sorted(by_repeat[0]) == sorted(by_repeat[1]) == sorted(by_repeat[2])
+    assert len({names[0] for names in by_repeat}) == 3
+    assert all("literal, 2 rows, 1 rank," in name for name in by_repeat[0][:2])  # references first: others are held to them
+
+
+def test_a_matrix_without_the_reference_gets_one_for_its_check() -> None:
+    order = schedule(specs(layouts=["packed"], workloads=["scam-v1"]), 2)
+    first, *rest = order
+    assert results.is_reference(first.cell) and (first.updates, first.warmup, first.workload) == (1, 1, "scam-v1")
+    assert len(rest) == 4 and not any(results.is_reference(spec.cell) for spec in rest)
+
+
+def test_specs_travel_whole_and_are_launched_as_their_ranks_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = specs(workloads=["scam-v1"], layouts=["packed"])
+    two.write(tmp_path / "spec.json")
+    assert read_spec(tmp_path / "spec.json") == two
+    (tmp_path / "spec.json").write_text('{"engine": "peft", "colour": "red"}')
+    with pytest.raises(ValueError, match="is no spec of an arm"):
+        read_spec(tmp_path / "spec.json")
+    assert command(one, tmp_path)[1:3] == ["-m", "glassloop.bench.arm"]
+    words = command(two, tmp_path)
+    assert "accelerate.commands.launch" in words and words[words.index("--num_processes") + 1] == "2"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert "LOCAL_RANK" not in environment(one, Place("cpu", 0))
+    cuda = replace(two, device="cuda")
+    assert environment(cuda, Place("cuda", 3))["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert "ACCELERATE_BYPASS_DEVICE_MAP" in environment(cuda, Place("cuda", 1))
+    assert Place("cuda", 1).backend(2) == "gloo" and Place("cuda", 2).backend(2) == "auto"
+    with pytest.raises(ValueError, match="at least one of each"):
+        replace(two, warmup=0)
+
+
+def test_update_1_has_the_workloads_first_rows_whatever_the_number_of_updates(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    rows = workload("scam-v1", 8, vocabulary=512)
+    for number, updates in enumerate((1, 2)):
+        AcceleratorState._reset_state(True)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        spec = Spec("peft", "scam-v1", "literal", 1, 2, 4, "random:tiny", "fp32", updates=updates, warmup=1, device="cpu")
+        run = build(spec, folder)
+        first, second = ([run.batches.rows[row] for row in run.batches.window(u).rows] for u in (1, 2))
+        assert first == list(rows[:4]) and second == list(rows[4:8])
+        run.close_observers()
+
+
+def test_an_arm_that_cannot_run_leaves_a_line_that_says_why(tmp_path: Path) -> None:
+    spec = Spec("peft", "scam-v1", "literal", 1, 3, 8, "random:tiny", "fp32", device="cpu")
+    line = run_arm(spec, Place("cpu", 0), tmp_path / "arm", timeout_s=120)
+    assert "batch.rows_per_update = 8 is not a multiple" in line["failed"] and line["cell"]["batch"] == 3
+    slow = run_arm(spec, Place("cpu", 0), tmp_path / "slow", timeout_s=0.2)
+    assert "took longer than 0.2 s" in slow["failed"]
+
+
+# --- checks, tables, comparisons
+
+
+def line(
+    speed: float = 1000.0, *, loss: float = 7.0, norm: float = 0.5, gpus: int = 2, repeat: int = 0, **cell: Any
+) -> dict[str, Any]:
+    spec = Spec("peft", "scam-v1", "literal", 1, 2, 8, "random:tiny", "bf16", repeat=repeat)
+    spec = replace(spec, **cell)
+    return {
+        "schema": 1,
+        "kind": "bench",
+        "name": spec.name,
+        "repeat": repeat,
+        "cell": spec.cell,
+        "rows_digest": f"{spec.workload}{spec.rows_per_update}",
+        "tokens_per_s": {"real": speed},
+        "tokens_per_s_per_rank": {"real": speed / spec.ranks},
+        "update_s": {"median": 1.0, "p10": 0.9, "p90": 1.1},
+        "peak": {"allocated_gib": 7.5},
+        "flops": {"mfu": 0.25},
+        "update_1": {"loss_nats": loss, "grad_norm": norm},
+        "card": {"before": None, "during": None, "after": None, "p2p": None},
+        "machine": {
+            "gpus": [{"name": "NVIDIA GeForce RTX 3090", "memory_gib": 23.7}] * gpus,
+            "git": {"commit": "0123456789abcdef", "changed": False},
+            "packages": {"torch": "2.11.0"},
+            "driver": "570.10",
+            "cuda": "13.0",
+            "glassloop": "0.1.0",
+        },
+    }
+
+
+def judged(*lines: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one | {"check": results.checked(one, lines)} for one in lines]
+
+
+@pytest.mark.parametrize(
+    ("changes", "within"),
+    [
+        (dict(loss=7.01, norm=0.52), True),
+        (dict(loss=7.02), False),
+        (dict(norm=0.53), False),
+        (dict(loss=float("nan")), False),
+        (dict(norm=None), False),
+        (dict(precision="fp32"), None),
+        (dict(workload="full-v1"), None),
+        (dict(rows_per_update=16), None),
+        (dict(model="smollm2"), None),
+    ],
+)
+def test_a_row_is_held_to_the_reference_on_the_same_rows(changes: dict[str, Any], within: bool | None) -> None:
+    one = line(layout="packed", **changes)
+    assert results.checked(one, [line(), one])["within"] is within
+    shown = "\n".join(table.table(judged(line(speed=111.0), one | {"tokens_per_s": {"real": 98765.0}})))
+    assert ("98,765" in shown) is bool(within)
+    assert ("CHECK FAILED" in shown) is (within is False)
+    assert ("not shown" in shown) is (not within)
+
+
+def test_fp32_is_held_to_more() -> None:
+    reference = line(precision="fp32")
+    assert results.checked(line(precision="fp32", layout="packed", loss=7.00005), [reference])["within"]
+    assert not results.checked(line(precision="fp32", layout="packed", loss=7.0005), [reference])["within"]
+
+
+def test_table_is_narrow_and_repeats_are_one_row() -> None:
+    lines = judged(
+        line(1000.0), line(1100.0, repeat=1), line(1234567.0, layout="packed", ranks=2), {**line(), "failed": "x" * 50}
+    )
+    shown = table.table(lines)
+    assert max(len(row) for row in shown[:3]) <= 100
+    assert "1,050" in shown[1] and shown[1].endswith("2")
+    assert any(row.startswith("failed: peft, scam-v1") for row in shown)
+
+
+def test_scaling_is_told_and_doubted_above_100_percent() -> None:
+    good = "\n".join(table.table(judged(line(1000.0), line(1900.0, ranks=2))))
+    assert "2 ranks reach 95% of 2 x one rank" in good and "ABOVE" not in good
+    assert "ABOVE 100 %" in "\n".join(table.table(judged(line(1000.0), line(2100.0, ranks=2))))
+    assert "share 1 GPU: a check" in "\n".join(table.table(judged(line(1000.0, gpus=1), line(1900.0, ranks=2, gpus=1))))
+
+
+def test_the_same_arms_are_compared() -> None:
+    lines, whole = table.compare(judged(line(1000.0)), judged(line(1250.0)), anyway=False)
+    assert whole and "1.250" in lines[1] and "the same" in lines[1]
+    lines, whole = table.compare(judged(line(1000.0)), judged(line(), line(1500.0, layout="packed"))[1:], anyway=False)
+    assert whole and "1.500" in lines[1] and "peft literal" in lines[1]
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(rows_per_update=16), "rows_per_update: 8 in A, 16 in B"),
+        (dict(workload="full-v1"), "workload: scam-v1 in A, full-v1 in B"),
+        (dict(precision="fp32"), "precision: bf16 in A, fp32 in B"),
+        (dict(checkpointing=False), "checkpointing: True in A, False in B"),
+    ],
+)
+def test_other_work_is_not_compared_unless_asked(changes: dict[str, Any], told: str) -> None:
+    a, b = judged(line(1000.0)), judged(line(3000.0, **changes))
+    lines, whole = table.compare(a, b, anyway=False)
+    assert not whole and told in lines[1] and "3.000" not in "\n".join(lines)
+    lines, whole = table.compare(a, b, anyway=True)
+    assert not whole and "3.000" in lines[1] and "NOT THE SAME WORK" in lines[2] and told in lines[2]
+
+
+def test_files_are_read_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, speed in (("a", 1000.0), ("b", 500.0)):
+        results.append(tmp_path / name, judged(line(speed))[0])
+    assert bench_command.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert "0.500" in out and "#" * 48 in out and "#" * 24 in out
+    (tmp_path / "c").write_text('{"kind": "cell"}\n')
+    with pytest.raises(ValueError, match="holds no line of glassloop bench"):
+        results.read(tmp_path / "c")
+    (tmp_path / "c").write_text(json.dumps(line() | {"schema": 2}))
+    with pytest.raises(ValueError, match="has schema 2, this glassloop reads up to 1"):
+        results.read(tmp_path / "c")
+    (tmp_path / "c").write_text("{")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        results.read(tmp_path / "c")
+
+
+def test_another_card_commit_or_library_is_another_row() -> None:
+    other = line(2000.0)
+    other["machine"] = {**other["machine"], "packages": {"torch": "2.13.0"}}
+    assert len(results.arms(judged(line(1000.0), other))) == 2
+
+
+# --- a card in one line
+
+
+def test_card_is_refused_without_a_gpu() -> None:
+    with pytest.raises(ValueError, match="--card measures a GPU, and torch sees none here"):
+        card.card_spec(Place("cpu", 0), 1)
+    with pytest.raises(ValueError, match="torch sees 1 GPU here"):
+        card.card_spec(Place("cuda", 1), 2)
+    assert card.card_spec(Place("cuda", 2), 2).rows_per_update == 16
+
+
+def test_the_card_line_says_on_what_and_how_fast() -> None:
+    one = line(2000.0, ranks=2, workload="full-v1")
+    state = {"power_limit_w": 350.0, "pcie_generation": 4, "pcie_generation_max": 4, "pcie_width": 8}
+    during = {"sm_mhz": 1695, "sm_mhz_lowest": 1500, "memory_mhz": 9501, "throttle": ["power cap"]}
+    one["card"] = {"before": state, "during": during, "after": state, "p2p": False}
+    told = card.card_line(one)
+    assert "\n" not in told and told.startswith("card-v1 | 2 x NVIDIA GeForce RTX 3090 | 350 W | SM 1695 MHz (lowest 1500)")
+    for part in (
+        "throttle: power cap",
+        "gen4 (max 4) x8",
+        "P2P no",
+        "driver 570.10",
+        "torch 2.11.0",
+        "012345678",
+        "1,000 tokens/s per GPU",
+        "7.50 GiB",
+    ):
+        assert part in told
+    bare = line(2000.0, gpus=1)
+    assert "throttle: unknown" in card.card_line(bare) and "? W" in card.card_line(bare)
+
+
+def test_cards_that_were_never_measured_are_labelled() -> None:
+    measured = card.measured_cards([line(1300.0, gpus=1) | {"card_name": "card-v1"}, line(9999.0, gpus=1)])
+    assert measured == {"3090": 1300.0}
+    rows = card.predictions(measured)
+    assert any(row.startswith("| 3090 | 1,300 | measured") for row in rows)
+    assert all("PREDICTED" in row for row in rows[2:] if not row.startswith("| 3090 "))
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--workloads", "poems"], "--workloads poems: there are"),
+        (["--checkpointing", "maybe"], "--checkpointing maybe: say on, off"),
+    ],
+)
+def test_the_command_refuses_what_is_not_there(words: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        bench_command.main(["--device", "cpu", *words])
+
+
+def test_the_command_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="run it without accelerate launch"):
+        bench_command.main([])
+
+
+def test_a_dry_run_lists_the_arms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_command.main(["--device", "cpu", "--dry-run", "--ranks", "1,2", "--layouts", "literal"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_digest_moves_with_ids_and_labels() -> None:
+    row = Row("a", (1, 2, 3), (False, True, True))
+    assert digest_of([row]) != digest_of([replace(row, input_ids=(1, 2, 4))])
+    assert digest_of([row]) != digest_of([replace(row, supervised=(False, False, True))])
+    assert digest_of([row]) == digest_of([replace(row, row_id="b")])
+
+
+def test_a_reference_that_only_serves_the_check_is_not_shown() -> None:
+    reference = line(12345.0) | {"check_only": True}
+    packed = line(2000.0, layout="packed")
+    shown = "\n".join(table.table(judged(reference, packed)))
+    assert "2,000" in shown and "12,345" not in shown

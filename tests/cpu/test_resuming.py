@@ -1,0 +1,123 @@
+"""What is said and done where a run goes on otherwise than it began, and where the disk refuses a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glassloop.arguments import from_values, parse
+from glassloop.checkpoint import State, read_state
+from glassloop.config import Config, as_dict
+from glassloop.plan import StepPlan
+from glassloop.planning.outlook import plan_of
+from glassloop.resuming import changes, reshaped, with_past
+from train_loop import train
+
+
+def saved(update: int = 20, ranks: int = 2, **sections: Any) -> State:
+    return State(update, 0, ranks, 0, "sha256:base", as_dict(Config.model_validate(sections)))
+
+
+def plan(config: Config, ranks: int = 2) -> StepPlan:
+    return plan_of(config, 600, ranks)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_rows_of_an_update_stay_with_any_number_of_ranks_that_divides_them(ranks: int, micro_batches: int) -> None:
+    config = reshaped(Config.model_validate({"batch": {"ranks": 2}}), saved(batch={"ranks": 2}), ranks)
+    there = plan(config, ranks)
+    assert (there.rows_per_update, there.size, there.accumulation) == (16, 2, micro_batches)
+    assert config.batch.ranks is None
+
+
+def test_ranks_that_do_not_divide_the_rows_are_refused_with_sizes_that_do() -> None:
+    with pytest.raises(
+        ValueError, match=r"rows_per_update = 16 is not a multiple of batch\.size x ranks = 2 x 16: batch\.size could be 1"
+    ):
+        reshaped(Config(), saved(), 16)
+
+
+def test_more_ranks_are_told_that_some_have_no_saved_random_numbers() -> None:
+    config = reshaped(Config.model_validate({"resume": {"run": "x", "reshape": True}}), saved(), 4)
+    allowed, told = changes(config, saved(), plan(config, 4), {})
+    assert allowed == ("batch.size", "batch.accumulation", "batch.rows_per_update")
+    assert told[0][0] == "reshaped"
+    assert "goes on with 4 ranks instead of 2: the same 16 rows" in told[0][1]
+    assert "ranks 2 to 3 begin with random numbers of their own" in told[0][1]
+
+
+def test_a_longer_run_says_what_it_does_to_the_learning_rate() -> None:
+    config = Config.model_validate({"schedule": {"updates": 120}})
+    allowed, told = changes(config, saved(), plan(config), {"updates": 60})
+    assert allowed == ("schedule.updates", "schedule.epochs")
+    assert "trains 120 updates instead of 60, so the learning rate falls later: lr(21) was 0.000143, is 0.000172" in told[0][1]
+    assert "lr(61) was none, is 0.000103" in told[0][1]
+    assert told[0][1].endswith("update 20 had 0.000174")
+
+
+@pytest.mark.parametrize("updates", [60, 40])
+def test_the_same_length_is_no_change_and_a_shorter_one_is_not_allowed(updates: int) -> None:
+    config = Config.model_validate({"schedule": {"updates": updates}})
+    assert changes(config, saved(), plan(config), {"updates": 60}) == ((), ())
+
+
+def test_updates_that_are_done_keep_the_learning_rate_that_they_had() -> None:
+    short, long = (plan(Config.model_validate({"schedule": {"updates": n}})) for n in (60, 120))
+    joined = with_past(long, json.loads(json.dumps(short.as_dict())), 20)
+    assert joined.lr == (*short.lr[:20], *long.lr[20:])
+    assert with_past(long, {}, 0) == long
+
+
+def test_reshape_needs_a_run_and_may_be_said_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume\.reshape say how a run goes on"):
+        from_values({"resume": {"reshape": True}})
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    assert parse(["--resume", str(tmp_path), "--resume.reshape"]).resume.reshape
+    assert not parse(["--resume", str(tmp_path), "--resume.reshape=false"]).resume.reshape
+
+
+@pytest.mark.parametrize(("on_failure", "done"), [("warn", 6), ("stop", 2)])
+def test_a_refused_checkpoint_lets_the_run_go_on_or_ends_it_and_never_exits_with_0(
+    run_of: Any, on_failure: str, done: int
+) -> None:
+    run = run_of(
+        checkpoint={"every_updates": 2, "on_failure": on_failure}, schedule={"updates": 6}, execution={"preflight": False}
+    )
+    (run.folder / "checkpoints").write_text("in the way")
+    assert train(run) == 1
+    run.close_observers()
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == done
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    refusals = [event["message"] for event in events if event["kind"] == "warning"]
+    assert "update_000002 was not saved" in refusals[0]
+    assert (run.folder / "checkpoints").read_text() == "in the way"
+    assert ("checkpoint.on_failure = stop" in events[-1]["message"]) == (on_failure == "stop")
+
+
+def test_a_checkpoint_of_more_ranks_is_restored_on_fewer_and_fewer_on_more(run_of: Any) -> None:
+    from glassloop.checkpoint import load_checkpoint
+    from glassloop.snapshots import rng_state
+
+    run = run_of()
+    run.save(1)
+    path = run.folder / "checkpoints/update_000001"
+    before = rng_state(run.device)
+    shared = {
+        "adapters": run.adapters,
+        "optimizer": run.optimizer,
+        "base_hash": read_state(path).base_hash,
+        "config": as_dict(run.config),
+    }
+    with pytest.raises(ValueError, match=r"saved by 1 ranks, this run has 2: start 1 .* or go on with 2: --resume\.reshape"):
+        load_checkpoint(path, rank=1, world_size=2, **shared)
+    import torch
+
+    torch.rand(3)
+    moved = rng_state(run.device)
+    load_checkpoint(path, rank=1, world_size=2, reshape=True, **shared)
+    assert rng_state(run.device) == moved  # a rank that was not there keeps its own
+    load_checkpoint(path, rank=0, world_size=2, reshape=True, **shared)
+    assert rng_state(run.device) == before

@@ -1,0 +1,320 @@
+"""Kills a run at every call that changes the disk, and at random moments; goes on with what is left; compares the end with a run that nobody killed.
+
+    soak.py FOLDER MODEL ROWS [--every N] [--random N] [--launched N]
+
+Most runs are forks of this process, which has done a whole run already: imports and model code are warm, and a kill costs about two seconds.
+`--every N` takes each N-th call, `--random N` kills so often by the clock, `--launched N` so often through the launcher, with two ranks. Prints the
+counts, and ends with 1 where a run came to another end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tqdm
+from launching import LAUNCH, ROOT, TWO_CPUS, environment
+
+import train_loop
+from glassloop.capsule import find_capsules, read_capsule
+from glassloop.checkpoint import last_checkpoint, read_state
+from glassloop.observers import read_jsonl
+
+UPDATES = 4
+CALLS = ("write", "fsync", "ftruncate", "rename", "replace", "mkdir", "rmdir", "unlink")  # of os; and writes of open files
+Kill = tuple[int, bool]  # before which call; whether a write has written half of its bytes by then
+
+
+def words_of(model: str, rows: str, runs: Path, updates: int = UPDATES) -> list[str]:
+    return [
+        f"model.id={model}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "data.heldout=0.2", "lora.r=4",
+        "lora.dropout=0.1", "batch.size=2", "batch.accumulation=1", f"schedule.updates={updates}", "schedule.warmup_updates=2",
+        "optimizer.lr=1e-2", "execution.precision=fp32", "execution.deterministic=true", "execution.preflight=false",
+        "execution.checkpointing=false", "evaluation.every_updates=2", "evaluation.generate_rows=0", "evaluation.samples=0",
+        "checkpoint.every_updates=1", "checkpoint.keep=1", "record.probe_every_updates=2", f"run.dir={runs}",
+    ]  # fmt: skip
+
+
+class Disk:
+    """Counts the calls that change something below `root`; dies by SIGKILL at the one it is told."""
+
+    def __init__(self, root: Path, kill: Kill | None) -> None:
+        self.root, self.kill = f"{root}/", kill
+        self.kinds: list[str] = []
+
+    def install(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self._counted(name, getattr(os, name)))
+        genuine = io.open
+        builtins.open = io.open = lambda *a, **k: self._file(genuine(*a, **k), a[0])  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reached(self, kind: str, half: Callable[[], Any] | None = None) -> None:
+        if self.kill is not None and self.kill[0] == len(self.kinds):
+            if self.kill[1] and half is not None:
+                half()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.kinds.append(kind)
+
+    def inside(self, place: Any, dir_fd: int | None = None) -> bool:
+        try:
+            path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else os.fspath(place)
+            folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        except OSError:
+            return False
+        return os.path.join(folder, path).startswith(self.root)
+
+    def _counted(self, name: str, genuine: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if self.inside(arguments[0], named.get("dir_fd")):
+                data = arguments[1] if name == "write" else b""
+                self.reached(name, (lambda: genuine(arguments[0], data[: len(data) // 2])) if data else None)
+            return genuine(*arguments, **named)
+
+        return call
+
+    def _file(self, file: Any, place: Any) -> Any:
+        return Written(self, file) if file.writable() and self.inside(place) else file
+
+
+class Written:
+    """An open file whose writes are counted."""
+
+    def __init__(self, disk: Disk, file: Any) -> None:
+        self.disk, self.file = disk, file
+
+    def write(self, data: Any) -> int:
+        self.disk.reached("write", lambda: (self.file.write(data[: len(data) // 2]), self.file.flush()))
+        return self.file.write(data)
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __iter__(self) -> Any:
+        return iter(self.file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def forked(argv: list[str], log: Path, root: Path, kill: Kill | None = None, after_s: float | None = None) -> int | None:
+    """Exit code of the command in a fork of this process; None where it was killed, as `kill` or `after_s` say."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            disk = Disk(root, kill)
+            disk.install()
+            code = train_loop.main(argv)
+            Path(log).with_suffix(".calls").write_text("\n".join(disk.kinds))
+        except BaseException:  # it may not come back into the parent's code
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if after_s is not None:
+        time.sleep(after_s)
+        os.kill(child, signal.SIGKILL)  # a child that has ended stays there until it is waited for
+    status = os.waitpid(child, 0)[1]
+    return None if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else os.waitstatus_to_exitcode(status)
+
+
+def goes_on(words: list[str], folder: Path) -> list[str] | None:
+    """The command that goes on with what a kill has left; None where nothing is left to do."""
+    if not (folder / "config.yaml").exists():
+        return [*words, f"run.name={folder.name}"]
+    checkpoint, _ = last_checkpoint(folder)
+    if checkpoint is None:
+        return ["--resume", str(folder), "--at", "0"]
+    done = json.loads((folder / "plan.json").read_text())["updates"] == read_state(checkpoint).update
+    return None if done else ["--resume", str(folder)]
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    """What must not depend on kills: the last attempt at each update, and the last checkpoint. Raises ValueError where something is torn."""
+    end: dict[str, Any] = {"plan": json.loads((folder / "plan.json").read_text())}
+    for name in ("metrics", "rows", "evaluations", "probes"):
+        lines = read_jsonl(folder / f"{name}.jsonl")
+        last = Counter[int]()
+        for line in lines:
+            last[line["update"]] = max(last[line["update"]], line["attempt"])
+        timed = ("seconds", "attempt", "base")  # base scores are measured once a process
+        end[name] = [
+            {key: value for key, value in line.items() if not key.endswith("_s") and key not in timed}
+            for line in lines
+            if line["attempt"] == last[line["update"]]
+        ]
+    checkpoint, notes = last_checkpoint(folder)
+    assert checkpoint is not None, notes
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors" or path.name.startswith(("rng_", "optimizer")):
+            end[path.name] = path.read_bytes()
+    state = read_state(checkpoint)
+    end["state"] = (state.update, state.epoch, state.loss_scale, state.finite_updates, state.heldout_loss_nats, state.details)
+    for capsule in find_capsules(folder / "capsules"):
+        read_capsule(capsule)
+    return end
+
+
+class Soak:
+    """One reference, many killed runs; `wrong` lists those that came to another end."""
+
+    def __init__(self, work: Path, words: list[str]) -> None:
+        self.work, self.words, self.wrong = work, words, []
+        self.kills: Counter[str] = Counter()
+        self.log = work / "log.txt"
+
+    def reference(self) -> int:
+        """A run that nobody kills, in this process, and one in a fork, which must be alike. Returns the calls of the second."""
+        assert train_loop.main([*self.words, "run.name=warm"]) == 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        self.whole = end_of(self.work / "runs/warm")
+        folder = self.work / "runs/whole"
+        assert forked([*self.words, "run.name=whole"], self.log, self.work) == 0, self.log.read_text()[-3000:]
+        self.compare(folder, "not killed")
+        kinds = self.log.with_suffix(".calls").read_text().split("\n")
+        self.writes = [place for place, kind in enumerate(kinds) if kind == "write"]
+        return len(kinds)
+
+    def compare(self, folder: Path, what: str) -> None:
+        try:
+            end = end_of(folder)
+            different = [name for name in self.whole if end.get(name) != self.whole[name]]
+        except (ValueError, OSError, AssertionError, KeyError) as error:
+            different = [f"{type(error).__name__}: {error}"]
+        if different:
+            self.wrong.append(f"{what}: {'; '.join(different)} ({folder})")
+        else:
+            shutil.rmtree(folder)
+
+    def at_call(self, kill: Kill) -> None:
+        """Kill at one call, go on once, compare."""
+        folder = self.work / f"runs/call{kill[0]}{'half' * kill[1]}"
+        what = f"killed {'in' if kill[1] else 'before'} call {kill[0]}"
+        code = forked([*self.words, f"run.name={folder.name}"], self.log, self.work, kill)
+        if code is not None:
+            self.wrong.append(f"{what}: ended by itself with exit code {code} ({self.log})")
+            return
+        self.kills["in a write" if kill[1] else "before a call"] += 1
+        self.finish(folder, what)
+
+    def finish(self, folder: Path, what: str) -> None:
+        argv = goes_on(self.words, folder)
+        if argv is not None and (code := forked(argv, self.log, self.work)) != 0:
+            self.wrong.append(f"{what}: {' '.join(argv[:4])} ended with {code} ({self.log})")
+            return
+        self.compare(folder, what)
+
+    def at_random(self, count: int, longest_s: float) -> None:
+        """Kill by the clock, again and again until the run is done, until `count` kills are spent."""
+        drawn, run = random.Random(11), 0
+        while self.kills["by the clock"] < count:
+            folder, run = self.work / f"runs/clock{run}", run + 1
+            argv: list[str] | None = [*self.words, f"run.name={folder.name}"]
+            while argv is not None and self.kills["by the clock"] < count:
+                code = forked(argv, self.log, self.work, after_s=drawn.uniform(0, longest_s))
+                self.kills["by the clock"] += code is None
+                argv = goes_on(self.words, folder)
+            self.finish(folder, f"run {run} killed by the clock")
+
+    def launched(self, count: int) -> None:
+        """The same through the launcher, with two ranks: all processes are killed at once, or one rank only."""
+        words = words_of(self.words[0][9:], self.words[1][12:], self.work / "runs", updates=40)
+        assert self.launch([*words, "run.name=two"]).wait() == 0, self.log.read_text()[-3000:]
+        self.whole = end_of(self.work / "runs/two")
+        drawn, run = random.Random(12), 0
+        while self.kills["launched, two ranks"] < count:
+            folder, run = self.work / f"runs/launched{run}", run + 1
+            argv: list[str] | None = [*words, f"run.name={folder.name}"]
+            while argv is not None:
+                process, killed_one = self.launch(argv), False
+                if self.kills["launched, two ranks"] < count:
+                    time.sleep(drawn.uniform(3, 11))
+                    ranks = ranks_of(process.pid)
+                    victims = ranks[:1] if drawn.random() < 0.25 else [process.pid, *ranks]
+                    killed_one = bool(ranks) and process.poll() is None and all(map(killed, victims))
+                    self.kills["launched, two ranks"] += killed_one
+                code = process.wait()
+                if code != 0 and not killed_one:
+                    self.wrong.append(f"launched run {run}: {' '.join(argv[:4])} ended with {code} ({self.log})")
+                    break
+                argv = goes_on(words, folder)
+            self.compare(folder, f"launched run {run}")
+
+    def launch(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        command = [*LAUNCH, str(TWO_CPUS), str(ROOT / "train_loop.py"), *argv]
+        with self.log.open("a") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, stdout=log, stderr=log)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The launcher's processes."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def killed(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("rows")
+    for name, usual in (("every", 1), ("random", 60), ("launched", 20)):
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    asked = parser.parse_args()
+    tqdm.tqdm.monitor_interval = 0  # no thread that a fork would lose
+    os.environ.update({"HF_DATASETS_CACHE": str(asked.folder / "datasets"), "GLASSLOOP_CACHE": str(asked.folder / "cache")})
+    soak = Soak(asked.folder.resolve(), words_of(asked.model, asked.rows, asked.folder.resolve() / "runs"))
+    began = time.monotonic()
+    calls = soak.reference()
+    one_run_s = time.monotonic() - began
+    for place in range(0, calls, asked.every):
+        soak.at_call((place, False))
+    for place in soak.writes[:: asked.every]:
+        soak.at_call((place, True))
+    soak.at_random(asked.random, one_run_s / 3)
+    if asked.launched:
+        soak.launched(asked.launched)
+    print(f"\na run makes {calls} calls that change the disk, {len(soak.writes)} of them writes", file=sys.stderr)
+    counts = ", ".join(f"{count} {how}" for how, count in soak.kills.items())
+    print(f"kills: {soak.kills.total()} ({counts}); {len(soak.wrong)} came to another end", file=sys.stderr)
+    for line in soak.wrong:
+        print(line, file=sys.stderr)
+    return 1 if soak.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""A killed run goes on to the end of one that nobody killed: rows, losses, norms, optimizer and adapter bit for bit.
+
+A sample; `make soak` does all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from launching import HERE, environment, write_rows
+
+ALL = bool(os.environ.get("GLASSLOOP_SOAK"))
+SAMPLE = ["--every", "23", "--random", "4", "--launched", "0"]
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 37)
+    command = [sys.executable, str(HERE / "soak.py"), str(tmp_path), str(tiny_llama), str(rows), *([] if ALL else SAMPLE)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=3600)
+    counts = re.search(r"^kills: (\d+) .*$", done.stderr, re.M)
+    assert done.returncode == 0 and counts, done.stderr[-6000:]
+    print(f"\n{counts[0]}")
+    assert int(counts[1]) >= (380 if ALL else 15)
