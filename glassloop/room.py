@@ -25,14 +25,17 @@ def allocated_gib(device: torch.device) -> float:
 
 
 def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
-    """Predicted memory with a pass of these rows as the heaviest; None where the model's shapes are unknown."""
+    """Predicted memory with a pass of these rows as the heaviest; None where nothing is known of the model's shapes, targets or engine."""
     shapes, _ = shapes_of(run.config.model.id)
     if shapes is None or not rows:
         return None
     packed = run.batches.layout == "packed"
     count, tokens = (1, sum(map(len, rows))) if packed else (len(rows), max(map(len, rows)))
     work = replace(work_of(run.config), rows=count, tokens=tokens, supervised_tokens=sum(row.supervised_tokens for row in rows))
-    return ledger_of(shapes, replace(work, capability=torch.cuda.get_device_capability(run.device)))
+    try:
+        return ledger_of(shapes, replace(work, capability=torch.cuda.get_device_capability(run.device)))
+    except ValueError:  # an engine or targets that the ledger has no terms for: the measurement stands alone
+        return None
 
 
 def memory_lines(run: Run, window: Window) -> list[str]:
@@ -41,8 +44,8 @@ def memory_lines(run: Run, window: Window) -> list[str]:
         return []
     measured = run.measured_gib | {"peak": torch.cuda.max_memory_allocated(run.device) / GIB}
     ledger = ledger_of_pass(run, run.batches.share(window, run.rank))
-    predicted = {} if ledger is None else {phase: size / GIB for phase, size in ledger.phases.items()}
-    pairs = [f"{phase} {predicted.get(phase, math.nan):.2f} / {value:.2f}" for phase, value in measured.items()]
+    predicted = {} if ledger is None else {phase: f"{size / GIB:.2f}" for phase, size in ledger.phases.items()}
+    pairs = [f"{phase} {predicted.get(phase, 'unknown')} / {value:.2f}" for phase, value in measured.items()]
     return [f"memory, predicted / measured GiB: {', '.join(pairs)}"]
 
 

@@ -35,6 +35,18 @@ def test_predicted_memory_stands_beside_measured(run_of, on_a_gpu, layout):
     )
 
 
+def test_what_the_ledger_does_not_know_is_measured_all_the_same(run_of, on_a_gpu, monkeypatch):
+    run = run_of(execution={"precision": "fp32", "checkpointing": False})
+    run.device = on_a_gpu
+
+    def unknown(*_):
+        raise ValueError("lora.targets = c_attn: not in these shapes")
+
+    monkeypatch.setattr(room, "ledger_of", unknown)
+    (line,) = room.memory_lines(run, run.batches.heaviest())
+    assert line == "memory, predicted / measured GiB: load unknown / 0.00, adapters unknown / 0.00, peak unknown / 3.00"
+
+
 def test_a_heavier_pass_is_predicted_to_take_more(run_of, on_a_gpu):
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
     run.device = on_a_gpu
