@@ -96,7 +96,7 @@ def predictions(measured: dict[str, float]) -> list[str]:
         if key in measured:
             lines.append(f"| {key} | {measured[key]:,.0f} | measured (predicted: {fast:,.0f}) |")
         else:
-            lines.append(f"| {key} | {fast:,.0f} | PREDICTED by arithmetic, never measured |")
+            lines.append(f"| {key} | {fast:,.0f} | PREDICTED by arithmetic; this work was not measured there |")
     return lines
 
 

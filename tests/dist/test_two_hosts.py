@@ -14,7 +14,7 @@ import pytest
 import yaml
 from launching import LAUNCH, ROOT, environment, write_rows
 
-HOSTS = ("glasshost0", "glasshost1")
+HOSTS = (f"glass{os.getpid()}a", f"glass{os.getpid()}b")  # two test runs on one machine do not meet
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 TIMEOUT_S = 12  # execution.collective_timeout_s: from the cut to the end, besides 10 s for the launcher
 
