@@ -491,3 +491,8 @@ def test_a_reference_that_only_serves_the_check_is_not_shown() -> None:
     packed = line(2000.0, layout="packed")
     shown = "\n".join(table.table(judged(reference, packed)))
     assert "2,000" in shown and "12,345" not in shown
+
+
+def test_other_rows_are_no_reference() -> None:
+    one = line(layout="packed") | {"rows_digest": "other ids of the same lengths"}
+    assert results.checked(one, [line()])["within"] is None
