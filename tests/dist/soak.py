@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from glassloop.checkpoint import last_checkpoint, read_state
 from glassloop.observers import read_jsonl
 
 UPDATES = 4
+LONGEST_S = 120  # of a fork; a run takes two seconds, and one that hangs is killed by a signal that counts as a wrong end
 CALLS = ("write", "fsync", "ftruncate", "rename", "replace", "mkdir", "rmdir", "unlink")  # of os; and writes of open files
 Kill = tuple[int, bool]  # before which call; whether a write has written half of its bytes by then
 
@@ -117,6 +119,7 @@ def forked(argv: list[str], log: Path, root: Path, kill: Kill | None = None, aft
     child = os.fork()
     if child == 0:
         code = 99
+        signal.alarm(LONGEST_S)
         try:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.dup2(output, 1)
@@ -296,6 +299,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=usual)
     asked = parser.parse_args()
     tqdm.tqdm.monitor_interval = 0  # no thread that a fork would lose
+    tqdm.tqdm.set_lock(threading.RLock())  # its own one lies in memory that forks share: a killed one would keep it for ever
     os.environ.update({"HF_DATASETS_CACHE": str(asked.folder / "datasets"), "GLASSLOOP_CACHE": str(asked.folder / "cache")})
     soak = Soak(asked.folder.resolve(), words_of(asked.model, asked.rows, asked.folder.resolve() / "runs"))
     began = time.monotonic()
