@@ -46,7 +46,7 @@ def memory_lines(run: Run, window: Window) -> list[str]:
     ledger = ledger_of_pass(run, run.batches.share(window, run.rank))
     predicted = {} if ledger is None else {phase: f"{size / GIB:.2f}" for phase, size in ledger.phases.items()}
     pairs = [f"{phase} {predicted.get(phase, 'unknown')} / {value:.2f}" for phase, value in measured.items()]
-    return [f"memory, predicted / measured GiB: {', '.join(pairs)}"]
+    return [f"predicted / measured GiB: {', '.join(pairs)}"]
 
 
 def cures(run: Run) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 120
+PATIENCE_S = {"cpu": 120.0, "cuda": 400.0}  # a GPU's first use can take minutes on a slow host
 
 
 def main(argv: list[str]) -> int:
@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--patience",
         type=float,
-        default=PATIENCE_S,
         metavar="SECONDS",
-        help=f"give up when a process has said nothing for so long (default: {PATIENCE_S})",
+        help="give up when a process has said nothing for so long; a collective waits half of it "
+        f"(default: {PATIENCE_S['cpu']:g}, on a GPU {PATIENCE_S['cuda']:g})",
     )
     return parser
 
@@ -65,6 +65,7 @@ def verify(asked: argparse.Namespace, old: dict[str, Any] | None) -> int:
 
     started = time.monotonic()
     device, gpus = _device(asked.device)
+    asked.patience = asked.patience or PATIENCE_S[device]
     shared = " (both ranks on the one GPU, over gloo)" if gpus == 1 else ""
     _say(f"two parts side by side on {device}{shared}; one is given up when it says nothing for {asked.patience:g} s")
     with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="glassloop-verify-") as name:
@@ -101,7 +102,15 @@ def _run(folder: Path, device: str, gpus: int, asked: argparse.Namespace) -> dic
 
     problem.write_model(folder / "model")
     problem.write_rows(folder / "rows.jsonl")
-    (folder / "asked.json").write_text(json.dumps({"backend": "gloo" if gpus == 1 else "auto", "only": asked.only}))
+    (folder / "asked.json").write_text(
+        json.dumps(
+            {
+                "backend": "gloo" if gpus == 1 else "auto",
+                "only": asked.only,
+                "collective_timeout_s": max(1, int(asked.patience / 2)),
+            }
+        )
+    )
     run_parts(parts(folder, device, gpus), patience_s=asked.patience, say=_say, cwd=folder)
     verdicts, fingerprint, environment = results.judge(folder)
     if not verdicts:

@@ -108,6 +108,7 @@ class Place:
     model: Path
     rows: Path
     backend: str  # execution.backend
+    collective_timeout_s: int
 
 
 @dataclass
@@ -138,7 +139,7 @@ def config_of(member: Member, optimizer: str, place: Place, name: str) -> Config
                 "pass_tokens": shape.pass_tokens,
                 "reduction": shape.reduction,
                 "backend": place.backend,
-                "collective_timeout_s": 60,
+                "collective_timeout_s": place.collective_timeout_s,
                 "precision": "fp32",
                 "checkpointing": shape.recomputed,
             },

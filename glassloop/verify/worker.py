@@ -45,7 +45,8 @@ def main(folder: Path) -> None:
     torch.set_float32_matmul_precision("highest")  # no TF32; there are no convolutions
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     asked = json.loads((folder / "asked.json").read_text())
-    jobs = jobs_of(ranks, Place(folder, folder / "model", folder / "rows.jsonl", asked["backend"]), asked["only"])
+    place = Place(folder, folder / "model", folder / "rows.jsonl", asked["backend"], asked["collective_timeout_s"])
+    jobs = jobs_of(ranks, place, asked["only"])
     results = []
     for number, job in enumerate(jobs, start=1):
         if rank == 0:
