@@ -55,6 +55,12 @@ def attach_lora(hf: PreTrainedModel, lora: LoraConfig, *, seed: int, base_name: 
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )  # peft 0.21 asks by the old name
         model = peft.get_peft_model(hf, config, autocast_adapter_dtype=True)
+    draw_adapters(model, seed=seed, base_name=base_name, commit=commit)  # type: ignore[arg-type]
+    return model  # type: ignore[return-value]
+
+
+def draw_adapters(model: peft.PeftModel, *, seed: int, base_name: str, commit: str | None) -> None:
+    """Put the first values into fresh adapters (see attach_lora), and the base's name into what adapter_config.json will say."""
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = base_name, commit
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +69,6 @@ def attach_lora(hf: PreTrainedModel, lora: LoraConfig, *, seed: int, base_name: 
             drawn = torch.empty(parameter.shape)
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             parameter.data.copy_(drawn)
-    return model  # type: ignore[return-value]
 
 
 def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from glassloop.base_source import BaseError, BaseSource, base_hash, damaged_copy, loading_errors, resolve_source
+from glassloop.base_source import (
+    BaseError,
+    BaseSource,
+    base_hash,
+    damaged_copy,
+    downloaded,
+    loading_errors,
+    resolve_source,
+)
 from glassloop.cache import cache_root, published, save_pretrained_here
 from glassloop.config import ModelConfig
 from glassloop.model_checks import base_checksum
@@ -105,6 +113,35 @@ def load_base(
         notes=tuple(notes),
     )
     return hf, report
+
+
+def find_base(
+    model: ModelConfig, *, precision: str, device: torch.device, first: Callable[[], AbstractContextManager[Any]]
+) -> LoadReport:
+    """What load_base would report, for an engine that loads the same files itself. A base in NF4 only; quantises it if need be.
+
+    `folder` is always set. A base that comes quantised is loaded once for its checksum, and dropped. Raises what load_base raises.
+    """
+    started, dtype = time.monotonic(), DTYPES[precision]
+    with first():
+        source = resolve_source(model)
+        copy = None
+        if _own_quantization(source, model) is None:
+            files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
+            copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+    if copy is None:
+        _, report = load_base(model, precision=precision, device=device, first=first)
+        return report if report.folder else replace(report, folder=str(downloaded(source)))
+    return LoadReport(
+        name=source.name,
+        commit=source.commit,
+        base_hash=files_hash,
+        checksum=_checksum_of_copy(copy, model),
+        folder=str(copy),
+        from_cache=not made,
+        seconds=time.monotonic() - started,
+        notes=(source.note,) if source.note else (),
+    )
 
 
 def _load(
@@ -245,14 +282,21 @@ def copy_name(name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', name.rstrip('/').split('/')[-1])[:60]}-nf4-{key}"
 
 
-def _load_copy(folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, int]:
-    """Load a quantised copy and compare it with what was written down when it was made. Raises BaseError naming a damaged folder."""
+def _checksum_of_copy(folder: Path, model: ModelConfig) -> int:
+    """The checksum that a quantised copy was made with. Raises BaseError naming a file that is not as it was made."""
     with loading_errors(model, copy=folder):
         manifest = json.loads((folder / MANIFEST).read_text())
         expected, files = manifest["checksum"], manifest["files"]
         for name, entry in files.items():
             if _file_entry(folder / name) != entry:
                 raise BaseError(damaged_copy(model, folder, name))
+    return expected
+
+
+def _load_copy(folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, int]:
+    """Load a quantised copy and compare it with what was written down when it was made. Raises BaseError naming a damaged folder."""
+    expected = _checksum_of_copy(folder, model)
+    with loading_errors(model, copy=folder):
         hf = _load(str(folder), None, model, dtype, device, copy=folder)
     checksum = base_checksum(hf)
     if checksum != expected:

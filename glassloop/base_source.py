@@ -117,6 +117,15 @@ def _hub_source(model: ModelConfig) -> BaseSource:
     return BaseSource(name=model.id, commit=snapshot.name, folder=snapshot, note=note)
 
 
+def downloaded(source: BaseSource) -> Path:
+    """The hub's own folder on this machine with a source's files, after they were downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(source.name, "config.json", revision=source.commit)
+    assert isinstance(config, str)  # whoever asks has just loaded it
+    return Path(config).parent
+
+
 def base_hash(source: BaseSource, memo: Path) -> str:
     """64 hex digits that stand for the base's config and weights.
 

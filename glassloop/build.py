@@ -104,6 +104,8 @@ def build_run(config: Config) -> Run:
         seed=config.seed,
         device=device,
         first=accelerator.local_main_process_first,
+        engine=config.execution.engine,
+        longest_row=config.data.max_tokens,
     )
     require_same(
         "base weights", engine.report.checksum, "the ranks loaded different bases; clear the cache of one, or pin model.revision"

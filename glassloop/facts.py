@@ -40,7 +40,7 @@ def planned_facts(config: Config, *, ranks: int, linear_shapes: list[tuple[int, 
         "compiler of the launcher": "NO",
         "gradients reduced by": "ddp" if execution.reduction == "ddp" and ranks > 1 else "the loop",
         "engine": execution.engine,
-        "attention": config.model.attention,
+        "attention": config.model.attention if execution.engine == "peft" else execution.engine,  # other engines bring their own
         "trainable parameters": sum(config.lora.r * (inputs + outputs) for inputs, outputs in linear_shapes),
         "dtype of adapters": "float32",
         "dtype of quantised weights": STORED.get(config.model.quantization),
@@ -75,7 +75,7 @@ def found_facts(
         "compiler of the launcher": accelerator.state.dynamo_plugin.backend.value,  # type: ignore[union-attr]
         "gradients reduced by": "ddp" if isinstance(prepared, nn.parallel.DistributedDataParallel) else "the loop",
         "engine": engine.name,  # type: ignore[union-attr]
-        "attention": engine.hf.config._attn_implementation,  # type: ignore[union-attr]
+        "attention": engine.attention,  # type: ignore[union-attr]
         "trainable parameters": adapters.trainable,
         "dtype of adapters": dtypes("adapter A", "adapter B"),
         "dtype of quantised weights": dtypes("quantised linear"),

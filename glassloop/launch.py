@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType
 
 from glassloop.config import Config
+from glassloop.unsloth_checks import check_unsloth
 
 # Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs that it lacks, on every rank.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -73,6 +74,8 @@ def check_launch(config: Config) -> None:
         )
     config.batch.accumulation_for(ranks)
     execution = config.execution
+    if execution.engine == "unsloth":
+        check_unsloth(on_cuda=on_cuda())
     if not on_cuda():
         if execution.precision == "fp16":
             raise ValueError("execution.precision = fp16 needs a CUDA device: a CPU has no fp16 training; use fp32 or bf16")

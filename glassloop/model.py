@@ -53,6 +53,8 @@ def build_engine(
     seed: int,
     device: torch.device,
     first: Callable[[], AbstractContextManager[Any]],
+    engine: str = "peft",
+    longest_row: int | None = None,
 ) -> Engine:
     """Load the base onto `device`, attach adapters in fp32, and check what must be true before training.
 
@@ -61,6 +63,7 @@ def build_engine(
         checkpointing: recompute each decoder layer in the backward pass.
         seed: of the fresh adapters' A matrices; equal on all ranks, so that their adapters are equal.
         first: context in which one rank of a host goes before the others (it downloads and quantises).
+        engine: peft | unsloth. longest_row: tokens; None: as many as the model has positions (unsloth has to know).
 
     Returns:
         The engine, in training mode.
@@ -68,6 +71,18 @@ def build_engine(
     Raises:
         ValueError: for a model, target, adapter folder or launch that cannot train as asked; names the field and the cure.
     """
+    if engine == "unsloth":
+        return _unsloth_engine(
+            model,
+            lora,
+            precision=precision,
+            checkpointing=checkpointing,
+            seed=seed,
+            device=device,
+            first=first,
+            longest_row=longest_row,
+        )
+    assert engine == "peft", engine
     base, report = load_base(model, precision=precision, device=device, first=first)
     check_plain_head(base, device)
     fuse_norms(base)
@@ -81,34 +96,87 @@ def build_engine(
     return PeftEngine(hf, report).train()
 
 
+def _unsloth_engine(
+    model: ModelConfig,
+    lora: LoraConfig,
+    *,
+    precision: str,
+    checkpointing: bool,
+    seed: int,
+    device: torch.device,
+    first: Callable[[], AbstractContextManager[Any]],
+    longest_row: int | None,
+) -> Engine:
+    """Unsloth's decoder under the reference's loss; see unsloth_engine.py."""
+    from glassloop import unsloth_engine as unsloth
+
+    hf, report = unsloth.load_with_unsloth(
+        model,
+        lora,
+        load_tokenizer(model),
+        precision=precision,
+        checkpointing=checkpointing,
+        seed=seed,
+        device=device,
+        first=first,
+        longest_row=longest_row,
+    )
+    if model.init_adapter is not None:
+        load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)  # type: ignore[arg-type]
+    check_devices(hf, device, but=unsloth.ON_CPU)
+    check_dtypes(hf, precision)
+    return PeftEngine(
+        hf, report, name="unsloth", packed_bounds=unsloth.packed_bounds, before_training_pass=unsloth.train_again
+    ).train()
+
+
 class PeftEngine(nn.Module):
-    """transformers + PEFT + bitsandbytes: the reference engine.
+    """A PEFT model and our loss: transformers + PEFT + bitsandbytes is the reference engine, Unsloth's model the engine `unsloth`.
 
     Attributes:
         name: as in execution.engine.
         hf: the PEFT model; generation and saving go through it.
         report: how the base was loaded.
+        packed_bounds: rows' lengths -> the decoder's own arguments for a packed pass; None: as transformers has them.
+        before_training_pass: called with `hf` before a pass in training mode.
     """
 
-    name = "peft"
-
-    def __init__(self, hf: nn.Module, report: LoadReport):
+    def __init__(
+        self,
+        hf: nn.Module,
+        report: LoadReport,
+        *,
+        name: str = "peft",
+        packed_bounds: Callable[[tuple[int, ...]], dict[str, Any]] | None = None,
+        before_training_pass: Callable[[nn.Module], None] | None = None,
+    ):
         super().__init__()
         self.hf = hf
         self.report = report
+        self.name = name
+        self.packed_bounds = packed_bounds
+        self.before_training_pass = before_training_pass
         self._packing_checked = False
         # DistributedDataParallel would send rank 0's base over the others': half of it, since NF4's scales are no parameters.
         # Bases are compared instead. The name is DDP's own.
         self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
         self._ddp_params_and_buffers_to_ignore += [name for name, _ in self.named_buffers()]
 
+    @property
+    def attention(self) -> str:
+        """What computes attention: transformers' choice, or the engine's name where it brings its own."""
+        return self.hf.config._attn_implementation if self.name == "peft" else self.name  # type: ignore[union-attr, return-value]
+
     def forward(self, p: Pass) -> tuple[Tensor, Tensor]:
         """Summed token cross-entropy of a pass: loss_sum () fp32 with gradient, row_loss_sums (rows,) fp32 without. One rank's own sums."""
+        if self.training and self.before_training_pass is not None:
+            self.before_training_pass(self.hf)
         if p.packed:
             self.check_packing()
             hidden = self.hidden_states(p.input_ids, p.position_ids, p.lengths)  # (1, T, H)
         else:
             hidden = self.hidden_states(p.input_ids)  # (B, T, H)
+        assert hidden.shape[:2] == p.input_ids.shape, f"{self.name} cut a pass of {tuple(p.input_ids.shape)} places"
         head = self.hf.get_base_model().get_output_embeddings()  # type: ignore[operator]
         return token_loss_sums(hidden, head.weight, head.bias, p.targets, p.row_of, len(p.row_ids), places=p.places)
 
@@ -122,7 +190,9 @@ class PeftEngine(nn.Module):
         where: dict[str, Any] = {}
         if positions is not None:
             where["position_ids"] = positions
-            if self.hf.config._attn_implementation == "flash_attention_2":  # type: ignore[union-attr]
+            if self.packed_bounds is not None:
+                where |= self.packed_bounds(lengths)
+            elif self.hf.config._attn_implementation == "flash_attention_2":  # type: ignore[union-attr]
                 ends = [0, *accumulate(lengths)]
                 bounds = torch.tensor(ends, dtype=torch.int32).to(input_ids.device, non_blocking=True)
                 where |= {

@@ -74,10 +74,11 @@ def check_dtypes(hf: nn.Module, precision: str) -> None:
             )
 
 
-def check_devices(hf: nn.Module, device: torch.device) -> None:
-    """Raise ValueError unless every parameter and buffer lies on this rank's own device."""
+def check_devices(hf: nn.Module, device: torch.device, *, but: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless every parameter and buffer lies on this rank's own device. `but`: last parts of buffers' names that need not."""
     own = _indexed(device)
-    for name, tensor in [*hf.named_parameters(), *hf.named_buffers()]:
+    buffers = [(name, tensor) for name, tensor in hf.named_buffers() if name.rpartition(".")[2] not in but]
+    for name, tensor in [*hf.named_parameters(), *buffers]:
         if _indexed(tensor.device) != own:
             raise ValueError(
                 f"{name} lies on {tensor.device}, but this rank owns {own}: device_map='auto' splits a model over GPUs and leaves one "

@@ -33,7 +33,8 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
     count, tokens = (1, sum(map(len, rows))) if packed else (len(rows), max(map(len, rows)))
     work = replace(work_of(run.config), rows=count, tokens=tokens, supervised_tokens=sum(row.supervised_tokens for row in rows))
     try:
-        return ledger_of(shapes, replace(work, capability=torch.cuda.get_device_capability(run.device)))
+        card = torch.cuda.get_device_capability(run.device)
+        return ledger_of(shapes, replace(work, capability=card), run.config.execution.engine)
     except ValueError:  # an engine or targets that the ledger has no terms for: the measurement stands alone
         return None
 

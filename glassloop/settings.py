@@ -16,8 +16,8 @@ class Section(BaseModel):
 class ExecutionConfig(Section):
     """How an update is carried out. Nothing here changes its gradient beyond rounding."""
 
-    engine: Literal["peft"] = "peft"
-    """peft: transformers + PEFT + bitsandbytes, the reference."""
+    engine: Literal["peft", "unsloth"] = "peft"
+    """peft: transformers + PEFT + bitsandbytes, the reference. unsloth: the model as Unsloth loads and patches it (extra `unsloth`, a GPU)."""
     layout: Literal["literal", "packed"] = "literal"
     """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""
     pass_tokens: int | None = Field(default=None, ge=8)

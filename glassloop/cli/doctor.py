@@ -55,6 +55,7 @@ def examine(config: Config, launch_file: Path | None, *, with_data: bool) -> lis
     return [
         *doctor.check_versions(),
         *doctor.check_pins(),
+        *doctor.check_engine(config, on_cuda=cuda is not None and bool(present)),
         *doctor.check_cards(config, present, cuda, environ),
         *check_p2p(len(present) if cuda is not None else 0),
         *launch_files.check_launcher(config, environ, launch_file),

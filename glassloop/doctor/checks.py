@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from glassloop import unsloth_checks
 from glassloop.config import Config
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.environment import package_version
 from glassloop.planning.outlook import disk_state_bytes, work_of
 from glassloop.predict.cards import verdict
 from glassloop.predict.hardware import Present
-from glassloop.predict.ledger import GIB, base_bytes
+from glassloop.predict.ledger import GIB, PROFILES, base_bytes
 from glassloop.predict.shapes import shapes_of
 
 TESTED = {  # package: lowest and highest version that the tests ran with
@@ -77,6 +78,16 @@ def check_pins(installed: Callable[[str], str | None] = package_version) -> list
         else:
             found.append(Finding(OK, owner, f"{version}; its pins hold ({wanted})"))
     return found
+
+
+def check_engine(
+    config: Config, *, on_cuda: bool, problems: Callable[..., Sequence[str]] = unsloth_checks.problems
+) -> list[Finding]:
+    """Whether execution.engine can run here, where it is one that needs more than glassloop itself."""
+    if config.execution.engine != "unsloth":
+        return []
+    found = [Finding(PROBLEM, "engine", f"unsloth: {text}", "or execution.engine=peft") for text in problems(on_cuda=on_cuda)]
+    return found or [Finding(OK, "engine", "unsloth can be imported here; its base is compared with peft's when a run begins")]
 
 
 def _within(version: str, sign: str, bound: str) -> bool:
@@ -178,7 +189,15 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
             rows = config.batch.accumulation_for(ranks) * config.batch.size * ranks
         except ValueError as error:
             return [Finding(PROBLEM, "batch", str(error))]
-        one = verdict(card.gpu, shapes, work_of(config), ranks=ranks, rows_per_update=rows, free_gib=card.free_gib)
+        engine = config.execution.engine
+        if engine not in PROFILES:
+            found.append(
+                Finding(
+                    NOTE, "memory", f"GPU {number}: what execution.engine={engine} needs is not modelled; preflight measures it"
+                )
+            )
+            continue
+        one = verdict(card.gpu, shapes, work_of(config), ranks=ranks, rows_per_update=rows, free_gib=card.free_gib, engine=engine)
         text = (
             f"GPU {number}: about {one.needed_gib:.1f} GiB needed for full rows, {card.free_gib:.1f} of {card.total_gib:.1f} free"
         )

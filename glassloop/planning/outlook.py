@@ -10,7 +10,7 @@ from glassloop.config import Config
 from glassloop.plan import StepPlan, make_plan
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
-from glassloop.predict.ledger import STATE_BYTES, Ledger, Work, ledger_of
+from glassloop.predict.ledger import PROFILES, STATE_BYTES, Ledger, Work, ledger_of
 from glassloop.predict.roofline import pass_time, tokens_per_s
 from glassloop.predict.shapes import Shapes, shapes_of
 
@@ -145,13 +145,18 @@ def look_ahead(
             gpu, shapes, work, ranks=plan.ranks, rows_per_update=plan.rows_per_update, free_gib=free_gib, engine=engine
         )
 
-    verdicts = [judged(gpu) for name in PLANNED_FOR if (gpu := gpu_named(name))]
-    for card in present:
+    known = engine in PROFILES
+    if not known:
+        unknown.append(
+            f"memory and time of execution.engine={engine}: it is not modelled here; preflight measures it, glassloop bench times it"
+        )
+    verdicts = [judged(gpu) for name in PLANNED_FOR if known and (gpu := gpu_named(name))]
+    for card in present if known else ():
         if card.gpu is None:
             unknown.append(f"this machine's {card.name}: not in the table of cards, so nothing is said of it")
         else:
             verdicts.append(judged(card.gpu, card.free_gib))
-    if config.execution.precision == "fp32":
+    if known and config.execution.precision == "fp32":
         unknown.append("time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32")
     return Outlook(
         config=config,
@@ -162,11 +167,11 @@ def look_ahead(
         trainable=n,
         checkpoint_bytes=round(4 * n + disk_state_bytes(config.optimizer.name) * n) + TOKENIZER_BYTES * shapes.vocabulary,
         work=work,
-        ledger=ledger_of(shapes, work, engine),
-        other_ledger=ledger_of(shapes, other, engine),
+        ledger=ledger_of(shapes, work, engine) if known else None,
+        other_ledger=ledger_of(shapes, other, engine) if known else None,
         verdicts=tuple(verdicts),
         times=()
-        if config.execution.precision == "fp32"
+        if config.execution.precision == "fp32" or not known
         else tuple(time for name in PLANNED_FOR if (time := card_time(config, plan, shapes, name, mean, counts)) is not None),
         row_tokens=mean,
         tokens=counts,

@@ -61,6 +61,8 @@ def make_parts(config: Config, accelerator: Accelerator | None, *, pad_id: int, 
         seed=config.seed,
         device=device,
         first=contextlib.nullcontext,
+        engine=execution.engine,
+        longest_row=config.data.max_tokens,
     )
     largest = engine.hf.get_base_model().get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
     if odd := [row.row_id for row in rows if max(row.input_ids) >= largest]:

@@ -70,7 +70,9 @@ TABLE = {
     "base_cache": Rule("base_source cache config model_checks random_base", "safetensors torch transformers"),
     "norms": Rule("", "torch"),
     "adapters": Rule("config", "peft safetensors torch transformers"),
-    "model": Rule("adapters base_cache base_source config loss model_checks norms rows", "torch transformers"),
+    "unsloth_checks": Rule(),
+    "unsloth_engine": Rule("adapters base_cache cache config model_checks unsloth_checks", "numpy safetensors torch"),
+    "model": Rule("adapters base_cache base_source config loss model_checks norms rows unsloth_engine", "torch transformers"),
     "generation": Rule("", "torch", late="transformers"),
     "planning": Rule("batches config dataset model plan predict sources templates", late="datasets pyarrow torch"),
     # What is kept and shown of a run.
@@ -86,7 +88,7 @@ TABLE = {
     "flags": Rule(),
     "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
     # What knows every part.
-    "launch": Rule("config", "accelerate datasets torch transformers"),
+    "launch": Rule("config unsloth_checks", "accelerate datasets torch transformers"),
     "facts": Rule("config dist launch model_checks optim", "accelerate torch transformers"),
     "resuming": Rule("checkpoint config plan"),
     "inspection": Rule("*", "torch"),
@@ -94,7 +96,7 @@ TABLE = {
     "run": Rule("*", "torch"),
     "room": Rule("batches dist planning predict rows run", "torch"),
     "build": Rule("*", "accelerate torch"),
-    "doctor": Rule("config environment planning predict trackers", late="accelerate datasets torch yaml"),
+    "doctor": Rule("config environment planning predict trackers unsloth_checks", late="accelerate datasets torch yaml"),
     # Updates carried out again: a recorded one to find out what it was, a small class of them to prove the math.
     "replay": Rule("*", "accelerate torch yaml"),
     "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),
