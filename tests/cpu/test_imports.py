@@ -83,6 +83,7 @@ TABLE = {
     "observers": Rule("record"),
     "terminal": Rule("observers record", "rich"),
     "trackers": Rule("config environment observers record", late="wandb"),
+    "report": Rule("observers record", "numpy rich", late="yaml"),
     "outcome": Rule("batches config dist record stability"),
     "probes": Rule("optim record", "torch"),
     "flags": Rule(),

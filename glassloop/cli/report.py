@@ -1,0 +1,41 @@
+"""Write a run as one HTML page that opens offline: curves, layers, rows, events, and a summary in plain words."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop report RUN [--out FILE] [--no-text] [--png FILE]`. Exit code 0; ValueError for what cannot be read."""
+    own = argparse.ArgumentParser(
+        prog="glassloop report",
+        allow_abbrev=False,
+        description="Reads the run's folder alone: needs no GPU, no model and no network, and works while the run goes. train_loop.py writes "
+        "the same page when a run ends.",
+    )
+    own.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    own.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where to write it (default: RUN/report.html; report-no-text.html with --no-text)",
+    )
+    own.add_argument(
+        "--no-text", action="store_true", help="to share: no row's text or id, no answer, no system prompt, no command line"
+    )
+    own.add_argument("--png", type=Path, metavar="FILE", help="the curves as a picture too (needs matplotlib)")
+    given = own.parse_args(argv)
+
+    from glassloop.report.writing import REPORT, write_report
+
+    out = given.out or given.run / ("report-no-text.html" if given.no_text else REPORT)
+    path = write_report(given.run, out, text=not given.no_text)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser; it needs no network")
+    if given.png:
+        from glassloop.report.png import write_png
+        from glassloop.report.reading import read_run
+
+        write_png(read_run(given.run), given.png)
+        print(given.png)
+    return 0

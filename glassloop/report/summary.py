@@ -1,0 +1,315 @@
+"""A run in plain words: how it ended, whether it learned, whether it was stable, what to look at. Every sentence rests on a record."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from glassloop.report.reading import Record, RunData, number, setting
+
+SCORES = {  # of an evaluation, with what people call them; higher is better
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "closed_think": "answers that close their reasoning",
+    "ended": "answers that end by themselves",
+}
+MOST_TO_LOOK_AT = 6
+PADDING_SHARE = 0.3  # of the computed places: worth a word from here on
+UNMOVED_SHARE = 0.5  # of the adapters' entries that a step leaves as they are: the same
+
+
+@dataclass(frozen=True)
+class Say:
+    """One sentence of the summary.
+
+    Attributes:
+        topic: "ended" | "learned" | "stable" | "look".
+        verdict: "good" | "bad" | "look" | "unknown": what mark stands before it.
+        text: the sentence.
+        update: which update shows it; None: none in particular.
+        command: what to type next; None: nothing.
+    """
+
+    topic: str
+    verdict: str
+    text: str
+    update: int | None = None
+    command: str | None = None
+
+
+def summarise(run: RunData) -> list[Say]:
+    """The summary, in the order in which it is read."""
+    if not run.updates:
+        ended = how_it_ended(run)
+        return [
+            ended,
+            Say("learned", "unknown", "No update is on record yet, so there is nothing to say of learning or stability."),
+        ]
+    stable = was_it_stable(run)
+    calm = all(one.verdict == "good" for one in stable)
+    nothing = Say("look", "good", f"Nothing {'' if calm else 'else '}stands out.")
+    return [how_it_ended(run), *did_it_learn(run), *stable, *(what_to_look_at(run) or [nothing])]
+
+
+def how_it_ended(run: RunData) -> Say:
+    """Finished, failed, stopped, or no word of an end."""
+    done = run.updates[-1]["update"] if run.updates else 0
+    applied = sum(record["action"] == "applied" for record in run.updates)
+    count = f"{done:,} of {run.planned_updates:,} updates done, {applied:,} of them applied"
+    again = f"; {len(run.replaced):,} were done again after a resume" if run.replaced else ""
+    end = run.end
+    if end is None:
+        return Say(
+            "ended", "look", f"No end is on record: the run is still going, or it was broken off. {count}{again}.", done or None
+        )
+    if end["kind"] == "finished":
+        return Say("ended", "good", f"The run finished: {count}{again}.")
+    how = "was stopped on demand" if end["kind"] == "stopped" else "failed"
+    verdict = "look" if end["kind"] == "stopped" else "bad"
+    return Say("ended", verdict, f"The run {how}: {end['message']}. {count}{again}.", end["update"] or None, end["command"])
+
+
+def did_it_learn(run: RunData) -> list[Say]:
+    """From held-out rows where there are any; from the training loss otherwise, which repeated rows lower by themselves."""
+    said = []
+    scored = [(record["update"], number(record["loss_nats"])) for record in run.evaluations]
+    heldout = [(update, loss) for update, loss in scored if loss is not None and math.isfinite(loss)]
+    if len(heldout) >= 2:
+        said.append(_heldout(heldout, run.evaluations[-1]))
+        said += _scores(run.evaluations)
+    said.append(_training_loss(run, alone=not said))
+    return said
+
+
+def was_it_stable(run: RunData) -> list[Say]:
+    """Updates that were not applied, alarms, clipping, numbers that are not finite."""
+    skipped = [record for record in run.updates if record["action"] == "skipped"]
+    alarmed = [record for record in run.updates if record.get("alarms")]
+    kinds = Counter(kind.replace("_", " ") for record in alarmed for kind in record["alarms"])
+    said = []
+    if skipped:
+        first = skipped[0]
+        said.append(
+            Say(
+                "stable",
+                "bad",
+                f"{_times(len(skipped), 'update was', 'updates were')} skipped, first update {first['update']}: {first['reason']}.",
+                first["update"],
+                _command_at(run, first["update"]),
+            )
+        )
+    if alarmed:
+        names = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+        said.append(
+            Say(
+                "stable",
+                "look",
+                f"Detectors raised an alarm at {_times(len(alarmed), 'update', 'updates')} ({names}), first at update {alarmed[0]['update']}.",
+                alarmed[0]["update"],
+                _command_at(run, alarmed[0]["update"]),
+            )
+        )
+    norms = [
+        norm
+        for record in run.updates
+        if record["action"] == "applied" and (norm := number(record["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
+    ]
+    if not said:
+        calm = f": the gradient norm stayed between {min(norms):.3g} and {max(norms):.3g} before clipping" if norms else ""
+        said.append(Say("stable", "good", f"Every update was applied and no detector spoke{calm}."))
+    clips = [record["clip_coef"] for record in run.updates if record["clip_coef"] is not None]
+    clipped = sum(value < 1 for value in clips)
+    if clips and clipped / len(clips) > 0.5:
+        mean = statistics.fmean(clips)
+        said.append(
+            Say(
+                "stable",
+                "look",
+                f"Clipping decided the size of most updates: {clipped:,} of {len(clips):,} were clipped, to {mean:.0%} of their norm on average "
+                f"(optimizer.max_grad_norm = {setting(run.config, 'optimizer.max_grad_norm', 'unknown')}).",
+            )
+        )
+    return said
+
+
+def what_to_look_at(run: RunData) -> list[Say]:
+    """At most MOST_TO_LOOK_AT places that stand out, with the command to type; things that were said already are left out."""
+    found = [*_worst_row(run), *_largest_norm(run), *_padding(run), *_slowest(run), *_unmoved(run), *_warnings(run)]
+    return found[:MOST_TO_LOOK_AT]
+
+
+def trend(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean of the first fifth, mean of the last fifth, standard error of their difference); at least 3 values each, so 6 in all."""
+    size = max(3, len(values) // 5)
+    first, last = values[:size], values[-size:]
+    error = math.sqrt(statistics.variance(first) / size + statistics.variance(last) / size)
+    return statistics.fmean(first), statistics.fmean(last), error
+
+
+def _heldout(heldout: list[tuple[int, float]], last_record: Record) -> Say:
+    (first_update, first), (last_update, last) = heldout[0], heldout[-1]
+    best_update, best = min(heldout, key=lambda pair: pair[1])
+    rows = f"on {last_record['rows']:,} held-out rows ({last_record['supervised_tokens']:,} supervised tokens)"
+    change = f"from {first:.4g} nats a token after update {first_update} to {last:.4g} after update {last_update}, {rows}"
+    if last >= first:
+        return Say("learned", "bad", f"It did not learn what it was asked: held-out loss went {change}.", last_update)
+    if best < last and (last - best) > 0.05 * (first - best):
+        return Say(
+            "learned",
+            "look",
+            f"It learned, then lost some of it: held-out loss went {change}; it was lowest, {best:.4g}, after update {best_update}. "
+            "checkpoints/best.json names the checkpoint to use.",
+            best_update,
+        )
+    return Say("learned", "good", f"It learned: held-out loss fell {change} ({(first - last) / first:.0%} lower).", last_update)
+
+
+def _scores(evaluations: list[Record]) -> list[Say]:
+    last = evaluations[-1]
+    before = last.get("base") or evaluations[0]["scores"]
+    parts = []
+    for key, name in SCORES.items():
+        old, new = number(before.get(key)), number(last["scores"].get(key))
+        if old is not None and new is not None:
+            parts.append(f"{name} {old:.0%} to {new:.0%}")
+    answers = last["scores"].get("answers")
+    if not parts or not answers:
+        return []
+    few = " So few answers say little." if answers < 30 else ""
+    return [
+        Say(
+            "learned",
+            "unknown" if few else "look",
+            f"Generated answers, base model to now, {answers:,} rows: {', '.join(parts)}.{few}",
+        )
+    ]
+
+
+def _training_loss(run: RunData, *, alone: bool) -> Say:
+    losses = [
+        loss
+        for record in run.updates
+        if record["action"] == "applied" and (loss := number(record["loss_nats"])) is not None and math.isfinite(loss)
+    ]
+    if len(losses) < 6:
+        return Say(
+            "learned", "unknown", f"{_times(len(losses), 'update', 'updates')} with a loss: too few to tell a trend from scatter."
+        )
+    first, last, error = trend(losses)
+    passes = run.updates[-1]["epoch"] + 1
+    repeated = f" Rows were seen up to {passes} times, which alone lowers it." if passes > 1 else ""
+    without = " No rows were held out, so this is no proof that it learned more than these rows." if alone else ""
+    moved = f"from {first:.4g} to {last:.4g} nats a token (first and last fifth of the updates)"
+    if abs(first - last) <= 2 * error:
+        return Say(
+            "learned", "look", f"Training loss did not move beyond its scatter: {moved}, give or take {2 * error:.2g}.{without}"
+        )
+    if last > first:
+        return Say("learned", "bad", f"Training loss rose {moved}.{without}")
+    return Say("learned", "look" if alone else "good", f"Training loss fell {moved}.{repeated}{without}")
+
+
+def _worst_row(run: RunData) -> list[Say]:
+    """The row whose loss a token stands furthest above the middle of its update's rows."""
+    by_update: dict[int, list[tuple[float, Record]]] = {}
+    for row in run.rows:
+        loss = number(row["loss_sum_nats"])
+        if row["supervised_tokens"] and loss is not None and math.isfinite(loss):
+            by_update.setdefault(row["update"], []).append((loss / row["supervised_tokens"], row))
+    worst: tuple[float, float, Record] | None = None
+    for rows in by_update.values():
+        middle = statistics.median(loss for loss, _ in rows)
+        loss, row = max(rows, key=lambda pair: pair[0])
+        if middle > 0 and len(rows) >= 4 and (worst is None or loss / middle > worst[0]):
+            worst = (loss / middle, loss, row)
+    if worst is None or worst[0] < 2:
+        return []
+    factor, loss, row = worst
+    said = f"Row {row['row_id']} cost {loss:.3g} nats a token at update {row['update']}, {factor:.1f} times the middle of its window."
+    return [Say("look", "look", said, row["update"], f"glassloop replay {run.folder} --update {row['update']} --bisect")]
+
+
+def _largest_norm(run: RunData) -> list[Say]:
+    """Of the applied updates without an alarm, the one whose norm is at least 3 times the middle."""
+    norms = [
+        (norm, record["update"])
+        for record in run.updates
+        if not record.get("alarms") and (norm := number(record["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
+    ]
+    if len(norms) < 4:
+        return []
+    middle = statistics.median(norm for norm, _ in norms)
+    norm, update = max(norms)
+    if middle <= 0 or norm < 3 * middle:
+        return []
+    said = (
+        f"The gradient norm of update {update} was {norm:.3g}, {norm / middle:.1f} times the middle of the run, without an alarm."
+    )
+    return [Say("look", "look", said, update, f"glassloop replay {run.folder} --update {update} --bisect")]
+
+
+def _padding(run: RunData) -> list[Say]:
+    real = sum(sum(record["rank_real_tokens"]) for record in run.updates)
+    slots = sum(sum(record["rank_slot_tokens"]) for record in run.updates)
+    share = 1 - real / slots if slots else 0.0
+    if share < PADDING_SHARE:
+        return []
+    return [
+        Say(
+            "look",
+            "look",
+            f"{share:.0%} of the computed places were padding: execution.layout=packed does the same updates without most of it.",
+            command="glassloop bench --layouts literal,packed",
+        )
+    ]
+
+
+def _slowest(run: RunData) -> list[Say]:
+    later = run.updates[1:]  # the first one warms caches up
+    if len(later) < 4:
+        return []
+    middle = statistics.median(record["update_s"] for record in later)
+    slowest = max(later, key=lambda record: record["update_s"])
+    if middle <= 0 or slowest["update_s"] < 3 * middle:
+        return []
+    said = f"Update {slowest['update']} took {slowest['update_s']:.3g} s, the middle is {middle:.3g} s."
+    return [Say("look", "look", said, slowest["update"])]
+
+
+def _unmoved(run: RunData) -> list[Say]:
+    shares = [(probe["update"], number(probe.get("all_unmoved_share"))) for probe in run.probes]
+    known = [(update, share) for update, share in shares if share is not None]
+    if not known or known[-1][1] < UNMOVED_SHARE:
+        return []
+    update, share = known[-1]
+    said = f"At update {update} the step left {share:.0%} of the adapters' entries bit for bit as they were: lr is small for their precision."
+    return [Say("look", "look", said, update)]
+
+
+def _warnings(run: RunData) -> list[Say]:
+    kinds = ("warning", "out_of_memory")
+    return [
+        Say("look", "look", f"{event['message'].rstrip('.')}.", event["update"] or None, event["command"])
+        for event in run.events
+        if event["kind"] in kinds
+    ]
+
+
+def _command_at(run: RunData, update: int) -> str | None:
+    for event in run.events:
+        if event["update"] == update and event["command"]:
+            return event["command"]
+    return None
+
+
+def _times(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def as_objects(said: Sequence[Say]) -> list[dict[str, Any]]:
+    """Plain dicts for the page."""
+    return [vars(one) for one in said]

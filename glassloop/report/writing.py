@@ -1,0 +1,34 @@
+"""Writes a run's page into its folder: on demand, and by itself when a run ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from glassloop.observers import write_text
+from glassloop.report.page import page
+from glassloop.report.payload import payload
+from glassloop.report.reading import read_run
+
+REPORT = "report.html"
+
+
+def write_report(folder: Path, out: Path | None = None, *, text: bool = True) -> Path:
+    """Publishes the page of a run, in its folder unless `out` says where. Raises ValueError or OSError as read_run and the disk do."""
+    out = out or folder / REPORT
+    write_text(out, page(payload(read_run(folder), text=text)))
+    return out
+
+
+def report_at_the_end(folder: Path) -> None:
+    """The page of a run that has just ended, finished or not. Whatever goes wrong is said and changes nothing: the run is over."""
+    started = time.perf_counter()
+    try:
+        if not (folder / "events.jsonl").exists():  # refused before it had a folder
+            return
+        path = write_report(folder)
+        print(f"report {path} ({path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)", flush=True)
+    except Exception as error:  # a fault of the page must not become one of the run
+        line = f"report of {folder} not written: {type(error).__name__}: {error}\n    type: glassloop report {folder}"
+        print(line, file=sys.stderr, flush=True)
