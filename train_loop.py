@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ContractBroken) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host: what one host refuses, the others may not know
             print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
         leave()
         return 2
@@ -236,6 +236,11 @@ def main(argv: list[str] | None = None) -> int:
         code = train(run)
     except (ContractBroken, ReplicasDiffer) as error:
         code = run.broken(error)
+    except OSError as error:  # a disk that takes not even a line: nobody could follow the run any more
+        if os.environ.get("GLASSLOOP_TRACEBACK"):
+            raise
+        print(f"\nended: {error}", file=sys.stderr, flush=True)
+        code = 1
     except RuntimeError as error:
         if (lost := run.lost(error)) is None:
             raise

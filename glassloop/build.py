@@ -20,10 +20,11 @@ from glassloop.checkpoint import load_checkpoint, read_state
 from glassloop.config import Config, as_dict
 from glassloop.contract import Contract, check_same_rows
 from glassloop.dataset import Dataset, build_rows, summary
-from glassloop.dist import broadcast_from_rank_0, gather_objects, in_turn, require_same
+from glassloop.dist import all_or_none, broadcast_from_rank_0, gather_objects, in_turn, require_same
 from glassloop.environment import environment
 from glassloop.facts import found_facts, planned_facts, target_shapes
 from glassloop.flags import CaptureFlag, StopFlag
+from glassloop.folders import make
 from glassloop.inspection import make_inspection
 from glassloop.launch import check_launch, hush, make_accelerator
 from glassloop.model import Engine, build_engine, load_tokenizer
@@ -32,7 +33,17 @@ from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.plan import describe
 from glassloop.planning.outlook import plan_of
-from glassloop.resuming import after_restart, best_heldout, changes, find_checkpoint, position, read_plan, reshaped, with_past
+from glassloop.resuming import (
+    after_restart,
+    best_heldout,
+    changes,
+    find_checkpoint,
+    position,
+    read_plan,
+    reshaped,
+    sums_of,
+    with_past,
+)
 from glassloop.room import allocated_gib
 from glassloop.run import Run
 from glassloop.settings import ResumeConfig
@@ -46,7 +57,7 @@ from glassloop.watchdog import Watchdog
 def build_run(config: Config) -> Run:
     """Build every part of the run on this rank. Raises ValueError, with the cure, for what cannot be run as asked."""
     config = after_restart(config)
-    checkpoint = find_checkpoint(config)
+    checkpoint, passed_over = find_checkpoint(config)
     if checkpoint is not None and config.resume.reshape:
         config = reshaped(config, read_state(checkpoint), int(os.environ.get("WORLD_SIZE", "1")))
     check_launch(config)
@@ -69,7 +80,10 @@ def build_run(config: Config) -> Run:
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
     dataset = build_rows(loaded, template, config.data)
     plan = plan_of(config, len(dataset.train.rows), ranks)
-    done, tracker_ids = position(checkpoint, plan)
+    require_same(
+        "checkpoints to go on from", sums_of(checkpoint), "copy the run's folder of one host to the others, or name one with --at"
+    )
+    done, tracker_ids = position(checkpoint, plan, config.resume.run)
     old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
     plan = with_past(plan, old_plan, done)
     batches = Batches(
@@ -163,18 +177,20 @@ def build_run(config: Config) -> Run:
         observe(run, dataset, tracker)
     run.attempt = gather_objects(run.attempt)[0]
     if checkpoint is not None:
-        allowed, run.changes = changes(config, read_state(checkpoint), plan, old_plan)
-        state = load_checkpoint(
-            checkpoint,
-            adapters=adapters,
-            optimizer=run.optimizer,
-            rank=rank,
-            world_size=ranks,
-            base_hash=engine.report.base_hash,
-            config=as_dict(config),
-            allow_changed=allowed,
-            reshape=config.resume.reshape,
-        )
+        allowed, told = changes(config, read_state(checkpoint), plan, old_plan)
+        run.changes = (*(("warning", note) for note in passed_over), *told)
+        with all_or_none("restoring the checkpoint"):
+            state = load_checkpoint(
+                checkpoint,
+                adapters=adapters,
+                optimizer=run.optimizer,
+                rank=rank,
+                world_size=ranks,
+                base_hash=engine.report.base_hash,
+                config=as_dict(config),
+                allow_changed=allowed,
+                reshape=config.resume.reshape,
+            )
         run.scale.value, run.scale.finite_updates = state.loss_scale, state.finite_updates
         run.inspection.restore(state.details)
         run.batches = replace(run.batches, halvings=state.details.get("halvings", 0))
@@ -187,11 +203,12 @@ def build_run(config: Config) -> Run:
 def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None:
     """Rank 0: write what the run's folder begins with, and start the observers."""
     config, folder = run.config, run.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     if config.resume.run is None:
         assert run.contract is not None
         write_json(folder / "plan.json", run.contract.as_dict())
-    write_json(folder / "env.json", environment(sys.argv) | {"launcher_pid": os.getppid()})
+    started = {"launcher_pid": os.getppid(), "tracker_ids": tracker.tracker_ids() if tracker else {}}
+    write_json(folder / "env.json", environment(sys.argv) | started)
     if config.resume.run is None:
         write_text(folder / "config.yaml", to_yaml(config))  # last: where it stands, there is a run to go on with
     text = config.record.text
@@ -200,6 +217,7 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
     coming = range(run.first_update, run.plan.updates + 1)
     again = [jsonl.evaluation_attempt(u) for u in ([0] if run.first_update == 1 else []) + list(coming)]
     run.attempt = max(*again, *(jsonl.attempt(u) for u in coming))
+    run.sync_records = jsonl.sync
     run.observers = [jsonl, TerminalObserver(run.plan.updates, run.ranks, text=text)]
     if tracker is not None:
         run.observers.append(tracker)

@@ -50,6 +50,7 @@ __all__ += [
 
 ADAPTER, OPTIMIZER, FACTS = "adapter_before.safetensors", "optimizer.safetensors", "capsule.json"
 REQUIRED = (ADAPTER, OPTIMIZER, "optimizer.json", FACTS)
+LIMIT = "record.capsules"  # the config field that says how many are kept
 PUBLISHED = re.compile(r"update_\d{6,}")
 
 
@@ -183,14 +184,16 @@ def save_capsule(
             note=f"update {facts.update} ({facts.why}, {sizes[target] / 2**30:.2f} GiB) was not kept: record.capsules = {keep} and "
             f"record.capsules_gib = {most_gib:g} leave no room beside {others}; raise them, or remove capsules from {folder}",
         )
-    folders.publish(target, contents)
+    folders.publish(target, contents, limit=LIMIT)
     removed = [path for path in known if path not in kept]
     try:
         for path in (*removed, *folder.glob(f"update_*{folders.REPLACED}")):
             folders.remove(path)
         folders.sweep(folder)
     except OSError as error:
-        return CapsuleSaved(target, note=f"{target} is kept, but {folder} could not be tidied: {error}; {folders.cure(error)}")
+        return CapsuleSaved(
+            target, note=f"{target} is kept, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}"
+        )
     return CapsuleSaved(target, tuple(removed))
 
 

@@ -50,6 +50,7 @@ __all__ += ["rng_state", "save_checkpoint", "saved_name"]
 SCHEMA = 1  # raised when a field changes its meaning; older ones open
 ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
 REQUIRED = (ADAPTER, "adapter_config.json", OPTIMIZER, "optimizer.json", STATE)
+LIMIT = "checkpoint.keep"  # the config field that says how many are kept
 PUBLISHED = re.compile(rf"update_\d{{6,}}({re.escape(REPLACED)})?")
 MATH = ("seed", "model", "lora", "data", "batch", "schedule", "optimizer")  # parts of a config that say what an update computes
 FREE = ("model.cache_dir", "model.init_adapter", "model.trust_remote_code", "batch.ranks")  # fields in them that do not
@@ -129,7 +130,7 @@ def save_checkpoint(
         STATE: _json(dataclasses.asdict(state)),
     }
     target = folder / f"update_{state.update:06d}"
-    folders.publish(target, contents, also=lambda work: _save_tokenizer(work, tokenizer, chat_template))
+    folders.publish(target, contents, limit=LIMIT, also=lambda work: _save_tokenizer(work, tokenizer, chat_template))
     return _tidy(folder, target, keep)
 
 
@@ -167,7 +168,7 @@ def _tidy(folder: Path, published: Path, keep: int) -> Saved:
             removed.append(path)
         folders.sweep(folder)
     except OSError as error:
-        notes = (f"{published} is saved, but {folder} could not be tidied: {error}; {folders.cure(error)}",)
+        notes = (f"{published} is saved, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",)
     return Saved(published, best, tuple(removed), notes)
 
 

@@ -204,18 +204,24 @@ def gather_objects(value: object) -> list:
 
 @contextlib.contextmanager
 def all_or_none(what: str) -> Iterator[None]:
-    """Run a block on every rank; if it fails on one, every rank raises and names that rank, so that none waits for it."""
+    """Run a block on every rank; if it fails on one, every rank raises and names that rank, so that none waits for it.
+
+    A rank whose own block went well raises ValueError where the others only refused what a user gave (ValueError), else RuntimeError.
+    """
     failure: BaseException | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    failures = gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    mine = None if failure is None else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
+    failures = gather_objects(mine)
     if failure is not None:
         raise failure
-    broken = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
+    broken = {rank: told for rank, told in enumerate(failures) if told is not None}
     if broken:
-        raise RuntimeError(f"{what} failed on another rank ({'; '.join(broken)})")
+        kind = ValueError if all(refusal for refusal, _ in broken.values()) else RuntimeError
+        told = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in broken.items())
+        raise kind(f"{what} failed on another rank ({told})")
 
 
 def in_turn(first: Callable[[], AbstractContextManager[Any]], action: Callable[[], T], what: str) -> T:

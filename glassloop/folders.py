@@ -24,20 +24,21 @@ class NotSaved(OSError):
     """The disk refused a folder. Nothing was published under its name and nothing older was removed, so a run may go on."""
 
 
-def publish(target: Path, contents: Mapping[str, bytes], also: Callable[[Path], None] | None = None) -> None:
+def publish(target: Path, contents: Mapping[str, bytes], *, limit: str, also: Callable[[Path], None] | None = None) -> None:
     """Make the folder `target` of `contents` (file name -> bytes) and of what `also` writes into the folder that it is given.
 
     The last of `contents` is the last in the sums: a reader that requires it notices a list that was cut short. A folder that has
     the name is moved aside (suffix .replaced), and stays whole there until the caller removes it.
+
+    Args:
+        limit: the config field that says how many such folders are kept; a full disk's message names it.
 
     Raises:
         NotSaved: names the folder, what the disk said, and the cure.
     """
     work = target.with_name(f".{target.name}.writing")
     try:
-        if not target.parent.is_dir():
-            target.parent.mkdir(parents=True)
-            sync(target.parent.parent)
+        make(target.parent)
         if work.exists():
             shutil.rmtree(work)  # left by a process that died here
         work.mkdir()
@@ -60,10 +61,18 @@ def publish(target: Path, contents: Mapping[str, bytes], also: Callable[[Path], 
         os.rename(work, target)
         sync(target.parent)
     except OSError as error:
-        raise NotSaved(f"{target} was not saved: {error}; {cure(error)}") from error
+        raise NotSaved(f"{target} was not saved: {error}; {cure(error, limit)}") from error
     finally:
         if work.exists():
             shutil.rmtree(work, ignore_errors=True)
+
+
+def make(folder: Path) -> None:
+    """Make a folder and those above it that are missing, each with its name on the disk; one that is there is left alone."""
+    if not folder.is_dir():
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -76,11 +85,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Take the published name away first, so that what a dying removal leaves is not taken for a torn folder."""
+    """Take the published name away first, also on the disk, so that what a dying removal leaves is not taken for a torn folder."""
     doomed = folder.with_name(f".{folder.name}.removing")
     if doomed.exists():
         shutil.rmtree(doomed)
     os.rename(folder, doomed)
+    sync(folder.parent)
     shutil.rmtree(doomed)
 
 
@@ -121,10 +131,10 @@ def sweep(parent: Path) -> None:
         shutil.rmtree(path)
 
 
-def cure(error: OSError) -> str:
-    """What a person can do about a disk that refused."""
+def cure(error: OSError, limit: str) -> str:
+    """What a person can do about a disk that refused folders of which the config field `limit` says how many are kept."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "free space there, lower checkpoint.keep, or set run.dir to another disk"
+        return f"free space there, lower {limit}, or set run.dir to another disk"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make the folder writable for this user, or set run.dir to one that is"
     return "see whether the disk is healthy and the folder still there, or set run.dir to another one"

@@ -84,7 +84,7 @@ def build_engine(
         )
     assert engine == "peft", engine
     base, report = load_base(model, precision=precision, device=device, first=first)
-    check_plain_head(base, device)
+    check_plain_head(base, device, report.name)
     fuse_norms(base)
     hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
     if model.init_adapter is not None:

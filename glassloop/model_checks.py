@@ -87,11 +87,11 @@ def check_devices(hf: nn.Module, device: torch.device, *, but: tuple[str, ...] =
 
 
 @torch.no_grad()
-def check_plain_head(hf: nn.Module, device: torch.device) -> None:
-    """Raise ValueError where logits are more than head(decoder(x)): softcaps, scales, a quantised head.
+def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None:
+    """Raise ValueError where logits are more than head(decoder(x)): softcaps, scales, a quantised head; or where they are not finite.
 
     The loss is computed from hidden states and the head's weight, chunk by chunk; a factor in between would be left out.
-    Known names first, then four tokens through both ways.
+    Known names first, then four tokens through both ways. `model_id` is named in the message.
     """
     config = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     for field in LOGIT_FACTORS:
@@ -117,11 +117,26 @@ def check_plain_head(hf: nn.Module, device: torch.device) -> None:
     hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (1, 4, H)
     logits = hf(input_ids=ids, use_cache=False).logits.float()  # (1, 4, V)
     hf.train(was_training)
+    if not bool(logits.isfinite().all()):
+        raise ValueError(_not_finite(hf, model_id, head.weight.dtype))
     plain = F.linear(hidden, head.weight, head.bias).float()
     if plain.shape != logits.shape or not torch.allclose(plain, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise ValueError(
             f"the logits of {name} are not head(decoder(x)), which execution.engine = peft relies on: take another model"
         )
+
+
+def _not_finite(hf: nn.Module, model_id: str, dtype: torch.dtype) -> str:
+    """What to say of a base whose logits are infinite or NaN: the weight at fault, where it is one."""
+    for name, tensor in hf.named_parameters():
+        state: Any = getattr(tensor, "quant_state", None)  # of NF4: the weight itself is codes, its scales tell
+        parts = (
+            [tensor] if state is None else [state.absmax, *([] if state.offset is None else [state.offset, state.state2.absmax])]
+        )
+        if not all(bool(part.isfinite().all()) for part in parts):
+            return f"model.id = {model_id} holds infinite or NaN numbers in {name}: take an undamaged copy of the model"
+    cure = "set execution.precision=bf16 or fp32" if dtype == torch.float16 else "take another model"
+    return f"model.id = {model_id} computes logits that are not finite from finite weights in {str(dtype).removeprefix('torch.')}: {cure}"
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from glassloop.folders import make, sync
 from glassloop.record import SCHEMA, EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord, to_json
 
 METRICS = "metrics.jsonl"  # one UpdateRecord a line
@@ -70,7 +71,7 @@ class JsonlObserver:
     """The run's folder, written as the run goes: a line stands whole in its file as soon as the call returns.
 
     A line is one write of the operating system, so a killed process loses none; power loss may lose what came after the last
-    checkpoint event. A torn last line that an earlier process left behind is mended on opening.
+    `sync`, which is called before a checkpoint is saved and at its event. A torn last line that an earlier process left behind is mended on opening.
 
     Args:
         folder: the run's folder; made if missing.
@@ -88,7 +89,7 @@ class JsonlObserver:
         self._row_text = row_text
         self._folder = Path(folder)
         with _named(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make(self._folder)
         for name in (METRICS, ROWS, PROBES, EVENTS, EVALUATIONS, SAMPLES):
             with _named(self._folder / name):
                 mend(self._folder / name)
@@ -100,6 +101,8 @@ class JsonlObserver:
         for name in names:
             with _named(self._folder / name):
                 self._files[name] = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with _named(self._folder):
+            sync(self._folder)  # their names
 
     def attempt(self, update: int) -> int:
         """The attempt that records of `update` carry in this process: 1, and one more each time a resumed run redoes it."""
@@ -136,10 +139,14 @@ class JsonlObserver:
 
     def on_event(self, event: Event) -> None:
         self._append(EVENTS, [to_json(under_policy(event, self._text, self._update_ids))])
-        if event.kind == "checkpoint":  # what a checkpoint builds on is on the disk before the run goes on
-            for name, file in self._files.items():
-                with _named(self._folder / name):
-                    os.fsync(file)
+        if event.kind == "checkpoint":
+            self.sync()
+
+    def sync(self) -> None:
+        """Forces every line to the disk. Before a checkpoint is saved: a run that goes on from it needs the lines of its updates."""
+        for name, file in self._files.items():
+            with _named(self._folder / name):
+                os.fsync(file)
 
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
@@ -247,9 +254,7 @@ def write_text(path: Path, text: str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)  # the rename itself
-        os.close(directory)
+        sync(path.parent)  # the rename itself
 
 
 def write_json(path: Path, value: Any) -> None:

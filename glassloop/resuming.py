@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 from glassloop.checkpoint import State, best_checkpoint, last_checkpoint, read_state
 from glassloop.config import BatchConfig, Config, ScheduleConfig
+from glassloop.folders import SUMS
 from glassloop.plan import StepPlan, lr_at
 
 
@@ -42,23 +44,30 @@ def _begun_by(launcher: int, runs: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that --resume goes on from: the last one, or that of --at. None for a new run and for --at 0.
+def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
+    """The checkpoint that --resume goes on from: the last whole one, or that of --at; None for a new run and for --at 0.
 
-    Raises ValueError where there is none, or it is not complete.
+    With a note for each one that was passed over. Raises ValueError where there is none, or it is not complete.
     """
     if config.resume.run is None:
-        return None
+        return None, ()
     folder = Path(config.resume.run)
     if config.resume.at is not None:
-        return checkpoint_at(folder, config.resume.at)
+        return checkpoint_at(folder, config.resume.at), ()
     checkpoint, notes = last_checkpoint(folder)
     if checkpoint is None:
         found = "; ".join(notes) or "there is none"
         raise ValueError(
             f"resume.run = {folder} has no complete checkpoint ({found}): begin it again (--resume {folder} --at 0), or name another folder"
         )
-    return checkpoint
+    return checkpoint, notes
+
+
+def sums_of(checkpoint: Path | None) -> str:
+    """What two ranks' copies of a checkpoint must have in common: its name and a digest of its sums."""
+    if checkpoint is None:
+        return "none"
+    return f"{checkpoint.name}, sums {hashlib.sha256((checkpoint / SUMS).read_bytes()).hexdigest()[:16]}"
 
 
 def checkpoint_at(folder: Path, update: int) -> Path | None:
@@ -75,10 +84,13 @@ def checkpoint_at(folder: Path, update: int) -> Path | None:
     )
 
 
-def position(checkpoint: Path | None, plan: StepPlan) -> tuple[int, dict[str, str]]:
-    """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded."""
+def position(checkpoint: Path | None, plan: StepPlan, run: str | None) -> tuple[int, dict[str, str]]:
+    """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded.
+
+    A run that begins again (--at 0) has no checkpoint to tell its trackers by; env.json names them.
+    """
     if checkpoint is None:
-        return 0, {}
+        return 0, {} if run is None else _tracker_ids(Path(run))
     state = read_state(checkpoint)
     if state.update >= plan.updates:
         raise ValueError(
@@ -87,6 +99,14 @@ def position(checkpoint: Path | None, plan: StepPlan) -> tuple[int, dict[str, st
             f"--init_adapter {checkpoint}"
         )
     return state.update, state.tracker_ids
+
+
+def _tracker_ids(run: Path) -> dict[str, str]:
+    try:
+        ids = json.loads((run / "env.json").read_text(encoding="utf-8"))["tracker_ids"]
+        return {str(name): str(value) for name, value in ids.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # it died before it wrote one, or an older glassloop did
 
 
 def reshaped(config: Config, saved: State, ranks: int) -> Config:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glassloop.batches import Batches
-from glassloop.checkpoint import CheckpointNotSaved, State, save_checkpoint
+from glassloop.checkpoint import State, save_checkpoint
 from glassloop.config import Config, as_dict
 from glassloop.contract import Contract
 from glassloop.dist import first_difference, gather_objects
@@ -83,6 +83,7 @@ class Run:
     measured_gib: dict[str, float] = field(default_factory=dict)  # of GPU memory, by phase of the ledger; empty without a GPU
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
+    sync_records: Callable[[], None] = lambda: None  # forces what observers wrote to the disk
     contract: Contract | None = None  # None: in a replay, which is held to the record instead
     first_update: int = 1
     at: int = 0  # the update under way
@@ -257,6 +258,7 @@ class Run:
                 details={**self.inspection.state(), "halvings": self.batches.halvings},
             )
             try:
+                self.sync_records()  # first: where a checkpoint stands, the records of its updates stand too
                 saved = save_checkpoint(
                     self.folder / "checkpoints",
                     state,
@@ -274,7 +276,7 @@ class Run:
                 self.event(update, "checkpoint", f"saved {saved.path}{best}")
                 for note in saved.notes:
                     self.event(update, "warning", note)
-            except CheckpointNotSaved as error:
+            except OSError as error:  # CheckpointNotSaved is one
                 failure = str(error)
                 self.event(update, "warning", failure)
         failure = gather_objects(failure)[0]

@@ -146,7 +146,7 @@ def test_a_full_disk_publishes_nothing_removes_nothing_and_says_so(tmp_path, mon
         path.write_bytes(data)
 
     monkeypatch.setattr(folders, "_write", full)
-    with pytest.raises(CapsuleNotSaved, match=r"update_000002 was not saved: .*No space left"):
+    with pytest.raises(CapsuleNotSaved, match=r"update_000002 was not saved: .*No space left.*lower record\.capsules"):
         save(tmp_path, facts(2), keep=1)
     assert names(tmp_path) == ["update_000001"]
     assert [path.name for path in tmp_path.iterdir()] == ["update_000001"]

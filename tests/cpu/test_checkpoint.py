@@ -852,7 +852,7 @@ def test_files_are_synced_then_their_folder_then_the_rename_then_the_parent_then
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
-        (errno.ENOSPC, "free space there"),
+        (errno.ENOSPC, "free space there, lower checkpoint.keep"),
         (errno.EDQUOT, "free space there"),
         (errno.EROFS, "make the folder writable"),
         (errno.EACCES, "make the folder writable"),

@@ -80,7 +80,7 @@ TABLE = {
     "checkpoint": Rule("folders optim snapshots", "safetensors torch"),
     "capsule_facts": Rule("rows"),
     "capsule": Rule("batches capsule_facts dist environment folders optim snapshots", "safetensors torch"),
-    "observers": Rule("record"),
+    "observers": Rule("folders record"),
     "terminal": Rule("observers record", "rich"),
     "trackers": Rule("config environment observers record", late="wandb"),
     "report": Rule("observers record", "numpy rich", late="yaml"),
@@ -91,7 +91,7 @@ TABLE = {
     # What knows every part.
     "launch": Rule("config unsloth_checks", "accelerate datasets torch transformers"),
     "facts": Rule("config dist launch model_checks optim", "accelerate torch transformers"),
-    "resuming": Rule("checkpoint config plan"),
+    "resuming": Rule("checkpoint config folders plan"),
     "inspection": Rule("*", "torch"),
     "watchdog": Rule(),
     "run": Rule("*", "torch"),

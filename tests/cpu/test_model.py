@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from glassloop import base_cache
@@ -207,7 +208,7 @@ def test_generating_between_two_updates_changes_nothing(
     batch = pass_of(rows_of(12, 17))
     checked = engine_of(tiny_llama, quantization="nf4")
     randomise_b(checked)
-    monkeypatch.setattr("glassloop.model.check_plain_head", lambda hf, device: None)
+    monkeypatch.setattr("glassloop.model.check_plain_head", lambda hf, device, model_id: None)
     engine = engine_of(tiny_llama, quantization="nf4")
     randomise_b(engine)
     before = gradient(engine, batch)  # nothing ran without gradient so far
@@ -246,6 +247,7 @@ def test_engine_is_unchanged_by_accelerates_prepare(engine_of: EngineOf, tiny_ll
     randomise_b(engine)
     before = gradient(engine, batch)
     parameters = [id(p) for p in engine.parameters()]
+    AcceleratorState._reset_state(True)  # another test's precision is not this one's
     prepared = Accelerator(cpu=True).prepare_model(engine, evaluation_mode=True)
     assert prepared is engine
     assert [id(p) for p in engine.parameters()] == parameters

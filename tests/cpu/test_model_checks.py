@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop import base_cache
 from glassloop.model import PeftEngine
@@ -155,10 +155,10 @@ def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
 def test_factors_between_head_and_logits_are_refused_by_name(tiny_llama: Path, field: str, value: float) -> None:
     hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
     setattr(hf.config, field, 1.0)
-    check_plain_head(hf, CPU)
+    check_plain_head(hf, CPU, "org/base")
     setattr(hf.config, field, value)
     with pytest.raises(ValueError, match=f"llama has {field} = {value} between head and logits"):
-        check_plain_head(hf, CPU)
+        check_plain_head(hf, CPU, "org/base")
 
 
 def test_factor_without_a_known_name_is_found_by_its_effect(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,4 +172,29 @@ def test_factor_without_a_known_name_is_found_by_its_effect(tiny_llama: Path, mo
 
     monkeypatch.setattr(hf, "forward", scaled)
     with pytest.raises(ValueError, match=r"the logits of LlamaForCausalLM are not head\(decoder\(x\)\)"):
-        check_plain_head(hf, CPU)
+        check_plain_head(hf, CPU, "org/base")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_with_numbers_that_are_not_finite_is_refused_with_model_and_weight(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path, quantization: str, value: float
+) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    hf.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    hf.save_pretrained(tmp_path / "spoiled")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "spoiled")
+    with pytest.raises(ValueError, match="take an undamaged copy of the model") as error:
+        engine_of(tmp_path / "spoiled", quantization=quantization, precision="bf16")
+    assert f"model.id = {tmp_path / 'spoiled'} holds infinite or NaN numbers in model.layers.1.mlp.up_proj.weight" in str(
+        error.value
+    )
+
+
+def test_logits_that_overflow_are_told_from_damaged_weights(tiny_llama: Path) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16)
+    hf.lm_head.weight.data.fill_(6e4)
+    with pytest.raises(
+        ValueError, match=r"model\.id = org/base computes logits .* in float16: set execution\.precision=bf16 or fp32"
+    ):
+        check_plain_head(hf, CPU, "org/base")

@@ -269,9 +269,9 @@ def test_older_schemas_open_and_newer_ones_are_refused(tmp_path: Path, monkeypat
 
 
 def test_a_checkpoint_event_puts_what_was_written_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer = JsonlObserver(tmp_path)
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
-    observer = JsonlObserver(tmp_path)
     observer.on_update(update_record(), (row_record(),))
     observer.on_event(Event(1, "warning", "look"))
     assert synced == []  # an update does not wait for the disk

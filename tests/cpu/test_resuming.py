@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from glassloop.arguments import from_values, parse
+from glassloop.build import build_run
 from glassloop.checkpoint import State, read_state
 from glassloop.config import Config, as_dict
 from glassloop.plan import StepPlan
 from glassloop.planning.outlook import plan_of
 from glassloop.resuming import changes, reshaped, with_past
-from train_loop import train
+from train_loop import train, update_once
 
 
 def saved(update: int = 20, ranks: int = 2, **sections: Any) -> State:
@@ -121,3 +123,65 @@ def test_a_checkpoint_of_more_ranks_is_restored_on_fewer_and_fewer_on_more(run_o
     assert rng_state(run.device) == moved  # a rank that was not there keeps its own
     load_checkpoint(path, rank=0, world_size=2, reshape=True, **shared)
     assert rng_state(run.device) == before
+
+
+def resumed(folder: Path, *words: str) -> Any:
+    """Built anew, as a process of its own would."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    return build_run(parse(["--resume", str(folder), *words]))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_says_so(run_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of()
+    for update in (1, 2):
+        run.tell(update_once(run, update))
+        run.save(update)
+    run.close_observers()
+    newest = run.folder / "checkpoints/update_000002/optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    again = resumed(run.folder)
+    assert again.first_update == 2
+    monkeypatch.setattr(again, "evaluate", lambda update: None)
+    again.start()
+    again.close_observers()
+    told = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    (warned,) = [event["message"] for event in told if event["kind"] == "warning"]
+    assert f"{newest.parent} is not whole: optimizer.safetensors is corrupt or cut short" in warned
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors is corrupt or cut short"):
+        resumed(run.folder, "--at", "2")  # asked for by number, it is refused instead
+
+
+def tracked_ids(folder: Path) -> list[str]:
+    """Ids of the Weights & Biases runs below a run's folder, one for each start."""
+    return [path.name.rpartition("-")[2] for path in sorted(folder.glob("wandb/offline-run-*"))]
+
+
+@pytest.mark.parametrize("at", [(), ("--at", "0")], ids=["last", "from the beginning"])
+def test_a_run_that_goes_on_stays_one_run_in_weights_and_biases(
+    run_of: Any, at: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    asked: list[dict[str, Any]] = []
+    genuine = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda *words, **named: (asked.append(named), genuine(*words, **named))[1])
+    run = run_of(tracking={"to": ("wandb",), "wandb_mode": "offline"}, run={"name": "tracked"})
+    run.tell(update_once(run, 1))
+    run.save(1)
+    run.tell(update_once(run, 2))  # done, not saved: it is done again
+    run.close_observers()
+    time.sleep(1.1)  # wandb names a start's folder by the second
+    again = resumed(run.folder, *at)
+    again.tell(update_once(again, again.first_update))
+    again.close_observers()
+    wandb.teardown()
+    first, second = asked
+    assert (first["id"], first["resume"]) == (None, None)
+    assert (second["id"], second["resume"]) == (tracked_ids(run.folder)[0], "allow")
+    assert len(tracked_ids(run.folder)) == 2
+    assert len(set(tracked_ids(run.folder))) == 1
+    assert again.attempt == 2
+    assert read_state(run.folder / "checkpoints/update_000001").tracker_ids == {"wandb": second["id"]}
