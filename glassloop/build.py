@@ -44,7 +44,7 @@ from glassloop.resuming import (
     sums_of,
     with_past,
 )
-from glassloop.room import allocated_gib
+from glassloop.room import allocated_gib, spend_memory
 from glassloop.run import Run
 from glassloop.settings import ResumeConfig
 from glassloop.sources import Loaded, load_examples
@@ -194,9 +194,11 @@ def build_run(config: Config) -> Run:
         run.scale.value, run.scale.finite_updates = state.loss_scale, state.finite_updates
         run.inspection.restore(state.details)
         run.batches = replace(run.batches, halvings=state.details.get("halvings", 0))
+        run.tiers = state.details.get("tiers")
         run.best_heldout_nats = best_heldout(folder)
         if rank == 0:
             rewrite_plan(run, old_plan)
+    spend_memory(run)
     return run
 
 

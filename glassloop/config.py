@@ -14,6 +14,7 @@ from glassloop.settings import (
     CheckpointConfig,
     EvaluationConfig,
     ExecutionConfig,
+    MemoryConfig,
     RecordConfig,
     ResumeConfig,
     RunConfig,
@@ -217,6 +218,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     execution: ExecutionConfig = ExecutionConfig()
+    memory: MemoryConfig = MemoryConfig()
     stability: StabilityConfig = StabilityConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -240,6 +242,13 @@ class Config(Section):
             )
         if execution.engine == "unsloth":
             self._check_unsloth()
+        if execution.engine == "fused":
+            self._check_fused()
+        elif self.memory != MemoryConfig():
+            raise ValueError(
+                f"memory.profile = {self.memory.profile} and memory.host_gib = {self.memory.host_gib:g} are for execution.engine=fused: set that, "
+                "or leave them out"
+            )
         if self.evaluation.every_updates is not None and self.data.heldout is None:
             raise ValueError(
                 f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to evaluate on: "
@@ -274,6 +283,23 @@ class Config(Section):
         for broken, text in refused:
             if broken:
                 raise ValueError(f"execution.engine = unsloth and {text}, or set execution.engine=peft")
+
+    def _check_fused(self) -> None:
+        """What the engine `fused` does not carry out; what it needs of the model is checked when that is loaded."""
+        execution, model = self.execution, self.model
+        refused = (
+            (model.quantization != "nf4", f"model.quantization = {model.quantization}: its weights are in NF4; set it to nf4"),
+            (model.attention != "sdpa", f"model.attention = {model.attention}: it chooses attention itself; leave it at sdpa"),
+            (self.lora.dropout > 0, f"lora.dropout = {self.lora.dropout:g}: it has none; set it to 0"),
+            (execution.precision == "fp16", "execution.precision = fp16: its backward pass has no loss scale; set it to bf16"),
+            (
+                execution.reduction == "ddp",
+                "execution.reduction = ddp, which would reduce zeros: gradients are written in place; set it to explicit",
+            ),
+        )
+        for broken, text in refused:
+            if broken:
+                raise ValueError(f"execution.engine = fused and {text}, or set execution.engine=peft")
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -64,30 +64,40 @@ def token_loss_sums(
     return losses.sum(), row_loss_sums
 
 
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, wants_grad: bool, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each place, (S,) fp32, and if wanted the gradient of its sum in hidden (S, H). labels: (S,) int64."""
+    losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (S,)
+    grad_hidden = torch.empty_like(hidden) if wants_grad else None  # (S, H)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(labels), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            label = labels[chunk].unsqueeze(1)  # (C, 1)
+            logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias).float()  # (C, V)
+            label_logit = logits.gather(1, label)  # (C, 1)
+            peak = logits.amax(1, keepdim=True)
+            scaled = logits.sub_(peak).exp_()  # in place: the logits are not needed again
+            total = scaled.sum(1, keepdim=True)
+            losses[chunk] = (total.log() + peak - label_logit).squeeze(1)
+            if grad_hidden is not None:
+                gradient = scaled.div_(total)  # softmax - onehot
+                gradient.scatter_add_(1, label, torch.full_like(label_logit, -1.0))
+                grad_hidden[chunk] = (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
+                del gradient
+            del logits, scaled  # or they would live on while the next chunk's are made
+    return losses, grad_hidden
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Per-place cross-entropy. Only the gradient of a sum is supported: every place has the same incoming gradient."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int) -> Tensor:  # type: ignore[override]
-        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (S,)
         wants_grad = ctx.needs_input_grad[0]
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None  # (S, H)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(labels), chunk_tokens):
-                chunk = slice(start, start + chunk_tokens)
-                label = labels[chunk].unsqueeze(1)  # (C, 1)
-                logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias).float()  # (C, V)
-                label_logit = logits.gather(1, label)  # (C, 1)
-                peak = logits.amax(1, keepdim=True)
-                scaled = logits.sub_(peak).exp_()  # in place: the logits are not needed again
-                total = scaled.sum(1, keepdim=True)
-                losses[chunk] = (total.log() + peak - label_logit).squeeze(1)
-                if grad_hidden is not None:
-                    gradient = scaled.div_(total)  # softmax - onehot
-                    gradient.scatter_add_(1, label, torch.full_like(label_logit, -1.0))
-                    grad_hidden[chunk] = (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
-                    del gradient
-                del logits, scaled  # or they would live on while the next chunk's are made
+        losses, grad_hidden = chunked_cross_entropy(
+            hidden, weight, bias, labels, wants_grad=wants_grad, chunk_tokens=chunk_tokens
+        )
         ctx.save_for_backward(grad_hidden)
         return losses
 

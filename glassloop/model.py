@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from glassloop.loss import token_loss_sums
 from glassloop.model_checks import check_devices, check_dtypes, check_plain_head
 from glassloop.norms import fuse_norms
 from glassloop.rows import Pass
+
+if TYPE_CHECKING:
+    from glassloop.fused.engine import FusedEngine
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -63,7 +66,7 @@ def build_engine(
         checkpointing: recompute each decoder layer in the backward pass.
         seed: of the fresh adapters' A matrices; equal on all ranks, so that their adapters are equal.
         first: context in which one rank of a host goes before the others (it downloads and quantises).
-        engine: peft | unsloth. longest_row: tokens; None: as many as the model has positions (unsloth has to know).
+        engine: peft | fused | unsloth. longest_row: tokens; None: as many as the model has positions (unsloth has to know).
 
     Returns:
         The engine, in training mode.
@@ -82,18 +85,31 @@ def build_engine(
             first=first,
             longest_row=longest_row,
         )
-    assert engine == "peft", engine
+    assert engine in ("peft", "fused"), engine
     base, report = load_base(model, precision=precision, device=device, first=first)
     check_plain_head(base, device, report.name)
     fuse_norms(base)
     hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
     if model.init_adapter is not None:
         load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)
-    if checkpointing:
+    if checkpointing and engine == "peft":
         _recompute_layers(base, model.id)
     check_devices(hf, device)
     check_dtypes(hf, precision)
+    if engine == "fused":
+        return _fused_engine(hf, report, checkpointing).train()
     return PeftEngine(hf, report).train()
+
+
+def _fused_engine(hf: nn.Module, report: LoadReport, checkpointing: bool) -> FusedEngine:
+    """glassloop's own path over the same storage. Recomputed layers are the least that it needs; room.py may let it keep some."""
+    try:
+        from glassloop.fused.engine import FusedEngine
+    except ImportError as error:
+        raise ValueError(
+            f"execution.engine = fused needs triton, which cannot be imported here ({error}): pip install triton, or set execution.engine=peft"
+        ) from error
+    return FusedEngine(hf, report, keep=not checkpointing)
 
 
 def _unsloth_engine(
@@ -239,7 +255,7 @@ class PeftEngine(nn.Module):
         self._packing_checked = True
 
 
-Engine = PeftEngine  # what the loop calls; other engines have the same forward, hf and report
+Engine = Union[PeftEngine, "FusedEngine"]  # what the loop calls: the same forward, hf and report
 
 
 def _recompute_layers(base: PreTrainedModel, model_id: str) -> None:

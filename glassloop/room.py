@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glassloop.batches import Window
-from glassloop.dist import Gate
+from glassloop.dist import Gate, gather_objects
 from glassloop.planning.outlook import work_of
 from glassloop.predict.ledger import GIB, Ledger, ledger_of
 from glassloop.predict.shapes import shapes_of
@@ -50,6 +50,48 @@ def memory_lines(run: Run, window: Window) -> list[str]:
     return [f"predicted / measured GiB: {', '.join(pairs)}"]
 
 
+def spend_memory(run: Run) -> None:
+    """Let an engine that can choose keep as many activations as `memory.profile` allows, the same on all ranks; nothing for the others.
+
+    A resumed run takes what its checkpoint has, as long as the ranks have room for it.
+    """
+    engine = run.plain_engine
+    if engine.name != "fused" or not run.config.execution.checkpointing:
+        return
+    window = run.batches.heaviest()
+    passes = [[run.batches.rows[row] for row in one] for rank in window.passes for one in rank]
+    tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
+    supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
+    memory = run.config.memory
+    found = engine.choose_tiers(memory.profile, tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
+    kept = min(gather_objects(found.kept))
+    before = run.tiers
+    if before is not None and before["kept"] <= kept:
+        found = replace(found, **before)
+    else:
+        found = replace(found, kept=kept, host=any(gather_objects(found.host)))
+    use_tiers(run, found)
+    run.header = (*run.header, f"memory    {found.describe(len(engine.layers))} (memory.profile={memory.profile})")
+
+
+def use_tiers(run: Run, tiers: Any) -> None:
+    """From here on."""
+    run.plain_engine.tiers = tiers
+    run.tiers = {"kept": tiers.kept, "host": tiers.host}
+
+
+def fewer_kept(run: Run, update: int, why: str) -> bool:
+    """Keep fewer layers after a rank ran out of memory; False where none is kept, or none can be."""
+    if run.tiers is None or run.tiers["kept"] == 0:
+        return False
+    kept = run.tiers["kept"] * 3 // 4
+    use_tiers(run, replace(run.plain_engine.tiers, kept=kept))
+    torch.cuda.empty_cache()
+    layers = len(run.plain_engine.layers)
+    run.event(update, "out_of_memory", f"{why}. From here on {run.plain_engine.tiers.describe(layers)}; rows, passes and g stay")
+    return True
+
+
 def cures(run: Run) -> str:
     """Settings that need less memory and leave the rows of an update as they are."""
     execution, batch = run.config.execution, run.config.batch
@@ -65,10 +107,14 @@ def cures(run: Run) -> str:
 
 
 def smaller_passes(run: Run, update: int, why: str) -> bool:
-    """Cut every pass of the run in two after a rank ran out of memory. False: by config, under ddp, or where a pass is one row."""
+    """Recompute more, or else cut every pass in two, after a rank ran out of memory. False: by config, under ddp, or where a pass is one row."""
     execution = run.config.execution
     largest = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
-    if execution.on_out_of_memory == "stop" or run.ddp or largest == 1:
+    if execution.on_out_of_memory == "stop" or run.ddp:
+        return False
+    if fewer_kept(run, update, why):
+        return True
+    if largest == 1:
         return False
     run.batches = replace(run.batches, halvings=run.batches.halvings + 1)
     if run.device.type == "cuda":

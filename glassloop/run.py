@@ -85,6 +85,7 @@ class Run:
     tracker_ids: Callable[[], dict[str, str]] = dict
     sync_records: Callable[[], None] = lambda: None  # forces what observers wrote to the disk
     contract: Contract | None = None  # None: in a replay, which is held to the record instead
+    tiers: dict[str, Any] | None = None  # what activations an engine that can choose keeps, and where
     first_update: int = 1
     at: int = 0  # the update under way
     attempt: int = 1
@@ -255,7 +256,7 @@ class Run:
                 finite_updates=self.scale.finite_updates,
                 heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
                 tracker_ids=self.tracker_ids(),
-                details={**self.inspection.state(), "halvings": self.batches.halvings},
+                details={**self.inspection.state(), "halvings": self.batches.halvings, "tiers": self.tiers},
             )
             try:
                 self.sync_records()  # first: where a checkpoint stands, the records of its updates stand too
@@ -316,8 +317,7 @@ class Run:
 
     def broken(self, error: RuntimeError) -> int:
         """End because the run is not what it has to be: nothing is saved, since what is in memory cannot be trusted. Exit code 1."""
-        command = self.resume_command if self.last_saved or self.first_update > 1 else None
-        self.event(self.at, "failed", str(error), command)
+        self.event(self.at, "failed", str(error), self.resume_command if self.last_saved or self.first_update > 1 else None)
         return 1
 
     def refused(self, why: str) -> int:

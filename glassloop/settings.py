@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Engine = Literal["peft", "fused", "unsloth"]
+ENGINES: tuple[str, ...] = get_args(Engine)
 
 
 class Section(BaseModel):
@@ -16,8 +19,9 @@ class Section(BaseModel):
 class ExecutionConfig(Section):
     """How an update is carried out. Nothing here changes its gradient beyond rounding."""
 
-    engine: Literal["peft", "unsloth"] = "peft"
-    """peft: transformers + PEFT + bitsandbytes, the reference. unsloth: the model as Unsloth loads and patches it (extra `unsloth`, a GPU)."""
+    engine: Engine = "peft"
+    """peft: transformers + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama models in NF4, for speed. unsloth: the model
+    as Unsloth loads and patches it (extra `unsloth`, a GPU)."""
     layout: Literal["literal", "packed"] = "literal"
     """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""
     pass_tokens: int | None = Field(default=None, ge=8)
@@ -31,13 +35,22 @@ class ExecutionConfig(Section):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision (autocast). Adapters, their gradients and the loss stay fp32."""
     checkpointing: bool = True
-    """Recompute activations in the backward pass instead of storing them."""
+    """Recompute activations in the backward pass instead of storing them. fused: only as many as `memory.profile` asks for."""
     preflight: bool = True
     """Before update 1, compute each rank's heaviest pass, forward and backward, without a step: what does not fit shows at once."""
     on_out_of_memory: Literal["smaller", "stop"] = "smaller"
     """Where a rank runs out of memory in an update: all ranks do it again in passes of half the rows (explicit reduction), or the run ends."""
     deterministic: bool = False
     """Refuse kernels whose result may differ from run to run (slower)."""
+
+
+class MemoryConfig(Section):
+    """What the engine `fused` may take. Nothing here changes a gradient."""
+
+    profile: Literal["min", "fill"] | Annotated[float, Field(gt=0)] = "fill"
+    """min: as little as possible. fill: what the GPU has free, to recompute fewer layers. A number: GiB of the GPU that a rank may use in all."""
+    host_gib: float = Field(default=8.0, ge=0)
+    """Pinned host memory that a rank may take for layers' inputs, where the GPU is to hold little."""
 
 
 class StabilityConfig(Section):

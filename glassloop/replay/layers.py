@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from glassloop.batches import Window, build_pass
+from glassloop.model import PeftEngine
 from glassloop.optim import l2_norm
 from glassloop.replay.reproduce import Scene, carry_out, enter, fitting_rng
+from glassloop.rows import Pass
 from glassloop.run import Run
 from glassloop.snapshots import restore_rng
 
@@ -183,11 +185,25 @@ def _outputs(run: Run, window: Window, rng: dict[str, Any]) -> list[Output]:
     try:
         restore_rng(next(fitting_rng([rng], run)), run.device)
         rows = next(one for rank in window.passes for one in rank)
-        run.engine(build_pass([run.batches.rows[r] for r in rows], packed=window.packed, pad_id=run.pad_id, device=run.device))
+        p = build_pass([run.batches.rows[r] for r in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+        in_modules(run)(p)
     finally:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def in_modules(run: Run) -> Callable[[Pass], Any]:
+    """The forward pass module by module: the engine's own, or the reference engine's over the same storage where the engine has no modules."""
+    if run.plain_engine.name != "fused":
+        return run.engine
+    reference = PeftEngine(run.plain_engine.hf, run.plain_engine.report)
+
+    def forward(p: Pass) -> Any:
+        with run.accelerator.autocast():
+            return reference(p)
+
+    return forward
 
 
 def _rms(t: Tensor) -> float:

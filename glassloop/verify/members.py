@@ -80,9 +80,14 @@ class Member:
 
 
 def engines() -> tuple[str, ...]:
-    """Every engine that a config may name; one that is not installed, or refuses a shape, says so when it is built."""
+    """Every engine that a config may name but unsloth, which computes in 16 bits only: nothing of it could be held to these marks."""
     execution: Any = Config.model_fields["execution"].annotation
-    return get_args(execution.model_fields["engine"].annotation)
+    return tuple(engine for engine in get_args(execution.model_fields["engine"].annotation) if engine != "unsloth")
+
+
+def can(engine: str, task: str, shape: str) -> bool:
+    """Whether a config admits it: fused has NF4 weights only, and writes gradients where DDP would not look."""
+    return engine != "fused" or (TASKS[task].quantization == "nf4" and SHAPES[shape].reduction == "explicit")
 
 
 def members() -> list[Member]:
@@ -92,6 +97,7 @@ def members() -> list[Member]:
         for task in TASKS
         for engine in engines()
         for shape in (CLIPPED if task == "clipped" else SHAPES)
+        if can(engine, task, shape)
     ]
 
 

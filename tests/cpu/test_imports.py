@@ -72,7 +72,8 @@ TABLE = {
     "adapters": Rule("config", "peft safetensors torch transformers"),
     "unsloth_checks": Rule(),
     "unsloth_engine": Rule("adapters base_cache cache config model_checks unsloth_checks", "numpy safetensors torch"),
-    "model": Rule("adapters base_cache base_source config loss model_checks norms rows unsloth_engine", "torch transformers"),
+    "fused": Rule("loss rows", "torch triton"),
+    "model": Rule("adapters base_cache base_source config fused loss model_checks norms rows unsloth_engine", "torch transformers"),
     "generation": Rule("", "torch", late="transformers"),
     "planning": Rule("batches config dataset model plan predict sources templates", late="datasets pyarrow torch"),
     # What is kept and shown of a run.

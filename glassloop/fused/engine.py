@@ -1,0 +1,203 @@
+"""The fused engine: the whole model as one autograd node, whose backward pass is written out layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassloop.fused import layer as layers
+from glassloop.fused.attention import Bounds
+from glassloop.fused.dequant import pack
+from glassloop.fused.layer import Layer, Saved, Where
+from glassloop.fused.linear import Adapter, Linear, Scratch
+from glassloop.fused.loss import head_bytes, head_loss
+from glassloop.fused.matrices import Moves
+from glassloop.fused.norm import add_norm, norm_backward
+from glassloop.fused.rotary import angles
+from glassloop.fused.supported import GROUPS, check_supported
+from glassloop.fused.tiers import GIB, HostInputs, Tiers, choose
+from glassloop.rows import Pass
+
+
+@dataclass
+class State:
+    """A pass between forward and backward."""
+
+    where: Where
+    saved: list[Saved]
+    tiers: Tiers
+    last: Tensor  # (S, H): the last layer's output at supervised places
+    places: Tensor  # (S,) int64
+    grad_normed: Tensor  # (S, H): gradient of the loss sum at the last norm's output
+    shape: tuple[int, int]  # T, H
+
+
+class FusedEngine(nn.Module):
+    """glassloop's own path for the Llama family, over the storage of a PEFT model.
+
+    Attributes:
+        name: as in execution.engine.
+        hf: the PEFT model over the same weights and adapters; generation and saving go through it.
+        report: how the base was loaded.
+        tiers: what waits for backward, and where; it may change between passes.
+    """
+
+    name = "fused"
+    attention = "fused"  # it brings its own
+
+    def __init__(self, hf: nn.Module, report: Any, *, keep: bool = False):
+        """Keeps every layer whole, or recomputes every layer. Raises ValueError naming what of the model is not carried out here."""
+        super().__init__()
+        self.hf, self.report = hf, report
+        base: Any = hf.get_base_model()  # type: ignore[operator]
+        self.embedding = base.get_input_embeddings().weight  # (V, H)
+        self.head = base.get_output_embeddings().weight  # (V, H)
+        check_supported(base.config, base, self.embedding.dtype)
+        decoder = base.model
+        self.norm, self.rotary, self.eps = decoder.norm.weight, decoder.rotary_emb, base.config.rms_norm_eps
+        self.layers = [build_layer(one, base.config, self.embedding.dtype, index) for index, one in enumerate(decoder.layers)]
+        self.scratch = Scratch()
+        self.tiers = Tiers(len(self.layers) if keep else 0, host=False)
+        self.host = HostInputs(len(self.layers), self.embedding.device)
+        self.trained = [p for p in self.parameters() if p.requires_grad]
+        self.places: list[int] = []
+        self._ddp_params_and_buffers_to_ignore: list[str] = []  # explicit reduction only: DDP would reduce zeros
+
+    def choose_tiers(self, profile: str | float, *, tokens: int, supervised_tokens: int, host_gib: float) -> Tiers:
+        """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what this GPU has free now; on a CPU everything is kept."""
+        device, one = self.embedding.device, self.layers[0]
+        if device.type != "cuda":
+            return Tiers(0 if profile == "min" else len(self.layers), host=False)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        fixed = self.scratch.missing_bytes(one.linears)
+        return choose(
+            profile,
+            self.layers,
+            tokens=tokens,
+            used=torch.cuda.memory_allocated(device) + fixed,
+            free=free - fixed,
+            head_bytes=head_bytes(self.head, supervised_tokens),
+            host_bytes=int(host_gib * GIB),
+        )
+
+    def forward(self, p: Pass) -> tuple[Tensor, Tensor]:
+        """Summed token cross-entropy of a pass: loss_sum () fp32 with gradient, row_loss_sums (rows,) fp32 without. One rank's own sums.
+
+        The gradient goes to the adapters' `.grad`, which must be there.
+        """
+        with torch.autocast(p.input_ids.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return _Pass.apply(self.trained[0], self, p)  # type: ignore[return-value]
+            loss_sum, row_loss_sums, _ = self.run_forward(p, training=False)
+            return loss_sum, row_loss_sums
+
+    def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, State | None]:
+        """The pass, and what its backward needs."""
+        self.refresh(training)
+        where = self.where(p)
+        x: Tensor = F.embedding(p.input_ids.flatten(), self.embedding)  # (T, H)
+        y, saved, tiers = None, [], self.tiers
+        recomputed = len(self.layers) - tiers.kept
+        if training and tiers.host:
+            self.host.begin(len(x), x.shape[1], x.dtype)
+        for index, one in enumerate(self.layers):
+            x, y, kept = layers.forward(one, x, y, where, keep=index >= recomputed if training else None)
+            if kept is not None and tiers.host and index < recomputed:
+                self.host.put(index, kept.x)
+                kept = replace(kept, x=kept.x.new_empty(0))
+            saved.append(kept)
+        assert y is not None
+        at = x.index_select(0, p.places)
+        normed = torch.empty_like(at)  # (S, H)
+        last = add_norm(at, y.index_select(0, p.places), self.norm, self.eps, normed)
+        labels = p.targets.flatten().index_select(0, p.places)  # (S,)
+        losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
+        owner = p.row_of.flatten().index_select(0, p.places)
+        row_loss_sums = torch.zeros(len(p.row_ids), device=x.device).index_add_(0, owner, losses)
+        state = None if grad_normed is None else State(where, saved, tiers, last, p.places, grad_normed, tuple(x.shape))  # type: ignore[arg-type]
+        return losses.sum(), row_loss_sums, state
+
+    def run_backward(self, state: State, grad: Tensor) -> None:
+        """Add the gradient of `grad` x loss sum to the adapters' own."""
+        tokens, hidden = state.shape
+        room = max(linear.rank for one in self.layers for linear in (one.o, one.down))
+        inner = torch.zeros_like(state.last)
+        norm_backward(state.grad_normed * grad.to(state.last.dtype), state.last, self.norm, self.eps, inner)
+        out = torch.zeros(tokens, hidden + room, dtype=inner.dtype, device=inner.device)
+        out[:, :hidden].index_copy_(0, state.places, inner)
+        recomputed = len(self.layers) - state.tiers.kept if state.tiers.host else 0  # layers whose input is on the host
+        for index in reversed(range(len(self.layers))):
+            saved = state.saved.pop()
+            if index < recomputed:
+                saved = replace(saved, x=self.host.take(index, tokens))
+            if 0 < index <= recomputed:
+                self.host.fetch(index - 1, tokens)  # comes while this layer computes
+            layers.backward(self.layers[index], out, saved, state.where, first=index == 0)
+            self.outward[index].carry_out(add=True)
+
+    def refresh(self, training: bool) -> None:
+        """Round the adapters as they are now, and know where their gradients add up: both may have moved since the last pass."""
+        self.scratch.forget()
+        places = [p.data_ptr() for p in self.trained]
+        places += [p.grad.data_ptr() for p in self.trained if p.grad is not None] if training else []
+        if places != self.places:
+            linears = [one.linears for one in self.layers]
+            self.inward = Moves([move for four in linears for linear in four for move in linear.inward()])
+            self.outward = (
+                [Moves([m for linear in four for m in linear.outward(self.scratch)]) for four in linears] if training else []
+            )
+            self.places = places
+        self.inward.carry_out(add=False)
+
+    def where(self, p: Pass) -> Where:
+        """Bounds and angles of a pass. A padded row counts with its padding, to its right, which causal attention keeps from its tokens."""
+        rows, width = p.input_ids.shape
+        bounds = Bounds.of(p.lengths if p.packed else (width,) * rows, p.input_ids.device, self.embedding.dtype)
+        cos, sin = angles(p.position_ids.flatten(), self.rotary.inv_freq, self.rotary.attention_scaling)
+        return Where(bounds, cos, sin, self.scratch)
+
+
+class _Pass(torch.autograd.Function):
+    """The model between a pass and its loss sum. It has one input for autograd's sake; gradients are added in place."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, engine: FusedEngine, p: Pass):  # type: ignore[override]
+        loss_sum, row_loss_sums, ctx.state = engine.run_forward(p, training=True)
+        ctx.engine = engine
+        ctx.mark_non_differentiable(row_loss_sums)
+        return loss_sum, row_loss_sums
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):  # type: ignore[override]
+        ctx.engine.run_backward(ctx.state, grad)
+        ctx.state = None
+        return None, None, None
+
+
+def build_layer(module: Any, config: Any, dtype: torch.dtype, index: int) -> Layer:
+    """One of the model's decoder layers, its weights stacked into groups."""
+    groups = {}
+    for group, names in GROUPS.items():
+        found = [module.get_submodule(name) for name in names]
+        packed = pack([getattr(one, "base_layer", one) for one in found], [f"layer {index} {name}" for name in names])
+        groups[group] = Linear(packed, tuple(_adapter(one) for one in found), dtype)
+    return Layer(
+        **groups,
+        norm_in=module.input_layernorm.weight,
+        norm_mid=module.post_attention_layernorm.weight,
+        eps=config.rms_norm_eps,
+        heads=config.num_attention_heads,
+        key_heads=config.num_key_value_heads,
+        head_size=module.self_attn.head_dim,
+    )
+
+
+def _adapter(module: Any) -> Adapter | None:
+    if not hasattr(module, "lora_A"):
+        return None
+    name = module.active_adapters[0]
+    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))

@@ -1,0 +1,163 @@
+"""A decoder layer of the Llama family, forward and backward, written out.
+
+    x  = what comes in                      q, k, v = rotated n1 (W_qkv)^T, n1 = norm(x)
+    m  = x + attention(q, k, v) W_o^T       gate, up = n2 (W_gate_up)^T,     n2 = norm(m)
+    out = m + (silu(gate) * up) W_down^T
+
+The sums are left to the norm that follows, which has to read both parts anyway: a layer takes and gives pairs of which x is the sum. What
+backward needs is the smallest set: norms and the gate's product are computed again from it, and the product of W_down never is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glassloop.fused.attention import Bounds, Kept, attention, attention_backward
+from glassloop.fused.linear import Linear, Scratch
+from glassloop.fused.norm import add_norm, norm_backward
+from glassloop.fused.rotary import rotate
+from glassloop.fused.swiglu import swiglu, swiglu_backward
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's frozen weights and adapters, and its shape."""
+
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+    norm_in: Tensor  # (H,)
+    norm_mid: Tensor  # (H,)
+    eps: float
+    heads: int
+    key_heads: int
+    head_size: int
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    @property
+    def turned(self) -> int:
+        """Columns of q and k, which carry positions."""
+        return (self.heads + self.key_heads) * self.head_size
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views (T, heads, D), (T, key heads, D) twice of (T, N)."""
+        sizes = [self.heads * self.head_size, self.key_heads * self.head_size, self.key_heads * self.head_size]
+        q, k, v = qkv.split(sizes, dim=1)
+        return tuple(t.unflatten(1, (-1, self.head_size)) for t in (q, k, v))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What all layers of a pass share."""
+
+    bounds: Bounds
+    cos: Tensor  # (T, D / 2) fp32
+    sin: Tensor
+    scratch: Scratch
+
+
+@dataclass(frozen=True)
+class Middle:
+    """What lies between a layer's input and its last product."""
+
+    qkv: Tensor  # (T, N): q and k turned by their positions
+    kept: Kept
+    mid: Tensor  # (T, H)
+    gate_up: Tensor  # (T, 2 I + R)
+    narrow_qkv: Tensor  # (T, R): x (sA)^T of each group
+    narrow_o: Tensor
+    narrow_gate_up: Tensor
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A layer's own memory between forward and backward."""
+
+    x: Tensor  # (T, H)
+    narrow_down: Tensor  # (T, R)
+    middle: Middle | None  # None: to be computed again
+
+
+def first_half(layer: Layer, x: Tensor, y: Tensor | None, where: Where) -> tuple[Tensor, Middle]:
+    """Everything up to the gate. Returns x + y (T, H) and what lies between."""
+    tokens, hidden = x.shape
+    normed = layer.qkv.input(tokens)
+    x = add_norm(x, y, layer.norm_in, layer.eps, normed[:, :hidden])
+    qkv, narrow_qkv = layer.qkv.forward(normed, where.scratch.weights(layer.qkv))
+    rotate(qkv[:, : layer.turned], where.cos, where.sin, qkv[:, : layer.turned])
+    kept = attention(*layer.split(qkv), where.bounds)
+    seen = layer.o.input(tokens)
+    seen[:, : layer.o.columns].copy_(kept.out.flatten(1))
+    y, narrow_o = layer.o.forward(seen, where.scratch.weights(layer.o))
+    del seen
+    normed = layer.gate_up.input(tokens)
+    mid = add_norm(x, y, layer.norm_mid, layer.eps, normed[:, :hidden])
+    gate_up = layer.gate_up.output(tokens)
+    weights = where.scratch.weights(layer.gate_up)
+    _, narrow_gate_up = layer.gate_up.forward(normed, weights, out=gate_up[:, : layer.gate_up.rows])
+    return x, Middle(qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up)
+
+
+def forward(layer: Layer, x: Tensor, y: Tensor | None, where: Where, *, keep: bool | None) -> tuple[Tensor, Tensor, Saved | None]:
+    """One layer of a pass.
+
+    Args:
+        x, y: (T, H), whose sum comes in; y None: x alone.
+        keep: keep what lies between for backward; False: the input alone; None: there will be no backward.
+
+    Returns:
+        Two parts of the output (T, H), and what backward needs.
+    """
+    x, middle = first_half(layer, x, y, where)
+    product = layer.down.input(len(x))
+    swiglu(middle.gate_up[:, : layer.gate_up.rows], product[:, : layer.down.columns])
+    y, narrow = layer.down.forward(product, where.scratch.weights(layer.down))
+    return middle.mid, y, None if keep is None else Saved(x, narrow, middle if keep else None)
+
+
+def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: bool) -> None:
+    """Leave the adapters' gradients in the scratch and turn `grad` (T, H + R), of the layer's output, into that of its input.
+
+    Its last R columns are room for the adapters' share. `first`: nobody asks for the gradient of the input; `grad` is then of no use afterwards.
+    """
+    x, hidden = saved.x, saved.x.shape[1]
+    middle = saved.middle or first_half(layer, x, None, where)[1]
+    qkv, o, gate_up, down = layer.linears
+    weights = where.scratch.weights
+
+    out = grad[:, : hidden + down.rank]
+    down.fold(out)
+    product = down.input_gradient(out, weights(down))  # (T, I), of silu(gate) * up
+    swiglu_backward(product, middle.gate_up[:, : gate_up.rows])  # now product is that itself, and gate_up its own gradient
+    down.accumulate(out, product, saved.narrow_down, where.scratch)
+    del product
+
+    normed = torch.empty_like(x)
+    add_norm(middle.mid, None, layer.norm_mid, layer.eps, normed)
+    gate_up.fold(middle.gate_up)
+    gate_up.accumulate(middle.gate_up, normed, middle.narrow_gate_up, where.scratch)
+    inner = gate_up.input_gradient(middle.gate_up, weights(gate_up))  # (T, H)
+    norm_backward(inner, middle.mid, layer.norm_mid, layer.eps, grad[:, :hidden])
+
+    out = grad[:, : hidden + o.rank]
+    o.fold(out)
+    o.accumulate(out, middle.kept.out.flatten(1), middle.narrow_o, where.scratch)
+    inner = o.input_gradient(out, weights(o)).unflatten(1, (-1, layer.head_size))
+    dq, dk, dv = attention_backward(inner, *layer.split(middle.qkv), middle.kept, where.bounds)
+
+    out, turned, queries = qkv.output(len(x)), layer.turned, layer.heads * layer.head_size
+    rotate(dq.flatten(1), where.cos, where.sin, out[:, :queries], back=True)
+    rotate(dk.flatten(1), where.cos, where.sin, out[:, queries:turned], back=True)
+    out[:, turned : qkv.rows].copy_(dv.flatten(1))
+    add_norm(x, None, layer.norm_in, layer.eps, normed)
+    qkv.fold(out)
+    qkv.accumulate(out, normed, middle.narrow_qkv, where.scratch)
+    if not first:
+        norm_backward(qkv.input_gradient(out, weights(qkv)), x, layer.norm_in, layer.eps, grad[:, :hidden])

@@ -1,0 +1,162 @@
+"""The fused engine against the reference engine: the same sums and gradients, in fp32 on a CPU, over the same NF4 weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+
+import pytest
+import torch
+
+from glassloop.batches import build_pass
+from glassloop.config import LoraConfig
+from glassloop.optim import FlatAdapters
+from glassloop.rows import Row
+
+if importlib.util.find_spec("triton") is not None:
+    from glassloop.fused.tiers import Tiers, choose, input_bytes, kept_bytes
+
+    TIERS = [Tiers(kept, host) for kept in (0, 1, 2) for host in (False, True)]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
+)
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def rows_of(*lengths: int) -> list[Row]:
+    """Rows of random tokens; the last half of each is supervised, and of the third nothing."""
+    generator = random.Random(0)
+    return [
+        Row(f"r{i}", tuple(generator.randrange(5, 500) for _ in range(n)), tuple(i != 2 and place > n // 2 for place in range(n)))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def fused_of(engine):
+    from glassloop.fused.engine import FusedEngine
+
+    return FusedEngine(engine.hf, engine.report)
+
+
+def adapters_of(engine) -> FlatAdapters:
+    """Flat adapters with values that make every gradient differ from 0."""
+    adapters = FlatAdapters(engine.hf.named_parameters())
+    torch.manual_seed(3)
+    adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
+    return adapters
+
+
+def gradient(engine, adapters: FlatAdapters, passes) -> tuple[list, torch.Tensor]:
+    adapters.zero_grad()
+    found = []
+    for p in passes:
+        loss_sum, row_loss_sums = engine(p)
+        (loss_sum / 7).backward()
+        found.append((loss_sum.item(), row_loss_sums))
+    return found, adapters.grad.clone()
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj"), ("o_proj", "up_proj")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sums_and_gradient_are_the_reference_engines(engine_of, tiny_llama, targets, packed):
+    lora = LoraConfig(r=4, alpha=8, targets=targets)
+    reference = engine_of(tiny_llama, quantization="nf4", lora=lora)
+    before = adapters_of(reference)
+    passes = [
+        build_pass(rows_of(*lengths), packed=packed, pad_id=0, device=torch.device("cpu")) for lengths in ((9, 17, 5, 30), (4,))
+    ]
+    wanted, slope = gradient(reference, before, passes)
+    engine = fused_of(engine_of(tiny_llama, quantization="nf4", lora=lora))
+    adapters = adapters_of(engine)
+    for engine.tiers in TIERS:
+        found, ours = gradient(engine, adapters, passes)
+        for (sum_a, rows_a), (sum_b, rows_b) in zip(wanted, found, strict=True):
+            assert sum_a == pytest.approx(sum_b, rel=1e-6)
+            assert torch.allclose(rows_a, rows_b, rtol=1e-6)
+        assert float((ours - slope).norm() / slope.norm()) <= 1e-6
+    for name, place in adapters.slices.items():
+        assert float((place.of(ours) - place.of(slope)).norm() / place.of(slope).norm()) <= 5e-6, name
+    with torch.no_grad():
+        assert engine(passes[0])[0].item() == pytest.approx(wanted[0][0], rel=1e-6)
+
+
+def test_every_tier_gives_the_same_bits(engine_of, tiny_llama):
+    engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
+    adapters = adapters_of(engine)
+    p = build_pass(rows_of(12, 7), packed=True, pad_id=0, device=torch.device("cpu"))
+    grads = []
+    for engine.tiers in TIERS:
+        grads.append(gradient(engine, adapters, [p, p])[1])
+    assert all(torch.equal(grads[0], one) for one in grads[1:])
+
+
+def test_adapters_that_moved_are_seen_and_so_are_buffers_that_were_replaced(engine_of, tiny_llama):
+    """An optimizer writes in place; a second FlatAdapters moves data and gradients elsewhere."""
+    engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
+    adapters = adapters_of(engine)
+    p = build_pass(rows_of(12), packed=False, pad_id=0, device=torch.device("cpu"))
+    first, _ = gradient(engine, adapters, [p])
+    adapters.flat.data.mul_(3)
+    second, _ = gradient(engine, adapters, [p])
+    assert first[0][0] != second[0][0]
+    other = FlatAdapters(engine.hf.named_parameters())
+    third, slope = gradient(engine, other, [p])
+    assert third[0][0] == second[0][0] and float(slope.norm()) > 0
+
+
+def test_the_peft_model_over_the_same_storage_still_answers_as_before(engine_of, tiny_llama):
+    reference = engine_of(tiny_llama, quantization="nf4")
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        before = reference.hf(input_ids=ids).logits
+        engine = fused_of(reference)
+        assert torch.equal(engine.hf(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu', it knows 'silu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
+        ({"model_type": "mistral"}, "model_type = 'mistral', it knows 'llama'"),
+    ],
+)
+def test_a_config_that_is_not_carried_out_is_refused_by_its_field(engine_of, tiny_llama, change, said):
+    engine = engine_of(tiny_llama, quantization="nf4")
+    for name, value in change.items():
+        setattr(engine.hf.get_base_model().config, name, value)
+    with pytest.raises(ValueError, match=said) as refused:
+        fused_of(engine)
+    assert "execution.engine=peft" in str(refused.value)
+
+
+def test_weights_that_are_not_nf4_and_adapters_with_dropout_are_refused(engine_of, tiny_llama):
+    with pytest.raises(ValueError, match=r"layer 0 self_attn.q_proj is not in NF4: set model.quantization=nf4"):
+        fused_of(engine_of(tiny_llama))
+    with pytest.raises(ValueError, match=r"lora.dropout = 0.1 is not carried out"):
+        fused_of(engine_of(tiny_llama, quantization="nf4", lora=LoraConfig(r=4, alpha=8, dropout=0.1)))
+
+
+def test_another_family_is_refused(engine_of, tiny_qwen2):
+    with pytest.raises(ValueError, match="model_type = 'qwen2', it knows 'llama'"):
+        fused_of(engine_of(tiny_qwen2, quantization="nf4"))
+
+
+def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
+    layers = fused_of(engine_of(tiny_llama, quantization="nf4")).layers * 8  # 16 of them
+    tokens, gib = 100_000, 2**30
+
+    def tiers(profile, free_gib=1000.0, host_gib=1000.0):
+        sizes = {"used": gib, "free": int(free_gib * gib), "host_bytes": int(host_gib * gib)}
+        return choose(profile, layers, tokens=tokens, head_bytes=0, **sizes)
+
+    one = kept_bytes(layers[0], tokens)
+    assert one > 5 * input_bytes(layers[0], tokens)
+    assert tiers("min") == Tiers(0, host=True) and tiers("min", host_gib=0) == Tiers(0, host=False)
+    assert tiers("fill") == Tiers(16, host=False) == tiers(900.0)
+    found = [tiers("fill", free_gib=free / 4).kept for free in range(40)]
+    assert found == sorted(found) and len(set(found)) > 5 and found[0] == 0
+    assert tiers(3.0).kept == tiers("fill", free_gib=2.0).kept  # a GiB is in use already
+    assert tiers(0.1) == Tiers(0, host=True)  # too small a budget: the least, and preflight says what it takes
