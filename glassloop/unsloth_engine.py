@@ -111,7 +111,7 @@ def load_with_unsloth(
         notes = check_same_base(base, report, own_tokenizer, tokenizer)
         base.requires_grad_(False)
         prepare_4bit(base, DTYPES[precision])
-        check_plain_head(base, device)
+        check_plain_head(base, device, report.name)
         check_targets(base, lora.targets)
         with explained(model):
             hf = fast.get_peft_model(

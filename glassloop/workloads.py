@@ -19,6 +19,7 @@ QUANTILES: dict[str, tuple[tuple[float, int], ...]] = {
     "medical-v1": ((0.0, 190), (0.05, 286), (0.25, 443), (0.5, 600), (0.75, 813), (0.95, 1258), (1.0, 2048)),
 }
 SUPERVISED = {"full-v1": 0.8, "scam-v1": 0.8, "medical-v1": 0.8}  # share of a row's tokens, its last ones
+OWN = "own"  # the rows of data.source, as a run would read them
 LOWEST_ID = 10  # ids below are often special
 
 

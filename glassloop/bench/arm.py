@@ -7,6 +7,7 @@ prints one line of JSON and adds it to the spec's `out`. Exit code 0: measured; 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from glassloop.arguments import parse  # noqa: E402
 from glassloop.batches import Batches, Window, build_pass, epoch_order  # noqa: E402
 from glassloop.bench.ceiling import matmul_ceiling  # noqa: E402
 from glassloop.bench.machine import Sampler, card_state, energy_j  # noqa: E402
+from glassloop.bench.profile import SUMMARY, TRACE, profiled  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
 from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, utilisation  # noqa: E402
 from glassloop.build import build_run  # noqa: E402
@@ -36,7 +38,7 @@ from glassloop.predict.shapes import shapes_from_config  # noqa: E402
 from glassloop.record import UpdateRecord  # noqa: E402
 from glassloop.rows import Row  # noqa: E402
 from glassloop.run import Run  # noqa: E402
-from glassloop.workloads import workload  # noqa: E402
+from glassloop.workloads import OWN, workload  # noqa: E402
 
 GIB = 2**30
 
@@ -46,7 +48,7 @@ def main(path: Path) -> int:
     spec = read_spec(path)
     with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
         try:
-            line, code = measure(spec, Path(folder)), 0
+            line, code = (profile_arm if spec.profile else measure)(spec, Path(folder)), 0
         except (ValueError, RuntimeError, OSError) as error:  # refused, or out of memory: what there is to say of this arm
             line, code = {"failed": f"{type(error).__name__}: {error}"[:600]}, 3
     line = spec.about | line
@@ -122,26 +124,42 @@ def measure(spec: Spec, folder: Path) -> dict[str, Any]:
     }
 
 
+def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Carry out updates up to `spec.profile`, that one under rank 0's profiler, and write trace and page. Nothing is measured."""
+    run = build(spec, folder)
+    for u in range(1, spec.profile):
+        timed_update(run, u)
+    if run.rank == 0:
+        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else _cpu() or "CPU"
+        about = (
+            f"Update {spec.profile}: {spec.name}",
+            f"{spec.model}, {spec.precision}, {spec.rows_per_update} rows an update",
+            where,
+        )
+        into = Path(spec.profile_dir)
+        profiled(lambda: timed_update(run, spec.profile), into, device=run.device, about=about)
+        line = {"profile": {"update": spec.profile, "trace": str(into / TRACE), "summary": str(into / SUMMARY)}}
+    else:
+        timed_update(run, spec.profile)
+        line = {}
+    gather_objects(0)  # the others wait for the trace: a rank that leaves ends the group
+    run.close_observers()
+    return line
+
+
 def build(spec: Spec, folder: Path) -> Run:
     """The run as configured, on the rows of the workload."""
-    rows_file = folder / "rows.jsonl"
-    rows_file.write_text('{"prompt": "hello there", "completion": "hi"}\n' * max(32, spec.rows_per_update))
-    run = build_run(config_of(spec, folder, rows_file))
+    run = build_run(config_of(spec, folder))
     run.observers = [one for one in run.observers if isinstance(one, JsonlObserver)]  # files as in any run, no lines in between
-    total = spec.warmup + spec.updates
-    vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size
-    rows = workload(spec.workload, spec.rows_per_update * total, vocabulary=vocabulary)
-    order = epoch_order(len(rows), run.config.seed, 0)
-    arranged = tuple(
-        row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])
-    )  # so that update 1 has the workload's first rows, and so on
+    total = max(spec.warmup + spec.updates, spec.profile)
+    rows = rows_of(run, spec, total)
     o, s = run.config.optimizer, run.config.schedule
     plan = make_plan(
         rows=len(rows),
         size=run.plan.size,
         ranks=run.ranks,
         accumulation=run.plan.accumulation,
-        tail="keep",
+        tail="drop",  # of the user's own rows: every update has as many
         updates=total,
         epochs=1.0,
         warmup=1,
@@ -149,17 +167,36 @@ def build(spec: Spec, folder: Path) -> Run:
         kind=s.kind,
         first=s.first,
     )
-    run.plan, run.contract, run.batches = plan, None, replace(run.batches, rows=arranged, plan=plan)
+    run.plan, run.contract, run.batches = plan, None, replace(run.batches, rows=rows, plan=plan)
     return run
 
 
-def config_of(spec: Spec, folder: Path, rows_file: Path) -> Config:
+def rows_of(run: Run, spec: Spec, updates: int) -> tuple[Row, ...]:
+    """The workload's rows, so arranged that update 1 has the first ones, and so on; or the run's own, in a run's order."""
+    if spec.workload == OWN:
+        rows = run.batches.rows
+        if len(rows) < spec.rows_per_update:
+            raise ValueError(
+                f"data.source gives {len(rows)} rows, and an update takes {spec.rows_per_update}: lower --rows-per-update"
+            )
+        return tuple(rows)
+    vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size
+    rows = workload(spec.workload, spec.rows_per_update * updates, vocabulary=vocabulary)
+    order = epoch_order(len(rows), run.config.seed, 0)
+    return tuple(row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0]))
+
+
+def config_of(spec: Spec, folder: Path) -> Config:
     """The arm's config: the recipe, without what is not an update (evaluation, probes, capsules, preflight)."""
+    data = []
+    if spec.workload != OWN:  # a run needs some rows to be built; they are exchanged for the workload's
+        rows_file = folder / "rows.jsonl"
+        rows_file.write_text('{"prompt": "hello there", "completion": "hi"}\n' * max(32, spec.rows_per_update))
+        data = [f"data.source={rows_file}", "data.template=instruct"]
     words = [
         f"model.id={spec.model}",
         f"lora.r={spec.r}",
-        f"data.source={rows_file}",
-        "data.template=instruct",
+        *data,
         f"batch.size={spec.batch}",
         f"batch.rows_per_update={spec.rows_per_update}",
         f"batch.ranks={spec.ranks}",
@@ -175,7 +212,7 @@ def config_of(spec: Spec, folder: Path, rows_file: Path) -> Config:
         f"run.dir={folder}",
         "run.name=arm",
     ]
-    return parse([*words, *spec.overrides], prog="glassloop bench")
+    return parse([*words, *spec.varied, *spec.overrides], prog="glassloop bench")
 
 
 @dataclass(frozen=True)
@@ -277,4 +314,7 @@ def _cpu() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; Unsloth can hang in its own shutdown

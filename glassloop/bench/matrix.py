@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import glassloop
 from glassloop.bench.results import REFERENCE_ENGINE, SAME_WORK, append, checked, is_reference
 from glassloop.bench.spec import Spec
+from glassloop.unsloth_checks import problems
 from glassloop.verify.processes import LAUNCHER_VARIABLES, launch_file
 
 ARM_TIMEOUT_S = 1800.0
@@ -44,9 +45,10 @@ def specs_of(
     checkpointing: Sequence[bool],
     place: Place,
     common: dict[str, Any],
+    varied: Sequence[tuple[str, ...]] = ((),),
 ) -> list[Spec]:
-    """Every combination. `common`: further fields of all specs."""
-    combinations = itertools.product(workloads, engines, layouts, batches, checkpointing, ranks)
+    """Every combination. `common`: further fields of all specs. `varied`: see Spec."""
+    combinations = itertools.product(workloads, engines, varied, layouts, batches, checkpointing, ranks)
     return [
         Spec(
             engine=engine,
@@ -57,9 +59,10 @@ def specs_of(
             checkpointing=recompute,
             device=place.device,
             backend=place.backend(count),
+            varied=fields,
             **common,
         )
-        for workload, engine, layout, batch, recompute, count in combinations
+        for workload, engine, fields, layout, batch, recompute, count in combinations
     ]
 
 
@@ -71,7 +74,16 @@ def schedule(specs: Sequence[Spec], repeats: int) -> list[Spec]:
     first: list[Spec] = []
     for spec in specs:
         if not any(is_reference(one.cell) and _same_work(one, spec) for one in [*specs, *first]):
-            own = dict(engine=REFERENCE_ENGINE, layout="literal", ranks=1, backend="auto", updates=1, warmup=1, check_only=True)
+            own = dict(
+                engine=REFERENCE_ENGINE,
+                layout="literal",
+                ranks=1,
+                backend="auto",
+                updates=1,
+                warmup=1,
+                varied=(),
+                check_only=True,
+            )
             first.append(replace(spec, **own))
     arms = sorted(specs, key=lambda spec: not is_reference(spec.cell))  # stable: references lead in the first repeat
     turns = [
@@ -84,15 +96,29 @@ def _same_work(one: Spec, other: Spec) -> bool:
     return all(one.cell[name] == other.cell[name] for name in SAME_WORK)
 
 
+def unable(spec: Spec, pythons: Mapping[str, str]) -> str | None:
+    """Why an arm is not even started here; None where it is. `pythons`: see run_matrix."""
+    if spec.engine == "unsloth" and spec.engine not in pythons and (found := problems(on_cuda=spec.device == "cuda")):
+        return "; ".join(found)
+    return None
+
+
 def run_matrix(
-    order: Sequence[Spec], place: Place, folder: Path, out: Path, say: Callable[[str], None], known: Sequence[dict[str, Any]] = ()
+    order: Sequence[Spec], place: Place, folder: Path, out: Path, say: Callable[[str], None], pythons: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Run every spec; each line goes to `out` as soon as it is there, with its check. Returns the lines."""
+    """Run every spec; each line goes to `out` as soon as it is there, with its check. Returns the lines.
+
+    Args:
+        pythons: engine -> the interpreter of its arms, where that is not this one.
+    """
     lines: list[dict[str, Any]] = []
     for number, spec in enumerate(order, start=1):
         began = time.monotonic()
-        line = run_arm(spec, place, folder / f"arm-{number}")
-        line["check"] = checked(line, [*lines, *known])
+        if why := unable(spec, pythons):
+            line = spec.about | {"failed": why, "left_out": True}
+        else:
+            line = run_arm(spec, place, folder / f"arm-{number}", python=pythons.get(spec.engine, sys.executable))
+        line["check"] = checked(line, lines)
         lines.append(line)
         append(out, line)
         say(f"[{number}/{len(order)}] {spec.name}: {told(line)} ({time.monotonic() - began:.0f} s)")
@@ -102,7 +128,7 @@ def run_matrix(
 def told(line: dict[str, Any]) -> str:
     """A line in a few words."""
     if "failed" in line:
-        return f"failed: {line['failed']}"
+        return f"{'left out' if line.get('left_out') else 'failed'}: {line['failed']}"
     check, speed = line["check"], f"{line['tokens_per_s']['real']:,.0f} real tokens/s"
     if check["within"]:
         return speed
@@ -111,10 +137,12 @@ def told(line: dict[str, Any]) -> str:
     return f"CHECK FAILED: loss off by {check['loss_off']}, norm by {check['norm_off']} (at most {check['tolerance']})"
 
 
-def run_arm(spec: Spec, place: Place, folder: Path, timeout_s: float = ARM_TIMEOUT_S) -> dict[str, Any]:
+def run_arm(
+    spec: Spec, place: Place, folder: Path, timeout_s: float = ARM_TIMEOUT_S, python: str = sys.executable
+) -> dict[str, Any]:
     """One arm of glassloop in a fresh process (or `ranks` of them): its line, or one that says why there is none."""
     folder.mkdir(parents=True)
-    return run_command(spec, command(spec, folder), place, folder, timeout_s)
+    return run_command(spec, command(spec, folder, python), place, folder, timeout_s)
 
 
 def run_command(spec: Spec, words: Sequence[str], place: Place, folder: Path, timeout_s: float) -> dict[str, Any]:
@@ -157,14 +185,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def command(spec: Spec, folder: Path) -> list[str]:
+def command(spec: Spec, folder: Path, python: str = sys.executable) -> list[str]:
     """How the arm's process is started."""
     module = ["glassloop.bench.arm", str(folder / "spec.json")]
     if spec.ranks == 1:
-        return [sys.executable, "-m", *module]
+        return [python, "-m", *module]
     file = folder / "launch.yaml"
     file.write_text(launch_file(spec.device), encoding="utf-8")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    launcher = [python, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     return [*launcher, "--num_processes", str(spec.ranks), "--module", *module]
 
 

@@ -103,8 +103,9 @@ def key_of(line: dict[str, Any]) -> str:
 
 
 def is_reference(cell: dict[str, Any]) -> bool:
-    """The reference engine, one rank, the micro-batches as asked for."""
-    return cell["engine"] == REFERENCE_ENGINE and cell["layout"] == "literal" and cell["ranks"] == 1
+    """The reference engine, one rank, the micro-batches as asked for, nothing varied."""
+    plain = cell["engine"] == REFERENCE_ENGINE and cell["layout"] == "literal" and cell["ranks"] == 1
+    return plain and not cell.get("varied")
 
 
 def checked(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

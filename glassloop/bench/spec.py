@@ -19,7 +19,9 @@ class Spec:
         engine: execution.engine. workload: a name of workloads.py. model: model.id. layout, precision, checkpointing: execution.*.
         ranks: processes, over which the rows of an update are shared. batch: rows of a micro-batch. rows_per_update: over all ranks.
         updates: measured ones, after `warmup` that are not. repeat: which time this arm is measured. r: rank of the adapters.
-        device: cuda | cpu. overrides: further section.field=value of the config.
+        device: cuda | cpu. overrides: further section.field=value of the config, the same in all arms that are compared.
+        varied: execution.field=value that tells this arm from others on the same work; the reference has none.
+        profile: the update that is profiled instead of any being measured; 0: none. profile_dir: folder for what comes of it.
         launched_at: seconds since 1970 at which the process was started; 0: when its interpreter reached us.
         out: file that gets the result's line. check_only: others are held to it, and no table shows its speed.
     """
@@ -40,6 +42,9 @@ class Spec:
     device: str = "cuda"
     backend: str = "auto"
     overrides: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
+    profile: int = 0
+    profile_dir: str = ""
     launched_at: float = 0.0
     out: str = ""
     check_only: bool = False
@@ -54,15 +59,27 @@ class Spec:
     def name(self) -> str:
         """What a table calls the arm."""
         parts = [self.engine, self.workload, self.layout, f"{self.batch} rows", f"{self.ranks} rank{'s' * (self.ranks > 1)}"]
-        return ", ".join([*parts, "recomputed" if self.checkpointing else "stored"])
+        varied = (text.removeprefix("execution.") for text in self.varied)
+        return ", ".join([*parts, "recomputed" if self.checkpointing else "stored", *varied])
 
     @property
     def cell(self) -> dict[str, Any]:
         """What tells the arm from others of its matrix and of other files; `rows_digest` is added by the arm."""
         values = asdict(self)
-        for name in ("updates", "warmup", "repeat", "device", "backend", "launched_at", "out", "check_only"):
+        for name in (
+            "updates",
+            "warmup",
+            "repeat",
+            "device",
+            "backend",
+            "launched_at",
+            "out",
+            "check_only",
+            "profile",
+            "profile_dir",
+        ):
             del values[name]
-        return {**values, "overrides": list(self.overrides)}
+        return {**values, "overrides": list(self.overrides), "varied": list(self.varied)}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -78,6 +95,6 @@ def read_spec(path: Path) -> Spec:
     """A spec that `write` wrote. Raises ValueError for fields that it does not know."""
     values = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return Spec(**{**values, "overrides": tuple(values.get("overrides", ()))})
+        return Spec(**{**values, **{name: tuple(values.get(name, ())) for name in ("overrides", "varied")}})
     except TypeError as error:
         raise ValueError(f"{path} is no spec of an arm: {error}") from None

@@ -39,12 +39,12 @@ def _row(arm: Arm) -> str:
 
 
 def left_out(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each result without numbers: failed, without a check, or with one that failed."""
+    """A line for each result without numbers: not run, failed, without a check, or with one that failed."""
     said = []
     for line in lines:
         check = line.get("check", {})
         if "failed" in line:
-            said.append(f"failed: {line['name']}: {line['failed'][:300]}")
+            said.append(f"{'left out' if line.get('left_out') else 'failed'}: {line['name']}: {line['failed'][:600]}")
         elif check.get("within") is None:
             said.append(f"not shown: {line['name']}: {check.get('why', 'it was not checked')}")
         elif not check["within"]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,15 @@ def _parser() -> argparse.ArgumentParser:
         "A result is shown only if update 1's loss and gradient norm agree with the reference engine's on the same rows.",
     )
     lists = parser.add_argument_group("arms (lists with commas)")
-    lists.add_argument("--engines", type=_words, default=["peft"], metavar="E,..", help="execution.engine (default: peft)")
     lists.add_argument(
-        "--workloads", type=_words, default=["scam-v1", "full-v1"], metavar="W,..", help="default: scam-v1,full-v1"
+        "--engines", type=_words, default=["peft"], metavar="E,..", help="execution.engine: peft, unsloth (default: peft)"
+    )
+    lists.add_argument(
+        "--workloads",
+        type=_words,
+        default=["scam-v1", "full-v1"],
+        metavar="W,..",
+        help="scam-v1, medical-v1, full-v1, or `own`: the rows of data.source=... (default: scam-v1,full-v1)",
     )
     lists.add_argument("--layouts", type=_words, default=["literal", "packed"], metavar="L,..", help="default: literal,packed")
     lists.add_argument(
@@ -48,6 +57,31 @@ def _parser() -> argparse.ArgumentParser:
     lists.add_argument("--batch", type=_counts, default=[2], metavar="N,..", help="rows of a micro-batch (default: 2)")
     lists.add_argument(
         "--checkpointing", type=_words, default=["on"], metavar="on,off", help="activations recomputed or stored (default: on)"
+    )
+    lists.add_argument(
+        "--vary",
+        type=_varied,
+        action="append",
+        default=[],
+        metavar="execution.FIELD=A,B",
+        help="one more list: each value of the field is an arm (may be given several times)",
+    )
+    parser.add_argument(
+        "--python",
+        type=_python,
+        action="append",
+        default=[],
+        metavar="ENGINE=PATH",
+        help="interpreter of an engine's arms, where its packages need an environment of their own",
+    )
+    parser.add_argument(
+        "--profile",
+        type=_count,
+        metavar="U",
+        help="measure nothing: carry out updates up to U in every arm, and write a trace and a page about update U",
+    )
+    parser.add_argument(
+        "--profile-dir", type=Path, default=Path("profiles"), metavar="DIR", help="with --profile: where to (default: profiles)"
     )
     parser.add_argument(
         "--rows-per-update", type=_count, default=8, metavar="N", help="over all ranks, in every arm (default: 8)"
@@ -93,6 +127,20 @@ def _override(text: str) -> str:
     return text
 
 
+def _varied(text: str) -> tuple[str, ...]:
+    field, _, values = text.removeprefix("--").partition("=")
+    if not re.fullmatch(r"execution\.[a-z_]+", field) or not _words(values):
+        raise argparse.ArgumentTypeError(f"{text}: say execution.FIELD=A,B; other sections change the work")
+    return tuple(f"{field}={value}" for value in _words(values))
+
+
+def _python(text: str) -> tuple[str, str]:
+    engine, _, path = text.partition("=")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: say ENGINE=/path/to/env/bin/python, a file that exists")
+    return engine, str(Path(path).absolute())  # not resolved: an environment's python is a link
+
+
 def _place(device: str) -> Any:
     """Raises ValueError where a GPU is asked for and there is none."""
     from glassloop.bench.matrix import Place
@@ -110,10 +158,16 @@ def _place(device: str) -> Any:
 def _matrix(asked: argparse.Namespace) -> int:
     from glassloop.bench.matrix import run_matrix, schedule, specs_of
     from glassloop.bench.table import table
-    from glassloop.workloads import QUANTILES
+    from glassloop.settings import ENGINES
+    from glassloop.workloads import OWN, QUANTILES
 
-    if unknown := [name for name in asked.workloads if name not in QUANTILES]:
-        raise ValueError(f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}")
+    if unknown := [name for name in asked.workloads if name not in (*QUANTILES, OWN)]:
+        raise ValueError(f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}, and {OWN} for data.source=...")
+    if unknown := [name for name in asked.engines if name not in ENGINES]:
+        raise ValueError(f"--engines {', '.join(unknown)}: there are {', '.join(ENGINES)}")
+    has_source = any(text.removeprefix("--").startswith("data.source=") for text in asked.overrides)
+    if has_source != (OWN in asked.workloads) or (has_source and asked.workloads != [OWN]):
+        raise ValueError(f"--workloads {OWN} and data.source=... belong together, and other workloads have rows of their own")
     if unknown := [word for word in asked.checkpointing if word not in ON_OFF]:
         raise ValueError(f"--checkpointing {', '.join(unknown)}: say on, off or on,off")
     place = _place(asked.device)
@@ -131,25 +185,60 @@ def _matrix(asked: argparse.Namespace) -> int:
             precision=asked.precision,
             updates=asked.updates,
             warmup=asked.warmup,
-            overrides=tuple(asked.overrides),
+            overrides=tuple(_anywhere(text) for text in asked.overrides),
         ),
+        varied=[tuple(fields) for fields in itertools.product(*asked.vary)],
     )
-    order = schedule(specs, asked.repeats)
+    order = specs if asked.profile else schedule(specs, asked.repeats)
     if asked.dry_run:
         print(
             "\n".join(f"{number:>3}  {spec.name}, {spec.warmup} + {spec.updates} updates" for number, spec in enumerate(order, 1))
         )
         return 0
+    pythons = dict(asked.python)
+    if asked.profile:
+        return _profiles(order, place, asked.profile, asked.profile_dir.absolute(), pythons)
     out = (asked.out or _default_out(place.device)).absolute()
     _say(f"{len(order)} arms on {place.device}; results are added to {out}")
     with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
-        lines = run_matrix(order, place, Path(folder), out, _say)
+        lines = run_matrix(order, place, Path(folder), out, _say, pythons)
     print("\n".join(table(lines)))
-    return 0 if all(line["check"]["within"] for line in lines) else 1
+    # An engine that is not there is told and no fault, unless nothing else was measured.
+    tried = [line for line in lines if not line.get("left_out")]
+    measured = any(not line.get("check_only") for line in tried)
+    return 0 if measured and all(line["check"]["within"] for line in tried) else 1
+
+
+def _anywhere(text: str) -> str:
+    """An override that means the same in an arm's own folder: data.source=FILE made absolute."""
+    name, _, value = text.partition("=")
+    source = Path(value).expanduser()
+    return f"{name}={source.absolute()}" if name.removeprefix("--") == "data.source" and source.exists() else text
+
+
+def _profiles(specs: Sequence[Any], place: Any, update: int, into: Path, pythons: Mapping[str, str]) -> int:
+    """Profile update `update` of every arm, one after the other; the pages go to stdout too."""
+    from glassloop.bench.matrix import run_arm, unable
+
+    code = 0
+    with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
+        for number, spec in enumerate(specs, start=1):
+            name = re.sub(r"[^a-z0-9]+", "-", f"{spec.name} update {update}".lower())
+            spec = replace(spec, profile=update, profile_dir=str(into / name))
+            why = unable(spec, pythons)
+            python = pythons.get(spec.engine, sys.executable)
+            line: dict[str, Any] = {"failed": why} if why else run_arm(spec, place, Path(folder) / str(number), python=python)
+            if "failed" in line:
+                _say(f"{'left out' if why else 'failed'}: {spec.name}: {line['failed']}")
+                code = code if why else 1
+                continue
+            print(Path(line["profile"]["summary"]).read_text(encoding="utf-8"))
+            _say(f"written: {line['profile']['trace']} (open it in https://ui.perfetto.dev), {line['profile']['summary']}")
+    return code
 
 
 def _card(asked: argparse.Namespace) -> int:
-    from glassloop.bench.card import NAME, TIME_LIMIT_S, card_line, card_spec
+    from glassloop.bench.card import NAME, TIME_LIMIT_S, card_line, card_spec, loss_verdict
     from glassloop.bench.matrix import run_arm
     from glassloop.bench.results import append
 
@@ -165,10 +254,13 @@ def _card(asked: argparse.Namespace) -> int:
         print(f"failed: {line['failed']}", file=sys.stderr)
         return 1
     # The engine is the reference itself; weights and rows are the same bits on every card, so its loss can be held to other cards' lines.
-    append(out, line | {"card_name": NAME, "check": {"within": True, "why": "it is the reference engine"}})
+    verdict = loss_verdict(line)
+    append(
+        out, line | {"card_name": NAME, "loss_verdict": verdict, "check": {"within": True, "why": "it is the reference engine"}}
+    )
     _say(f"added to {out}")
     print(card_line(line))
-    return 0
+    return 1 if verdict.startswith("DIFFERS") else 0
 
 
 def _predict() -> int:

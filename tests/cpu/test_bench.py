@@ -20,7 +20,7 @@ from glassloop.base_source import base_hash, resolve_source
 from glassloop.batches import build_pass
 from glassloop.bench import card, machine, results, table
 from glassloop.bench.arm import build
-from glassloop.bench.matrix import Place, command, environment, run_arm, schedule, specs_of
+from glassloop.bench.matrix import Place, command, environment, run_arm, run_matrix, schedule, specs_of, unable
 from glassloop.bench.spec import Spec, read_spec
 from glassloop.bench.sums import Tokens, digest_of, energy_of, spread, utilisation
 from glassloop.cli import bench as bench_command
@@ -258,6 +258,60 @@ def test_specs_travel_whole_and_are_launched_as_their_ranks_ask(tmp_path: Path, 
         replace(two, warmup=0)
 
 
+def test_a_varied_field_makes_arms_and_none_of_them_is_the_reference() -> None:
+    varied = [("execution.backend=auto",), ("execution.backend=gloo",)]
+    order = schedule(specs(workloads=["scam-v1"], layouts=["literal"], ranks=[1], varied=varied), 1)
+    assert [spec.varied for spec in order] == [(), *varied] and order[0].check_only
+    assert [spec.name.rpartition(", ")[2] for spec in order] == ["recomputed", "backend=auto", "backend=gloo"]
+    assert not results.is_reference(order[1].cell)
+    held = line(varied=("execution.backend=gloo",), layout="literal", loss=7.5)
+    assert results.checked(held, [line()])["within"] is False
+    # a line that an older glassloop wrote has no such field
+    old = line()
+    del old["cell"]["varied"]
+    assert results.is_reference(old["cell"]) and results.checked(line(layout="packed"), [old])["within"]
+
+
+def test_an_engine_that_cannot_run_here_is_left_out_and_told_why(tmp_path: Path) -> None:
+    said: list[str] = []
+    spec = replace(specs(workloads=["scam-v1"], layouts=["packed"], ranks=[1])[0], engine="unsloth")
+    (one,) = run_matrix([spec], Place("cpu", 0), tmp_path / "arms", tmp_path / "out", said.append, {})
+    assert one["left_out"] and "not installed" in one["failed"] and "environment of its own" in one["failed"]
+    shown = table.table([one])
+    assert shown[0] == "no arm was measured and passed its check"
+    assert shown[1].startswith("left out: unsloth, scam-v1, packed") and "left out: it is not installed" in said[0]
+    assert results.read(tmp_path / "out")[0]["check"] == {"within": None, "why": "it was not measured"}
+    assert unable(spec, {"unsloth": "/an/environment/bin/python"}) is None
+    assert unable(replace(spec, engine="peft"), {}) is None
+
+
+def test_an_engines_arms_may_have_an_interpreter_of_their_own(tmp_path: Path) -> None:
+    one, two = specs(workloads=["scam-v1"], layouts=["packed"])
+    assert command(one, tmp_path, "/env/bin/python")[0] == command(two, tmp_path, "/env/bin/python")[0] == "/env/bin/python"
+
+
+def test_own_rows_are_those_of_the_users_source(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(f'{{"prompt": "question {i}", "completion": "answer {i}"}}\n' for i in range(11)))
+    how = dict(updates=2, warmup=1, device="cpu", overrides=(f"data.source={source}", "data.template=instruct"))
+    spec = Spec("peft", "own", "literal", 1, 2, 4, "random:tiny", "fp32", **how)  # type: ignore[arg-type]
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    AcceleratorState._reset_state(True)
+    run = build(spec, folders[0])
+    assert len(run.batches.rows) == 11
+    windows = [run.batches.window(u) for u in (1, 2, 3)]  # 11 rows: two whole updates an epoch
+    assert [len(window.rows) for window in windows] == [4, 4, 4]
+    assert len({*windows[0].rows, *windows[1].rows}) == 8
+    run.close_observers()
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=r"data.source gives 11 rows, and an update takes 12: lower --rows-per-update"):
+        build(replace(spec, rows_per_update=12), folders[1])
+
+
 def test_update_1_has_the_workloads_first_rows_whatever_the_number_of_updates(tmp_path: Path) -> None:
     from accelerate.state import AcceleratorState
 
@@ -445,6 +499,18 @@ def test_the_card_line_says_on_what_and_how_fast() -> None:
     assert "throttle: unknown" in card.card_line(bare) and "? W" in card.card_line(bare)
 
 
+def test_the_card_lines_loss_is_compared_with_the_recorded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = line(2000.0, loss=11.7)
+    assert card.loss_verdict(one, None) == "nothing to compare with"
+    assert card.loss_verdict(one, 11.71) == "as expected"
+    assert card.loss_verdict(one, 11.75).startswith("DIFFERS from 11.7500: do not trust")
+    assert card.loss_verdict(line(loss=float("nan")), 11.7).startswith("DIFFERS")
+    assert card.loss_verdict(line(loss=11.7, ranks=2), 12.0) == "nothing to compare with"
+    assert f"loss 11.7000 ({card.loss_verdict(one)})" in card.card_line(one)
+    wrong = line(9000.0, gpus=1) | {"card_name": "card-v1", "check": {"within": None, "why": "its loss DIFFERS"}}
+    assert card.measured_cards([wrong]) == {}
+
+
 def test_cards_that_were_never_measured_are_labelled() -> None:
     measured = card.measured_cards([line(1300.0, gpus=1) | {"card_name": "card-v1"}, line(9999.0, gpus=1)])
     assert measured == {"3090": 1300.0}
@@ -460,6 +526,10 @@ def test_cards_that_were_never_measured_are_labelled() -> None:
     ("words", "told"),
     [
         (["--workloads", "poems"], "--workloads poems: there are"),
+        (["--engines", "steam"], "--engines steam: there are peft, "),
+        (["--workloads", "own"], "--workloads own and data.source=... belong together"),
+        (["--workloads", "own,full-v1", "data.source=x.csv"], "belong together, and other workloads have rows of their own"),
+        (["--workloads", "full-v1", "data.source=x.csv"], "belong together"),
         (["--checkpointing", "maybe"], "--checkpointing maybe: say on, off"),
     ],
 )
@@ -477,6 +547,31 @@ def test_the_command_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -
 def test_a_dry_run_lists_the_arms(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_command.main(["--device", "cpu", "--dry-run", "--ranks", "1,2", "--layouts", "literal"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    "words", [["--vary", "lora.r=8,16"], ["--vary", "execution.backend="], ["--python", "unsloth=/nowhere/python"]]
+)
+def test_a_list_or_interpreter_that_means_nothing_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_command.main(["--device", "cpu", *words])
+    assert words[1] in capsys.readouterr().err
+
+
+def test_lists_of_varied_fields_are_multiplied(capsys: pytest.CaptureFixture[str]) -> None:
+    lists = ["--workloads", "full-v1", "--layouts", "literal", "--repeats", "1"]
+    words = ["--vary", "execution.backend=auto,gloo", "--vary", "execution.deterministic=true,false"]
+    assert bench_command.main(["--device", "cpu", "--dry-run", *lists, *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and "backend=gloo, deterministic=true" in lines[3]  # the first is the check's own
+
+
+def test_a_source_means_the_same_in_an_arms_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").touch()
+    assert bench_command._anywhere("data.source=rows.csv") == f"data.source={tmp_path / 'rows.csv'}"
+    assert bench_command._anywhere("data.source=BothBosu/scam-dialogue") == "data.source=BothBosu/scam-dialogue"
+    assert bench_command._anywhere("run.name=rows.csv") == "run.name=rows.csv"
 
 
 def test_digest_moves_with_ids_and_labels() -> None:

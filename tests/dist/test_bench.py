@@ -68,3 +68,27 @@ def test_a_peer_is_measured_on_the_same_rows_and_adapters(tmp_path: Path) -> Non
     assert trl["check"]["within"] and trl["check"]["loss_off"] < 1e-4 and trl["check"]["norm_off"] < 1e-2
     assert "unsloth" in unsloth["failed"] and unsloth["check"]["within"] is None  # not installed here: said, and no number shown
     assert shown.count("scam-v1    literal") == 1
+
+
+def test_the_users_own_rows_are_measured_and_an_absent_engine_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(f'{{"prompt": "question {i}", "completion": "{"answer " * (i % 5 + 1)}"}}\n' for i in range(9)))
+    out = tmp_path / "results.jsonl"
+    words = [word if word != "scam-v1" else "own" for word in TINY]
+    fields = [f"data.source={source}", "data.template=instruct"]
+    engines = ["--engines", "peft,unsloth", "--layouts", "literal", "--repeats", "1", "--precision", "bf16"]
+    shown = run("-m", "glassloop.cli", "bench", *words, *engines, "--out", str(out), *fields)
+    reference, absent = lines_of(out)
+    assert reference["check"]["within"] and reference["cell"]["workload"] == "own"
+    assert absent["left_out"] and "left out: unsloth, own, literal" in shown and "not installed" in shown
+
+
+def test_a_profile_is_of_one_update_and_measures_nothing(tmp_path: Path) -> None:
+    out, profiles = tmp_path / "results.jsonl", tmp_path / "profiles"
+    words = ["--layouts", "literal", "--ranks", "2", "--profile", "2", "--profile-dir", str(profiles), "--out", str(out)]
+    shown = run("-m", "glassloop.cli", "bench", *TINY, *words)
+    (folder,) = profiles.iterdir()
+    assert folder.name == "peft-scam-v1-literal-2-rows-2-ranks-recomputed-update-2"
+    page = (folder / "summary.md").read_text()
+    assert page in shown and "Update 2: peft, scam-v1" in page and "aten::mm" in page and "Memory allocated on the CPU" in page
+    assert (folder / "trace.json.gz").stat().st_size > 10_000 and not out.exists()
