@@ -114,3 +114,19 @@ def test_with_max_restarts_the_run_goes_on_by_itself(words):
     assert (last[1], last[60]) == (1, 2)  # what came after the last checkpoint was done again
     events = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
     assert events.count("resumed") == 1
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["as SLURM, to all processes", "to the launcher alone"])
+def test_a_termination_signal_saves_a_checkpoint_of_what_is_done(words, to_all):
+    folder = Path(words[-1][8:]) / f"terminated{to_all}"
+    process = start([*words, "checkpoint.every_updates=null"], folder.name)
+    pid_of_rank(folder, 1, after_updates=6)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    asked = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - asked < 25  # the launcher kills after 30
+    event = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()][-1]
+    assert event["kind"] == "stopped"
+    assert "SIGTERM" in event["message"]
+    (saved,) = [json.loads(data)["update"] for name, data in checkpoints(folder).items() if name.endswith("state.json")]
+    assert saved == updates(folder) >= 6
