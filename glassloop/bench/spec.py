@@ -20,7 +20,7 @@ class Spec:
         ranks: processes, over which the rows of an update are shared. batch: rows of a micro-batch. rows_per_update: over all ranks.
         updates: measured ones, after `warmup` that are not. repeat: which time this arm is measured. r: rank of the adapters.
         device: cuda | cpu. overrides: further section.field=value of the config, the same in all arms that are compared.
-        varied: execution.field=value that tells this arm from others on the same work; the reference has none.
+        varied: execution.field=value or memory.field=value that tells this arm from others on the same work; the reference has none.
         profile: the update that is profiled instead of any being measured; 0: none. profile_dir: folder for what comes of it.
         launched_at: seconds since 1970 at which the process was started; 0: when its interpreter reached us.
         out: file that gets the result's line. check_only: others are held to it, and no table shows its speed.

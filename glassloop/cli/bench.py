@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_varied,
         action="append",
         default=[],
-        metavar="execution.FIELD=A,B",
-        help="one more list: each value of the field is an arm (may be given several times)",
+        metavar="FIELD=A,B",
+        help="one more list, of a field of execution or memory: each value is an arm (may be given several times)",
     )
     parser.add_argument(
         "--python",
@@ -129,8 +129,8 @@ def _override(text: str) -> str:
 
 def _varied(text: str) -> tuple[str, ...]:
     field, _, values = text.removeprefix("--").partition("=")
-    if not re.fullmatch(r"execution\.[a-z_]+", field) or not _words(values):
-        raise argparse.ArgumentTypeError(f"{text}: say execution.FIELD=A,B; other sections change the work")
+    if not re.fullmatch(r"(execution|memory)\.[a-z_]+", field) or not _words(values):
+        raise argparse.ArgumentTypeError(f"{text}: say execution.FIELD=A,B or memory.FIELD=A,B; other sections change the work")
     return tuple(f"{field}={value}" for value in _words(values))
 
 

@@ -560,10 +560,10 @@ def test_a_list_or_interpreter_that_means_nothing_is_refused(words: list[str], c
 
 def test_lists_of_varied_fields_are_multiplied(capsys: pytest.CaptureFixture[str]) -> None:
     lists = ["--workloads", "full-v1", "--layouts", "literal", "--repeats", "1"]
-    words = ["--vary", "execution.backend=auto,gloo", "--vary", "execution.deterministic=true,false"]
+    words = ["--vary", "memory.profile=min,fill", "--vary", "execution.deterministic=true,false"]
     assert bench_command.main(["--device", "cpu", "--dry-run", *lists, *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and "backend=gloo, deterministic=true" in lines[3]  # the first is the check's own
+    assert len(lines) == 5 and "memory.profile=fill, deterministic=true" in lines[3]  # the first is the check's own
 
 
 def test_a_source_means_the_same_in_an_arms_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

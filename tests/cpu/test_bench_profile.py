@@ -43,7 +43,7 @@ DEVICE = [
     event("void cutlass::Kernel2<sm80_gemm>", "kernel", 902, 50, 7),
     event("outside", "kernel", 2000, 100, 7),
 ]
-ON_GPU = [WINDOW, *HOST, *DEVICE, memory(10, 3 << 30), memory(400, 5 << 30), memory(600, 4 << 30), memory(20, 1, device=0)]
+ON_GPU = [WINDOW, *HOST, *DEVICE, memory(10, 3 << 30), memory(400, 5 << 30), memory(600, 4 << 30), memory(20, 9 << 30, device=0)]
 
 
 def test_busy_time_is_the_union_of_kernels() -> None:
