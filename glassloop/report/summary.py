@@ -60,7 +60,7 @@ def how_it_ended(run: RunData) -> Say:
     done = run.updates[-1]["update"] if run.updates else 0
     applied = sum(record["action"] == "applied" for record in run.updates)
     count = f"{done:,} of {run.planned_updates:,} updates done, {applied:,} of them applied"
-    again = f"; {len(run.replaced):,} were done again after a resume" if run.replaced else ""
+    again = f"; {_times(len(run.replaced), 'was', 'were')} done again after a resume" if run.replaced else ""
     end = run.end
     if end is None:
         return Say(

@@ -84,7 +84,7 @@ TABLE = {
     "observers": Rule("folders record"),
     "terminal": Rule("observers record", "rich"),
     "trackers": Rule("config environment observers record", late="wandb"),
-    "report": Rule("observers record", "numpy rich", late="yaml"),
+    "report": Rule("observers record terminal", "numpy rich", late="yaml"),
     "outcome": Rule("batches config dist record stability"),
     "probes": Rule("optim record", "torch"),
     "flags": Rule(),

@@ -62,7 +62,8 @@ function drawSwatch(canvas, series) {
   g.clearRect(0, 0, 52, 20);
   g.strokeStyle = g.fillStyle = css(series.colour);
   g.lineWidth = 4;
-  if (series.dots) { g.beginPath(); g.arc(26, 10, 8, 0, 7); g.fill(); return; }
+  if (series.dots) { g.beginPath(); g.arc(26, 10, 7, 0, 7); g.fill(); }
+  if (series.dots && !series.joined) return;
   if (series.fill) { g.fillRect(4, 2, 44, 16); return; }
   g.setLineDash((series.dash || []).map((n) => 2 * n));
   g.beginPath(); g.moveTo(0, 10); g.lineTo(52, 10); g.stroke();

@@ -67,9 +67,9 @@ function drawHeat(name = heat.name) {
   heat.name = name;
   const map = mapNamed(name), probes = heat.run.probes;
   const labels = name === "delta" ? probes.modules : probes.matrices;
-  const every = probes.update.length > 1 ? probes.update[1] - probes.update[0] : null;
-  const joined = map.columns < probes.update.length ? ` ${probes.update.length.toLocaleString("en")} probes stand in ${map.columns} columns, each the largest of its probes.` : "";
-  heat.how.textContent = `${QUANTITIES[name][1]}. A row a matrix; ${probes.update.length} probes${every > 1 ? `, every ${every} updates` : ""}.${joined}`;
+  const every = probes.update.length > 2 ? probes.update.at(-1) - probes.update.at(-2) : null;
+  const joined = map.columns < probes.update.length ? ` ${probes.update.length.toLocaleString("en")} probes stand in ${show(map.columns)} columns, each the largest of its probes.` : "";
+  heat.how.textContent = `${QUANTITIES[name][1]}. A row a matrix; ${show(probes.update.length)} probes${every > 1 ? `, every ${every} updates` : ""}.${joined}`;
   drawScale(map, name);
   const groups = name === "delta" ? [["Modules", labels.map((_, i) => i)]] : ["A", "B"].map((side) => [
     side === "A" ? "A, the first factor (r x in)" : "B, the second factor (out x r), 0 at first", labels.map((label, i) => (label.endsWith(`.${side}`) ? i : -1)).filter((i) => i >= 0)]);
@@ -153,6 +153,8 @@ function outline() {
   const one = heat.maps.find(({ rows }) => rows.includes(heat.matrix)) || heat.maps[0];
   const c = heat.probe === null ? one.map.columns - 1 : columnOf(one.map, heat.probe);
   readOut(one, Math.max(0, one.rows.indexOf(heat.matrix)), c);
+  const probed = heat.run.probes.update[heat.probe];
+  if (probed !== undefined && probed !== board.chosen) heat.readout.textContent += ` (update ${board.chosen} was not probed)`;
   for (const each of heat.maps) each.canvas.setAttribute("aria-label", `${QUANTITIES[heat.name][0]}, ${each.title}. ${heat.readout.textContent}. Up and down choose a matrix.`);
   profile();
 }
@@ -185,8 +187,11 @@ function paint(one) {
   const updates = heat.run.probes.update, ticks = Math.min(map.columns, Math.max(2, Math.floor(width / 90)));
   for (let t = 0; t < ticks; t++) {
     const c = ticks === 1 ? 0 : Math.round((t * (map.columns - 1)) / (ticks - 1));
-    g.fillText(updates[map.bins[c][1]].toLocaleString("en"), left + ((c + 0.5) / map.columns) * (width - left), height + 13);
+    g.textAlign = ticks > 1 && t === ticks - 1 ? "right" : "center";
+    const x = t === ticks - 1 && ticks > 1 ? width : left + ((c + 0.5) / map.columns) * (width - left);
+    g.fillText(updates[map.bins[c][1]].toLocaleString("en"), x, height + 13);
   }
+  g.textAlign = "center";
   g.fillText("update", left + (width - left) / 2, height + 27);
   g.textAlign = "left";
   g.fillText(heat.order === "layer" ? "layer" : "", 0, height + 13);

@@ -100,7 +100,7 @@
     addEventListener("afterprint", fromPaper);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => darkBefore === null && setTheme(event.matches, true));
     const asked = Number(location.hash.slice(1));
-    choose(location.hash && places.includes(asked) ? asked : marked[0] ?? places.at(-1));
+    choose(location.hash && places.includes(asked) ? asked : marked.find((update) => run.marks.get(update) !== "resumed") ?? places.at(-1));
     document.documentElement.dataset.ready = String(Math.round(performance.now()));
   }
   start();

@@ -1,0 +1,46 @@
+"""Runs beside each other: what differs in config, where they part first, and a verdict against the seeds' spread."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop compare A B ... [--floor X] [--out FILE]`. Exit code 0; ValueError for what cannot be compared."""
+    own = argparse.ArgumentParser(
+        prog="glassloop compare",
+        allow_abbrev=False,
+        description="Runs that differ in nothing but their seed make a side; each side is compared with the first. A verdict needs two seeds a side: "
+        "with one it says 'not resolved'. Two runs of one seed on a side measure the noise floor.",
+    )
+    own.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of two runs or more")
+    own.add_argument(
+        "--floor",
+        type=float,
+        metavar="X",
+        help="relative difference that counts as noise (default: measured on repeats, else by precision)",
+    )
+    own.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the page goes (default: compare-A-B.html beside the first run)"
+    )
+    own.add_argument("--no-page", action="store_true", help="the terminal alone")
+    given = own.parse_args(argv)
+    if given.floor is not None and not 0 < given.floor < 1:
+        raise ValueError(f"--floor {given.floor:g}: a relative difference between 0 and 1")
+
+    from glassloop.observers import write_text
+    from glassloop.report.compare_page import comparison_payload
+    from glassloop.report.compare_text import console, render
+    from glassloop.report.comparing import compare
+    from glassloop.report.page import page
+    from glassloop.report.reading import read_run
+
+    found = compare([read_run(folder) for folder in given.runs], given.floor)
+    console().print(render(found))
+    if not given.no_page:
+        names = "-".join(run.name for run in (found.runs[0], found.runs[-1]))
+        out = given.out or given.runs[0].resolve().parent / f"compare-{names}.html"
+        write_text(out, page(comparison_payload(found)))
+        print(f"\n{out}: open it in a browser; it needs no network")
+    return 0

@@ -1,0 +1,199 @@
+"""Folders of runs that never ran: written with the product's own records and observer, with faults at known updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+from glassloop.observers import JsonlObserver, SampleRecord, TextPolicy, write_json, write_text
+from glassloop.record import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
+
+SPIKE, BROKEN, REDONE = 24, 31, 12  # the loss leaps; the loss is not a number and nothing is applied; done twice, after a resume
+EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><b>&amp; bold</b>"
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def matrices(layers: int) -> tuple[str, ...]:
+    """Short names of a model's adapter matrices."""
+    parts = [f"{'self_attn' if p in 'qkvo' else 'mlp'}.{p}_proj" for p in PROJECTIONS]
+    return tuple(f"layers.{layer}.{part}.{side}" for layer in range(layers) for part in parts for side in "AB")
+
+
+def update_record(
+    update: int, updates: int, ranks: int = 2, *, drawn: random.Random, lr: float = 2e-4, level: float = 1.0
+) -> UpdateRecord:
+    """A sound update whose loss falls; `level` multiplies loss and norm."""
+    loss = level * (1.5 + 2 * math.exp(-3 * update / updates) + 0.05 * drawn.gauss(0, 1))
+    norm = level * 0.5 * math.exp(0.1 * drawn.gauss(0, 1))
+    return UpdateRecord(
+        update=update,
+        updates=updates,
+        epoch=(update - 1) // max(1, updates // 4),
+        rows=4 * ranks,
+        lr=lr * min(update / 3, 1.0),
+        loss_nats=loss,
+        grad_norm_pre_clip=norm,
+        clip_coef=min(1.0, 1.0 / norm),
+        action="applied",
+        reason=None,
+        supervised_tokens=100 * ranks,
+        rank_loss_nats=tuple(loss * (1 + 0.02 * rank) for rank in range(ranks)),
+        rank_supervised_tokens=(100,) * ranks,
+        rank_real_tokens=tuple(400 + 10 * rank for rank in range(ranks)),
+        rank_slot_tokens=(512,) * ranks,
+        rank_passes=(2,) * ranks,
+        rank_grad_norm=tuple(norm * (0.7 + 0.1 * rank) for rank in range(ranks)),
+        rank_cosine=0.4 if ranks > 1 else None,
+        loss_scale=None,
+        update_s=2.0,
+        compute_s=1.6,
+        reduce_s=0.2,
+        rank_peak_gib=None,
+        optimizer_s=0.1,
+        noise_scale_tokens=None if update < 5 else 900.0 + update,
+    )
+
+
+def probe_record(update: int, names: tuple[str, ...], *, drawn: random.Random) -> ProbeRecord:
+    """Norms of every matrix; in update 1 B is 0, so that A has no gradient and B no ratio."""
+    fresh = update == 1
+    grads = tuple(0.0 if fresh and name.endswith("A") else math.exp(drawn.gauss(-3, 1)) for name in names)
+    weights = tuple(0.0 if fresh and name.endswith("B") else 1 + drawn.random() for name in names)
+    steps = tuple(0.001 * (1 + drawn.random()) for _ in names)
+    return ProbeRecord(
+        update=update,
+        applied=True,
+        matrices=names,
+        grad_norm=grads,
+        weight_norm=weights,
+        update_norm=steps,
+        update_to_weight=tuple(s / w if w else None for s, w in zip(steps, weights, strict=True)),
+        unmoved_share=tuple(0.0 for _ in names),
+        modules=tuple(name[:-2] for name in names[::2]),
+        delta_norm=steps[::2],
+        all_update_to_weight=0.001,
+        all_unmoved_share=0.0,
+    )
+
+
+def rows_of(record: UpdateRecord, rows: int, *, drawn: random.Random, last: str = "") -> tuple[RowRecord, ...]:
+    """Two micro-batches of two rows on each rank."""
+    made = []
+    for rank in range(len(record.rank_passes)):
+        for place in range(4):
+            loss = (record.loss_nats or 0.0) * 25 * (1 + 0.1 * drawn.random())
+            row_id = f"train:{(record.update * 8 + rank * 4 + place) % rows}"
+            real = 128 if place % 2 else 72 + (10 * rank if place == 0 else 0)
+            made.append(RowRecord(record.update, rank, place // 2, row_id, loss, 25, real, record.attempt))
+    if last:
+        made[-1] = dataclasses.replace(made[-1], row_id=last, loss_sum_nats=made[-1].loss_sum_nats * 6)
+    return tuple(made)
+
+
+def write_run(
+    folder: Path,
+    *,
+    updates: int = 40,
+    ranks: int = 2,
+    layers: int = 2,
+    seed: int = 1,
+    lr: float = 2e-4,
+    probe_every: int = 2,
+    text: TextPolicy = "full",
+    faults: bool = True,
+    end: str | None = "finished",
+    rows: int = 60,
+    offset: float = 0.0,
+    from_update: int = 1,
+) -> Path:
+    """A run's folder. offset: added to the loss of all updates from `from_update` on. faults: SPIKE, BROKEN and REDONE are planted."""
+    folder.mkdir(parents=True)
+    drawn = random.Random(seed)
+    texts = {f"train:{i}": f"row {i}: the caller asks for a code" for i in range(rows)} | {
+        "train:evil": f"{EVIL} asks for a code"
+    }
+    config = {
+        "seed": seed,
+        "model": {"id": "tiny"},
+        "data": {"source": "calls.jsonl", "system": "Secret system prompt."},
+        "optimizer": {"lr": lr, "max_grad_norm": 1.0},
+        "execution": {"precision": "fp32", "layout": "literal"},
+        "record": {"text": text},
+        "run": {"dir": str(folder.parent), "name": folder.name},
+    }
+    write_text(folder / "config.yaml", json.dumps(config))  # JSON is YAML
+    records = [update_record(u, updates, ranks, drawn=drawn, lr=lr) for u in range(1, updates + 1)]
+    if offset:
+        records = [
+            dataclasses.replace(r, loss_nats=r.loss_nats + offset) if r.update >= from_update and r.loss_nats else r
+            for r in records
+        ]
+    plan = {"rows": rows, "ranks": ranks, "updates": updates, "size": 2, "accumulation": 2, "lr": [r.lr for r in records]}
+    by_update = {"rows": [r.rows for r in records], "supervised_tokens": [r.supervised_tokens for r in records]}
+    write_json(
+        folder / "plan.json",
+        plan | {"by_update": by_update | {"real_tokens": [r.real_tokens for r in records]}, "contract": {"engine": "peft"}},
+    )
+    write_json(
+        folder / "env.json",
+        {"schema": 1, "started": "2026-01-01T00:00:00+00:00", "packages": {"torch": "2.13.0"}, "command": ["x"]},
+    )
+    jsonl = JsonlObserver(folder, text, row_text=texts.__getitem__)
+    jsonl.on_event(Event(0, "started", f"run folder {folder}"))
+    _evaluation(jsonl, 0, 3.6)
+    jsonl.on_sample(SampleRecord(0, "train:1", True, "Is it a scam?", "Yes.", "base says nothing", 4))
+    names = matrices(layers)
+    for record in records:
+        update, evil = record.update, ""
+        command = f"glassloop replay {folder} --update {update} --bisect"
+        if faults and update == SPIKE:
+            record = _louder(record, 8.0)
+            evil = "train:evil"
+        if faults and update == BROKEN:
+            record = dataclasses.replace(
+                record,
+                loss_nats=math.nan,
+                grad_norm_pre_clip=math.nan,
+                clip_coef=None,
+                action="skipped",
+                reason="loss is not finite: rank 1, pass 0, row train:evil",
+                rank_loss_nats=(1.7, *(math.nan,) * (ranks - 1)),
+            )
+            evil = "train:evil"
+        if faults and update == REDONE:
+            jsonl.on_update(_louder(record, 3.0), rows_of(record, rows, drawn=drawn))
+            jsonl.on_event(Event(update - 1, "resumed", f"run folder {folder}, after {update - 1} updates", attempt=2))
+            record = dataclasses.replace(record, attempt=2)
+        jsonl.on_update(record, rows_of(record, rows, drawn=drawn, last=evil) if text != "none" else ())
+        if update == 1 or update % probe_every == 0:
+            jsonl.on_probe(dataclasses.replace(probe_record(update, names, drawn=drawn), attempt=record.attempt))
+        if faults and update == SPIKE:
+            jsonl.on_event(Event(update, "alarm", "loss_spike: loss leapt, row train:evil", command, {"value": 12.0}))
+        if faults and update == BROKEN:
+            jsonl.on_event(Event(update, "skipped", f"update {update}: {record.reason}", command))
+        if update % max(1, updates // 4) == 0:
+            _evaluation(jsonl, update, 1.6 + 2 * math.exp(-3 * update / updates) + offset)
+    jsonl.on_sample(SampleRecord(updates, "train:1", False, "Is it a scam?", "Yes.", f"adapter says {EVIL}", 6))
+    if end:
+        jsonl.on_event(Event(updates, end, f"run folder {folder}"))
+    jsonl.close()
+    return folder
+
+
+def _louder(record: UpdateRecord, factor: float) -> UpdateRecord:
+    assert record.loss_nats is not None and record.grad_norm_pre_clip is not None
+    return dataclasses.replace(
+        record,
+        loss_nats=record.loss_nats * factor,
+        grad_norm_pre_clip=record.grad_norm_pre_clip * factor,
+        clip_coef=min(1.0, 1 / (record.grad_norm_pre_clip * factor)),
+        alarms=("loss_spike",),
+    )
+
+
+def _evaluation(jsonl: JsonlObserver, update: int, loss: float) -> None:
+    scores = {"loss_nats": loss, "answers": 40, "accuracy": 0.5 + 0.3 * (update > 0), "precision": None}
+    jsonl.on_evaluation(EvaluationRecord(update, loss, 40, 900, scores, scores | {"loss_nats": 3.6, "accuracy": 0.5}, 1.5))

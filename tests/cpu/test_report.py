@@ -1,0 +1,283 @@
+"""What the report reads from a run's folder, what it says in words, and how it packs numbers."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from made_runs import BROKEN, EVIL, REDONE, SPIKE, matrices, probe_record, update_record, write_run
+
+from glassloop.cli.__main__ import main
+from glassloop.observers import JsonlObserver
+from glassloop.record import Event
+from glassloop.report import writing
+from glassloop.report.columns import FIRST_STEP, HEAT_COLUMNS, LAST_STEP, column, heat
+from glassloop.report.page import as_data, page
+from glassloop.report.payload import memory, payload, worst_rows
+from glassloop.report.reading import read_run, standing
+from glassloop.report.summary import summarise
+from glassloop.report.writing import report_at_the_end, write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "planted")
+
+
+def decoded(packed: dict) -> list[float]:
+    return np.frombuffer(base64.b64decode(packed["f32"]), dtype="<f4").tolist()
+
+
+def said(folder: Path, topic: str) -> str:
+    return " ".join(one.text for one in summarise(read_run(folder)) if one.topic == topic)
+
+
+def test_of_an_update_that_was_done_again_only_the_last_counts(planted: Path) -> None:
+    run = read_run(planted)
+    assert [record["update"] for record in run.updates] == list(range(1, 41))
+    assert [(record["update"], record["attempt"]) for record in run.replaced] == [(REDONE, 1)]
+    assert {row["attempt"] for row in run.rows if row["update"] == REDONE} == {2}
+    assert sum(row["update"] == REDONE for row in run.rows) == 8
+    assert {probe["attempt"] for probe in run.probes if probe["update"] == REDONE} == {2}
+
+
+def test_a_course_that_was_left_does_not_count() -> None:
+    records = [dict(update=u, attempt=1) for u in (1, 2, 3, 4, 5)] + [dict(update=u, attempt=2) for u in (3, 4)]
+    kept, replaced = standing(records)
+    assert [(one["update"], one["attempt"]) for one in kept] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert sorted(one["update"] for one in replaced) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "plan.json", "config.yaml"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "run", updates=3)
+    (folder / name).write_text("{]\n" + (folder / name).read_text())
+    with pytest.raises(ValueError, match=re.escape(name)):
+        read_run(folder)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    err = capsys.readouterr().err
+    assert "holds no run" in err and "is no folder" in err
+
+
+def test_the_summary_tells_faults_from_a_sound_run(planted: Path, tmp_path: Path) -> None:
+    assert f"first update {BROKEN}" in said(planted, "stable") and f"first at update {SPIKE}" in said(planted, "stable")
+    assert "train:evil" in said(planted, "look")
+    sound = write_run(tmp_path / "sound", faults=False)
+    assert "no detector spoke" in said(sound, "stable") and said(sound, "look") == "Nothing stands out."
+
+
+def test_the_summary_says_whether_it_learned(tmp_path: Path) -> None:
+    assert "It learned: held-out loss fell from 3.6" in said(write_run(tmp_path / "a", faults=False), "learned")
+    worse = write_run(tmp_path / "b", faults=False)
+    lines = [json.loads(line) for line in (worse / "evaluations.jsonl").read_text().splitlines()]
+
+    def rewrite(losses: list[float]) -> None:
+        (worse / "evaluations.jsonl").write_text(
+            "".join(json.dumps(one | {"loss_nats": x}) + "\n" for one, x in zip(lines, losses, strict=True))
+        )
+
+    rewrite([3.6, 3.0, 2.5, 2.9, 3.2])
+    assert "lost some of it" in said(worse, "learned") and "after update 20" in said(worse, "learned")
+    rewrite([3.6, 3.6, 3.7, 3.8, 3.9])
+    assert "did not learn" in said(worse, "learned")
+    (worse / "evaluations.jsonl").unlink()
+    assert "no proof" in said(worse, "learned")
+
+
+def test_a_trend_within_scatter_is_no_learning(tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    drawn = random.Random(1)
+    jsonl = JsonlObserver(folder, "none")
+    for update in range(1, 41):
+        jsonl.on_update(dataclasses.replace(update_record(update, 40, drawn=drawn), loss_nats=2 + drawn.gauss(0, 0.1)), ())
+    jsonl.close()
+    assert "did not move beyond its scatter" in said(folder, "learned")
+
+
+@pytest.mark.parametrize(
+    ("end", "word"),
+    [("finished", "finished"), ("failed", "failed"), ("stopped", "stopped on demand"), (None, "No end is on record")],
+)
+def test_the_summary_says_how_it_ended(tmp_path: Path, end: str | None, word: str) -> None:
+    assert word in said(write_run(tmp_path / "run", updates=5, faults=False, end=end), "ended")
+
+
+def test_a_resumed_run_has_not_ended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", updates=5, faults=False, end="failed")
+    jsonl = JsonlObserver(folder, "none")
+    jsonl.on_event(Event(5, "resumed", "goes on"))
+    jsonl.close()
+    assert read_run(folder).end is None
+
+
+def test_a_column_keeps_what_is_absent_apart_from_what_is_not_a_number() -> None:
+    packed = column([1.5, None, "nan", "inf", 0])
+    values = decoded(packed)
+    assert values[0] == 1.5 and math.isnan(values[1]) and values[3] == math.inf and values[4] == 0
+    assert packed["nan"] == [2]
+
+
+def test_a_heat_map_keeps_absent_zero_and_not_finite_apart() -> None:
+    packed = heat([[None, 0.0], [1e-4, "nan"], [1.0, 1e-2], None], 2)
+    assert packed is not None
+    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2").reshape(2, 4)
+    assert codes.tolist() == [[0, FIRST_STEP, LAST_STEP, 0], [1, 2, FIRST_STEP + (LAST_STEP - FIRST_STEP) // 2, 0]]
+    assert (packed["low"], packed["high"]) == (1e-4, 1.0)
+    assert heat([None, None], 2) is None
+
+
+def test_a_heat_map_gives_values_back_and_loses_no_spike() -> None:
+    drawn = random.Random(3)
+    values = [[math.exp(drawn.gauss(0, 3)) for _ in range(3)] for _ in range(3 * HEAT_COLUMNS)]
+    values[1234][1] = 1e9
+    packed = heat(values, 3)
+    assert (
+        packed is not None
+        and packed["columns"] == HEAT_COLUMNS
+        and packed["bins"][0][0] == 0
+        and packed["bins"][-1][1] == len(values) - 1
+    )
+    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2").reshape(3, HEAT_COLUMNS).astype(float)
+    share = (codes - FIRST_STEP) / (LAST_STEP - FIRST_STEP)
+    back = np.exp(np.log(packed["low"]) + share * (np.log(packed["high"]) - np.log(packed["low"])))
+    for i, (first, last) in enumerate(packed["bins"]):
+        assert back[:, i] == pytest.approx(np.array(values[first : last + 1]).max(axis=0), rel=1e-3)
+    assert codes.max() == LAST_STEP
+
+
+def test_markup_cannot_leave_the_data() -> None:
+    text = as_data({"a": f"{EVIL} \u2028 \ud800", "<b>": "</SCRIPT><!--"})
+    assert not re.search("[<>&\u2028]", text)
+    assert json.loads(text)["a"] == f"{EVIL} \u2028 \ud800"
+
+
+def test_the_page_holds_a_strict_policy_and_names_no_other_file(planted: Path) -> None:
+    html = page(payload(read_run(planted)))
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)
+    assert policy and policy[1].startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy[1]
+    shell = re.sub(r"(?s)<script.*?</script>|<style>.*?</style>", "", html)
+    assert not re.search(r"""(src|href)=["'](?!#)|https?:|\son\w+=|style=""", shell), "only its own text"
+    assert html.count("<script") == html.count("</script>") == 9
+
+
+def test_worst_rows_put_what_is_not_finite_first() -> None:
+    def row(row_id: str, update: int, loss: float | str, tokens: int = 10) -> dict:
+        return dict(row_id=row_id, update=update, loss_sum_nats=loss, supervised_tokens=tokens, rank=0, micro_batch=0)
+
+    worst = worst_rows(
+        [row("a", 1, 20.0), row("b", 1, "nan"), row("b", 2, 5.0), row("c", 1, 30.0), row("c", 2, 90.0), row("d", 1, 1.0, 0)]
+    )
+    assert [(one["id"], one["worst_nats"], one["last_nats"], one["times"]) for one in worst] == [
+        ("b", None, 0.5, 2),
+        ("c", 9.0, 9.0, 2),
+        ("a", 2.0, 2.0, 1),
+    ]
+
+
+def test_memory_is_read_from_what_the_preflight_says() -> None:
+    events = [
+        dict(
+            kind="memory", message="memory, predicted / measured GiB: load 5.31 / 5.33, adapters unknown / 5.50, peak 7.10 / 7.63"
+        ),
+        dict(
+            kind="preflight",
+            message="the heaviest pass of each rank (4,096 slot tokens at most) fits and is finite, peak 7.63 GiB of 79.2",
+        ),
+    ]
+    assert memory(events) == {"phases": {"load": [5.31, 5.33], "adapters": [None, 5.5], "peak": [7.1, 7.63]}, "card": 79.2}
+    assert memory([]) is None
+
+
+def test_the_words_of_the_preflight_are_those_that_are_read(run_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from glassloop import room
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * room.GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    run = run_of(execution={"precision": "fp32", "checkpointing": False})
+    run.device, run.measured_gib = SimpleNamespace(type="cuda"), {"load": 1.0, "adapters": 1.25}
+    found = memory([dict(kind="memory", message=line) for line in room.memory_lines(run, run.batches.heaviest())])
+    assert found is not None and {phase: got for phase, (_, got) in found["phases"].items()} == {
+        "load": 1.0,
+        "adapters": 1.25,
+        "peak": 3.0,
+    }
+    assert all(asked is not None for asked, _ in found["phases"].values())
+
+
+def test_a_shared_page_holds_nothing_of_a_row(planted: Path, tmp_path: Path) -> None:
+    assert main(["report", str(planted), "--no-text", "--out", str(tmp_path / "shared.html")]) == 0
+    raw = (tmp_path / "shared.html").read_text()
+    for secret in ("hacked", "train:", "asks for a code", "adapter says", "Is it a scam", "Secret system"):
+        assert secret not in raw, secret
+    assert not (planted / "report-no-text.html").exists()
+
+
+def test_the_curves_become_a_picture(planted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'glassloop[report]'")
+    assert main(["report", str(planted), "--out", str(tmp_path / "r.html"), "--png", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(
+    planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> Path:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(writing, "write_report", broken)
+    report_at_the_end(planted)
+    err = capsys.readouterr().err
+    assert "RuntimeError: planted" in err and f"type: glassloop report {planted}" in err
+
+
+def test_report_and_comparison_never_import_torch(planted: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from glassloop.cli.__main__ import main\n"
+        f"assert main(['report', {str(planted)!r}, '--out', {str(tmp_path / 'r.html')!r}]) == 0\n"
+        f"assert main(['compare', {str(planted)!r}, {str(planted)!r}, '--no-page']) == 0\n"
+        f"assert main(['watch', {str(planted)!r}, '--once']) == 0\n"
+        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_older_run_without_newer_fields_opens(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", updates=5, faults=False)
+    old = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in old:
+        for name in ("optimizer_s", "noise_scale_tokens", "alarms", "schema", "attempt"):
+            del record[name]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
+    for name in ("probes.jsonl", "rows.jsonl", "plan.json", "env.json", "config.yaml", "events.jsonl"):
+        (folder / name).unlink()
+    data = payload(read_run(folder))
+    assert all(map(math.isnan, decoded(data["columns"]["optimizer_s"]))) and data["probes"] is None and data["plan"] is None
+    assert write_report(folder).exists()
+
+
+def test_probes_of_a_fresh_adapter_have_no_ratio_for_b() -> None:
+    names = matrices(1)
+    probe = probe_record(1, names, drawn=random.Random(1))
+    packed = heat([probe.update_to_weight], len(names))
+    assert packed is not None
+    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2")
+    assert [code == 0 for code in codes] == [name.endswith("B") for name in names]
