@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SHORTEST = 512  # below this max_seq_length Unsloth takes another way to recompute layers
 # Of its rotary tables: it keeps the frequencies on the CPU and moves what it makes of them.
-ON_CPU = ("inv_freq",)
+ON_CPU = ("inv_freq", "short_inv_freq", "long_inv_freq")
 ENVIRONMENT = {"UNSLOTH_DISABLE_STATISTICS": "1"}  # no report to its maintainers
 REFUSED = "execution.engine = unsloth"
 
@@ -124,6 +124,7 @@ def load_with_unsloth(
                 use_gradient_checkpointing=recompute,
                 random_state=seed,
             )
+            hf.for_training()  # as its own trainer begins: layers are recomputed or not, as asked
         draw_adapters(hf, seed=seed, base_name=report.name, commit=report.commit)
     return hf, replace(report, notes=(*report.notes, *notes))
 

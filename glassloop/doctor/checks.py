@@ -86,7 +86,11 @@ def check_engine(
     """Whether execution.engine can run here, where it is one that needs more than glassloop itself."""
     if config.execution.engine != "unsloth":
         return []
-    found = [Finding(PROBLEM, "engine", f"unsloth: {text}", "or execution.engine=peft") for text in problems(on_cuda=on_cuda)]
+    found = [
+        Finding(PROBLEM, "engine", f"unsloth: {text}", f"{unsloth_checks.OWN_PLACE}; or execution.engine=peft")
+        for text in problems(on_cuda=on_cuda)
+        if text != unsloth_checks.OWN_PLACE
+    ]
     return found or [Finding(OK, "engine", "unsloth can be imported here; its base is compared with peft's when a run begins")]
 
 

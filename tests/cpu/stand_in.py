@@ -46,13 +46,12 @@ class FastLanguageModel:
         random.random(), numpy.random.rand(), torch.rand(1)
         recompute = asked.pop("use_gradient_checkpointing")
         hf = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **asked))
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
 
         def for_training(self):
             calls.append("for_training")
-            del model._flag_for_generation
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.__dict__.pop("_flag_for_generation", None)
+            if recompute:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
 
         hf.for_training = types.MethodType(for_training, hf)
         return hf

@@ -24,6 +24,8 @@ from glassloop.batches import build_pass
 from glassloop.config import LoraConfig, ModelConfig
 from glassloop.model import PeftEngine, build_engine
 from glassloop.optim import FlatAdapters
+from glassloop.planning.outlook import look_ahead, plan_of
+from glassloop.planning.text import render
 from glassloop.rows import Row
 
 CPU = torch.device("cpu")
@@ -101,6 +103,25 @@ def test_a_run_is_refused_before_its_model_is_looked_for(run_of, capsys) -> None
     with pytest.raises(ValueError, match=r"execution.engine = unsloth cannot run here"):
         run_of(execution={"engine": "unsloth"}, model={"id": "/nowhere"})
     assert "unsloth" not in sys.modules
+
+
+def test_doctor_and_plan_know_the_engine() -> None:
+    from glassloop.doctor.checks import check_engine
+
+    config = from_values({"execution": {"engine": "unsloth"}})
+    here = SOUND | {"transformers": "5.23.0"}
+
+    def found(**more: Any) -> list[str]:
+        return checks.problems(installed=here.get, requirements=lambda name: TRUE_LIMITS.get(name, ()), **more)
+
+    (one,) = check_engine(config, on_cuda=True, problems=found)
+    assert one.level == "problem" and "transformers 5.23.0 is here" in one.text and "environment of its own" in one.cure
+    assert [one.level for one in check_engine(config, on_cuda=True, problems=lambda **_: [])] == ["ok"]
+    assert check_engine(from_values({}), on_cuda=True, problems=found) == []
+    plan = plan_of(config, 64, 1)
+    outlook = look_ahead(config, plan, rows_from="given")
+    assert outlook.ledger is None and outlook.verdicts == () and outlook.times == ()
+    assert any("memory and time of execution.engine=unsloth" in line for line in render(outlook))
 
 
 @pytest.mark.parametrize(
@@ -184,14 +205,15 @@ def test_loss_rows_and_gradient_are_the_references(tiny_llama: Path, packed: boo
 
 def test_it_is_asked_for_the_very_files_and_the_recipes_adapters(tiny_llama: Path, unsloth: Any) -> None:
     one = engine(tiny_llama, "unsloth", checkpointing=True, longest_row=512)
-    load, adapters = unsloth.calls
+    load, adapters, begun = unsloth.calls
+    assert begun == "for_training" and one.hf.get_base_model().is_gradient_checkpointing  # type: ignore[operator]
     assert load["use_exact_model_name"] and load["load_in_4bit"] and load["device_map"] == {"": "cpu"}
     assert (load["max_seq_length"], load["dtype"], load["use_gradient_checkpointing"]) == (512, torch.bfloat16, "unsloth")
     assert not load["offload_embedding"] and not load["fix_tokenizer"] and not Path(load["model_name"]).exists()
     assert (adapters["r"], adapters["lora_alpha"], adapters["lora_dropout"], adapters["bias"]) == (4, 8, 0.0, "none")
     assert set(adapters["target_modules"]) == set(LoraConfig().targets) and adapters["use_gradient_checkpointing"] == "unsloth"
     assert engine(tiny_llama, "unsloth").report.checksum == one.report.checksum
-    assert unsloth.calls[3]["use_gradient_checkpointing"] is False
+    assert unsloth.calls[4]["use_gradient_checkpointing"] is False
     assert one.hf.peft_config["default"].base_model_name_or_path == str(tiny_llama)  # type: ignore[index, union-attr]
     assert (one.name, one.attention) == ("unsloth", "unsloth")
 
@@ -297,11 +319,11 @@ def test_generations_marks_are_gone_before_the_next_update(tiny_llama: Path, uns
             module.gradient_checkpointing = False
     one.eval()
     one(build_pass(ROWS, packed=False, pad_id=0, device=CPU))
-    assert "for_training" not in unsloth.calls
+    assert unsloth.calls.count("for_training") == 1  # when it was loaded
     one.train()
     for _ in range(2):
         one(build_pass(ROWS, packed=False, pad_id=0, device=CPU))
-    assert unsloth.calls.count("for_training") == 1
+    assert unsloth.calls.count("for_training") == 2
     assert base.is_gradient_checkpointing
 
 
