@@ -30,6 +30,7 @@ from glassloop.dist import Gate, broadcast_from_rank_0, gather_reports, leave, r
 from glassloop.inspection import look_before_step, probe_of
 from glassloop.optim import l2_norm
 from glassloop.outcome import Outcome, Terms, clip_coefficient, describe
+from glassloop.report.writing import report_at_the_end
 from glassloop.room import cures, preflight_done, smaller_passes
 from glassloop.run import ReplicasDiffer, Run
 from glassloop.watchdog import WAITS
@@ -88,6 +89,7 @@ class PassSums:
     supervised_tokens: int
     real_tokens: int
     slot_tokens: int
+    passes_s: float
     whole: bool
     out_of_memory: bool
 
@@ -97,6 +99,7 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
 
     Stops early, and says so, where a stop was asked or memory ran out: then nobody reduces or applies anything.
     """
+    started = time.perf_counter()
     passes = window.passes[run.rank] if n else ()
     losses = [torch.zeros((), device=run.device)]
     row_losses = [torch.zeros(0, device=run.device)]
@@ -126,8 +129,10 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
             loss_sum.backward()  # 0, so that the other ranks' reduction finds a partner
     except torch.OutOfMemoryError:
         out_of_memory = True
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)  # the gate would wait for it anyway: the rank's own time ends here
     whole = done == len(passes) and not out_of_memory
-    counts = (done, counted, supervised, real, slots)
+    counts = (done, counted, supervised, real, slots, time.perf_counter() - started)
     return PassSums(torch.stack(losses).sum(), torch.cat(row_losses), *counts, whole=whole, out_of_memory=out_of_memory)
 
 
@@ -248,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(1)  # without the others, the process group could not even be left
     finally:
         run.close()
+    if run.rank == 0:
+        report_at_the_end(run.folder)
     return code
 
 

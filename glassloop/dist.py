@@ -31,6 +31,7 @@ class RankReport:
     supervised_tokens: int
     real_tokens: int
     slot_tokens: int
+    passes_s: float  # until its passes were done and it began to wait for the other ranks
     peak_gib: float  # largest allocation so far; 0 without a GPU
     loss_sum: float  # nats, summed over the rank's supervised tokens
     grad_norm: float  # of the rank's share of the gradient, still times the loss scale
@@ -86,6 +87,7 @@ def gather_reports(
     supervised_tokens: int,
     real_tokens: int,
     slot_tokens: int,
+    passes_s: float,
     peak_gib: float,
     loss_sum: Tensor,
     grad_norm: Tensor,
@@ -102,7 +104,7 @@ def gather_reports(
         rows_of_ranks: how many rows each rank has in this window, known to all.
     """
     device = loss_sum.device
-    host = [whole, out_of_memory, stop, capture, passes, rows, supervised_tokens, real_tokens, slot_tokens, peak_gib]
+    host = [whole, out_of_memory, stop, capture, passes, rows, supervised_tokens, real_tokens, slot_tokens, passes_s, peak_gib]
     losses = torch.zeros(max(rows_of_ranks), dtype=torch.float64, device=device)
     losses[: len(row_loss_sums)] = row_loss_sums
     scalars = torch.stack(
@@ -110,9 +112,8 @@ def gather_reports(
     )  # checksum: < 2**48
     values = torch.cat([torch.tensor(host, dtype=torch.float64, device=device), scalars, losses])  # (K,)
     reports = []
-    for rank, (w, oom, s, c, count, counted, supervised, real, slot, peak, loss, norm, check, largest, *row_losses) in enumerate(
-        _all_gather(values).tolist()
-    ):
+    told = enumerate(_all_gather(values).tolist())
+    for rank, (w, oom, s, c, count, counted, n, real, slot, took, peak, loss, norm, check, largest, *row_losses) in told:
         reports.append(
             RankReport(
                 whole=bool(w),
@@ -121,9 +122,10 @@ def gather_reports(
                 capture=bool(c),
                 passes=int(count),
                 rows=int(counted),
-                supervised_tokens=int(supervised),
+                supervised_tokens=int(n),
                 real_tokens=int(real),
                 slot_tokens=int(slot),
+                passes_s=took,
                 peak_gib=peak,
                 loss_sum=loss,
                 grad_norm=norm,
@@ -222,6 +224,21 @@ def all_or_none(what: str) -> Iterator[None]:
         kind = ValueError if all(refusal for refusal, _ in broken.values()) else RuntimeError
         told = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in broken.items())
         raise kind(f"{what} failed on another rank ({told})")
+
+
+@contextlib.contextmanager
+def one_first(is_first: bool) -> Iterator[None]:
+    """A block that the rank of each host with `is_first` runs before the host's others. All ranks take part, whatever happens in the block.
+
+    Accelerate's own names a GPU by the rank's place on its host, which two ranks that share a card do not have.
+    """
+    if not is_first:
+        gather_objects(None)
+    try:
+        yield
+    finally:
+        if is_first:
+            gather_objects(None)
 
 
 def in_turn(first: Callable[[], AbstractContextManager[Any]], action: Callable[[], T], what: str) -> T:

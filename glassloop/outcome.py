@@ -178,6 +178,7 @@ def describe(
         optimizer_s=finished - reduced,
         noise_scale_tokens=noise,
         alarms=tuple(finding.kind for finding in decision.findings),
+        rank_passes_s=tuple(r.passes_s for r in reports),
         attempt=attempt,
     )
     rows = tuple(

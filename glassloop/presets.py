@@ -80,6 +80,7 @@ def smollm2_demo() -> dict[str, Any]:
         "execution": {"precision": "fp32", "checkpointing": False},
         "evaluation": {"generate_rows": 4, "max_new_tokens": 72, "samples": 1},
         "checkpoint": {"every_updates": 5},
+        "record": {"probe_every_updates": 1},
     }
 
 

@@ -48,6 +48,7 @@ class UpdateRecord:
     noise_scale_tokens: float | None = (
         None  # gradient noise scale, smoothed, in supervised tokens; None where no parts tell (see noise.py)
     )
+    rank_passes_s: tuple[float, ...] | None = None  # each rank's passes alone; the rest of compute_s is waiting and the gate
     alarms: tuple[str, ...] = ()  # kinds of what the detectors found; events.jsonl says more
     attempt: int = 1  # raised each time that a resumed run does the update again
     schema: int = SCHEMA

@@ -121,6 +121,19 @@ def test_a_mark_opens_the_detail_with_the_command_to_type(opened) -> None:
     assert f"--update {BROKEN} --bisect" in detail
 
 
+def test_the_time_of_an_update_is_told_apart(opened) -> None:
+    select(opened, 5)
+    told = opened.page.locator("#detail .strip").get_attribute("aria-label")
+    assert (
+        told
+        == "compute 1 s, wait for other ranks 0.2500 s, gate 0.3500 s, reduce 0.2000 s, optimizer 0.1000 s, the rest 0.1000 s"
+    )
+    assert [row.split()[-2:] for row in opened.text("#detail").splitlines() if row.startswith("rank ") and row[5].isdigit()] == [
+        ["1", "0.2500"],
+        ["1.250", "0"],
+    ]
+
+
 def test_the_keyboard_is_enough(opened) -> None:
     select(opened, 10)
     opened.page.locator("#loss .plot").focus()

@@ -53,6 +53,7 @@ def update_record(
         reduce_s=0.2,
         rank_peak_gib=None,
         optimizer_s=0.1,
+        rank_passes_s=tuple(1.0 + 0.5 * rank / ranks for rank in range(ranks)),
         noise_scale_tokens=None if update < 5 else 900.0 + update,
     )
 

@@ -52,6 +52,18 @@ def test_a_run_leaves_the_folder_that_the_readme_promises(whole):
     assert {sample["update"] for sample in lines(whole, "samples.jsonl")} == {0, 24}
 
 
+def test_its_page_is_written_at_the_end(whole):
+    page = (whole / "report.html").read_text()
+    assert "24 of 24 updates done, 24 of them applied" in page
+    assert re.findall(r"^report .*whole/report.html", (whole / "output.txt").read_text(), re.M)
+
+
+def test_each_rank_says_how_long_its_own_passes_took(whole):
+    for record in lines(whole, "metrics.jsonl"):
+        assert len(record["rank_passes_s"]) == 2
+        assert 0 < record["rank_passes_s"][0] <= record["compute_s"]
+
+
 def test_one_rank_speaks_and_says_what_was_asked_and_what_is_executed(whole):
     output = (whole / "output.txt").read_text()
     assert len(re.findall(r"^asked ", output, re.M)) == 1

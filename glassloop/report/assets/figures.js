@@ -79,12 +79,13 @@ function drawFigures(run, parent) {
 // Parts of an update's wall time on rank 0, in the order in which they come; null where one is not on record.
 function timesOf(run, i) {
   const { columns, ranks } = run, whole = columns.update_s[i], passes = ranks.passes_s?.[0]?.[i] ?? null;
+  const slowest = passes === null ? null : Math.max(...ranks.passes_s.map((one) => one[i] ?? 0));
   const parts = passes === null
     ? [["compute, with the wait for other ranks", columns.compute_s[i], "--c0"]]
-    : [["compute", passes, "--c0"], ["wait for other ranks", Math.max(0, columns.compute_s[i] - passes), "--c4"]];
+    : [["compute", passes, "--c0"], ["wait for other ranks", slowest - passes, "--c4"], ["gate", Math.max(0, columns.compute_s[i] - slowest), "--c3"]];
   parts.push(["reduce", columns.reduce_s[i], "--c1"], ["optimizer", columns.optimizer_s[i], "--c2"]);
   const rest = whole - parts.reduce((sum, [, value]) => sum + (value ?? 0), 0);
-  parts.push(["probe and the rest", Math.max(0, rest), "--c6"]);
+  parts.push(["the rest", rest > 1e-4 * whole ? rest : 0, "--c6"]);
   return parts;
 }
 
@@ -99,7 +100,7 @@ function timeFigure(run, parent) {
   const series = names.map(([name, colour], k) => ({ name, colour, values: run.padded(stacked[k]), fill: true, bars: true, width: 0.5 })).reverse();
   const one = figure({
     id: "time", wide: true, title: "Time of an update", unit: "s, wall time on rank 0", fromZero: true,
-    how: "Parts stand on each other; the top is the whole update. On a GPU the optimizer's kernels end in the next update's compute.", series,
+    how: "Parts stand on each other; the top is the whole update. Compute is forward and backward; in the gate ranks tell each other what they found. On a GPU the optimizer's kernels end in the next update's compute.", series,
   }, parent);
   if (one) one.panel.querySelectorAll(".value").forEach((node) => node.remove()); // sums, not the parts: those stand with the selected update
 }
