@@ -8,6 +8,7 @@ import sys
 import time
 from array import array
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from glassloop.checkpoint import load_checkpoint, read_state
 from glassloop.config import Config, as_dict
 from glassloop.contract import Contract, check_same_rows
 from glassloop.dataset import Dataset, build_rows, summary
-from glassloop.dist import all_or_none, broadcast_from_rank_0, gather_objects, in_turn, require_same
+from glassloop.dist import all_or_none, broadcast_from_rank_0, gather_objects, in_turn, one_first, require_same
 from glassloop.environment import environment
 from glassloop.facts import found_facts, planned_facts, target_shapes
 from glassloop.flags import CaptureFlag, StopFlag
@@ -76,7 +77,8 @@ def build_run(config: Config) -> Run:
     def read() -> tuple[Any, Loaded]:
         return load_tokenizer(config.model), load_examples(config.data, config.seed)
 
-    tokenizer, loaded = in_turn(accelerator.local_main_process_first, read, "reading tokenizer and data")
+    first = partial(one_first, accelerator.is_local_main_process)
+    tokenizer, loaded = in_turn(first, read, "reading tokenizer and data")
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
     dataset = build_rows(loaded, template, config.data)
     plan = plan_of(config, len(dataset.train.rows), ranks)
@@ -117,7 +119,7 @@ def build_run(config: Config) -> Run:
         checkpointing=config.execution.checkpointing,
         seed=config.seed,
         device=device,
-        first=accelerator.local_main_process_first,
+        first=first,
         engine=config.execution.engine,
         longest_row=config.data.max_tokens,
     )

@@ -23,6 +23,7 @@ import glassloop
 
 MARK = "@verify "  # begins a line by which a worker says what it does
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+STUCK = "stuck_"  # begins the name of a file in which a worker notes where it has been for long
 SAY_EVERY_S = 4.0
 WORKER = "glassloop.verify.worker"
 
@@ -36,6 +37,7 @@ class PartFailed(RuntimeError):
     """A part died or fell silent; the message says which, in what, and what it printed last."""
 
 
+MOST_STACK_LINES = 40
 RAISED = re.compile(r"(\[rank\d+\]: *)?(\w+\.)*\w*(Error|Exception|Broken|Interrupt)\b.*:")
 
 
@@ -147,7 +149,7 @@ class Watched:
     """A running part: its process, when it was last heard, what it said."""
 
     def __init__(self, part: Part, cwd: Path):
-        self.part = part
+        self.part, self.cwd = part, cwd
         self.heard = time.monotonic()
         self.doing = "starting"
         self.workers: set[int] = set()  # process ids: a launcher gives its ranks sessions of their own
@@ -191,7 +193,11 @@ class Watched:
             one, line = lines.get()
             one.take(line)
         raised = "What it raised:\n" + "\n".join(f"  {line}" for line in self.raised) + "\n" if self.raised else ""
-        return f"(it was at: {self.doing}). {raised}Its last lines:\n" + "\n".join(f"  {line}" for line in self.output)
+        words = f"(it was at: {self.doing}). {raised}Its last lines:\n" + "\n".join(f"  {line}" for line in self.output)
+        for note in sorted(self.cwd.glob(f"{STUCK}*")):
+            if lines_of := note.read_text().splitlines()[-MOST_STACK_LINES:]:
+                words += f"\n{note.stem.removeprefix(STUCK)} was for long at:\n" + "\n".join(f"  {line}" for line in lines_of)
+        return words
 
     def end(self) -> None:
         """End what still runs: the ranks by the ids that they gave, the launcher and what it started before by signals."""

@@ -6,6 +6,7 @@ processes the two-rank ones and the mutants. Rank 0 writes FOLDER/<job>.safetens
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from glassloop.verify.formula import train_by_formula
 from glassloop.verify.members import OPTIMIZERS, REFERENCE_ENGINE, Place, Trace, config_of, members, reference_of, train
 from glassloop.verify.mutants import MUTANTS
 from glassloop.verify.problem import TASKS, harden
-from glassloop.verify.processes import say_progress
+from glassloop.verify.processes import STUCK, say_progress
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,18 @@ def main(folder: Path) -> None:
     place = Place(folder, folder / "model", folder / "rows.jsonl", asked["backend"], asked["collective_timeout_s"])
     jobs = jobs_of(ranks, place, asked["only"])
     results = []
+    stuck = (folder / f"{STUCK}{ranks}_ranks_{rank}.txt").open("w")
     for number, job in enumerate(jobs, start=1):
         if rank == 0:
             say_progress(f"{number} of {len(jobs)}: {job.name}")
+        faulthandler.dump_traceback_later(0.8 * asked["collective_timeout_s"], file=stuck)  # replaces the last job's
         facts, tensors = attempt(job)
         results.append(facts)
         if rank == 0:
             safetensors.torch.save_file(tensors, folder / f"{job.name}.safetensors")
     if rank == 0:
         (folder / f"results_{ranks}.json").write_text(json.dumps({"environment": environment(), "jobs": results}))
+    faulthandler.cancel_dump_traceback_later()
     leave()
 
 

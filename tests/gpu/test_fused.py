@@ -1,0 +1,132 @@
+"""The fused engine on one CUDA device: kernels by their bits or against fp64 truth, gradients against fp32 truth, tiers bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+HEADS, KEY_HEADS, SIZE = 8, 2, 128
+
+
+def off(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("rows", [(4096, 1024, 1024), (14336, 14336), (4096,)])
+def test_nf4_weights_have_bitsandbytes_bits(rows, nested):
+    import bitsandbytes as bnb
+
+    from glassloop.fused.dequant import dequantise, pack
+
+    torch.manual_seed(0)
+    modules = []
+    for height in rows:
+        module = bnb.nn.Linear4bit(4096, height, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+        weight = torch.randn(height, 4096, device="cuda", dtype=torch.bfloat16) * 0.02
+        module.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested).to("cuda")
+        modules.append(module)
+    truth = torch.cat([bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in modules])
+    packed = pack(modules, ["w"] * len(rows))
+    right, below = torch.randn(len(truth), 48, device="cuda").bfloat16(), torch.randn(48, 4096, device="cuda").bfloat16()
+    out = torch.zeros(len(truth) + 48, 4096 + 48, device="cuda", dtype=torch.bfloat16)
+    dequantise(packed, right, below, out)
+    assert torch.equal(out[: len(truth), :4096], truth)
+    assert torch.equal(out[: len(truth), 4096:], right) and torch.equal(out[len(truth) :, :4096], below)
+
+
+@pytest.mark.parametrize(("lengths", "kernel"), [((300, 17, 1, 700), "flash"), ((1024, 1024), "cudnn"), ((96, 96), "flash")])
+def test_attention_and_its_gradient_are_near_fp64(lengths, kernel):
+    """Heads lie in one wide matrix, as they do in a layer."""
+    from glassloop.fused import attention as a
+
+    if kernel == "cudnn" and torch.cuda.get_device_capability()[0] != 9:
+        kernel = "flash"
+    tokens, width = sum(lengths), (HEADS + 2 * KEY_HEADS) * SIZE
+    torch.manual_seed(0)
+    wide = torch.randn(tokens, width, device="cuda").bfloat16()
+    grad = torch.randn(tokens, HEADS, SIZE, device="cuda").bfloat16()
+    parts = wide.split([HEADS * SIZE, KEY_HEADS * SIZE, KEY_HEADS * SIZE], dim=1)
+    q, k, v = (t.unflatten(1, (-1, SIZE)) for t in parts)
+    bounds = a.Bounds.of(lengths, wide.device, wide.dtype)
+    assert bounds.kernel == kernel
+    kept = a.attention(q, k, v, bounds)
+    found = [kept.out, *a.attention_backward(grad, q, k, v, kept, bounds)]
+    q, k, v, grad = (t.double() for t in (q, k, v, grad))
+    exact = [a.attention_reference(q, k, v, bounds), *a.attention_backward_reference(grad, q, k, v, bounds)]
+    for one, truth in zip(found, exact, strict=True):
+        assert one.shape == truth.shape
+        assert off(one, truth) < 8e-3
+
+
+def test_cross_entropy_is_near_fp64():
+    from glassloop.fused.loss import cross_entropy_
+
+    torch.manual_seed(0)
+    logits, labels = (4 * torch.randn(300, 128256, device="cuda")).bfloat16(), torch.randint(128256, (300,), device="cuda")
+    wide = logits.double().requires_grad_()
+    truth = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    (slope,) = torch.autograd.grad(truth.sum(), wide)
+    losses = torch.zeros(300, device="cuda")
+    cross_entropy_(logits, labels, losses)
+    assert off(losses, truth.detach()) < 1e-6 and off(logits, slope) < 4e-3
+
+
+def gradient(run, u: int = 1) -> torch.Tensor:
+    from train_loop import update_once
+
+    outcome = update_once(run, u)
+    assert outcome is not None and outcome.record.action == "applied"
+    return run.adapters.grad.double().clone()
+
+
+def test_bf16_is_not_further_from_fp32_than_the_reference_engines_bf16(run_of):
+    """By kind of layer, too: within a fifth, since a single window is noise."""
+    grads = {}
+    for name, how in {
+        "truth": {"precision": "fp32"},
+        "peft": {"precision": "bf16"},
+        "fused": {"precision": "bf16", "engine": "fused"},
+    }.items():
+        run = run_of(execution=how, optimizer={"max_grad_norm": None})
+        grads[name] = gradient(run)
+    slices = run.adapters.slices
+    for kind in ("", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        names = [name for name in slices if kind in name]
+        truth, peft, fused = (torch.cat([slices[n].of(grads[g]).flatten() for n in names]) for g in ("truth", "peft", "fused"))
+        assert off(fused, truth) <= 1.2 * off(peft, truth), (kind, off(fused, truth), off(peft, truth))
+
+
+@pytest.mark.parametrize("layout", ["literal", "packed"])
+def test_fp32_gradient_is_the_reference_engines(run_of, layout):
+    grads = [
+        gradient(run_of(execution={"precision": "fp32", "engine": engine, "layout": layout}, optimizer={"max_grad_norm": None}))
+        for engine in ("peft", "fused")
+    ]
+    assert off(grads[1], grads[0]) <= 1e-6
+
+
+def test_tiers_agree_to_the_last_bit_in_deterministic_mode(run_of):
+    from glassloop.fused.tiers import Tiers
+
+    grads = []
+    for tiers in (Tiers(2, host=False), Tiers(1, host=True), Tiers(0, host=False), Tiers(0, host=True)):
+        run = run_of(execution={"engine": "fused", "deterministic": True, "layout": "packed"})
+        run.plain_engine.tiers = tiers
+        grads.append(torch.cat([gradient(run, u) for u in (1, 2)]))
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(grads[0], one) for one in grads[1:])
+
+
+def test_a_run_learns_as_the_reference_engine_does(run_of):
+    from train_loop import update_once
+
+    losses = {}
+    for engine in ("peft", "fused"):
+        run = run_of(execution={"engine": engine})
+        losses[engine] = [update_once(run, u).record.loss_nats for u in range(1, 41)]  # type: ignore[union-attr]
+    learned = losses["peft"][0] - losses["peft"][-1]
+    assert learned > 1
+    assert abs(sum(losses["fused"][-5:]) - sum(losses["peft"][-5:])) / 5 < 0.05 * learned
