@@ -19,7 +19,7 @@ from glassloop.base_cache import LoadReport, load_base
 from glassloop.base_source import loading_errors, resolve_source
 from glassloop.config import LoraConfig, ModelConfig
 from glassloop.loss import token_loss_sums
-from glassloop.model_checks import check_devices, check_dtypes, check_plain_head
+from glassloop.model_checks import check_devices, check_dtypes, check_plain_head, check_unpatched
 from glassloop.norms import fuse_norms
 from glassloop.rows import Pass
 
@@ -87,6 +87,7 @@ def build_engine(
         )
     assert engine in ("peft", "fused"), engine
     base, report = load_base(model, precision=precision, device=device, first=first)
+    check_unpatched(base, engine)
     check_plain_head(base, device, report.name)
     fuse_norms(base)
     hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)

@@ -87,6 +87,17 @@ def check_devices(hf: nn.Module, device: torch.device, *, but: tuple[str, ...] =
 
 
 @torch.no_grad()
+def check_unpatched(base: nn.Module, engine: str) -> None:
+    """Raise ValueError where unsloth, imported earlier in this process, has put its own classes or functions in transformers' place."""
+    for name, module in base.named_modules():
+        for origin in (type(module).__module__, getattr(type(module).forward, "__module__", "")):
+            if origin.startswith("unsloth"):
+                raise ValueError(
+                    f"execution.engine = {engine}: {name or 'the model'} is {origin}'s, since unsloth was imported in this process and patched "
+                    "transformers for all of it: start a process of its own"
+                )
+
+
 def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None:
     """Raise ValueError where logits are more than head(decoder(x)): softcaps, scales, a quantised head; or where they are not finite.
 

@@ -198,3 +198,22 @@ def test_logits_that_overflow_are_told_from_damaged_weights(tiny_llama: Path) ->
         ValueError, match=r"model\.id = org/base computes logits .* in float16: set execution\.precision=bf16 or fp32"
     ):
         check_plain_head(hf, CPU, "org/base")
+
+
+def test_a_model_of_patched_classes_is_refused():
+    """As unsloth leaves transformers: for what is built next in the process."""
+    from glassloop.model_checks import check_unpatched
+
+    class Linear(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Linear(2, 2))
+    check_unpatched(model, "peft")
+    Linear.__module__ = "unsloth.models.llama"
+    with pytest.raises(ValueError, match=r"execution.engine = peft: 1 is unsloth.models.llama's.*start a process of its own"):
+        check_unpatched(model, "peft")
+    Linear.__module__ = __name__
+    Linear.forward = lambda self, x: x  # type: ignore[assignment, method-assign]
+    Linear.forward.__module__ = "unsloth_zoo.patches"
+    with pytest.raises(ValueError, match="unsloth_zoo.patches"):
+        check_unpatched(model, "fused")

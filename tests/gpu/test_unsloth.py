@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from glassloop import unsloth_checks
 PROBLEMS = unsloth_checks.problems(on_cuda=torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(bool(PROBLEMS), reason="execution.engine=unsloth cannot run here: " + "; ".join(PROBLEMS))
 
+ROOT = Path(__file__).resolve().parents[2]
 NOISE = (2e-3, 5e-2)  # of loss and gradient norm in bf16, as the benchmark holds engines to
 
 
@@ -58,51 +63,84 @@ def update(run, u: int):
     return outcome.record
 
 
-@pytest.mark.parametrize(
-    "execution", [{}, {"checkpointing": False}, {"layout": "packed", "pass_tokens": 384}, {"precision": "fp16"}]
-)
-def test_update_1_has_the_references_loss_norm_and_gradient(wide_run, execution):
-    found, stability = {}, {"initial_loss_scale": 1024.0}
-    for engine in ("peft", "unsloth"):
-        run = wide_run(engine, execution=execution, stability=stability, optimizer={"max_grad_norm": None})
-        with torch.no_grad():  # B is 0 at first, and then hides what A does
-            for name, p in run.adapters.parameters.items():
-                if "lora_B" in name:
-                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.02)
-        record = update(run, 1)
-        run.adapters.check_views()
-        found[engine] = record, run.adapters.grad.double().cpu()
-        assert record.action == "applied"
-    (ours, mine), (theirs, reference) = found["unsloth"], found["peft"]
+EXECUTIONS = ({}, {"checkpointing": False}, {"layout": "packed", "pass_tokens": 384}, {"precision": "fp16"})
+REFERENCES: list = []  # of each execution the reference engine's record, gradient and row sums; last a run's folder and its update 4
+
+
+def first_update(wide_run, engine: str, execution: dict):
+    """Record, gradient and row sums of update 1, from adapters whose B is not 0, which would hide what A does."""
+    run = wide_run(engine, execution=execution, stability={"initial_loss_scale": 1024.0}, optimizer={"max_grad_norm": None})
+    with torch.no_grad():
+        for name, p in run.adapters.parameters.items():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.02)
+    outcome = __import__("train_loop").update_once(run, 1)
+    run.adapters.check_views()
+    assert outcome is not None and outcome.record.action == "applied"
+    return outcome.record, run.adapters.grad.double().cpu(), torch.tensor([row.loss_sum_nats for row in outcome.rows])
+
+
+@pytest.fixture
+def references(wide_run):
+    """The reference engine's, all before unsloth is imported: it patches transformers for the whole process."""
+    if not REFERENCES:
+        assert "unsloth" not in sys.modules
+        REFERENCES.extend(first_update(wide_run, "peft", execution) for execution in EXECUTIONS)
+        REFERENCES.append(saved_at_3(wide_run, "peft"))
+    return REFERENCES
+
+
+@pytest.mark.parametrize("index", range(len(EXECUTIONS)))
+def test_update_1_has_the_references_loss_norm_gradient_and_row_sums(wide_run, references, index):
+    theirs, reference, their_rows = references[index]
+    ours, mine, our_rows = first_update(wide_run, "unsloth", EXECUTIONS[index])
     assert ours.loss_nats == pytest.approx(theirs.loss_nats, rel=NOISE[0])
     assert ours.grad_norm_pre_clip == pytest.approx(theirs.grad_norm_pre_clip, rel=NOISE[1])
     assert float((mine - reference).norm() / reference.norm()) < 0.1
+    assert torch.allclose(our_rows, their_rows, rtol=1e-2)
     assert (ours.supervised_tokens, ours.real_tokens) == (theirs.supervised_tokens, theirs.real_tokens)
 
 
-def test_row_sums_are_the_references(wide_run):
-    sums = {}
-    for engine in ("peft", "unsloth"):
-        outcome = __import__("train_loop").update_once(wide_run(engine), 1)
-        sums[engine] = torch.tensor([row.loss_sum_nats for row in outcome.rows])
-    assert torch.allclose(sums["unsloth"], sums["peft"], rtol=1e-2)
+def test_the_reference_is_refused_where_unsloth_has_patched_the_process(wide_run, references):
+    first_update(wide_run, "unsloth", {})
+    with pytest.raises(ValueError, match="unsloth was imported in this process and patched"):
+        wide_run("peft")
 
 
-@pytest.mark.parametrize("engines", [("peft", "unsloth"), ("unsloth", "peft")])
-def test_a_checkpoint_of_one_engine_goes_on_in_the_other(wide_run, engines):
-    first = wide_run(engines[0])
-    first.begin()
+def saved_at_3(wide_run, engine: str):
+    """A run with a checkpoint after update 3 that has gone on to update 4: its folder, and that update's record."""
+    run = wide_run(engine)
+    run.begin()
     for u in (1, 2, 3):
-        first.tell(__import__("train_loop").update_once(first, u))
-    first.save(3)
-    expected = update(first, 4)
-    first.close_observers()
-    second = wide_run(engines[1], resume={"run": str(first.folder)})
-    assert second.first_update == 4 and second.plain_engine.name == engines[1]
-    found = update(second, 4)
-    second.close_observers()
-    assert found.loss_nats == pytest.approx(expected.loss_nats, rel=NOISE[0])
-    assert found.grad_norm_pre_clip == pytest.approx(expected.grad_norm_pre_clip, rel=NOISE[1])
+        run.tell(__import__("train_loop").update_once(run, u))
+    run.save(3)
+    record = update(run, 4)
+    run.close_observers()
+    return Path(run.folder), record
+
+
+def same(found, expected) -> bool:
+    return found.loss_nats == pytest.approx(expected.loss_nats, rel=NOISE[0]) and found.grad_norm_pre_clip == pytest.approx(
+        expected.grad_norm_pre_clip, rel=NOISE[1]
+    )
+
+
+def test_a_checkpoint_of_the_reference_goes_on_in_unsloth(wide_run, references):
+    folder, expected = references[-1]
+    run = wide_run("unsloth", resume={"run": str(folder)})
+    assert run.first_update == 4 and run.plain_engine.name == "unsloth"
+    assert same(update(run, 4), expected)
+    run.close_observers()
+
+
+def test_a_checkpoint_of_unsloth_goes_on_in_the_reference(wide_run, references):
+    """In a process of its own: unsloth has patched this one."""
+    folder, expected = saved_at_3(wide_run, "unsloth")
+    command = [sys.executable, str(ROOT / "train_loop.py"), "--resume", str(folder), "execution.engine=peft"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert same(SimpleNamespace(**[line for line in lines if line["update"] == 4][-1]), expected)
 
 
 def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide_run):
