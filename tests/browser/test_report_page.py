@@ -128,6 +128,8 @@ def test_the_time_of_an_update_is_told_apart(opened) -> None:
         told
         == "compute 1 s, wait for other ranks 0.2500 s, gate 0.3500 s, reduce 0.2000 s, optimizer 0.1000 s, the rest 0.1000 s"
     )
+    widths = opened.js("[...document.querySelectorAll('#detail .strip span')].map(e => e.getBoundingClientRect().width)")
+    assert [width / sum(widths) for width in widths] == pytest.approx([0.5, 0.125, 0.175, 0.1, 0.05, 0.05], abs=0.002)
     assert [row.split()[-2:] for row in opened.text("#detail").splitlines() if row.startswith("rank ") and row[5].isdigit()] == [
         ["1", "0.2500"],
         ["1.250", "0"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import configparser
 import dataclasses
 import json
 import math
@@ -281,3 +282,17 @@ def test_probes_of_a_fresh_adapter_have_no_ratio_for_b() -> None:
     assert packed is not None
     codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2")
     assert [code == 0 for code in codes] == [name.endswith("B") for name in names]
+
+
+def test_every_asset_of_the_page_is_in_a_wheel() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    patterns = parser["options.package_data"]["glassloop.report"].split()
+    package = ROOT / "glassloop" / "report"
+    assert {path for pattern in patterns for path in package.glob(pattern)} == set((package / "assets").iterdir())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "glassloop" / "report" / "assets").glob("*.*s")), ids=lambda path: path.name)
+def test_scripts_and_styles_stay_short_enough_to_read(path: Path) -> None:
+    if not path.name.startswith("uplot"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 350

@@ -84,10 +84,13 @@ function rowTable(run, update) {
   const rank = (value) => (value === null ? -1 : Number.isFinite(value) ? value : Infinity);
   lines.sort((a, b) => rank(b.nats) - rank(a.nats));
   const whole = lines.reduce((sum, { row }) => sum + (finite(rows.loss[row]) ? rows.loss[row] : 0), 0);
+  const heads = ["row", "#loss, nats/token", "#share of the loss", "#supervised", "#real", "#rank", "#micro-batch", ...(hasTexts(run) ? ["text"] : [])];
   return make("div", {}, make("h3", {}, "Its rows, the costliest first"), make("div", { class: "scroll" }, table(
-    ["row", "#loss, nats/token", "#share of the loss", "#supervised", "#real", "#rank", "#micro-batch", "text"],
-    lines.map(({ row, nats }) => ({ cells: [rows.ids[rows.id[row]], show(nats), whole > 0 && finite(rows.loss[row]) ? percent(rows.loss[row] / whole) : "–", show(rows.supervised[row]), show(rows.real[row]), rows.rank[row], rows.micro_batch[row], rowText(run, rows.ids[rows.id[row]])] })))));
+    heads,
+    lines.map(({ row, nats }) => ({ cells: [rows.ids[rows.id[row]], show(nats), whole > 0 && finite(rows.loss[row]) ? percent(rows.loss[row] / whole) : "–", show(rows.supervised[row]), show(rows.real[row]), rows.rank[row], rows.micro_batch[row], ...(hasTexts(run) ? [rowText(run, rows.ids[rows.id[row]])] : [])] })))));
 }
+
+const hasTexts = (run) => Object.keys(run.data.texts.by_id).length > 0;
 
 // A row's text behind a line to open; only what the run was allowed to record.
 function rowText(run, id) {

@@ -41,9 +41,9 @@ function eventTable(run, pick) {
 
 function worstTable(run, pick) {
   if (!run.rows) return absent(run.data.updates?.length === 0 ? "No row is on record." : "Rows are not on record (record.text = none, or no update yet).");
-  return table(["row", "#worst, nats/token", "#last, nats/token", "#times trained", "#supervised", "#update", "#rank", "#micro-batch", "text"], run.rows.worst.map((one) => ({
+  return table(["row", "#worst, nats/token", "#last, nats/token", "#times trained", "#supervised", "#update", "#rank", "#micro-batch", ...(hasTexts(run) ? ["text"] : [])], run.rows.worst.map((one) => ({
     update: one.update, pick: () => pick(one.update),
-    cells: [one.id, one.worst_nats === null ? make("b", { class: "bad" }, "not finite") : show(one.worst_nats), one.last_nats === null ? "not finite" : show(one.last_nats), one.times, show(one.supervised), one.update, one.rank, one.micro_batch, rowText(run, one.id)],
+    cells: [one.id, one.worst_nats === null ? make("b", { class: "bad" }, "not finite") : show(one.worst_nats), one.last_nats === null ? "not finite" : show(one.last_nats), one.times, show(one.supervised), one.update, one.rank, one.micro_batch, ...(hasTexts(run) ? [rowText(run, one.id)] : [])],
   })));
 }
 
