@@ -66,26 +66,27 @@ def spend_memory(run: Run) -> None:
     found = engine.choose_tiers(memory.profile, tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
     kept = min(gather_objects(found.kept))
     before = run.tiers
-    if before is not None and before["kept"] <= kept:
+    held = min(gather_objects(found.held))
+    if before is not None and (before["kept"], before["held"]) <= (kept, held):
         found = replace(found, **before)
     else:
-        found = replace(found, kept=kept, host=any(gather_objects(found.host)))
+        found = replace(found, kept=kept, host=any(gather_objects(found.host)), held=held)
     use_tiers(run, found)
     run.header = (*run.header, f"memory    {found.describe(len(engine.layers))} (memory.profile={memory.profile})")
 
 
 def use_tiers(run: Run, tiers: Any) -> None:
     """From here on."""
-    run.plain_engine.tiers = tiers
-    run.tiers = {"kept": tiers.kept, "host": tiers.host}
+    run.plain_engine.use_tiers(tiers)
+    run.tiers = {"kept": tiers.kept, "host": tiers.host, "held": tiers.held}
 
 
 def fewer_kept(run: Run, update: int, why: str) -> bool:
-    """Keep fewer layers after a rank ran out of memory; False where none is kept, or none can be."""
+    """Hold no weights, or else keep fewer layers, after a rank ran out of memory; False where none is kept, or none can be."""
     if run.tiers is None or run.tiers["kept"] == 0:
         return False
-    kept = run.tiers["kept"] * 3 // 4
-    use_tiers(run, replace(run.plain_engine.tiers, kept=kept))
+    tiers = run.plain_engine.tiers
+    use_tiers(run, replace(tiers, held=0) if tiers.held else replace(tiers, kept=tiers.kept * 3 // 4))
     torch.cuda.empty_cache()
     layers = len(run.plain_engine.layers)
     run.event(update, "out_of_memory", f"{why}. From here on {run.plain_engine.tiers.describe(layers)}; rows, passes and g stay")

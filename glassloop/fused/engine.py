@@ -19,7 +19,7 @@ from glassloop.fused.matrices import Moves
 from glassloop.fused.norm import add_norm, norm_backward
 from glassloop.fused.rotary import angles
 from glassloop.fused.supported import GROUPS, check_supported
-from glassloop.fused.tiers import GIB, HostInputs, Tiers, choose
+from glassloop.fused.tiers import GIB, HostInputs, Tiers, choose, on_host
 from glassloop.rows import Pass
 
 
@@ -43,7 +43,7 @@ class FusedEngine(nn.Module):
         name: as in execution.engine.
         hf: the PEFT model over the same weights and adapters; generation and saving go through it.
         report: how the base was loaded.
-        tiers: what waits for backward, and where; it may change between passes.
+        tiers: what memory is spent on; `use_tiers` changes it between passes.
     """
 
     name = "fused"
@@ -66,6 +66,15 @@ class FusedEngine(nn.Module):
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.places: list[int] = []
         self._ddp_params_and_buffers_to_ignore: list[str] = []  # explicit reduction only: DDP would reduce zeros
+
+    def use_tiers(self, tiers: Tiers) -> None:
+        """From the next pass on. An embedding that has gone to the host stays there."""
+        for index, one in enumerate(self.layers):
+            for linear in one.linears:
+                linear.hold() if index < tiers.held else linear.release()
+        if tiers.host and self.embedding is not self.head:
+            self.embedding.data = on_host(self.embedding.data)
+        self.tiers, self.places = tiers, []  # where adapters are rounded to has moved
 
     def choose_tiers(self, profile: str | float, *, tokens: int, supervised_tokens: int, host_gib: float) -> Tiers:
         """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what this GPU has free now; on a CPU everything is kept."""

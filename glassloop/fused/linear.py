@@ -48,6 +48,21 @@ class Linear:
         device = packed.codes.device
         self.a = torch.zeros(self.rank, self.columns, dtype=dtype, device=device)  # s A, rounded
         self.b = torch.zeros(self.rows, self.rank, dtype=dtype, device=device)  # B, rounded, block-diagonal
+        self.held: Tensor | None = (
+            None  # (N + R, K + R): W, B and s A in one matrix of this group's own, of which a and b are parts then
+        )
+
+    def hold(self) -> None:
+        """Keep the weights in 16 bits from here on."""
+        if self.held is None:
+            held = self.a.new_empty(self.rows + self.rank, self.columns + self.rank)
+            dequantise(self.packed, self.b, self.a, held)
+            self.held, self.a, self.b = held, held[self.rows :, : self.columns], held[: self.rows, self.columns :]
+
+    def release(self) -> None:
+        """Dequantise at each use again."""
+        if self.held is not None:
+            self.held, self.a, self.b = None, self.a.contiguous(), self.b.contiguous()
 
     def places(self) -> list[tuple[Adapter, slice, slice]]:
         """Each adapter with its rows of W and its columns of the fold."""
@@ -128,7 +143,9 @@ class Scratch:
         self.holds: dict[tuple[int, int], Linear] = {}
 
     def weights(self, linear: Linear) -> Tensor:
-        """(N + R, K + R): W with B at its right and sA below; filled unless it still holds this group's."""
+        """(N + R, K + R): W with B at its right and sA below; filled unless it still holds this group's, or that has its own."""
+        if linear.held is not None:
+            return linear.held
         shape = (linear.rows + linear.rank, linear.columns + linear.rank)
         if shape not in self.matrices:
             self.matrices[shape] = linear.a.new_empty(shape)

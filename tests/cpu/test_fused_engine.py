@@ -16,7 +16,7 @@ from glassloop.rows import Row
 if importlib.util.find_spec("triton") is not None:
     from glassloop.fused.tiers import Tiers, choose, input_bytes, kept_bytes
 
-    TIERS = [Tiers(kept, host) for kept in (0, 1, 2) for host in (False, True)]
+    TIERS = [Tiers(kept, host, held) for kept, held in ((0, 0), (1, 2), (2, 1), (2, 0), (0, 0)) for host in (False, True)]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
 )
@@ -69,7 +69,8 @@ def test_sums_and_gradient_are_the_reference_engines(engine_of, tiny_llama, targ
     wanted, slope = gradient(reference, before, passes)
     engine = fused_of(engine_of(tiny_llama, quantization="nf4", lora=lora))
     adapters = adapters_of(engine)
-    for engine.tiers in TIERS:
+    for tiers in TIERS:
+        engine.use_tiers(tiers)
         found, ours = gradient(engine, adapters, passes)
         for (sum_a, rows_a), (sum_b, rows_b) in zip(wanted, found, strict=True):
             assert sum_a == pytest.approx(sum_b, rel=1e-6)
@@ -86,7 +87,8 @@ def test_every_tier_gives_the_same_bits(engine_of, tiny_llama):
     adapters = adapters_of(engine)
     p = build_pass(rows_of(12, 7), packed=True, pad_id=0, device=torch.device("cpu"))
     grads = []
-    for engine.tiers in TIERS:
+    for tiers in TIERS:
+        engine.use_tiers(tiers)
         grads.append(gradient(engine, adapters, [p, p])[1])
     assert all(torch.equal(grads[0], one) for one in grads[1:])
 
@@ -155,8 +157,10 @@ def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
     one = kept_bytes(layers[0], tokens)
     assert one > 5 * input_bytes(layers[0], tokens)
     assert tiers("min") == Tiers(0, host=True) and tiers("min", host_gib=0) == Tiers(0, host=False)
-    assert tiers("fill") == Tiers(16, host=False) == tiers(900.0)
-    found = [tiers("fill", free_gib=free / 4).kept for free in range(40)]
+    assert tiers("fill") == Tiers(16, host=False, held=16) == tiers(900.0)
+    free = [one * gib // 4 / gib for one in range(40)]
+    found = [tiers("fill", free_gib=one).kept for one in free]
     assert found == sorted(found) and len(set(found)) > 5 and found[0] == 0
+    assert all(one.held == 0 or one.kept == 16 for one in (tiers("fill", free_gib=f) for f in free))  # activations first
     assert tiers(3.0).kept == tiers("fill", free_gib=2.0).kept  # a GiB is in use already
     assert tiers(0.1) == Tiers(0, host=True)  # too small a budget: the least, and preflight says what it takes

@@ -112,12 +112,34 @@ def test_tiers_agree_to_the_last_bit_in_deterministic_mode(run_of):
     from glassloop.fused.tiers import Tiers
 
     grads = []
-    for tiers in (Tiers(2, host=False), Tiers(1, host=True), Tiers(0, host=False), Tiers(0, host=True)):
+    for tiers in (
+        Tiers(2, host=False),
+        Tiers(2, host=False, held=1),
+        Tiers(1, host=True),
+        Tiers(0, host=False),
+        Tiers(0, host=True),
+    ):
         run = run_of(execution={"engine": "fused", "deterministic": True, "layout": "packed"})
-        run.plain_engine.tiers = tiers
+        run.plain_engine.use_tiers(tiers)
         grads.append(torch.cat([gradient(run, u) for u in (1, 2)]))
     torch.use_deterministic_algorithms(False)
     assert all(torch.equal(grads[0], one) for one in grads[1:])
+
+
+def test_an_embedding_on_the_host_is_read_as_before_and_frees_its_memory(run_of):
+    from glassloop.fused.tiers import on_host
+
+    weight = torch.randn(50_000, 512, device="cuda").bfloat16()
+    before, ids = torch.cuda.memory_allocated(), torch.tensor([0, 7, 49_999], device="cuda")
+    rows = torch.nn.functional.embedding(ids, weight)
+    weight.data = on_host(weight.data)
+    assert torch.cuda.memory_allocated() < before - 40 * 2**20
+    assert weight.is_cuda and torch.equal(torch.nn.functional.embedding(ids, weight), rows)
+    run = run_of(execution={"engine": "fused"}, memory={"profile": "min"})
+    assert run.tiers == {"kept": 0, "host": True, "held": 0}
+    assert torch.isfinite(gradient(run)).all()
+    with torch.no_grad():
+        run.plain_engine.hf(input_ids=ids.unsqueeze(0) % 500)  # the model over the same storage
 
 
 def test_a_run_learns_as_the_reference_engine_does(run_of):
