@@ -164,3 +164,39 @@ def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
     assert all(one.held == 0 or one.kept == 16 for one in (tiers("fill", free_gib=f) for f in free))  # activations first
     assert tiers(3.0).kept == tiers("fill", free_gib=2.0).kept  # a GiB is in use already
     assert tiers(0.1) == Tiers(0, host=True)  # too small a budget: the least, and preflight says what it takes
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
+    from train_loop import update_once
+
+    how = {"execution": {"engine": "fused", "precision": "fp32", "layout": "packed"}, "memory": {"profile": "min"}}
+    run = run_of(**how)
+    assert run.tiers == {"kept": 0, "host": False, "held": 0} and "0 of 2 layers kept, 2 recomputed" in run.header[-1]
+    run.begin()
+    for u in (1, 2):
+        run.tell(update_once(run, u))
+    run.save(2)
+    run.tell(update_once(run, 3))
+    run.close_observers()
+    went_on = run_of(**how, resume={"run": str(run.folder)})
+    assert went_on.first_update == 3 and went_on.tiers == run.tiers
+    update_once(went_on, 3)
+    for name, p in went_on.adapters.parameters.items():
+        assert torch.equal(p, run.adapters.parameters[name]), name
+    went_on.close_observers()
+
+
+def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
+    """Rows an update and the gradient stay either way."""
+    from glassloop.room import smaller_passes
+
+    run = run_of(execution={"engine": "fused", "precision": "fp32", "layout": "packed"})
+    assert run.tiers == {"kept": 2, "host": False, "held": 0}
+    told = []
+    run.event = lambda update, kind, message, *_: told.append(message)
+    kept = []
+    while run.batches.halvings == 0:
+        assert smaller_passes(run, 1, "rank 0 ran out of memory")
+        kept.append(run.tiers["kept"])
+    assert kept == [1, 0, 0] and run.plain_engine.tiers.kept == 0
+    assert "1 of 2 layers kept" in told[0] and "half the rows" in told[2]
