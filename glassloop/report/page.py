@@ -1,9 +1,9 @@
 """One HTML file that loads nothing: styles, scripts and data stand in it, and its policy lets nothing else run.
 
 Curves are drawn by uPlot 1.6.32 (MIT, github.com/leeoniya/uPlot; assets/uplot.LICENSE), taken from its npm package unchanged. It was chosen for size
-(50 KB; Plotly has 4.8 MB, ECharts 1.1 MB, Vega with Vega-Lite 0.8 MB), for speed (canvas: 5,000 updates of dozens of curves in tens of milliseconds), because it needs
-neither eval nor a worker, so that a strict policy holds, and because it has no dependency. It gives nothing to a screen reader: legends with values,
-keys and labels are ours, in HTML beside each figure.
+(50 KB; Plotly has 4.8 MB, ECharts 1.1 MB, Vega with Vega-Lite 0.8 MB), for speed (canvas: 5,000 updates of dozens of curves in tens of
+milliseconds), because it needs neither eval nor a worker, so that a strict policy holds, and because it has no dependency. It gives nothing to a
+screen reader: legends with values, keys and labels are ours, in HTML beside each figure.
 """
 
 from __future__ import annotations
