@@ -36,6 +36,7 @@ from glassloop.observers import JsonlObserver  # noqa: E402
 from glassloop.plan import make_plan  # noqa: E402
 from glassloop.predict.shapes import shapes_from_config  # noqa: E402
 from glassloop.record import UpdateRecord  # noqa: E402
+from glassloop.room import spend_memory  # noqa: E402
 from glassloop.rows import Row  # noqa: E402
 from glassloop.run import Run  # noqa: E402
 from glassloop.workloads import OWN, workload  # noqa: E402
@@ -106,6 +107,7 @@ def measure(spec: Spec, folder: Path) -> dict[str, Any]:
         "update_1": {"loss_nats": updates[0].record.loss_nats, "grad_norm": updates[0].record.grad_norm_pre_clip},
         "losses_nats": [one.record.loss_nats for one in updates],
         "passes": list(measured[0].record.rank_passes),
+        "tiers": run.tiers,
         "flops": None
         if shapes is None
         else utilisation(
@@ -168,6 +170,7 @@ def build(spec: Spec, folder: Path) -> Run:
         first=s.first,
     )
     run.plan, run.contract, run.batches = plan, None, replace(run.batches, rows=rows, plan=plan)
+    spend_memory(run)  # anew: the rows are longer than those that the run was built on
     return run
 
 

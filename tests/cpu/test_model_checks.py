@@ -215,5 +215,5 @@ def test_a_model_of_patched_classes_is_refused():
     Linear.__module__ = __name__
     Linear.forward = lambda self, x: x  # type: ignore[assignment, method-assign]
     Linear.forward.__module__ = "unsloth_zoo.patches"
-    with pytest.raises(ValueError, match="unsloth_zoo.patches"):
+    with pytest.raises(ValueError, match=r"unsloth_zoo.patches"):
         check_unpatched(model, "fused")
