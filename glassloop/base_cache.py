@@ -6,6 +6,7 @@ decides its bytes, it appears by a rename, and what was loaded from it is compar
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -92,6 +93,9 @@ def load_base(
             notes += _compare_own_quantization(own, model, dtype)
         if own is None and model.quantization == "nf4":
             copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+            if made and device.type == "cuda":
+                gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
+                torch.cuda.empty_cache()
         elif source.drawn is not None:
             hf = _draw(source, model, dtype, device)
         else:
@@ -129,6 +133,9 @@ def find_base(
         if _own_quantization(source, model) is None:
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
             copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+            if made and device.type == "cuda":
+                gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
+                torch.cuda.empty_cache()
     if copy is None:
         _, report = load_base(model, precision=precision, device=device, first=first)
         return report if report.folder else replace(report, folder=str(downloaded(source)))

@@ -113,7 +113,8 @@ def make_accelerator(config: Config) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     backend, timeout = config.execution.backend, timedelta(seconds=config.execution.collective_timeout_s)
-    process_group = InitProcessGroupKwargs(backend=None if backend == "auto" else backend, timeout=timeout)
+    asked = None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend  # a lone process has no collectives to carry
+    process_group = InitProcessGroupKwargs(backend=asked, timeout=timeout)
     rejoin(backend, timeout)
     accelerator = Accelerator(
         cpu=not on_cuda(),

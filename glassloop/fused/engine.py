@@ -65,6 +65,8 @@ class FusedEngine(nn.Module):
         self.host = HostInputs(len(self.layers), self.embedding.device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.places: list[int] = []
+        self.inward: Moves | None = None
+        self.outward: list[Moves] = []
         self._ddp_params_and_buffers_to_ignore: list[str] = []  # explicit reduction only: DDP would reduce zeros
 
     def use_tiers(self, tiers: Tiers) -> None:
@@ -74,7 +76,8 @@ class FusedEngine(nn.Module):
                 linear.hold() if index < tiers.held else linear.release()
         if tiers.host and self.embedding is not self.head:
             self.embedding.data = on_host(self.embedding.data)
-        self.tiers, self.places = tiers, []  # where adapters are rounded to has moved
+        self.tiers, self.places = tiers, []  # where adapters are rounded to has moved,
+        self.inward, self.outward = None, []  # and what knew of it would keep its memory
 
     def choose_tiers(self, profile: str | float, *, tokens: int, supervised_tokens: int, host_gib: float) -> Tiers:
         """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what this GPU has free now; on a CPU everything is kept."""
@@ -160,6 +163,7 @@ class FusedEngine(nn.Module):
                 [Moves([m for linear in four for m in linear.outward(self.scratch)]) for four in linears] if training else []
             )
             self.places = places
+        assert self.inward is not None
         self.inward.carry_out(add=False)
 
     def where(self, p: Pass) -> Where:

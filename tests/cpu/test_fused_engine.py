@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import random
 
@@ -91,6 +92,19 @@ def test_every_tier_gives_the_same_bits(engine_of, tiny_llama):
         engine.use_tiers(tiers)
         grads.append(gradient(engine, adapters, [p, p])[1])
     assert all(torch.equal(grads[0], one) for one in grads[1:])
+
+
+def test_weights_that_are_no_longer_held_are_freed(engine_of, tiny_llama):
+    import weakref
+
+    engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
+    adapters, p = adapters_of(engine), build_pass(rows_of(12), packed=False, pad_id=0, device=torch.device("cpu"))
+    engine.use_tiers(Tiers(2, host=False, held=2))
+    gradient(engine, adapters, [p])
+    held = [weakref.ref(linear.held) for layer in engine.layers for linear in layer.linears]
+    engine.use_tiers(Tiers(2, host=False))
+    gc.collect()
+    assert not any(one() is not None for one in held)
 
 
 def test_adapters_that_moved_are_seen_and_so_are_buffers_that_were_replaced(engine_of, tiny_llama):

@@ -69,3 +69,9 @@ def test_launch_settings_that_hide_the_formula_are_refused_with_the_reason(monke
     assert launch.REFUSED_LAUNCHES[kind] in str(refusal.value)
     if kind == "FSDP":
         assert "bnb_4bit_quant_storage=bf16 with bf16 adapters" in str(refusal.value)
+
+
+def test_a_lone_process_may_be_given_a_backend(run_of) -> None:
+    """It has nobody to speak with: no process group is made, and none is missed."""
+    run = run_of(execution={"backend": "gloo", "precision": "fp32"})
+    assert run.ranks == 1 and not torch.distributed.is_initialized()

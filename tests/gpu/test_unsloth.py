@@ -64,7 +64,7 @@ def update(run, u: int):
 
 
 EXECUTIONS = ({}, {"checkpointing": False}, {"layout": "packed", "pass_tokens": 384}, {"precision": "fp16"})
-REFERENCES: list = []  # of each execution the reference engine's record, gradient and row sums; last a run's folder and its update 4
+REFERENCES: list = []  # of each execution the reference engine's record, gradient and row sums; last a run and its update 4
 
 
 def first_update(wide_run, engine: str, execution: dict):
@@ -108,7 +108,7 @@ def test_the_reference_is_refused_where_unsloth_has_patched_the_process(wide_run
 
 
 def saved_at_3(wide_run, engine: str):
-    """A run with a checkpoint after update 3 that has gone on to update 4: its folder, and that update's record."""
+    """A run with a checkpoint after update 3 that has gone on to update 4, and that update's record."""
     run = wide_run(engine)
     run.begin()
     for u in (1, 2, 3):
@@ -116,7 +116,7 @@ def saved_at_3(wide_run, engine: str):
     run.save(3)
     record = update(run, 4)
     run.close_observers()
-    return Path(run.folder), record
+    return run, record
 
 
 def same(found, expected) -> bool:
@@ -126,8 +126,8 @@ def same(found, expected) -> bool:
 
 
 def test_a_checkpoint_of_the_reference_goes_on_in_unsloth(wide_run, references):
-    folder, expected = references[-1]
-    run = wide_run("unsloth", resume={"run": str(folder)})
+    first, expected = references[-1]
+    run = wide_run("unsloth", resume={"run": str(first.folder)}, data={"source": first.config.data.source})
     assert run.first_update == 4 and run.plain_engine.name == "unsloth"
     assert same(update(run, 4), expected)
     run.close_observers()
@@ -135,7 +135,8 @@ def test_a_checkpoint_of_the_reference_goes_on_in_unsloth(wide_run, references):
 
 def test_a_checkpoint_of_unsloth_goes_on_in_the_reference(wide_run, references):
     """In a process of its own: unsloth has patched this one."""
-    folder, expected = saved_at_3(wide_run, "unsloth")
+    first, expected = saved_at_3(wide_run, "unsloth")
+    folder = Path(first.folder)
     command = [sys.executable, str(ROOT / "train_loop.py"), "--resume", str(folder), "execution.engine=peft"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
