@@ -237,7 +237,7 @@ def main(argv: list[str]) -> int:
     base, report = load_base(config.model, precision=config.execution.precision, device=device, first=contextlib.nullcontext)
     gc.collect()
     loaded = Meter(device).now()
-    check_plain_head(base, device)
+    check_plain_head(base, device, report.name)
     fuse_norms(base)
     _recompute_layers(base, config.model.id)
     lines: list[dict[str, Any]] = []

@@ -34,6 +34,7 @@ from glassloop.observers import JsonlObserver, write_json, write_text
 from glassloop.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.plan import describe
 from glassloop.planning.outlook import plan_of
+from glassloop.planning.work import chooses_passes, pass_tokens_for
 from glassloop.resuming import (
     after_restart,
     best_heldout,
@@ -45,7 +46,7 @@ from glassloop.resuming import (
     sums_of,
     with_past,
 )
-from glassloop.room import allocated_gib, spend_memory
+from glassloop.room import allocated_gib, choose_pass_tokens, spend_memory
 from glassloop.run import Run
 from glassloop.settings import ResumeConfig
 from glassloop.sources import Loaded, load_examples
@@ -93,7 +94,7 @@ def build_run(config: Config) -> Run:
         plan=plan,
         seed=config.seed,
         layout=config.execution.layout,
-        pass_tokens=config.execution.pass_tokens or config.batch.size * config.data.max_tokens,
+        pass_tokens=pass_tokens_for(config, None, None),
         two_passes_every=config.record.probe_every_updates,
     )
     rows_digest = hash_of(dataset)
@@ -131,6 +132,8 @@ def build_run(config: Config) -> Run:
     broadcast_from_rank_0(adapters.flat.data)
     prepared = accelerator.prepare_model(engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit")
     # evaluation_mode: autocast, but no DistributedDataParallel
+    model = engine.hf.config.to_dict()  # type: ignore[union-attr, operator]
+    batches = replace(batches, pass_tokens=choose_pass_tokens(config, model, device, old_plan))
     shapes = target_shapes(engine.hf, config.lora.targets)
     contract = contract_of(
         batches, rows_digest, planned_facts(config, ranks=plan.ranks, linear_shapes=shapes, on_cuda=device.type == "cuda")
@@ -266,7 +269,8 @@ def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Co
         rows.append(len(window.rows))
         supervised.append(batches.supervised_tokens(window))
         real.append(sum(len(batches.rows[row]) for row in window.rows))
-    return Contract(batches.plan, tuple(rows), tuple(supervised), tuple(real), rows_digest, facts)
+    pass_tokens = batches.pass_tokens if batches.layout == "packed" else None
+    return Contract(batches.plan, tuple(rows), tuple(supervised), tuple(real), rows_digest, facts, pass_tokens)
 
 
 def run_folder(config: Config) -> Path:
@@ -301,10 +305,7 @@ def header(
         f" (schedule.updates overrides epochs = {config.schedule.epochs:g})" if config.schedule.updates is not None else ""
     )
     asked, windows, updates = describe(batches.plan)
-    layout = {
-        "literal": "literal, the micro-batches asked for",
-        "packed": f"packed, the same rows in passes of at most {batches.pass_tokens:,} tokens",
-    }[execution.layout]
+    layout = layout_of(config, batches, on_cuda=device.type == "cuda")
     checkpointing = "recomputed" if execution.checkpointing else "stored"
     origin = "read from the cache" if report.from_cache else "loaded"
     return [
@@ -320,3 +321,13 @@ def header(
         f"trains    {adapters.trainable:,} parameters: W + ({config.lora.alpha:g}/{config.lora.r}) B A on {', '.join(config.lora.targets)}",
         *(f"          {line}" for line in audit_table(dtype_audit(engine.hf)).splitlines()),
     ]
+
+
+def layout_of(config: Config, batches: Batches, *, on_cuda: bool) -> str:
+    """How an update's rows are laid out, in words."""
+    if batches.layout == "literal":
+        return "literal, the micro-batches asked for"
+    chosen = (
+        f", chosen to keep every layer (memory.profile={config.memory.profile})" if on_cuda and chooses_passes(config) else ""
+    )
+    return f"packed, the same rows in passes of at most {batches.pass_tokens:,} tokens{chosen}"

@@ -29,11 +29,12 @@ class Contract:
     real_tokens: tuple[int, ...]
     rows_digest: str  # of ids, tokens and labels of all rows
     facts: Mapping[str, Any]  # what holds for the whole run, planned: "world size", "precision of autocast", ...
+    pass_tokens: int | None = None  # most of a packed pass: a run that goes on packs as it began; None: literal
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for plan.json."""
         counted = {"rows": self.rows, "supervised_tokens": self.supervised_tokens, "real_tokens": self.real_tokens}
-        whole = {"contract": dict(self.facts), "rows_digest": self.rows_digest}
+        whole = {"contract": dict(self.facts), "rows_digest": self.rows_digest, "pass_tokens": self.pass_tokens}
         return {**self.step.as_dict(), "schema": SCHEMA, **whole, "by_update": {name: list(v) for name, v in counted.items()}}
 
     def check_facts(self, found: Mapping[str, Any]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glassloop.batches import Window
+from glassloop.config import Config
 from glassloop.dist import Gate, gather_objects
-from glassloop.planning.outlook import work_of
+from glassloop.planning.work import chooses_passes, pass_tokens_for, work_of
 from glassloop.predict.ledger import GIB, Ledger, ledger_of
-from glassloop.predict.shapes import shapes_of
+from glassloop.predict.shapes import shapes_from_config, shapes_of
+from glassloop.predict.tiers import Tiers
 from glassloop.rows import Row
 
 if TYPE_CHECKING:
@@ -32,9 +36,10 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
     packed = run.batches.layout == "packed"
     count, tokens = (1, sum(map(len, rows))) if packed else (len(rows), max(map(len, rows)))
     work = replace(work_of(run.config), rows=count, tokens=tokens, supervised_tokens=sum(row.supervised_tokens for row in rows))
+    tiers = Tiers(**run.tiers) if run.tiers is not None else None
     try:
         card = torch.cuda.get_device_capability(run.device)
-        return ledger_of(shapes, replace(work, capability=card), run.config.execution.engine)
+        return ledger_of(shapes, replace(work, capability=card, tiers=tiers), run.config.execution.engine)
     except ValueError:  # an engine or targets that the ledger has no terms for: the measurement stands alone
         return None
 
@@ -48,6 +53,23 @@ def memory_lines(run: Run, window: Window) -> list[str]:
     predicted = {} if ledger is None else {phase: f"{size / GIB:.2f}" for phase, size in ledger.phases.items()}
     pairs = [f"{phase} {predicted.get(phase, 'unknown')} / {value:.2f}" for phase, value in measured.items()]
     return [f"predicted / measured GiB: {', '.join(pairs)}"]
+
+
+def choose_pass_tokens(config: Config, model: Mapping[str, Any], device: torch.device, before: Mapping[str, Any]) -> int:
+    """Most tokens of a packed pass, the same on all ranks: as asked; else as plan.json has it; else what memory has room for.
+
+    Args:
+        model: the loaded model's config. before: plan.json of the run that goes on; empty for a new one.
+    """
+    asked = pass_tokens_for(config, None, None)
+    if not chooses_passes(config) or device.type != "cuda":
+        return asked
+    if before:
+        return int(before.get("pass_tokens") or asked)  # one from before passes were chosen goes on as it began
+    sharing = gather_objects(f"{socket.gethostname()} {device}")
+    free = torch.cuda.mem_get_info(device)[0] // sharing.count(f"{socket.gethostname()} {device}")
+    most = pass_tokens_for(config, shapes_from_config(dict(model), config.model.id), torch.cuda.memory_reserved(device) + free)
+    return min(gather_objects(most))
 
 
 def spend_memory(run: Run) -> None:

@@ -25,7 +25,8 @@ class ExecutionConfig(Section):
     layout: Literal["literal", "packed"] = "literal"
     """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""
     pass_tokens: int | None = Field(default=None, ge=8)
-    """Most slot tokens of one packed pass on one rank. None: batch.size x data.max_tokens."""
+    """Most slot tokens of one packed pass on one rank. None: batch.size x data.max_tokens; fused on a GPU, unless memory.profile is min: as many as
+    leave room to keep every layer whole, chosen at the start and kept in plan.json."""
     reduction: Literal["explicit", "ddp"] = "explicit"
     """explicit: one summed all-reduce of the flat gradient, in the open. ddp: DistributedDataParallel, for comparison."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"

@@ -120,6 +120,7 @@ def measure(spec: Spec, folder: Path) -> dict[str, Any]:
             seconds=seconds,
             ranks=spec.ranks,
             ceiling=ceiling,
+            kept=run.plain_engine.tiers.kept if spec.engine == "fused" else None,  # type: ignore[union-attr]
         ),
         "card": {"before": before, "during": during, "after": after, "p2p": _p2p(run.device)},
         "machine": {**environment(["glassloop bench"]), "threads": torch.get_num_threads(), "cpu": _cpu()},

@@ -60,15 +60,17 @@ def utilisation(
     seconds: float,
     ranks: int,
     ceiling: float | None,
+    kept: int | None = None,
 ) -> dict[str, Any]:
     """FLOPs a token, and what share of the ceiling (FLOP/s) a rank reaches. mfu: with what real tokens need. hfu: with padding and
-    recomputation too."""
+    recomputation too. kept: layers that the engine `fused` keeps whole."""
     real, padded = [], []
     for rows in passes:
         widest = max(map(len, rows))
         real += [(len(row), row.supervised_tokens) for row in rows]
         padded += [(len(row) if packed else widest, row.supervised_tokens) for row in rows]
-    needed, done = (flops_of(shapes, lengths, r=r, targets=targets, checkpointing=checkpointing) for lengths in (real, padded))
+    how: dict[str, Any] = dict(r=r, targets=targets, checkpointing=checkpointing, kept=kept)
+    needed, done = (flops_of(shapes, lengths, **how) for lengths in (real, padded))
     rate = needed.model / seconds / ranks
     executed = (done.model + done.recompute) / seconds / ranks
     return {

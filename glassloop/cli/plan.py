@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from glassloop.config import Config
     from glassloop.planning.changes import Change
-    from glassloop.planning.outlook import Outlook, TokenCounts
+    from glassloop.planning.outlook import Outlook
+    from glassloop.planning.work import TokenCounts
     from glassloop.predict.hardware import Present
 
 NVIDIA = "/proc/driver/nvidia/gpus"  # a folder for each card, where the driver is loaded
@@ -89,7 +90,7 @@ def look(config: Config, given: argparse.Namespace) -> tuple[Outlook, list[str]]
         raise ValueError(f"--ranks {ranks} does not spread over --machines {given.machines}: give a multiple")
     counts, rows_from = None, ""
     if given.with_data:
-        rows, counts, rows_from, more = _with_data(config, ranks)
+        rows, counts, rows_from, more = _with_data(config, ranks, present)
         notes += more
     else:
         found = count_rows(config.data, given.rows)
@@ -124,13 +125,15 @@ def _ranks(config: Config, given: argparse.Namespace, present: Sequence[Present]
     return 2, ["no GPU here and batch.ranks is not set: planned for 2 ranks; --ranks N plans for another number"]
 
 
-def _with_data(config: Config, ranks: int) -> tuple[int, TokenCounts, str, list[str]]:
+def _with_data(config: Config, ranks: int, present: Sequence[Present]) -> tuple[int, TokenCounts, str, list[str]]:
     """Rows through the run's own pipeline."""
     from glassloop.batches import Batches
     from glassloop.dataset import build_rows, summary
     from glassloop.model import load_tokenizer
     from glassloop.planning.outlook import plan_of
     from glassloop.planning.token_counts import count_tokens
+    from glassloop.planning.work import pass_tokens_for, usual_budget
+    from glassloop.predict.shapes import shapes_of
     from glassloop.sources import load_examples
     from glassloop.templates import make_template
 
@@ -143,7 +146,7 @@ def _with_data(config: Config, ranks: int) -> tuple[int, TokenCounts, str, list[
         plan=plan,
         seed=config.seed,
         layout=config.execution.layout,
-        pass_tokens=config.execution.pass_tokens or config.batch.size * config.data.max_tokens,
+        pass_tokens=pass_tokens_for(config, shapes_of(config.model.id)[0], usual_budget(present, ranks)[1]),
         two_passes_every=config.record.probe_every_updates,
     )
     train = dataset.train

@@ -15,7 +15,8 @@ from glassloop import unsloth_checks
 from glassloop.config import Config
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.environment import package_version
-from glassloop.planning.outlook import disk_state_bytes, work_of
+from glassloop.planning.outlook import disk_state_bytes
+from glassloop.planning.work import work_of
 from glassloop.predict.cards import verdict
 from glassloop.predict.hardware import Present
 from glassloop.predict.ledger import GIB, PROFILES, base_bytes
@@ -201,10 +202,12 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
                 )
             )
             continue
-        one = verdict(card.gpu, shapes, work_of(config), ranks=ranks, rows_per_update=rows, free_gib=card.free_gib, engine=engine)
+        work = work_of(config, share=rows // ranks * config.data.max_tokens)
+        one = verdict(card.gpu, shapes, work, ranks=ranks, rows_per_update=rows, free_gib=card.free_gib, engine=engine)
         text = (
             f"GPU {number}: about {one.needed_gib:.1f} GiB needed for full rows, {card.free_gib:.1f} of {card.total_gib:.1f} free"
         )
+        text += f" ({one.tiers})" if one.tiers else ""
         if one.fits:
             found.append(Finding(OK, "memory", text))
         else:

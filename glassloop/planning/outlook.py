@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from glassloop.config import Config
 from glassloop.plan import StepPlan, make_plan
+from glassloop.planning.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
-from glassloop.predict.ledger import PROFILES, STATE_BYTES, Ledger, Work, ledger_of
-from glassloop.predict.roofline import pass_time, tokens_per_s
+from glassloop.predict.ledger import PROFILES, STATE_BYTES, Ledger, Work
+from glassloop.predict.roofline import fused_pass_time, pass_time, tokens_per_s
 from glassloop.predict.shapes import Shapes, shapes_of
 
 SCHEMA = 1
 TOKENIZER_BYTES = 130  # of tokenizer.json for each token of the vocabulary, about (Llama 3: 134, SmolLM2: 72)
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of all updates of a run, counted from its real rows."""
-
-    real: int
-    supervised: int
-    literal_slots: int  # places of padded micro-batches
-    literal_passes: int
-    packed_slots: int
-    packed_passes: int
-    heaviest_rows: int  # rows of the pass with the most places, in the layout of the run
-    heaviest_tokens: int  # places of each
-    heaviest_supervised: int
-
-    @property
-    def padding_share(self) -> float:
-        """Share of the literal layout's places that are padding."""
-        return 1 - self.real / self.literal_slots
 
 
 @dataclass(frozen=True)
@@ -61,7 +42,11 @@ class Outlook:
     checkpoint_bytes: int | None
     work: Work | None
     ledger: Ledger | None
-    other_ledger: Ledger | None  # the same with the base in the other form: bf16 beside NF4
+    other_ledger: (
+        Ledger | None
+    )  # the same with the base in the other form: bf16 beside NF4; fused: with the least memory, or the most
+    ledger_names: tuple[str, str]
+    usual: str  # the card for which passes were cut and memory was laid out, where that depends on the card
     verdicts: tuple[Verdict, ...]
     times: tuple[CardTime, ...]
     row_tokens: float
@@ -87,31 +72,6 @@ def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
     )
 
 
-def work_of(config: Config, counts: TokenCounts | None = None) -> Work:
-    """The heaviest pass of a run: the real one where rows were counted, else full rows with every token supervised."""
-    packed = config.execution.layout == "packed"
-    limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
-    if counts is not None:
-        rows, tokens, supervised = counts.heaviest_rows, counts.heaviest_tokens, counts.heaviest_supervised
-    else:
-        rows, tokens, supervised = (1, limit, None) if packed else (config.batch.size, config.data.max_tokens, None)
-    return Work(
-        rows=rows,
-        tokens=tokens,
-        supervised_tokens=supervised,
-        r=config.lora.r,
-        targets=config.lora.targets,
-        quantization=config.model.quantization,
-        double_quantization=config.model.double_quantization,
-        precision=config.execution.precision,
-        checkpointing=config.execution.checkpointing,
-        optimizer=config.optimizer.name,
-        packed=packed,
-        attention=config.model.attention,
-        reduction=config.execution.reduction,
-    )
-
-
 def look_ahead(
     config: Config,
     plan: StepPlan,
@@ -133,12 +93,27 @@ def look_ahead(
     mean = row_tokens or (counts.real / plan.rows_trained if counts else float(config.data.max_tokens))
     if shapes is None:
         return Outlook(
-            config, machines, plan, rows_from, None, None, None, None, None, None, (), (), mean, counts, tuple(unknown)
+            config,
+            machines,
+            plan,
+            rows_from,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            ("", ""),
+            "",
+            (),
+            (),
+            mean,
+            counts,
+            tuple(unknown),
         )
-    work = work_of(config, counts)
+    work = work_of(config, counts, counts.heaviest_share if counts else plan.size * plan.accumulation * config.data.max_tokens)
     n = shapes.lora_weights(work.r, work.targets)
     engine = config.execution.engine
-    other = replace(work, quantization="none" if work.quantization == "nf4" else "nf4")
 
     def judged(gpu: Gpu, free_gib: float | None = None) -> Verdict:
         return verdict(
@@ -156,6 +131,10 @@ def look_ahead(
             unknown.append(f"this machine's {card.name}: not in the table of cards, so nothing is said of it")
         else:
             verdicts.append(judged(card.gpu, card.free_gib))
+    usual = usual_budget(present, plan.ranks)
+    ledger, other, names = None, None, ("", "")
+    if known:
+        ledger, other, names, work = ledgers_of(shapes, work, engine, usual[1])
     if known and config.execution.precision == "fp32":
         unknown.append("time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32")
     return Outlook(
@@ -167,12 +146,18 @@ def look_ahead(
         trainable=n,
         checkpoint_bytes=round(4 * n + disk_state_bytes(config.optimizer.name) * n) + TOKENIZER_BYTES * shapes.vocabulary,
         work=work,
-        ledger=ledger_of(shapes, work, engine) if known else None,
-        other_ledger=ledger_of(shapes, other, engine) if known else None,
+        ledger=ledger,
+        other_ledger=other,
+        ledger_names=names,
+        usual=usual[0],
         verdicts=tuple(verdicts),
         times=()
         if config.execution.precision == "fp32" or not known
-        else tuple(time for name in PLANNED_FOR if (time := card_time(config, plan, shapes, name, mean, counts)) is not None),
+        else tuple(
+            time
+            for one in verdicts[: len(PLANNED_FOR)]
+            if (time := card_time(config, plan, shapes, one.card, mean, counts, on_card=one)) is not None
+        ),
         row_tokens=mean,
         tokens=counts,
         unknown=tuple(unknown),
@@ -185,28 +170,33 @@ def disk_state_bytes(optimizer: str) -> float:
 
 
 def card_time(
-    config: Config, plan: StepPlan, shapes: Shapes, card: str, row_tokens: float, counts: TokenCounts | None = None
+    config: Config,
+    plan: StepPlan,
+    shapes: Shapes,
+    card: str,
+    row_tokens: float,
+    counts: TokenCounts | None = None,
+    on_card: Verdict | None = None,
 ) -> CardTime | None:
-    """Predicted speed of one card over the run; None for a card without rates."""
+    """Predicted speed of one card over the run; None for a card without rates. on_card: what the engine `fused` keeps there."""
     packed = config.execution.layout == "packed"
     padded = counts.literal_slots / counts.real if counts and not packed else 1.0  # padding is computed too
     rows, passes = float(plan.size), float(plan.accumulation)
     if packed:
         limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
+        if on_card is not None and on_card.pass_tokens is not None and chooses_passes(config):
+            limit = on_card.pass_tokens
         rows = max(1.0, min(plan.rows_per_update / plan.ranks, limit / row_tokens))
         passes = plan.rows_per_update / plan.ranks / rows
     share = counts.supervised / counts.real if counts else 1.0
-    one = pass_time(
-        shapes,
-        card,
-        rows=rows * padded,
-        row_tokens=row_tokens,
-        supervised_share=share / padded,
-        r=config.lora.r,
-        targets=config.lora.targets,
-        quantized=config.model.quantization == "nf4",
-        checkpointing=config.execution.checkpointing,
-    )
+    work: dict[str, Any] = dict(rows=rows * padded, row_tokens=row_tokens, supervised_share=share / padded)
+    work |= dict(r=config.lora.r, targets=config.lora.targets)
+    if config.execution.engine == "fused":
+        kept, held = (0, 0) if on_card is None else (on_card.kept or 0, on_card.held or 0)
+        one = fused_pass_time(shapes, card, **work, kept=kept, held=held)
+    else:
+        quantized, checkpointing = config.model.quantization == "nf4", config.execution.checkpointing
+        one = pass_time(shapes, card, **work, quantized=quantized, checkpointing=checkpointing)
     if one is None:
         return None
     rate = tokens_per_s(one, rows=rows, row_tokens=row_tokens, passes=passes, ranks=plan.ranks)
@@ -215,7 +205,7 @@ def card_time(
 
 def as_plain(outlook: Outlook) -> dict[str, Any]:
     """The outlook as plain JSON values; sizes in bytes, times in seconds."""
-    tokens = outlook.tokens
+    tokens, fused = outlook.tokens, outlook.config.execution.engine == "fused"
     return {
         "schema": SCHEMA,
         "preset": outlook.config.preset,
@@ -229,7 +219,9 @@ def as_plain(outlook: Outlook) -> dict[str, Any]:
         "checkpoint_bytes": outlook.checkpoint_bytes,
         "memory_bytes": None if outlook.ledger is None else outlook.ledger.phases,
         "memory_terms": None if outlook.ledger is None else [vars(term) for term in outlook.ledger.terms],
-        "memory_bytes_other_base": None if outlook.other_ledger is None else outlook.other_ledger.phases,
+        "memory_of": list(outlook.ledger_names),
+        "memory_bytes_other_base": None if fused or outlook.other_ledger is None else outlook.other_ledger.phases,
+        "memory_bytes_other_tiers": outlook.other_ledger.phases if fused and outlook.other_ledger is not None else None,
         "cards": [vars(one) for one in outlook.verdicts],
         "time_predicted": [vars(one) for one in outlook.times],
         "row_tokens": outlook.row_tokens,

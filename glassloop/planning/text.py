@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from glassloop.plan import StepPlan
-from glassloop.planning.outlook import CardTime, Outlook, TokenCounts
+from glassloop.planning.outlook import CardTime, Outlook
+from glassloop.planning.work import TokenCounts, chooses_passes
 from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB
-from glassloop.predict.ledger import GIB, Ledger
+from glassloop.predict.ledger import GIB
 from glassloop.predict.roofline import CALIBRATED_ON, errors
 
 WIDTH = 100
@@ -72,6 +73,8 @@ def _steps(outlook: Outlook) -> list[str]:
     per_machine = f", {plan.ranks // outlook.machines} on each of {outlook.machines} machines" if outlook.machines > 1 else ""
     packed = config.execution.layout == "packed"
     limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
+    if chooses_passes(config) and outlook.work is not None:
+        limit = outlook.work.tokens
     if packed and outlook.tokens is not None:
         mean = outlook.tokens.packed_passes / plan.updates / plan.ranks
         how = f"packed, passes of at most {limit:,} tokens: {mean:.1f} passes a rank and update, not {plan.accumulation}"
@@ -96,6 +99,10 @@ def _steps(outlook: Outlook) -> list[str]:
         f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = {plan.rows_per_update} rows an update"
     )
     activations = "recomputed" if config.execution.checkpointing else "stored"
+    if config.execution.engine == "fused" and config.execution.checkpointing:
+        activations = f"kept as memory.profile={config.memory.profile} allows"
+    if chooses_passes(config):
+        how += f", on a card like {outlook.usual}; others have room for others"
     rows = [
         ("rows", f"{plan.rows:,} ({outlook.rows_from})"),
         ("asked", asked + per_machine),
@@ -168,25 +175,28 @@ def _tokens(counts: TokenCounts, outlook: Outlook) -> list[str]:
 def _memory(outlook: Outlook) -> list[str]:
     assert outlook.ledger is not None and outlook.other_ledger is not None and outlook.work is not None
     work = outlook.work
-    nf4, other = ("NF4", work.precision) if work.quantization == "nf4" else (work.precision, "NF4")
-    columns: list[tuple[str, Ledger]] = [(nf4, outlook.ledger), (other, outlook.other_ledger)]
-    per_phase = [one.phases for _, one in columns]
+    fused = outlook.config.execution.engine == "fused"
+    asked, other = outlook.ledger_names
+    per_phase = [outlook.ledger.phases, outlook.other_ledger.phases]
+    what = f"memory.profile: {asked}, and {other}" if fused else f"base in {asked} as asked, and in {other}"
     lines = [
-        f"{'memory':<{LABEL}}GiB of a GPU by phase, predicted; base in {nf4} as asked, and in {other}; heaviest pass "
-        f"{work.rows} x {work.tokens:,}",
-        f"{'':<{LABEL}}{'phase':<12}{nf4:>8}{other:>8}",
+        f"{'memory':<{LABEL}}GiB of a GPU by phase, predicted; {what}; heaviest pass {work.rows} x {work.tokens:,}",
+        f"{'':<{LABEL}}{'phase':<12}{asked:>10}{other:>10}",
     ]
-    lines += [f"{'':<{LABEL}}{phase:<12}" + "".join(f"{one[phase] / GIB:>8.2f}" for one in per_phase) for phase in per_phase[0]]
+    lines += [f"{'':<{LABEL}}{phase:<12}" + "".join(f"{one[phase] / GIB:>10.2f}" for one in per_phase) for phase in per_phase[0]]
     peak = max(outlook.ledger.phases, key=lambda phase: outlook.ledger.phases[phase] if phase != "peak" else 0)  # type: ignore[union-attr]
     largest = sorted((term for term in outlook.ledger.terms if peak in term.phases), key=lambda term: -term.size_bytes)[:5]
     lines.append(f"{'':<{LABEL}}most of the peak ({peak}):")
     lines += [f"{'':<{LABEL}}  {term.size_bytes / GIB:>7.2f}  {term.what}" for term in largest]
     paged = round(2 * (outlook.trainable or 0) / 2**20) if work.optimizer == "paged_adamw_8bit" else 0
-    host = f"{paged:,} MiB of paged optimizer state" if paged else "nothing pinned but a pass's ids"
+    pinned = "at most memory.host_gib of layers' inputs, and the embedding, both only under min" if fused else ""
+    host = f"{paged:,} MiB of paged optimizer state" if paged else pinned or "nothing pinned but a pass's ids"
     return [*lines, f"{'':<{LABEL}}host memory beside libraries: {host}"]
 
 
 def _cards(outlook: Outlook) -> list[str]:
+    chosen = outlook.config.memory.profile
+    profile = chosen if isinstance(chosen, str) else f"{chosen:g} GiB"
     nccl = f" + {NCCL_GIB} NCCL" if outlook.plan.ranks > 1 else ""
     lines = [
         f"{'cards':<{LABEL}}GiB needed = peak + {FRAGMENTATION:.0%} fragmentation + {CONTEXT_GIB} CUDA context{nccl}; rows an update stay "
@@ -194,7 +204,9 @@ def _cards(outlook: Outlook) -> list[str]:
     ]
     for one in outlook.verdicts:
         if one.fits:
-            text = f"fits; also {one.faster} ({one.faster_gib:.1f})" if one.faster else "fits"
+            passes = f", in passes of {one.pass_tokens:,} tokens" if chooses_passes(outlook.config) else ""
+            text = f"fits; {profile}: {one.tiers}{passes}" if one.tiers else "fits"
+            text += f"; also {one.faster} ({one.faster_gib:.1f})" if one.faster else ""
         else:
             text = (
                 f"does NOT fit; {one.cure} does ({one.cure_gib:.1f})"
@@ -219,8 +231,8 @@ def _time(outlook: Outlook) -> list[str]:
     ]
     lines += [f"{'':<{LABEL}}{_card_time(one)}" for one in outlook.times]
     checked = "; ".join(
-        f"{check.card}, {check.what}: {error:+.0%}{' (fitted to it)' if check is CALIBRATED_ON else ''}"
-        for check, _, error in errors()
+        f"{check.card}, {check.what}: {error:+.0%}{' (fitted to it)' if check in CALIBRATED_ON else ''}"
+        for check, _, error in errors(outlook.config.execution.engine)
     )
     return [*lines, f"{'':<{LABEL}}checked: {checked}. Other cards: never."]
 

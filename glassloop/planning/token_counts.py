@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from glassloop.batches import Batches, packed_passes
-from glassloop.planning.outlook import TokenCounts
+from glassloop.planning.work import TokenCounts
 
 
 def count_tokens(batches: Batches) -> TokenCounts:
@@ -12,7 +12,7 @@ def count_tokens(batches: Batches) -> TokenCounts:
     supervised = [row.supervised_tokens for row in batches.rows]
     plan, real, labels = batches.plan, 0, 0
     slots, passes = {"literal": 0, "packed": 0}, {"literal": 0, "packed": 0}
-    heaviest = (0, 0, 0, 0)  # places, rows, tokens, supervised
+    heaviest, share = (0, 0, 0, 0), 0  # places, rows, tokens, supervised
     for update in range(1, plan.updates + 1):
         window = batches.window(update)
         real += sum(lengths[row] for row in window.rows)
@@ -20,6 +20,7 @@ def count_tokens(batches: Batches) -> TokenCounts:
         chunks = [window.rows[start : start + plan.size] for start in range(0, len(window.rows), plan.size)]
         bins = packed_passes(window.rows, lengths, plan.ranks, batches.pass_tokens)
         packed = [one for rank in bins for one in rank]
+        share = max(share, *(sum(lengths[row] for one in rank for row in one) for rank in bins))
         slots["literal"] += sum(len(chunk) * max(lengths[row] for row in chunk) for chunk in chunks)
         slots["packed"] += sum(lengths[row] for one in packed for row in one)
         passes["literal"] += len(chunks)
@@ -28,4 +29,4 @@ def count_tokens(batches: Batches) -> TokenCounts:
             longest, total = max(lengths[row] for row in one), sum(lengths[row] for row in one)
             rows, tokens = (1, total) if window.packed else (len(one), longest)
             heaviest = max(heaviest, (rows * tokens, rows, tokens, sum(supervised[row] for row in one)))
-    return TokenCounts(real, labels, slots["literal"], passes["literal"], slots["packed"], passes["packed"], *heaviest[1:])
+    return TokenCounts(real, labels, slots["literal"], passes["literal"], slots["packed"], passes["packed"], *heaviest[1:], share)

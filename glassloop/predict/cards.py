@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from glassloop.predict.hardware import Gpu
-from glassloop.predict.ledger import GIB, Work, ledger_of
+from glassloop.predict.ledger import GIB, Work, ledger_of, tiers_of
 from glassloop.predict.shapes import Shapes
+from glassloop.predict.spend import with_tiers
+from glassloop.predict.tiers import FRAGMENTATION, Tiers, describe
 
 CONTEXT_GIB = 0.5  # CUDA context with the kernels of torch, cuBLAS and bitsandbytes loaded
 NCCL_GIB = 0.3  # its buffers, where there is more than one rank
-FRAGMENTATION = 0.03  # of the peak: memory that the allocator holds in pieces that fit nothing
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Verdict:
         cure_gib: what is needed then.
         faster: fields with which activations are stored, where that fits too and was not asked for; None otherwise. faster_gib: what that needs.
         note: what a reader should know beside the numbers.
+        kept, held, pass_tokens, tiers: of the engine `fused` on this card: layers kept whole and held in 16 bits, tokens of its heaviest pass,
+            and the same in words; None and "" for the others.
     """
 
     card: str
@@ -35,6 +38,15 @@ class Verdict:
     faster: str | None
     faster_gib: float | None
     note: str = ""
+    kept: int | None = None
+    held: int | None = None
+    pass_tokens: int | None = None
+    tiers: str = ""
+
+
+def budget_bytes(has_gib: float, ranks: int) -> int:
+    """What torch's allocator may take of a card on a rank."""
+    return int((has_gib - CONTEXT_GIB - (NCCL_GIB if ranks > 1 else 0.0)) * GIB)
 
 
 def needed_gib(shapes: Shapes, work: Work, ranks: int, engine: str = "peft") -> float:
@@ -50,20 +62,51 @@ def verdict(
     work = replace(work, capability=gpu.capability)
     note = "" if gpu.has_bf16 or work.precision != "bf16" else "no bf16 units: execution.precision=fp16"
     has = gpu.usable_gib if free_gib is None else free_gib
-    asked = needed_gib(shapes, work, ranks, engine)
+
+    def carried_out(one: Work) -> Work:
+        return with_tiers(shapes, one, budget_bytes(has, ranks)) if engine == "fused" else one
+
+    def needs(one: Work) -> float:
+        return needed_gib(shapes, carried_out(one), ranks, engine)
+
+    asked = needs(work)
+    found = Verdict(gpu.key, asked <= has, asked, has, None, None, None, None, note)
+    if engine == "fused":
+        how = carried_out(work)
+        tiers = tiers_of(shapes, how)
+        found = replace(found, kept=tiers.kept, held=tiers.held, pass_tokens=how.places, tiers=describe(tiers, shapes.layers))
+        if found.fits:
+            return _with_more(found, shapes, work, tiers, needs, carried_out)
+        work = replace(how, tiers=None)
     kept = f"batch.rows_per_update={rows_per_update}"
     for fields, smaller in smaller_settings(work, ranks=ranks, rows_per_update=rows_per_update) if asked > has else ():
-        needed = needed_gib(shapes, smaller, ranks, engine)
+        needed = needs(smaller)
         if needed <= has:
-            return Verdict(gpu.key, False, asked, has, fields, needed, None, None, note)
+            return replace(found, cure=fields, cure_gib=needed)
     if work.checkpointing and asked <= has:
         stored, off = replace(work, checkpointing=False), "execution.checkpointing=false"
         for size in range(work.rows, 0, -1):
-            needed = needed_gib(shapes, replace(stored, rows=size, supervised_tokens=_share(work, size)), ranks, engine)
+            needed = needs(replace(stored, rows=size, supervised_tokens=_share(work, size)))
             if needed <= has and (size == work.rows or (not work.packed and rows_per_update % (size * ranks) == 0)):
                 fields = off if size == work.rows else f"{off} batch.size={size} {kept}"
-                return Verdict(gpu.key, True, asked, has, None, None, fields, needed, note)
-    return Verdict(gpu.key, asked <= has, asked, has, None, None, None, None, note)
+                return replace(found, faster=fields, faster_gib=needed)
+    return found
+
+
+def _with_more(
+    found: Verdict,
+    shapes: Shapes,
+    work: Work,
+    tiers: Tiers,
+    needs: Callable[[Work], float],
+    carried_out: Callable[[Work], Work],
+) -> Verdict:
+    """A fitting verdict of the engine `fused`, with what another memory profile would keep beyond it."""
+    filled = replace(work, profile="fill")
+    more = tiers_of(shapes, carried_out(filled)).kept
+    if work.profile == "fill" or more <= tiers.kept or needs(filled) > found.has_gib:
+        return found
+    return replace(found, faster=f"memory.profile=fill, {more} of {shapes.layers} layers kept", faster_gib=needs(filled))
 
 
 def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequence[tuple[str, Work]]:

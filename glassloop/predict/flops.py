@@ -30,7 +30,7 @@ class Flops:
     adapters: float  # forward, input gradients and the gradients of A and B
     attention: float  # scores and weighted values, forward and backward, over the places that a place may see
     head: float  # at supervised places, forward and input gradients
-    recompute: float  # the layers' forward once more, without the head; 0 where activations are stored
+    recompute: float  # layers' forward once more, without the head; 0 where activations are stored
 
     @property
     def model(self) -> float:
@@ -48,12 +48,14 @@ def flops_of(
     targets: Sequence[str],
     checkpointing: bool,
     causal: bool = True,
+    kept: int | None = None,
 ) -> Flops:
     """FLOPs of forward and backward over `rows`.
 
     Args:
         rows: (tokens, supervised tokens) of each. Real lengths count what is needed; padded lengths what a padded layout computes.
         checkpointing: each decoder layer is computed again in the backward pass.
+        kept: layers that the engine `fused` keeps whole; it computes the others again without down_proj. None: another engine.
         causal: a place sees itself and those before it; False: every place of its row, as attention without a causal kernel computes it.
     """
     tokens = supervised = pairs = 0
@@ -66,6 +68,11 @@ def flops_of(
     )  # forward; as much for input gradients, and for the gradients of A and B
     attention = shapes.layers * 2 * 2 * pairs * shapes.q_width  # two products, forward; backward, a gradient of each factor
     skipped, skipped_adapters = _before_any_adapter(shapes, r, targets)
+    again = linear + adapters + attention if checkpointing else 0
+    if kept is not None:
+        inner, outer = shapes.projections["down_proj"]
+        down = shapes.layers * (inner * outer + (r * (inner + outer) if "down_proj" in targets else 0))
+        again = (linear + adapters + attention - tokens * 2 * down) * (shapes.layers - kept) // shapes.layers
     q, k, v = (name in targets for name in STAGES[0])
     needed = v + (q or k) + q + k  # of the four products of the first layer's attention backward
     return Flops(
@@ -73,7 +80,7 @@ def flops_of(
         adapters=3 * adapters - tokens * 2 * skipped_adapters,
         attention=3 * attention - attention // shapes.layers * (4 - needed) // 2,
         head=supervised * 4 * shapes.embedding_weights,
-        recompute=linear + adapters + attention if checkpointing else 0,
+        recompute=again,
     )
 
 

@@ -1,4 +1,4 @@
-"""GPU memory of a run by phase, from shapes alone: each term is counted from what the code of the reference engine keeps alive.
+"""GPU memory of a run by phase, from shapes alone: each term is counted from what the code of an engine keeps alive.
 
 A phase's number is the most that torch's allocator holds at once during it (`torch.cuda.max_memory_allocated`), in the steady state: the
 optimizer's state exists. What lies outside of it (CUDA context, fragmentation, NCCL's buffers) is added where a card is judged (cards.py).
@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from glassloop.predict import tiers
 from glassloop.predict.shapes import Shapes
+from glassloop.predict.tiers import Tiers, sizes_of
 
 PHASES = ("load", "adapters", "forward", "logits", "backward", "optimizer")
 GIB = 2**30
@@ -36,6 +38,8 @@ class Work:
         supervised_tokens: supervised places of the pass; None: all.
         r, targets: the adapters.
         capability: of the card; decides the size of cuBLAS's workspaces.
+        profile, host_gib: memory.*, for the engine `fused`. tiers: what it keeps, and where; None: nothing, all without `checkpointing`.
+        between: packed passes whose size the engine `fused` chooses: tokens of the longest row, and of a rank's whole share of an update.
     """
 
     rows: int
@@ -52,6 +56,10 @@ class Work:
     attention: str = "sdpa"
     reduction: str = "explicit"
     capability: tuple[int, int] = (9, 0)
+    profile: str | float = "fill"
+    host_gib: float = 8.0
+    tiers: Tiers | None = None
+    between: tuple[int, int] | None = None
 
     @property
     def places(self) -> int:
@@ -98,7 +106,7 @@ def ledger_of(shapes: Shapes, work: Work, engine: str = "peft") -> Ledger:
     """Bytes by phase for an engine that has a profile here. Raises ValueError for one that has none, or targets that are not there."""
     if engine not in PROFILES:
         raise ValueError(f"execution.engine = {engine}: no memory profile; there is one for {', '.join(PROFILES)}")
-    terms = (*_resident(shapes, work), *PROFILES[engine](shapes, work))
+    terms = (*resident(shapes, work), *PROFILES[engine](shapes, work))
     return Ledger(engine, tuple(term for term in terms if term.size_bytes))
 
 
@@ -113,17 +121,28 @@ def base_bytes(shapes: Shapes, work: Work) -> dict[str, int]:
     return {"linear weights": linear, "their scales": scales, "embedding, head, norms": rest * work.act}
 
 
+def tiers_of(shapes: Shapes, work: Work) -> Tiers:
+    """Tiers of the engine `fused` for this work, where none were chosen the ones without any choice."""
+    if not work.checkpointing:
+        return Tiers(shapes.layers, host=False)
+    return work.tiers or Tiers(0, host=False)
+
+
 def workspace_bytes(capability: tuple[int, int]) -> int:
     """cuBLAS's workspaces, which torch allocates once for the thread of the forward pass and once for that of the backward pass."""
     return 2 * (32 << 20 if capability[0] >= 9 else (8 << 20) + (128 << 10))
 
 
-def _resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
+def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     """What every engine holds for the whole run."""
     n = shapes.lora_weights(work.r, work.targets)
     after_load = PHASES[1:]
+    base = base_bytes(shapes, work)
+    moved = shapes.embedding_weights * work.act if work.tiers and work.tiers.host and not shapes.tied_head else 0
+    base["embedding, head, norms"] -= moved
     return (
-        *(Term(what, size, PHASES) for what, size in base_bytes(shapes, work).items()),
+        *(Term(what, size, PHASES) for what, size in base.items()),
+        Term("embedding, before it goes to the host", moved, PHASES[:2]),
         Term("adapters, fp32", 4 * n, after_load),
         Term("their gradients, fp32", 4 * n, after_load),
         Term("DDP's buckets", 4 * n if work.reduction == "ddp" else 0, PHASES[2:]),
@@ -239,4 +258,43 @@ def _backward_buffers(shapes: Shapes, work: Work) -> int:
     return places * 2 * inner * a
 
 
-PROFILES: dict[str, Callable[[Shapes, Work], tuple[Term, ...]]] = {"peft": _peft}
+def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
+    """glassloop's own engine; a layer's share is in tiers.py, where the engine's own choice of tiers comes from."""
+    a, places, hidden, layers = work.act, work.places, shapes.hidden, shapes.layers
+    one, chosen = sizes_of(shapes, work.r, work.targets, a), tiers_of(shapes, work)
+    flows, run = ("forward", "logits", "backward"), PHASES[2:]
+    recomputed = layers - chosen.kept
+    middle = tiers.kept_bytes(one, places) - tiers.input_bytes(one, places)
+    waiting = recomputed * (a * places * one.down.rank if chosen.host else tiers.input_bytes(one, places))
+    coming = min(2, recomputed) * a * places * hidden if chosen.host else 0  # one at work, the next on its way
+    alone = int(chosen.kept == 0)  # the last layer keeps nothing: its parts are there beside what is kept
+    computing = alone * middle  # where some are kept, they are gone before one is computed again
+    return (
+        Term("adapters, rounded", (layers - chosen.held) * tiers.shadow_bytes(one), PHASES),
+        Term("adapters, rounded, of layers to be held", chosen.held * tiers.shadow_bytes(one), PHASES[:2]),
+        Term("weights held in 16 bits", chosen.held * tiers.held_bytes(one), run),
+        Term("weights of the layer at work, 16 bits", tiers.scratch_bytes(one) if chosen.held < layers else 0, run),
+        Term("gradients of its adapters, fp32", tiers.product_bytes(one), run),
+        Term("ids, targets, positions and owners", 32 * places, flows),
+        Term("cosines and sines", 4 * places * shapes.head_dim, flows),
+        Term(f"kept whole by {chosen.kept} layers", chosen.kept * tiers.kept_bytes(one, places), flows),
+        Term(f"inputs of {recomputed} layers" + (", narrow products alone" if chosen.host else ""), waiting, flows),
+        Term("inputs coming from the host", coming, flows),
+        Term("the layer that is computed", computing, ("forward", "backward")),
+        Term(
+            "forward: buffers of a layer", a * places * (shapes.intermediate + one.down.rank + (2 + alone) * hidden), ("forward",)
+        ),
+        Term("output of the last layer", (1 + alone) * a * places * hidden, ("logits",)),
+        Term("logits of a chunk, and supervised places", fused_head_bytes(shapes, work), ("logits",)),
+        Term("backward: gradient of a layer's output", a * places * (hidden + max(one.o.rank, one.down.rank)), ("backward",)),
+        Term("backward: hidden states and gradients at supervised places", 2 * a * work.supervised * hidden, ("backward",)),
+        Term("backward: buffers of a layer", tiers.live_bytes(one, places), ("backward",)),
+    )
+
+
+def fused_head_bytes(shapes: Shapes, work: Work) -> int:
+    """Of the engine `fused`, see tiers.py."""
+    return tiers.head_bytes(shapes.vocabulary, shapes.hidden, work.supervised, work.act)
+
+
+PROFILES: dict[str, Callable[[Shapes, Work], tuple[Term, ...]]] = {"peft": _peft, "fused": _fused}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from glassloop.predict.shapes import KNOWN, Shapes
 
@@ -18,6 +19,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with double quantisation
 # Host time of a pass through the engine `peft`, a layer: forward, recomputation and backward launch some hundred kernels from Python. From short
 # rows on an H200 (8 passes of 32 layers in 4.4 s); another CPU will differ.
 HOST_S_PER_LAYER = 0.0172
+# The same for the engine `fused`, whose passes launch a tenth as much: forward and backward of a layer that is kept, and what recomputing it adds.
+# From the short padded passes of FUSED_CHECKED, on the H100's host.
+FUSED_HOST_S_PER_LAYER, FUSED_HOST_S_PER_RECOMPUTED = 0.0044, 0.0018
 OVERHEAD_S_PER_UPDATE = 0.05  # norm, gate, optimizer, records
 
 
@@ -66,7 +70,10 @@ class Check:
     rows: int
     row_tokens: float
     ranks: int
-    measured_tokens_per_s: float  # all ranks together
+    measured_tokens_per_s: float  # all ranks together; real tokens
+    kept: int = 0  # layers kept whole, engine `fused`
+    passes: int = 0  # of an update on a rank; 0: 16 rows an update, `rows` a pass
+    padded: float = 1.0  # places over real tokens
 
 
 SCAM_ROW_TOKENS = 350.0
@@ -75,7 +82,16 @@ CHECKED = (
     Check("2 short rows a pass, 1 rank", "H200", 2, SCAM_ROW_TOKENS, 1, 1277),
     Check("2 short rows a pass, 2 ranks", "H200", 2, SCAM_ROW_TOKENS, 2, 2999),
 )
-CALIBRATED_ON = CHECKED[1]  # the host's time comes from it
+# The engine `fused`, updates of 8 full rows or 16 short ones, optimizer's step included (torch 2.11, drawn 8B weights, 80 % supervised).
+FUSED_CHECKED = (
+    Check("2 x 2,048 tokens a pass, all layers kept", "H100", 2, 2048, 1, 15821, kept=32, passes=4),
+    Check("the same, none kept", "H100", 2, 2048, 1, 12066, passes=4),
+    Check("8 x 2,048 packed, all kept", "H100", 8, 2048, 1, 16581, kept=32, passes=1),
+    Check("16 short rows packed, all kept", "H100", 16, 6787 / 16, 1, 16362, kept=32, passes=1),
+    Check("the same, none kept", "H100", 16, 6787 / 16, 1, 12529, passes=1),
+    Check("2 short rows a pass, all kept", "H100", 2, 6787 / 16, 1, 5810, kept=32, passes=8, padded=1.23),
+)
+CALIBRATED_ON = (CHECKED[1], FUSED_CHECKED[-1])  # the host's times come from them
 
 
 def pass_time(
@@ -110,6 +126,42 @@ def pass_time(
     return PassTime(gpu, HOST_S_PER_LAYER * shapes.layers * (2 + again) / 3)
 
 
+def fused_pass_time(
+    shapes: Shapes,
+    card: str,
+    *,
+    rows: float,
+    row_tokens: float,
+    supervised_share: float = 1.0,
+    r: int = 16,
+    targets: Sequence[str] = ALL_SEVEN,
+    kept: int = 0,
+    held: int = 0,
+) -> PassTime | None:
+    """The same of the engine `fused`, which keeps `kept` layers whole and holds the weights of `held` in 16 bits."""
+    rates = RATES.get(card)
+    if rates is None:
+        return None
+    places, again = rows * row_tokens, 1 - kept / shapes.layers
+    efficiency = 0.95 if places >= 2048 else 0.8
+    down = shapes.layers * shapes.intermediate * shapes.hidden  # its product is never computed again
+    adapters = shapes.lora_weights(r, targets)
+    products = shapes.linear_weights * 2 + (shapes.linear_weights - down) * again + adapters * (3 + again)
+    flop = 2 * places * (products + shapes.embedding_weights * 2 * supervised_share)
+    attention = shapes.layers * 2 * row_tokens * shapes.q_width * places
+    attention_s = attention * (1 + again) / rates.attention + 2.5 * attention / rates.attention_backward
+    # In the backward pass a layer's weights are dequantised once, whether it is recomputed or not.
+    dequantize = 2 * (NF4_BYTES + 2) * shapes.linear_weights * (1 - held / shapes.layers)
+    # Bytes a place and layer: norms with their sums, rotary, attention's output copied, SwiGLU; without the last where it is recomputed.
+    rest, swiglu = 20 * shapes.hidden + 4 * (shapes.q_width + shapes.kv_width), 6 * shapes.intermediate
+    backward = 24 * shapes.hidden + 4 * (shapes.q_width + 2 * shapes.kv_width) + 2 * swiglu
+    elementwise = (rest + swiglu + backward + rest * again) * places * shapes.layers
+    logits = 6 * places * supervised_share * shapes.vocabulary  # written once in 16 bits, read twice, written again
+    gpu = flop / (rates.matmul * efficiency) + attention_s + (dequantize + elementwise + logits) / rates.copy
+    host = shapes.layers * (FUSED_HOST_S_PER_LAYER + FUSED_HOST_S_PER_RECOMPUTED * again)
+    return PassTime(gpu, host)
+
+
 def elementwise_bytes(shapes: Shapes, targets: Sequence[str]) -> int:
     """Bytes that a layer's forward pass reads and writes for one place outside of matrix products."""
     norms_and_residuals = 20 * shapes.hidden  # each norm reads and writes once, each residual sum reads twice and writes once
@@ -126,14 +178,18 @@ def tokens_per_s(one: PassTime, *, rows: float, row_tokens: float, passes: float
     return ranks * passes * rows * row_tokens / (passes * one.seconds + OVERHEAD_S_PER_UPDATE)
 
 
-def errors() -> list[tuple[Check, float, float]]:
-    """(check, predicted tokens/s, error) of every run of CHECKED; 0.1 is predicted 10 % too fast."""
+def errors(engine: str = "peft") -> list[tuple[Check, float, float]]:
+    """(check, predicted tokens/s, error) of every run that an engine's prediction was compared with; 0.1 is predicted 10 % too fast."""
     found = []
     shapes = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
-    for check in CHECKED:
-        one = pass_time(shapes, check.card, rows=check.rows, row_tokens=check.row_tokens)
+    for check in FUSED_CHECKED if engine == "fused" else CHECKED:
+        work: dict[str, Any] = dict(rows=check.rows * check.padded, row_tokens=check.row_tokens)
+        if engine == "fused":
+            one = fused_pass_time(shapes, check.card, **work, supervised_share=0.8, kept=check.kept)
+        else:
+            one = pass_time(shapes, check.card, **work)
         assert one is not None
-        passes = 8 // check.ranks  # 16 rows an update, 2 a pass; the full rows had 4
+        passes = check.passes or 8 // check.ranks  # 16 rows an update, 2 a pass; the full rows had 4
         fast = tokens_per_s(one, rows=check.rows, row_tokens=check.row_tokens, passes=passes, ranks=check.ranks)
         found.append((check, fast, fast / check.measured_tokens_per_s - 1))
     return found

@@ -20,9 +20,11 @@ from glassloop.config import Config, as_dict
 from glassloop.dataset import build_rows
 from glassloop.model import load_tokenizer
 from glassloop.planning.outlook import plan_of
+from glassloop.planning.work import chooses_passes, pass_tokens_for
 from glassloop.replay.parts import make_parts, state_of
 from glassloop.replay.recorded import Record, number_of, row_records
 from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step
+from glassloop.resuming import read_plan
 from glassloop.rows import Row
 from glassloop.run import Run
 from glassloop.snapshots import rng_state
@@ -61,7 +63,8 @@ def rerun(
     rows, pad_id, digest = load_rows(config)
     lines = row_records(folder)
     plan = plan_of(config, len(rows), ranks)
-    pass_tokens = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
+    chosen = read_plan(folder).get("pass_tokens") if chooses_passes(config) else None
+    pass_tokens = chosen or pass_tokens_for(config, None, None)
     batches = Batches(rows, plan, config.seed, config.execution.layout, pass_tokens, config.record.probe_every_updates)
     windows = {u: window_of(batches, chain[u], lines.get((u, chain[u]["attempt"]), [])) for u in chain}
     notes += _other_rows(folder, digest)

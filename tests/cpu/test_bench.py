@@ -516,7 +516,23 @@ def test_cards_that_were_never_measured_are_labelled() -> None:
     assert measured == {"3090": 1300.0}
     rows = card.predictions(measured)
     assert any(row.startswith("| 3090 | 1,300 | measured") for row in rows)
-    assert all("PREDICTED" in row for row in rows[2:] if not row.startswith("| 3090 "))
+    assert all("PREDICTED" in row for row in rows[2 : rows.index("")] if not row.startswith("| 3090 "))
+
+
+def test_the_fused_engine_is_predicted_by_card_and_memory_profile() -> None:
+    rows = card.predictions({})
+    title, _, _, _, *lines = rows[rows.index("") + 1 :]
+    assert "execution.engine=fused, PREDICTED" in title
+    cells = {tuple(line.split(" | ")[:2]): [cell.strip(" |") for cell in line.split(" | ")[2:]] for line in lines}
+    assert len(cells) == 12
+    layers, gib, speed = cells["| 4090", "fill"]
+    least, least_gib, slower = cells["| 4090", "min"]
+    assert layers.startswith("32, ") and least == "0, 0"
+    assert float(gib) > 20 and float(least_gib) < 8
+    assert float(speed.replace(",", "")) > 1.2 * float(slower.replace(",", ""))
+    # of the reference engine on the same rows
+    reference = next(row for row in rows if row.startswith("| 4090 | ")).split(" | ")[1]
+    assert float(slower.replace(",", "")) > float(reference.replace(",", ""))
 
 
 # --- the command
@@ -591,3 +607,12 @@ def test_a_reference_that_only_serves_the_check_is_not_shown() -> None:
 def test_other_rows_are_no_reference() -> None:
     one = line(layout="packed") | {"rows_digest": "other ids of the same lengths"}
     assert results.checked(one, [line()])["within"] is None
+
+
+def test_memory_is_varied_for_the_engine_that_has_a_choice_and_shown_in_its_row():
+    found = specs_in(engines=["peft", "fused"], workloads=["scam-v1"], layouts=["literal"], varied=[("memory.profile=min",), ("memory.profile=fill",)])
+    assert [(one.engine, one.varied) for one in found] == [
+        ("peft", ()),
+        ("fused", ("memory.profile=min",)),
+        ("fused", ("memory.profile=fill",)),
+    ]

@@ -73,7 +73,9 @@ TABLE = {
     "unsloth_checks": Rule(),
     "unsloth_engine": Rule("adapters base_cache cache config model_checks unsloth_checks", "numpy safetensors torch"),
     "fused": Rule("loss rows", "torch triton"),
-    "model": Rule("adapters base_cache base_source config fused loss model_checks norms rows unsloth_engine", "torch transformers"),
+    "model": Rule(
+        "adapters base_cache base_source config fused loss model_checks norms rows unsloth_engine", "torch transformers"
+    ),
     "generation": Rule("", "torch", late="transformers"),
     "planning": Rule("batches config dataset model plan predict sources templates", late="datasets pyarrow torch"),
     # What is kept and shown of a run.
@@ -96,7 +98,7 @@ TABLE = {
     "inspection": Rule("*", "torch"),
     "watchdog": Rule(),
     "run": Rule("*", "torch"),
-    "room": Rule("batches dist planning predict rows run", "torch"),
+    "room": Rule("batches config dist planning predict rows run", "torch"),
     "build": Rule("*", "accelerate torch"),
     "doctor": Rule("config environment planning predict trackers unsloth_checks", late="accelerate datasets torch yaml"),
     # Updates carried out again: a recorded one to find out what it was, a small class of them to prove the math.

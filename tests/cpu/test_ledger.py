@@ -142,8 +142,8 @@ def test_an_unknown_architecture_is_not_taken_for_a_known_one(tmp_path):
 
 
 def test_an_engine_without_a_profile_is_refused():
-    with pytest.raises(ValueError, match=r"execution.engine = fused: no memory profile"):
-        ledger_of(R1, FULL, engine="fused")
+    with pytest.raises(ValueError, match=r"execution.engine = unsloth: no memory profile; there is one for peft, fused"):
+        ledger_of(R1, FULL, engine="unsloth")
 
 
 def test_every_term_has_a_phase_and_the_peak_is_the_largest():

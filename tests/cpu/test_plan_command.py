@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,7 @@ def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     assert steps.as_dict() == plan | {"lr": steps.lr}
     batches = Batches(rows=made, plan=steps, seed=config.seed, layout="literal", pass_tokens=192)
     windows = [batches.window(u) for u in range(1, 13)]
+    packed = replace(batches, layout="packed")
     passes = [[made[row] for row in one] for window in windows for rank in window.passes for one in rank]
     assert tokens["real"] == sum(len(row) for one in passes for row in one)
     assert tokens["supervised"] == sum(row.supervised_tokens for one in passes for row in one)
@@ -212,6 +215,10 @@ def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     assert tokens["padding_share"] == pytest.approx(1 - tokens["real"] / tokens["literal_slots"])
     assert tokens["packed_passes"] < tokens["literal_passes"]
     assert tokens["heaviest_rows"] == 1 and tokens["heaviest_tokens"] <= 192
+    shares = [
+        sum(len(row) for one in rank for row in (made[i] for i in one)) for u in range(1, 13) for rank in packed.window(u).passes
+    ]
+    assert tokens["heaviest_share"] == max(shares)
     assert f"{tokens['literal_slots']:,} places in {len(passes)} passes" in said(capsys, *words, "--ranks", "2", "--with-data")
 
 
@@ -251,6 +258,64 @@ def test_predicted_speeds_are_near_what_was_measured():
     assert [round(error, 2) for error in found.values()] == pytest.approx(
         [0.15, -0.02, -0.17], abs=0.02
     )  # what a plan prints of them
+
+
+def test_predicted_speeds_of_the_fused_engine_are_near_what_was_measured():
+    assert all(-0.05 < error < 0.10 for _, _, error in errors("fused"))
+    assert len(errors("fused")) == 6
+
+
+# --- the engine fused
+
+
+def test_the_fused_engine_is_planned_by_card(capsys):
+    text = flat(said(capsys, "r1_8b_scam", "execution.engine=fused"))
+    assert "activations kept as memory.profile=fill allows" in text
+    assert "memory.profile: all kept, and min" in text
+    assert re.search(r"4090 2[23]\.\d of 23\.5 fits; fill: 32 of 32 layers kept", text)
+    assert "H100, 2 x 2,048 tokens a pass, all layers kept: +2%" in text  # what its time was checked against
+    assert "not modelled" not in text
+    found = as_json(capsys, "r1_8b_scam", "execution.engine=fused")
+    assert found["memory_of"] == ["all kept", "min"] and found["memory_bytes_other_base"] is None
+    assert found["memory_bytes"]["peak"] / 2**30 == pytest.approx(18.3, abs=0.2)
+    assert found["memory_bytes_other_tiers"]["peak"] / 2**30 == pytest.approx(6.2, abs=0.2)
+    assert all(card["fits"] and card["kept"] == 32 for card in found["cards"])
+    peft = {one["card"]: one["tokens_per_s"] for one in as_json(capsys, "r1_8b_scam")["time_predicted"]}
+    for one in found["time_predicted"]:
+        assert 1.4 * peft[one["card"]] < one["tokens_per_s"] < 3 * peft[one["card"]], one
+
+
+def test_little_memory_is_planned_too(capsys):
+    least = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min")
+    assert least["memory_of"] == ["min", "all kept"]
+    card = least["cards"][0]
+    assert card["kept"] == 0 and card["needed_gib"] < 7.5 and "on the host" in card["tiers"]
+    assert card["faster"] == "memory.profile=fill, 32 of 32 layers kept"
+    on_gpu = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min", "memory.host_gib=0")
+    assert 1.5 < on_gpu["cards"][0]["needed_gib"] - card["needed_gib"] < 2.5  # inputs of all layers, and the embedding
+    budget = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=12")
+    assert budget["memory_of"] == ["12 GiB", "min"] and 10.5 * 2**30 < budget["memory_bytes"]["peak"] < 12 * 2**30
+    slow, fast = (
+        plan["time_predicted"][0]["tokens_per_s"] for plan in (budget, as_json(capsys, "r1_8b_scam", "execution.engine=fused"))
+    )
+    assert slow < fast
+    stored = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "execution.checkpointing=false")
+    assert stored["memory_of"] == ["all kept", "min"] and stored["cards"][0]["held"] == 0
+
+
+def test_packed_passes_are_as_large_as_a_card_has_room_for(capsys, monkeypatch):
+    words = ("r1_8b_scam", "execution.engine=fused", "execution.layout=packed", "--ranks", "1")
+    found = {card["card"]: card["pass_tokens"] for card in as_json(capsys, *words)["cards"]}
+    assert 4096 < found["3090"] < 6144 and found["A100-40"] > 9000
+    assert found["H100"] < found["H200"] == 32_768  # of 16 rows of 2,048: all of an update
+    assert f"packed, the same rows in passes of at most {found['3090']:,} tokens" in flat(said(capsys, *words))
+    asked = {card["pass_tokens"] for card in as_json(capsys, *words, "execution.pass_tokens=3072")["cards"]}
+    least = {card["pass_tokens"] for card in as_json(capsys, *words, "memory.profile=min")["cards"]}
+    assert (asked, least) == ({3072}, {4096})
+    own = Present("NVIDIA A100-SXM4-40GB", 39.5, 39.0, "580.1", (8, 0))
+    monkeypatch.setattr(command, "NVIDIA", str(ROOT))
+    monkeypatch.setattr("glassloop.predict.hardware.gpus_present", lambda: (own,))
+    assert re.search(r"at most (9|10),\d+ tokens \(--with-data counts them\), on a card like A100-40", flat(said(capsys, *words)))
 
 
 def test_an_unknown_card_has_no_speed():

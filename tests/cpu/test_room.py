@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from glassloop import room
+from glassloop import build, room
+from glassloop.arguments import from_values, parse
+from glassloop.config import Config
+from glassloop.planning.work import work_of
+from glassloop.predict.shapes import KNOWN
+from glassloop.predict.spend import pass_tokens_of
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
+)
+LLAMA_8B = {  # the 8B's config, as a model has it
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
 
 
 @pytest.fixture
@@ -65,3 +85,125 @@ def test_what_would_fit_leaves_the_rows_of_an_update_alone(run_of):
     packed = room.cures(run_of(execution={"precision": "fp32", "checkpointing": True, "layout": "packed"}))
     assert "a smaller execution.pass_tokens" in packed
     assert "checkpointing" not in packed
+
+
+@needs_triton
+def test_the_prediction_stands_on_the_tiers_that_the_run_has(run_of, on_a_gpu):
+    run = run_of(execution={"engine": "fused", "precision": "fp32"}, model={"quantization": "nf4"})
+    run.device = on_a_gpu
+    rows = list(run.batches.rows[:4])
+    peaks = []
+    for kept in (0, 1, 2):
+        run.tiers = {"kept": kept, "host": False, "held": 0}
+        ledger = room.ledger_of_pass(run, rows)
+        assert ledger is not None and ledger.engine == "fused"
+        assert any(term.what.startswith(f"kept whole by {kept} layers") for term in ledger.terms) == (kept > 0)
+        peaks.append(ledger.peak_bytes)
+    assert peaks == sorted(peaks) and peaks[0] < peaks[2]
+    (line,) = room.memory_lines(run, run.batches.heaviest())
+    assert "peak unknown" not in line and line.endswith("/ 3.00")
+
+
+# --- packed passes as large as memory has room for
+
+
+def packed_8b(**fields: object) -> Config:
+    execution = {"engine": "fused", "layout": "packed"} | {k: v for k, v in fields.items() if k != "profile"}
+    memory = {"profile": fields["profile"]} if "profile" in fields else {}
+    return from_values({"execution": execution, "memory": memory})
+
+
+@pytest.fixture
+def card_of(monkeypatch: pytest.MonkeyPatch):
+    """A GPU with so many GiB free beside what is reserved; `others`: what other ranks answer."""
+
+    def make(free_gib: float, reserved_gib: float = 6.5, sharing: int = 1, others: tuple[int, ...] = ()):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * room.GIB), 0))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(reserved_gib * room.GIB))
+        monkeypatch.setattr(room, "gather_objects", lambda own: [own, *others] if isinstance(own, int) else [own] * sharing)
+        return SimpleNamespace(type="cuda")
+
+    return make
+
+
+def test_a_packed_pass_is_as_large_as_every_layer_can_keep(card_of):
+    config = packed_8b()
+    tokens = room.choose_pass_tokens(config, LLAMA_8B, card_of(16.0), {})
+    assert tokens == pass_tokens_of(KNOWN["random:llama-8b"], work_of(config), int(22.5 * room.GIB)) > 4096
+    assert room.choose_pass_tokens(config, LLAMA_8B, card_of(70.0), {}) > 20_000
+    assert room.choose_pass_tokens(config, LLAMA_8B, card_of(2.0), {}) == config.data.max_tokens  # the longest row has to fit
+    assert room.choose_pass_tokens(packed_8b(profile=15.0), LLAMA_8B, card_of(70.0), {}) < tokens
+
+
+def test_all_ranks_take_the_smallest_and_ranks_on_one_card_share_it(card_of):
+    config = packed_8b()
+    assert room.choose_pass_tokens(config, LLAMA_8B, card_of(16.0, others=(2304, 9999)), {}) == 2304
+    alone = room.choose_pass_tokens(config, LLAMA_8B, card_of(10.0), {})
+    assert room.choose_pass_tokens(config, LLAMA_8B, card_of(20.0, sharing=2), {}) == alone
+
+
+def test_what_was_asked_or_chosen_before_stays(card_of):
+    card = card_of(70.0)
+    usual = 2 * 2048
+    assert room.choose_pass_tokens(packed_8b(pass_tokens=3000), LLAMA_8B, card, {}) == 3000
+    assert room.choose_pass_tokens(packed_8b(), LLAMA_8B, card, {"pass_tokens": 5120}) == 5120
+    assert room.choose_pass_tokens(packed_8b(), LLAMA_8B, card, {"updates": 60}) == usual  # begun before passes were chosen
+    assert room.choose_pass_tokens(packed_8b(profile="min"), LLAMA_8B, card, {}) == usual
+    assert room.choose_pass_tokens(packed_8b(engine="peft"), LLAMA_8B, card, {}) == usual
+    assert room.choose_pass_tokens(packed_8b(layout="literal"), LLAMA_8B, card, {}) == usual
+    assert room.choose_pass_tokens(packed_8b(), {"model_type": "unheard-of"}, card, {}) == usual
+    assert room.choose_pass_tokens(packed_8b(), LLAMA_8B, torch.device("cpu"), {}) == usual
+
+
+@needs_triton
+def test_a_run_that_goes_on_packs_as_it_began_and_so_does_its_replay(run_of, monkeypatch, capsys):
+    from accelerate.state import AcceleratorState
+
+    from glassloop.cli.__main__ import main
+    from train_loop import train
+
+    asked = []
+
+    def chosen(config, model, device, before):
+        asked.append((model["hidden_size"], device.type, before.get("pass_tokens")))
+        return before.get("pass_tokens") or 130
+
+    monkeypatch.setattr(build, "choose_pass_tokens", chosen)
+    run = run_of(
+        execution={"engine": "fused", "precision": "fp32", "layout": "packed"},
+        model={"quantization": "nf4"},
+        schedule={"updates": 3, "warmup_updates": 1},
+        record={"text": "none", "capsules": 0, "probe_every_updates": None},
+        checkpoint={"every_updates": 2},
+    )
+    assert run.batches.pass_tokens == 130
+    assert "packed, the same rows in passes of at most 130 tokens" in "\n".join(run.header)
+    assert json.loads((run.folder / "plan.json").read_text())["pass_tokens"] == 130
+    passes = [len(rank) for rank in run.batches.window(3).passes]
+    assert train(run) == 0
+    run.close_observers()
+    capsys.readouterr()
+    AcceleratorState._reset_state(True)
+    assert main(["replay", str(run.folder), "--update", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bit_for_bit"] and found["reproduces"]
+    AcceleratorState._reset_state(True)
+    again = build.build_run(parse(["--resume", str(run.folder), "schedule.updates=5"]))
+    assert asked == [(64, "cpu", None), (64, "cpu", 130)]
+    assert again.batches.pass_tokens == 130 and [len(rank) for rank in again.batches.window(3).passes] == passes
+    assert json.loads((run.folder / "plan.json").read_text())["pass_tokens"] == 130
+    again.close_observers()
+
+
+def test_the_header_says_that_the_size_was_chosen():
+    batches = SimpleNamespace(layout="packed", pass_tokens=5120)
+    said = "packed, the same rows in passes of at most 5,120 tokens"
+    chosen = build.layout_of(packed_8b(profile=15.0), batches, on_cuda=True)
+    assert chosen == f"{said}, chosen to keep every layer (memory.profile=15.0)"
+    assert build.layout_of(packed_8b(), batches, on_cuda=False) == said
+    assert build.layout_of(packed_8b(pass_tokens=5120), batches, on_cuda=True) == said
+
+
+def test_a_literal_plan_has_no_pass_size(run_of):
+    run = run_of(execution={"precision": "fp32", "checkpointing": False})
+    assert json.loads((run.folder / "plan.json").read_text())["pass_tokens"] is None

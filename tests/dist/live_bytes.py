@@ -139,3 +139,65 @@ class _Flash(torch.autograd.Function):
 def _sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     assert attn_mask is None and (enable_gqa or q.shape[1] == k.shape[1]), "this pass would not take the flash kernel"
     return _Flash.apply(q, k, v)
+
+
+def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
+    """The same of the engine `fused`, beside what it holds between passes: its kernels are stand-ins that allocate as they do on a GPU."""
+    from glassloop.fused import engine as whole
+
+    with fused_as_on_a_gpu():
+        held = [t for one in engine.layers for linear in one.linears for t in (linear.a, linear.b, *vars_of(linear.packed))]
+        held += [linear.held for one in engine.layers for linear in one.linears if linear.held is not None]
+        held += [*engine.scratch.matrices.values(), *(t for pair in engine.scratch.sums.values() for t in pair)]
+        live = Live([*engine.parameters(), *engine.buffers(), adapters.flat, adapters.grad, *vars_of(p), *held])
+        found: dict[str, int] = {}
+        loss = whole.head_loss
+
+        def marked(*args, **kwargs):
+            found["forward"] = live.take_peak()
+            return loss(*args, **kwargs)
+
+        with live, patch.object(whole, "head_loss", marked):
+            loss_sum, _ = engine(p)
+            found["logits"] = live.take_peak()
+            loss_sum.backward()
+            found["backward"] = live.take_peak()
+    adapters.zero_grad()
+    return found
+
+
+@contextmanager
+def fused_as_on_a_gpu() -> Iterator[None]:
+    from glassloop.fused import attention, engine, layer, linear, matrices
+    from glassloop.fused.loss import CHUNK_TOKENS
+
+    def nothing(*_, **__) -> None:
+        pass
+
+    def add_norm(x, y, *_):
+        return x if y is None else torch.empty(x.shape, dtype=x.dtype)
+
+    def attend(q, k, v, bounds):
+        return attention.Kept(torch.empty(q.shape, dtype=q.dtype), (torch.empty(q.shape[1], q.shape[0]),))
+
+    def attend_back(grad, q, k, v, kept, bounds):  # torch's flash kernel with fewer key heads
+        sums = torch.empty(q.shape)
+        wide = [torch.empty(q.shape, dtype=q.dtype) for _ in range(2)]
+        found = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
+        del sums, wide
+        return found
+
+    def head_loss(hidden, weight, labels, *, wants_grad):
+        losses, grad = torch.empty(len(labels)), torch.empty_like(hidden)
+        room = hidden.new_empty(min(CHUNK_TOKENS, len(labels)), len(weight))
+        del room
+        return losses, grad
+
+    with (
+        patch.multiple(layer, add_norm=add_norm, norm_backward=nothing, rotate=nothing, swiglu=nothing, swiglu_backward=nothing),
+        patch.multiple(layer, attention=attend, attention_backward=attend_back),
+        patch.multiple(engine, add_norm=add_norm, norm_backward=nothing, head_loss=head_loss),
+        patch.multiple(linear, dequantise=nothing, product_fp32=nothing),
+        patch.object(matrices.Moves, "carry_out", nothing),
+    ):
+        yield

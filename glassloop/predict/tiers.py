@@ -1,0 +1,168 @@
+"""What the engine `fused` spends memory on: bytes of one layer from shapes alone, and the tiers of a memory profile.
+
+A layer's activations wait for backward whole; or its input alone does, and the layer is computed again; or that input waits on the host. Then
+weights may be held in 16 bits beside the 4-bit ones. Every choice gives the same gradient.
+
+Legend: H hidden size, I intermediate size, N and K rows and columns of a group's weights, R columns of its adapters, T slot tokens of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glassloop.predict.shapes import Shapes
+
+GIB = 2**30
+FRAGMENTATION = 0.03  # of the memory in use: what an allocator holds in pieces that fit nothing
+SPARE_BYTES = 512 * 2**20  # for what is not counted: libraries' workspaces, evaluation
+ALIGNMENT = 16  # R is rounded up to it
+HEAD_CHUNK = 1024  # places whose logits are computed at a time
+MOST_PASS_TOKENS = 32768  # of a pass whose size is chosen: dequantisation and launches are about 1 % of it by then
+PASS_STEP = 256  # tokens; a pass's size is a multiple, so that a few MiB more or less free give the same one
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that share an input, one below the other: (N, K), with R columns of adapters."""
+
+    rows: int
+    columns: int
+    rank: int
+
+    @property
+    def folded(self) -> tuple[int, int]:
+        """Shape of the weights with the adapters beside and below them."""
+        return self.rows + self.rank, self.columns + self.rank
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One layer: its groups, query heads, and bytes of an element in 16 bits (4 in fp32)."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    heads: int
+    element: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """What is done with each layer of the heaviest pass.
+
+    Attributes:
+        kept: how many layers, from the last one down, keep all that backward needs.
+        host: the inputs of the others, and the embedding, lie in pinned host memory.
+        held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit ones.
+    """
+
+    kept: int
+    host: bool
+    held: int = 0
+
+
+def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Sizes:
+    """A layer of these shapes with adapters of rank r on `targets`."""
+
+    def group(*names: str) -> Group:
+        used = r * sum(name in targets for name in names)
+        inner = shapes.projections[names[0]][0]
+        return Group(sum(shapes.projections[name][1] for name in names), inner, -(-used // ALIGNMENT) * ALIGNMENT)
+
+    return Sizes(
+        group("q_proj", "k_proj", "v_proj"),
+        group("o_proj"),
+        group("gate_proj", "up_proj"),
+        group("down_proj"),
+        shapes.heads,
+        element,
+    )
+
+
+def kept_bytes(one: Sizes, tokens: int) -> int:
+    """Of a layer that keeps all that backward needs: input, q, k, v, attention's output and log-sum-exp, middle, gate and up, narrow products."""
+    columns = 3 * one.qkv.columns + one.qkv.rows + one.gate_up.rows + 2 * one.gate_up.rank + one.qkv.rank
+    return tokens * (one.element * (columns + one.o.rank + one.down.rank) + 4 * one.heads)
+
+
+def input_bytes(one: Sizes, tokens: int) -> int:
+    """Of a layer that keeps its input alone (and the narrow product of down_proj, which is not computed again)."""
+    return tokens * one.element * (one.qkv.columns + one.down.rank)
+
+
+def held_bytes(one: Sizes) -> int:
+    """Of a layer's weights in 16 bits, adapters beside them."""
+    return sum(rows * columns * one.element for rows, columns in (group.folded for group in one.groups))
+
+
+def live_bytes(one: Sizes, tokens: int) -> int:
+    """At most at one time within a layer's backward, beyond what the layer keeps: the MLP's gradient, or attention's."""
+    hidden = one.qkv.columns
+    mlp = one.down.columns + 4 * hidden
+    attention = 6 * hidden + 2 * one.qkv.rows + 2 * hidden  # its kernel adds gradients of q up in fp32
+    return tokens * one.element * max(mlp, attention)
+
+
+def shadow_bytes(one: Sizes) -> int:
+    """Of a layer's adapters, rounded: A (R, K) and B (N, R) of each group."""
+    return sum(one.element * group.rank * (group.rows + group.columns) for group in one.groups)
+
+
+def scratch_bytes(one: Sizes) -> int:
+    """Of the matrices that hold the weights of the layer at work: one for each shape of a group."""
+    return sum(rows * columns * one.element for rows, columns in {group.folded for group in one.groups})
+
+
+def product_bytes(one: Sizes) -> int:
+    """Of the room in fp32 for the gradients of a layer's adapters."""
+    return sum(4 * rank * (rows + columns) for rank, rows, columns in {(g.rank, g.rows, g.columns) for g in one.groups})
+
+
+def head_bytes(vocabulary: int, hidden: int, places: int, element: int) -> int:
+    """Most that the loss and what is around it take at one time, for `places` supervised tokens."""
+    return element * (min(HEAD_CHUNK, places) * vocabulary + 5 * places * hidden)
+
+
+def choose(
+    profile: str | float, one: Sizes, layers: int, *, tokens: int, used: int, free: int, head_bytes: int, host_bytes: int
+) -> Tiers:
+    """The tiers of a profile.
+
+    Args:
+        profile: min: as little as possible. fill: as much as there is. A number: GiB of the GPU that may be used in all.
+        one, layers: a layer, and how many there are.
+        tokens: slot tokens of the heaviest pass.
+        used, free: bytes of the GPU that are taken and that could be taken yet.
+        head_bytes: what the head's loss takes while no layer computes.
+        host_bytes: pinned memory that may be taken.
+
+    Returns:
+        The tiers; where not even the smallest fit the budget, the smallest.
+    """
+    inputs = layers * input_bytes(one, tokens)
+    fits_host = host_bytes >= inputs
+    if profile == "min":
+        return Tiers(0, fits_host)
+    budget = used + free if profile == "fill" else min(used + free, int(float(profile) * GIB))
+    most = budget * (1 - FRAGMENTATION) - used - SPARE_BYTES - inputs - max(live_bytes(one, tokens), head_bytes)
+    more = kept_bytes(one, tokens) - input_bytes(one, tokens)
+    if most >= layers * more:
+        return Tiers(layers, False, held=min(layers, int((most - layers * more) // held_bytes(one))))
+    kept = int((most - more) // more)  # one is being computed again while the others wait
+    return Tiers(kept, False) if kept >= 0 else Tiers(0, fits_host)
+
+
+def describe(tiers: Tiers, layers: int) -> str:
+    """In words: "12 of 32 layers kept, inputs of the others on the GPU"."""
+    told = [f"{tiers.kept} of {layers} layers kept"]
+    if tiers.kept < layers:
+        told.append(f"inputs of the others on the {'host' if tiers.host else 'GPU'}")
+    if tiers.held:
+        told.append(f"weights of {tiers.held} held in 16 bits")
+    return ", ".join(told)
