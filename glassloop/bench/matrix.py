@@ -47,9 +47,9 @@ def specs_of(
     common: dict[str, Any],
     varied: Sequence[tuple[str, ...]] = ((),),
 ) -> list[Spec]:
-    """Every combination. `common`: further fields of all specs. `varied`: see Spec."""
+    """Every combination, once. `common`: further fields of all specs. `varied`: see Spec; fields of memory are for fused alone."""
     combinations = itertools.product(workloads, engines, varied, layouts, batches, checkpointing, ranks)
-    return [
+    specs = (
         Spec(
             engine=engine,
             workload=workload,
@@ -59,11 +59,12 @@ def specs_of(
             checkpointing=recompute,
             device=place.device,
             backend=place.backend(count),
-            varied=fields,
+            varied=tuple(field for field in fields if engine == "fused" or not field.startswith("memory.")),
             **common,
         )
         for workload, engine, fields, layout, batch, recompute, count in combinations
-    ]
+    )
+    return list(dict.fromkeys(specs))
 
 
 def schedule(specs: Sequence[Spec], repeats: int) -> list[Spec]:

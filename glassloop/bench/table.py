@@ -35,6 +35,7 @@ def _row(arm: Arm) -> str:
         f"{'again' if cell['checkpointing'] else 'kept':<5}{arm.tokens_per_s:>8,.0f}{each:>8,.0f}"
         f"{middle:>9.3f}{f'{low:.3f}-{high:.3f}':>14}{'-' if peak is None else f'{peak:.2f}':>7}"
         f"{'-' if mfu is None else f'{mfu:.0%}':>5}{len(arm.lines):>3}"
+        + "".join(f"  {field.removeprefix('execution.').removeprefix('memory.')}" for field in cell.get("varied", ()))
     )
 
 

@@ -610,7 +610,13 @@ def test_other_rows_are_no_reference() -> None:
 
 
 def test_memory_is_varied_for_the_engine_that_has_a_choice_and_shown_in_its_row():
-    found = specs_in(engines=["peft", "fused"], workloads=["scam-v1"], layouts=["literal"], varied=[("memory.profile=min",), ("memory.profile=fill",)])
+    found = specs(
+        engines=["peft", "fused"],
+        workloads=["scam-v1"],
+        layouts=["literal"],
+        ranks=[1],
+        varied=[("memory.profile=min",), ("memory.profile=fill",)],
+    )
     assert [(one.engine, one.varied) for one in found] == [
         ("peft", ()),
         ("fused", ("memory.profile=min",)),
