@@ -575,7 +575,7 @@ def test_a_list_or_interpreter_that_means_nothing_is_refused(words: list[str], c
 
 
 def test_lists_of_varied_fields_are_multiplied(capsys: pytest.CaptureFixture[str]) -> None:
-    lists = ["--workloads", "full-v1", "--layouts", "literal", "--repeats", "1"]
+    lists = ["--engines", "fused", "--workloads", "full-v1", "--layouts", "literal", "--repeats", "1"]
     words = ["--vary", "memory.profile=min,fill", "--vary", "execution.deterministic=true,false"]
     assert bench_command.main(["--device", "cpu", "--dry-run", *lists, *words]) == 0
     lines = capsys.readouterr().out.splitlines()
