@@ -30,10 +30,9 @@ class State:
     where: Where
     saved: list[Saved]
     tiers: Tiers
-    last: Tensor  # (S, H): the last layer's output at supervised places
-    places: Tensor  # (S,) int64
+    end: Tensor  # (S, H): the last layer's output, at supervised places
     grad_normed: Tensor  # (S, H): gradient of the loss sum at the last norm's output
-    shape: tuple[int, int]  # T, H
+    tokens: int  # T
 
 
 class FusedEngine(nn.Module):
@@ -109,46 +108,46 @@ class FusedEngine(nn.Module):
 
     def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, State | None]:
         """The pass, and what its backward needs."""
+        row_loss_sums = torch.zeros(len(p.row_ids), device=p.input_ids.device)
+        if not len(p.places):  # nothing to learn, and nothing to add
+            return row_loss_sums.sum(), row_loss_sums, None
         self.refresh(training)
-        where = self.where(p)
+        where, tokens = self.where(p), p.input_ids.numel()
         x: Tensor = F.embedding(p.input_ids.flatten(), self.embedding)  # (T, H)
         y, saved, tiers = None, [], self.tiers
         recomputed = len(self.layers) - tiers.kept
         if training and tiers.host:
             self.host.begin(len(x), x.shape[1], x.dtype)
         for index, one in enumerate(self.layers):
-            x, y, kept = layers.forward(one, x, y, where, keep=index >= recomputed if training else None)
+            last = index == len(self.layers) - 1
+            keep = index >= recomputed if training else None
+            x, y, kept = layers.forward(one, x, y, where, keep=keep, places=p.places if last else None)
             if kept is not None and tiers.host and index < recomputed:
                 self.host.put(index, kept.x)
                 kept = replace(kept, x=kept.x.new_empty(0))
             saved.append(kept)
-        assert y is not None
-        at = x.index_select(0, p.places)
-        normed = torch.empty_like(at)  # (S, H)
-        last = add_norm(at, y.index_select(0, p.places), self.norm, self.eps, normed)
+        normed = torch.empty_like(x)  # (S, H): supervised places are all that is left
+        end = add_norm(x, y, self.norm, self.eps, normed)
         labels = p.targets.flatten().index_select(0, p.places)  # (S,)
         losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
         owner = p.row_of.flatten().index_select(0, p.places)
-        row_loss_sums = torch.zeros(len(p.row_ids), device=x.device).index_add_(0, owner, losses)
-        state = None if grad_normed is None else State(where, saved, tiers, last, p.places, grad_normed, tuple(x.shape))  # type: ignore[arg-type]
+        row_loss_sums.index_add_(0, owner, losses)
+        state = None if grad_normed is None else State(where, saved, tiers, end, grad_normed, tokens)  # type: ignore[arg-type]
         return losses.sum(), row_loss_sums, state
 
     def run_backward(self, state: State, grad: Tensor) -> None:
         """Add the gradient of `grad` x loss sum to the adapters' own."""
-        tokens, hidden = state.shape
-        room = max(linear.rank for one in self.layers for linear in (one.o, one.down))
-        inner = torch.zeros_like(state.last)
-        norm_backward(state.grad_normed * grad.to(state.last.dtype), state.last, self.norm, self.eps, inner)
-        out = torch.zeros(tokens, hidden + room, dtype=inner.dtype, device=inner.device)
-        out[:, :hidden].index_copy_(0, state.places, inner)
+        room, hidden = max(linear.rank for one in self.layers for linear in (one.o, one.down)), state.end.shape[1]
+        out = torch.zeros(len(state.end), hidden + room, dtype=state.end.dtype, device=state.end.device)
+        norm_backward(state.grad_normed * grad.to(out.dtype), state.end, self.norm, self.eps, out[:, :hidden])
         recomputed = len(self.layers) - state.tiers.kept if state.tiers.host else 0  # layers whose input is on the host
         for index in reversed(range(len(self.layers))):
             saved = state.saved.pop()
             if index < recomputed:
-                saved = replace(saved, x=self.host.take(index, tokens))
+                saved = replace(saved, x=self.host.take(index, state.tokens))
             if 0 < index <= recomputed:
-                self.host.fetch(index - 1, tokens)  # comes while this layer computes
-            layers.backward(self.layers[index], out, saved, state.where, first=index == 0)
+                self.host.fetch(index - 1, state.tokens)  # comes while this layer computes
+            out = layers.backward(self.layers[index], out, saved, state.where, first=index == 0)
             self.outward[index].carry_out(add=True)
 
     def refresh(self, training: bool) -> None:
@@ -186,7 +185,8 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):  # type: ignore[override]
-        ctx.engine.run_backward(ctx.state, grad)
+        if ctx.state is not None:
+            ctx.engine.run_backward(ctx.state, grad)
         ctx.state = None
         return None, None, None
 

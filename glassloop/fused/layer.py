@@ -83,52 +83,68 @@ class Saved:
     x: Tensor  # (T, H)
     narrow_down: Tensor  # (T, R)
     middle: Middle | None  # None: to be computed again
+    places: Tensor | None  # (S,) int64: where the output was wanted; the middle's gate and what follows have S rows then
 
 
-def first_half(layer: Layer, x: Tensor, y: Tensor | None, where: Where) -> tuple[Tensor, Middle]:
-    """Everything up to the gate. Returns x + y (T, H) and what lies between."""
+def first_half(layer: Layer, x: Tensor, y: Tensor | None, where: Where, places: Tensor | None) -> tuple[Tensor, Middle]:
+    """Everything up to the gate, after attention for `places` alone. Returns x + y (T, H) and what lies between."""
     tokens, hidden = x.shape
     normed = layer.qkv.input(tokens)
     x = add_norm(x, y, layer.norm_in, layer.eps, normed[:, :hidden])
     qkv, narrow_qkv = layer.qkv.forward(normed, where.scratch.weights(layer.qkv))
     rotate(qkv[:, : layer.turned], where.cos, where.sin, qkv[:, : layer.turned])
     kept = attention(*layer.split(qkv), where.bounds)
-    seen = layer.o.input(tokens)
-    seen[:, : layer.o.columns].copy_(kept.out.flatten(1))
+    attended, residual = chosen(kept.out.flatten(1), places), chosen(x, places)
+    seen = layer.o.input(len(attended))
+    seen[:, : layer.o.columns].copy_(attended)
     y, narrow_o = layer.o.forward(seen, where.scratch.weights(layer.o))
     del seen
-    normed = layer.gate_up.input(tokens)
-    mid = add_norm(x, y, layer.norm_mid, layer.eps, normed[:, :hidden])
-    gate_up = layer.gate_up.output(tokens)
+    normed = layer.gate_up.input(len(attended))
+    mid = add_norm(residual, y, layer.norm_mid, layer.eps, normed[:, :hidden])
+    gate_up = layer.gate_up.output(len(attended))
     weights = where.scratch.weights(layer.gate_up)
     _, narrow_gate_up = layer.gate_up.forward(normed, weights, out=gate_up[:, : layer.gate_up.rows])
     return x, Middle(qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up)
 
 
-def forward(layer: Layer, x: Tensor, y: Tensor | None, where: Where, *, keep: bool | None) -> tuple[Tensor, Tensor, Saved | None]:
+def chosen(t: Tensor, places: Tensor | None) -> Tensor:
+    """Rows of t (T, ...) at places (S,), or all of them."""
+    return t if places is None else t.index_select(0, places)
+
+
+def spread(t: Tensor, places: Tensor | None, tokens: int) -> Tensor:
+    """The reverse: (T, ...) with the rows of t (S, ...) at places and 0 elsewhere."""
+    return t if places is None else t.new_zeros(tokens, *t.shape[1:]).index_copy_(0, places, t)
+
+
+def forward(
+    layer: Layer, x: Tensor, y: Tensor | None, where: Where, *, keep: bool | None, places: Tensor | None = None
+) -> tuple[Tensor, Tensor, Saved | None]:
     """One layer of a pass.
 
     Args:
         x, y: (T, H), whose sum comes in; y None: x alone.
+        places: (S,) int64, where alone the output is wanted, as the loss does of the last layer; None: everywhere.
         keep: keep what lies between for backward; False: the input alone; None: there will be no backward.
 
     Returns:
-        Two parts of the output (T, H), and what backward needs.
+        Two parts of the output, (T, H) or (S, H), and what backward needs.
     """
-    x, middle = first_half(layer, x, y, where)
-    product = layer.down.input(len(x))
+    x, middle = first_half(layer, x, y, where, places)
+    product = layer.down.input(len(middle.mid))
     swiglu(middle.gate_up[:, : layer.gate_up.rows], product[:, : layer.down.columns])
     y, narrow = layer.down.forward(product, where.scratch.weights(layer.down))
-    return middle.mid, y, None if keep is None else Saved(x, narrow, middle if keep else None)
+    return middle.mid, y, None if keep is None else Saved(x, narrow, middle if keep else None, places)
 
 
-def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: bool) -> None:
-    """Leave the adapters' gradients in the scratch and turn `grad` (T, H + R), of the layer's output, into that of its input.
+def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: bool) -> Tensor:
+    """Leave the adapters' gradients in the scratch and turn `grad`, (T, H + R) or (S, H + R), of the layer's output, into that of its input.
 
-    Its last R columns are room for the adapters' share. `first`: nobody asks for the gradient of the input; `grad` is then of no use afterwards.
+    Its last R columns are room for the adapters' share; it is written to. Returns (T, H + R). `first`: nobody asks for the gradient of the
+    input, and what is returned is of no use.
     """
-    x, hidden = saved.x, saved.x.shape[1]
-    middle = saved.middle or first_half(layer, x, None, where)[1]
+    x, hidden, places = saved.x, saved.x.shape[1], saved.places
+    middle = saved.middle or first_half(layer, x, None, where, places)[1]
     qkv, o, gate_up, down = layer.linears
     weights = where.scratch.weights
 
@@ -139,7 +155,7 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     down.accumulate(out, product, saved.narrow_down, where.scratch)
     del product
 
-    normed = torch.empty_like(x)
+    normed = torch.empty_like(middle.mid)
     add_norm(middle.mid, None, layer.norm_mid, layer.eps, normed)
     gate_up.fold(middle.gate_up)
     gate_up.accumulate(middle.gate_up, normed, middle.narrow_gate_up, where.scratch)
@@ -148,16 +164,18 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
 
     out = grad[:, : hidden + o.rank]
     o.fold(out)
-    o.accumulate(out, middle.kept.out.flatten(1), middle.narrow_o, where.scratch)
-    inner = o.input_gradient(out, weights(o)).unflatten(1, (-1, layer.head_size))
+    o.accumulate(out, chosen(middle.kept.out.flatten(1), places), middle.narrow_o, where.scratch)
+    inner = spread(o.input_gradient(out, weights(o)), places, len(x)).unflatten(1, (-1, layer.head_size))
     dq, dk, dv = attention_backward(inner, *layer.split(middle.qkv), middle.kept, where.bounds)
 
     out, turned, queries = qkv.output(len(x)), layer.turned, layer.heads * layer.head_size
     rotate(dq.flatten(1), where.cos, where.sin, out[:, :queries], back=True)
     rotate(dk.flatten(1), where.cos, where.sin, out[:, queries:turned], back=True)
     out[:, turned : qkv.rows].copy_(dv.flatten(1))
+    grad, normed = spread(grad, places, len(x)), torch.empty_like(x)
     add_norm(x, None, layer.norm_in, layer.eps, normed)
     qkv.fold(out)
     qkv.accumulate(out, normed, middle.narrow_qkv, where.scratch)
     if not first:
         norm_backward(qkv.input_gradient(out, weights(qkv)), x, layer.norm_in, layer.eps, grad[:, :hidden])
+    return grad

@@ -83,6 +83,15 @@ def test_sums_and_gradient_are_the_reference_engines(engine_of, tiny_llama, targ
         assert engine(passes[0])[0].item() == pytest.approx(wanted[0][0], rel=1e-6)
 
 
+def test_a_pass_without_labels_adds_nothing(engine_of, tiny_llama):
+    engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
+    adapters = adapters_of(engine)
+    bare = [Row("bare", (5, 6, 7), (False,) * 3), Row("too", (8, 9), (False,) * 2)]
+    p = build_pass(bare, packed=True, pad_id=0, device=torch.device("cpu"))
+    found, slope = gradient(engine, adapters, [p])
+    assert found[0][0] == 0 and found[0][1].tolist() == [0, 0] and not slope.any()
+
+
 def test_every_tier_gives_the_same_bits(engine_of, tiny_llama):
     engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
     adapters = adapters_of(engine)
