@@ -73,6 +73,7 @@ def flops_of(
         inner, outer = shapes.projections["down_proj"]
         down = shapes.layers * (inner * outer + (r * (inner + outer) if "down_proj" in targets else 0))
         again = (linear + adapters + attention - tokens * 2 * down) * (shapes.layers - kept) // shapes.layers
+        again -= (tokens - supervised) * 2 * _after_attention(shapes, r, targets) if kept == 0 else 0
     q, k, v = (name in targets for name in STAGES[0])
     needed = v + (q or k) + q + k  # of the four products of the first layer's attention backward
     return Flops(
@@ -82,6 +83,12 @@ def flops_of(
         head=supervised * 4 * shapes.embedding_weights,
         recompute=again,
     )
+
+
+def _after_attention(shapes: Shapes, r: int, targets: Sequence[str]) -> int:
+    """Weights of a layer between attention and down_proj, which the engine `fused` needs of the last layer at supervised places alone."""
+    widths = [(name, *shapes.projections[name]) for name in ("o_proj", "gate_proj", "up_proj")]
+    return sum(inner * outer + (r * (inner + outer) if name in targets else 0) for name, inner, outer in widths)
 
 
 def _before_any_adapter(shapes: Shapes, r: int, targets: Sequence[str]) -> tuple[int, int]:

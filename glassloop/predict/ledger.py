@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from glassloop.predict import tiers
 from glassloop.predict.shapes import Shapes
-from glassloop.predict.tiers import Tiers, sizes_of
+from glassloop.predict.tiers import Sizes, Tiers, sizes_of
 
 PHASES = ("load", "adapters", "forward", "logits", "backward", "optimizer")
 GIB = 2**30
@@ -264,11 +264,14 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     one, chosen = sizes_of(shapes, work.r, work.targets, a), tiers_of(shapes, work)
     flows, run = ("forward", "logits", "backward"), PHASES[2:]
     recomputed = layers - chosen.kept
-    middle = tiers.kept_bytes(one, places) - tiers.input_bytes(one, places)
     waiting = recomputed * (a * places * one.down.rank if chosen.host else tiers.input_bytes(one, places))
     coming = min(2, recomputed) * a * places * hidden if chosen.host else 0  # one at work, the next on its way
-    alone = int(chosen.kept == 0)  # the last layer keeps nothing: its parts are there beside what is kept
-    computing = alone * middle  # where some are kept, they are gone before one is computed again
+    whole = tiers.kept_bytes(one, places)
+    last = tiers.last_kept_bytes(one, places, work.supervised)
+    kept = (chosen.kept - 1) * whole + last if chosen.kept else 0
+    # Where layers are kept, they are gone before one is computed again; the last one alone leaves less than that takes.
+    middle = whole - tiers.input_bytes(one, places)
+    computing = (middle, middle - last + tiers.input_bytes(one, places), 0)[min(chosen.kept, 2)]
     return (
         Term("adapters, rounded", (layers - chosen.held) * tiers.shadow_bytes(one), PHASES),
         Term("adapters, rounded, of layers to be held", chosen.held * tiers.shadow_bytes(one), PHASES[:2]),
@@ -277,19 +280,30 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         Term("gradients of its adapters, fp32", tiers.product_bytes(one), run),
         Term("ids, targets, positions and owners", 32 * places, flows),
         Term("cosines and sines", 4 * places * shapes.head_dim, flows),
-        Term(f"kept whole by {chosen.kept} layers", chosen.kept * tiers.kept_bytes(one, places), flows),
+        Term(f"kept whole by {chosen.kept} layers", kept, flows),
         Term(f"inputs of {recomputed} layers" + (", narrow products alone" if chosen.host else ""), waiting, flows),
         Term("inputs coming from the host", coming, flows),
-        Term("the layer that is computed", computing, ("forward", "backward")),
-        Term(
-            "forward: buffers of a layer", a * places * (shapes.intermediate + one.down.rank + (2 + alone) * hidden), ("forward",)
-        ),
-        Term("output of the last layer", (1 + alone) * a * places * hidden, ("logits",)),
+        Term("forward: buffers of a layer", _fused_forward_buffers(shapes, work, one, chosen.kept), ("forward",)),
+        Term("output of the last layer", (1 + (chosen.kept == 0)) * a * work.supervised * hidden, ("logits",)),
         Term("logits of a chunk, and supervised places", fused_head_bytes(shapes, work), ("logits",)),
+        Term("the layer that is computed again", computing, ("backward",)),
         Term("backward: gradient of a layer's output", a * places * (hidden + max(one.o.rank, one.down.rank)), ("backward",)),
         Term("backward: hidden states and gradients at supervised places", 2 * a * work.supervised * hidden, ("backward",)),
         Term("backward: buffers of a layer", tiers.live_bytes(one, places), ("backward",)),
     )
+
+
+def _fused_forward_buffers(shapes: Shapes, work: Work, one: Sizes, kept: int) -> int:
+    """Most that a layer holds beside what is kept of all: the one before the last, or the last, which ends at supervised places."""
+    a, places, hidden, supervised = work.act, work.places, shapes.hidden, work.supervised
+    product = shapes.intermediate + one.down.rank  # of gate and up
+    whole, last = tiers.kept_bytes(one, places), tiers.last_kept_bytes(one, places, supervised)
+    inputs = tiers.input_bytes(one, places)
+    before = a * places * (product + (2 + (kept <= 2)) * hidden) + (kept <= 1) * (whole - inputs) - (last if kept else inputs)
+    after_gate = a * supervised * (product + hidden)
+    before_gate = a * places * (hidden + one.qkv.rank) - a * supervised * one.gate_up.rows
+    at_last = a * places * (1 + (kept <= 1)) * hidden + max(after_gate, before_gate) + (kept == 0) * (last - inputs)
+    return max(before, at_last)
 
 
 def fused_head_bytes(shapes: Shapes, work: Work) -> int:

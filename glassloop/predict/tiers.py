@@ -91,6 +91,13 @@ def kept_bytes(one: Sizes, tokens: int) -> int:
     return tokens * (one.element * (columns + one.o.rank + one.down.rank) + 4 * one.heads)
 
 
+def last_kept_bytes(one: Sizes, tokens: int, places: int) -> int:
+    """The same of the last layer, which computes what follows attention at supervised places alone."""
+    whole = one.element * (one.qkv.columns + one.qkv.rows + one.o.columns + one.qkv.rank) + 4 * one.heads
+    after = one.o.rank + one.qkv.columns + one.gate_up.rows + 2 * one.gate_up.rank + one.down.rank
+    return tokens * whole + places * one.element * after
+
+
 def input_bytes(one: Sizes, tokens: int) -> int:
     """Of a layer that keeps its input alone (and the narrow product of down_proj, which is not computed again)."""
     return tokens * one.element * (one.qkv.columns + one.down.rank)

@@ -222,6 +222,21 @@ def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     assert f"{tokens['literal_slots']:,} places in {len(passes)} passes" in said(capsys, *words, "--ranks", "2", "--with-data")
 
 
+def test_with_data_packs_as_the_fused_engine_does_on_a_card(capsys, tiny_llama, tmp_path):
+    from launching import write_rows
+
+    words = [
+        f"model.id={tiny_llama}",
+        f"data.source={write_rows(tmp_path / 'rows.jsonl', 37)}",
+        "data.template=chat",
+        "data.max_tokens=96",
+    ]
+    words += ["schedule.updates=4", "schedule.warmup_updates=1", "execution.layout=packed", "--ranks", "1", "--with-data"]
+    few, many = (as_json(capsys, *words, f"execution.engine={engine}")["tokens"] for engine in ("fused", "peft"))
+    assert few["packed_passes"] == 4 < many["packed_passes"]  # a pass an update
+    assert few["heaviest_tokens"] == few["heaviest_share"] == many["heaviest_share"] > many["heaviest_tokens"]
+
+
 def test_a_checkpoints_size_is_that_of_one_that_was_written(capsys):
     written = 33_106_784  # bytes of a checkpoint of the demo
     assert as_json(capsys, "smollm2_demo")["checkpoint_bytes"] == pytest.approx(written, rel=0.1)
@@ -309,6 +324,10 @@ def test_packed_passes_are_as_large_as_a_card_has_room_for(capsys, monkeypatch):
     assert 4096 < found["3090"] < 6144 and found["A100-40"] > 9000
     assert found["H100"] < found["H200"] == 32_768  # of 16 rows of 2,048: all of an update
     assert f"packed, the same rows in passes of at most {found['3090']:,} tokens" in flat(said(capsys, *words))
+    found, small = (
+        as_json(capsys, *words, "--row-tokens", "400", *more)["time_predicted"] for more in ((), ("execution.pass_tokens=2048",))
+    )
+    assert found[-1]["tokens_per_s"] > 1.05 * small[-1]["tokens_per_s"]  # an H200: all of an update in one pass
     asked = {card["pass_tokens"] for card in as_json(capsys, *words, "execution.pass_tokens=3072")["cards"]}
     least = {card["pass_tokens"] for card in as_json(capsys, *words, "memory.profile=min")["cards"]}
     assert (asked, least) == ({3072}, {4096})

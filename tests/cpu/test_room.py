@@ -195,11 +195,35 @@ def test_a_run_that_goes_on_packs_as_it_began_and_so_does_its_replay(run_of, mon
     again.close_observers()
 
 
+@needs_triton
+def test_a_checkpoint_of_the_reference_engine_goes_on_in_the_fused_one_and_back(run_of):
+    from accelerate.state import AcceleratorState
+
+    from train_loop import update_once
+
+    run = run_of(execution={"precision": "fp32", "checkpointing": False}, model={"quantization": "nf4"})
+    losses = []
+    for update, engine in ((1, "peft"), (2, "fused"), (3, "peft")):
+        if update > 1:
+            AcceleratorState._reset_state(True)
+            run = build.build_run(parse(["--resume", str(run.folder), f"execution.engine={engine}"]))
+        assert (run.plain_engine.name, run.first_update) == (engine, update)
+        outcome = update_once(run, update)
+        assert outcome is not None and outcome.record.action == "applied"
+        run.tell(outcome)
+        run.save(update)
+        run.close_observers()
+        losses.append(outcome.record.loss_nats)
+    alone = run_of(execution={"precision": "fp32", "checkpointing": False}, model={"quantization": "nf4"})
+    wanted = [update_once(alone, update) for update in (1, 2, 3)]
+    assert losses == pytest.approx([one.record.loss_nats for one in wanted if one is not None], rel=1e-5)
+
+
 def test_the_header_says_that_the_size_was_chosen():
     batches = SimpleNamespace(layout="packed", pass_tokens=5120)
     said = "packed, the same rows in passes of at most 5,120 tokens"
     chosen = build.layout_of(packed_8b(profile=15.0), batches, on_cuda=True)
-    assert chosen == f"{said}, chosen to keep every layer (memory.profile=15.0)"
+    assert chosen == f"{said}, chosen under memory.profile=15.0"
     assert build.layout_of(packed_8b(), batches, on_cuda=False) == said
     assert build.layout_of(packed_8b(pass_tokens=5120), batches, on_cuda=True) == said
 

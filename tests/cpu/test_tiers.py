@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engin
                 for term in terms
                 if phase in term.phases and not term.what.startswith((*BETWEEN_PASSES, "ids, targets"))
             )
-            room = 1.01 if phase == "forward" else 1.15  # the engine's own choice leaves some room in the head and in backward
+            room = 1.01 if phase == "forward" else 1.2  # the engine's own choice leaves some room in the head and in backward
             assert 0.99 * measured <= moving <= room * measured, (phase, rows, tokens, moving / measured)
 
 
@@ -162,6 +163,16 @@ def test_the_peaks_that_an_h100_measured_are_predicted():
     for rows, tokens, supervised, chosen, gib in measured:
         work = replace(WORK, rows=rows, tokens=tokens, supervised_tokens=supervised, tiers=chosen)
         assert ledger_of(R1, work, "fused").peak_bytes / GIB == pytest.approx(gib - held, rel=0.02), (rows, tokens, chosen)
+
+
+def test_the_readme_says_what_is_predicted():
+    """Of its table of measured memory: rows of a pass, tokens, supervised, layers kept."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| an update | layers kept |") :].split("\n\n")[0].splitlines()[2:]
+    said = [float(line.split("|")[-2]) for line in table]
+    cells = [(2, 2048, 3276, 32), (2, 2048, 3276, 0), (1, 16384, 13104, 32), (1, 6787, 5430, 32), (1, 6787, 5430, 0)]
+    works = [replace(WORK, rows=b, tokens=t, supervised_tokens=s, tiers=Tiers(k, False)) for b, t, s, k in cells]
+    assert said == [pytest.approx(ledger_of(R1, work, "fused").peak_bytes / GIB, abs=0.06) for work in works]
 
 
 @given(tokens=st.integers(1, 20_000), kept=st.integers(0, 31), r=st.sampled_from([8, 16, 32]))
@@ -187,6 +198,8 @@ def test_what_is_chosen_for_a_card_fits_it(card, ranks):
         assert one.tiers.startswith(f"{one.kept} of 32 layers kept")
         least = verdict(gpu, R1, replace(work, profile="min"), ranks=ranks, rows_per_update=16, engine="fused")
         assert least.needed_gib < 0.75 * one.needed_gib
+        much = verdict(gpu, R1, replace(work, profile=900.0), ranks=ranks, rows_per_update=16, engine="fused")
+        assert (much.kept, much.faster) == (one.kept, None)  # fill would keep no more
         assert (least.kept, least.faster) == (0, f"memory.profile=fill, {one.kept} of 32 layers kept")
 
 
@@ -234,6 +247,16 @@ def test_a_pass_is_no_larger_than_a_ranks_share_and_no_smaller_than_the_longest_
 
 
 # --- arithmetic
+
+
+def test_groups_of_one_shape_share_a_scratch_matrix():
+    """Where the MLP is as wide as the model, o_proj and down_proj have one shape."""
+    one = sizes_of(replace(R1, intermediate=4096), 16, PROJECTIONS, element=2)
+    assert one.o == one.down
+    apart = [predicted.scratch_bytes(replace(one, down=group)) for group in (one.down, predicted.Group(4096, 4096, 32))]
+    assert apart[1] - apart[0] == 2 * 4128 * 4128
+    more = replace(one, down=predicted.Group(4096, 4096, 32))
+    assert predicted.product_bytes(more) - predicted.product_bytes(one) == 4 * 32 * 8192
 
 
 @needs_triton
