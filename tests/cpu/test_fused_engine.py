@@ -15,7 +15,7 @@ from glassloop.optim import FlatAdapters
 from glassloop.rows import Row
 
 if importlib.util.find_spec("triton") is not None:
-    from glassloop.fused.tiers import Tiers, choose, input_bytes, kept_bytes
+    from glassloop.fused.tiers import Tiers, choose, held_bytes, input_bytes, kept_bytes
 
     TIERS = [Tiers(kept, host, held) for kept, held in ((0, 0), (1, 2), (2, 1), (2, 0), (0, 0)) for host in (False, True)]
 pytestmark = pytest.mark.skipif(
@@ -185,6 +185,12 @@ def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
     found = [tiers("fill", free_gib=one).kept for one in free]
     assert found == sorted(found) and len(set(found)) > 5 and found[0] == 0
     assert all(one.held == 0 or one.kept == 16 for one in (tiers("fill", free_gib=f) for f in free))  # activations first
+    low, high = 0, 100 * gib  # the least at which all are kept, by bisection
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tiers("fill", free_gib=middle / gib).kept == 16 else (middle, high)
+    steps = [tiers("fill", free_gib=(high + 1.05 * held_bytes(layers[0]) * count) / gib).held for count in range(18)]
+    assert steps == [*range(17), 16]  # then weights, one layer's after the other
     assert tiers(3.0).kept == tiers("fill", free_gib=2.0).kept  # a GiB is in use already
     assert tiers(0.1) == Tiers(0, host=True)  # too small a budget: the least, and preflight says what it takes
 
