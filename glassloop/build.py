@@ -327,7 +327,5 @@ def layout_of(config: Config, batches: Batches, *, on_cuda: bool) -> str:
     """How an update's rows are laid out, in words."""
     if batches.layout == "literal":
         return "literal, the micro-batches asked for"
-    chosen = (
-        f", chosen under memory.profile={config.memory.profile}" if on_cuda and chooses_passes(config) else ""
-    )
+    chosen = f", chosen under memory.profile={config.memory.profile}" if on_cuda and chooses_passes(config) else ""
     return f"packed, the same rows in passes of at most {batches.pass_tokens:,} tokens{chosen}"
