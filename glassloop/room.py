@@ -16,7 +16,7 @@ from glassloop.dist import Gate, gather_objects
 from glassloop.planning.work import chooses_passes, pass_tokens_for, work_of
 from glassloop.predict.ledger import GIB, Ledger, ledger_of
 from glassloop.predict.shapes import shapes_from_config, shapes_of
-from glassloop.predict.tiers import Tiers
+from glassloop.predict.tiers import Tiers, describe
 from glassloop.rows import Row
 
 if TYPE_CHECKING:
@@ -66,10 +66,15 @@ def choose_pass_tokens(config: Config, model: Mapping[str, Any], device: torch.d
         return asked
     if before:
         return int(before.get("pass_tokens") or asked)  # one from before passes were chosen goes on as it began
-    sharing = gather_objects(f"{socket.gethostname()} {device}")
-    free = torch.cuda.mem_get_info(device)[0] // sharing.count(f"{socket.gethostname()} {device}")
+    free = torch.cuda.mem_get_info(device)[0] // ranks_on(device)
     most = pass_tokens_for(config, shapes_from_config(dict(model), config.model.id), torch.cuda.memory_reserved(device) + free)
     return min(gather_objects(most))
+
+
+def ranks_on(device: torch.device) -> int:
+    """How many ranks share this rank's device. All ranks take part."""
+    own = f"{socket.gethostname()} {device}"
+    return gather_objects(own).count(own)
 
 
 def spend_memory(run: Run) -> None:
@@ -85,7 +90,8 @@ def spend_memory(run: Run) -> None:
     tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
     supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
     memory = run.config.memory
-    found = engine.choose_tiers(memory.profile, tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
+    sizes = dict(tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
+    found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.device))
     kept = min(gather_objects(found.kept))
     before = run.tiers
     held = min(gather_objects(found.held))
@@ -94,7 +100,7 @@ def spend_memory(run: Run) -> None:
     else:
         found = replace(found, kept=kept, host=any(gather_objects(found.host)), held=held)
     use_tiers(run, found)
-    run.header = (*run.header, f"memory    {found.describe(len(engine.layers))} (memory.profile={memory.profile})")
+    run.header = (*run.header, f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})")
 
 
 def use_tiers(run: Run, tiers: Any) -> None:
@@ -104,14 +110,14 @@ def use_tiers(run: Run, tiers: Any) -> None:
 
 
 def fewer_kept(run: Run, update: int, why: str) -> bool:
-    """Hold no weights, or else keep fewer layers, after a rank ran out of memory; False where none is kept, or none can be."""
-    if run.tiers is None or run.tiers["kept"] == 0:
+    """Hold no weights, or else keep fewer layers, after a rank ran out of memory; False where the least is done, or nothing can be chosen."""
+    if run.tiers is None or (run.tiers["kept"] <= 1 and not run.tiers["held"]):
         return False
     tiers = run.plain_engine.tiers
-    use_tiers(run, replace(tiers, held=0) if tiers.held else replace(tiers, kept=tiers.kept * 3 // 4))
+    use_tiers(run, replace(tiers, held=0) if tiers.held else replace(tiers, kept=max(1, tiers.kept * 3 // 4)))
     torch.cuda.empty_cache()
     layers = len(run.plain_engine.layers)
-    run.event(update, "out_of_memory", f"{why}. From here on {run.plain_engine.tiers.describe(layers)}; rows, passes and g stay")
+    run.event(update, "out_of_memory", f"{why}. From here on {describe(run.plain_engine.tiers, layers)}; rows, passes and g stay")
     return True
 
 

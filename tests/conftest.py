@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,13 @@ TEXT = [
 def _cache_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
     """glassloop's cache for the session: nobody's home folder is touched, and nothing is left from another run."""
     os.environ["GLASSLOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _accelerator_apart() -> None:
+    """A module's runs have their own precision: Accelerate keeps the first one's for the whole process."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in config, where they part first, and a verdict against the seeds' spread."""
+"""Runs beside each other: what differs in config, where they part first, a verdict against the seeds' spread."""
 
 from __future__ import annotations
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from glassloop.fused import layer as layers
 from glassloop.fused.attention import Bounds
 from glassloop.fused.dequant import pack
+from glassloop.fused.host import HostInputs, on_host
 from glassloop.fused.layer import Layer, Saved, Where
 from glassloop.fused.linear import Adapter, Linear, Scratch
-from glassloop.fused.loss import head_bytes, head_loss
+from glassloop.fused.loss import head_loss
 from glassloop.fused.matrices import Moves
 from glassloop.fused.norm import add_norm, norm_backward
 from glassloop.fused.rotary import angles
 from glassloop.fused.supported import GROUPS, check_supported
-from glassloop.fused.tiers import GIB, HostInputs, Tiers, choose, on_host
+from glassloop.predict.tiers import GIB, Tiers, choose, head_bytes
 from glassloop.rows import Pass
 
 
@@ -78,20 +79,29 @@ class FusedEngine(nn.Module):
         self.tiers, self.places = tiers, []  # where adapters are rounded to has moved,
         self.inward, self.outward = None, []  # and what knew of it would keep its memory
 
-    def choose_tiers(self, profile: str | float, *, tokens: int, supervised_tokens: int, host_gib: float) -> Tiers:
-        """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what this GPU has free now; on a CPU everything is kept."""
-        device, one = self.embedding.device, self.layers[0]
+    def choose_tiers(
+        self, profile: str | float, *, tokens: int, supervised_tokens: int, host_gib: float, sharing: int = 1
+    ) -> Tiers:
+        """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what is free now; on a CPU everything is kept.
+
+        Args:
+            sharing: ranks on this GPU: each takes its part of what is free.
+        """
+        device, one, count = self.embedding.device, self.layers[0], len(self.layers)
         if device.type != "cuda":
-            return Tiers(0 if profile == "min" else len(self.layers), host=False)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return Tiers(1 if profile == "min" else count, host=False)
+        free = torch.cuda.mem_get_info(device)[0] // sharing
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         fixed = self.scratch.missing_bytes(one.linears)
+        vocabulary, hidden = self.head.shape
         return choose(
             profile,
-            self.layers,
+            one.sizes,
+            count,
             tokens=tokens,
             used=torch.cuda.memory_allocated(device) + fixed,
             free=free - fixed,
-            head_bytes=head_bytes(self.head, supervised_tokens),
+            head_bytes=head_bytes(vocabulary, hidden, supervised_tokens, self.head.element_size()),
             host_bytes=int(host_gib * GIB),
         )
 

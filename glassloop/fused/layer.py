@@ -20,6 +20,7 @@ from glassloop.fused.linear import Linear, Scratch
 from glassloop.fused.norm import add_norm, norm_backward
 from glassloop.fused.rotary import rotate
 from glassloop.fused.swiglu import swiglu, swiglu_backward
+from glassloop.predict.tiers import Group, Sizes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Layer:
     def turned(self) -> int:
         """Columns of q and k, which carry positions."""
         return (self.heads + self.key_heads) * self.head_size
+
+    @property
+    def sizes(self) -> Sizes:
+        """What memory is counted from."""
+        groups = (Group(one.rows, one.columns, one.rank) for one in self.linears)
+        return Sizes(*groups, heads=self.heads, element=self.qkv.a.element_size())
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (T, heads, D), (T, key heads, D) twice of (T, N)."""

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from glassloop.loss import chunked_cross_entropy
+from glassloop.predict.tiers import HEAD_CHUNK
 
-CHUNK_TOKENS = 1024  # (1024, 128256) logits in 16 bits are 0.24 GiB
 BLOCK = 8192
 
 
@@ -37,19 +37,14 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, wants_grad: boo
         return chunked_cross_entropy(hidden, weight, None, labels, wants_grad=wants_grad)
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden) if wants_grad else None
-    room = hidden.new_empty(min(CHUNK_TOKENS, len(labels)), len(weight))
-    for start in range(0, len(labels), CHUNK_TOKENS):
-        chunk = slice(start, min(start + CHUNK_TOKENS, len(labels)))
+    room = hidden.new_empty(min(HEAD_CHUNK, len(labels)), len(weight))
+    for start in range(0, len(labels), HEAD_CHUNK):
+        chunk = slice(start, min(start + HEAD_CHUNK, len(labels)))
         logits = torch.mm(hidden[chunk], weight.t(), out=room[: chunk.stop - chunk.start])  # (C, V)
         cross_entropy_(logits, labels[chunk], losses[chunk])
         if grad is not None:
             torch.mm(logits, weight, out=grad[chunk])
     return losses, grad
-
-
-def head_bytes(weight: Tensor, places: int) -> int:
-    """Most bytes that `head_loss` and what is around it take at one time, for `places` supervised tokens."""
-    return weight.element_size() * (min(CHUNK_TOKENS, places) * len(weight) + 5 * places * weight.shape[1])
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def live_bytes(one: Sizes, tokens: int) -> int:
     """At most at one time within a layer's backward, beyond what the layer keeps: the MLP's gradient, or attention's."""
     hidden = one.qkv.columns
     mlp = one.down.columns + 4 * hidden
-    attention = 6 * hidden + 2 * one.qkv.rows + 2 * hidden  # its kernel adds gradients of q up in fp32
+    attention = 2 * hidden + one.qkv.rows + 4 * one.o.columns  # its kernel adds gradients of q up in fp32
     return tokens * one.element * max(mlp, attention)
 
 
@@ -154,15 +154,15 @@ def choose(
     """
     inputs = layers * input_bytes(one, tokens)
     fits_host = host_bytes >= inputs
-    if profile == "min":
-        return Tiers(0, fits_host)
+    if profile == "min":  # one layer is kept or computed again: its memory is the same
+        return Tiers(min(1, layers), fits_host)
     budget = used + free if profile == "fill" else min(used + free, int(float(profile) * GIB))
     most = budget * (1 - FRAGMENTATION) - used - SPARE_BYTES - inputs - max(live_bytes(one, tokens), head_bytes)
     more = kept_bytes(one, tokens) - input_bytes(one, tokens)
     if most >= layers * more:
         return Tiers(layers, False, held=min(layers, int((most - layers * more) // held_bytes(one))))
-    kept = int((most - more) // more)  # one is being computed again while the others wait
-    return Tiers(kept, False) if kept >= 0 else Tiers(0, fits_host)
+    kept = int(most // more)  # their memory is free when the first of the others is computed again
+    return Tiers(kept, False) if kept >= 1 else Tiers(min(1, layers), fits_host)
 
 
 def describe(tiers: Tiers, layers: int) -> str:

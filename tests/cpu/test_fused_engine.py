@@ -12,11 +12,10 @@ import torch
 from glassloop.batches import build_pass
 from glassloop.config import LoraConfig
 from glassloop.optim import FlatAdapters
+from glassloop.predict.tiers import Tiers, choose, held_bytes, input_bytes, kept_bytes
 from glassloop.rows import Row
 
 if importlib.util.find_spec("triton") is not None:
-    from glassloop.fused.tiers import Tiers, choose, held_bytes, input_bytes, kept_bytes
-
     TIERS = [Tiers(kept, host, held) for kept, held in ((0, 0), (1, 2), (2, 1), (2, 0), (0, 0)) for host in (False, True)]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
@@ -170,29 +169,28 @@ def test_another_family_is_refused(engine_of, tiny_qwen2):
 
 
 def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
-    layers = fused_of(engine_of(tiny_llama, quantization="nf4")).layers * 8  # 16 of them
+    one = fused_of(engine_of(tiny_llama, quantization="nf4")).layers[0].sizes
     tokens, gib = 100_000, 2**30
 
     def tiers(profile, free_gib=1000.0, host_gib=1000.0):
         sizes = {"used": gib, "free": int(free_gib * gib), "host_bytes": int(host_gib * gib)}
-        return choose(profile, layers, tokens=tokens, head_bytes=0, **sizes)
+        return choose(profile, one, 16, tokens=tokens, head_bytes=0, **sizes)
 
-    one = kept_bytes(layers[0], tokens)
-    assert one > 5 * input_bytes(layers[0], tokens)
-    assert tiers("min") == Tiers(0, host=True) and tiers("min", host_gib=0) == Tiers(0, host=False)
+    assert kept_bytes(one, tokens) > 5 * input_bytes(one, tokens)
+    assert tiers("min") == Tiers(1, host=True) and tiers("min", host_gib=0) == Tiers(1, host=False)
     assert tiers("fill") == Tiers(16, host=False, held=16) == tiers(900.0)
-    free = [one * gib // 4 / gib for one in range(40)]
-    found = [tiers("fill", free_gib=one).kept for one in free]
-    assert found == sorted(found) and len(set(found)) > 5 and found[0] == 0
-    assert all(one.held == 0 or one.kept == 16 for one in (tiers("fill", free_gib=f) for f in free))  # activations first
+    free = [quarter / 4 for quarter in range(40)]
+    found = [tiers("fill", free_gib=f).kept for f in free]
+    assert found == sorted(found) and len(set(found)) > 5 and found[0] == 1
+    assert all(t.held == 0 or t.kept == 16 for t in (tiers("fill", free_gib=f) for f in free))  # activations first
     low, high = 0, 100 * gib  # the least at which all are kept, by bisection
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if tiers("fill", free_gib=middle / gib).kept == 16 else (middle, high)
-    steps = [tiers("fill", free_gib=(high + 1.05 * held_bytes(layers[0]) * count) / gib).held for count in range(18)]
+    steps = [tiers("fill", free_gib=(high + 1.05 * held_bytes(one) * count) / gib).held for count in range(18)]
     assert steps == [*range(17), 16]  # then weights, one layer's after the other
     assert tiers(3.0).kept == tiers("fill", free_gib=2.0).kept  # a GiB is in use already
-    assert tiers(0.1) == Tiers(0, host=True)  # too small a budget: the least, and preflight says what it takes
+    assert tiers(0.1) == Tiers(1, host=True)  # too small a budget: the least, and preflight says what it takes
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
@@ -200,7 +198,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
 
     how = {"execution": {"engine": "fused", "precision": "fp32", "layout": "packed"}, "memory": {"profile": "min"}}
     run = run_of(**how)
-    assert run.tiers == {"kept": 0, "host": False, "held": 0} and "0 of 2 layers kept, 2 recomputed" in run.header[-1]
+    assert run.tiers == {"kept": 1, "host": False, "held": 0} and "1 of 2 layers kept, inputs of the others" in run.header[-1]
     run.begin()
     for u in (1, 2):
         run.tell(update_once(run, u))
@@ -227,5 +225,5 @@ def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
     while run.batches.halvings == 0:
         assert smaller_passes(run, 1, "rank 0 ran out of memory")
         kept.append(run.tiers["kept"])
-    assert kept == [1, 0, 0] and run.plain_engine.tiers.kept == 0
-    assert "1 of 2 layers kept" in told[0] and "half the rows" in told[2]
+    assert kept == [1, 1] and run.plain_engine.tiers.kept == 1
+    assert "1 of 2 layers kept" in told[0] and "half the rows" in told[1]

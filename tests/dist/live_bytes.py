@@ -169,7 +169,7 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
 @contextmanager
 def fused_as_on_a_gpu() -> Iterator[None]:
     from glassloop.fused import attention, engine, layer, linear, matrices
-    from glassloop.fused.loss import CHUNK_TOKENS
+    from glassloop.fused.loss import HEAD_CHUNK
 
     def nothing(*_, **__) -> None:
         pass
@@ -189,7 +189,7 @@ def fused_as_on_a_gpu() -> Iterator[None]:
 
     def head_loss(hidden, weight, labels, *, wants_grad):
         losses, grad = torch.empty(len(labels)), torch.empty_like(hidden)
-        room = hidden.new_empty(min(CHUNK_TOKENS, len(labels)), len(weight))
+        room = hidden.new_empty(min(HEAD_CHUNK, len(labels)), len(weight))
         del room
         return losses, grad
 
