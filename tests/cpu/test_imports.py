@@ -105,6 +105,7 @@ TABLE = {
     "replay": Rule("*", "accelerate torch yaml"),
     "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),
     "bench": Rule("*", "torch"),
+    "study": Rule("arguments config forecast observers predict report verify", "rich yaml"),
     "cli": Rule("*", late="*"),
     "train_loop": Rule("*", "torch"),
 }

@@ -1,0 +1,80 @@
+"""Cells that diverged: which update to look at, what to type, and, where a study asks for it, that command's answer. No torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glassloop.observers import write_text
+from glassloop.report.reading import RunData, number
+from glassloop.study.quantities import SPIKES, first_bad
+from glassloop.study.results import CellResult
+
+BISECT_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A cell whose training broke, and the update to replay."""
+
+    cell: str
+    update: int
+    why: str
+    command: str
+    answer: str | None  # of the bisection; None where none was asked for or it is not there
+
+
+def divergences(results: Sequence[CellResult], out: Path) -> list[Divergence]:
+    """In the cells' order."""
+    found = []
+    for result in results:
+        if result.run is not None and result.values.get("diverged"):
+            update, why = where_to_look(result.run)
+            answer = _file(out, result.cell.name)
+            text = answer.read_text(encoding="utf-8") if answer.exists() else None
+            command = f"glassloop replay {result.run.folder} --update {update} --bisect"
+            found.append(Divergence(result.cell.name, update, why, command, text))
+    return found
+
+
+def where_to_look(run: RunData) -> tuple[int, str]:
+    """The first update that is not finite, else the first with an alarm for a spike, else the one with the largest gradient norm."""
+    for one in run.updates:
+        if SPIKES & set(one.get("alarms") or ()):
+            return int(one["update"]), f"the first alarm ({', '.join(one['alarms'])})"
+    if (bad := first_bad(run)) is not None:
+        return bad, "the first update that is not finite"
+    norms = [
+        (norm, one["update"])
+        for one in run.updates
+        if (norm := number(one["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
+    ]
+    return (int(max(norms)[1]), "the largest gradient norm; no alarm was raised") if norms else (1, "no norm is on record")
+
+
+def bisect(one: Divergence, out: Path, environment: dict[str, str], timeout_s: float = BISECT_TIMEOUT_S) -> str:
+    """Run the command of a divergence and keep what it printed beside the study; an answer that is there already is not asked for again."""
+    path = _file(out, one.cell)
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    words = [sys.executable, "-m", "glassloop.cli", *one.command.split()[1:]]
+    try:
+        done = subprocess.run(
+            words, env=os.environ | environment, capture_output=True, text=True, errors="replace", timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer after {timeout_s:g} s: {one.command}"
+    if done.returncode not in (0, 1):  # 1: the update does not reproduce, which is an answer too
+        return f"exit code {done.returncode}: {done.stderr.strip()[-400:]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, done.stdout)
+    return done.stdout
+
+
+def _file(out: Path, cell: str) -> Path:
+    return out / "bisections" / f"{cell}.txt"

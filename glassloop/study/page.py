@@ -1,0 +1,140 @@
+"""A study as one HTML page that loads nothing: styles, scripts and policy as in the report of a run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import glassloop
+from glassloop.report.columns import column
+from glassloop.report.page import ASSETS, STYLES, as_data
+from glassloop.report.reading import RunData, number
+from glassloop.study.critical import Critical, lines
+from glassloop.study.divergence import Divergence
+from glassloop.study.quantities import QUANTITIES
+from glassloop.study.results import CellResult, Group, plain
+from glassloop.study.spec import Study
+from glassloop.study.text import columns_of
+from glassloop.study.verdicts import Judged, as_plain
+
+OWN = Path(__file__).parent / "assets"
+SHARED = ("uplot.js", "data.js", "charts.js")
+CURVES = {"loss": "loss_nats", "norm": "grad_norm_pre_clip", "noise": "noise_scale_tokens", "lr": "lr"}
+
+
+def payload(
+    study: Study,
+    results: Sequence[CellResult],
+    groups: Sequence[Group],
+    judged: Sequence[Judged],
+    critical: Sequence[Critical],
+    diverged: Sequence[Divergence],
+) -> dict[str, Any]:
+    """The page's data. It holds no text of a row."""
+    return {
+        "kind": "study",
+        "title": study.name,
+        "question": study.question,
+        "cannot_say": study.cannot_say,
+        "file": study.file,
+        "words": list(study.words),
+        "equal": study.equal,
+        "seeds": list(study.seeds),
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+        "glassloop": glassloop.__version__,
+        "quantities": {
+            name: {"measure": QUANTITIES[name].measure, "unit": QUANTITIES[name].unit, "words": QUANTITIES[name].words}
+            for name in columns_of(study, groups)
+        },
+        "groups": [
+            {
+                "name": group.name,
+                "finished": group.finished,
+                "values": {name: _values(group, name) for name in columns_of(study, groups)},
+                "curves": _curves(group),
+                "heldout": _mean_points([result.heldout_curve for result in group.results if result.run is not None]),
+            }
+            for group in groups
+        ],
+        "claims": [as_plain(one) for one in judged],
+        "critical": [lines(one) for one in critical],
+        "memory": [
+            [group.name, phase, predicted, measured]
+            for group in groups
+            if (first := next((one for one in group.results if one.phases), None)) is not None
+            for phase, (predicted, measured) in first.phases.items()
+        ],
+        "diverged": [vars(one) for one in diverged],
+        "missing": [[one.cell.name, one.why] for one in results if one.kind not in ("done", "diverged")],
+        "beside": max((one.beside or 0 for one in results), default=0),
+    }
+
+
+def page(data: dict[str, Any]) -> str:
+    """The whole file."""
+    styles = [(ASSETS / name).read_text(encoding="utf-8") for name in STYLES]
+    scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in SHARED]
+    scripts.append((OWN / "study.js").read_text(encoding="utf-8"))
+    sources = {"script-src": map(_hash, scripts), "style-src": map(_hash, styles)}
+    rules = ["default-src 'none'", *(f"{name} {' '.join(found)}" for name, found in sources.items())]
+    policy = "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
+    head = [
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="referrer" content="no-referrer">',
+        f"<title>{html.escape(data['title'])} · glassloop</title>",
+        *(f"<style>{style}</style>" for style in styles),
+    ]
+    body = [
+        (OWN / "study.html").read_text(encoding="utf-8"),
+        f'<script type="application/json" id="data">{as_data(data)}</script>',
+        *(f"<script>{script}</script>" for script in scripts),
+    ]
+    whole = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
+    return "\n".join(whole) + "\n"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _values(group: Group, name: str) -> dict[str, Any]:
+    spread = group.spread(name)
+    raw = {str(result.cell.seed): plain(result.values.get(name)) for result in group.results}
+    return {"mean": spread.mean, "deviation": spread.deviation, "by_seed": raw}
+
+
+def _curves(group: Group) -> dict[str, Any]:
+    """Mean over the seeds' runs, update by update; infinite where one of them is not finite."""
+    runs = [result.run for result in group.results if result.run is not None]
+    last = max((run.updates[-1]["update"] for run in runs if run.updates), default=0)
+    updates = list(range(1, last + 1))
+    return {"update": updates, **{name: column(_mean_curve(runs, field, updates)) for name, field in CURVES.items()}}
+
+
+def _mean_curve(runs: Sequence[RunData], field: str, updates: Sequence[int]) -> list[float | None]:
+    tables = [{one["update"]: number(one.get(field)) for one in run.updates} for run in runs]
+    found: list[float | None] = []
+    for update in updates:
+        values = [value for table in tables if (value := table.get(update)) is not None]
+        found.append(statistics.fmean(values) if values and all(map(math.isfinite, values)) else math.inf if values else None)
+    return found
+
+
+def _mean_points(curves: Sequence[Sequence[tuple[int, float]]]) -> list[list[float]]:
+    """[update, mean] where every seed has a finite value."""
+    tables = [dict(curve) for curve in curves]
+    common = set.intersection(*map(set, tables)) if tables else set()
+    return [
+        [update, statistics.fmean(table[update] for table in tables)]
+        for update in sorted(common)
+        if all(math.isfinite(table[update]) for table in tables)
+    ]

@@ -1,0 +1,304 @@
+"""A study's cells: each a run of train_loop.py in processes of its own, several beside each other, recognised when they are done. No torch.
+
+A cell is done where its run's folder says so: the config is the one that is asked now, and the last update and the end stand in it. So a study
+that was killed at any moment goes on with the same command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is
+waited for instead of being run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import glassloop
+from glassloop.arguments import to_yaml
+from glassloop.config import as_dict
+from glassloop.observers import read_jsonl, write_text
+from glassloop.predict.hardware import gpus_present
+from glassloop.report.reading import RunData, flat, read_run
+from glassloop.study.checks import StudyError
+from glassloop.study.quantities import first_bad
+from glassloop.study.spec import Cell
+from glassloop.verify.processes import LAUNCHER_VARIABLES, launch_file
+
+ATTEMPTS = "attempts.jsonl"  # one line a process that was started
+NO_MATTER = ("run.", "resume.", "model.cache_dir", "preset")  # fields that say where things lie
+POLL_S = 0.2
+PATIENCE_S = 20.0  # for a cell that is told to end
+LAST_WORDS = 600  # characters of what a failed cell printed
+
+
+@dataclass(frozen=True)
+class State:
+    """What a cell's folder says: "absent" | "done" | "diverged" | "partial" | "other"; `why` in words; the run where there is one."""
+
+    kind: str
+    why: str = ""
+    run: RunData | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.kind in ("done", "diverged")
+
+
+@dataclass
+class Going:
+    """A cell under way."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    slot: tuple[str, ...]
+    began: float
+    beside: int  # cells that ran when it began, itself included
+    lock: int
+    told: bool = field(default=False)  # to end
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+def state_of(cell: Cell, out: Path) -> State:
+    """Read from disk alone. Raises ValueError where a file of the run is damaged."""
+    folder = run_folder(cell, out)
+    if not (folder / "config.yaml").exists():
+        return State("absent")
+    run = read_run(folder)
+    ours, theirs = _asked(as_dict(cell.config)), _asked(run.config or {})
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing:
+        name = differing[0]
+        return State("other", f"{name} = {theirs.get(name)}, and {ours.get(name)} is asked now", run)
+    end = run.end["kind"] if run.end else None
+    if end == "finished" and run.updates and run.updates[-1]["update"] == run.planned_updates:
+        return State("done", run=run)
+    if end == "failed" and (bad := first_bad(run)) is not None:
+        return State("diverged", f"update {bad} was not finite, or not applied", run)
+    message = f": {run.end['message']}" if run.end else ""
+    return State("partial", f"{len(run.updates)} of {run.planned_updates} updates{message}", run)
+
+
+def run_folder(cell: Cell, out: Path) -> Path:
+    return out / "cells" / cell.name
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    parallel: int,
+    timeout_s: float,
+    say: Callable[[str], None],
+    again: bool = False,
+    deadline: float | None = None,
+) -> dict[str, str]:
+    """Run what is not done yet. Returns {cell: why there is no result} of those that failed or were not reached.
+
+    Args:
+        parallel: cells beside each other on a device (or set of devices, where a cell has several ranks).
+        again: also what is done, or was run with another config.
+        deadline: time.monotonic() at which cells under way are ended; none is begun that would not be done by then.
+
+    Raises:
+        StudyError: a cell's folder holds a run of another config.
+    """
+    waiting = [cell for cell in cells if not _done_before(cell, out, again)]
+    if len(waiting) < len(cells):
+        say(f"{len(cells) - len(waiting)} of {len(cells)} cells are done already")
+    slots = _slots(cells, parallel)
+    known = [
+        line["seconds"] for line in attempts(out) if line["exit_code"] == 0 and line["cell"] in {cell.name for cell in cells}
+    ]
+    going: list[Going] = []
+    failed: dict[str, str] = {}
+    done, total = 0, len(waiting)
+    try:
+        while waiting or going:
+            for one in [one for one in going if one.process.poll() is not None]:
+                going.remove(one)
+                os.close(one.lock)
+                done += 1
+                why = _after(one, out, timeout_s)
+                known += [one.seconds] if why is None else []
+                if why is not None:
+                    failed[one.cell.name] = why
+                say(f"[{done}/{total}] {one.cell.name}: {why or 'done'} ({one.seconds:.0f} s, {one.beside} beside each other)")
+            free = [slot for slot in slots if slots.count(slot) > sum(one.slot == slot for one in going)]
+            left_s = float("inf") if deadline is None else deadline - time.monotonic()
+            if waiting and left_s < max(known, default=0.0):
+                failed |= {cell.name: f"not begun: {left_s:.0f} s were left" for cell in waiting}
+                waiting = []
+            elif waiting and free:
+                cell = waiting.pop(0)
+                slot = min(free, key=lambda one: sum(other.slot == one for other in going))
+                if (lock := _locked(cell, out)) is None:  # a cell that outlived an earlier study; others first
+                    waiting.append(cell)
+                elif not again and state_of(cell, out).finished:  # it has ended meanwhile
+                    os.close(lock)
+                    done += 1
+                    continue
+                else:
+                    going.append(_begin(cell, out, slot, len(going) + 1, lock, parallel))
+                    continue
+            for one in going:
+                if not one.told and (one.seconds > timeout_s or left_s <= 0):
+                    one.told = True
+                    _signal(one.process, signal.SIGTERM)
+            time.sleep(POLL_S)
+    finally:
+        end_all(going)
+    return failed
+
+
+def attempts(out: Path) -> list[dict[str, Any]]:
+    """What was started so far: cell, exit_code, seconds, beside, device, said."""
+    return read_jsonl(out / ATTEMPTS) if (out / ATTEMPTS).exists() else []
+
+
+def command(cell: Cell, out: Path) -> list[str]:
+    """How the cell's process is started; writes the files that it reads."""
+    asked = out / "asked" / f"{cell.name}.yaml"
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    write_text(asked, to_yaml(cell.config))
+    ranks = cell.config.batch.ranks or 1
+    words = ["train_loop", "--config", str(asked)]
+    if ranks == 1:
+        return [sys.executable, "-m", *words]
+    launch = out / "asked" / "launch.yaml"
+    write_text(launch, launch_file("cuda" if gpus_present() else "cpu"))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
+    return [*launcher, "--num_processes", str(ranks), "--module", *words]
+
+
+def environment(slot: tuple[str, ...], parallel: int) -> dict[str, str]:
+    """This process's environment for a cell: no other launcher's variables, the cell's own devices, and this very glassloop."""
+    left_out = (*LAUNCHER_VARIABLES, "ACCELERATE_MIXED_PRECISION")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out and not name.startswith("TORCHELASTIC_")}
+    here = str(Path(glassloop.__file__).resolve().parents[1])
+    threads = str(max(1, (os.cpu_count() or 1) // parallel))
+    kept = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"} | kept
+    kept |= {
+        "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "CUDA_VISIBLE_DEVICES": ",".join(slot),
+    }
+    return kept if slot else kept | {"ACCELERATE_USE_CPU": "true"}
+
+
+def end_all(going: Sequence[Going]) -> None:
+    """End cells and whatever they have started; each may write what it has to first."""
+    for one in going:
+        _signal(one.process, signal.SIGTERM)
+    for one in going:
+        try:
+            one.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            _signal(one.process, signal.SIGKILL)
+            one.process.wait()
+        os.close(one.lock)
+
+
+def _done_before(cell: Cell, out: Path, again: bool) -> bool:
+    if again:
+        return False
+    state = state_of(cell, out)
+    if state.kind == "other":
+        raise StudyError(
+            f"{run_folder(cell, out)} holds a run with {state.why}: name another folder with --out, or run these cells anew with --again"
+        )
+    return state.finished
+
+
+def _begin(cell: Cell, out: Path, slot: tuple[str, ...], beside: int, lock: int, parallel: int) -> Going:
+    folder = run_folder(cell, out)
+    if folder.exists():  # begun and not ended, or to be done again
+        shutil.rmtree(folder)
+    log = out / "logs" / f"{cell.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as printed:
+        process = subprocess.Popen(
+            command(cell, out),
+            env=environment(slot, parallel),
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(lock,),  # the lock lives as long as the cell does
+        )
+    return Going(cell, process, slot, time.monotonic(), beside, lock)
+
+
+def _after(one: Going, out: Path, timeout_s: float) -> str | None:
+    """Write down how a cell ended; why there is no result, or None."""
+    state, code = state_of(one.cell, out), one.process.returncode
+    log = out / "logs" / f"{one.cell.name}.txt"
+    said = log.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
+    why = None
+    if not state.finished:
+        ended = f"it took longer than {timeout_s:g} s" if one.told and one.seconds > timeout_s else f"exit code {code}"
+        ended = "ended: no time was left" if one.told and one.seconds <= timeout_s else ended
+        why = f"failed ({ended}): {' '.join(said.split())[-300:]}"
+    line = {
+        "cell": one.cell.name,
+        "state": state.kind,
+        "exit_code": code,
+        "seconds": round(one.seconds, 2),
+        "beside": one.beside,
+        "device": ",".join(one.slot) or "cpu",
+        "said": None if state.finished else said,
+    }
+    with open(out / ATTEMPTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if state.finished:  # a study needs the records, and adapters of dozens of cells would fill a disk
+        shutil.rmtree(run_folder(one.cell, out) / "checkpoints", ignore_errors=True)
+    return why
+
+
+def _slots(cells: Sequence[Cell], parallel: int) -> list[tuple[str, ...]]:
+    """Where cells run: a set of devices for each cell that may run beside others; () is the CPU."""
+    ranks = max((cell.config.batch.ranks or 1 for cell in cells), default=1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(place) for place in range(len(gpus_present()))]
+    if visible is not None:
+        names = [name for name in visible.split(",") if name] if names else []
+    sets = [tuple(names[place : place + ranks]) for place in range(0, len(names), ranks) if place + ranks <= len(names)]
+    if names and not sets:
+        raise StudyError(f"batch.ranks = {ranks}, but {len(names)} GPUs are visible: ask for fewer ranks")
+    return [one for one in sets or [()] for _ in range(parallel)]
+
+
+def first_slot() -> tuple[str, ...]:
+    """A device for work that is no cell; () is the CPU."""
+    return _slots((), 1)[0]
+
+
+def _locked(cell: Cell, out: Path) -> int | None:
+    """A descriptor that holds the cell's lock; None where another process does."""
+    path = out / "locks" / cell.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _asked(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flat(config).items() if not name.startswith(NO_MATTER)}

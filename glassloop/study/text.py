@@ -1,0 +1,102 @@
+"""A study in the terminal: one table of the settings, and each claim with its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from glassloop.study.critical import Critical, lines
+from glassloop.study.divergence import Divergence
+from glassloop.study.quantities import QUANTITIES
+from glassloop.study.results import CellResult, Group, Spread
+from glassloop.study.spec import Study
+from glassloop.study.verdicts import CONTRADICTED, SUPPORTED, Judged
+
+STYLES = {SUPPORTED: "green", CONTRADICTED: "red"}
+SHORT = {  # column heads; the page has the whole words
+    "heldout_loss": "held-out",
+    "heldout_gain": "fall",
+    "heldout_rise": "rise",
+    "train_loss": "train",
+    "overfit_gap": "gap",
+    "norm_median": "norm",
+    "norm_scatter": "scatter",
+    "norm_peak": "peak/mid",
+    "spikes": "spikes",
+    "clip_share": "clipped",
+    "noise_scale": "noise tok",
+    "update_ratio": "step/w",
+    "diverged": "diverged",
+    "load_gib": "load GiB",
+    "adapters_gib": "adapt GiB",
+    "peak_gib": "peak GiB",
+    "update_s": "s/update",
+    "tokens_per_s": "tok/s",
+    "rows_seen": "rows",
+}
+
+
+def columns_of(study: Study, groups: Sequence[Group]) -> list[str]:
+    """Quantities that the study asks for, claims included, and that some setting has."""
+    claimed = {claim.quantity for claim in study.claims}
+    return [
+        name
+        for name, one in QUANTITIES.items()
+        if (one.measure in study.measure or name in claimed) and any(group.spread(name).by_seed for group in groups)
+    ]
+
+
+def render(
+    study: Study,
+    results: Sequence[CellResult],
+    groups: Sequence[Group],
+    judged: Sequence[Judged],
+    critical: Sequence[Critical],
+    diverged: Sequence[Divergence],
+) -> RenderableType:
+    """Tables by measure and sentences, for a rich Console."""
+    parts: list[RenderableType] = [Text(f"\n{study.name}: {study.question}", style="bold")]
+    shown = columns_of(study, groups)
+    for measure in ("loss", "stability", "memory", "time"):
+        if names := [name for name in shown if QUANTITIES[name].measure == measure]:
+            parts += [Text(f"\n{measure}: mean, and standard deviation over seeds"), _table(groups, names)]
+    for result in results:
+        if result.kind in ("partial", "absent", "other"):
+            parts.append(Text(f"  no result: {result.cell.name}: {result.why}", style="yellow"))
+    if judged:
+        parts.append(Text("\nclaims", style="bold"))
+    for one in judged:
+        parts.append(Text(f"  {one.verdict}: {one.claim.says}", style=f"bold {STYLES.get(one.verdict, 'yellow')}"))
+        parts.append(Text(f"    {one.claim.quantity}: {one.why}"))
+    for found in critical:
+        parts += [Text("\ncritical accumulation", style="bold"), *(Text(f"  {line}") for line in lines(found))]
+    for one in diverged:
+        parts.append(Text(f"\ndiverged: {one.cell}, update {one.update}, {one.why}\n  {one.command}"))
+        if one.answer:
+            parts += [Text(f"    {line}") for line in one.answer.strip().splitlines()[-12:]]
+    if study.cannot_say:
+        parts.append(Text(f"\nwhat this cannot say: {study.cannot_say}"))
+    return Lines(*parts)
+
+
+def spread_text(spread: Spread) -> str:
+    """ "1.234 ± 0.02", the mean alone with one seed, "-" without a value."""
+    if spread.mean is None:
+        return "-"
+    return f"{spread.mean:.4g}" + ("" if spread.deviation is None else f" ±{spread.deviation:.2g}")
+
+
+def _table(groups: Sequence[Group], names: Sequence[str]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("setting", overflow="fold")
+    table.add_column("seeds", justify="right")
+    for name in names:
+        table.add_column(SHORT[name], justify="right", overflow="fold")
+    for group in groups:
+        cells = [group.name, f"{group.finished}/{len(group.results)}", *(spread_text(group.spread(name)) for name in names)]
+        table.add_row(*map(Text, cells))
+    return table
