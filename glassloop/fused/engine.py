@@ -64,6 +64,7 @@ class FusedEngine(nn.Module):
         self.tiers = Tiers(len(self.layers) if keep else 0, host=False)
         self.host = HostInputs(len(self.layers), self.embedding.device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
+        self.adapted: list[Any] = [module for module in hf.modules() if hasattr(module, "lora_A")]
         self.places: list[int] = []
         self.inward: Moves | None = None
         self.outward: list[Moves] = []
@@ -174,6 +175,11 @@ class FusedEngine(nn.Module):
             self.places = places
         assert self.inward is not None
         self.inward.carry_out(add=False)
+        if self.adapted[0].disable_adapters:  # by hf.disable_adapter(): the base alone
+            assert not training, "there is nothing to train without adapters"
+            for one in self.layers:
+                for linear in one.linears:
+                    linear.b.zero_()
 
     def where(self, p: Pass) -> Where:
         """Bounds and angles of a pass. A padded row counts with its padding, to its right, which causal attention keeps from its tokens."""

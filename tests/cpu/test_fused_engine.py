@@ -82,6 +82,21 @@ def test_sums_and_gradient_are_the_reference_engines(engine_of, tiny_llama, targ
         assert engine(passes[0])[0].item() == pytest.approx(wanted[0][0], rel=1e-6)
 
 
+def test_without_its_adapters_it_is_the_base_and_with_them_what_it_was(engine_of, tiny_llama):
+    engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
+    reference = engine_of(tiny_llama, quantization="nf4")  # fresh: B is 0
+    adapters_of(engine)
+    p = build_pass(rows_of(12, 7), packed=False, pad_id=0, device=torch.device("cpu"))
+    for held in (0, 2):
+        engine.use_tiers(Tiers(2, host=False, held=held))
+        with torch.no_grad():
+            before = engine(p)[0].item()
+            with engine.hf.disable_adapter():
+                base = engine(p)[0].item()
+            assert base == pytest.approx(reference(p)[0].item(), rel=1e-6)
+            assert engine(p)[0].item() == before != base
+
+
 def test_a_pass_without_labels_adds_nothing(engine_of, tiny_llama):
     engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
     adapters = adapters_of(engine)
