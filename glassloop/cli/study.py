@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser(
         prog="glassloop study",
         allow_abbrev=False,
-        description="Every cell of the grid is a run of its own. Cells that are done are not run again: the same command goes on where it was. "
-        "Words section.field=VALUE go over the file's base in every cell.",
+        description="Every cell of the grid is a run of its own. Cells that are done are not run again: the same command goes on where it was.",
+        epilog="Words section.field=VALUE go over the file's base in every cell.",
     )
     own.add_argument("file", metavar="FILE", type=Path, help="the study, such as studies/rank.yaml")
     own.add_argument("--out", type=Path, metavar="DIR", help="runs, results.json and study.html (default: runs/studies/NAME)")
@@ -36,8 +36,7 @@ def main(argv: list[str]) -> int:
     own.add_argument("--parallel", type=int, metavar="N", help="cells beside each other on a device (default: the file's)")
     own.add_argument("--minutes", type=float, metavar="M", help="end what is under way after M minutes; the next call goes on")
     own.add_argument("--again", action="store_true", help="run cells anew that are done, or were run with another config")
-    own.add_argument("overrides", nargs="*", metavar="section.field=VALUE", help="of every cell's config")
-    given = own.parse_args(argv)
+    given, overrides = own.parse_known_args(argv)
 
     from glassloop.study.spec import cells_of, read_study
 
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> int:
     for value, name in ((given.parallel, "--parallel"), (given.minutes, "--minutes")):
         if value is not None and value <= 0:
             raise ValueError(f"{name} {value:g}: more than 0")
-    study = read_study(given.file, given.overrides)
+    study = read_study(given.file, overrides)
     out = given.out or Path("runs") / "studies" / study.name
     cells = cells_of(study, out)
     chosen = [cell for cell in cells if given.only is None or given.only in cell.name]

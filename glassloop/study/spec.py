@@ -212,12 +212,7 @@ def _words(base: Any, overrides: Sequence[str], axes: Axes, bad: Complaint) -> t
             raise bad(where, given, f"every cell has a value of its own: {on_axes[name]} says which")
         if name.startswith(("run.", "resume.")) or given in ("-h", "--help", "--print_config"):
             raise bad(where, given, "a study names its cells' folders itself: leave it out")
-    own = [
-        one
-        for one in CELL_WORDS
-        if not any(given.removeprefix("--").startswith(one.partition("=")[0] + "=") for given in overrides)
-    ]
-    words = [*own, *in_base[len(preset) :]]
+    words = [*CELL_WORDS, *in_base[len(preset) :]]
     return (*preset, *_without_pair(words, [given.removeprefix("--").partition("=")[0] for given in overrides]), *overrides)
 
 
@@ -244,7 +239,7 @@ def _axes(values: Any, bad: Complaint) -> Axes:
                     raise bad(
                         f"{place}.{label}", fields, f"{unknown[0]} is no field of the config; {near(str(unknown[0]), known)}"
                     )
-            settings = [Setting(str(label), tuple((f, word(v)) for f, v in fields.items())) for label, fields in given.items()]
+            settings = [Setting(word(label), tuple((f, word(v)) for f, v in fields.items())) for label, fields in given.items()]
         else:
             raise bad(place, given, "a list of values of a field, or settings such as {r8: {lora.r: 8, lora.alpha: 8}}")
         if len({setting.label for setting in settings}) < len(settings):

@@ -75,7 +75,8 @@ def render(
     for found in critical:
         parts += [Text("\ncritical accumulation", style="bold"), *(Text(f"  {line}") for line in lines(found))]
     for one in diverged:
-        parts.append(Text(f"\ndiverged: {one.cell}, update {one.update}, {one.why}\n  {one.command}"))
+        parts.append(Text(f"\ndiverged: {one.cell}, update {one.update}, {one.why}"))
+        parts.append(Text(f"  {one.command}", no_wrap=True, overflow="ignore"))  # whole, to be copied
         if one.answer:
             parts += [Text(f"    {line}") for line in one.answer.strip().splitlines()[-12:]]
     if study.cannot_say:
