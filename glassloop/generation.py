@@ -62,6 +62,8 @@ def generate(
     max_new_tokens: int,
     device: torch.device,
     autocast: Autocast = nullcontext,
+    processors: Callable[[int, int], Sequence[Any]] = lambda _first, _count: (),
+    streamer: Any = None,
 ) -> list[tuple[int, ...]]:
     """The most likely token at each place, up to one of `stop_ids` (kept) or `max_new_tokens`. This rank only, no collective.
 
@@ -72,6 +74,9 @@ def generate(
     Args:
         hf: a PEFT model; its adapters take part unless the caller disabled them.
         pad_id: fills the left of shorter prompts. It may be one of `stop_ids`.
+        processors: (number of a batch's first prompt, its prompts) -> transformers' logits processors, for what the most likely token
+            is to be chosen from; see answering.py for one that samples.
+        streamer: gets each batch's prompt ids, then each step's new ids (B,), as transformers' streamers do.
 
     Returns:
         One tuple of new ids a prompt. An answer is shorter than asked where the model has no more positions for it.
@@ -98,7 +103,12 @@ def generate(
                 )
                 ids, mask = _left_padded(batch, width, pad_id, device)
                 output = model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=model.generation_config, synced_gpus=False
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=model.generation_config,
+                    logits_processor=list(processors(start, len(batch))),
+                    streamer=streamer,
+                    synced_gpus=False,
                 )  # (B, T + A)
                 answers.extend(_up_to_stop(row, stop_ids) for row in output[:, width:].tolist())
     finally:

@@ -105,6 +105,13 @@ TABLE = {
     "replay": Rule("*", "accelerate torch yaml"),
     "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),
     "bench": Rule("*", "torch"),
+    # What is done with a trained adapter.
+    "trained": Rule("*", "safetensors torch", late="transformers"),
+    "answering": Rule("generation templates trained", "torch", late="transformers"),
+    "questions": Rule(),
+    "intervals": Rule(),
+    "measuring": Rule("dist evaluation generation intervals rows templates trained"),
+    "heldout": Rule("config dataset duplicates rows sources templates trained"),
     "study": Rule("arguments config forecast observers predict report verify", "rich yaml"),
     "cli": Rule("*", late="*"),
     "train_loop": Rule("*", "torch"),

@@ -1,0 +1,174 @@
+"""Held-out loss and verdicts of the adapter against its base, with 95 % intervals, on all ranks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glassloop.cli.generate import add_run_options, overrides_of
+
+if TYPE_CHECKING:
+    from glassloop.measuring import Report, Score
+
+SCHEMA = 1
+FOLDER = "evaluated"  # in the run's folder: results, no row's text
+NAMES = {"loss_nats": "loss, nats a token"}
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop evaluate RUN [--data SOURCE]`. Exit code 0; 2 for what is refused."""
+    own = argparse.ArgumentParser(
+        prog="glassloop evaluate",
+        allow_abbrev=False,
+        description="The adapter and its base on the same rows: loss over all, verdicts of greedy answers where rows have labels.",
+        epilog="On several GPUs: accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml -m glassloop.cli evaluate RUN",
+    )
+    add_run_options(own)
+    own.add_argument(
+        "--data", metavar="SOURCE", help="rows to measure on instead of the run's held-out ones: file, folder, hub id"
+    )
+    own.add_argument("--split", help="split of --data, or another split of the run's own source")
+    own.add_argument("--rows", type=int, metavar="N", help="the first N of them")
+    own.add_argument("--answers", type=int, metavar="N", help="rows that are answered (default: all that have labels)")
+    own.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the run's evaluation.max_new_tokens)"
+    )
+    own.add_argument("--batch", type=int, metavar="N", help="rows of a pass on a rank (default: the run's batch.size)")
+    own.add_argument("--json", action="store_true", help="print one JSON object")
+    given = own.parse_args(argv)
+    for name in ("rows", "max_new_tokens", "batch"):
+        if (value := getattr(given, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
+    return run(given)
+
+
+def run(given: argparse.Namespace) -> int:
+    from glassloop.dist import in_turn, leave, one_first
+    from glassloop.launch import check_launch, hush, make_accelerator
+    from glassloop.trained import load, load_tokenizer_of, open_trained, template_of
+
+    trained = open_trained(given.run, given.at, overrides_of(given))
+    config = trained.config
+    batch = config.batch.model_copy(update={"ranks": None, "rows_per_update": None, "accumulation": 1})
+    execution = config.execution.model_copy(update={"engine": "peft"})
+    check_launch(config.model_copy(update={"batch": batch, "execution": execution}))
+    accelerator = make_accelerator(config)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    hush(rank)
+    import torch
+
+    from glassloop.heldout import rows_of
+    from glassloop.measuring import measure, report_of
+
+    device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
+
+    def first() -> Any:
+        return one_first(accelerator.is_local_main_process)
+
+    def read() -> Any:
+        tokenizer = load_tokenizer_of(trained)
+        template = template_of(trained, tokenizer)
+        return tokenizer, template, rows_of(trained, template, source=given.data, split=given.split, rows=given.rows)
+
+    tokenizer, template, rows = in_turn(first, read, "reading tokenizer and data")
+    loaded = load(trained, device, first=first)
+    started = time.perf_counter()
+    labelled = [example for example in rows.examples if example.label is not None]
+    answered = labelled if given.answers is None else rows.examples[: given.answers]
+    measured = measure(
+        loaded,
+        rows.rows,
+        answered,
+        template=template,
+        tokenizer=tokenizer,
+        batch_size=given.batch or config.batch.size,
+        max_new_tokens=given.max_new_tokens or config.evaluation.max_new_tokens,
+        rank=rank,
+        ranks=ranks,
+    )
+    if rank == 0:
+        report = report_of(measured, config.seed)
+        found = as_object(trained, rows.name, report, time.perf_counter() - started, ranks, given)
+        saved = save(trained, found)
+        if given.json:
+            print(json.dumps(found))
+        else:
+            print("\n".join([f"adapter   {trained.checkpoint}, {trained.why}", f"rows      {rows.name}"]))
+            print("\n".join(f"          {note}" for note in (*trained.notes, *loaded.notes, *rows.notes)) or "", end="")
+            print("\n".join(lines(report, found)))
+            print(f"saved     {saved}" if saved else "saved     nowhere: the checkpoint stands alone")
+    leave()
+    return 0
+
+
+def as_object(trained: Any, name: str, report: Report, seconds: float, ranks: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Plain values, no row's text."""
+    from glassloop.trained import adapter_hash
+
+    return {
+        "schema": SCHEMA,
+        "update": trained.state.update,
+        "checkpoint": trained.checkpoint.name,
+        "adapter": adapter_hash(trained),
+        "data": name,
+        "own_heldout": given.data is None and given.split is None,
+        "precision": trained.config.execution.precision,
+        "max_new_tokens": given.max_new_tokens or trained.config.evaluation.max_new_tokens,
+        "ranks": ranks,
+        "seconds": seconds,
+        **dataclasses.asdict(report),
+    }
+
+
+def save(trained: Any, found: dict[str, Any]) -> Path | None:
+    """Into the run's folder, one file an evaluation; None where the checkpoint stands alone."""
+    from glassloop.folders import make
+    from glassloop.observers import write_json
+
+    if trained.run is None:
+        return None
+    folder = trained.run / FOLDER
+    make(folder)
+    path = folder / f"{trained.checkpoint.name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    write_json(path, found)
+    return Path(os.path.relpath(path))
+
+
+def lines(report: Report, found: dict[str, Any]) -> list[str]:
+    """A table for people."""
+    told = [
+        f"          {report.rows} rows, {report.supervised_tokens:,} supervised tokens; {report.answered} answered greedily "
+        f"(at most {found['max_new_tokens']} tokens), {report.verdict_rows} of them with a label",
+        f"{'':<20}{'base':>25}{'adapter':>25}   adapter - base",
+    ]
+    took = f"took {found['seconds']:.1f} s on {found['ranks']} rank" + ("s" if found["ranks"] > 1 else "")
+    return [*told, *(score_line(score) for score in report.scores), *footnotes(report), took]
+
+
+def score_line(score: Score) -> str:
+    cells = []
+    for side in ("base", "adapter"):
+        value, interval = score.values[side], score.intervals[side]
+        cells.append("-" if value is None else f"{value:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+    base, adapter = score.values["base"], score.values["adapter"]
+    difference = "-" if base is None or adapter is None else f"{adapter - base:+.4f}"
+    if score.difference is not None:
+        difference += f" [{score.difference[0]:+.3f}, {score.difference[1]:+.3f}]"
+    if score.p is not None:
+        difference += f", p = {score.p:.3g}"
+    return f"{NAMES.get(score.name, score.name):<20}{cells[0]:>25}{cells[1]:>25}   {difference}"
+
+
+def footnotes(report: Report) -> list[str]:
+    told = [
+        "[95 % interval]: loss, F1 and differences by bootstrap over rows (2,000 draws, paired), shares by Wilson; p: exact McNemar"
+    ]
+    for side, counts in report.counts.items():
+        if report.verdict_rows and counts.get("no_verdict"):
+            told.append(f"{side}: {counts['no_verdict']:.0%} of its answers have no verdict; that counts as wrong")
+    return told

@@ -1,0 +1,272 @@
+"""Answer questions with the base and the adapter side by side: streamed, in batches, or in a chat."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from glassloop.answering import Reply, Sampling
+    from glassloop.rows import Turn
+    from glassloop.templates import Template
+    from glassloop.trained import Loaded, Trained
+
+SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
+WIDE = 100  # columns from which answers stand beside each other
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What all commands that open a trained adapter take."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("--at", type=int, metavar="N", help="the checkpoint after N updates (default: the best by held-out loss)")
+    parser.add_argument("--model", metavar="MODEL", help="where the base model is now (model.id)")
+
+
+def overrides_of(given: argparse.Namespace) -> dict[str, str]:
+    return {"model.id": given.model} if given.model else {}
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop generate RUN ["question" ...] [--file FILE] [--chat]`. Exit code 0; 2 for what is refused."""
+    own = argparse.ArgumentParser(
+        prog="glassloop generate",
+        allow_abbrev=False,
+        description="Answers by the base and by the adapter. Sampling is what the model's generation_config.json asks for, unless given.",
+    )
+    add_run_options(own)
+    own.add_argument("question", nargs="*", help="one question each; - reads stdin, and so does no question at all")
+    own.add_argument(
+        "--file", type=Path, help="questions, one a line (.jsonl: strings, or objects with question, prompt or dialogue)"
+    )
+    own.add_argument("--chat", action="store_true", help="talk in turns; /reset begins anew, /exit or Ctrl-D ends")
+    own.add_argument("--call", action="store_true", help="the text is a phone call: ask about it what format scam asks")
+    own.add_argument("--only", choices=SIDES, default="both", help="whose answers (default: both)")
+    own.add_argument("--system", help="system prompt (default: the run's data.system)")
+    own.add_argument("--greedy", action="store_true", help="the most likely token at each place")
+    own.add_argument("--temperature", type=float)
+    own.add_argument("--top-p", type=float)
+    own.add_argument("--top-k", type=int)
+    own.add_argument("--seed", type=int, default=0, help="question i draws from seed and i (default: 0)")
+    own.add_argument("--max-new-tokens", type=int, default=1024)
+    own.add_argument("--batch", type=int, default=8, metavar="N", help="questions answered together (default: 8)")
+    own.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="instead of the run's own")
+    own.add_argument("--json", action="store_true", help="one JSON object a question")
+    given = own.parse_args(argv)
+    for name in ("batch", "max_new_tokens"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be 1 or more")
+    return run(given)
+
+
+def run(given: argparse.Namespace) -> int:
+    from glassloop.questions import questions_of
+
+    if given.chat and (given.question or given.file or given.json):
+        raise ValueError("--chat reads questions as you type them: leave the question, --file and --json out")
+    questions: list[str] = []
+    if not given.chat:
+        wants_stdin = "-" in given.question or not (given.question or given.file)
+        stdin = sys.stdin.buffer.read() if wants_stdin and not sys.stdin.isatty() else None
+        questions = questions_of(given.question, given.file, stdin)
+
+    from glassloop.launch import hush
+    from glassloop.trained import device_here, load, load_tokenizer_of, open_trained, template_of
+
+    hush(1)
+    trained = open_trained(given.run, given.at, overrides_of(given))
+    tokenizer = load_tokenizer_of(trained)
+    template = template_of(trained, tokenizer)
+    loaded = load(trained, device_here(), precision=given.precision)
+    return Session(given, trained, tokenizer, template, loaded).run(questions)
+
+
+class Session:
+    """What stays the same from question to question."""
+
+    def __init__(self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Template, loaded: Loaded) -> None:
+        from rich.console import Console
+
+        from glassloop.answering import sampling_of, stop_ids_of
+
+        self.given, self.trained, self.tokenizer, self.template, self.loaded = given, trained, tokenizer, template, loaded
+        settings = loaded.hf.get_base_model().generation_config
+        own, notes = sampling_of(settings)
+        self.sampling = chosen(own, given)
+        self.stop_ids = stop_ids_of(template, settings)
+        self.system = given.system if given.system is not None else trained.config.data.system
+        self.console: Console = Console(soft_wrap=True, highlight=False)
+        self.sides = SIDES[given.only]
+        if not given.json:
+            self.say(f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed {given.seed}")
+            for note in (*trained.notes, *loaded.notes, *notes):
+                self.say(f"          {note}")
+
+    def say(self, text: str = "", style: str = "", end: str = "\n") -> None:
+        self.console.print(harmless(text, self.console.encoding), markup=False, style=style, end=end)
+
+    def run(self, questions: list[str]) -> int:
+        if self.given.chat:
+            self.chat()
+            return 0
+        prompts = [self.prompt(self.first_turns(question)) for question in questions]
+        if len(questions) == 1 and not self.given.json:
+            self.say()
+            self.stream(prompts[0])
+            return 0
+        for start in range(0, len(prompts), self.given.batch):
+            batch = prompts[start : start + self.given.batch]
+            replies = {side: self.answers(batch, side, start) for side in self.sides}
+            for place in range(len(batch)):
+                self.show(start + place, questions[start + place], {side: replies[side][place] for side in self.sides})
+        return 0
+
+    def first_turns(self, question: str) -> list[Turn]:
+        from glassloop.formats import SCAM_QUESTION
+        from glassloop.rows import Turn
+
+        text = SCAM_QUESTION + question.strip() if self.given.call else question
+        return [*([Turn("system", self.system)] if self.system is not None else []), Turn("user", text)]
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        from glassloop.rows import Example
+
+        return self.template.prompt_ids(Example("question", tuple(turns)))
+
+    def answers(self, prompts: list[list[int]], side: str, first: int, write: Any = None) -> list[Reply]:
+        from glassloop.answering import answer
+
+        return answer(
+            self.loaded,
+            self.tokenizer,
+            prompts,
+            with_adapter=side == "adapter",
+            sampling=self.sampling,
+            seed=self.given.seed,
+            number=first,
+            stop_ids=self.stop_ids,
+            batch_size=self.given.batch,
+            max_new_tokens=self.given.max_new_tokens,
+            write=write,
+        )
+
+    def stream(self, prompt: list[int], sides: Sequence[str] = (), turn: int = 0) -> dict[str, Reply]:
+        """Both answers as they are written, one after the other; reasoning dim and under its own heading."""
+        replies = {}
+        for side in sides or self.sides:
+            self.say(f"--- {side}", "bold")
+            shown: list[str] = []
+
+            def write(kind: str, text: str, shown: list[str] = shown) -> None:
+                if kind not in shown:
+                    if shown:
+                        self.say()
+                    shown.append(kind)
+                    self.say(f"[{kind}]", "dim")
+                self.say(text, "dim italic" if kind == "reasoning" else "", end="")
+                self.console.file.flush()
+
+            (replies[side],) = self.answers([prompt], side, turn, write)
+            self.say()
+            self.say(ending(replies[side], self.given.max_new_tokens), "dim")
+        return replies
+
+    def show(self, number: int, question: str, replies: dict[str, Reply]) -> None:
+        if self.given.json:
+            told = {side: dataclasses.asdict(reply) for side, reply in replies.items()}
+            print(json.dumps({"number": number, "question": question, **told}, ensure_ascii=False), flush=True)
+            return
+        self.say()
+        self.say(f"=== {number + 1}: {question if len(question) <= 300 else question[:300] + ' ...'}", "bold")
+        if self.console.is_terminal and self.console.width >= WIDE and len(replies) == 2:
+            self.console.print(beside(replies, self.console))
+            return
+        for side, reply in replies.items():
+            self.say(f"--- {side} ({ending(reply, self.given.max_new_tokens)})", "bold")
+            if reply.reasoning is not None:
+                self.say("[reasoning]", "dim")
+                self.say(reply.reasoning, "dim italic")
+                self.say("[answer]", "dim")
+            self.say(reply.answer)
+
+    def chat(self) -> None:
+        """Each side has its own conversation, since its answers are other ones."""
+        from glassloop.rows import Turn
+
+        self.say(
+            "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers (--only adapter for one)."
+        )
+        talks: dict[str, list[Turn]] = {side: [] for side in self.sides}
+        turn = 0
+        while True:
+            try:
+                said = input("you> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                self.say()
+                return
+            if said == "/exit":
+                return
+            if said == "/reset":
+                talks = {side: [] for side in self.sides}
+                continue
+            if not said:
+                continue
+            for side, turns in talks.items():
+                asked = [*turns, Turn("user", said)] if turns else self.first_turns(said)
+                try:
+                    reply = self.stream(self.prompt(asked), (side,), turn)[side]
+                except ValueError as error:  # the template takes one question only, or the talk has grown too long
+                    self.say(f"refused: {error}; /reset begins anew")
+                    break
+                reasoning = reply.reasoning if reply.reasoning is not None or not self.template.opens_think else ""
+                talks[side] = [*asked, Turn("assistant", reply.answer, reasoning)]
+            turn += 1
+
+
+def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
+    """The model's own sampling with what was given in place. Raises ValueError for values that mean nothing."""
+    if given.greedy and any(value is not None for value in (given.temperature, given.top_p, given.top_k)):
+        raise ValueError("--greedy takes the most likely token: leave --temperature, --top-p and --top-k out")
+    if given.greedy:
+        return dataclasses.replace(own, temperature=0.0)
+    fields = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(given, name)) is not None}
+    if fields and "temperature" not in fields and not own.temperature:
+        fields["temperature"] = 1.0
+    return dataclasses.replace(own, **fields)
+
+
+def harmless(text: str, encoding: str) -> str:
+    """What a model wrote, its line breaks kept and whatever else a terminal would obey made visible."""
+    from glassloop.terminal import printable
+
+    return "\n".join(printable(line, encoding) for line in text.split("\n"))
+
+
+def ending(reply: Reply, most: int) -> str:
+    """How an answer came to its end."""
+    inside = "" if reply.closed else ", inside its reasoning"
+    why = "ended by itself" if reply.ended else f"cut off at {reply.tokens:,} of at most {most:,} tokens{inside}"
+    return f"{reply.tokens:,} tokens, {why}" if reply.ended else why
+
+
+def beside(replies: dict[str, Reply], console: Console) -> Any:
+    """Two answers in two columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(expand=True)
+    cells = []
+    for side, reply in replies.items():
+        table.add_column(side, ratio=1, overflow="fold")
+        cell = Text()
+        if reply.reasoning is not None:
+            cell.append(harmless(reply.reasoning, console.encoding) + "\n\n", style="dim italic")
+        cells.append(cell.append(harmless(reply.answer, console.encoding)))
+    table.add_row(*cells)
+    return table

@@ -1,0 +1,60 @@
+"""Questions for a trained model: from the command line, stdin or a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+KEYS = ("question", "prompt", "dialogue")  # of a line of a .jsonl file
+
+
+def questions_of(words: list[str], file: Path | None, stdin: bytes | None) -> list[str]:
+    """The questions asked: each word one; `file` more of them; `stdin`, where there is neither or a word is `-`, one as a whole.
+
+    A file that ends in .jsonl holds a JSON string or an object with `question`, `prompt` or `dialogue` a line; any other a question a line.
+
+    Raises:
+        ValueError: there is no question, or a file that cannot be read; names it, the line and the cure.
+    """
+    found = [readable(stdin, "stdin").strip() if word == "-" and stdin is not None else word for word in words]
+    if file is not None:
+        found += from_file(file)
+    elif not words and stdin is not None:
+        found = [readable(stdin, "stdin").strip()]
+    if empty := [place for place, question in enumerate(found, 1) if not question.strip()]:
+        raise ValueError(f"question {empty[0]} is empty: write it out, or leave it out")
+    if not found:
+        raise ValueError('no question: glassloop generate RUN "question", --file FILE, text on stdin, or --chat')
+    return found
+
+
+def from_file(path: Path) -> list[str]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--file {path} cannot be read ({error.strerror}): name a file of questions") from error
+    lines = [(number, line) for number, line in enumerate(readable(data, f"--file {path}").splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"--file {path} holds no question: write one a line")
+    if path.suffix.lower() != ".jsonl":
+        return [line.strip() for _, line in lines]
+    return [_from_json(line, f"--file {path}, line {number}") for number, line in lines]
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}): one JSON string or object a line") from error
+    if isinstance(value, dict):
+        value = next((value[key] for key in KEYS if key in value), None)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} holds no text under {', '.join(KEYS)}")
+    return value
+
+
+def readable(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not UTF-8 (byte {error.start}): save it as UTF-8") from error

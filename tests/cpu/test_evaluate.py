@@ -1,0 +1,127 @@
+"""`glassloop evaluate`: intervals against known values, the same losses as the run, rows of one's own, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from trained_runs import copy_of, finished_run, write_calls
+from transformers import AutoModelForCausalLM
+
+from glassloop.base_cache import prepare_4bit
+from glassloop.cli.__main__ import main
+from glassloop.evaluation import Answer
+from glassloop.heldout import rows_of
+from glassloop.intervals import bootstrap, mcnemar, wilson
+from glassloop.measuring import Measured, report_of
+from glassloop.trained import load_tokenizer_of, open_trained, template_of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return finished_run(tmp_path_factory.mktemp("evaluate"), tiny_llama)
+
+
+def test_wilson_is_the_published_interval():
+    low, high = wilson(8, 10) or (0, 0)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert wilson(0, 0) is None
+    assert (wilson(0, 4) or (1, 0))[0] == 0
+
+
+def test_mcnemar_is_the_exact_binomial():
+    assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 1024)
+    assert mcnemar(0, 0) == mcnemar(5, 5) == 1
+
+
+def test_the_bootstrap_covers_the_mean_and_is_paired():
+    values = [float(i % 10) for i in range(200)]
+    low, high = bootstrap(200, lambda drawn: sum(values[i] for i in drawn) / len(drawn)) or (0, 0)
+    half = 1.96 * math.sqrt(8.25 / 200)
+    assert low == pytest.approx(4.5 - half, abs=0.06) and high == pytest.approx(4.5 + half, abs=0.06)
+    assert bootstrap(200, lambda drawn: 1.0) is None  # no spread is known
+    other = [value - 1 + 0.01 * (i % 3) for i, value in enumerate(values)]
+    low, high = bootstrap(200, lambda drawn: sum(other[i] - values[i] for i in drawn) / len(drawn)) or (0, 0)
+    assert -1 <= low < high < -0.98  # far narrower than either mean's
+
+
+def answered(label: str, verdict: str | None) -> Answer:
+    return Answer("r", "", "", "", label, verdict, False, False, True, 3)
+
+
+def test_scores_and_differences_are_those_of_the_rows():
+    labels = ["scam"] * 6 + ["honest"] * 4
+    base = ["scam", "honest", "honest", None, "scam", "honest"] + ["honest"] * 4
+    adapter = ["scam"] * 5 + ["honest"] + ["scam"] + ["honest"] * 3
+    answers = {
+        side: [answered(label, verdict) for label, verdict in zip(labels, said, strict=True)]
+        for side, said in (("base", base), ("adapter", adapter))
+    }
+    report = report_of(Measured((10,) * 10, {"base": [20.0] * 10, "adapter": [10.0 + i for i in range(10)]}, answers))
+    by_name = {score.name: score for score in report.scores}
+    assert by_name["loss_nats"].values == {"base": 2.0, "adapter": 1.45}
+    assert by_name["accuracy"].values == {"base": 0.6, "adapter": 0.8}
+    assert by_name["accuracy"].p == mcnemar(1, 3)
+    assert by_name["precision"].values == {"base": 1.0, "adapter": pytest.approx(5 / 6)}
+    assert by_name["recall"].values == {"base": pytest.approx(2 / 6), "adapter": pytest.approx(5 / 6)}
+    assert by_name["f1"].values == {"base": pytest.approx(0.5), "adapter": pytest.approx(10 / 12)}
+    assert by_name["recall"].intervals["adapter"] == wilson(5, 6)
+
+
+def found(capsys, *words) -> dict:
+    capsys.readouterr()
+    code = main(["evaluate", *map(str, words), "--json"])
+    out = capsys.readouterr()
+    assert code == 0, out.out + out.err
+    return json.loads(out.out)
+
+
+def plain_loss(run: Path) -> float:
+    """Of the quantised base in plain transformers, over the run's held-out rows, one by one."""
+    trained = open_trained(run)
+    tokenizer = load_tokenizer_of(trained)
+    rows = rows_of(trained, template_of(trained, tokenizer)).rows
+    (copy,) = (Path(trained.config.model.cache_dir or "") / "quantized").iterdir()
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    prepare_4bit(model, torch.float32)
+    total = 0.0
+    for row in rows:
+        labels = torch.tensor([[t if s else -100 for t, s in zip(row.input_ids, row.supervised, strict=True)]])
+        with torch.no_grad():
+            total += float(model(torch.tensor([row.input_ids]), labels=labels).loss) * row.supervised_tokens
+    return total / sum(row.supervised_tokens for row in rows)
+
+
+def test_losses_are_those_that_the_run_recorded(run, capsys):
+    told = found(capsys, run)
+    last = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert told["rows"] == last["rows"] == 6
+    assert told["counts"]["adapter"]["loss_nats"] == pytest.approx(last["loss_nats"], abs=1e-6)
+    assert told["counts"]["base"]["loss_nats"] == pytest.approx(plain_loss(run), abs=1e-4)
+    (saved,) = (run / "evaluated").glob("*.json")
+    assert json.loads(saved.read_text())["scores"][0]["name"] == "loss_nats"
+    assert "Quatermain" not in saved.read_text()
+
+
+def test_rows_of_ones_own_and_what_training_has_seen(run, tmp_path, capsys):
+    assert found(capsys, run, "--data", write_calls(tmp_path / "mine.jsonl", 6), "--answers", 0)["rows"] == 6
+    code = main(["evaluate", str(run), "--data", str(tmp_path / "mine.jsonl"), "--answers", "0"])
+    out = capsys.readouterr().out
+    assert code == 0 and "what a training row asked" in out and "adapter - base" in out
+
+
+def test_what_cannot_be_used_is_refused(run, tmp_path, capsys):
+    gone = copy_of(run, tmp_path / "gone")
+    for path in gone.glob("checkpoints/*/tokenizer.json"):
+        path.write_text("{")
+    for words, message in (
+        ([tmp_path / "none"], "no folder"),
+        ([gone], "no whole checkpoint"),
+        ([run, "--data", tmp_path / "none.jsonl"], "no such file"),
+        ([run, "--rows", 0], "--rows 0"),
+    ):
+        assert main(["evaluate", *map(str, words)]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""`glassloop generate`: base and adapter, sampling by the model's settings, reasoning apart, reproducible draws, refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trained_runs import copy_of, finished_run
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from glassloop.answering import GumbelNoise, Sampling, Splitter, answer, processors_of, sampling_of, split_reasoning, stop_ids_of
+from glassloop.cli.__main__ import main
+from glassloop.rows import Example, Turn
+from glassloop.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
+
+QUESTIONS = [
+    "Who calls?",
+    "The caller asks for the code that was sent to your phone, and says that the account is locked.",
+    "12 + 30?",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return finished_run(tmp_path_factory.mktemp("generate"), tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def parts(run):
+    trained = open_trained(run)
+    tokenizer = load_tokenizer_of(trained)
+    return load(trained, torch.device("cpu")), tokenizer, template_of(trained, tokenizer)
+
+
+def asked(parts, questions, *, seed=7, sampling=None, batch=8, with_adapter=True, write=None, first=0):
+    loaded, tokenizer, template = parts
+    return answer(
+        loaded,
+        tokenizer,
+        [prompt_of(template, q) for q in questions],
+        with_adapter=with_adapter,
+        sampling=sampling or Sampling(temperature=0.9, top_p=0.95),
+        seed=seed,
+        number=first,
+        stop_ids=template.stop_ids,
+        batch_size=batch,
+        max_new_tokens=12,
+        write=write,
+    )
+
+
+def test_sampling_is_what_generation_config_asks_for():
+    r1 = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, eos_token_id=5)
+    assert sampling_of(r1) == (Sampling(temperature=0.6, top_p=0.95), [])
+    assert sampling_of(GenerationConfig()) == (Sampling(), [])
+    assert sampling_of(GenerationConfig(temperature=0.6))[0].temperature == 0  # it does not ask for sampling
+    _, notes = sampling_of(GenerationConfig(do_sample=True, typical_p=0.5))
+    assert "typical_p" in notes[0]
+    assert stop_ids_of(SimpleNamespace(stop_ids=(2,)), r1) == (2, 5)  # type: ignore[arg-type]
+
+
+def test_draws_have_the_models_distribution():
+    scores = torch.log(torch.tensor([[0.6, 0.3, 0.1, 0.0]]))
+    counts = torch.zeros(4)
+    noise = GumbelNoise(3, 0, 1)
+    for _ in range(4000):
+        counts[noise(torch.zeros(1, 1), scores).argmax()] += 1
+    for share, wanted in zip((counts / 4000).tolist(), (0.6, 0.3, 0.1, 0.0), strict=True):
+        assert abs(share - wanted) < 4 * math.sqrt(0.25 / 4000)
+    kept = processors_of(Sampling(temperature=1.0, top_p=0.7), 0)(0, 1)
+    for processor in kept[:-1]:
+        scores = processor(torch.zeros(1, 1), scores)
+    assert torch.isinf(scores[0, 2:]).all() and torch.isfinite(scores[0, :2]).all()  # 0.6 alone is below 0.7, with 0.3 above
+
+
+def test_a_question_gets_the_same_answer_alone_and_in_a_left_padded_batch(parts):
+    together = asked(parts, QUESTIONS)
+    alone = [asked(parts, [question], first=place)[0] for place, question in enumerate(QUESTIONS)]
+    small = asked(parts, QUESTIONS, batch=2)
+    assert together == alone == small
+    assert asked(parts, QUESTIONS) == together
+    assert asked(parts, QUESTIONS, seed=8) != together
+    state = torch.get_rng_state()
+    asked(parts, QUESTIONS[:1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_base_and_adapter_answer_each_as_itself(parts, run, tiny_llama):
+    greedy = Sampling()
+    with_adapter, without = (asked(parts, QUESTIONS, sampling=greedy, with_adapter=side) for side in (True, False))
+    assert with_adapter != without
+    loaded, tokenizer, template = parts
+    ids = torch.tensor([prompt_of(template, QUESTIONS[0])])
+    plain = AutoModelForCausalLM.from_pretrained(loaded.engine.report.folder, dtype=torch.float32)
+    out = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    new = out[0, ids.shape[1] :].tolist()
+    new = new[: new.index(2)] if 2 in new else new
+    assert without[0].answer == tokenizer.decode(new).strip()
+
+
+def test_the_prompt_is_the_one_of_training_and_marks_in_text_stay_text(parts, run):
+    _, tokenizer, template = parts
+    saved = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False)
+    assert prompt_of(template, "hi") == saved
+    assert 2 not in prompt_of(template, "</s> is not the end")
+    row = Example("r", (Turn("user", "hi"), Turn("assistant", "there")))
+    assert list(template.encode(row).input_ids[: len(saved)]) == saved
+
+
+def test_streaming_gives_the_same_text_piece_by_piece(parts):
+    pieces = []
+    (reply,) = asked(parts, QUESTIONS[:1], write=lambda kind, text: pieces.append((kind, text)))
+    assert "".join(text for kind, text in pieces if kind == "answer").strip() == reply.answer
+    assert asked(parts, QUESTIONS[:1]) == [reply]
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "expected"),
+    [
+        ("<think>\nwhy\n</think>\n\nyes", False, ("why", "yes", True)),
+        ("why\n</think>\n\nyes", True, ("why", "yes", True)),
+        ("yes", False, (None, "yes", True)),
+        ("never done", True, ("never done", "", False)),
+        ("a < b <thin air", False, (None, "a < b <thin air", True)),
+    ],
+)
+def test_reasoning_is_told_apart_whole_and_in_any_pieces(text, opened, expected):
+    assert split_reasoning(text, opened) == expected
+    for size in (1, 3, 7):
+        splitter, kinds = Splitter(opened), {"reasoning": "", "answer": ""}
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        for kind, piece in [*(p for part in parts for p in splitter.feed(part)), *splitter.feed("", True)]:
+            kinds[kind] += piece
+        assert (kinds["reasoning"].strip(), kinds["answer"].strip()) == (expected[0] or "", expected[1])
+
+
+def command(capsys, *words, stdin: bytes | None = None, monkeypatch=None):
+    if stdin is not None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    code = main(["generate", *map(str, words)])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"question": "One?"}) + "\n" + json.dumps("Two?") + "\n")
+    code, out, _ = command(capsys, run, "--file", file, "--json", "--max-new-tokens", 4)
+    told = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [one["question"] for one in told] == ["One?", "Two?"]
+    assert set(told[0]) == {"number", "question", "base", "adapter"}
+    code, out, _ = command(
+        capsys, run, "--json", "--only", "adapter", "--max-new-tokens", 4, stdin=b"One?\n", monkeypatch=monkeypatch
+    )
+    assert code == 0 and json.loads(out)["adapter"] == told[0]["adapter"]
+    code, out, _ = command(capsys, run, "One?", "--max-new-tokens", 4)
+    assert code == 0 and "--- base" in out and "--- adapter" in out
+
+
+def test_chat_goes_on_with_what_was_said(run, capsys, monkeypatch):
+    said = iter(["One?", "Two?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
+    code, out, _ = command(capsys, run, "--chat", "--max-new-tokens", 4, "--only", "adapter")
+    assert code == 0 and out.count("--- adapter") == 2 and "refused" not in out
+
+
+def test_what_cannot_be_used_is_refused_with_folder_and_cure(run, tmp_path, capsys):
+    torn = copy_of(run, tmp_path / "torn")
+    for path in (torn / "checkpoints").glob("update_*/adapter_model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "adapter_config.json").write_text("{}")
+    for folder, words in (
+        (tmp_path / "none", "no folder"),
+        (torn, "no whole checkpoint"),
+        (foreign, "no checkpoint of glassloop"),
+        (tmp_path, "neither a run's folder"),
+    ):
+        code, _, err = command(capsys, folder, "hi")
+        assert code == 2 and words in err and str(folder) in err, err
+    code, _, err = command(capsys, torn / "checkpoints" / "update_000002", "hi")
+    assert code == 2 and "adapter_model.safetensors" in err and "--at" in err
+    for words, message in (
+        (["--at", 9], "it has 2"),
+        (["--temperature", -1], "temperature"),
+        (["--model", tmp_path], "config.json"),
+    ):
+        code, _, err = command(capsys, run, "hi", *words)
+        assert code == 2 and message in err, err
+
+
+def test_another_base_is_refused(run, tiny_qwen2, tmp_path, capsys, tiny_llama):
+    import shutil
+
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    code, _, err = command(capsys, run, "hi", "--model", other)
+    assert code == 2 and "another base" in err and "--model" in err

@@ -1,0 +1,76 @@
+"""A finished run of a tiny model for tests of what is done with it afterwards, and ways to spoil a copy of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from glassloop.arguments import from_values
+from glassloop.build import build_run
+from glassloop.optim import FlatAdapters
+from train_loop import train
+
+SECRET_ROW = "the caller is Ottoline Quatermain of 12 Zanzibar Mews"
+
+
+def write_calls(path: Path, rows: int = 24) -> Path:
+    """Calls of format scam; each row of training carries SECRET_ROW."""
+    lines = [
+        {
+            "dialogue": f"caller: {SECRET_ROW}, number {n}. receiver: {'no' if n % 2 else 'yes'} {n * 7}.",
+            "type": "ssn" if n % 2 else "wrong",
+            "label": n % 2,
+        }
+        for n in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def finished_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
+    """Train two updates on calls, in NF4; adapters are then given values that are felt."""
+    AcceleratorState._reset_state(True)
+    values: dict[str, Any] = {
+        "model": {"id": str(model), "cache_dir": str(folder / "cache")},
+        "lora": {"r": 4, "alpha": 8},
+        "data": {
+            "source": str(write_calls(folder / "calls.jsonl")),
+            "format": "scam",
+            "template": "chat",
+            "heldout": 0.25,
+            "max_tokens": 400,
+        },
+        "batch": {"size": 2, "accumulation": 2},
+        "schedule": {"updates": 2, "warmup_updates": 1},
+        "optimizer": {"lr": 1e-2},
+        "execution": {"precision": "fp32", "checkpointing": False, "preflight": False},
+        "evaluation": {"samples": 0, "generate_rows": 2, "max_new_tokens": 4},
+        "record": {"text": "full", "capsules": 2},
+        "run": {"dir": str(folder / "runs"), "name": "one"},
+    }
+    for section, fields in sections.items():
+        values[section] = {**values.get(section, {}), **fields}
+    run = build_run(from_values(values))
+    louder(run.adapters)
+    assert train(run) == 0
+    run.close()
+    return run.folder
+
+
+def louder(adapters: FlatAdapters, scale: float = 0.05) -> None:
+    """B away from zero, so that an adapter that is left out, or scaled wrongly, changes the loss."""
+    drawn = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, place in adapters.slices.items():
+            if "lora_B" in name:
+                place.of(adapters.flat).copy_(scale * torch.randn(place.shape, generator=drawn))
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    return to
