@@ -1,0 +1,1 @@
+"""Adapters merged into 16-bit weights, what that costs, and how the result is served."""
