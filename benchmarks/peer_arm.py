@@ -1,0 +1,290 @@
+"""One peer in a process of its own: `python benchmarks/peer_arm.py SPEC.json BASE`, or the same under `accelerate launch` for several ranks.
+
+Its interpreter needs that peer. Of glassloop only parts without dependencies are imported, through PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REACHED = time.time()
+
+from glassloop.bench.machine import Sampler, card_state, energy_j  # noqa: E402
+from glassloop.bench.results import append  # noqa: E402
+from glassloop.bench.spec import Spec, read_spec  # noqa: E402
+from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, utilisation  # noqa: E402
+from glassloop.environment import environment  # noqa: E402
+from glassloop.predict.shapes import shapes_from_config  # noqa: E402
+from glassloop.workloads import workload  # noqa: E402
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SEED, LR = 3407, 2e-4
+GIB = 2**30
+RANK, LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer is asked to work.
+
+    Attributes:
+        library: trl | unsloth, which is also the key of --python. batch: rows of a micro-batch.
+        checkpointing: activations recomputed; for Unsloth its own way, with inputs kept on the host.
+        kbit: after PEFT's prepare_model_for_kbit_training, as many tutorials have it.
+    """
+
+    library: str
+    batch: int = 2
+    checkpointing: bool = True
+    kbit: bool = False
+    liger: bool = False
+    padding_free: bool = False
+
+
+PEERS = {
+    "trl": Peer("trl"),
+    "trl-kbit": Peer("trl", kbit=True),
+    "trl-liger": Peer("trl", liger=True),
+    "trl-padfree": Peer("trl", padding_free=True),
+    "unsloth": Peer("unsloth"),
+    "unsloth-kept": Peer("unsloth", checkpointing=False),
+    "unsloth-b8": Peer("unsloth", batch=8),
+    "unsloth-b8k": Peer("unsloth", batch=8, checkpointing=False),
+}
+
+
+def arm(spec_file: Path, base: Path) -> int:
+    """In the peer's process: train, write the line, and leave at once (Unsloth can hang in its own shutdown)."""
+    spec = read_spec(spec_file)
+    try:
+        line, code = spec.about | measure(spec, PEERS[spec.engine], base), 0
+    except (ValueError, RuntimeError, OSError, ImportError, TypeError) as error:  # a peer's own refusal is a result too
+        line, code = spec.about | {"failed": f"{type(error).__name__}: {error}"[:600]}, 3
+    if RANK == 0 or "failed" in line:  # the last line counts, so a rank that failed is heard
+        append(Path(spec.out), line)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def measure(spec: Spec, peer: Peer, base: Path) -> dict[str, Any]:
+    """The peer's own trainer over the workload's rows in their order."""
+    os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    if peer.library == "unsloth":
+        import unsloth  # pyright: ignore[reportMissingImports]  # noqa: F401  (it patches what is imported after it)
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    from glassloop.bench.ceiling import matmul_ceiling
+
+    on_cuda = spec.device == "cuda"
+    device = torch.device("cuda", LOCAL_RANK) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+    model, tokenizer = (unsloth_model if peer.library == "unsloth" else trl_model)(peer, spec, base, dtype, device)
+    draw_adapters(model)
+    total = spec.warmup + spec.updates
+    rows = workload(spec.workload, spec.rows_per_update * total, vocabulary=model.config.vocab_size)
+    columns = [
+        {
+            "input_ids": list(row.input_ids),
+            "labels": [token if labelled else -100 for token, labelled in zip(row.input_ids, row.supervised, strict=True)],
+            "attention_mask": [1] * len(row),
+        }
+        for row in rows
+    ]
+    settings: dict[str, Any] = dict(
+        output_dir=str(base.parent / "trainer"),
+        per_device_train_batch_size=spec.batch,
+        gradient_accumulation_steps=spec.rows_per_update // (spec.batch * spec.ranks),
+        max_steps=total,
+        learning_rate=LR,
+        warmup_steps=1,
+        weight_decay=0.01,
+        optim="adamw_8bit",
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        bf16=spec.precision == "bf16",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        seed=SEED,
+        max_length=2048,
+        packing=False,
+        padding_free=peer.padding_free,
+        use_liger_kernel=peer.liger,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        use_cpu=not on_cuda,
+    )
+    if spec.ranks > 1:
+        settings |= dict(ddp_find_unused_parameters=False, ddp_backend="nccl" if on_cuda else "gloo")
+    if peer.library == "trl":
+        settings |= dict(gradient_checkpointing=peer.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def wait() -> None:
+        if on_cuda:
+            torch.cuda.synchronize()
+
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if on_cuda else None
+    seen: dict[str, Any] = {"seconds": [], "logs": []}
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if len(seen["seconds"]) == spec.warmup:
+                wait()
+                seen["joules"], seen["began"] = energy_j(uuid), time.perf_counter()
+            wait()
+            seen["at"] = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            wait()
+            seen["seconds"].append(time.perf_counter() - seen["at"])
+            if len(seen["seconds"]) == 1:
+                seen["first_ended"] = time.time()
+                seen["before"] = card_state(uuid) if on_cuda else None
+                seen["sampler"] = Sampler(uuid) if on_cuda else None
+            if len(seen["seconds"]) == total:
+                seen["measured_s"], seen["joules_after"] = time.perf_counter() - seen["began"], energy_j(uuid)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "grad_norm" in logs:
+                seen["logs"].append({"loss_nats": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])})
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**settings),
+        train_dataset=Dataset.from_list(columns),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    in_order = SequentialSampler(
+        columns
+    )  # so that the rows of an update are known; under DDP micro-batches go to the ranks in turn
+    trainer._get_train_sampler = lambda *_, **__: in_order
+    built = time.time()
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    during = seen["sampler"].stop() if seen["sampler"] else None
+    measured = rows[spec.warmup * spec.rows_per_update :]
+    passes = [measured[start : start + spec.batch] for start in range(0, len(measured), spec.batch)]
+    slots = sum(len(row) for row in measured) if peer.padding_free else sum(len(one) * max(map(len, one)) for one in passes)
+    tokens = Tokens(sum(map(len, measured)), sum(row.supervised_tokens for row in measured), slots)
+    joules = None if seen["joules"] is None or seen["joules_after"] is None else seen["joules_after"] - seen["joules"]
+    shapes = shapes_from_config(model.config.to_dict(), spec.model)
+    own = dict(
+        allocated_gib=torch.cuda.max_memory_allocated() / GIB if on_cuda else None,
+        reserved_gib=torch.cuda.max_memory_reserved() / GIB if on_cuda else None,
+        host_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        joules=joules,
+    )
+    ranks = [own]
+    if spec.ranks > 1:
+        ranks = [own] * spec.ranks
+        torch.distributed.all_gather_object(ranks, own)
+    after = card_state(uuid) if on_cuda else None
+    assert shapes is not None
+    flops = utilisation(
+        shapes,
+        passes,
+        packed=peer.padding_free,
+        r=spec.r,
+        targets=TARGETS,
+        checkpointing=spec.checkpointing,
+        seconds=seen["measured_s"],
+        ranks=spec.ranks,
+        ceiling=matmul_ceiling(shapes, device) if RANK == 0 else None,
+    )
+    return {
+        "rows_digest": digest_of(rows[: spec.rows_per_update]),
+        "updates": spec.updates,
+        "warmup_s": seen["seconds"][: spec.warmup],
+        "measured_s": seen["measured_s"],
+        "tokens_per_s": tokens.per_s(seen["measured_s"]),
+        "tokens_per_s_per_rank": tokens.per_s(seen["measured_s"], spec.ranks),
+        **times(spec.launched_at or REACHED, built, seen["first_ended"], seen["seconds"][spec.warmup :]),
+        "peak": {name: most(rank[name] for rank in ranks) for name in own if name != "joules"},
+        "shares": None,
+        "energy": energy_of([rank["joules"] for rank in ranks], during, seen["measured_s"], tokens.real),
+        "update_1": seen["logs"][0],
+        "losses_nats": [one["loss_nats"] for one in seen["logs"]],
+        "passes": [spec.rows_per_update // (spec.batch * spec.ranks)] * spec.ranks,
+        "flops": flops,
+        "adapters": sorted(
+            {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+        ),  # TRL casts them to bf16
+        "card": {"before": seen["before"], "during": during, "after": after, "p2p": None},
+        "machine": {**environment(["peers.py"]), "threads": torch.get_num_threads(), "peer": peer_versions()},
+    }
+
+
+def trl_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """transformers + PEFT, as TRL's own documentation combines them."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    attention = "flash_attention_2" if peer.padding_free else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device}, attn_implementation=attention)
+    if peer.kbit:
+        how: dict[str, Any] = dict(
+            use_gradient_checkpointing=peer.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        model = prepare_model_for_kbit_training(model, **how)
+    lora = LoraConfig(r=spec.r, lora_alpha=16, lora_dropout=0.0, bias="none", target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, lora), AutoTokenizer.from_pretrained(base)
+
+
+def unsloth_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """Unsloth's own loader, on the same files."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(base), max_seq_length=2048, dtype=dtype, load_in_4bit=True, device_map={"": device.index or 0}
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=spec.r,
+        lora_alpha=16,
+        lora_dropout=0,
+        bias="none",
+        target_modules=list(TARGETS),
+        use_gradient_checkpointing="unsloth" if peer.checkpointing else False,
+        random_state=SEED,
+    )
+    return model, tokenizer
+
+
+def draw_adapters(model: Any) -> None:
+    """The A matrices that glassloop draws for the same seed, in the same order (adapters.attach_lora), so that norms can be compared."""
+    import math
+
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                drawn = torch.empty(parameter.shape)
+                torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+                parameter.copy_(drawn)
+
+
+def peer_versions() -> dict[str, str | None]:
+    from glassloop.environment import package_version
+
+    return {name: package_version(name) for name in ("trl", "unsloth", "unsloth_zoo", "liger-kernel", "flash-attn", "xformers")}
+
+
+if __name__ == "__main__":
+    sys.exit(arm(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,238 @@
+"""The parts of two_gpus.py that are judged by results: each takes a Place, what was asked and a deadline, and returns verdicts by name. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import two_gpus_runs as runs
+from two_gpus_runs import Place
+
+from glassloop.bench.results import TOLERANCE
+from glassloop.watchdog import PATIENCE_S
+
+RANK_ENDS_S = PATIENCE_S + 5.0  # a rank whose partner was killed: its watchdog's patience, and the time to leave the card
+LAUNCHER_ENDS_S = 2 * PATIENCE_S
+KILL = {"updates": 12, "every": 4, "at": 6}  # of the killed run: checkpoints at 4 and 8, killed after update 6
+TRAINED = ("rows", "supervised_tokens", "lr")  # what must be equal in two runs of the same rows, beside the rows' ids
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person may change: see two_gpus.py --help."""
+
+    updates: int = 60
+    first: int = 8
+    verify_only: str = ""
+    rows_per_update: int = 16
+    bench_updates: int = 3
+    workloads: tuple[str, ...] = ("full-v1", "scam-v1")
+    engines: tuple[str, ...] = ("peft", "fused")
+    pythons: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """verdict: held | missed (measured, and below its mark) | failed (not measured) | left out. why: one line. numbers: what was measured."""
+
+    verdict: str
+    why: str
+    numbers: dict[str, Any]
+
+
+Part = Callable[[Place, Asked, float], dict[str, Verdict]]
+
+
+def failed(why: str, one: runs.Started | None = None, **numbers: Any) -> Verdict:
+    return Verdict("failed", why, numbers | ({} if one is None else {"said": one.said}))
+
+
+def judged(held: bool, why: str, **numbers: Any) -> Verdict:
+    return Verdict("held" if held else "missed", why, numbers)
+
+
+def peft(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    """The recipe with the reference engine and the summed all-reduce, two ranks."""
+    name, folder = "peft", place.work / "runs" / "peft"
+    one = runs.train(place, name, runs.recipe(place, name, f"schedule.updates={asked.updates}", "checkpoint.keep=2"))
+    code = one.wait(until)
+    runs.end(one)
+    updates = runs.updates_of(folder)
+    numbers: dict[str, Any] = {"exit_code": code, "updates": len(updates), **runs.speed(updates)}
+    if updates:
+        numbers |= {"loss_nats_first": updates[1]["loss_nats"], "loss_nats_last": updates[max(updates)]["loss_nats"]}
+    whole = len(updates) == asked.updates and all(line["action"] == "applied" for line in updates.values())
+    parted = [line["message"] for line in runs.lines_of(folder, "events.jsonl") if line["kind"] == "failed"]
+    # The gate of every update refuses replicas whose checksums of adapters and optimizer differ, before anything is applied.
+    agree = Verdict(
+        "missed" if parted else "held" if updates else "failed",
+        parted[0] if parted else f"checksums of adapters and optimizer were equal before each of {len(updates)} updates",
+        {"updates_compared": len(updates)},
+    )
+    if not updates:
+        return {"the recipe, peft": failed(ended(code), one, **numbers), "replicas agree": agree}
+    said = f"{len(updates)} of {asked.updates} updates; {ended(code)}"
+    done = judged(True, said, **numbers) if whole and code == 0 else failed(said, one, **numbers)
+    return {"the recipe, peft": done, "replicas agree": agree}
+
+
+def one_rank(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    return {"one rank, same losses": _beside(place, asked, until, "one-rank", 1, [])}
+
+
+def ddp(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    return {"reduction ddp, same losses": _beside(place, asked, until, "ddp", 2, ["execution.reduction=ddp"])}
+
+
+def fused(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    words = ["execution.engine=fused", "execution.layout=packed"]
+    return {"engine fused, same losses": _beside(place, asked, until, "fused", 2, words)}
+
+
+def _beside(place: Place, asked: Asked, until: float, name: str, ranks: int, words: list[str]) -> Verdict:
+    """The first updates of the recipe done otherwise, beside those of the run `peft`: same plan, so same rows and lr; ended by SIGTERM then."""
+    folder, known = place.work / "runs" / name, place.work / "runs" / "peft"
+    wanted = min(asked.first, asked.updates)
+    asked_for = [f"schedule.updates={asked.updates}", f"batch.ranks={ranks}", "checkpoint.every_updates=null", *words]
+    one = runs.train(place, name, runs.recipe(place, name, *asked_for), ranks=ranks)
+    one.reaches(lambda: len(runs.updates_of(folder)) >= wanted, until)
+    code = one.process.poll()
+    runs.end(one, 25.0)  # it saves a checkpoint on its way out
+    ours, theirs = runs.updates_of(folder), runs.updates_of(known)
+    ours = {update: line for update, line in ours.items() if update <= wanted}
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return failed("no update to compare" + (f"; {ended(code)}" if not ours else ": the run peft has none"), one)
+    other_rows = _other_rows(folder, known)
+    loss, norm = (runs.apart(ours, theirs, field) for field in ("loss_nats", "grad_norm_pre_clip"))
+    most = (
+        TOLERANCE[place.precision] if place.device == "cuda" else TOLERANCE["bf16"]
+    )  # fp32 parts too, once 8-bit AdamW has rounded
+    held = max(loss.values()) <= most[0] and max(norm.values()) <= most[1] and not other_rows and len(shared) >= wanted
+    numbers = {
+        "ranks": ranks,
+        "updates_compared": len(shared),
+        "other_rows_in_updates": other_rows,
+        "loss_off_update_1": loss[shared[0]],
+        "loss_off_worst": max(loss.values()),
+        "grad_norm_off_worst": max(norm.values()),
+        "loss_off": list(loss.values()),
+        "marks": list(most),
+        **runs.speed(ours),
+    }
+    if ranks == 1 or "execution.reduction=ddp" in words:
+        numbers |= {"reduce_share": None, "reduce_s_median": None}  # nothing is summed, or DDP does it inside backward
+    why = f"losses of {len(shared)} of the first {wanted} updates differ by at most {max(loss.values()):.1e}, norms by {max(norm.values()):.1e}"
+    return judged(held, why + (f"; OTHER ROWS in updates {other_rows}" if other_rows else ""), **numbers)
+
+
+def _other_rows(ours: Path, theirs: Path) -> list[int]:
+    """Updates that both have and in which rows, tokens or lr were not the same."""
+    a, b, mine, known = runs.updates_of(ours), runs.updates_of(theirs), runs.rows_of(ours), runs.rows_of(theirs)
+    return [
+        update
+        for update in sorted(a.keys() & b.keys())
+        if mine.get(update) != known.get(update) or any(a[update][name] != b[update][name] for name in TRAINED)
+    ]
+
+
+def killed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    """A deterministic run; the same with rank 1 killed in its middle; then `--resume`. Half of the recipe's rows an update, for time."""
+    fixed = [
+        "batch.rows_per_update=8", f"schedule.updates={KILL['updates']}", f"checkpoint.every_updates={KILL['every']}", "checkpoint.keep=100",
+        "execution.deterministic=true",
+    ]  # fmt: skip
+    whole, folder = place.work / "runs" / "whole", place.work / "runs" / "killed"
+    before = runs.train(place, "whole", runs.recipe(place, "whole", *fixed))
+    code = before.wait(until)
+    runs.end(before)
+    if code != 0:
+        return {
+            "one rank killed": failed(f"the run that nobody kills: {ended(code)}", before),
+            "exact resume": failed("nothing to resume"),
+        }
+    one = runs.train(place, "killed", runs.recipe(place, "killed", *fixed))
+    if not one.reaches(lambda: len(runs.updates_of(folder)) >= KILL["at"], until) or one.process.poll() is not None:
+        runs.end(one)
+        return {"one rank killed": failed("it did not get to the kill", one), "exact resume": failed("nothing to resume")}
+    pids = [json.loads((folder / "ranks" / f"rank{rank}.json").read_text())["pid"] for rank in range(2)]
+    saved = runs.checkpoint(folder)
+    os.kill(pids[1], signal.SIGKILL)
+    at = time.monotonic()
+    tick = runs.tree(pids[0])
+    one.reaches(lambda: runs.tree(pids[0]).get(pids[0]) != tick.get(pids[0]), until)
+    rank_s = time.monotonic() - at
+    code = one.wait(until)
+    launcher_s = time.monotonic() - at
+    runs.end(one)
+    runs.kill(tick)  # should the rank have outlived its launcher
+    left = runs.checkpoint(folder)
+    untouched = saved is not None and saved == left
+    good = code not in (0, None) and untouched and rank_s <= RANK_ENDS_S and launcher_s <= LAUNCHER_ENDS_S
+    why = f"the other rank ended {rank_s:.1f} s later, the launcher {launcher_s:.1f} s, {ended(code)}; "
+    why += f"{left[0] if left else 'no checkpoint'} {'untouched' if untouched else 'NOT AS IT WAS'}"
+    numbers = {
+        "rank_ended_s": rank_s,
+        "launcher_ended_s": launcher_s,
+        "exit_code": code,
+        "marks_s": [RANK_ENDS_S, LAUNCHER_ENDS_S],
+    }
+    numbers |= {
+        "killed_after_update": max(runs.updates_of(folder)),
+        "checkpoint_before": saved,
+        "checkpoint_after": left,
+        "said": one.said,
+    }
+    verdict = judged(good, why, **numbers)
+    back = runs.train(place, "resumed", ["--resume", str(folder)])
+    code = back.wait(until)
+    runs.end(back)
+    return {"one rank killed": verdict, "exact resume": _same_again(folder, whole, code, back)}
+
+
+def _same_again(folder: Path, whole: Path, code: int | None, one: runs.Started) -> Verdict:
+    """The resumed run's updates beside those of the run that nobody killed: equal to the last bit."""
+    ours, theirs = runs.updates_of(folder), runs.updates_of(whole)
+    again = [update for update, line in ours.items() if line["attempt"] > 1]
+    if code != 0 or not again:
+        return failed(f"the resumed run: {ended(code)}", one)
+    fields = ("loss_nats", "grad_norm_pre_clip", "lr")
+    other = [
+        update for update in theirs if update not in ours or any(ours[update][name] != theirs[update][name] for name in fields)
+    ]
+    loss = runs.apart(ours, theirs, "loss_nats")
+    why = f"updates {again[0]} to {again[-1]} were done again; "
+    why += (
+        f"updates {other} differ from the uninterrupted run"
+        if other
+        else "losses and norms are those of the uninterrupted run, bit for bit"
+    )
+    return judged(not other, why, done_again=again, differing=other, loss_off_worst=max(loss.values()))
+
+
+def verify(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    """`glassloop verify`."""
+    words = [place.python, "-m", "glassloop.cli", "verify", "--json", "--device", place.device, "--only", asked.verify_only]
+    one = runs.start(place, words, "verify", 2)
+    code = one.wait(until)
+    runs.end(one)
+    text = one.log.read_text(encoding="utf-8", errors="replace")
+    start = text.find("\n{\n")
+    try:
+        output, _ = json.JSONDecoder().raw_decode(text, start + 1)
+    except ValueError:
+        return {"glassloop verify": failed(ended(code), one)}
+    bad = [verdict["name"] for verdict in output["verdicts"] if not verdict["good"]]
+    numbers = {name: output[name] for name in ("gpus", "seconds", "only", "verdicts")}
+    why = f"{len(output['verdicts'])} ways and deliberate faults, {len(bad)} not as they should be{': ' * bool(bad)}{', '.join(bad)}"
+    return {"glassloop verify": judged(output["good"], why, **numbers)}
+
+
+def ended(code: int | None) -> str:
+    return "cut off by its time limit" if code is None else f"exit code {code}"
