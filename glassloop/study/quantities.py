@@ -157,7 +157,7 @@ QUANTITIES = {
     "norm_median": Quantity("stability", "L2, before clipping", "middle gradient norm after warmup", norm_median),
     "norm_scatter": Quantity("stability", "of the logarithm", "scatter of the gradient norm around its trend", norm_scatter),
     "norm_peak": Quantity("stability", "times", "largest gradient norm over the middle one", norm_peak),
-    "spikes": Quantity("stability", "updates", "updates with an alarm for norm or loss", spikes),
+    "spikes": Quantity("stability", "updates", "alarms for norm or loss", spikes),
     "clip_share": Quantity("stability", "share", "updates that were clipped", clip_share),
     "noise_scale": Quantity("stability", "supervised tokens", "gradient noise scale, second half", noise_scale),
     "update_ratio": Quantity("stability", "ratio", "update / weight of all adapters, middle", update_ratio),

@@ -12,7 +12,7 @@ from typing import Any
 from glassloop.report.payload import memory
 from glassloop.report.reading import RunData
 from glassloop.study.quantities import QUANTITIES, measured
-from glassloop.study.running import attempts, run_folder, state_of
+from glassloop.study.running import State, attempts, run_folder, state_of
 from glassloop.study.spec import Cell
 
 
@@ -68,7 +68,7 @@ class Group:
 
 def read_results(cells: Sequence[Cell], out: Path) -> list[CellResult]:
     """One result a cell, in the cells' order."""
-    beside = {line["cell"]: line["beside"] for line in attempts(out)}
+    last = {line["cell"]: line for line in attempts(out)}  # the newest of each cell
     found = []
     for cell in cells:
         state = state_of(cell, out)
@@ -78,14 +78,21 @@ def read_results(cells: Sequence[Cell], out: Path) -> list[CellResult]:
             CellResult(
                 cell,
                 state.kind,
-                state.why or ("not run yet" if state.kind == "absent" else ""),
+                state.why if state.finished else _why_none(state, last.get(cell.name)),
                 {} if run is None else measured(run),
                 {name: (pair[0], pair[1]) for name, pair in phases.items()},
-                beside.get(cell.name),
+                last.get(cell.name, {}).get("beside"),
                 run,
             )
         )
     return found
+
+
+def _why_none(state: State, attempt: Mapping[str, Any] | None) -> str:
+    """Why a cell has no result: what its folder says, and how it ended last."""
+    folder = state.why or ("not run yet" if attempt is None else "no run's folder")
+    said = " ".join((attempt or {}).get("said", "").split())[-300:] if attempt and attempt["said"] else ""
+    return folder if attempt is None else f"{folder}; ended with exit code {attempt['exit_code']}: {said}"
 
 
 def groups_of(results: Sequence[CellResult]) -> list[Group]:

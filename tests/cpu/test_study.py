@@ -141,6 +141,7 @@ def test_a_cell_that_fails_is_recorded_tried_again_and_does_not_stop_the_others(
     assert main(words) == 1
     found = {cell["cell"]: cell for cell in results(out)["cells"]}
     assert found["r13-seed1"]["state"] == "absent" and found["r8-seed3"]["state"] == "done"
+    assert "exit code 3" in found["r13-seed1"]["why"] and "ran out of luck" in found["r13-seed1"]["why"]
     line = next(line for line in attempts(out) if line["cell"] == "r13-seed2")
     assert line["exit_code"] == 3 and "ran out of luck" in line["said"]
     assert "ran out of luck" in capsys.readouterr().out
