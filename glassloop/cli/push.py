@@ -1,0 +1,63 @@
+"""Publish the adapter or merged weights with a model card written from the run; private unless asked otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from glassloop.cli.generate import add_run_options, overrides_of
+
+
+def main(argv: list[str]) -> int:
+    """`glassloop push RUN REPO [--dry-run FOLDER]`. Exit code 0; 2 for what is refused."""
+    own = argparse.ArgumentParser(
+        prog="glassloop push",
+        allow_abbrev=False,
+        description="Uploads weights, tokenizer, chat template and a card. Never rows, answers, capsules, optimizer state, config.yaml or env.json.",
+    )
+    add_run_options(own)
+    own.add_argument("repo", metavar="REPO", help="owner/name on the hub")
+    own.add_argument(
+        "--dry-run", type=Path, metavar="FOLDER", help="write what would be uploaded into a new folder; upload nothing"
+    )
+    own.add_argument("--merged", type=Path, metavar="OUT", help="publish this folder of glassloop merge instead of the adapter")
+    own.add_argument("--public", action="store_true", help="let anybody read it")
+    own.add_argument("--base-id", metavar="ID", help="hub id of the base, where it was trained from a local folder")
+    own.add_argument("--licence", metavar="TEXT", help="licence of the base, where glassloop does not know it")
+    own.add_argument("--data-licence", metavar="TEXT", help="licence of the data, where glassloop does not know it")
+    return run(own.parse_args(argv))
+
+
+def run(given: argparse.Namespace) -> int:
+    from glassloop.card.facts import facts_of
+    from glassloop.card.staging import stage
+    from glassloop.card.upload import check_repo, upload
+    from glassloop.trained import open_trained
+
+    check_repo(given.repo)
+    if given.dry_run is not None and given.dry_run.exists():
+        raise ValueError(f"--dry-run {given.dry_run} exists: name a folder that does not")
+    if given.merged is not None and not given.merged.is_dir():
+        raise ValueError(f"--merged {given.merged} is no folder: name one that glassloop merge wrote")
+    trained = open_trained(given.run, given.at, overrides_of(given))
+    facts = facts_of(trained, base_id=given.base_id, licence=given.licence, data_licence=given.data_licence, merged=given.merged)
+    title = given.repo.partition("/")[2]
+    print(f"adapter   {trained.checkpoint}, {trained.why}")
+    for missing, option in ((facts.base_licence, "--licence"), (facts.data_licence, "--data-licence")):
+        if missing is None:
+            print(f"          the card says that a licence is not known: {option} TEXT")
+    if facts.evaluated is None:
+        print(f"          no evaluation of these weights with its uncertainty: glassloop evaluate {given.run}")
+    if given.dry_run is not None:
+        names = stage(facts, given.dry_run, title, given.merged)
+        print(f"would go  to {given.repo}, {'public' if given.public else 'private'}: {', '.join(names)}")
+        print(f"wrote     {given.dry_run}; read {given.dry_run / 'README.md'} before you publish")
+        return 0
+    beside = given.merged.absolute().parent if given.merged is not None else None  # on one disk weights need no copy
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=beside) as folder:
+        names = stage(facts, Path(folder), title, given.merged)
+        message = f"{title}: after {trained.state.update} updates"
+        address = upload(Path(folder), names, given.repo, public=given.public, message=message)
+    print(f"pushed    {', '.join(names)}\n          {address} ({'public' if given.public else 'private'})")
+    return 0
