@@ -93,7 +93,7 @@ def spread_text(spread: Spread) -> str:
 
 def _table(groups: Sequence[Group], names: Sequence[str]) -> Table:
     table = Table(show_edge=False, pad_edge=False)
-    table.add_column("setting", overflow="fold")
+    table.add_column("setting", no_wrap=True)
     table.add_column("seeds", justify="right")
     for name in names:
         table.add_column(SHORT[name], justify="right", overflow="fold")

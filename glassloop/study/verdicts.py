@@ -79,7 +79,8 @@ def decide(claim: Claim, differences: Sequence[float]) -> tuple[str, str, tuple[
         )
     mean, half = interval(differences)
     low, high = mean - half, mean + half
-    words = f"difference {told(claim, mean)}, 95 % interval {told(claim, low)} to {told(claim, high)}, {len(differences)} seeds"
+    other = f" from {claim.against:g}" if isinstance(claim.against, float | int) else ""
+    words = f"difference{other} {told(claim, mean)}, 95 % interval {told(claim, low)} to {told(claim, high)}, {len(differences)} seeds"
     if claim.expect == "about":
         bottom, top = claim.value - claim.within, claim.value + claim.within
         supported, contradicted = bottom <= low and high <= top, high < bottom or low > top
