@@ -79,7 +79,7 @@ def write_rest(
     for name in tokenizer_files(trained):
         shutil.copy(trained.checkpoint / name, out / name)
     settings = read_json(out / "tokenizer_config.json")
-    settings.setdefault("add_bos_token", adds_bos(tokenizer))  # converters to other formats guess where it is not said
+    settings["add_bos_token"] = adds_bos(tokenizer)  # converters to other formats believe it, also where the tokenizer does otherwise
     _write(out / "tokenizer_config.json", settings)
 
 
