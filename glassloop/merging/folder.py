@@ -79,7 +79,9 @@ def write_rest(
     for name in tokenizer_files(trained):
         shutil.copy(trained.checkpoint / name, out / name)
     settings = read_json(out / "tokenizer_config.json")
-    settings["add_bos_token"] = adds_bos(tokenizer)  # converters to other formats believe it, also where the tokenizer does otherwise
+    settings["add_bos_token"] = adds_bos(
+        tokenizer
+    )  # converters to other formats believe it, also where the tokenizer does otherwise
     _write(out / "tokenizer_config.json", settings)
 
 

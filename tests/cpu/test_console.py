@@ -41,7 +41,7 @@ def main(argv):
 def echo_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A command of its own, echo-twice, and a private module beside it."""
     (tmp_path / "echo_twice.py").write_text(COMMAND, encoding="utf-8")
-    (tmp_path / "_private.py").write_text("raise AssertionError('never imported')\n", encoding="utf-8")
+    (tmp_path / "_hidden_away.py").write_text("raise AssertionError('never imported')\n", encoding="utf-8")
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     yield
@@ -85,7 +85,7 @@ def test_help_lists_each_command_with_its_first_line(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "echo-twice Echo the words." in out
     assert "More than the first line" not in out
-    assert "private" not in out
+    assert "hidden" not in out
 
 
 def test_no_words_print_the_help_and_fail(capsys: pytest.CaptureFixture[str]) -> None:

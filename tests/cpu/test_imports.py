@@ -72,7 +72,7 @@ TABLE = {
     "adapters": Rule("config", "peft safetensors torch transformers"),
     "unsloth_checks": Rule(),
     "unsloth_engine": Rule("adapters base_cache cache config model_checks unsloth_checks", "numpy safetensors torch"),
-    "fused": Rule("loss rows", "torch triton"),
+    "fused": Rule("loss predict rows", "torch triton"),
     "model": Rule(
         "adapters base_cache base_source config fused loss model_checks norms rows unsloth_engine", "torch transformers"
     ),
@@ -113,7 +113,9 @@ TABLE = {
     "measuring": Rule("dist evaluation generation intervals rows templates trained"),
     "heldout": Rule("config dataset duplicates rows sources templates trained"),
     "card": Rule("plan report trained", late="huggingface_hub"),
-    "merging": Rule("base_cache base_source rows templates trained", "safetensors torch", late="bitsandbytes huggingface_hub transformers"),
+    "merging": Rule(
+        "base_cache base_source rows templates trained", "safetensors torch", late="bitsandbytes huggingface_hub transformers"
+    ),
     "study": Rule("arguments config forecast observers predict report verify", "rich yaml"),
     "cli": Rule("*", late="*"),
     "train_loop": Rule("*", "torch"),
