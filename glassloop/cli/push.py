@@ -1,4 +1,4 @@
-"""Publish the adapter or merged weights with a model card written from the run; private unless asked otherwise."""
+"""Publish the adapter or merged weights with a model card written from the run; only you can read it by default."""
 
 from __future__ import annotations
 

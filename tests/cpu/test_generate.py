@@ -154,6 +154,11 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
     told = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [one["question"] for one in told] == ["One?", "Two?"]
     assert set(told[0]) == {"number", "question", "base", "adapter"}
+    drawn = [
+        command(capsys, run, "--file", file, "--json", "--temperature", 1, "--batch", size, "--max-new-tokens", 12)[1]
+        for size in (1, 2)
+    ]
+    assert drawn[0] == drawn[1]  # the second question has its own noise, whatever batch it comes in
     code, out, _ = command(
         capsys, run, "--json", "--only", "adapter", "--max-new-tokens", 4, stdin=b"One?\n", monkeypatch=monkeypatch
     )
