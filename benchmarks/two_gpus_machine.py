@@ -9,13 +9,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.cuda import nccl
 
-from glassloop.bench.machine import card_state
+from glassloop.bench.machine import card_state, processor
 from glassloop.doctor.p2p import try_all_reduce
 from glassloop.environment import environment
 
@@ -37,7 +36,7 @@ def facts(device: str) -> dict[str, Any]:
         "nccl": ".".join(map(str, nccl.version())) if cuda else None,
         "nccl_environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
         "all_reduce_4_mib": vars(answer),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "load_1_min": os.getloadavg()[0],
     }
@@ -49,15 +48,6 @@ def _said(*words: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _cpu() -> str | None:
-    """The processor's name, which decides how fast kernels are launched."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 if __name__ == "__main__":

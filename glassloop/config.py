@@ -6,6 +6,7 @@ here imports torch, and a bad value is refused before a model or a data set is t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -280,9 +281,7 @@ class Config(Section):
                 "execution.reduction = ddp, which is there to compare the reference with; set it to explicit",
             ),
         )
-        for broken, text in refused:
-            if broken:
-                raise ValueError(f"execution.engine = unsloth and {text}, or set execution.engine=peft")
+        _refuse_first(f"execution.engine = {execution.engine}", refused)
 
     def _check_fused(self) -> None:
         """What the engine `fused` does not carry out; what it needs of the model is checked when that is loaded."""
@@ -297,9 +296,14 @@ class Config(Section):
                 "execution.reduction = ddp, which would reduce zeros: gradients are written in place; set it to explicit",
             ),
         )
-        for broken, text in refused:
-            if broken:
-                raise ValueError(f"execution.engine = fused and {text}, or set execution.engine=peft")
+        _refuse_first(f"execution.engine = {execution.engine}", refused)
+
+
+def _refuse_first(engine: str, refused: Iterable[tuple[bool, str]]) -> None:
+    """Raise ValueError for the first of (it is so, what to say) that is so."""
+    for broken, text in refused:
+        if broken:
+            raise ValueError(f"{engine} and {text}, or set execution.engine=peft")
 
 
 def as_dict(config: Config) -> dict[str, Any]:

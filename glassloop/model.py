@@ -74,32 +74,31 @@ def build_engine(
     Raises:
         ValueError: for a model, target, adapter folder or launch that cannot train as asked; names the field and the cure.
     """
+    assert engine in ("peft", "fused", "unsloth"), engine
+    shared: dict[str, Any] = dict(precision=precision, device=device, first=first)
+    only_on_cpu: tuple[str, ...] = ()
     if engine == "unsloth":
-        return _unsloth_engine(
-            model,
-            lora,
-            precision=precision,
-            checkpointing=checkpointing,
-            seed=seed,
-            device=device,
-            first=first,
-            longest_row=longest_row,
+        from glassloop import unsloth_engine as unsloth
+
+        hf, report = unsloth.load_with_unsloth(
+            model, lora, load_tokenizer(model), checkpointing=checkpointing, seed=seed, longest_row=longest_row, **shared
         )
-    assert engine in ("peft", "fused"), engine
-    base, report = load_base(model, precision=precision, device=device, first=first)
-    check_unpatched(base, engine)
-    check_plain_head(base, device, report.name)
-    fuse_norms(base)
-    hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
+        only_on_cpu = unsloth.ON_CPU
+    else:
+        base, report = load_base(model, **shared)
+        check_unpatched(base, engine)
+        check_plain_head(base, device, report.name)
+        fuse_norms(base)
+        hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
+        if checkpointing and engine == "peft":
+            _recompute_layers(base, model.id)
     if model.init_adapter is not None:
-        load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)
-    if checkpointing and engine == "peft":
-        _recompute_layers(base, model.id)
-    check_devices(hf, device)
+        load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)  # type: ignore[arg-type]
+    check_devices(hf, device, but=only_on_cpu)
     check_dtypes(hf, precision)
     if engine == "fused":
         return _fused_engine(hf, report, checkpointing).train()
-    return PeftEngine(hf, report).train()
+    return (PeftEngine(hf, report) if engine == "peft" else _unsloth_engine(hf, report)).train()
 
 
 def _fused_engine(hf: nn.Module, report: LoadReport, checkpointing: bool) -> FusedEngine:
@@ -113,38 +112,11 @@ def _fused_engine(hf: nn.Module, report: LoadReport, checkpointing: bool) -> Fus
     return FusedEngine(hf, report, keep=not checkpointing)
 
 
-def _unsloth_engine(
-    model: ModelConfig,
-    lora: LoraConfig,
-    *,
-    precision: str,
-    checkpointing: bool,
-    seed: int,
-    device: torch.device,
-    first: Callable[[], AbstractContextManager[Any]],
-    longest_row: int | None,
-) -> Engine:
+def _unsloth_engine(hf: nn.Module, report: LoadReport) -> PeftEngine:
     """Unsloth's decoder under the reference's loss; see unsloth_engine.py."""
     from glassloop import unsloth_engine as unsloth
 
-    hf, report = unsloth.load_with_unsloth(
-        model,
-        lora,
-        load_tokenizer(model),
-        precision=precision,
-        checkpointing=checkpointing,
-        seed=seed,
-        device=device,
-        first=first,
-        longest_row=longest_row,
-    )
-    if model.init_adapter is not None:
-        load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)  # type: ignore[arg-type]
-    check_devices(hf, device, but=unsloth.ON_CPU)
-    check_dtypes(hf, precision)
-    return PeftEngine(
-        hf, report, name="unsloth", packed_bounds=unsloth.packed_bounds, before_training_pass=unsloth.train_again
-    ).train()
+    return PeftEngine(hf, report, name="unsloth", packed_bounds=unsloth.packed_bounds, before_training_pass=unsloth.train_again)
 
 
 class PeftEngine(nn.Module):

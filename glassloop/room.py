@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,7 +106,7 @@ def spend_memory(run: Run) -> None:
 def use_tiers(run: Run, tiers: Any) -> None:
     """From here on."""
     run.plain_engine.use_tiers(tiers)
-    run.tiers = {"kept": tiers.kept, "host": tiers.host, "held": tiers.held}
+    run.tiers = asdict(tiers)
 
 
 def fewer_kept(run: Run, update: int, why: str) -> bool:

@@ -24,7 +24,7 @@ import torch  # noqa: E402  (its import belongs to the time from launch)
 from glassloop.arguments import parse  # noqa: E402
 from glassloop.batches import Batches, Window, build_pass, epoch_order  # noqa: E402
 from glassloop.bench.ceiling import matmul_ceiling  # noqa: E402
-from glassloop.bench.machine import Sampler, card_state, energy_j  # noqa: E402
+from glassloop.bench.machine import Sampler, card_state, energy_j, processor  # noqa: E402
 from glassloop.bench.profile import SUMMARY, TRACE, profiled  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
 from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, utilisation  # noqa: E402
@@ -123,7 +123,7 @@ def measure(spec: Spec, folder: Path) -> dict[str, Any]:
             kept=run.plain_engine.tiers.kept if spec.engine == "fused" else None,  # type: ignore[union-attr]
         ),
         "card": {"before": before, "during": during, "after": after, "p2p": _p2p(run.device)},
-        "machine": {**environment(["glassloop bench"]), "threads": torch.get_num_threads(), "cpu": _cpu()},
+        "machine": {**environment(["glassloop bench"]), "threads": torch.get_num_threads(), "cpu": processor()},
     }
 
 
@@ -133,7 +133,7 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
     for u in range(1, spec.profile):
         timed_update(run, u)
     if run.rank == 0:
-        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else _cpu() or "CPU"
+        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor() or "CPU"
         about = (
             f"Update {spec.profile}: {spec.name}",
             f"{spec.model}, {spec.precision}, {spec.rows_per_update} rows an update",
@@ -306,15 +306,6 @@ def _p2p(device: torch.device) -> bool | None:
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return None
     return torch.cuda.can_device_access_peer(0, 1)
-
-
-def _cpu() -> str | None:
-    """The processor's name, which decides how fast kernels are launched."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 if __name__ == "__main__":

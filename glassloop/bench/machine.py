@@ -9,6 +9,7 @@ import ctypes
 import statistics
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 FIELDS = {  # nvidia-smi's name -> ours
@@ -148,3 +149,12 @@ def energy_j(uuid: str | None) -> float | None:
         return used.value / 1000 if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)) == 0 else None
     finally:
         nvml.nvmlShutdown()
+
+
+def processor() -> str | None:
+    """The processor's name, which decides how fast kernels are launched."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -20,7 +20,7 @@ from glassloop.fused.matrices import Moves
 from glassloop.fused.norm import add_norm, norm_backward
 from glassloop.fused.rotary import angles
 from glassloop.fused.supported import GROUPS, check_supported
-from glassloop.predict.tiers import GIB, Tiers, choose, head_bytes
+from glassloop.predict.tiers import GIB, Tiers, choose, head_bytes, scratch_bytes
 from glassloop.rows import Pass
 
 
@@ -93,7 +93,7 @@ class FusedEngine(nn.Module):
             return Tiers(1 if profile == "min" else count, host=False)
         free = torch.cuda.mem_get_info(device)[0] // sharing
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        fixed = self.scratch.missing_bytes(one.linears)
+        fixed = scratch_bytes(one.sizes) - self.scratch.bytes
         vocabulary, hidden = self.head.shape
         return choose(
             profile,

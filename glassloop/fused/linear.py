@@ -166,10 +166,10 @@ class Scratch:
             self.sums[shape] = (wide[0], wide[1])
         return self.sums[shape]
 
-    def missing_bytes(self, linears: tuple[Linear, ...]) -> int:
-        """What these groups would make it grow by."""
-        shapes = {(one.rows + one.rank, one.columns + one.rank): one.a.element_size() for one in linears}
-        return sum(shape[0] * shape[1] * element for shape, element in shapes.items() if shape not in self.matrices)
+    @property
+    def bytes(self) -> int:
+        """Of the weights' matrices that have been asked for so far."""
+        return sum(matrix.nbytes for matrix in self.matrices.values())
 
     def forget(self) -> None:
         """Adapters have changed: nothing that is held is right any more."""

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassloop.base_cache import MANIFEST
 from glassloop.base_source import BaseSource
 from glassloop.trained import Trained
 
@@ -125,6 +124,3 @@ def check_room(folder: Path, needed: int) -> None:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-__all__ = ["MANIFEST", "check_out", "check_room", "original_folder", "write_rest"]

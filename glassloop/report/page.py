@@ -12,6 +12,7 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ BODIES = {"run": "page.html", "compare": "compare.html"}
 
 def page(data: dict[str, Any]) -> str:
     """The whole file. data["kind"]: "run" | "compare"."""
-    styles = [_asset(name) for name in STYLES]
-    scripts = [_asset(name) for name in SCRIPTS[data["kind"]]]
+    scripts = [ASSETS / name for name in SCRIPTS[data["kind"]]]
+    return whole_page(data, ASSETS / BODIES[data["kind"]], scripts)
+
+
+def whole_page(data: dict[str, Any], body: Path, scripts: Sequence[Path]) -> str:
+    """An HTML file of these parts and STYLES; `data`, with its "title", stands in it as JSON, and its policy lets nothing but these scripts run."""
+    texts = [path.read_text(encoding="utf-8") for path in scripts]
+    styles = [(ASSETS / name).read_text(encoding="utf-8") for name in STYLES]
     policy = "; ".join(
         [
             "default-src 'none'",
-            f"script-src {' '.join(map(_hash, scripts))}",
+            f"script-src {' '.join(map(_hash, texts))}",
             f"style-src {' '.join(map(_hash, styles))}",
             "base-uri 'none'",
             "form-action 'none'",
@@ -43,12 +50,12 @@ def page(data: dict[str, Any]) -> str:
         f"<title>{html.escape(data['title'])} · glassloop</title>",
         *(f"<style>{style}</style>" for style in styles),
     ]
-    body = [
-        _asset(BODIES[data["kind"]]),
+    inner = [
+        body.read_text(encoding="utf-8"),
         f'<script type="application/json" id="data">{as_data(data)}</script>',
-        *(f"<script>{script}</script>" for script in scripts),
+        *(f"<script>{text}</script>" for text in texts),
     ]
-    lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
+    lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *inner, "</body>", "</html>"]
     return "\n".join(lines) + "\n"
 
 
@@ -58,10 +65,6 @@ def as_data(value: Any) -> str:
     for sign in "<>&\u2028\u2029":  # none of them stands outside of a string in JSON
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes the JSON escape that it came from
-
-
-def _asset(name: str) -> str:
-    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

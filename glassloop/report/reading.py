@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,22 @@ class RunData:
 
     @property
     def end(self) -> Record | None:
-        """The event that ended the run; None while it goes, or where it was broken off without a word."""
-        for event in reversed(self.events):
-            if event["kind"] in ENDS:
-                return event
-            if event["kind"] in ("started", "resumed"):
-                return None
-        return None
+        return end_of(self.events)
 
     @property
     def text(self) -> str:
         """record.text of the run."""
         return str(setting(self.config, "record.text", "ids"))
+
+
+def end_of(events: Sequence[Record]) -> Record | None:
+    """The event that ended a run; None while it goes, or where it was broken off without a word."""
+    for event in reversed(events):
+        if event["kind"] in ENDS:
+            return event
+        if event["kind"] in ("started", "resumed"):
+            return None
+    return None
 
 
 def read_run(folder: Path) -> RunData:

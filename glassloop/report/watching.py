@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glassloop.observers import EVALUATIONS, EVENTS, METRICS
-from glassloop.report.reading import ENDS, Record, number
+from glassloop.report.reading import Record, end_of, number
 from glassloop.terminal import STYLES, printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -79,13 +79,7 @@ class Watched:
 
     @property
     def end(self) -> Record | None:
-        """The event that ended the run; None while it goes."""
-        for event in reversed(self.events):
-            if event["kind"] in ENDS:
-                return event
-            if event["kind"] in ("started", "resumed"):
-                return None
-        return None
+        return end_of(self.events)
 
     @property
     def planned(self) -> int:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import math
 import statistics
 import time
@@ -14,7 +11,7 @@ from typing import Any
 
 import glassloop
 from glassloop.report.columns import column
-from glassloop.report.page import ASSETS, STYLES, as_data
+from glassloop.report.page import ASSETS, SHARED, whole_page
 from glassloop.report.reading import RunData, number
 from glassloop.study.critical import Critical, lines
 from glassloop.study.divergence import Divergence
@@ -25,7 +22,6 @@ from glassloop.study.text import columns_of
 from glassloop.study.verdicts import Judged, as_plain
 
 OWN = Path(__file__).parent / "assets"
-SHARED = ("uplot.js", "data.js", "charts.js")
 CURVES = {"loss": "loss_nats", "norm": "grad_norm_pre_clip", "noise": "noise_scale_tokens", "lr": "lr"}
 
 
@@ -79,31 +75,7 @@ def payload(
 
 def page(data: dict[str, Any]) -> str:
     """The whole file."""
-    styles = [(ASSETS / name).read_text(encoding="utf-8") for name in STYLES]
-    scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in SHARED]
-    scripts.append((OWN / "study.js").read_text(encoding="utf-8"))
-    sources = {"script-src": map(_hash, scripts), "style-src": map(_hash, styles)}
-    rules = ["default-src 'none'", *(f"{name} {' '.join(found)}" for name, found in sources.items())]
-    policy = "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
-    head = [
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{html.escape(data['title'])} · glassloop</title>",
-        *(f"<style>{style}</style>" for style in styles),
-    ]
-    body = [
-        (OWN / "study.html").read_text(encoding="utf-8"),
-        f'<script type="application/json" id="data">{as_data(data)}</script>',
-        *(f"<script>{script}</script>" for script in scripts),
-    ]
-    whole = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
-    return "\n".join(whole) + "\n"
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    return whole_page(data, OWN / "study.html", [*(ASSETS / name for name in SHARED), OWN / "study.js"])
 
 
 def _values(group: Group, name: str) -> dict[str, Any]:

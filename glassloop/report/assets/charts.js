@@ -240,3 +240,61 @@ function chooseInFigures(update, words) {
 function redrawFigures() {
   for (const one of board.figures) { one.plot.style.minHeight = `${one.plot.clientHeight}px`; build(one); one.plot.style.minHeight = ""; }
 }
+
+// What stands around the figures of every page: light, dark and paper, and the row that picks an update.
+const byId = (id) => document.getElementById(id);
+
+// Wires the theme's button, resizing and printing. `redraw` draws again what colours or widths changed. Returns set(dark, keep), which redraws
+// if `keep`, and onPaper().
+function themes(redraw) {
+  let darkBefore = null, waiting = null; // darkBefore: while the page is on paper
+  const isDark = () => document.documentElement.dataset.theme === "dark";
+  const onPaper = () => darkBefore !== null;
+
+  function set(dark, keep) {
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+    byId("theme").textContent = dark ? "Light" : "Dark";
+    byId("theme").setAttribute("aria-pressed", String(dark));
+    if (keep) redraw();
+  }
+  function toPaper() {
+    if (onPaper()) return;
+    darkBefore = isDark();
+    document.documentElement.classList.add("paper");
+    set(false, true);
+  }
+  function fromPaper() {
+    if (!onPaper()) return;
+    document.documentElement.classList.remove("paper");
+    set(darkBefore, true);
+    darkBefore = null;
+  }
+
+  byId("theme").addEventListener("click", () => set(!isDark(), true));
+  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => onPaper() || set(isDark(), true), 150); });
+  addEventListener("beforeprint", toPaper);
+  addEventListener("afterprint", fromPaper);
+  set(matchMedia("(prefers-color-scheme: dark)").matches, false);
+  return { set, onPaper };
+}
+
+// The slider over `places` and the buttons beside it. Returns step(by), which chooses a neighbour of current().
+function picker(places, choose, current) {
+  const step = (by) => choose(places[Math.max(0, Math.min(places.length - 1, places.indexOf(current()) + by))]);
+  byId("slider").max = String(Math.max(0, places.length - 1));
+  byId("slider").addEventListener("input", () => choose(places[Number(byId("slider").value)]));
+  byId("before").addEventListener("click", () => step(-1));
+  byId("after").addEventListener("click", () => step(1));
+  byId("whole").addEventListener("click", () => zoom(null));
+  return step;
+}
+
+// Arrow keys and 0, for pages that have nothing else to steer.
+function arrowKeys(step) {
+  document.addEventListener("keydown", (event) => {
+    const action = { ArrowLeft: () => step(-1), ArrowRight: () => step(1), 0: () => zoom(null) }[event.key];
+    if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    action();
+  });
+}

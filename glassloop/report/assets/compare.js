@@ -41,16 +41,6 @@
     $("chosen").replaceChildren(make("b", {}, `Update ${chosen}`), ` · loss ${words}`);
     chooseInFigures(chosen, `update ${chosen}`);
   }
-  const step = (by) => choose(x[Math.max(0, Math.min(x.length - 1, x.indexOf(chosen) + by))]);
-
-  function setTheme(dark, keep) {
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    $("theme").textContent = dark ? "Light" : "Dark";
-    $("theme").setAttribute("aria-pressed", String(dark));
-    if (keep) { redrawFigures(); choose(chosen); }
-  }
-  const isDark = () => document.documentElement.dataset.theme === "dark";
-
   $("title").textContent = data.title;
   $("facts").textContent = `${runs.length} runs on ${sides.length} ${several ? "sides" : "side"} · noise floor ${data.floor.toExponential(1)} relative, ${data.floor_from}`;
   $("verdicts").replaceChildren(...data.pairs.map((pair) => make("div", { class: "alert" },
@@ -62,26 +52,11 @@
     ? table(["field", ...runs.map(named)], data.differences.map(([name, values]) => ({ cells: [make("code", {}, name), ...values.map((value) => value ?? "–")] })))
     : make("p", { class: "none" }, "Nothing: config, versions, code and hardware are the same."));
   $("foot").textContent = `Written by glassloop ${data.glassloop}, ${data.made}. Curves: uPlot (MIT).`;
-  setTheme(matchMedia("(prefers-color-scheme: dark)").matches, false);
+  themes(() => { redrawFigures(); choose(chosen); });
   const marks = new Map(data.pairs.flatMap((pair) => pair.updates).map((update) => [update, "parting"]));
   onBoard({ x, marks, epochs: runs[0].epochs, onPick: choose, onZoom: (span) => { $("whole").hidden = span === null; } });
   drawAll();
-  $("slider").max = String(x.length - 1);
-  $("slider").addEventListener("input", () => choose(x[Number($("slider").value)]));
-  $("before").addEventListener("click", () => step(-1));
-  $("after").addEventListener("click", () => step(1));
-  $("whole").addEventListener("click", () => zoom(null));
-  $("theme").addEventListener("click", () => setTheme(!isDark(), true));
-  document.addEventListener("keydown", (event) => {
-    const action = { ArrowLeft: () => step(-1), ArrowRight: () => step(1), 0: () => zoom(null) }[event.key];
-    if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    action();
-  });
-  let darkBefore = null, waiting = null;
-  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => darkBefore === null && setTheme(isDark(), true), 150); });
-  addEventListener("beforeprint", () => { darkBefore = isDark(); document.documentElement.classList.add("paper"); setTheme(false, true); });
-  addEventListener("afterprint", () => { document.documentElement.classList.remove("paper"); setTheme(darkBefore, true); darkBefore = null; });
+  arrowKeys(picker(x, choose, () => chosen));
   choose(data.pairs[0]?.updates.at(-1) ?? x.at(-1));
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 })();

@@ -4,7 +4,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent), run = readRun(data);
   const $ = (id) => document.getElementById(id), places = run.x.filter((update) => run.at.has(update) || update === 0);
-  let chosen = null, waiting = null, noting = null;
+  let chosen = null, noting = null;
 
   function choose(update) {
     if (!places.length) return;
@@ -36,7 +36,7 @@
     ];
   }
 
-  const step = (by) => choose(places[Math.max(0, Math.min(places.length - 1, places.indexOf(chosen) + by))]);
+  let step = null, theme = null;
   const marked = [...run.marks.keys()].filter((update) => places.includes(update)).sort((a, b) => a - b);
   const toMark = (by) => {
     const next = by > 0 ? marked.find((update) => update > chosen) : marked.findLast((update) => update < chosen);
@@ -53,52 +53,22 @@
     action();
   }
 
-  function setTheme(dark, keep) {
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    $("theme").textContent = dark ? "Light" : "Dark";
-    $("theme").setAttribute("aria-pressed", String(dark));
-    if (keep) { redrawFigures(); drawHeat(); choose(chosen); }
-  }
-
-  const isDark = () => document.documentElement.dataset.theme === "dark";
-  let darkBefore = null;
-  function toPaper() {
-    if (darkBefore !== null) return;
-    darkBefore = isDark();
-    document.documentElement.classList.add("paper");
-    setTheme(false, true);
-  }
-  function fromPaper() {
-    if (darkBefore === null) return;
-    document.documentElement.classList.remove("paper");
-    setTheme(darkBefore, true);
-    darkBefore = null;
-  }
-
   function start() {
     $("title").textContent = data.title;
     $("facts").textContent = `${data.folder} · ${data.planned} updates planned · ${data.ranks} ${data.ranks === 1 ? "rank" : "ranks"} · ${data.env.started || "start unknown"}`;
-    setTheme(matchMedia("(prefers-color-scheme: dark)").matches, false);
+    theme = themes(() => { redrawFigures(); drawHeat(); choose(chosen); });
     onBoard({ x: run.x, marks: run.marks, epochs: run.epochs, onPick: choose, onZoom: (span) => { $("whole").hidden = span === null; } });
     drawTables(run, (update) => { choose(update); $("this").scrollIntoView({ block: "nearest" }); });
     if (run.x.length) drawFigures(run, $("figures"));
     $("norm")?.after($("this")); // beside the two curves that are looked at first
     heatFigure(run, $("figures"), choose);
     drawHeat();
-    $("slider").max = String(Math.max(0, places.length - 1));
-    $("slider").addEventListener("input", () => choose(places[Number($("slider").value)]));
-    $("before").addEventListener("click", () => step(-1));
-    $("after").addEventListener("click", () => step(1));
+    step = picker(places, choose, () => chosen);
     $("mark-before").addEventListener("click", () => toMark(-1));
     $("mark-after").addEventListener("click", () => toMark(1));
     $("mark-before").disabled = $("mark-after").disabled = !marked.length;
-    $("whole").addEventListener("click", () => zoom(null));
-    $("theme").addEventListener("click", () => setTheme(!isDark(), true));
     document.addEventListener("keydown", onKey);
-    addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => darkBefore === null && setTheme(isDark(), true), 150); });
-    addEventListener("beforeprint", toPaper);
-    addEventListener("afterprint", fromPaper);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => darkBefore === null && setTheme(event.matches, true));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => theme.onPaper() || theme.set(event.matches, true));
     const asked = Number(location.hash.slice(1));
     choose(location.hash && places.includes(asked) ? asked : marked.find((update) => run.marks.get(update) !== "resumed") ?? places.at(-1));
     document.documentElement.dataset.ready = String(Math.round(performance.now()));

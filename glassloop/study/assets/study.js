@@ -87,39 +87,15 @@
     $("chosen").replaceChildren(make("b", {}, `Update ${chosen}`), ` · training loss ${words}`);
     chooseInFigures(chosen, `update ${chosen}`);
   }
-  const step = (by) => choose(x[Math.max(0, Math.min(x.length - 1, x.indexOf(chosen) + by))]);
-  function setTheme(dark, keep) {
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    $("theme").textContent = dark ? "Light" : "Dark";
-    $("theme").setAttribute("aria-pressed", String(dark));
-    if (keep && x.length) { redrawFigures(); choose(chosen); }
-  }
-  const isDark = () => document.documentElement.dataset.theme === "dark";
 
   fill();
-  setTheme(matchMedia("(prefers-color-scheme: dark)").matches, false);
+  themes(() => { if (x.length) { redrawFigures(); choose(chosen); } });
   document.querySelector(".picker").hidden = !x.length;
   if (x.length) {
     onBoard({ x, marks: new Map(), epochs: [], onPick: choose, onZoom: (span) => { $("whole").hidden = span === null; } });
     drawAll();
-    $("slider").max = String(x.length - 1);
-    $("slider").addEventListener("input", () => choose(x[Number($("slider").value)]));
-    $("before").addEventListener("click", () => step(-1));
-    $("after").addEventListener("click", () => step(1));
-    $("whole").addEventListener("click", () => zoom(null));
-    document.addEventListener("keydown", (event) => {
-      const action = { ArrowLeft: () => step(-1), ArrowRight: () => step(1), 0: () => zoom(null) }[event.key];
-      if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
-      event.preventDefault();
-      action();
-    });
-    let waiting = null;
-    addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => setTheme(isDark(), true), 150); });
+    arrowKeys(picker(x, choose, () => chosen));
     choose(x.at(-1));
   }
-  $("theme").addEventListener("click", () => setTheme(!isDark(), true));
-  let darkBefore = null;
-  addEventListener("beforeprint", () => { darkBefore = isDark(); document.documentElement.classList.add("paper"); setTheme(false, true); });
-  addEventListener("afterprint", () => { document.documentElement.classList.remove("paper"); setTheme(darkBefore, true); });
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 })();
