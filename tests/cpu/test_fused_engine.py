@@ -228,6 +228,24 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
     went_on.close_observers()
 
 
+def test_weights_held_before_do_not_count_as_taken_when_memory_is_spent_anew(run_of, monkeypatch):
+    """As in a benchmark's arm, whose rows come after the run was built."""
+    from glassloop.room import spend_memory
+
+    run = run_of(execution={"engine": "fused", "precision": "fp32"})
+    engine = run.plain_engine
+    engine.use_tiers(Tiers(2, host=False, held=2))
+    held = []
+
+    def choose_tiers(*_, **__):
+        held.extend(linear.held for layer in engine.layers for linear in layer.linears)
+        return Tiers(2, host=False)
+
+    monkeypatch.setattr(engine, "choose_tiers", choose_tiers)
+    spend_memory(run)
+    assert held and not any(one is not None for one in held)
+
+
 def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
     """Rows an update and the gradient stay either way."""
     from glassloop.room import smaller_passes
