@@ -15,10 +15,11 @@ from typing import Any
 
 REACHED = time.time()
 
-from glassloop.bench.machine import Sampler, card_state, energy_j  # noqa: E402
+from glassloop.bench.clock import Clock  # noqa: E402
+from glassloop.bench.machine import card_state  # noqa: E402
 from glassloop.bench.results import append  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
-from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, utilisation  # noqa: E402
+from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
 from glassloop.environment import environment  # noqa: E402
 from glassloop.predict.shapes import shapes_from_config  # noqa: E402
 from glassloop.workloads import workload  # noqa: E402
@@ -63,7 +64,7 @@ def arm(spec_file: Path, base: Path) -> int:
     """In the peer's process: train, write the line, and leave at once (Unsloth can hang in its own shutdown)."""
     spec = read_spec(spec_file)
     try:
-        line, code = spec.about | measure(spec, PEERS[spec.engine], base), 0
+        line, code = spec.about | measure(spec, PEERS[spec.engine], base, spec_file.parent), 0
     except (ValueError, RuntimeError, OSError, ImportError, TypeError) as error:  # a peer's own refusal is a result too
         line, code = spec.about | {"failed": f"{type(error).__name__}: {error}"[:600]}, 3
     if RANK == 0 or "failed" in line:  # the last line counts, so a rank that failed is heard
@@ -73,8 +74,8 @@ def arm(spec_file: Path, base: Path) -> int:
     os._exit(code)
 
 
-def measure(spec: Spec, peer: Peer, base: Path) -> dict[str, Any]:
-    """The peer's own trainer over the workload's rows in their order."""
+def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]:
+    """The peer's own trainer over the workload's rows in their order. `signals`: where the arm's turns are told (see bench/clock.py)."""
     os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     if peer.library == "unsloth":
         import unsloth  # pyright: ignore[reportMissingImports]  # noqa: F401  (it patches what is imported after it)
@@ -93,7 +94,7 @@ def measure(spec: Spec, peer: Peer, base: Path) -> dict[str, Any]:
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
     model, tokenizer = (unsloth_model if peer.library == "unsloth" else trl_model)(peer, spec, base, dtype, device)
     draw_adapters(model)
-    total = spec.warmup + spec.updates
+    total = spec.total_updates
     rows = workload(spec.workload, spec.rows_per_update * total, vocabulary=model.config.vocab_size)
     columns = [
         {
@@ -137,57 +138,53 @@ def measure(spec: Spec, peer: Peer, base: Path) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if on_cuda else None
-    seen: dict[str, Any] = {"seconds": [], "logs": []}
+    clock = Clock(
+        spec,
+        signals,
+        uuid=uuid,
+        first_rank=RANK == 0,
+        wait=wait,
+        rest=lambda: torch.cuda.empty_cache() if on_cuda else None,
+    )
+    logged: list[dict[str, float]] = []
 
-    class Clock(TrainerCallback):
+    class Steps(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if len(seen["seconds"]) == spec.warmup:
-                wait()
-                seen["joules"], seen["began"] = energy_j(uuid), time.perf_counter()
-            wait()
-            seen["at"] = time.perf_counter()
+            clock.begin(state.global_step + 1)
 
         def on_step_end(self, args, state, control, **kwargs):
-            wait()
-            seen["seconds"].append(time.perf_counter() - seen["at"])
-            if len(seen["seconds"]) == 1:
-                seen["first_ended"] = time.time()
-                seen["before"] = card_state(uuid) if on_cuda else None
-                seen["sampler"] = Sampler(uuid) if on_cuda else None
-            if len(seen["seconds"]) == total:
-                seen["measured_s"], seen["joules_after"] = time.perf_counter() - seen["began"], energy_j(uuid)
+            clock.end(state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "grad_norm" in logs:
-                seen["logs"].append({"loss_nats": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])})
+                logged.append({"loss_nats": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])})
 
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**settings),
         train_dataset=Dataset.from_list(columns),
         processing_class=tokenizer,
-        callbacks=[Clock()],
+        callbacks=[Steps()],
     )
     in_order = SequentialSampler(
         columns
     )  # so that the rows of an update are known; under DDP micro-batches go to the ranks in turn
     trainer._get_train_sampler = lambda *_, **__: in_order
-    built = time.time()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    during = seen["sampler"].stop() if seen["sampler"] else None
-    measured = rows[spec.warmup * spec.rows_per_update :]
+    windows = [rows[start : start + spec.rows_per_update] for start in range(0, len(rows), spec.rows_per_update)]
+    updates = [windows[u - 1] for u in spec.measured_updates]
+    measured = [row for window in updates for row in window]
     passes = [measured[start : start + spec.batch] for start in range(0, len(measured), spec.batch)]
     slots = sum(len(row) for row in measured) if peer.padding_free else sum(len(one) * max(map(len, one)) for one in passes)
     tokens = Tokens(sum(map(len, measured)), sum(row.supervised_tokens for row in measured), slots)
-    joules = None if seen["joules"] is None or seen["joules_after"] is None else seen["joules_after"] - seen["joules"]
     shapes = shapes_from_config(model.config.to_dict(), spec.model)
     own = dict(
         allocated_gib=torch.cuda.max_memory_allocated() / GIB if on_cuda else None,
         reserved_gib=torch.cuda.max_memory_reserved() / GIB if on_cuda else None,
         host_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-        joules=joules,
+        joules=clock.joules,
     )
     ranks = [own]
     if spec.ranks > 1:
@@ -202,29 +199,30 @@ def measure(spec: Spec, peer: Peer, base: Path) -> dict[str, Any]:
         r=spec.r,
         targets=TARGETS,
         checkpointing=spec.checkpointing,
-        seconds=seen["measured_s"],
+        seconds=clock.measured_s,
         ranks=spec.ranks,
         ceiling=matmul_ceiling(shapes, device) if RANK == 0 else None,
     )
     return {
         "rows_digest": digest_of(rows[: spec.rows_per_update]),
-        "updates": spec.updates,
-        "warmup_s": seen["seconds"][: spec.warmup],
-        "measured_s": seen["measured_s"],
-        "tokens_per_s": tokens.per_s(seen["measured_s"]),
-        "tokens_per_s_per_rank": tokens.per_s(seen["measured_s"], spec.ranks),
-        **times(spec.launched_at or REACHED, built, seen["first_ended"], seen["seconds"][spec.warmup :]),
+        "updates": len(updates),
+        "warmup_s": clock.warmup_update_s,
+        "measured_s": clock.measured_s,
+        "turns": turns_of(clock.turns_s, [sum(map(len, window)) for window in updates]),
+        "tokens_per_s": tokens.per_s(clock.measured_s),
+        "tokens_per_s_per_rank": tokens.per_s(clock.measured_s, spec.ranks),
+        **times(None if spec.turns else spec.launched_at or REACHED, clock.started, clock.first_ended, clock.measured_update_s),
         "peak": {name: most(rank[name] for rank in ranks) for name in own if name != "joules"},
         "shares": None,
-        "energy": energy_of([rank["joules"] for rank in ranks], during, seen["measured_s"], tokens.real),
-        "update_1": seen["logs"][0],
-        "losses_nats": [one["loss_nats"] for one in seen["logs"]],
+        "energy": energy_of([rank["joules"] for rank in ranks], clock.during, clock.measured_s, tokens.real),
+        "update_1": logged[0],
+        "losses_nats": [one["loss_nats"] for one in logged],
         "passes": [spec.rows_per_update // (spec.batch * spec.ranks)] * spec.ranks,
         "flops": flops,
         "adapters": sorted(
             {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
         ),  # TRL casts them to bf16
-        "card": {"before": seen["before"], "during": during, "after": after, "p2p": None},
+        "card": {"before": clock.before, "during": clock.during, "after": after, "p2p": None},
         "machine": {**environment(["peers.py"]), "threads": torch.get_num_threads(), "peer": peer_versions()},
     }
 

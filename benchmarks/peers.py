@@ -1,6 +1,10 @@
 """Other trainers on the same rows, adapters and optimizer, beside glassloop: each in a process of its own, one line in the results' own form.
 
     python benchmarks/peers.py --peers trl,unsloth --workloads scam-v1,full-v1 --python unsloth=/path/to/env/bin/python --out FILE
+    python benchmarks/peers.py --turns 5 --updates 1 --warmup 1 --workloads full-v1 --peers unsloth-kept --ours fused,memory.profile=20.9 --out FILE
+
+The second form measures side by side: all arms of a workload are loaded, and in every turn one after the other carries out its updates while the
+rest waits with its activations given back. A ratio is taken turn by turn, so a card that slows down slows down both.
 
 Loss and norm of update 1 are held to the reference engine's on the same rows; where FILE has no such line, one is measured first. A peer's
 interpreter needs that peer; glassloop itself is found through PYTHONPATH, and only parts of it without dependencies are imported there.
@@ -10,87 +14,154 @@ interpreter needs that peer; glassloop itself is found through PYTHONPATH, and o
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peer_arm import PEERS
 
-from glassloop.bench.matrix import Place, run_arm, run_command, schedule
-from glassloop.bench.results import append, checked, is_reference, read
+from glassloop.bench.matrix import Place, Start, keep, run_command, run_groups, schedule, told
+from glassloop.bench.results import is_reference, read
 from glassloop.bench.spec import Spec
-from glassloop.bench.table import table
+from glassloop.bench.table import beside, table
+from glassloop.settings import ENGINES
 from glassloop.verify.processes import launch_file
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="peers.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"default: all of {', '.join(PEERS)}")
-    parser.add_argument("--workloads", default="scam-v1,full-v1")
-    parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=PATH", help="interpreter of trl or unsloth")
-    parser.add_argument("--model", default="random:llama-8b", help="model.id of the base")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--ranks", default="1", metavar="N,..", help="cards that share an update's rows under DDP (default: 1)")
-    parser.add_argument("--rows-per-update", type=int, default=8, help="over all ranks (default: 8)")
-    parser.add_argument("--updates", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time of an arm")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--out", type=Path, required=True, help="results are added to it")
-    asked = parser.parse_args(argv)
-    peers = [name for name in asked.peers.split(",") if name]
-    if unknown := [name for name in peers if name not in PEERS]:
-        raise SystemExit(f"--peers {', '.join(unknown)}: there are {', '.join(PEERS)}")
+    asked = _parser().parse_args(argv)
     pythons = dict(pair.split("=", 1) for pair in asked.python)
     counts = [int(text) for text in asked.ranks.split(",")]
     for count in counts:
         if asked.rows_per_update % count:
             raise SystemExit(f"--ranks {count}: it must divide --rows-per-update {asked.rows_per_update}")
     place = Place(asked.device, max(counts) if asked.device == "cuda" else 0)
-    specs = [
-        Spec(
-            engine=name,
-            workload=rows,
-            layout="packed" if PEERS[name].padding_free else "literal",
-            ranks=count,
-            batch=min(PEERS[name].batch, asked.rows_per_update // count),
-            rows_per_update=asked.rows_per_update,
-            model=asked.model,
-            precision=asked.precision,
-            checkpointing=PEERS[name].checkpointing,
-            updates=asked.updates,
-            warmup=asked.warmup,
-            device=asked.device,
-        )
-        for rows in asked.workloads.split(",")
-        for name in peers
-        for count in counts
-    ]
+    common = dict(
+        rows_per_update=asked.rows_per_update,
+        model=asked.model,
+        precision=asked.precision,
+        updates=asked.updates,
+        warmup=asked.warmup,
+        turns=asked.turns,
+        device=asked.device,
+    )
     out = asked.out.absolute()
-    lines = read(out) if out.exists() else []
+    known = read(out) if out.exists() else []
     mine: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="glassloop-peers-") as temporary:
         folder = Path(temporary)
         base = base_folder(asked.model, asked.precision, asked.device, folder / "base")
-        for number, spec in enumerate(schedule(specs, asked.repeats)):
-            work = folder / f"arm-{number}"
-            if is_reference(spec.cell):
-                if any(_serves(line, spec) for line in lines):
-                    continue
-                line = run_arm(spec, place, work, timeout_s=asked.timeout)
-            else:
-                python = pythons.get(PEERS[spec.engine].library, sys.executable)
-                line = run_command(spec, peer_command(spec, python, work, base), place, work, timeout_s=asked.timeout)
-            line["check"] = checked(line, lines)
-            lines.append(line)
-            mine.append(line)
-            append(out, line)
-            print(f"{spec.name}: {line.get('failed') or format(line['tokens_per_s']['real'], ',.0f') + ' tokens/s'}", flush=True)
-    print("\n".join(table(mine)))
+
+        def start(spec: Spec, number: int) -> Start:
+            work = folder / f"{spec.workload}-{number}"
+            if spec.engine not in PEERS:
+                return Start.of_ours(spec, work)
+            python = pythons.get(PEERS[spec.engine].library, sys.executable)
+            return Start(spec, peer_command(spec, python, work, base), work)
+
+        for rows in asked.workloads.split(","):
+            specs = [ours(text, rows, count, common) for text in asked.ours for count in counts]
+            specs += [peer(name, rows, count, common) for name in asked.peers for count in counts]
+            order = [
+                replace(spec, turns=min(spec.turns, 1)) if spec.check_only else spec
+                for spec in schedule(specs, asked.repeats)
+                if not (spec.check_only and any(_serves(line, spec) for line in [*known, *mine]))
+            ]
+            starts = [start(spec, number) for number, spec in enumerate(order)]
+            if asked.turns:
+                mine += run_groups([starts], place, out, _say, known, timeout_s=asked.timeout)
+                continue
+            for one in starts:
+                line = run_command(one, place, asked.timeout)
+                keep(line, mine, out, known)
+                _say(f"{line['name']}: {told(line)}")
+    print("\n".join([*table(mine), "", *beside(mine, list(PEERS))]))
     return 0 if all(line["check"]["within"] for line in mine) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peers.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--peers", type=_peers, default=list(PEERS), help=f"default: all of {', '.join(PEERS)}")
+    parser.add_argument(
+        "--ours",
+        type=_ours,
+        action="append",
+        default=[],
+        metavar="ENGINE,..",
+        help="an arm of glassloop beside them: its engine, then what differs from literal, batch 2, recomputed: packed, kept, batch=N, "
+        "execution.FIELD=VALUE, memory.FIELD=VALUE (may be given several times)",
+    )
+    parser.add_argument("--workloads", default="scam-v1,full-v1")
+    parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=PATH", help="interpreter of trl or unsloth")
+    parser.add_argument("--model", default="random:llama-8b", help="model.id of the base")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--ranks", default="1", metavar="N,..", help="cards that share an update's rows under DDP (default: 1)")
+    parser.add_argument("--rows-per-update", type=int, default=8, help="over all ranks (default: 8)")
+    parser.add_argument("--updates", type=int, default=5, help="measured, in every turn (default: 5)")
+    parser.add_argument("--warmup", type=int, default=2, help="not measured, at the beginning of every turn (default: 2)")
+    parser.add_argument(
+        "--turns", type=int, default=0, metavar="N", help="side by side, N turns each (default: one after the other)"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="without --turns: how often each arm is run")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time of an arm, or of its turn")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--out", type=Path, required=True, help="results are added to it")
+    return parser
+
+
+def _peers(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(PEERS)}")
+    return names
+
+
+def _ours(text: str) -> list[str]:
+    engine, *rest = text.split(",")
+    if engine not in ENGINES:
+        raise argparse.ArgumentTypeError(f"{engine}: there are {', '.join(ENGINES)}")
+    for word in rest:
+        if word not in ("packed", "kept") and not re.fullmatch(r"batch=\d+|(execution|memory)\.[a-z_]+=.+", word):
+            raise argparse.ArgumentTypeError(f"{word}: say packed, kept, batch=N, execution.FIELD=VALUE or memory.FIELD=VALUE")
+    return [engine, *rest]
+
+
+def ours(words: list[str], rows: str, ranks: int, common: dict[str, Any]) -> Spec:
+    """An arm of glassloop, from the words of --ours."""
+    engine, *rest = words
+    batch = next((int(word.removeprefix("batch=")) for word in rest if word.startswith("batch=")), 2)
+    return Spec(
+        engine=engine,
+        workload=rows,
+        layout="packed" if "packed" in rest else "literal",
+        ranks=ranks,
+        batch=min(batch, common["rows_per_update"] // ranks),
+        checkpointing="kept" not in rest,
+        varied=tuple(word for word in rest if "." in word),
+        **common,
+    )
+
+
+def peer(name: str, rows: str, ranks: int, common: dict[str, Any]) -> Spec:
+    """A peer's arm."""
+    how = PEERS[name]
+    return Spec(
+        engine=name,
+        workload=rows,
+        layout="packed" if how.padding_free else "literal",
+        ranks=ranks,
+        batch=min(how.batch, common["rows_per_update"] // ranks),
+        checkpointing=how.checkpointing,
+        **common,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _serves(line: dict[str, Any], spec: Spec) -> bool:

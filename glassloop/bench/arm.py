@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ import torch  # noqa: E402  (its import belongs to the time from launch)
 from glassloop.arguments import parse  # noqa: E402
 from glassloop.batches import Batches, Window, build_pass, epoch_order  # noqa: E402
 from glassloop.bench.ceiling import matmul_ceiling  # noqa: E402
-from glassloop.bench.machine import Sampler, card_state, energy_j, processor  # noqa: E402
+from glassloop.bench.clock import Clock  # noqa: E402
+from glassloop.bench.machine import card_state, processor  # noqa: E402
 from glassloop.bench.profile import SUMMARY, TRACE, profiled  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
-from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, utilisation  # noqa: E402
+from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
 from glassloop.build import build_run  # noqa: E402
 from glassloop.config import Config  # noqa: E402
 from glassloop.dist import gather_objects, leave  # noqa: E402
@@ -49,7 +50,7 @@ def main(path: Path) -> int:
     spec = read_spec(path)
     with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
         try:
-            line, code = (profile_arm if spec.profile else measure)(spec, Path(folder)), 0
+            line, code = profile_arm(spec, Path(folder)) if spec.profile else measure(spec, Path(folder), path.parent), 0
         except (ValueError, RuntimeError, OSError) as error:  # refused, or out of memory: what there is to say of this arm
             line, code = {"failed": f"{type(error).__name__}: {error}"[:600]}, 3
     line = spec.about | line
@@ -68,45 +69,48 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def measure(spec: Spec, folder: Path) -> dict[str, Any]:
-    """Build the run, carry out warm-up and measured updates, and sum up. All ranks take part; the result is rank 0's."""
+def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
+    """Build the run, carry out warm-up and measured updates, and sum up. All ranks take part; the result is rank 0's.
+
+    Args:
+        folder: the run's. signals: where the arm's turns are told (see clock.py).
+    """
     run = build(spec, folder)
-    built = time.time()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    updates = [timed_update(run, 1)]
-    first_ended = time.time()
-    uuid = _uuid(run.device)
-    before = card_state(uuid) if run.rank == 0 else None  # not sooner: asking takes a while, which is not the first update's
-    sampler = Sampler(uuid) if run.rank == 0 and run.device.type == "cuda" else None
-    updates += [timed_update(run, u) for u in range(2, spec.warmup + 1)]
-    joules, began = energy_j(uuid), time.perf_counter()
-    updates += [timed_update(run, u) for u in range(spec.warmup + 1, spec.warmup + spec.updates + 1)]
-    seconds = time.perf_counter() - began
-    joules_after = energy_j(uuid)
-    during = sampler.stop() if sampler is not None else None
-    used = None if joules is None or joules_after is None else joules_after - joules
-    ranks = gather_objects({"joules": used, **_memory(run.device)})
+    uuid, tiers = _uuid(run.device), getattr(run.plain_engine, "tiers", None)
+    clock = Clock(
+        spec,
+        signals,
+        uuid=uuid,
+        first_rank=run.rank == 0,
+        wait=lambda: _wait(run.device),
+        rest=lambda: _rest(run),
+        wake=lambda: None if tiers is None else run.plain_engine.use_tiers(tiers),
+    )
+    records = [clocked_update(run, u, clock) for u in range(1, spec.total_updates + 1)]
+    ranks = gather_objects({"joules": clock.joules, **_memory(run.device)})
     after = card_state(uuid) if run.rank == 0 else None
     run.close_observers()
-    measured = updates[spec.warmup :]
+    measured, seconds = [records[u - 1] for u in spec.measured_updates], clock.measured_s
     shapes = shapes_from_config(run.plain_engine.hf.config.to_dict(), spec.model)
     ceiling = matmul_ceiling(shapes, run.device) if shapes is not None and run.rank == 0 else None
     tokens = tokens_of(measured)
     return {
         "rows_digest": digest_of(run.batches.rows[row] for row in run.batches.window(1).rows),
-        "updates": spec.updates,
-        "warmup_s": [one.seconds for one in updates[: spec.warmup]],
+        "updates": len(measured),
+        "warmup_s": clock.warmup_update_s,
         "measured_s": seconds,
+        "turns": turns_of(clock.turns_s, [one.real_tokens for one in measured]),
         "tokens_per_s": tokens.per_s(seconds),
         "tokens_per_s_per_rank": tokens.per_s(seconds, spec.ranks),
-        **times(spec.launched_at or REACHED, built, first_ended, [one.seconds for one in measured]),
+        **times(None if spec.turns else spec.launched_at or REACHED, clock.started, clock.first_ended, clock.measured_update_s),
         "peak": {name: most(rank[name] for rank in ranks) for name in ("allocated_gib", "reserved_gib", "host_gib")},
-        "shares": shares(run, spec, measured),
-        "energy": energy_of([rank["joules"] for rank in ranks], during, seconds, tokens.real),
-        "update_1": {"loss_nats": updates[0].record.loss_nats, "grad_norm": updates[0].record.grad_norm_pre_clip},
-        "losses_nats": [one.record.loss_nats for one in updates],
-        "passes": list(measured[0].record.rank_passes),
+        "shares": shares(run, spec, measured, sum(clock.measured_update_s)),
+        "energy": energy_of([rank["joules"] for rank in ranks], clock.during, seconds, tokens.real),
+        "update_1": {"loss_nats": records[0].loss_nats, "grad_norm": records[0].grad_norm_pre_clip},
+        "losses_nats": [one.loss_nats for one in records],
+        "passes": list(measured[0].rank_passes),
         "tiers": run.tiers,
         "flops": None
         if shapes is None
@@ -122,7 +126,7 @@ def measure(spec: Spec, folder: Path) -> dict[str, Any]:
             ceiling=ceiling,
             kept=run.plain_engine.tiers.kept if spec.engine == "fused" else None,  # type: ignore[union-attr]
         ),
-        "card": {"before": before, "during": during, "after": after, "p2p": _p2p(run.device)},
+        "card": {"before": clock.before, "during": clock.during, "after": after, "p2p": _p2p(run.device)},
         "machine": {**environment(["glassloop bench"]), "threads": torch.get_num_threads(), "cpu": processor()},
     }
 
@@ -131,7 +135,7 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
     """Carry out updates up to `spec.profile`, that one under rank 0's profiler, and write trace and page. Nothing is measured."""
     run = build(spec, folder)
     for u in range(1, spec.profile):
-        timed_update(run, u)
+        applied_update(run, u)
     if run.rank == 0:
         where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor() or "CPU"
         about = (
@@ -140,10 +144,10 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
             where,
         )
         into = Path(spec.profile_dir)
-        profiled(lambda: timed_update(run, spec.profile), into, device=run.device, about=about)
+        profiled(lambda: applied_update(run, spec.profile), into, device=run.device, about=about)
         line = {"profile": {"update": spec.profile, "trace": str(into / TRACE), "summary": str(into / SUMMARY)}}
     else:
-        timed_update(run, spec.profile)
+        applied_update(run, spec.profile)
         line = {}
     gather_objects(0)  # the others wait for the trace: a rank that leaves ends the group
     run.close_observers()
@@ -154,7 +158,7 @@ def build(spec: Spec, folder: Path) -> Run:
     """The run as configured, on the rows of the workload."""
     run = build_run(config_of(spec, folder))
     run.observers = [one for one in run.observers if isinstance(one, JsonlObserver)]  # files as in any run, no lines in between
-    total = max(spec.warmup + spec.updates, spec.profile)
+    total = max(spec.total_updates, spec.profile)
     rows = rows_of(run, spec, total)
     o, s = run.config.optimizer, run.config.schedule
     plan = make_plan(
@@ -219,27 +223,24 @@ def config_of(spec: Spec, folder: Path) -> Config:
     return parse([*words, *spec.varied, *spec.overrides], prog="glassloop bench")
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One update: wall time until the device had finished it and the observers had it, and its record."""
+def clocked_update(run: Run, u: int, clock: Clock) -> UpdateRecord:
+    """Update u, until the device has finished it and the observers have its record."""
+    clock.begin(u)
+    record = applied_update(run, u)
+    clock.end(u)
+    return record
 
-    seconds: float
-    record: UpdateRecord
 
-
-def timed_update(run: Run, u: int) -> Timed:
+def applied_update(run: Run, u: int) -> UpdateRecord:
     """Update u by the loop's own code. Raises RuntimeError where it was not applied: its time would be worth nothing."""
     from train_loop import update_once
 
-    _wait(run.device)
-    began = time.perf_counter()
     outcome = update_once(run, u)
     assert outcome is not None  # nobody asks an arm to stop
     run.tell(outcome)
-    _wait(run.device)
     if outcome.record.action != "applied":
         raise RuntimeError(f"update {u} was not applied: {outcome.record.reason}")
-    return Timed(time.perf_counter() - began, outcome.record)
+    return outcome.record
 
 
 def _wait(device: torch.device) -> None:
@@ -247,24 +248,31 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def tokens_of(updates: Sequence[Timed]) -> Tokens:
+def _rest(run: Run) -> None:
+    """Give back what other arms may need of the GPU's memory."""
+    gather_objects(0)  # no rank says that the turn is over while another still computes
+    if getattr(run.plain_engine, "tiers", None) is not None:
+        run.plain_engine.use_tiers(replace(run.plain_engine.tiers, held=0))
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def tokens_of(records: Sequence[UpdateRecord]) -> Tokens:
     """Tokens of all ranks."""
-    records = [one.record for one in updates]
     real, slot = sum(one.real_tokens for one in records), sum(one.slot_tokens for one in records)
     return Tokens(real, sum(one.supervised_tokens for one in records), slot)
 
 
-def shares(run: Run, spec: Spec, updates: Sequence[Timed]) -> dict[str, float]:
+def shares(run: Run, spec: Spec, records: Sequence[UpdateRecord], total: float) -> dict[str, float]:
     """Parts of an update's wall time on rank 0, by the record's own clocks; `data` is measured apart, by building the same passes once more.
 
     passes: building, forward, backward and the ranks' reports, so it holds `data` and waiting for other ranks. reduce: sum over ranks and the norm.
     optimizer: until it was started. rest: records, observers, and the device finishing the step.
     """
-    total = sum(one.seconds for one in updates)
     parts = {
-        "passes": sum(one.record.compute_s for one in updates) / total,
-        "reduce": sum(one.record.reduce_s for one in updates) / total,
-        "optimizer": sum(one.record.optimizer_s for one in updates) / total,
+        "passes": sum(one.compute_s for one in records) / total,
+        "reduce": sum(one.reduce_s for one in records) / total,
+        "optimizer": sum(one.optimizer_s for one in records) / total,
     }
     parts["rest"] = 1 - sum(parts.values())
     began = time.perf_counter()
@@ -283,7 +291,7 @@ def passes_of(batches: Batches, spec: Spec) -> list[list[Row]]:
 
 def windows(batches: Batches, spec: Spec) -> list[Window]:
     """Those of the measured updates."""
-    return [batches.window(u) for u in range(spec.warmup + 1, spec.warmup + spec.updates + 1)]
+    return [batches.window(u) for u in spec.measured_updates]
 
 
 def _memory(device: torch.device) -> dict[str, float | None]:

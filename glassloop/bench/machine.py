@@ -98,17 +98,17 @@ class Sampler:
                 [*command, "-lms", str(EVERY_MS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
 
-    def stop(self) -> dict[str, Any] | None:
-        """What was seen, summed up; None where nothing was."""
+    def stop(self) -> list[str]:
+        """Lines for `summed_up`; none without nvidia-smi."""
         if self._process is None:
-            return None
+            return []
         self._process.terminate()
         output, _ = self._process.communicate(timeout=10)
-        return summed_up(output.splitlines())
+        return output.splitlines()
 
 
 def summed_up(lines: Sequence[str]) -> dict[str, Any] | None:
-    """Medians, the mean power, and every throttle reason that was seen, from a sampler's whole lines (the last may be cut off)."""
+    """Medians, the mean power, and every throttle reason that was seen, from a sampler's lines, cut-off ones apart; None: nothing was seen."""
     rows = [line.split(",") for line in lines]
     rows = [row for row in rows if len(row) == max(map(len, rows))]
     if not rows or len(rows[0]) < len(NEWS_FIELDS):

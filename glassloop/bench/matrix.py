@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import glassloop
+from glassloop.bench.clock import POLL_S, go, ready
 from glassloop.bench.results import REFERENCE_ENGINE, SAME_WORK, append, checked, is_reference
 from glassloop.bench.spec import Spec
 from glassloop.unsloth_checks import problems
@@ -116,14 +117,68 @@ def run_matrix(
     for number, spec in enumerate(order, start=1):
         began = time.monotonic()
         if why := unable(spec, pythons):
-            line = spec.about | {"failed": why, "left_out": True}
+            line = left_out(spec, why)
         else:
             line = run_arm(spec, place, folder / f"arm-{number}", python=pythons.get(spec.engine, sys.executable))
-        line["check"] = checked(line, lines)
-        lines.append(line)
-        append(out, line)
+        keep(line, lines, out)
         say(f"[{number}/{len(order)}] {spec.name}: {told(line)} ({time.monotonic() - began:.0f} s)")
     return lines
+
+
+def run_groups(
+    groups: Sequence[Sequence[Start]],
+    place: Place,
+    out: Path,
+    say: Callable[[str], None],
+    known: Sequence[dict[str, Any]] = (),
+    *,
+    timeout_s: float = ARM_TIMEOUT_S,
+    first_alone: bool = False,
+) -> list[dict[str, Any]]:
+    """Groups of arms that take turns, one group after the other; lines and `out` as with run_matrix.
+
+    Args:
+        known: lines that may hold a group's reference. timeout_s, first_alone: see run_together.
+    """
+    lines: list[dict[str, Any]] = []
+    for number, starts in enumerate(groups, start=1):
+        began = time.monotonic()
+        found = run_together(starts, place, timeout_s, first_alone=first_alone)
+        for line in sorted(found, key=lambda line: not is_reference(line["cell"])):
+            keep(line, lines, out, known)
+            say(f"[group {number}/{len(groups)}] {line['name']}: {told(line)}")
+        say(f"[group {number}/{len(groups)}] {time.monotonic() - began:.0f} s")
+    return lines
+
+
+def run_in_turns(
+    order: Sequence[Spec], place: Place, folder: Path, out: Path, say: Callable[[str], None], pythons: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """As run_matrix, with all arms of a workload loaded at once and taking turns; those that only serve a check take one."""
+    lines: list[dict[str, Any]] = []
+    groups: dict[str, list[Start]] = {}
+    for number, spec in enumerate(order, start=1):
+        if why := unable(spec, pythons):
+            keep(left_out(spec, why), lines, out)
+            say(f"{spec.name}: {told(lines[-1])}")
+            continue
+        python = pythons.get(spec.engine, sys.executable)
+        turns = 1 if spec.check_only else spec.turns
+        group = groups.setdefault(spec.workload, [])
+        group.append(Start.of_ours(replace(spec, turns=turns), folder / f"arm-{number}", python))
+    return lines + run_groups(list(groups.values()), place, out, say, first_alone=True)
+
+
+def left_out(spec: Spec, why: str) -> dict[str, Any]:
+    """The line of an arm that is not started."""
+    return spec.about | {"failed": why, "left_out": True}
+
+
+def keep(line: dict[str, Any], lines: list[dict[str, Any]], out: Path, known: Sequence[dict[str, Any]] = ()) -> None:
+    """Add a line with its check to `lines` and to the file."""
+    line["check"] = checked(line, [*known, *lines])
+    lines.append(line)
+    append(out, line)
 
 
 def told(line: dict[str, Any]) -> str:
@@ -142,48 +197,128 @@ def run_arm(
     spec: Spec, place: Place, folder: Path, timeout_s: float = ARM_TIMEOUT_S, python: str = sys.executable
 ) -> dict[str, Any]:
     """One arm of glassloop in a fresh process (or `ranks` of them): its line, or one that says why there is none."""
-    folder.mkdir(parents=True)
-    return run_command(spec, command(spec, folder, python), place, folder, timeout_s)
+    return run_command(Start.of_ours(spec, folder, python), place, timeout_s)
 
 
-def run_command(spec: Spec, words: Sequence[str], place: Place, folder: Path, timeout_s: float) -> dict[str, Any]:
-    """A command that reads folder/spec.json and adds a line to the spec's `out`; it is ended after `timeout_s`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = replace(spec, launched_at=time.time(), out=str(folder / "line.jsonl"))
-    spec.write(folder / "spec.json")
-    with open(folder / "errors.txt", "w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            words,
-            env=environment(spec, place),
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-        )
+@dataclass(frozen=True)
+class Start:
+    """An arm and how its process is started: a command that reads folder/spec.json and adds a line to the spec's `out`."""
+
+    spec: Spec
+    words: Sequence[str]
+    folder: Path
+
+    @classmethod
+    def of_ours(cls, spec: Spec, folder: Path, python: str = sys.executable) -> Start:
+        """An arm of glassloop itself."""
+        folder.mkdir(parents=True)
+        return cls(spec, command(spec, folder, python), folder)
+
+
+def run_command(start: Start, place: Place, timeout_s: float) -> dict[str, Any]:
+    """An arm alone; it is ended after `timeout_s`."""
+    one = _Running(start, place)
+    try:
+        one.wait(timeout_s)
+    finally:
+        one.end()
+    return one.line()
+
+
+def run_together(starts: Sequence[Start], place: Place, timeout_s: float, *, first_alone: bool = False) -> list[dict[str, Any]]:
+    """Arms that take turns (Spec.turns), all loaded at once; each round begins with another one. One line each, in the order of `starts`.
+
+    Args:
+        timeout_s: longest time of loading, and of a turn; an arm that takes longer is ended, and the others go on.
+        first_alone: the first is loaded before the others are started, so that they find in the cache what it puts there.
+    """
+    running: list[_Running] = []
+    try:
+        for start in starts:
+            running.append(_Running(start, place))
+            if first_alone and len(running) == 1:
+                running[0].await_file(ready(running[0].folder, 0), timeout_s)
+        for one in running:
+            one.await_file(ready(one.folder, 0), timeout_s)
+        for turn in range(max(start.spec.turns for start in starts)):
+            for number in range(len(running)):
+                one = running[(number + turn) % len(running)]
+                if one.alive and turn < one.spec.turns:
+                    go(one.folder, turn).touch()
+                    if turn + 1 < one.spec.turns:
+                        one.await_file(ready(one.folder, turn + 1), timeout_s)
+                    else:
+                        one.wait(timeout_s)
+                        one.end()
+    finally:
+        for one in running:
+            one.end()
+    return [one.line() for one in running]
+
+
+class _Running:
+    """An arm's process."""
+
+    def __init__(self, start: Start, place: Place):
+        self.folder, self.why = start.folder, ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.spec = replace(start.spec, launched_at=time.time(), out=str(self.folder / "line.jsonl"))
+        self.spec.write(self.folder / "spec.json")
+        with open(self.folder / "errors.txt", "w", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                start.words,
+                env=environment(self.spec, place),
+                cwd=self.folder,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait(self, timeout_s: float) -> None:
+        """Until it has ended by itself; or end it."""
         try:
-            why = f"it ended with exit code {process.wait(timeout_s)}"
+            self.why = f"it ended with exit code {self.process.wait(timeout_s)}"
         except subprocess.TimeoutExpired:
-            why = f"it took longer than {timeout_s:g} s"
-        finally:
-            _end(process)
-    written = Path(spec.out)
-    if written.exists():
-        return json.loads(written.read_text(encoding="utf-8").splitlines()[-1])
-    said = (folder / "errors.txt").read_text(encoding="utf-8", errors="replace").strip()[-600:]
-    return spec.about | {"failed": f"{why}: {said}"}
+            self._too_long(timeout_s)
 
+    def await_file(self, file: Path, timeout_s: float) -> None:
+        """Until the arm has made `file`; at once where it has ended. It is ended after `timeout_s`."""
+        until = time.monotonic() + timeout_s
+        while self.alive and not file.exists():
+            if time.monotonic() > until:
+                return self._too_long(timeout_s)
+            time.sleep(POLL_S)
+        if not self.alive:
+            self.why = self.why or f"it ended with exit code {self.process.returncode}"
+        return None
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the arm and whatever it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def _too_long(self, timeout_s: float) -> None:
+        self.why = f"it took longer than {timeout_s:g} s"
+        self.end()
+
+    def end(self) -> None:
+        """End the arm and whatever it has started."""
+        try:
+            os.killpg(self.process.pid, signal.SIGTERM if self.alive else signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def line(self) -> dict[str, Any]:
+        """What it wrote, or why it wrote nothing."""
+        written = Path(self.spec.out)
+        if written.exists():
+            return json.loads(written.read_text(encoding="utf-8").splitlines()[-1])
+        said = (self.folder / "errors.txt").read_text(encoding="utf-8", errors="replace").strip()[-600:]
+        return self.spec.about | {"failed": f"{self.why}: {said}"}
 
 
 def command(spec: Spec, folder: Path, python: str = sys.executable) -> list[str]:

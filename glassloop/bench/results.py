@@ -39,17 +39,27 @@ class Arm:
         return statistics.median(found) if found else None
 
     @property
+    def rates(self) -> list[float]:
+        """Real tokens a second, all ranks together, of every repeat and turn."""
+        return [rate for line in self.lines for rate in rates_of(line)]
+
+    @property
     def tokens_per_s(self) -> float:
-        """Real tokens, all ranks together."""
-        value = self.middle("tokens_per_s", "real")
-        assert value is not None
-        return value
+        """Real tokens, all ranks together: the median."""
+        return statistics.median(self.rates)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Slowest and fastest repeat, real tokens a second."""
-        values = [line["tokens_per_s"]["real"] for line in self.lines]
-        return min(values), max(values)
+        """Slowest and fastest repeat or turn, real tokens a second."""
+        return min(self.rates), max(self.rates)
+
+
+def rates_of(line: dict[str, Any]) -> list[float]:
+    """Real tokens a second, all ranks together, of a line's turns."""
+    turns = line.get("turns", ())
+    if len(turns) < 2:  # or a line from before there were turns
+        return [line["tokens_per_s"]["real"]]
+    return [turn["real_tokens"] / turn["seconds"] for turn in turns]
 
 
 def _at(line: dict[str, Any], path: Sequence[str]) -> Any:

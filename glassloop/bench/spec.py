@@ -19,6 +19,7 @@ class Spec:
         engine: execution.engine. workload: a name of workloads.py. model: model.id. layout, precision, checkpointing: execution.*.
         ranks: processes, over which the rows of an update are shared. batch: rows of a micro-batch. rows_per_update: over all ranks.
         updates: measured ones, after `warmup` that are not. repeat: which time this arm is measured. r: rank of the adapters.
+        turns: how often that is done, while other arms are loaded and wait; 0: once, with nobody beside it.
         device: cuda | cpu. overrides: further section.field=value of the config, the same in all arms that are compared.
         varied: execution.field=value or memory.field=value that tells this arm from others on the same work; the reference has none.
         profile: the update that is profiled instead of any being measured; 0: none. profile_dir: folder for what comes of it.
@@ -38,6 +39,7 @@ class Spec:
     r: int = 16
     updates: int = 5
     warmup: int = 2
+    turns: int = 0
     repeat: int = 0
     device: str = "cuda"
     backend: str = "auto"
@@ -56,6 +58,20 @@ class Spec:
             )
 
     @property
+    def updates_per_turn(self) -> int:
+        return self.warmup + self.updates
+
+    @property
+    def total_updates(self) -> int:
+        """Of all turns, warm-up included."""
+        return max(1, self.turns) * self.updates_per_turn
+
+    @property
+    def measured_updates(self) -> list[int]:
+        """Their numbers, from 1 on."""
+        return [u for u in range(1, self.total_updates + 1) if (u - 1) % self.updates_per_turn >= self.warmup]
+
+    @property
     def name(self) -> str:
         """What a table calls the arm."""
         parts = [self.engine, self.workload, self.layout, f"{self.batch} rows", f"{self.ranks} rank{'s' * (self.ranks > 1)}"]
@@ -69,6 +85,7 @@ class Spec:
         for name in (
             "updates",
             "warmup",
+            "turns",
             "repeat",
             "device",
             "backend",

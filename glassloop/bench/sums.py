@@ -35,18 +35,31 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1], "all": list(values)}
 
 
-def times(launched: float, built: float, first_ended: float, seconds: Sequence[float]) -> dict[str, Any]:
-    """First update's end, seen from the process's launch and from when all was built; the recipe's whole length; the measured updates."""
+def times(launched: float | None, built: float, first_ended: float, seconds: Sequence[float]) -> dict[str, Any]:
+    """First update's end, seen from the process's launch and from when all was built; the recipe's whole length; the measured updates.
+
+    launched: None where the process then waited for others, so that it says nothing.
+    """
     further = (RECIPE_UPDATES - 1) * statistics.median(seconds)
+    from_launch = None if launched is None else first_ended - launched
     return {
         "update_s": spread(seconds),
-        "first_update_s": {"from_launch": first_ended - launched, "from_built": first_ended - built},
+        "first_update_s": {"from_launch": from_launch, "from_built": first_ended - built},
         "recipe_s": {
             "updates": RECIPE_UPDATES,
-            "from_launch": first_ended - launched + further,
+            "from_launch": None if from_launch is None else from_launch + further,
+            "from_built": first_ended - built + further,
             "how": "first update's end, then the median for each further one; without evaluations and checkpoints",
         },
     }
+
+
+def turns_of(seconds: Sequence[float], real_tokens: Sequence[int]) -> list[dict[str, float]]:
+    """Wall time and real tokens of every turn. `real_tokens`: of the measured updates, as many in every turn."""
+    each = len(real_tokens) // len(seconds)
+    return [
+        {"seconds": one, "real_tokens": sum(real_tokens[turn * each : (turn + 1) * each])} for turn, one in enumerate(seconds)
+    ]
 
 
 def utilisation(

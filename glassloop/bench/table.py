@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glassloop.bench.results import Arm, arms
+from glassloop.bench.results import Arm, arms, rates_of
 from glassloop.bench.spec import SAME
 
 HEAD = (
@@ -29,12 +30,12 @@ def _row(arm: Arm) -> str:
     cell = arm.cell
     low, middle, high = (arm.middle("update_s", name) or 0.0 for name in ("p10", "median", "p90"))
     peak, mfu = arm.middle("peak", "allocated_gib"), arm.middle("flops", "mfu")
-    each = arm.middle("tokens_per_s_per_rank", "real") or 0.0
+    each = arm.tokens_per_s / cell["ranks"]
     return (
         f"{cell['engine'][:11]:<12}{cell['workload'][:10]:<11}{cell['layout'][:7]:<8}{cell['batch']:>4}{cell['ranks']:>3} "
         f"{'again' if cell['checkpointing'] else 'kept':<5}{arm.tokens_per_s:>8,.0f}{each:>8,.0f}"
         f"{middle:>9.3f}{f'{low:.3f}-{high:.3f}':>14}{'-' if peak is None else f'{peak:.2f}':>7}"
-        f"{'-' if mfu is None else f'{mfu:.0%}':>5}{len(arm.lines):>3}"
+        f"{'-' if mfu is None else f'{mfu:.0%}':>5}{len(arm.rates):>3}"
         + "".join(f"  {field.removeprefix('execution.').removeprefix('memory.')}" for field in cell.get("varied", ()))
     )
 
@@ -77,6 +78,39 @@ def scaling(found: Sequence[Arm]) -> list[str]:
         )
         said.append(f"{name} reach {efficiency:.0%} of {ranks} x one rank{doubt}")
     return said
+
+
+def beside(lines: Sequence[dict[str, Any]], others: Sequence[str]) -> list[str]:
+    """Arms that took turns, each of ours beside each of `others` (engines) on the same workload and ranks: ratio of real tokens a second in the same
+    turn, median and range over the turns; peaks; seconds of all updates, warm-up included, from when the model was loaded."""
+    turned = [line for line in lines if "failed" not in line and line["check"]["within"] and len(line.get("turns", ())) > 1]
+    theirs = [line for line in turned if line["cell"]["engine"] in others]
+    said = []
+    for line in turned:
+        if line in theirs:
+            continue
+        for other in theirs:
+            if _place(line) != _place(other):
+                continue
+            ratios = [one / two for one, two in zip(rates_of(line), rates_of(other), strict=True)]
+            peaks = [one["peak"]["allocated_gib"] for one in (line, other)]
+            memory = "" if None in peaks else f"; peak {peaks[0]:.2f} and {peaks[1]:.2f} GiB"
+            whole = [sum(one["warmup_s"]) + sum(one["update_s"]["all"]) for one in (line, other)]
+            count = len(line["warmup_s"]) + len(line["update_s"]["all"])
+            said.append(
+                f"{line['name']} / {other['cell']['engine']}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, "
+                f"{len(ratios)} turns){memory}; {count} updates in {whole[0]:.1f} and {whole[1]:.1f} s"
+            )
+    return said
+
+
+def _place(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What arms side by side share."""
+    return (
+        *(line["cell"][name] for name in ("workload", "ranks", "rows_per_update", "model")),
+        line["rows_digest"],
+        len(line["turns"]),
+    )
 
 
 def _without_ranks(arm: Arm) -> str:

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lists = parser.add_argument_group("arms (lists with commas)")
     lists.add_argument(
-        "--engines", type=_words, default=["peft"], metavar="E,..", help="execution.engine: peft, unsloth (default: peft)"
+        "--engines", type=_words, default=["peft"], metavar="E,..", help="execution.engine: peft, unsloth, fused (default: peft)"
     )
     lists.add_argument(
         "--workloads",
@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--updates", type=_count, default=5, metavar="N", help="measured updates of an arm (default: 5)")
     parser.add_argument("--warmup", type=_count, default=2, metavar="N", help="updates before them (default: 2)")
     parser.add_argument("--repeats", type=_count, default=2, metavar="N", help="times that each arm is run (default: 2)")
+    parser.add_argument(
+        "--turns",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="instead of one arm after the other: all arms of a workload are loaded, and N times each carries out its updates while the others wait",
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: cuda where there is a GPU")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="results are added to it (default: benchmarks/results/bench-CARD.jsonl)"
@@ -156,7 +163,7 @@ def _place(device: str) -> Any:
 
 
 def _matrix(asked: argparse.Namespace) -> int:
-    from glassloop.bench.matrix import run_matrix, schedule, specs_of
+    from glassloop.bench.matrix import run_in_turns, run_matrix, schedule, specs_of
     from glassloop.bench.table import table
     from glassloop.settings import ENGINES
     from glassloop.workloads import OWN, QUANTILES
@@ -185,11 +192,12 @@ def _matrix(asked: argparse.Namespace) -> int:
             precision=asked.precision,
             updates=asked.updates,
             warmup=asked.warmup,
+            turns=asked.turns,
             overrides=tuple(_anywhere(text) for text in asked.overrides),
         ),
         varied=[tuple(fields) for fields in itertools.product(*asked.vary)],
     )
-    order = specs if asked.profile else schedule(specs, asked.repeats)
+    order = specs if asked.profile else schedule(specs, 1 if asked.turns else asked.repeats)
     if asked.dry_run:
         print(
             "\n".join(f"{number:>3}  {spec.name}, {spec.warmup} + {spec.updates} updates" for number, spec in enumerate(order, 1))
@@ -201,7 +209,8 @@ def _matrix(asked: argparse.Namespace) -> int:
     out = (asked.out or _default_out(place.device)).absolute()
     _say(f"{len(order)} arms on {place.device}; results are added to {out}")
     with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
-        lines = run_matrix(order, place, Path(folder), out, _say, pythons)
+        run = run_in_turns if asked.turns else run_matrix
+        lines = run(order, place, Path(folder), out, _say, pythons)
     print("\n".join(table(lines)))
     # An engine that is not there is told and no fault, unless nothing else was measured.
     tried = [line for line in lines if not line.get("left_out")]

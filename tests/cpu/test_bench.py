@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,18 @@ from glassloop.base_source import base_hash, resolve_source
 from glassloop.batches import build_pass
 from glassloop.bench import card, machine, results, table
 from glassloop.bench.arm import build
-from glassloop.bench.matrix import Place, command, environment, run_arm, run_matrix, schedule, specs_of, unable
+from glassloop.bench.matrix import (
+    Place,
+    Start,
+    command,
+    environment,
+    run_arm,
+    run_matrix,
+    run_together,
+    schedule,
+    specs_of,
+    unable,
+)
 from glassloop.bench.spec import Spec, read_spec
 from glassloop.bench.sums import Tokens, digest_of, energy_of, spread, utilisation
 from glassloop.cli import bench as bench_command
@@ -190,7 +202,7 @@ def test_sampler_sums_up_what_was_seen_under_load() -> None:
     sampler = machine.Sampler("GPU-1")
     assert sampler._process is not None and sampler._process.stdout is not None
     time.sleep(0.5)
-    seen = sampler.stop()
+    seen = machine.summed_up(sampler.stop())
     assert seen is not None and seen["samples"] == 4  # the cut-off line is not one
     assert (seen["sm_mhz"], seen["sm_mhz_lowest"], seen["power_w"]) == (1700, 1500, 310.5)
     assert seen["throttle"] == ["power cap", "thermal, software"]
@@ -199,7 +211,7 @@ def test_sampler_sums_up_what_was_seen_under_load() -> None:
 def test_a_machine_without_a_card_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert machine.card_state(None) is None
-    assert machine.Sampler(None).stop() is None
+    assert machine.summed_up(machine.Sampler(None).stop()) is None
     assert machine.energy_j(None) is None
     assert machine.reasons_of("0x0") == [] and machine.reasons_of("0x8000") == ["0x8000"]
 
@@ -325,6 +337,77 @@ def test_update_1_has_the_workloads_first_rows_whatever_the_number_of_updates(tm
         first, second = ([run.batches.rows[row] for row in run.batches.window(u).rows] for u in (1, 2))
         assert first == list(rows[:4]) and second == list(rows[4:8])
         run.close_observers()
+
+
+TURNS = """
+import json, sys, time
+from pathlib import Path
+from glassloop.bench.clock import Clock
+from glassloop.bench.spec import read_spec
+log, how = sys.argv[1:]
+spec = read_spec(Path("spec.json"))
+said = lambda what: open(log, "a").write(f"{spec.engine} {what}\\n")
+clock = Clock(spec, Path.cwd(), uuid=None, first_rank=True, wait=lambda: None, rest=lambda: said("rest"), wake=lambda: said("wake"))
+for u in range(1, spec.total_updates + 1):
+    clock.begin(u)
+    said(f"begin {u}")
+    if u == 4 and how == "dies":
+        sys.exit("no more memory")
+    time.sleep(60 if u == 4 and how == "hangs" else 0.02)
+    said(f"end {u}")
+    clock.end(u)
+Path(spec.out).write_text(json.dumps(spec.about | {"turns_s": clock.turns_s, "kept": clock.measured_update_s, "left": clock.warmup_update_s}))
+"""
+
+
+def in_turns(tmp_path: Path, *hows: str, timeout_s: float = 30.0, **how: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines of stand-ins named a, b, .. that take three turns of one update before and two that count, and what they wrote one after the other."""
+    (tmp_path / "arm.py").write_text(TURNS)
+    one = replace(specs(workloads=["scam-v1"], layouts=["packed"], ranks=[1])[0], turns=3)
+    starts = [
+        Start(replace(one, engine=name), [sys.executable, str(tmp_path / "arm.py"), str(tmp_path / "log"), how], tmp_path / name)
+        for name, how in zip("abc", hows, strict=False)
+    ]
+    lines = run_together(starts, Place("cpu", 0), timeout_s, **how)
+    return lines, (tmp_path / "log").read_text().splitlines()
+
+
+def test_side_by_side_one_arm_computes_at_a_time_and_every_round_begins_with_another(tmp_path: Path) -> None:
+    lines, log = in_turns(tmp_path, "well", "well", first_alone=True)
+    whole = [f"{name} {what}" for u in (1, 4, 7) for name in "ab" for v in range(u, u + 3) for what in (f"begin {v}", f"end {v}")]
+    order = [entry for entry in log if "rest" not in entry and "wake" not in entry]
+    turns = [order[start : start + 6] for start in range(0, 36, 6)]
+    assert sorted(order) == sorted(whole) and all(len({entry[0] for entry in turn}) == 1 for turn in turns)
+    assert [turn[0] for turn in turns] == ["a begin 1", "b begin 1", "b begin 4", "a begin 4", "a begin 7", "b begin 7"]
+    assert [log.count(f"a {what}") for what in ("rest", "wake")] == [2, 2]  # nothing to give back after the last
+    for line in lines:
+        assert (len(line["turns_s"]), len(line["kept"]), len(line["left"])) == (3, 6, 3)
+        assert all(0.04 <= seconds < 1 for seconds in line["turns_s"])  # two updates, and no waiting for the others
+
+
+@pytest.mark.parametrize(("how", "why"), [("dies", "exit code 1: no more memory"), ("hangs", "longer than 1.5 s")])
+def test_an_arm_that_fails_in_its_turn_does_not_hold_up_the_others(tmp_path: Path, how: str, why: str) -> None:
+    (bad, good), log = in_turns(tmp_path, how, "well", timeout_s=1.5)
+    assert why in bad["failed"] and bad["name"].startswith("a, ") and len(good["turns_s"]) == 3
+    assert log[-1] == "b end 9" and "a end 4" not in log
+
+
+def turned(engine: str, seconds: list[float], peak: float | None = None, **more: Any) -> dict[str, Any]:
+    turns = [{"seconds": one, "real_tokens": 1000} for one in seconds]
+    own = dict(turns=turns, warmup_s=[9.0] * len(seconds), update_s={"all": seconds}, peak={"allocated_gib": peak})
+    return line(engine=engine, **more) | own | {"check": {"within": True}}
+
+
+def test_a_ratio_is_taken_turn_by_turn() -> None:
+    ours, theirs = turned("fused", [1.0, 2.0, 4.0], 6.0), turned("unsloth", [2.0, 3.0, 8.0], 7.0)
+    (said,) = table.beside([ours, theirs, turned("trl", [1.0, 1.0, 1.0])], ["unsloth"])[:1]
+    assert said.startswith("fused, scam-v1") and "/ unsloth: 2.00 (1.50 to 2.00, 3 turns); peak 6.00 and 7.00 GiB" in said
+    assert said.endswith("6 updates in 34.0 and 40.0 s")
+    arm = results.arms([ours])[0]
+    assert (arm.tokens_per_s, arm.spread) == (500.0, (250.0, 1000.0)) and len(arm.rates) == 3
+    other_rows = turned("unsloth", [1.0, 1.0, 1.0]) | {"rows_digest": "others"}
+    assert table.beside([ours, other_rows], ["unsloth"]) == []
+    assert table.beside([ours, theirs | {"check": {"within": False}}], ["unsloth"]) == []
 
 
 def test_an_arm_that_cannot_run_leaves_a_line_that_says_why(tmp_path: Path) -> None:
