@@ -24,7 +24,8 @@ from typing import Any
 
 from peer_arm import PEERS
 
-from glassloop.bench.matrix import Place, Start, keep, run_command, run_groups, schedule, told
+from glassloop.bench.matrix import keep, run_groups, schedule, told
+from glassloop.bench.processes import Place, Start, run_command
 from glassloop.bench.results import is_reference, read
 from glassloop.bench.spec import Spec
 from glassloop.bench.table import beside, table

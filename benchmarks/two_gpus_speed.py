@@ -11,7 +11,7 @@ import two_gpus_runs as runs
 from two_gpus_parts import Asked, Verdict, ended, failed, judged
 from two_gpus_runs import Place
 
-from glassloop.bench import matrix
+from glassloop.bench import matrix, processes
 from glassloop.bench.results import append, arms, checked, read
 
 PRECISION = "bf16"  # on a CPU too: TRL trains adapters in bf16, which the marks for fp32 do not allow for
@@ -22,7 +22,7 @@ TOO_GOOD = 1.05  # above it the one-rank arm was disturbed, and the ratio is no 
 
 def bench(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     """The arms of `glassloop bench`: engines on one and two ranks, each in its usual layout; their lines are kept in work/bench.jsonl."""
-    spot = matrix.Place(place.device, len(place.cards))
+    spot = processes.Place(place.device, len(place.cards))
     common = dict(
         rows_per_update=asked.rows_per_update, model=place.model, precision=PRECISION, updates=asked.bench_updates, warmup=1
     )
@@ -40,7 +40,7 @@ def bench(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         if left < 1:
             line = spec.about | {"failed": "no time was left"}
         else:
-            line = matrix.run_arm(spec, spot, place.work / "bench" / str(number), timeout_s=left)
+            line = processes.run_arm(spec, spot, place.work / "bench" / str(number), timeout_s=left)
         lines.append(line | {"check": checked(line, lines)})
         append(place.work / "bench.jsonl", lines[-1])
     return {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from glassloop.bench.matrix import Place
+from glassloop.bench.processes import Place
 from glassloop.bench.results import relative
 from glassloop.bench.spec import Spec
 from glassloop.predict.cards import verdict

@@ -150,7 +150,7 @@ def _python(text: str) -> tuple[str, str]:
 
 def _place(device: str) -> Any:
     """Raises ValueError where a GPU is asked for and there is none."""
-    from glassloop.bench.matrix import Place
+    from glassloop.bench.processes import Place
 
     if device == "cpu":
         return Place("cpu", 0)
@@ -227,7 +227,8 @@ def _anywhere(text: str) -> str:
 
 def _profiles(specs: Sequence[Any], place: Any, update: int, into: Path, pythons: Mapping[str, str]) -> int:
     """Profile update `update` of every arm, one after the other; the pages go to stdout too."""
-    from glassloop.bench.matrix import run_arm, unable
+    from glassloop.bench.matrix import unable
+    from glassloop.bench.processes import run_arm
 
     code = 0
     with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
@@ -248,7 +249,7 @@ def _profiles(specs: Sequence[Any], place: Any, update: int, into: Path, pythons
 
 def _card(asked: argparse.Namespace) -> int:
     from glassloop.bench.card import NAME, TIME_LIMIT_S, card_line, card_spec, loss_verdict
-    from glassloop.bench.matrix import run_arm
+    from glassloop.bench.processes import run_arm
     from glassloop.bench.results import append
 
     place = _place("auto")

@@ -21,18 +21,8 @@ from glassloop.base_source import base_hash, resolve_source
 from glassloop.batches import build_pass
 from glassloop.bench import card, machine, results, table
 from glassloop.bench.arm import build
-from glassloop.bench.matrix import (
-    Place,
-    Start,
-    command,
-    environment,
-    run_arm,
-    run_matrix,
-    run_together,
-    schedule,
-    specs_of,
-    unable,
-)
+from glassloop.bench.matrix import run_matrix, schedule, specs_of, unable
+from glassloop.bench.processes import Place, Start, command, environment, run_arm, run_together
 from glassloop.bench.spec import Spec, read_spec
 from glassloop.bench.sums import Tokens, digest_of, energy_of, spread, utilisation
 from glassloop.cli import bench as bench_command
