@@ -53,7 +53,7 @@ PEERS = {
     "trl-kbit": Peer("trl", kbit=True),
     "trl-liger": Peer("trl", liger=True),
     "trl-padfree": Peer("trl", padding_free=True),
-    "unsloth": Peer("unsloth"),
+    "unsloth-trainer": Peer("unsloth"),  # its own loop; `unsloth` alone is glassloop's engine
     "unsloth-kept": Peer("unsloth", checkpointing=False),
     "unsloth-b8": Peer("unsloth", batch=8),
     "unsloth-b8k": Peer("unsloth", batch=8, checkpointing=False),

@@ -1,6 +1,6 @@
 """Other trainers on the same rows, adapters and optimizer, beside glassloop: each in a process of its own, one line in the results' own form.
 
-    python benchmarks/peers.py --peers trl,unsloth --workloads scam-v1,full-v1 --python unsloth=/path/to/env/bin/python --out FILE
+    python benchmarks/peers.py --peers trl,unsloth-trainer --workloads scam-v1,full-v1 --python unsloth=/path/to/env/bin/python --out FILE
     python benchmarks/peers.py --turns 5 --updates 1 --warmup 1 --workloads full-v1 --peers unsloth-kept --ours fused,memory.profile=20.9 --out FILE
 
 The second form measures side by side: all arms of a workload are loaded, and in every turn one after the other carries out its updates while the

@@ -82,7 +82,7 @@ def of_line(line: dict[str, Any]) -> dict[str, Any]:
 def peers(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     """TRL and Unsloth on two ranks under DDP, on the bench's rows; only where they are installed, here or in `--python`."""
     pythons, found = dict(asked.pythons), {}
-    for library in ("trl", "unsloth"):
+    for library, peer in (("trl", "trl"), ("unsloth", "unsloth-trainer")):
         name = f"{library} under DDP"
         if library not in pythons and importlib.util.find_spec(library) is None:
             found[name] = Verdict("left out", f"{library} is not installed (--python {library}=/path/to/env/bin/python)", {})
@@ -90,13 +90,13 @@ def peers(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         if library in pythons and not Path(pythons[library]).is_file():
             found[name] = failed(f"--python {library}={pythons[library]}: there is no such interpreter")
             continue
-        found[name] = _peer(place, asked, until, library)
+        found[name] = _peer(place, asked, until, peer)
     return found
 
 
-def _peer(place: Place, asked: Asked, until: float, library: str) -> Verdict:
+def _peer(place: Place, asked: Asked, until: float, peer: str) -> Verdict:
     out, timed = place.work / "bench.jsonl", max(1.0, until - time.monotonic())
-    words = [place.python, "benchmarks/peers.py", "--peers", library, "--workloads", ",".join(asked.workloads), "--ranks", "2"]
+    words = [place.python, "benchmarks/peers.py", "--peers", peer, "--workloads", ",".join(asked.workloads), "--ranks", "2"]
     words += [
         "--model",
         place.model,
@@ -111,11 +111,11 @@ def _peer(place: Place, asked: Asked, until: float, library: str) -> Verdict:
     ]
     words += ["--rows-per-update", str(asked.rows_per_update), "--updates", str(asked.bench_updates), "--timeout", f"{timed:.0f}"]
     words += [word for name, path in asked.pythons for word in ("--python", f"{name}={path}")]
-    one = runs.start(place, words, f"peer-{library}", 2)
+    one = runs.start(place, words, f"peer-{peer}", 2)
     code = one.wait(until)
     runs.end(one)
     lines = read(out) if out.exists() else []
-    mine = {line["cell"]["workload"]: line for line in lines if line["cell"]["engine"] == library}
+    mine = {line["cell"]["workload"]: line for line in lines if line["cell"]["engine"] == peer}
     if not mine or any("failed" in line for line in mine.values()):
         why = next((line["failed"] for line in mine.values() if "failed" in line), ended(code))
         return failed(why[:300], one, **{rows: of_line(line) for rows, line in mine.items()})
@@ -123,7 +123,7 @@ def _peer(place: Place, asked: Asked, until: float, library: str) -> Verdict:
     for rows, line in mine.items():
         rate = line["tokens_per_s"]["real"]
         beside = {
-            f"{engine} / {library}": other["tokens_per_s"]["real"] / rate
+            f"{engine} / {peer}": other["tokens_per_s"]["real"] / rate
             for engine in asked.engines
             for other in lines
             if (other["cell"]["engine"], other["cell"]["workload"], other["cell"]["ranks"]) == (engine, rows, 2)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from glassloop.plan import StepPlan
@@ -123,18 +124,18 @@ class Batches:
 
 def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device) -> Pass:
     """Tensors of one pass. Padded: right padding to the longest row. Packed: rows end to end, positions restart."""
-    if packed:
-        ids = [[token for row in rows for token in row.input_ids]]
-        labels = [[target for row in rows for target in targets(row)]]
-        positions = [[place for row in rows for place in range(len(row))]]
-        owner = [[index for index, row in enumerate(rows) for _ in row.input_ids]]
-    else:
-        width = max(len(row) for row in rows)
-        ids = [[*row.input_ids, *[pad_id] * (width - len(row))] for row in rows]
-        labels = [[*targets(row), *[IGNORE] * (width - len(row))] for row in rows]
-        positions = [list(range(width)) for _ in rows]
-        owner = [[index] * width for index in range(len(rows))]
-    tensors = torch.tensor([ids, labels, positions, owner])  # (4, B, T) int64: one copy to the device
+    lengths = [len(row) for row in rows]
+    shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
+    whole = np.empty((4, *shape), dtype=np.int64)  # one copy to the device
+    whole[0], whole[1] = pad_id, IGNORE
+    start = 0
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        place = (0, slice(start, start + length)) if packed else (index, slice(0, length))
+        own = place if packed else index  # padding counts on from its row
+        whole[0][place], whole[1][place] = row.input_ids, targets(row)
+        whole[2][own], whole[3][own] = np.arange(length if packed else shape[1]), index
+        start += length
+    tensors = torch.from_numpy(whole)  # (4, B, T)
     places = (tensors[1].flatten() != IGNORE).nonzero().squeeze(1)
     if device.type == "cuda":
         tensors, places = tensors.pin_memory(), places.pin_memory()
@@ -146,10 +147,10 @@ def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.
         position_ids=on_device[2],
         row_of=on_device[3],
         places=places.to(device, non_blocking=True),
-        lengths=tuple(len(row) for row in rows),
+        lengths=tuple(lengths),
         packed=packed,
         supervised_tokens=len(places),
-        real_tokens=sum(len(row) for row in rows),
+        real_tokens=sum(lengths),
         slot_tokens=tensors[0].numel(),
     )
 

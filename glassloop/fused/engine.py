@@ -89,6 +89,7 @@ class FusedEngine(nn.Module):
             sharing: ranks on this GPU: each takes its part of what is free.
         """
         device, one, count = self.embedding.device, self.layers[0], len(self.layers)
+        self.host.most_tokens = tokens
         if device.type != "cuda":
             return Tiers(1 if profile == "min" else count, host=False)
         free = torch.cuda.mem_get_info(device)[0] // sharing

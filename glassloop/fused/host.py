@@ -31,6 +31,7 @@ class HostInputs:
 
     def __init__(self, layers: int, device: torch.device):
         self.layers, self.device = layers, device
+        self.most_tokens = 0  # of any pass, where it is known: room is made once then, which takes a second for a gigabyte
         self.room: Tensor | None = None  # (layers, T, H)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.coming: dict[int, Tensor] = {}
@@ -39,7 +40,7 @@ class HostInputs:
         """Make room for a pass."""
         if self.room is None or self.room.shape[1] < tokens:
             self.room = None  # freed first
-            self.room = torch.empty(self.layers, tokens, hidden, dtype=dtype, pin_memory=self.stream is not None)
+            self.room = torch.empty(self.layers, max(tokens, self.most_tokens), hidden, dtype=dtype, pin_memory=self.stream is not None)
         self.coming.clear()
 
     def put(self, index: int, x: Tensor) -> None:

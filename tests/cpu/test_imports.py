@@ -56,7 +56,7 @@ TABLE = {
     "chat_template": Rule("rows tokens", late="jinja2"),
     "templates": Rule("chat_template config rows tokens"),
     "dataset": Rule("config rows sources templates"),
-    "batches": Rule("plan rows templates", "torch"),
+    "batches": Rule("plan rows templates", "numpy torch"),
     "workloads": Rule("rows"),
     # Arithmetic on tensors: takes numbers, no config.
     "loss": Rule("rows", "torch"),

@@ -62,7 +62,7 @@ def test_one_and_two_ranks_in_both_layouts_do_the_same_update(tmp_path: Path) ->
 
 def test_a_peer_is_measured_on_the_same_rows_and_adapters(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
-    shown = run("benchmarks/peers.py", *TINY, "--peers", "trl,unsloth", "--out", str(out), expect=1)
+    shown = run("benchmarks/peers.py", *TINY, "--peers", "trl,unsloth-trainer", "--out", str(out), expect=1)
     reference, trl, unsloth = lines_of(out)
     assert reference["check_only"] and trl["rows_digest"] == reference["rows_digest"]
     assert trl["check"]["within"] and trl["check"]["loss_off"] < 1e-4 and trl["check"]["norm_off"] < 1e-2
