@@ -174,6 +174,42 @@ def test_chat_goes_on_with_what_was_said(run, capsys, monkeypatch):
     assert code == 0 and out.count("--- adapter") == 2 and "refused" not in out
 
 
+def test_ctrl_c_stops_an_answer_and_no_traceback_is_shown(run, capsys, monkeypatch):
+    import glassloop.answering as answering
+
+    whole, asked = answering.answer, []
+
+    def stopped_once(*args, **kwargs):
+        asked.append(args[2][0])
+        if len(asked) == 2:  # the adapter's answer to the first question
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(answering, "answer", stopped_once)
+    said = iter(["One?", "Two?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
+    code, out, _ = command(capsys, run, "--chat", "--max-new-tokens", 4)
+    assert code == 0 and "stopped" in out and out.count("--- adapter") == 2
+    assert asked[2] == asked[3]  # neither side remembers the question that was stopped
+    asked.clear()
+    code, _, err = command(capsys, run, "One?", "--max-new-tokens", 4)
+    assert code == 130 and "interrupted" in err
+
+
+def test_options_may_stand_before_the_question(run, capsys):
+    code, out, _ = command(capsys, run, "--json", "One?", "--max-new-tokens", 2, "Two?")
+    assert code == 0 and [json.loads(line)["question"] for line in out.splitlines()] == ["One?", "Two?"]
+
+
+def test_a_question_without_room_for_an_answer_is_named_before_any_is_answered(run, tmp_path, capsys):
+    file = tmp_path / "q.txt"
+    file.write_text("One?\n" + "word " * 600 + "\n")
+    code, out, err = command(capsys, run, "--file", file, "--batch", 1, "--json")
+    assert code == 2 and "question 2 has" in err and "512 positions" in err and not out
+    code, out, _ = command(capsys, run, "One?", "--max-new-tokens", 4096, "--only", "adapter")
+    assert code == 0 and ("ended by itself" in out or "no more positions" in out)
+
+
 def test_what_cannot_be_used_is_refused_with_folder_and_cure(run, tmp_path, capsys):
     torn = copy_of(run, tmp_path / "torn")
     for path in (torn / "checkpoints").glob("update_*/adapter_model.safetensors"):
@@ -181,10 +217,14 @@ def test_what_cannot_be_used_is_refused_with_folder_and_cure(run, tmp_path, caps
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "adapter_config.json").write_text("{}")
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "glassloop_merge.json").write_text("{}")
     for folder, words in (
         (tmp_path / "none", "no folder"),
         (torn, "no whole checkpoint"),
         (foreign, "no checkpoint of glassloop"),
+        (merged, "plain weights"),
         (tmp_path, "neither a run's folder"),
     ):
         code, _, err = command(capsys, folder, "hi")
