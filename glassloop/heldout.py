@@ -53,7 +53,8 @@ def rows_of(
             "revision": None if source else data.revision,
         }
         other = with_data(trained, **changed, heldout=None, heldout_rows=None, rows=None).config.data
-        loaded = _loaded(other, trained.config.seed, "name a file, folder or hub id that can be read")
+        fits = f"rows of --data are read in the run's format ({data.format}) and columns, so rename the file's columns, or name another"
+        loaded = _loaded(other, trained.config.seed, fits if source else "name another --split")
         dataset: Dataset = build_rows(loaded, template, other)
         part, name, notes = dataset.train, f"rows of {loaded.source}", []
         notes += _seen_in_training(trained, loaded)

@@ -181,6 +181,7 @@ class Loaded:
     engine: PeftEngine
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
+    precision: str  # bf16 | fp16 | fp32: what products are computed in here
     notes: tuple[str, ...]
 
     @property
@@ -220,7 +221,7 @@ def load(
     engine.eval()
     dtype = DTYPES[precision]
     autocast = nullcontext if precision == "fp32" else partial(torch.autocast, device.type, dtype=dtype)
-    return Loaded(engine, device, autocast, (*engine.report.notes, *notes))
+    return Loaded(engine, device, autocast, precision, (*engine.report.notes, *notes))
 
 
 def check_base(trained: Trained, base_hash: str) -> None:
