@@ -44,7 +44,7 @@ def rows_of(
     if source is None and split is None:
         if data.heldout is None:
             raise ValueError(f"{trained.checkpoint}: the run held no rows out (data.heldout): {cure}")
-        loaded = _loaded(data, trained.config.seed, cure)
+        loaded = _loaded(data, trained.config.seed, f"or {cure}")
         part, name, notes = build_rows(loaded, template, data).heldout, f"held-out rows of {loaded.heldout_source}", []
     else:
         changed = {
@@ -53,7 +53,7 @@ def rows_of(
             "revision": None if source else data.revision,
         }
         other = with_data(trained, **changed, heldout=None, heldout_rows=None, rows=None).config.data
-        fits = f"rows of --data are read in the run's format ({data.format}) and columns, so rename the file's columns, or name another"
+        fits = f"--data is read in the run's own format ({data.format}) and columns: rename the columns of the file instead, or name another"
         loaded = _loaded(other, trained.config.seed, fits if source else "name another --split")
         dataset: Dataset = build_rows(loaded, template, other)
         part, name, notes = dataset.train, f"rows of {loaded.source}", []
@@ -70,7 +70,7 @@ def _loaded(data: DataConfig, seed: int, cure: str) -> Loaded:
     try:
         return load_examples(data, seed)
     except ValueError as error:
-        raise ValueError(f"{error}; or {cure}") from error
+        raise ValueError(f"{error}; {cure}") from error
 
 
 def _seen_in_training(trained: Trained, loaded: Loaded) -> list[str]:

@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host, where a launcher started several
+            print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
 

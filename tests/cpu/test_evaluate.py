@@ -131,7 +131,7 @@ def test_what_cannot_be_used_is_refused(run, tmp_path, capsys):
         ([run, "--data", tmp_path / "none.jsonl"], "no such file"),
         ([run, "--rows", 0], "--rows 0"),
         ([run, "--answers", -1], "--answers -1"),
-        ([run, "--data", foreign], "rename the file's columns"),
+        ([run, "--data", foreign], "rename the columns of the file instead"),
         ([diverged / "checkpoints" / "update_000002"], "the adapter's loss is nan on row 0 (6 such of 6 rows)"),
     ):
         assert main(["evaluate", *map(str, words)]) == 2
@@ -158,3 +158,10 @@ def test_the_precision_on_record_is_the_one_computed_in(run, tmp_path, capsys):
     state.write_text(json.dumps(fields))
     signed_anew(state.parent)
     assert found(capsys, copy, "--answers", 0)["precision"] == "fp32"
+
+
+def test_a_refusal_is_said_once_a_host(run, capsys, monkeypatch):
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["evaluate", str(run / "nothing")]) == 2
+        assert capsys.readouterr().err.count("refused") == times
