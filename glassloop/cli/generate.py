@@ -202,7 +202,7 @@ class Session:
         self.say()
         self.say(f"=== {number + 1}: {question if len(question) <= 300 else question[:300] + ' ...'}", "bold")
         if self.console.is_terminal and self.console.width >= WIDE and len(replies) == 2:
-            self.console.print(beside(replies, self.console))
+            self.console.print(beside(replies, self.console, self.given.max_new_tokens))
             return
         for side, reply in replies.items():
             self.say(f"--- {side} ({ending(reply, self.given.max_new_tokens)})", "bold")
@@ -281,7 +281,7 @@ def ending(reply: Reply, most: int) -> str:
     return f"cut off at {reply.tokens:,} of at most {most:,} tokens{inside}{full}"
 
 
-def beside(replies: dict[str, Reply], console: Console) -> Any:
+def beside(replies: dict[str, Reply], console: Console, most: int) -> Any:
     """Two answers in two columns."""
     from rich.table import Table
     from rich.text import Text
@@ -289,10 +289,12 @@ def beside(replies: dict[str, Reply], console: Console) -> Any:
     table = Table(expand=True)
     cells = []
     for side, reply in replies.items():
-        table.add_column(side, ratio=1, overflow="fold")
+        table.add_column(f"{side} ({ending(reply, most)})", ratio=1, overflow="fold")
         cell = Text()
         if reply.reasoning is not None:
-            cell.append(harmless(reply.reasoning, console.encoding) + "\n\n", style="dim italic")
+            cell.append("[reasoning]\n", style="dim")
+            cell.append(harmless(reply.reasoning, console.encoding) + "\n", style="dim italic")
+            cell.append("[answer]\n", style="dim")
         cells.append(cell.append(harmless(reply.answer, console.encoding)))
     table.add_row(*cells)
     return table

@@ -49,8 +49,11 @@ def vllm_adapter(
 
 
 def request(name: str, generation: dict[str, Any]) -> str:
-    """A request to vLLM's server, with the sampling that the model asks for."""
-    sampling = {key: generation[key] for key in ("temperature", "top_p", "top_k") if generation.get(key) is not None}
+    """A request to vLLM's server, with the sampling that the model asks for; vLLM draws at temperature 1 unless told otherwise."""
+    sampling = {"temperature": 0}
+    if generation.get("do_sample"):
+        names = ("temperature", "top_p", "top_k", "min_p")
+        sampling = {key: generation[key] for key in names if generation.get(key) is not None}
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "..."}], **sampling})
     url, kind = "http://localhost:8000/v1/chat/completions", "Content-Type: application/json"
     return shlex.join(["curl", url, "-H", kind, "-d", body])
