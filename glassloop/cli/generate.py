@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     )
     own.add_argument("--call", action="store_true", help="the text is a phone call: ask about it what format scam asks")
     own.add_argument("--only", choices=SIDES, default="both", help="whose answers (default: both)")
-    own.add_argument("--system", help="system prompt (default: the run's data.system)")
+    own.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's data.system; '' for none)")
     own.add_argument("--greedy", action="store_true", help="the most likely token at each place")
     own.add_argument(
         "--temperature", type=float, metavar="T", help="logits are divided by T before a token is drawn; 0: as --greedy"
@@ -107,7 +107,7 @@ class Session:
         self.positions = positions_of(loaded)
         self.sampling = chosen(own, given)
         self.stop_ids = stop_ids_of(template, settings)
-        self.system = given.system if given.system is not None else trained.config.data.system
+        self.system = (given.system or None) if given.system is not None else trained.config.data.system
         self.console: Console = Console(soft_wrap=True, highlight=False)
         self.sides = SIDES[given.only]
         if not given.json:

@@ -200,6 +200,14 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
     assert code == 0 and "--- base" in out and "--- adapter" in out
 
 
+def test_an_empty_system_prompt_is_none(run, capsys):
+    said = [
+        command(capsys, run, "One?", "--json", "--max-new-tokens", 8, *more)[1]
+        for more in ([], ["--system", ""], ["--system", "Be brief."])
+    ]
+    assert said[0] == said[1] != said[2]
+
+
 def test_chat_goes_on_with_what_was_said(run, capsys, monkeypatch):
     said = iter(["One?", "Two?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
