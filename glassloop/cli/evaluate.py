@@ -33,6 +33,9 @@ def main(argv: list[str]) -> int:
     own.add_argument(
         "--data", metavar="SOURCE", help="rows to measure on instead of the run's held-out ones: file, folder, hub id"
     )
+    own.add_argument(
+        "--columns", metavar="ROLE=NAME,...", help="columns of --data where they differ: dialogue=text,label=is_scam"
+    )
     own.add_argument("--split", help="split of --data, or another split of the run's own source")
     own.add_argument("--rows", type=int, metavar="N", help="the first N of them")
     own.add_argument(
@@ -47,10 +50,25 @@ def main(argv: list[str]) -> int:
     for name, least in (("rows", 1), ("answers", 0), ("max_new_tokens", 1), ("batch", 1)):
         if (value := getattr(given, name)) is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} or more")
-    return run(given)
+    return run(given, columns_of(given.columns))
 
 
-def run(given: argparse.Namespace) -> int:
+def columns_of(text: str | None) -> dict[str, str]:
+    """{"dialogue": "text"} of "dialogue=text,label=is_scam". Raises ValueError naming the word and the roles that there are."""
+    from glassloop.config import Columns
+
+    found = {}
+    for word in (text or "").split(",") if text else ():
+        role, equals, name = word.strip().partition("=")
+        if not equals or role not in Columns.model_fields:
+            raise ValueError(
+                f"--columns {text}: {word.strip()!r} is not ROLE=NAME with a ROLE of {', '.join(Columns.model_fields)}"
+            )
+        found[role] = name
+    return found
+
+
+def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     from glassloop.dist import in_turn, leave, one_first
     from glassloop.launch import check_launch, hush, make_accelerator, on_cuda
     from glassloop.trained import load, load_tokenizer_of, open_trained, template_of
@@ -78,7 +96,8 @@ def run(given: argparse.Namespace) -> int:
     def read() -> Any:
         tokenizer = load_tokenizer_of(trained)
         template = template_of(trained, tokenizer)
-        return tokenizer, template, rows_of(trained, template, source=given.data, split=given.split, rows=given.rows)
+        found = rows_of(trained, template, source=given.data, split=given.split, rows=given.rows, columns=columns)
+        return tokenizer, template, found
 
     tokenizer, template, rows = in_turn(first, read, "reading tokenizer and data")
     loaded = load(trained, device, first=first)

@@ -13,6 +13,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glassloop.cli.evaluate import columns_of
 from glassloop.cli.generate import add_run_options, overrides_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def main(argv: list[str]) -> int:
     own.add_argument("--base", choices=OTHER, default="original", help="what to merge into (default: original)")
     own.add_argument("--shard-gib", type=float, default=4.0, metavar="GIB", help="largest file, and about what is held in memory")
     own.add_argument("--data", metavar="SOURCE", help="rows for the table instead of the run's held-out ones")
+    own.add_argument(
+        "--columns", metavar="ROLE=NAME,...", help="columns of --data where they differ: dialogue=text,label=is_scam"
+    )
     own.add_argument("--rows", type=int, default=32, metavar="N", help="at most N rows for the table (default: 32)")
     own.add_argument("--no-table", action="store_true", help="merge alone; compare nothing")
     own.add_argument("--bits", type=int, choices=(16, 4), default=16, help="4 rounds the merged weights to NF4 once more")
@@ -50,6 +54,7 @@ def main(argv: list[str]) -> int:
     for name in ("rows", "shard_gib"):
         if not 0 < getattr(given, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0")
+    columns_of(given.columns)  # refused before anything is opened
     return run(given)
 
 
@@ -115,7 +120,9 @@ class Job:
             from glassloop.heldout import rows_of
 
             cure = "name rows with --data FILE, or merge without the table: --no-table"
-            self.rows = rows_of(trained, template, source=given.data, rows=given.rows, cure=cure)
+            self.rows = rows_of(
+                trained, template, source=given.data, rows=given.rows, columns=columns_of(given.columns), cure=cure
+            )
             for note in self.rows.notes:
                 print(f"          {note}")
 

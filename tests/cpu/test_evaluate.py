@@ -115,6 +115,15 @@ def test_rows_of_ones_own_and_what_training_has_seen(run, tmp_path, capsys):
     assert code == 0 and "what a training row asked" in out and "adapter - base" in out
 
 
+def test_rows_with_other_column_names(run, tmp_path, capsys):
+    mine = write_calls(tmp_path / "mine.jsonl", 6)
+    wanted = found(capsys, run, "--data", mine, "--answers", 0)
+    renamed = mine.read_text().replace('"dialogue"', '"text"').replace('"label"', '"is_scam"')
+    (tmp_path / "other.jsonl").write_text(renamed)
+    told = found(capsys, run, "--data", tmp_path / "other.jsonl", "--columns", "dialogue=text, label=is_scam", "--answers", 0)
+    assert told["scores"] == wanted["scores"]
+
+
 def test_what_cannot_be_used_is_refused(run, tmp_path, capsys):
     gone = copy_of(run, tmp_path / "gone")
     for path in gone.glob("checkpoints/*/tokenizer.json"):
@@ -130,8 +139,11 @@ def test_what_cannot_be_used_is_refused(run, tmp_path, capsys):
         ([gone], "no whole checkpoint"),
         ([run, "--data", tmp_path / "none.jsonl"], "no such file"),
         ([run, "--rows", 0], "--rows 0"),
+        ([run, "--data", foreign, "--columns", "dialogue:text"], "'dialogue:text' is not ROLE=NAME"),
+        ([run, "--data", foreign, "--columns", "call=text"], "question, reasoning, response, messages, dialogue, type, label"),
+        ([run, "--columns", "dialogue=text"], "give --data too"),
         ([run, "--answers", -1], "--answers -1"),
-        ([run, "--data", foreign], "rename the columns of the file instead"),
+        ([run, "--data", foreign], "--columns ROLE=NAME"),
         ([diverged / "checkpoints" / "update_000002"], "the adapter's loss is nan on row 0 (6 such of 6 rows)"),
     ):
         assert main(["evaluate", *map(str, words)]) == 2
