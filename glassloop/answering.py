@@ -216,6 +216,11 @@ def opens_think(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> bo
     return decoded(tokenizer, prompt[-8:]).rstrip().endswith(OPEN)
 
 
+def positions_of(loaded: Loaded) -> int | None:
+    """Places of the longest row that the model can read; None where its config does not say."""
+    return getattr(loaded.hf.config.get_text_config(), "max_position_embeddings", None)
+
+
 def answer(
     loaded: Loaded,
     tokenizer: PreTrainedTokenizerBase,
@@ -240,7 +245,7 @@ def answer(
         ValueError: a prompt has more tokens than the model has positions.
     """
     assert write is None or len(prompts) == 1
-    positions = getattr(loaded.hf.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(loaded)
     if positions is not None and (longest := max(map(len, prompts), default=0)) >= positions:
         raise ValueError(
             f"a question has {longest:,} tokens with its template, the model has {positions:,} positions: shorten it"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glassloop.dataset import Dataset, build_rows
 from glassloop.duplicates import key
@@ -33,27 +34,35 @@ def rows_of(
     source: str | None = None,
     split: str | None = None,
     rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
     cure: str = "give rows with --data FILE",
 ) -> Rows:
     """The run's held-out rows, or all rows of `source`, read in the run's format and columns; at most `rows` of them.
+
+    Args:
+        columns: of `source`, role -> name, in place of the run's data.columns; an empty name is the format's own.
 
     Raises:
         ValueError: there are none, or the source cannot be read; names the field or option and the cure.
     """
     data = trained.config.data
+    if columns and source is None:
+        raise ValueError("--columns names the columns of --data: give --data too")
     if source is None and split is None:
         if data.heldout is None:
             raise ValueError(f"{trained.checkpoint}: the run held no rows out (data.heldout): {cure}")
-        loaded = _loaded(data, trained.config.seed, cure)
+        loaded = _loaded(data, trained.config.seed, f"or {cure}")
         part, name, notes = build_rows(loaded, template, data).heldout, f"held-out rows of {loaded.heldout_source}", []
     else:
-        changed = {
+        changed: dict[str, Any] = {
             "source": source or data.source,
             "split": split or ("train" if source else data.split),
             "revision": None if source else data.revision,
+            "columns": data.columns.model_copy(update={role: name or None for role, name in (columns or {}).items()}),
         }
         other = with_data(trained, **changed, heldout=None, heldout_rows=None, rows=None).config.data
-        loaded = _loaded(other, trained.config.seed, "name a file, folder or hub id that can be read")
+        fits = f"--data is read in the run's format ({data.format}) and columns: here --columns ROLE=NAME renames one; or name another file"
+        loaded = _loaded(other, trained.config.seed, fits if source else "name another --split")
         dataset: Dataset = build_rows(loaded, template, other)
         part, name, notes = dataset.train, f"rows of {loaded.source}", []
         notes += _seen_in_training(trained, loaded)
@@ -69,7 +78,7 @@ def _loaded(data: DataConfig, seed: int, cure: str) -> Loaded:
     try:
         return load_examples(data, seed)
     except ValueError as error:
-        raise ValueError(f"{error}; or {cure}") from error
+        raise ValueError(f"{error}; {cure}") from error
 
 
 def _seen_in_training(trained: Trained, loaded: Loaded) -> list[str]:

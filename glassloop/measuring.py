@@ -73,7 +73,7 @@ def measure(
     """Losses of all `rows`, and greedy answers to `examples`, with and without the adapter. Every rank must call it.
 
     Raises:
-        ValueError: no row has a supervised token.
+        ValueError: no row has a supervised token, or a loss is not finite.
         RuntimeError: another rank failed.
     """
     tokens = tuple(row.supervised_tokens for row in rows)
@@ -96,9 +96,16 @@ def measure(
                 )
             mine[side] = losses, answers
     shares = gather_objects(mine) if ranks > 1 else [mine]
+    found = {side: _undealt([share[side][0] for share in shares]) for side in SIDES}
+    for side in SIDES:
+        if odd := [place for place, loss in enumerate(found[side]) if not math.isfinite(loss)]:
+            raise ValueError(
+                f"the {side}'s loss is {found[side][odd[0]]} on row {odd[0]} ({len(odd)} such of {len(rows)} rows), so it cannot be "
+                "measured: take another checkpoint (--at N)"
+            )
     return Measured(
         tokens,
-        {side: _undealt([share[side][0] for share in shares]) for side in SIDES},
+        found,
         {side: _undealt([share[side][1] for share in shares]) for side in SIDES},
     )
 

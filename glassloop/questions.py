@@ -19,7 +19,7 @@ def questions_of(words: list[str], file: Path | None, stdin: bytes | None) -> li
     found = [readable(stdin, "stdin").strip() if word == "-" and stdin is not None else word for word in words]
     if file is not None:
         found += from_file(file)
-    elif not words and stdin is not None:
+    elif not words and stdin is not None and stdin.strip():
         found = [readable(stdin, "stdin").strip()]
     if empty := [place for place, question in enumerate(found, 1) if not question.strip()]:
         raise ValueError(f"question {empty[0]} is empty: write it out, or leave it out")

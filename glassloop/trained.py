@@ -98,6 +98,8 @@ def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
         what = "holds no checkpoint yet" if (where / "config.yaml").is_file() else "is neither a run's folder nor a checkpoint's"
         if (where / "adapter_config.json").is_file():
             what = "is an adapter, but no checkpoint of glassloop (it has no state.json, which says its data, template and base)"
+        if (where / "glassloop_merge.json").is_file():
+            what = "is what glassloop merge wrote: plain weights, which transformers and vLLM load, and no run"
         raise ValueError(
             f"RUN = {where} {what}: name a run's folder with checkpoints/ in it (runs/NAME), or one of its checkpoints"
         )
@@ -179,6 +181,7 @@ class Loaded:
     engine: PeftEngine
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
+    precision: str  # bf16 | fp16 | fp32: what products are computed in here
     notes: tuple[str, ...]
 
     @property
@@ -218,7 +221,7 @@ def load(
     engine.eval()
     dtype = DTYPES[precision]
     autocast = nullcontext if precision == "fp32" else partial(torch.autocast, device.type, dtype=dtype)
-    return Loaded(engine, device, autocast, (*engine.report.notes, *notes))
+    return Loaded(engine, device, autocast, precision, (*engine.report.notes, *notes))
 
 
 def check_base(trained: Trained, base_hash: str) -> None:
@@ -242,9 +245,9 @@ def adapter_weights(trained: Trained) -> dict[str, torch.Tensor]:
 
 def put_adapter(trained: Trained, engine: PeftEngine) -> None:
     """Give an engine's adapters the checkpoint's values."""
-    adapters = FlatAdapters(engine.hf.named_parameters())
+    adapters, weights = FlatAdapters(engine.hf.named_parameters()), adapter_weights(trained)
     try:
-        flat = flat_from(adapter_weights(trained), adapters)
+        flat = flat_from(weights, adapters)
     except ValueError as error:
         raise ValueError(f"checkpoint {trained.checkpoint} does not fit this base: {error}") from error
     with torch.no_grad():

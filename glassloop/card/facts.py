@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from glassloop.merging.weights import Weights
 from glassloop.report.reading import RunData, read_run
 from glassloop.trained import Trained, adapter_config, adapter_hash
 
@@ -116,4 +119,18 @@ def merge_of(trained: Trained, folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"--merged {folder} was merged from another adapter (update {found.get('update')}) than {trained.checkpoint}: merge again"
         )
+    check_weights(folder)
     return found
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ValueError for a merged folder of which a file is missing, cut short, or without a tensor that the index names."""
+    files = Weights(folder).files
+    for path in sorted(set(files.values())):
+        try:
+            with safe_open(path, "pt") as file:
+                held = set(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"--merged {folder}: {path.name} is missing or cut short ({error}): merge again") from error
+        if lost := sorted(name for name, place in files.items() if place == path and name not in held):
+            raise ValueError(f"--merged {folder}: {path.name} lacks {lost[0]} ({len(lost)} such tensors): merge again")

@@ -34,10 +34,15 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re
 LOOKED_AT = 64 << 20  # bytes of a file that are searched: texts are smaller, weights hold no text
 
 
-def stage(facts: Facts, folder: Path, title: str, merged: Path | None = None) -> list[str]:
+def is_weights(name: str) -> bool:
+    """Files that decide what is loaded from a repository: weights, their index, and what makes an adapter of them."""
+    return name in (*ADAPTER_FILES, "adapter_config.json", "model.safetensors.index.json") or SHARD.fullmatch(name) is not None
+
+
+def stage(facts: Facts, folder: Path, repo: str, merged: Path | None = None) -> list[str]:
     """Fill `folder` with all that is published; returns the names.
 
-    Weights of a merged folder are linked where the disk allows it.
+    Weights are linked where the disk allows it; what a person might edit is a copy.
 
     Raises:
         ValueError: a file looks as if it held a secret of this environment; names the file, not the secret.
@@ -48,7 +53,7 @@ def stage(facts: Facts, folder: Path, title: str, merged: Path | None = None) ->
     wanted = (*ADAPTER_FILES, *TOKENIZER_FILES) if merged is None else MERGED_FILES
     for path in sorted(source.iterdir()):
         if path.name in wanted or (merged is not None and SHARD.fullmatch(path.name)):
-            _link(path, folder / path.name)
+            (_link if is_weights(path.name) else shutil.copyfile)(path, folder / path.name)
     if merged is None:
         settings = adapter_config(facts.trained) | {"base_model_name_or_path": facts.base_name, "revision": facts.base_commit}
         _write(folder / "adapter_config.json", json.dumps(settings, indent=1) + "\n")
@@ -59,7 +64,7 @@ def stage(facts: Facts, folder: Path, title: str, merged: Path | None = None) ->
                 folder / name,
                 json.dumps({k: v for k, v in fields.items() if k not in LOCAL_FIELDS}, indent=1, ensure_ascii=False) + "\n",
             )
-    _write(folder / "README.md", card(facts, title))
+    _write(folder / "README.md", card(facts, repo))
     if (picture := curves(facts)) is not None:
         _write(folder / "curves.svg", picture)
     names = sorted(path.name for path in folder.iterdir())

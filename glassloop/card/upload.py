@@ -3,36 +3,74 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+@dataclass(frozen=True)
+class Uploaded:
+    """`private`: as the hub says. `removed`: files of an earlier upload that would have been loaded with this one."""
+
+    address: str
+    private: bool
+    removed: tuple[str, ...]
+
+
 def check_repo(repo: str) -> None:
+    """Raise ValueError for a name that the hub would not take."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    cure = "name it owner/name (letters, digits, -, _ and .)"
     if not REPO.fullmatch(repo):
-        raise ValueError(f"REPO = {repo}: name it owner/name (letters, digits, -, _ and .)")
+        raise ValueError(f"REPO = {repo}: {cure}")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"REPO = {repo}: {cure}; {error}") from error
 
 
-def upload(folder: Path, names: list[str], repo: str, *, public: bool, message: str, api: Any = None) -> str:
-    """Make the repository where it is missing, check that it is as private as asked, upload `names` in one commit. Returns its address.
+def login(api: Any = None) -> Any:
+    """The hub, which knows who asks. Raises ValueError where it does not, or cannot be reached."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
-    Raises:
-        ValueError: not logged in, no right to write, the hub is out of reach, or the repository is public and --public was not given.
-    """
     if api is None:
         from huggingface_hub import HfApi
 
         api = HfApi()
     try:
         api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise ValueError(
+            "there is no token for the hub on this machine: hf auth login, or set HF_TOKEN; or --dry-run FOLDER"
+        ) from error
     except Exception as error:  # whatever the HTTP library of the day raises
         raise ValueError(
             f"the hub does not know you, or cannot be reached ({_first_line(error)}): hf auth login; or --dry-run FOLDER"
         ) from error
+    return api
+
+
+def upload(
+    api: Any, folder: Path, names: list[str], repo: str, *, public: bool, message: str, stale: Callable[[str], bool]
+) -> Uploaded:
+    """Make the repository where it is missing, check that it is as private as asked, upload `names` in one commit.
+
+    Args:
+        api: what login() gave.
+        stale: whether a file that the repository has, and `names` has not, would be loaded with what is uploaded: it is taken out in the same commit.
+
+    Raises:
+        ValueError: no right to write, the hub is out of reach, or the repository is public and `public` was not given.
+    """
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
         private = bool(api.model_info(repo).private)
+        removed = sorted(name for name in api.list_repo_files(repo) if name not in names and stale(name))
     except Exception as error:
         raise ValueError(
             f"REPO = {repo} cannot be made or read ({_first_line(error)}): name one that you may write to"
@@ -42,12 +80,14 @@ def upload(folder: Path, names: list[str], repo: str, *, public: bool, message: 
             f"REPO = {repo} is public, so what is uploaded would be too: give --public if you mean it, or name another repository"
         )
     try:
-        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=names, commit_message=message)
+        api.upload_folder(
+            repo_id=repo, folder_path=str(folder), allow_patterns=names, delete_patterns=removed or None, commit_message=message
+        )
     except Exception as error:
         raise ValueError(
             f"REPO = {repo}: the upload failed ({_first_line(error)}); type the command again, what arrived is not sent twice"
         ) from error
-    return f"https://huggingface.co/{repo}"
+    return Uploaded(f"https://huggingface.co/{repo}", private, tuple(removed))
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ TRAINING = """To train:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: the command's own, or 2 for input that is refused, with the reason on stderr."""
+    """Run one command and return its exit code: the command's own, 2 for input that is refused, with the reason on stderr, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -43,10 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
         return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
     except (ValueError, OSError) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host, where a launcher started several
+            print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
 

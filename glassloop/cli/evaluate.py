@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glassloop.cli.generate import add_run_options, overrides_of
@@ -26,37 +26,60 @@ def main(argv: list[str]) -> int:
         prog="glassloop evaluate",
         allow_abbrev=False,
         description="The adapter and its base on the same rows: loss over all, verdicts of greedy answers where rows have labels.",
-        epilog="On several GPUs: accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml -m glassloop.cli evaluate RUN",
+        epilog="The result goes into RUN/evaluated/, from where push takes it. "
+        "On several GPUs: accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml -m glassloop.cli evaluate RUN",
     )
     add_run_options(own)
     own.add_argument(
         "--data", metavar="SOURCE", help="rows to measure on instead of the run's held-out ones: file, folder, hub id"
     )
+    own.add_argument(
+        "--columns", metavar="ROLE=NAME,...", help="columns of --data where they differ: dialogue=text,label=is_scam"
+    )
     own.add_argument("--split", help="split of --data, or another split of the run's own source")
     own.add_argument("--rows", type=int, metavar="N", help="the first N of them")
-    own.add_argument("--answers", type=int, metavar="N", help="rows that are answered (default: all that have labels)")
+    own.add_argument(
+        "--answers", type=int, metavar="N", help="answer the first N rows, 0 for none (default: all that have labels)"
+    )
     own.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the run's evaluation.max_new_tokens)"
     )
     own.add_argument("--batch", type=int, metavar="N", help="rows of a pass on a rank (default: the run's batch.size)")
     own.add_argument("--json", action="store_true", help="print one JSON object")
     given = own.parse_args(argv)
-    for name in ("rows", "max_new_tokens", "batch"):
-        if (value := getattr(given, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
-    return run(given)
+    for name, least in (("rows", 1), ("answers", 0), ("max_new_tokens", 1), ("batch", 1)):
+        if (value := getattr(given, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {least} or more")
+    return run(given, columns_of(given.columns))
 
 
-def run(given: argparse.Namespace) -> int:
+def columns_of(text: str | None) -> dict[str, str]:
+    """{"dialogue": "text"} of "dialogue=text,label=is_scam". Raises ValueError naming the word and the roles that there are."""
+    from glassloop.config import Columns
+
+    found = {}
+    for word in (text or "").split(",") if text else ():
+        role, equals, name = word.strip().partition("=")
+        if not equals or role not in Columns.model_fields:
+            raise ValueError(
+                f"--columns {text}: {word.strip()!r} is not ROLE=NAME with a ROLE of {', '.join(Columns.model_fields)}"
+            )
+        found[role] = name
+    return found
+
+
+def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     from glassloop.dist import in_turn, leave, one_first
-    from glassloop.launch import check_launch, hush, make_accelerator
+    from glassloop.launch import check_launch, hush, make_accelerator, on_cuda
     from glassloop.trained import load, load_tokenizer_of, open_trained, template_of
 
     trained = open_trained(given.run, given.at, overrides_of(given))
     config = trained.config
     batch = config.batch.model_copy(update={"ranks": None, "rows_per_update": None, "accumulation": 1})
-    execution = config.execution.model_copy(update={"engine": "peft"})
-    check_launch(config.model_copy(update={"batch": batch, "execution": execution}))
+    has_fp16 = on_cuda() or config.execution.precision != "fp16"  # a CPU has not: load() takes fp32 there, and says so
+    execution = config.execution.model_copy(update={"engine": "peft", **({} if has_fp16 else {"precision": "fp32"})})
+    config = config.model_copy(update={"batch": batch, "execution": execution})
+    check_launch(config)
     accelerator = make_accelerator(config)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     hush(rank)
@@ -73,7 +96,8 @@ def run(given: argparse.Namespace) -> int:
     def read() -> Any:
         tokenizer = load_tokenizer_of(trained)
         template = template_of(trained, tokenizer)
-        return tokenizer, template, rows_of(trained, template, source=given.data, split=given.split, rows=given.rows)
+        found = rows_of(trained, template, source=given.data, split=given.split, rows=given.rows, columns=columns)
+        return tokenizer, template, found
 
     tokenizer, template, rows = in_turn(first, read, "reading tokenizer and data")
     loaded = load(trained, device, first=first)
@@ -93,20 +117,24 @@ def run(given: argparse.Namespace) -> int:
     )
     if rank == 0:
         report = report_of(measured, config.seed)
-        found = as_object(trained, rows.name, report, time.perf_counter() - started, ranks, given)
-        saved = save(trained, found)
+        took = time.perf_counter() - started
+        found = as_object(trained, rows.name, report, took, ranks, given, loaded.precision)
         if given.json:
             print(json.dumps(found))
         else:
             print("\n".join([f"adapter   {trained.checkpoint}, {trained.why}", f"rows      {rows.name}"]))
-            print("\n".join(f"          {note}" for note in (*trained.notes, *loaded.notes, *rows.notes)) or "", end="")
-            print("\n".join(lines(report, found)))
-            print(f"saved     {saved}" if saved else "saved     nowhere: the checkpoint stands alone")
+            print("".join(f"          {note}\n" for note in (*trained.notes, *loaded.notes, *rows.notes)), end="")
+            print("\n".join(lines(report, found)), flush=True)
+        saved = save(trained, found)  # after it was shown: a disk that refuses it takes nothing away
+        if not given.json or saved.startswith("nowhere"):
+            print(f"saved     {saved}", file=sys.stderr if given.json else sys.stdout)
     leave()
     return 0
 
 
-def as_object(trained: Any, name: str, report: Report, seconds: float, ranks: int, given: argparse.Namespace) -> dict[str, Any]:
+def as_object(
+    trained: Any, name: str, report: Report, seconds: float, ranks: int, given: argparse.Namespace, precision: str
+) -> dict[str, Any]:
     """Plain values, no row's text."""
     from glassloop.trained import adapter_hash
 
@@ -117,7 +145,7 @@ def as_object(trained: Any, name: str, report: Report, seconds: float, ranks: in
         "adapter": adapter_hash(trained),
         "data": name,
         "own_heldout": given.data is None and given.split is None,
-        "precision": trained.config.execution.precision,
+        "precision": precision,
         "max_new_tokens": given.max_new_tokens or trained.config.evaluation.max_new_tokens,
         "ranks": ranks,
         "seconds": seconds,
@@ -125,18 +153,21 @@ def as_object(trained: Any, name: str, report: Report, seconds: float, ranks: in
     }
 
 
-def save(trained: Any, found: dict[str, Any]) -> Path | None:
-    """Into the run's folder, one file an evaluation; None where the checkpoint stands alone."""
+def save(trained: Any, found: dict[str, Any]) -> str:
+    """Into the run's folder, one file an evaluation. Returns its path, or "nowhere" and why."""
     from glassloop.folders import make
     from glassloop.observers import write_json
 
     if trained.run is None:
-        return None
+        return "nowhere: the checkpoint stands alone"
     folder = trained.run / FOLDER
-    make(folder)
     path = folder / f"{trained.checkpoint.name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    write_json(path, found)
-    return Path(os.path.relpath(path))
+    try:
+        make(folder)
+        write_json(path, found)
+    except OSError as error:
+        return f"nowhere, so push will not find it: {folder} cannot be written ({error.strerror})"
+    return os.path.relpath(path)
 
 
 def lines(report: Report, found: dict[str, Any]) -> list[str]:
@@ -168,6 +199,11 @@ def footnotes(report: Report) -> list[str]:
     told = [
         "[95 % interval]: loss, F1 and differences by bootstrap over rows (2,000 draws, paired), shares by Wilson; p: exact McNemar"
     ]
+    names = [score.name for score in report.scores if None in score.values.values()]
+    if "precision" in names:
+        told.append("precision -: no answer says scam")
+    if "recall" in names:
+        told.append("recall -: no row is labelled scam")
     for side, counts in report.counts.items():
         if report.verdict_rows and counts.get("no_verdict"):
             told.append(f"{side}: {counts['no_verdict']:.0%} of its answers have no verdict; that counts as wrong")

@@ -45,20 +45,26 @@ def main(argv: list[str]) -> int:
     own.add_argument(
         "--file", type=Path, help="questions, one a line (.jsonl: strings, or objects with question, prompt or dialogue)"
     )
-    own.add_argument("--chat", action="store_true", help="talk in turns; /reset begins anew, /exit or Ctrl-D ends")
+    own.add_argument(
+        "--chat", action="store_true", help="talk in turns; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+    )
     own.add_argument("--call", action="store_true", help="the text is a phone call: ask about it what format scam asks")
     own.add_argument("--only", choices=SIDES, default="both", help="whose answers (default: both)")
-    own.add_argument("--system", help="system prompt (default: the run's data.system)")
+    own.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's data.system; '' for none)")
     own.add_argument("--greedy", action="store_true", help="the most likely token at each place")
-    own.add_argument("--temperature", type=float)
-    own.add_argument("--top-p", type=float)
-    own.add_argument("--top-k", type=int)
-    own.add_argument("--seed", type=int, default=0, help="question i draws from seed and i (default: 0)")
-    own.add_argument("--max-new-tokens", type=int, default=1024)
+    own.add_argument(
+        "--temperature", type=float, metavar="T", help="logits are divided by T before a token is drawn; 0: as --greedy"
+    )
+    own.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest most likely tokens that have P together")
+    own.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    own.add_argument("--seed", type=int, default=0, metavar="N", help="question i draws from seed and i (default: 0)")
+    own.add_argument(
+        "--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer, reasoning included (default: 1024)"
+    )
     own.add_argument("--batch", type=int, default=8, metavar="N", help="questions answered together (default: 8)")
     own.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="instead of the run's own")
     own.add_argument("--json", action="store_true", help="one JSON object a question")
-    given = own.parse_args(argv)
+    given = own.parse_intermixed_args(argv)  # options may stand before the question, between and after
     for name in ("batch", "max_new_tokens"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be 1 or more")
@@ -93,14 +99,15 @@ class Session:
     def __init__(self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Template, loaded: Loaded) -> None:
         from rich.console import Console
 
-        from glassloop.answering import sampling_of, stop_ids_of
+        from glassloop.answering import positions_of, sampling_of, stop_ids_of
 
         self.given, self.trained, self.tokenizer, self.template, self.loaded = given, trained, tokenizer, template, loaded
         settings = loaded.hf.get_base_model().generation_config
         own, notes = sampling_of(settings)
+        self.positions = positions_of(loaded)
         self.sampling = chosen(own, given)
         self.stop_ids = stop_ids_of(template, settings)
-        self.system = given.system if given.system is not None else trained.config.data.system
+        self.system = (given.system or None) if given.system is not None else trained.config.data.system
         self.console: Console = Console(soft_wrap=True, highlight=False)
         self.sides = SIDES[given.only]
         if not given.json:
@@ -116,6 +123,7 @@ class Session:
             self.chat()
             return 0
         prompts = [self.prompt(self.first_turns(question)) for question in questions]
+        self.check_lengths(prompts)  # all of them before the first answer
         if len(questions) == 1 and not self.given.json:
             self.say()
             self.stream(prompts[0])
@@ -138,6 +146,15 @@ class Session:
         from glassloop.rows import Example
 
         return self.template.prompt_ids(Example("question", tuple(turns)))
+
+    def check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError naming the first question that leaves the model no position for an answer."""
+        for number, prompt in enumerate(prompts, 1):
+            if self.positions is not None and len(prompt) >= self.positions:
+                which = f"question {number}" if len(prompts) > 1 else "the question"
+                raise ValueError(
+                    f"{which} has {len(prompt):,} tokens with its template, the model has {self.positions:,} positions: shorten it"
+                )
 
     def answers(self, prompts: list[list[int]], side: str, first: int, write: Any = None) -> list[Reply]:
         from glassloop.answering import answer
@@ -185,7 +202,7 @@ class Session:
         self.say()
         self.say(f"=== {number + 1}: {question if len(question) <= 300 else question[:300] + ' ...'}", "bold")
         if self.console.is_terminal and self.console.width >= WIDE and len(replies) == 2:
-            self.console.print(beside(replies, self.console))
+            self.console.print(beside(replies, self.console, self.given.max_new_tokens))
             return
         for side, reply in replies.items():
             self.say(f"--- {side} ({ending(reply, self.given.max_new_tokens)})", "bold")
@@ -217,15 +234,22 @@ class Session:
                 continue
             if not said:
                 continue
-            for side, turns in talks.items():
-                asked = [*turns, Turn("user", said)] if turns else self.first_turns(said)
-                try:
-                    reply = self.stream(self.prompt(asked), (side,), turn)[side]
-                except ValueError as error:  # the template takes one question only, or the talk has grown too long
-                    self.say(f"refused: {error}; /reset begins anew")
-                    break
-                reasoning = reply.reasoning if reply.reasoning is not None or not self.template.opens_think else ""
-                talks[side] = [*asked, Turn("assistant", reply.answer, reasoning)]
+            said_now: dict[str, list[Turn]] = {}
+            try:
+                for side, turns in talks.items():
+                    asked = [*turns, Turn("user", said)] if turns else self.first_turns(said)
+                    prompt = self.prompt(asked)
+                    self.check_lengths([prompt])
+                    reply = self.stream(prompt, (side,), turn)[side]
+                    reasoning = reply.reasoning if reply.reasoning is not None or not self.template.opens_think else ""
+                    said_now[side] = [*asked, Turn("assistant", reply.answer, reasoning)]
+            except KeyboardInterrupt:
+                self.say("\nstopped: your last words and what was answered are forgotten")
+                continue
+            except ValueError as error:  # the template takes one question only, or the talk has grown too long
+                self.say(f"refused: {error}; /reset begins anew")
+                continue
+            talks = said_now
             turn += 1
 
 
@@ -250,12 +274,14 @@ def harmless(text: str, encoding: str) -> str:
 
 def ending(reply: Reply, most: int) -> str:
     """How an answer came to its end."""
+    if reply.ended:
+        return f"{reply.tokens:,} tokens, ended by itself"
     inside = "" if reply.closed else ", inside its reasoning"
-    why = "ended by itself" if reply.ended else f"cut off at {reply.tokens:,} of at most {most:,} tokens{inside}"
-    return f"{reply.tokens:,} tokens, {why}" if reply.ended else why
+    full = ": the model has no more positions" if reply.tokens < most else ""
+    return f"cut off at {reply.tokens:,} of at most {most:,} tokens{inside}{full}"
 
 
-def beside(replies: dict[str, Reply], console: Console) -> Any:
+def beside(replies: dict[str, Reply], console: Console, most: int) -> Any:
     """Two answers in two columns."""
     from rich.table import Table
     from rich.text import Text
@@ -263,10 +289,12 @@ def beside(replies: dict[str, Reply], console: Console) -> Any:
     table = Table(expand=True)
     cells = []
     for side, reply in replies.items():
-        table.add_column(side, ratio=1, overflow="fold")
+        table.add_column(f"{side} ({ending(reply, most)})", ratio=1, overflow="fold")
         cell = Text()
         if reply.reasoning is not None:
-            cell.append(harmless(reply.reasoning, console.encoding) + "\n\n", style="dim italic")
+            cell.append("[reasoning]\n", style="dim")
+            cell.append(harmless(reply.reasoning, console.encoding) + "\n", style="dim italic")
+            cell.append("[answer]\n", style="dim")
         cells.append(cell.append(harmless(reply.answer, console.encoding)))
     table.add_row(*cells)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glassloop.cli.evaluate import columns_of
 from glassloop.cli.generate import add_run_options, overrides_of
 
 if TYPE_CHECKING:
@@ -29,16 +31,20 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
         description="W + (alpha/r) B A in fp32, rounded once to 16 bits, shard by shard; no GPU needed. original: into the base's own "
         "weights. dequantised: into the NF4 weights that training computed with.",
+        epilog="OUT loads in transformers and vLLM. SERVE.txt in it has the commands, Modelfile is for Ollama, glassloop_merge.json has the table.",
     )
     add_run_options(own)
     own.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     own.add_argument("--base", choices=OTHER, default="original", help="what to merge into (default: original)")
     own.add_argument("--shard-gib", type=float, default=4.0, metavar="GIB", help="largest file, and about what is held in memory")
     own.add_argument("--data", metavar="SOURCE", help="rows for the table instead of the run's held-out ones")
+    own.add_argument(
+        "--columns", metavar="ROLE=NAME,...", help="columns of --data where they differ: dialogue=text,label=is_scam"
+    )
     own.add_argument("--rows", type=int, default=32, metavar="N", help="at most N rows for the table (default: 32)")
     own.add_argument("--no-table", action="store_true", help="merge alone; compare nothing")
     own.add_argument("--bits", type=int, choices=(16, 4), default=16, help="4 rounds the merged weights to NF4 once more")
-    own.add_argument("--accept-rounding", action="store_true", help="the word that --bits 4 needs")
+    own.add_argument("--accept-rounding", action="store_true", help="say so for --bits 4, which is refused without")
     given = own.parse_args(argv)
     if given.bits == 4 and not given.accept_rounding:
         raise ValueError(
@@ -46,8 +52,9 @@ def main(argv: list[str]) -> int:
             "adapter beside the 4-bit base, or merge into 16 bits; to do it all the same and see the cost in the table: --accept-rounding"
         )
     for name in ("rows", "shard_gib"):
-        if getattr(given, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be above 0")
+        if not 0 < getattr(given, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0")
+    columns_of(given.columns)  # refused before anything is opened
     return run(given)
 
 
@@ -68,20 +75,24 @@ def run(given: argparse.Namespace) -> int:
 
     lines: list[Line] = []
     beside = given.out.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=".merge-", dir=beside) as spare, published(given.out) as folder:
-        job.write(folder, given.base)
-        if not given.no_table:
-            lines = job.table(folder, Path(spare))
-        if given.bits == 4:
-            job.to_4_bits(folder)
-            if not given.no_table:
-                lines.append(job.line("that, rounded to NF4 once more", job.seen(folder)))
-        job.finish(folder, lines)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=beside) as spare:
+        with published(given.out) as folder:
+            job.write(folder, given.base)
+            if given.bits == 4:
+                lines = [] if given.no_table else job.table(folder, Path(spare))
+                job.to_4_bits(folder)
+                if not given.no_table:
+                    lines.append(job.line("that, rounded to NF4 once more", job.seen(folder)))
+            job.finish(folder, lines)
+        print(f"wrote     {given.out}", flush=True)
+        if (
+            given.bits == 16 and not given.no_table
+        ):  # after OUT is there, so that whatever befalls the comparison takes no merge away
+            lines = job.table_of_written(Path(spare))
     for line in text(lines, "the adapter on " + job.trained_on):
         print(line)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
     print(f"peak      {job.peak_gib:.1f} GiB of host memory while merging, {peak:.1f} GiB in all")
-    print(f"wrote     {given.out}")
     job.say_how_to_serve()
     return 0
 
@@ -109,7 +120,9 @@ class Job:
             from glassloop.heldout import rows_of
 
             cure = "name rows with --data FILE, or merge without the table: --no-table"
-            self.rows = rows_of(trained, template, source=given.data, rows=given.rows, cure=cure)
+            self.rows = rows_of(
+                trained, template, source=given.data, rows=given.rows, columns=columns_of(given.columns), cure=cure
+            )
             for note in self.rows.notes:
                 print(f"          {note}")
 
@@ -154,7 +167,8 @@ class Job:
         dtype, name = self.dtypes()
         most = int(self.given.shard_gib * GIB)
         needed = sum(shard.bytes for shard in shards_of(weights, most))
-        check_room(folder, needed if self.given.no_table else 2 * needed)
+        if kind == self.given.base:  # the other one comes later, beside it
+            check_room(self.given.out, needed, with_table=self.quantised and not self.given.no_table)
         started, peak, changed = time.perf_counter(), PeakMemory(), 0
         pairs = pairs_of(adapter_weights(self.trained))
         for shard, merged in write_merged(weights, pairs, self.trained.scale, folder, dtype=dtype, most_bytes=most):
@@ -185,9 +199,23 @@ class Job:
             try:
                 self.write(spare, other)
                 merges[other] = self.line(f"merged into {other}", self.seen(spare))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 print(f"          not compared with {other}: {error}")
         return [*told, *(merges[kind] for kind in ("dequantised", "original") if kind in merges)]
+
+    def table_of_written(self, spare: Path) -> list[Line]:
+        """The table of OUT as it stands there, and into its facts. Raises ValueError where it cannot be made; OUT stays."""
+        import torch
+
+        try:
+            lines = self.table(self.given.out, spare)
+            self.write_facts(self.given.out, lines)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            raise ValueError(
+                f"the table could not be made ({error}); {self.given.out} is whole and stays: "
+                "glassloop evaluate measures the adapter, --no-table merges without comparing"
+            ) from error
+        return lines
 
     def seen(self, folder: Path) -> Seen:
         from glassloop.base_cache import DTYPES
@@ -221,10 +249,11 @@ class Job:
             path.unlink()
         save_pretrained_here(model, folder)
 
-    def finish(self, folder: Path, lines: list[Line]) -> None:
-        """Facts of the merge, the Modelfile, how to serve."""
+    def write_facts(self, folder: Path, lines: list[Line]) -> None:
+        """glassloop_merge.json."""
         import dataclasses
 
+        from glassloop.folders import replace_file
         from glassloop.trained import adapter_hash
 
         state = self.trained.state
@@ -241,47 +270,41 @@ class Job:
             "scale": self.trained.scale,
             "table": [dataclasses.asdict(line) for line in lines],
         }
-        (folder / "glassloop_merge.json").write_text(json.dumps(facts, indent=1) + "\n")
-        self.modelfile_note = ""
+        replace_file(folder / "glassloop_merge.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+    def finish(self, folder: Path, lines: list[Line]) -> None:
+        """Facts of the merge, the Modelfile, how to serve."""
         from glassloop.merging.folder import adds_bos, read_json
         from glassloop.merging.modelfile import modelfile
+        from glassloop.merging.serve import commands
 
+        self.write_facts(folder, lines)
         generation = read_json(folder / "generation_config.json")
+        # a longer context than 32,768 costs memory that few need
+        context = min(int(read_json(folder / "config.json").get("max_position_embeddings") or 4096), 32768)
+        no_ollama = "Ollama does not read NF4 weights: merge into 16 bits for it" if self.given.bits == 4 else None
         try:
-            text = modelfile(
-                self.tokenizer, generation, adds_bos=adds_bos(self.tokenizer), source=".", context=self.context(folder)
-            )
-            (folder / "Modelfile").write_text(text, encoding="utf-8")
+            if no_ollama is None:
+                bos = adds_bos(self.tokenizer)
+                text = modelfile(self.tokenizer, generation, adds_bos=bos, source=".", context=context)
+                (folder / "Modelfile").write_text(text, encoding="utf-8")
         except ValueError as error:
-            self.modelfile_note = str(error)
-        (folder / "SERVE.txt").write_text("\n".join(self.commands(generation, folder)) + "\n", encoding="utf-8")
+            no_ollama = str(error)
+        lines_of_serve = commands(
+            self.given.out.absolute(),
+            self.trained.checkpoint.absolute(),
+            base=self.source.name,
+            revision=self.source.commit,
+            r=self.trained.config.lora.r,
+            nf4=self.quantised,
+            generation=generation,
+            context=context,
+            opens_think=self.template.opens_think,
+            no_ollama=no_ollama,
+        )
+        (folder / "SERVE.txt").write_text("\n".join(lines_of_serve) + "\n", encoding="utf-8")
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors makes its files private
-
-    def context(self, folder: Path) -> int:
-        """Positions of the model, at most 32,768: a longer context costs memory that few need."""
-        from glassloop.merging.folder import read_json
-
-        return min(int(read_json(folder / "config.json").get("max_position_embeddings") or 4096), 32768)
-
-    def commands(self, generation: dict[str, Any], folder: Path) -> list[str]:
-        from glassloop.merging.serve import request, vllm_adapter, vllm_merged
-
-        name = self.given.out.name
-        context = self.context(folder)
-        shared: dict[str, Any] = dict(context=context, opens_think=self.template.opens_think)
-        base = self.source.name
-        r = self.trained.config.lora.r
-        return [
-            "# merged weights on vLLM",
-            vllm_merged(str(self.given.out), name, **shared),
-            "# the adapter beside its base on vLLM",
-            vllm_adapter(base, self.source.commit, str(self.trained.checkpoint), name, r=r, **shared),
-            "# a request",
-            request(name, generation),
-            "# Ollama",
-            self.modelfile_note or f"cd {self.given.out} && ollama create {name} -f Modelfile",
-        ]
 
     def say_how_to_serve(self) -> None:
         for line in (self.given.out / "SERVE.txt").read_text(encoding="utf-8").splitlines():

@@ -30,9 +30,13 @@ def main(argv: list[str]) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
+    from glassloop.launch import hush
+
+    hush(1)  # before anything imports bitsandbytes
+    from glassloop.cache import published
     from glassloop.card.facts import facts_of
-    from glassloop.card.staging import stage
-    from glassloop.card.upload import check_repo, upload
+    from glassloop.card.staging import is_weights, stage
+    from glassloop.card.upload import check_repo, login, upload
     from glassloop.trained import open_trained
 
     check_repo(given.repo)
@@ -42,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
         raise ValueError(f"--merged {given.merged} is no folder: name one that glassloop merge wrote")
     trained = open_trained(given.run, given.at, overrides_of(given))
     facts = facts_of(trained, base_id=given.base_id, licence=given.licence, data_licence=given.data_licence, merged=given.merged)
-    title = given.repo.partition("/")[2]
+    api = None if given.dry_run is not None else login()  # before gigabytes are copied and searched
     print(f"adapter   {trained.checkpoint}, {trained.why}")
     for missing, option in ((facts.base_licence, "--licence"), (facts.data_licence, "--data-licence")):
         if missing is None:
@@ -50,14 +54,22 @@ def run(given: argparse.Namespace) -> int:
     if facts.evaluated is None:
         print(f"          no evaluation of these weights with its uncertainty: glassloop evaluate {given.run}")
     if given.dry_run is not None:
-        names = stage(facts, given.dry_run, title, given.merged)
+        try:
+            with published(given.dry_run) as folder:
+                names = stage(facts, folder, given.repo, given.merged)
+        except OSError as error:
+            raise ValueError(f"--dry-run {given.dry_run} cannot be written ({error.strerror}): name another place") from error
         print(f"would go  to {given.repo}, {'public' if given.public else 'private'}: {', '.join(names)}")
         print(f"wrote     {given.dry_run}; read {given.dry_run / 'README.md'} before you publish")
         return 0
     beside = given.merged.absolute().parent if given.merged is not None else None  # on one disk weights need no copy
     with tempfile.TemporaryDirectory(prefix=".push-", dir=beside) as folder:
-        names = stage(facts, Path(folder), title, given.merged)
-        message = f"{title}: after {trained.state.update} updates"
-        address = upload(Path(folder), names, given.repo, public=given.public, message=message)
-    print(f"pushed    {', '.join(names)}\n          {address} ({'public' if given.public else 'private'})")
+        names = stage(facts, Path(folder), given.repo, given.merged)
+        message = f"{given.repo.partition('/')[2]}: after {trained.state.update} updates"
+        done = upload(api, Path(folder), names, given.repo, public=given.public, message=message, stale=is_weights)
+    print(f"pushed    {', '.join(names)}\n          {done.address} ({'private' if done.private else 'public'})")
+    if done.private and given.public:
+        print("          it was there and is private, and stays so: its settings on the hub make it public")
+    if done.removed:
+        print(f"removed   {', '.join(done.removed)}: left from an earlier upload, they would be loaded with these weights")
     return 0

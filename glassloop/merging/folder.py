@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,20 +107,26 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError where the output's folder is taken."""
+    """Raise ValueError where the output's folder is taken or cannot be made."""
+    parent = out.absolute().parent
     if out.exists():
         raise ValueError(f"OUT = {out} exists: name a folder that does not")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"OUT = {out}: there is no folder {out.absolute().parent}: make it first")
+    if not parent.is_dir():
+        raise ValueError(f"OUT = {out}: there is no folder {parent}: make it first")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".merge-", dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"OUT = {out}: nothing can be written into {parent} ({error.strerror}): name another place") from error
 
 
-def check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"OUT: {needed / 2**30:.1f} GiB are needed and {folder} has {free / 2**30:.1f} GiB free: make room, or name another disk; "
-            "--no-table needs half as much"
-        )
+def check_room(out: Path, needed: int, *, with_table: bool) -> None:
+    """Raise ValueError where the disk has not the bytes of a merge, and of the second one that the table compares it with."""
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed * (2 if with_table else 1):
+        short = f"OUT = {out}: {needed / 2**30:.1f} GiB are needed"
+        second = ", and as much again for the table (--no-table: not)" if with_table else ""
+        raise ValueError(f"{short}{second}; its disk has {free / 2**30:.1f} GiB free: make room, or name another disk")
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

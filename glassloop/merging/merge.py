@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -93,12 +94,12 @@ def write_merged(
         dtype: what 32-bit tensors are rounded to; tensors of 16 bits keep theirs.
 
     Raises:
-        ValueError: the adapter changes a weight that the base has not.
+        ValueError: the adapter changes a weight that the base has not, or the disk refuses a file.
     """
     if missing := [name for name in pairs if name not in weights.files]:
         raise ValueError(
             f"the adapter changes {missing[0]} ({len(missing)} such weights), which the files of {weights.folder} do not hold under "
-            "that name: merge in PEFT (merge_and_unload) instead"
+            "that name: it is another model's adapter; or, where this base is its own, merge in PEFT (merge_and_unload) instead"
         )
     shards = shards_of(weights, most_bytes)
     for shard in shards:
@@ -108,7 +109,10 @@ def write_merged(
             kept = sixteen_bit(stored.dtype, dtype)
             pair = pairs.get(name)
             tensors[name] = (merged(stored, pair, scale, kept) if pair else stored.to(kept)).contiguous()
-        save_file(tensors, out / shard.file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, out / shard.file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
+            raise ValueError(f"{out / shard.file} cannot be written ({error}): make room, or name another disk") from error
         changed = sum(name in pairs for name in shard.names)
         del tensors
         yield shard, changed

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+# Ollama's parameter -> field of generation_config.json and its neutral value. Each is written, since Ollama's own defaults
+# (temperature 0.8, top_k 40, top_p 0.9, repeat_penalty 1.1; its docs/modelfile.md) would stand in for what is left out.
+SAMPLING = {"temperature": ("temperature", 1), "top_p": ("top_p", 1), "top_k": ("top_k", 0), "min_p": ("min_p", 0)}
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ def modelfile(
     lines = [f"FROM {source}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(stop), ensure_ascii=False)}" for stop in stops]
     if generation.get("do_sample"):
-        lines += [f"PARAMETER {name} {generation[name]}" for name in SAMPLING if generation.get(name) is not None]
+        for name, (field, neutral) in SAMPLING.items():
+            lines.append(f"PARAMETER {name} {neutral if generation.get(field) is None else generation[field]}")
     else:
         lines.append("PARAMETER temperature 0")
+    lines.append(f"PARAMETER repeat_penalty {generation.get('repetition_penalty') or 1}")
     return "\n".join([*lines, f"PARAMETER num_ctx {context}", ""])

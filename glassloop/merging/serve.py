@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ def vllm_merged(folder: str, name: str, *, context: int, opens_think: bool) -> s
     return shlex.join([*words, *(["--reasoning-parser", "deepseek_r1"] if opens_think else [])])
 
 
-def vllm_adapter(base: str, revision: str | None, adapter: str, name: str, *, r: int, context: int, opens_think: bool) -> str:
-    """The base as it was trained on, the adapter as a LoRA module; the chat template is the adapter's. Raises ValueError for r > 512."""
+def vllm_adapter(
+    base: str, revision: str | None, adapter: str, name: str, *, r: int, nf4: bool, context: int, opens_think: bool
+) -> str:
+    """The base as it was trained on, the adapter as a LoRA module; the chat template is the adapter's. Raises ValueError for r > 512.
+
+    nf4: the run trained on NF4, to which vLLM rounds the base while it loads.
+    """
     rank = next((one for one in VLLM_RANKS if one >= r), None)
     if rank is None:
         raise ValueError(f"lora.r = {r}: vLLM serves adapters up to r = {VLLM_RANKS[-1]}: merge instead")
@@ -25,6 +31,7 @@ def vllm_adapter(base: str, revision: str | None, adapter: str, name: str, *, r:
         "serve",
         base,
         *(["--revision", revision] if revision else []),
+        *(["--quantization", "bitsandbytes"] if nf4 else []),
         "--enable-lora",
         "--max-lora-rank",
         str(rank),
@@ -42,9 +49,48 @@ def vllm_adapter(base: str, revision: str | None, adapter: str, name: str, *, r:
 
 
 def request(name: str, generation: dict[str, Any]) -> str:
-    """A request to vLLM's server, with the sampling that the model asks for."""
-    sampling = "".join(
-        f', "{key}": {generation[key]}' for key in ("temperature", "top_p", "top_k") if generation.get(key) is not None
-    )
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "..."}}]{sampling}}}'
-    return f"curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    """A request to vLLM's server, with the sampling that the model asks for; vLLM draws at temperature 1 unless told otherwise."""
+    sampling = {"temperature": 0}
+    if generation.get("do_sample"):
+        names = ("temperature", "top_p", "top_k", "min_p")
+        sampling = {key: generation[key] for key in names if generation.get(key) is not None}
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "..."}], **sampling})
+    url, kind = "http://localhost:8000/v1/chat/completions", "Content-Type: application/json"
+    return shlex.join(["curl", url, "-H", kind, "-d", body])
+
+
+def commands(
+    out: Path,
+    checkpoint: Path,
+    *,
+    base: str,
+    revision: str | None,
+    r: int,
+    nf4: bool,
+    generation: dict[str, Any],
+    context: int,
+    opens_think: bool,
+    no_ollama: str | None,
+) -> list[str]:
+    """Lines of SERVE.txt; those that begin with # say what the next is. Paths are whole, so that a line runs from anywhere.
+
+    Args:
+        no_ollama: why there is no Modelfile, None where there is one.
+    """
+    name = out.name
+    shared: dict[str, Any] = dict(context=context, opens_think=opens_think)
+    beside = "the adapter beside its base on vLLM" + (", in NF4 as trained (without --quantization: in 16 bits)" if nf4 else "")
+    try:
+        adapter = vllm_adapter(base, revision, str(checkpoint), name, r=r, nf4=nf4, **shared)
+    except ValueError as error:
+        adapter = str(error)
+    return [
+        "# merged weights on vLLM",
+        vllm_merged(str(out), name, **shared),
+        f"# {beside}",
+        adapter,
+        "# a request",
+        request(name, generation),
+        "# Ollama",
+        no_ollama or f"cd {shlex.quote(str(out))} && ollama create {shlex.quote(name)} -f Modelfile",
+    ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from trained_runs import copy_of, finished_run, write_calls
+from safetensors.torch import load_file, save_file
+from trained_runs import copy_of, finished_run, signed_anew, write_calls
 from transformers import AutoModelForCausalLM
 
 from glassloop.base_cache import prepare_4bit
@@ -113,15 +115,65 @@ def test_rows_of_ones_own_and_what_training_has_seen(run, tmp_path, capsys):
     assert code == 0 and "what a training row asked" in out and "adapter - base" in out
 
 
+def test_rows_with_other_column_names(run, tmp_path, capsys):
+    mine = write_calls(tmp_path / "mine.jsonl", 6)
+    wanted = found(capsys, run, "--data", mine, "--answers", 0)
+    renamed = mine.read_text().replace('"dialogue"', '"text"').replace('"label"', '"is_scam"')
+    (tmp_path / "other.jsonl").write_text(renamed)
+    told = found(capsys, run, "--data", tmp_path / "other.jsonl", "--columns", "dialogue=text, label=is_scam", "--answers", 0)
+    assert told["scores"] == wanted["scores"]
+
+
 def test_what_cannot_be_used_is_refused(run, tmp_path, capsys):
     gone = copy_of(run, tmp_path / "gone")
     for path in gone.glob("checkpoints/*/tokenizer.json"):
         path.write_text("{")
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text("text,verdict\ncaller: hi,1\n")
+    diverged = copy_of(run, tmp_path / "diverged")
+    adapter = diverged / "checkpoints" / "update_000002" / "adapter_model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(adapter).items()}, adapter)
+    signed_anew(adapter.parent)
     for words, message in (
         ([tmp_path / "none"], "no folder"),
         ([gone], "no whole checkpoint"),
         ([run, "--data", tmp_path / "none.jsonl"], "no such file"),
         ([run, "--rows", 0], "--rows 0"),
+        ([run, "--data", foreign, "--columns", "dialogue:text"], "'dialogue:text' is not ROLE=NAME"),
+        ([run, "--data", foreign, "--columns", "call=text"], "question, reasoning, response, messages, dialogue, type, label"),
+        ([run, "--columns", "dialogue=text"], "give --data too"),
+        ([run, "--answers", -1], "--answers -1"),
+        ([run, "--data", foreign], "--columns ROLE=NAME"),
+        ([diverged / "checkpoints" / "update_000002"], "the adapter's loss is nan on row 0 (6 such of 6 rows)"),
     ):
         assert main(["evaluate", *map(str, words)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_disk_that_refuses_the_result_takes_nothing_away(run, tmp_path, capsys):
+    copy = copy_of(run, tmp_path / "copy")
+    shutil.rmtree(copy / "evaluated", ignore_errors=True)
+    (copy / "evaluated").write_text("in the way")
+    assert main(["evaluate", str(copy), "--answers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "loss, nats a token" in out and "nowhere" in out and str(copy / "evaluated") in out
+    assert main(["evaluate", str(copy), "--answers", "0", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["rows"] == 6 and "nowhere" in told.err
+
+
+def test_the_precision_on_record_is_the_one_computed_in(run, tmp_path, capsys):
+    copy = copy_of(run, tmp_path / "copy")
+    state = copy / "checkpoints" / "update_000002" / "state.json"
+    fields = json.loads(state.read_text())
+    fields["config"]["execution"]["precision"] = "fp16"  # which a CPU has not
+    state.write_text(json.dumps(fields))
+    signed_anew(state.parent)
+    assert found(capsys, copy, "--answers", 0)["precision"] == "fp32"
+
+
+def test_a_refusal_is_said_once_a_host(run, capsys, monkeypatch):
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["evaluate", str(run / "nothing")]) == 2
+        assert capsys.readouterr().err.count("refused") == times

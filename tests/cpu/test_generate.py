@@ -5,16 +5,29 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from trained_runs import copy_of, finished_run
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from glassloop.answering import GumbelNoise, Sampling, Splitter, answer, processors_of, sampling_of, split_reasoning, stop_ids_of
+from glassloop.answering import (
+    GumbelNoise,
+    Reply,
+    Sampling,
+    Splitter,
+    answer,
+    processors_of,
+    sampling_of,
+    split_reasoning,
+    stop_ids_of,
+)
 from glassloop.cli.__main__ import main
+from glassloop.cli.generate import beside
 from glassloop.rows import Example, Turn
 from glassloop.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
 
@@ -62,6 +75,26 @@ def test_sampling_is_what_generation_config_asks_for():
     _, notes = sampling_of(GenerationConfig(do_sample=True, typical_p=0.5))
     assert "typical_p" in notes[0]
     assert stop_ids_of(SimpleNamespace(stop_ids=(2,)), r1) == (2, 5)  # type: ignore[arg-type]
+
+
+def test_the_settings_in_the_bases_folder_reach_the_command(tiny_llama, tmp_path, capsys):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    r1 = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    (base / "generation_config.json").write_text(json.dumps(r1))
+    run = finished_run(tmp_path, base)
+    code, out, _ = command(capsys, run, "hi", "--max-new-tokens", 2, "--seed", 5)
+    assert code == 0 and "temperature 0.6, top_p 0.95, seed 5" in out
+    code, out, _ = command(capsys, run, "hi", "--max-new-tokens", 2, "--greedy")
+    assert code == 0 and "greedy" in out
+
+
+def test_two_columns_say_what_is_reasoning_and_how_each_ended():
+    replies = {"base": Reply("because", "yes", True, True, 5), "adapter": Reply(None, "no", True, False, 3)}
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(beside(replies, console, 3))
+    out = console.file.getvalue()
+    for said in ("base (5 tokens, ended by itself)", "adapter (cut off at 3 of at most 3 tokens)", "[reasoning]", "[answer]"):
+        assert said in out, out
 
 
 def test_draws_have_the_models_distribution():
@@ -167,11 +200,55 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
     assert code == 0 and "--- base" in out and "--- adapter" in out
 
 
+def test_an_empty_system_prompt_is_none(run, capsys):
+    said = [
+        command(capsys, run, "One?", "--json", "--max-new-tokens", 8, *more)[1]
+        for more in ([], ["--system", ""], ["--system", "Be brief."])
+    ]
+    assert said[0] == said[1] != said[2]
+
+
 def test_chat_goes_on_with_what_was_said(run, capsys, monkeypatch):
     said = iter(["One?", "Two?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
     code, out, _ = command(capsys, run, "--chat", "--max-new-tokens", 4, "--only", "adapter")
     assert code == 0 and out.count("--- adapter") == 2 and "refused" not in out
+
+
+def test_ctrl_c_stops_an_answer_and_no_traceback_is_shown(run, capsys, monkeypatch):
+    import glassloop.answering as answering
+
+    whole, asked = answering.answer, []
+
+    def stopped_once(*args, **kwargs):
+        asked.append(args[2][0])
+        if len(asked) == 2:  # the adapter's answer to the first question
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(answering, "answer", stopped_once)
+    said = iter(["One?", "Two?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
+    code, out, _ = command(capsys, run, "--chat", "--max-new-tokens", 4)
+    assert code == 0 and "stopped" in out and out.count("--- adapter") == 2
+    assert asked[2] == asked[3]  # neither side remembers the question that was stopped
+    asked.clear()
+    code, _, err = command(capsys, run, "One?", "--max-new-tokens", 4)
+    assert code == 130 and "interrupted" in err
+
+
+def test_options_may_stand_before_the_question(run, capsys):
+    code, out, _ = command(capsys, run, "--json", "One?", "--max-new-tokens", 2, "Two?")
+    assert code == 0 and [json.loads(line)["question"] for line in out.splitlines()] == ["One?", "Two?"]
+
+
+def test_a_question_without_room_for_an_answer_is_named_before_any_is_answered(run, tmp_path, capsys):
+    file = tmp_path / "q.txt"
+    file.write_text("One?\n" + "word " * 600 + "\n")
+    code, out, err = command(capsys, run, "--file", file, "--batch", 1, "--json")
+    assert code == 2 and "question 2 has" in err and "512 positions" in err and not out
+    code, out, _ = command(capsys, run, "One?", "--max-new-tokens", 4096, "--only", "adapter")
+    assert code == 0 and ("ended by itself" in out or "no more positions" in out)
 
 
 def test_what_cannot_be_used_is_refused_with_folder_and_cure(run, tmp_path, capsys):
@@ -181,10 +258,14 @@ def test_what_cannot_be_used_is_refused_with_folder_and_cure(run, tmp_path, caps
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "adapter_config.json").write_text("{}")
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "glassloop_merge.json").write_text("{}")
     for folder, words in (
         (tmp_path / "none", "no folder"),
         (torn, "no whole checkpoint"),
         (foreign, "no checkpoint of glassloop"),
+        (merged, "plain weights"),
         (tmp_path, "neither a run's folder"),
     ):
         code, _, err = command(capsys, folder, "hi")
@@ -201,8 +282,6 @@ def test_what_cannot_be_used_is_refused_with_folder_and_cure(run, tmp_path, caps
 
 
 def test_another_base_is_refused(run, tiny_qwen2, tmp_path, capsys, tiny_llama):
-    import shutil
-
     other = shutil.copytree(tiny_llama, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))

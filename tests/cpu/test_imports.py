@@ -112,10 +112,10 @@ TABLE = {
     "intervals": Rule(),
     "measuring": Rule("dist evaluation generation intervals rows templates trained"),
     "heldout": Rule("config dataset duplicates rows sources templates trained"),
-    "card": Rule("plan report trained", late="huggingface_hub"),
     "merging": Rule(
         "base_cache base_source rows templates trained", "safetensors torch", late="bitsandbytes huggingface_hub transformers"
     ),
+    "card": Rule("formats merging plan report trained", "safetensors", late="huggingface_hub"),
     "study": Rule("arguments config forecast observers predict report verify", "rich yaml"),
     "cli": Rule("*", late="*"),
     "train_loop": Rule("*", "torch"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from trained_runs import copy_of, finished_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,6 +154,34 @@ def test_4_bits_only_where_asked_and_then_its_cost_is_shown(run, tmp_path, capsy
     assert any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules())
 
 
+def test_a_table_that_fails_takes_no_merge_away(run, tmp_path, capsys, monkeypatch):
+    def too_much(*_args):
+        raise torch.OutOfMemoryError("no room for 16 GiB")
+
+    monkeypatch.setattr("glassloop.merging.table.look_at_folder", too_much)
+    assert main(["merge", str(run), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert "no room for 16 GiB" in told.err and "is whole and stays" in told.err and "wrote" in told.out
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "glassloop_merge.json").read_text())["table"] == []
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_said_in_words_and_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("glassloop.merging.merge.save_file", full)
+    assert main(["merge", str(run), str(tmp_path / "out"), "--no-table"]) == 2
+    told = capsys.readouterr().err
+    assert "model.safetensors cannot be written" in told and "No space left" in told and "make room" in told
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    assert main(["merge", str(run), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert f"OUT = {tmp_path / 'out'}" in told and "as much again for the table" in told and not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_merged_is_refused_and_leaves_nothing(run, tmp_path, capsys, tiny_llama):
     torn_base = shutil.copytree(tiny_llama, tmp_path / "torn_base")
     weights = next(torn_base.glob("*.safetensors"))
@@ -168,6 +197,9 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(run, tmp_path, caps
         ([run, tmp_path / "no" / "out"], "no folder"),
         ([run, tmp_path / "out", "--model", torn_base], "another base"),
         ([run, tmp_path / "out", "--shard-gib", 0], "--shard-gib"),
+        ([run, tmp_path / "out", "--shard-gib", "inf"], "--shard-gib inf"),
+        ([run, tmp_path / "out", "--shard-gib", "nan"], "--shard-gib nan"),
+        ([run, "/proc/out"], "nothing can be written into /proc"),
     ):
         assert main(["merge", *map(str, words)]) == 2, words
         assert message in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from go_template import render
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from glassloop.config import DataConfig
 from glassloop.merging.folder import adds_bos, generation_config
 from glassloop.merging.modelfile import modelfile, pieces_of, quoted
-from glassloop.merging.serve import vllm_adapter, vllm_merged
+from glassloop.merging.serve import commands, request, vllm_adapter, vllm_merged
 from glassloop.rows import Example, Turn
 from glassloop.templates import make_template
 
@@ -78,8 +80,20 @@ def test_the_modelfile_has_stops_and_sampling(tiny_tokenizer):
     assert text.splitlines()[0] == "FROM ./model.gguf"
     for line in ('PARAMETER stop "</s>"', 'PARAMETER stop "<|assistant|>"', "PARAMETER temperature 0.6", "PARAMETER top_p 0.95"):
         assert line in text.splitlines()
+    for neutral in (
+        "PARAMETER top_k 0",
+        "PARAMETER min_p 0",
+        "PARAMETER repeat_penalty 1",
+    ):  # or Ollama's own defaults would hold
+        assert neutral in text.splitlines()
     greedy = modelfile(tiny_tokenizer, {"temperature": 0.6, "eos_token_id": 2}, adds_bos=False, source=".", context=4096)
-    assert "PARAMETER temperature 0\n" in greedy and "0.6" not in greedy
+    assert "PARAMETER temperature 0\n" in greedy and "0.6" not in greedy and "PARAMETER repeat_penalty 1\n" in greedy
+    penalised = modelfile(tiny_tokenizer, {"repetition_penalty": 1.05}, adds_bos=False, source=".", context=4096)
+    assert "PARAMETER repeat_penalty 1.05\n" in penalised
+    asked = json.loads(shlex.split(request("mine", r1))[-1])
+    assert (asked["temperature"], asked["top_p"]) == (0.6, 0.95)
+    assert json.loads(shlex.split(request("mine", {"temperature": 0.6}))[-1])["temperature"] == 0  # vLLM's own default is 1
+    assert "temperature" not in json.loads(shlex.split(request("mine", {"do_sample": True}))[-1])
 
 
 def test_a_template_that_is_not_made_of_pieces_is_refused(tiny_tokenizer):
@@ -105,8 +119,22 @@ def test_generation_config_stops_where_training_stopped(tiny_tokenizer):
 def test_vllm_commands_name_folder_rank_and_template():
     words = shlex.split(vllm_merged("out", "mine", context=8192, opens_think=True))
     assert words[:3] == ["vllm", "serve", "out"] and words[-2:] == ["--reasoning-parser", "deepseek_r1"]
-    words = shlex.split(vllm_adapter("owner/base", "abc", "runs/x/checkpoints/u", "mine", r=12, context=8192, opens_think=False))
+    words = shlex.split(
+        vllm_adapter("owner/base", "abc", "runs/x/checkpoints/u", "mine", r=12, nf4=True, context=8192, opens_think=False)
+    )
     assert words[words.index("--max-lora-rank") + 1] == "16" and "mine=runs/x/checkpoints/u" in words
     assert words[words.index("--chat-template") + 1] == "runs/x/checkpoints/u/chat_template.jinja"
     with pytest.raises(ValueError, match=r"lora\.r = 600"):
-        vllm_adapter("b", None, "a", "n", r=600, context=1, opens_think=False)
+        vllm_adapter("b", None, "a", "n", r=600, nf4=False, context=1, opens_think=False)
+    assert words[words.index("--quantization") + 1] == "bitsandbytes"  # the base that it was trained on
+
+
+def test_every_line_of_serve_runs_from_anywhere_and_none_stops_a_merge():
+    given: dict[str, Any] = dict(base="o/b", revision=None, nf4=False, generation={}, context=64, opens_think=False)
+    out, checkpoint = Path("/m/it's mine"), Path("/r/checkpoints/update_000002")
+    lines = commands(out, checkpoint, r=8, no_ollama=None, **given)
+    merged, adapter, asked, ollama = (shlex.split(line) for line in lines[1::2])
+    assert merged[2] == str(out) and f"it's mine={checkpoint}" in adapter and "--quantization" not in adapter
+    assert json.loads(asked[-1])["model"] == "it's mine" and ollama[:2] == ["cd", str(out)]
+    lines = commands(out, checkpoint, r=600, no_ollama="because", **given)
+    assert "lora.r = 600" in lines[3] and lines[-1] == "because"

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
-from trained_runs import SECRET_ROW, copy_of, finished_run
+from huggingface_hub.errors import LocalTokenNotFoundError
+from trained_runs import SECRET_ROW, copy_of, finished_run, signed_anew
 
 from glassloop.card.curves import svg
 from glassloop.card.facts import is_hub_id
 from glassloop.card.staging import check_no_secret
-from glassloop.card.upload import upload
+from glassloop.card.upload import login
 from glassloop.cli.__main__ import main
+from glassloop.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
 
 SYSTEM = "You are Ferdinand, the clerk of nobody."
 PUBLISHED = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "curves.svg"}
@@ -41,8 +46,8 @@ def dry(run, tmp_path_factory) -> Path:
 class Hub:
     """Stands in for HfApi."""
 
-    def __init__(self, private: bool | None = None) -> None:
-        self.private, self.calls = private, []
+    def __init__(self, private: bool | None = None, files: tuple[str, ...] = ()) -> None:
+        self.private, self.files, self.calls = private, files, []
 
     def whoami(self):
         return {"name": "me"}
@@ -54,7 +59,11 @@ class Hub:
     def model_info(self, _repo):
         return SimpleNamespace(private=self.private)
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+    def list_repo_files(self, _repo):
+        return list(self.files)
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message):
+        self.deleted = delete_patterns
         sent = sorted(path.name for path in Path(folder_path).iterdir() if path.name in allow_patterns)
         self.calls.append(("upload", repo_id, sent, commit_message))
 
@@ -96,7 +105,7 @@ def test_the_card_says_what_the_records_say(run, dry):
     ):
         assert said in text, said
     assert text.count("not known to glassloop") == 2
-    assert "## What was not measured" in text and "{" not in text.partition("# my-model")[2].replace("{optimizer}", "")
+    assert "## What was not measured" in text and "{" not in text.partition("## Training data")[2]
 
 
 def test_numbers_of_other_weights_do_not_get_in(run, tmp_path):
@@ -126,8 +135,95 @@ def test_private_unless_asked_and_never_into_a_repository_that_is_public(run, mo
     assert main(["push", str(run), "me/my-model"]) == 2
     assert "is public" in capsys.readouterr().err and [call[0] for call in hub.calls] == ["create"]
     assert main(["push", str(run), "me/my-model", "--public"]) == 0
-    assert hub.calls[-1][0] == "upload"
+    assert hub.calls[-1][0] == "upload" and "(public)" in capsys.readouterr().out
+    hub = Hub(private=True)
+    assert main(["push", str(run), "me/my-model", "--public"]) == 0
+    out = capsys.readouterr().out
+    assert "(private)" in out and "stays so" in out  # what it is, not what was asked
     assert not list(Path().glob(".push-*"))
+
+
+def test_weights_of_an_earlier_upload_are_not_left_to_be_loaded_with_new_ones(run, monkeypatch, capsys):
+    old = ("README.md", "notes.txt", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    hub = Hub(files=(*old, "adapter_config.json", "old/model.safetensors"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    assert main(["push", str(run), "me/my-model"]) == 0
+    assert hub.deleted == ["model-00001-of-00002.safetensors", "model.safetensors", "model.safetensors.index.json"]
+    assert "left from an earlier upload" in capsys.readouterr().out
+    hub = Hub(files=("README.md", "adapter_model.safetensors"))
+    assert main(["push", str(run), "me/my-model"]) == 0
+    assert hub.deleted is None
+
+
+def test_the_cards_code_loads_what_was_trained(run, dry, tiny_llama, capsys):
+    text = (dry / "README.md").read_text()
+    code = text.partition("```python")[2].partition("```")[0]
+    code = code.replace("me/my-model", str(dry)).replace(f"PATH/TO/{tiny_llama.name}", str(tiny_llama)).replace("=512", "=4")
+    found: dict[str, Any] = {}
+    exec(code, found)  # a reader of the card would run it so
+    assert capsys.readouterr().out.strip()
+    trained = open_trained(run)
+    tokenizer = load_tokenizer_of(trained)
+    ids = prompt_of(template_of(trained, tokenizer), "...")
+    assert found["prompt"]["input_ids"][0].tolist() == ids
+    loaded = load(trained, torch.device("cpu"))
+    with torch.no_grad():
+        ours = loaded.hf(input_ids=torch.tensor([ids])).logits
+        theirs = found["model"](input_ids=torch.tensor([ids])).logits
+        with loaded.hf.disable_adapter():
+            base = loaded.hf(input_ids=torch.tensor([ids])).logits
+    assert (ours - theirs).norm() < 0.02 * (ours - base).norm()
+    assert "Read this phone call" in text
+
+
+def test_the_card_names_the_checkpoint_without_the_words_of_a_terminal(run, tmp_path):
+    copy = copy_of(run, tmp_path / "copy")
+    newer = copy_of(copy / "checkpoints" / "update_000002", copy / "checkpoints" / "update_000003")
+    state = json.loads((newer / "state.json").read_text())
+    (newer / "state.json").write_text(json.dumps(state | {"update": 3}))
+    signed_anew(newer)
+    assert main(["push", str(copy), "me/my-model", "--dry-run", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "after 2 updates, the best by held-out loss of the checkpoints kept" in text and "--at" not in text
+
+
+def test_a_dry_run_can_be_edited_without_touching_the_run_and_is_whole_or_not_there(run, dry, tmp_path, monkeypatch, capsys):
+    checkpoint = run / "checkpoints" / "update_000002"
+    for path in dry.iterdir():
+        if path.suffix != ".safetensors" and (checkpoint / path.name).exists():
+            assert not path.samefile(checkpoint / path.name), path.name
+    monkeypatch.setenv("MY_API_KEY", "adamw_8bit, peak")
+    assert main(["push", str(run), "me/my-model", "--dry-run", str(tmp_path / "out")]) == 2
+    assert not list(tmp_path.iterdir())
+    assert main(["push", str(run), "me/my-model", "--dry-run", "/proc/out"]) == 2
+    assert "--dry-run /proc/out cannot be written" in capsys.readouterr().err
+
+
+def test_a_torn_merged_folder_is_not_published(run, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    assert main(["merge", str(run), str(whole), "--no-table", "--shard-gib", "0.0001"]) == 0
+    shards = sorted(path.name for path in whole.glob("model-*.safetensors"))
+    torn, short = copy_of(whole, tmp_path / "torn"), copy_of(whole, tmp_path / "short")
+    other = copy_of(whole, tmp_path / "other")
+    (torn / shards[1]).write_bytes((torn / shards[1]).read_bytes()[:-9])
+    (short / shards[0]).unlink()
+    shutil.copy(other / shards[0], other / shards[1])
+    for folder, name, word in ((torn, shards[1], "cut short"), (short, shards[0], "missing"), (other, shards[1], "lacks")):
+        assert main(["push", str(run), "me/m", "--merged", str(folder), "--dry-run", str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert name in told and word in told and "merge again" in told, told
+
+
+def test_who_asks_is_known_before_anything_is_made(run, monkeypatch, capsys):
+    class Nobody(Hub):
+        def whoami(self):
+            raise LocalTokenNotFoundError("Token is required, see https://")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Nobody)
+    monkeypatch.setattr("glassloop.card.staging.stage", lambda *_args: pytest.fail("made before the hub was asked"))
+    assert main(["push", str(run), "me/my-model"]) == 2
+    told = capsys.readouterr().err
+    assert "no token" in told and "hf auth login" in told and "https" not in told
 
 
 def test_what_looks_like_a_secret_stops_it(dry, run, tmp_path, monkeypatch, capsys):
@@ -147,8 +243,14 @@ def test_merged_weights_go_with_their_table_and_only_with_their_own_adapter(run,
     assert {"model.safetensors", "config.json", "generation_config.json", "README.md", "tokenizer.json"} <= names
     assert not {"SERVE.txt", "adapter_model.safetensors"} & names
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "What merging changed" in text and "library_name: transformers" in text
+    assert "What merging changed" in text and "library_name: transformers" in text and "16-bit weights" in text
+    assert "the adapter, before it was merged" in text and "this model" not in text  # the merged weights did not answer
+    assert "Answers of the merged weights" in text.partition("## What was not measured")[2]
     facts = json.loads((tmp_path / "merged" / "glassloop_merge.json").read_text())
+    (tmp_path / "merged" / "glassloop_merge.json").write_text(json.dumps(facts | {"bits": 4, "table": []}))
+    assert main(["push", str(run), "me/m", "--merged", str(tmp_path / "merged"), "--dry-run", str(tmp_path / "four")]) == 0
+    text = (tmp_path / "four" / "README.md").read_text()
+    assert "4-bit weights" in text and "merged without the table" in text and "no answer says scam" in text
     (tmp_path / "merged" / "glassloop_merge.json").write_text(json.dumps(facts | {"adapter": "1" * 16}))
     assert main(["push", str(run), "me/m", "--merged", str(tmp_path / "merged"), "--dry-run", str(tmp_path / "two")]) == 2
     assert "another adapter" in capsys.readouterr().err
@@ -161,6 +263,8 @@ def test_refusals_name_what_and_the_cure(run, tmp_path, capsys):
         ([tmp_path / "none", "me/m"], "no folder"),
         ([tmp_path, "me/m"], "neither a run"),
         ([run, "no-owner"], "owner/name"),
+        ([run, "me/a--b"], "owner/name"),
+        ([run, "me/a.git"], "owner/name"),
         ([run, "me/m", "--dry-run", taken], "exists"),
         ([run, "me/m", "--merged", tmp_path / "nothing"], "no folder"),
         ([run, "me/m", "--merged", taken], "glassloop_merge.json"),
@@ -173,7 +277,7 @@ def test_refusals_name_what_and_the_cure(run, tmp_path, capsys):
             raise RuntimeError("401")
 
     with pytest.raises(ValueError, match="hf auth login"):
-        upload(taken, [], "me/m", public=False, message="", api=Stranger())
+        login(Stranger())
 
 
 def test_hub_ids_are_told_from_paths():

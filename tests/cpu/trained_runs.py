@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -74,3 +75,10 @@ def louder(adapters: FlatAdapters, scale: float = 0.05) -> None:
 def copy_of(run: Path, to: Path) -> Path:
     shutil.copytree(run, to)
     return to
+
+
+def signed_anew(checkpoint: Path) -> None:
+    """Sums of a checkpoint's files as they are now, so that what is wrong inside one has to be found inside."""
+    sums = checkpoint / "SHA256SUMS"
+    names = [line.split()[1] for line in sums.read_text().splitlines()]
+    sums.write_text("".join(f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n" for name in names))
