@@ -51,7 +51,7 @@ class MemoryConfig(Section):
     profile: Literal["min", "fill"] | Annotated[float, Field(gt=0)] = "fill"
     """min: as little as possible. fill: what the GPU has free, to recompute fewer layers. A number: GiB of the GPU that a rank may use in all."""
     host_gib: float = Field(default=8.0, ge=0)
-    """Pinned host memory that a rank may take for layers' inputs, where the GPU is to hold little."""
+    """Pinned host memory that a rank may take for layers' large tensors, where the GPU is to hold little."""
 
 
 class StabilityConfig(Section):

@@ -124,7 +124,8 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
             seconds=seconds,
             ranks=spec.ranks,
             ceiling=ceiling,
-            kept=run.plain_engine.tiers.kept if spec.engine == "fused" else None,  # type: ignore[union-attr]
+            kept=None if tiers is None else tiers.kept,
+            host=tiers is not None and tiers.host,
         ),
         "card": {"before": clock.before, "during": clock.during, "after": after, "p2p": _p2p(run.device)},
         "machine": {**environment(["glassloop bench"]), "threads": torch.get_num_threads(), "cpu": processor()},

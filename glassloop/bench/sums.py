@@ -74,15 +74,16 @@ def utilisation(
     ranks: int,
     ceiling: float | None,
     kept: int | None = None,
+    host: bool = False,
 ) -> dict[str, Any]:
     """FLOPs a token, and what share of the ceiling (FLOP/s) a rank reaches. mfu: with what real tokens need. hfu: with padding and
-    recomputation too. kept: layers that the engine `fused` keeps whole."""
+    recomputation too. kept, host: what the engine `fused` keeps whole, and whether the other layers wait on the host."""
     real, padded = [], []
     for rows in passes:
         widest = max(map(len, rows))
         real += [(len(row), row.supervised_tokens) for row in rows]
         padded += [(len(row) if packed else widest, row.supervised_tokens) for row in rows]
-    how: dict[str, Any] = dict(r=r, targets=targets, checkpointing=checkpointing, kept=kept)
+    how: dict[str, Any] = dict(r=r, targets=targets, checkpointing=checkpointing, kept=kept, host=host)
     needed, done = (flops_of(shapes, lengths, **how) for lengths in (real, padded))
     rate = needed.model / seconds / ranks
     executed = (done.model + done.recompute) / seconds / ranks

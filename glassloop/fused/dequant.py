@@ -10,6 +10,7 @@ bit-equal to bitsandbytes.functional.dequantize_4bit: fp32 products and sums, ea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class Packed:
     @property
     def nested(self) -> bool:
         return self.absmax.dtype == torch.uint8
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First row of each member; past the end where there is no such member."""
+        return [sum(self.rows[:member]) for member in range(MOST_MEMBERS)]
+
+    @cached_property
+    def befores(self) -> list[int]:
+        """Where each member's scales begin."""
+        return [self.scales_before(member) for member in range(MOST_MEMBERS)]
 
     def scales_before(self, member: int) -> int:
         """Where the scales of a member begin."""
@@ -132,8 +143,7 @@ def dequantise(packed: Packed, right: Tensor, below: Tensor, out: Tensor) -> Non
 def dequantise_triton(packed: Packed, right: Tensor, below: Tensor, out: Tensor) -> None:
     rows, rank = right.shape
     assert out.stride(1) == 1 and right.is_contiguous() and below.is_contiguous()
-    starts = [sum(packed.rows[:member]) for member in range(MOST_MEMBERS)]  # past the end where there is no such member
-    befores = [packed.scales_before(member) for member in range(MOST_MEMBERS)]
+    starts, befores = packed.starts, packed.befores
     none = packed.levels  # a pointer that is not read
     grid = (rows + rank, triton.cdiv(packed.columns // 2, BYTES_OF_A_PROGRAM))
     _dequantise[grid](

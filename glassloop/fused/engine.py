@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glassloop.fused import layer as layers
 from glassloop.fused.attention import Bounds
 from glassloop.fused.dequant import pack
-from glassloop.fused.host import HostInputs, on_host
+from glassloop.fused.host import HostRoom, on_host
 from glassloop.fused.layer import Layer, Saved, Where
 from glassloop.fused.linear import Adapter, Linear, Scratch
 from glassloop.fused.loss import head_loss
@@ -33,7 +33,6 @@ class State:
     tiers: Tiers
     end: Tensor  # (S, H): the last layer's output, at supervised places
     grad_normed: Tensor  # (S, H): gradient of the loss sum at the last norm's output
-    tokens: int  # T
 
 
 class FusedEngine(nn.Module):
@@ -62,7 +61,7 @@ class FusedEngine(nn.Module):
         self.layers = [build_layer(one, base.config, self.embedding.dtype, index) for index, one in enumerate(decoder.layers)]
         self.scratch = Scratch()
         self.tiers = Tiers(len(self.layers) if keep else 0, host=False)
-        self.host = HostInputs(len(self.layers), self.embedding.device)
+        self.host = HostRoom(len(self.layers), self.embedding.device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.adapted: list[Any] = [module for module in hf.modules() if hasattr(module, "lora_A")]
         self.places: list[int] = []
@@ -124,19 +123,23 @@ class FusedEngine(nn.Module):
         if not len(p.places):  # nothing to learn, and nothing to add
             return row_loss_sums.sum(), row_loss_sums, None
         self.refresh(training)
-        where, tokens = self.where(p), p.input_ids.numel()
+        where = self.where(p)
         x: Tensor = F.embedding(p.input_ids.flatten(), self.embedding)  # (T, H)
         y, saved, tiers = None, [], self.tiers
         recomputed = len(self.layers) - tiers.kept
         if training and tiers.host:
-            self.host.begin(len(x), x.shape[1], x.dtype)
+            self.host.begin(len(x), (x.shape[1], self.layers[0].o.columns, x.shape[1]), x.dtype)
         for index, one in enumerate(self.layers):
             last = index == len(self.layers) - 1
             keep = index >= recomputed if training else None
-            x, y, kept = layers.forward(one, x, y, where, keep=keep, places=p.places if last else None)
-            if kept is not None and tiers.host and index < recomputed:
-                self.host.put(index, kept.x)
-                kept = replace(kept, x=kept.x.new_empty(0))
+            away = training and tiers.host and index < recomputed
+            how: dict[str, Any] = dict(keep=keep, keep_attended=away, places=p.places if last else None)
+            x, y, kept = layers.forward(one, x, y, where, **how)
+            if away:
+                assert kept is not None
+                kept, large = layers.part(kept)
+                self.host.put(index, large)
+                del large  # or it would live a layer longer
             saved.append(kept)
         normed = torch.empty_like(x)  # (S, H): supervised places are all that is left
         end = add_norm(x, y, self.norm, self.eps, normed)
@@ -144,7 +147,7 @@ class FusedEngine(nn.Module):
         losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
         owner = p.row_of.flatten().index_select(0, p.places)
         row_loss_sums.index_add_(0, owner, losses)
-        state = None if grad_normed is None else State(where, saved, tiers, end, grad_normed, tokens)  # type: ignore[arg-type]
+        state = None if grad_normed is None else State(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
         return losses.sum(), row_loss_sums, state
 
     def run_backward(self, state: State, grad: Tensor) -> None:
@@ -152,13 +155,13 @@ class FusedEngine(nn.Module):
         room, hidden = max(linear.rank for one in self.layers for linear in (one.o, one.down)), state.end.shape[1]
         out = torch.zeros(len(state.end), hidden + room, dtype=state.end.dtype, device=state.end.device)
         norm_backward(state.grad_normed * grad.to(out.dtype), state.end, self.norm, self.eps, out[:, :hidden])
-        recomputed = len(self.layers) - state.tiers.kept if state.tiers.host else 0  # layers whose input is on the host
+        recomputed = len(self.layers) - state.tiers.kept if state.tiers.host else 0  # layers that left theirs on the host
         for index in reversed(range(len(self.layers))):
             saved = state.saved.pop()
             if index < recomputed:
-                saved = replace(saved, x=self.host.take(index, state.tokens))
+                saved = layers.join(self.layers[index], saved, tuple(self.host.take(index)))
             if 0 < index <= recomputed:
-                self.host.fetch(index - 1, state.tokens)  # comes while this layer computes
+                self.host.fetch(index - 1)  # comes while this layer computes
             out = layers.backward(self.layers[index], out, saved, state.where, first=index == 0)
             self.outward[index].carry_out(add=True)
 

@@ -1,9 +1,14 @@
-"""What of a pass waits in pinned host memory: layers' inputs, and an embedding of which a pass reads a few rows."""
+"""What of a pass waits in pinned host memory: large tensors of layers, and an embedding of which a pass reads a few rows."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+IN_FLIGHT = 2
 
 
 class _Visible:
@@ -26,54 +31,70 @@ def on_host(weight: Tensor) -> Tensor:
     return torch.as_tensor(_Visible(weight.cpu().pin_memory()), device=weight.device).view(weight.dtype)
 
 
-class HostInputs:
-    """Inputs of layers, in pinned memory; copies run beside the computation."""
+class HostRoom:
+    """Large tensors of layers, in pinned memory; copies run beside the computation.
+
+    A tensor that is on its way is referred to until the computing stream has waited for its copy: then whatever takes its place in memory
+    comes later in that stream. So at most IN_FLIGHT layers are on their way out, however far the host runs ahead.
+    """
 
     def __init__(self, layers: int, device: torch.device):
         self.layers, self.device = layers, device
         self.most_tokens = 0  # of any pass, where it is known: room is made once then, which takes a second for a gigabyte
-        self.room: Tensor | None = None  # (layers, T, H)
+        self.rooms: list[Tensor] = []  # (layers, T, width) each
+        self.lengths: dict[int, list[int]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.coming: dict[int, Tensor] = {}
+        self.going: deque[tuple[Sequence[Tensor], torch.cuda.Event]] = deque()
+        self.coming: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
 
-    def begin(self, tokens: int, hidden: int, dtype: torch.dtype) -> None:
-        """Make room for a pass."""
-        if self.room is None or self.room.shape[1] < tokens:
-            self.room = None  # freed first
-            self.room = torch.empty(self.layers, max(tokens, self.most_tokens), hidden, dtype=dtype, pin_memory=self.stream is not None)
+    def begin(self, tokens: int, widths: Sequence[int], dtype: torch.dtype) -> None:
+        """Make room for a pass, whose layers leave tensors (at most `tokens`, width)."""
+        if not self.rooms or self.rooms[0].shape[1] < tokens:
+            self.rooms.clear()  # freed first
+            shapes = [(self.layers, max(tokens, self.most_tokens), width) for width in widths]
+            self.rooms = [torch.empty(shape, dtype=dtype, pin_memory=self.stream is not None) for shape in shapes]
+        self.going.clear()
         self.coming.clear()
 
-    def put(self, index: int, x: Tensor) -> None:
-        """Copy a layer's input (T, H) away; its GPU memory is free once that is done."""
-        assert self.room is not None
-        place = self.room[index, : len(x)]
+    def put(self, index: int, tensors: Sequence[Tensor]) -> None:
+        """Copy a layer's tensors away."""
+        self.lengths[index] = [len(one) for one in tensors]
         if self.stream is None:
-            place.copy_(x)
+            self._copy_out(index, tensors)
             return
+        self._settle(IN_FLIGHT - 1)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            place.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)
+            self._copy_out(index, tensors)
+        self.going.append((tensors, self.stream.record_event()))
 
-    def fetch(self, index: int, tokens: int) -> None:
-        """Begin to bring a layer's input back."""
-        assert self.room is not None
+    def fetch(self, index: int) -> None:
+        """Begin to bring a layer's tensors back."""
         if index in self.coming:
             return
-        place = self.room[index, :tokens]
-        x = torch.empty(place.shape, dtype=place.dtype, device=self.device)
-        self.coming[index] = x
-        if self.stream is None:
-            x.copy_(place)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # its memory may still be read by what was there before
-        with torch.cuda.stream(self.stream):
-            x.copy_(place, non_blocking=True)
-        x.record_stream(self.stream)
-
-    def take(self, index: int, tokens: int) -> Tensor:
-        """A layer's input (T, H), when it has come."""
-        self.fetch(index, tokens)
+        self._settle(0)
+        places = [room[index, :length] for room, length in zip(self.rooms, self.lengths[index], strict=True)]
+        tensors = [torch.empty(place.shape, dtype=place.dtype, device=self.device) for place in places]
         if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return self.coming.pop(index)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # what was in that memory may still be read
+        with torch.cuda.stream(self.stream):
+            for one, place in zip(tensors, places, strict=True):
+                one.copy_(place, non_blocking=True)
+        self.coming[index] = tensors, self.stream.record_event() if self.stream is not None else None
+
+    def take(self, index: int) -> list[Tensor]:
+        """A layer's tensors, when they have come."""
+        self.fetch(index)
+        tensors, event = self.coming.pop(index)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        return tensors
+
+    def _copy_out(self, index: int, tensors: Sequence[Tensor]) -> None:
+        for room, one in zip(self.rooms, tensors, strict=True):
+            room[index, : len(one)].copy_(one, non_blocking=True)
+
+    def _settle(self, most: int) -> None:
+        """Let the computing stream wait until at most so many layers are on their way out."""
+        while len(self.going) > most:
+            torch.cuda.current_stream(self.device).wait_event(self.going.popleft()[1])

@@ -6,11 +6,14 @@
 
 The sums are left to the norm that follows, which has to read both parts anyway: a layer takes and gives pairs of which x is the sum. What
 backward needs is the smallest set: norms and the gate's product are computed again from it, and the product of W_down never is.
+
+A layer that is not kept whole leaves x alone, or x with attention's output and m, three tensors of one size: all that lies before the gate but q, k
+and v, so that neither attention nor the product of W_o is carried out again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,31 +87,62 @@ class Middle:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """What attention came to."""
+
+    kept: Kept
+    mid: Tensor  # (T, H)
+    narrow_o: Tensor  # (T, R)
+
+
+@dataclass(frozen=True)
 class Saved:
     """A layer's own memory between forward and backward."""
 
     x: Tensor  # (T, H)
     narrow_down: Tensor  # (T, R)
     middle: Middle | None  # None: to be computed again
+    attended: Attended | None  # None: this too, or it is part of `middle`
     places: Tensor | None  # (S,) int64: where the output was wanted; the middle's gate and what follows have S rows then
 
 
-def first_half(layer: Layer, x: Tensor, y: Tensor | None, where: Where, places: Tensor | None) -> tuple[Tensor, Middle]:
-    """Everything up to the gate, after attention for `places` alone. Returns x + y (T, H) and what lies between."""
+def part(saved: Saved) -> tuple[Saved, tuple[Tensor, Tensor, Tensor]]:
+    """What of a layer with `attended` is small, and its large tensors: x (T, H), attention's output (T, heads * D), m."""
+    assert saved.attended is not None
+    kept, none = saved.attended.kept, saved.x.new_empty(0)
+    large = saved.x, kept.out.flatten(1), saved.attended.mid
+    return replace(saved, x=none, attended=replace(saved.attended, kept=replace(kept, out=none), mid=none)), large
+
+
+def join(layer: Layer, saved: Saved, large: tuple[Tensor, ...]) -> Saved:
+    """The two together again."""
+    assert saved.attended is not None
+    x, out, mid = large
+    kept = replace(saved.attended.kept, out=out.unflatten(1, (-1, layer.head_size)))
+    return replace(saved, x=x, attended=replace(saved.attended, kept=kept, mid=mid))
+
+
+def first_half(
+    layer: Layer, x: Tensor, y: Tensor | None, where: Where, places: Tensor | None, known: Attended | None = None
+) -> tuple[Tensor, Middle]:
+    """Everything up to the gate, after attention for `places` alone. Returns x + y (T, H) and what lies between. `known`: not to be computed."""
     tokens, hidden = x.shape
     normed = layer.qkv.input(tokens)
     x = add_norm(x, y, layer.norm_in, layer.eps, normed[:, :hidden])
     qkv, narrow_qkv = layer.qkv.forward(normed, where.scratch.weights(layer.qkv))
     rotate(qkv[:, : layer.turned], where.cos, where.sin, qkv[:, : layer.turned])
-    kept = attention(*layer.split(qkv), where.bounds)
-    attended, residual = chosen(kept.out.flatten(1), places), chosen(x, places)
-    seen = layer.o.input(len(attended))
-    seen[:, : layer.o.columns].copy_(attended)
-    y, narrow_o = layer.o.forward(seen, where.scratch.weights(layer.o))
-    del seen
-    normed = layer.gate_up.input(len(attended))
-    mid = add_norm(residual, y, layer.norm_mid, layer.eps, normed[:, :hidden])
-    gate_up = layer.gate_up.output(len(attended))
+    if known is None:
+        kept = attention(*layer.split(qkv), where.bounds)
+        attended, mid = chosen(kept.out.flatten(1), places), chosen(x, places)
+        seen = layer.o.input(len(attended))
+        seen[:, : layer.o.columns].copy_(attended)
+        y, narrow_o = layer.o.forward(seen, where.scratch.weights(layer.o))
+        del seen
+    else:
+        kept, mid, narrow_o, y = known.kept, known.mid, known.narrow_o, None
+    normed = layer.gate_up.input(len(mid))
+    mid = add_norm(mid, y, layer.norm_mid, layer.eps, normed[:, :hidden])
+    gate_up = layer.gate_up.output(len(mid))
     weights = where.scratch.weights(layer.gate_up)
     _, narrow_gate_up = layer.gate_up.forward(normed, weights, out=gate_up[:, : layer.gate_up.rows])
     return x, Middle(qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up)
@@ -125,7 +159,14 @@ def spread(t: Tensor, places: Tensor | None, tokens: int) -> Tensor:
 
 
 def forward(
-    layer: Layer, x: Tensor, y: Tensor | None, where: Where, *, keep: bool | None, places: Tensor | None = None
+    layer: Layer,
+    x: Tensor,
+    y: Tensor | None,
+    where: Where,
+    *,
+    keep: bool | None,
+    keep_attended: bool = False,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """One layer of a pass.
 
@@ -133,6 +174,7 @@ def forward(
         x, y: (T, H), whose sum comes in; y None: x alone.
         places: (S,) int64, where alone the output is wanted, as the loss does of the last layer; None: everywhere.
         keep: keep what lies between for backward; False: the input alone; None: there will be no backward.
+        keep_attended: with keep = False, what attention came to as well.
 
     Returns:
         Two parts of the output, (T, H) or (S, H), and what backward needs.
@@ -141,7 +183,8 @@ def forward(
     product = layer.down.input(len(middle.mid))
     swiglu(middle.gate_up[:, : layer.gate_up.rows], product[:, : layer.down.columns])
     y, narrow = layer.down.forward(product, where.scratch.weights(layer.down))
-    return middle.mid, y, None if keep is None else Saved(x, narrow, middle if keep else None, places)
+    attended = Attended(middle.kept, middle.mid, middle.narrow_o) if keep_attended else None
+    return middle.mid, y, None if keep is None else Saved(x, narrow, middle if keep else None, attended, places)
 
 
 def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: bool) -> Tensor:
@@ -151,7 +194,7 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     input, and what is returned is of no use.
     """
     x, hidden, places = saved.x, saved.x.shape[1], saved.places
-    middle = saved.middle or first_half(layer, x, None, where, places)[1]
+    middle = saved.middle or first_half(layer, x, None, where, places, saved.attended)[1]
     qkv, o, gate_up, down = layer.linears
     weights = where.scratch.weights
 

@@ -189,7 +189,7 @@ def _memory(outlook: Outlook) -> list[str]:
     lines.append(f"{'':<{LABEL}}most of the peak ({peak}):")
     lines += [f"{'':<{LABEL}}  {term.size_bytes / GIB:>7.2f}  {term.what}" for term in largest]
     paged = round(2 * (outlook.trainable or 0) / 2**20) if work.optimizer == "paged_adamw_8bit" else 0
-    pinned = "at most memory.host_gib of layers' inputs, and the embedding, both only under min" if fused else ""
+    pinned = "at most memory.host_gib of layers' large tensors, and the embedding, both only under min" if fused else ""
     host = f"{paged:,} MiB of paged optimizer state" if paged else pinned or "nothing pinned but a pass's ids"
     return [*lines, f"{'':<{LABEL}}host memory beside libraries: {host}"]
 

@@ -49,6 +49,7 @@ def flops_of(
     checkpointing: bool,
     causal: bool = True,
     kept: int | None = None,
+    host: bool = False,
 ) -> Flops:
     """FLOPs of forward and backward over `rows`.
 
@@ -56,6 +57,7 @@ def flops_of(
         rows: (tokens, supervised tokens) of each. Real lengths count what is needed; padded lengths what a padded layout computes.
         checkpointing: each decoder layer is computed again in the backward pass.
         kept: layers that the engine `fused` keeps whole; it computes the others again without down_proj. None: another engine.
+        host: those left what attention came to on the host, so that attention and o_proj are not computed again either.
         causal: a place sees itself and those before it; False: every place of its row, as attention without a causal kernel computes it.
     """
     tokens = supervised = pairs = 0
@@ -70,10 +72,12 @@ def flops_of(
     skipped, skipped_adapters = _before_any_adapter(shapes, r, targets)
     again = linear + adapters + attention if checkpointing else 0
     if kept is not None:
-        inner, outer = shapes.projections["down_proj"]
-        down = shapes.layers * (inner * outer + (r * (inner + outer) if "down_proj" in targets else 0))
-        again = (linear + adapters + attention - tokens * 2 * down) * (shapes.layers - kept) // shapes.layers
-        again -= (tokens - supervised) * 2 * _after_attention(shapes, r, targets) if kept == 0 else 0
+        known = ("o_proj", "down_proj") if host else ("down_proj",)
+        again = linear + adapters + (0 if host else attention) - tokens * 2 * shapes.layers * _weights(shapes, r, targets, known)
+        again = again * (shapes.layers - kept) // shapes.layers
+        if kept == 0:  # the last layer's, which needs what follows attention at supervised places alone
+            after = ("gate_proj", "up_proj") if host else ("o_proj", "gate_proj", "up_proj")
+            again -= (tokens - supervised) * 2 * _weights(shapes, r, targets, after)
     q, k, v = (name in targets for name in STAGES[0])
     needed = v + (q or k) + q + k  # of the four products of the first layer's attention backward
     return Flops(
@@ -85,9 +89,9 @@ def flops_of(
     )
 
 
-def _after_attention(shapes: Shapes, r: int, targets: Sequence[str]) -> int:
-    """Weights of a layer between attention and down_proj, which the engine `fused` needs of the last layer at supervised places alone."""
-    widths = [(name, *shapes.projections[name]) for name in ("o_proj", "gate_proj", "up_proj")]
+def _weights(shapes: Shapes, r: int, targets: Sequence[str], names: Sequence[str]) -> int:
+    """Of these projections of a layer, adapters included."""
+    widths = [(name, *shapes.projections[name]) for name in names]
     return sum(inner * outer + (r * (inner + outer) if name in targets else 0) for name, inner, outer in widths)
 
 

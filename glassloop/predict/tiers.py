@@ -58,7 +58,7 @@ class Tiers:
 
     Attributes:
         kept: how many layers, from the last one down, keep all that backward needs.
-        host: the inputs of the others, and the embedding, lie in pinned host memory.
+        host: the large tensors of the others (input, attention's output, middle), and the embedding, lie in pinned host memory.
         held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit ones.
     """
 
@@ -101,6 +101,16 @@ def last_kept_bytes(one: Sizes, tokens: int, places: int) -> int:
 def input_bytes(one: Sizes, tokens: int) -> int:
     """Of a layer that keeps its input alone (and the narrow product of down_proj, which is not computed again)."""
     return tokens * one.element * (one.qkv.columns + one.down.rank)
+
+
+def away_bytes(one: Sizes, tokens: int) -> int:
+    """What a layer leaves on the host: input, attention's output, middle."""
+    return tokens * one.element * (2 * one.qkv.columns + one.o.columns)
+
+
+def beside_away_bytes(one: Sizes, tokens: int) -> int:
+    """What of such a layer stays on the GPU: narrow products of o_proj and down_proj, attention's log-sum-exp."""
+    return tokens * (one.element * (one.o.rank + one.down.rank) + 4 * one.heads)
 
 
 def held_bytes(one: Sizes) -> int:
@@ -153,7 +163,7 @@ def choose(
         The tiers; where not even the smallest fit the budget, the smallest.
     """
     inputs = layers * input_bytes(one, tokens)
-    fits_host = host_bytes >= inputs
+    fits_host = host_bytes >= layers * away_bytes(one, tokens)
     if profile == "min":  # one layer is kept or computed again: its memory is the same
         return Tiers(min(1, layers), fits_host)
     budget = used + free if profile == "fill" else min(used + free, int(float(profile) * GIB))
@@ -169,7 +179,7 @@ def describe(tiers: Tiers, layers: int) -> str:
     """In words: "12 of 32 layers kept, inputs of the others on the GPU"."""
     told = [f"{tiers.kept} of {layers} layers kept"]
     if tiers.kept < layers:
-        told.append(f"inputs of the others on the {'host' if tiers.host else 'GPU'}")
+        told.append("inputs and attention of the others on the host" if tiers.host else "inputs of the others on the GPU")
     if tiers.held:
         told.append(f"weights of {tiers.held} held in 16 bits")
     return ", ".join(told)

@@ -222,7 +222,9 @@ def test_groups_of_one_shape_share_a_scratch_matrix():
 
 
 @needs_triton
-def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, wide_llama):  # noqa: F811
+@pytest.mark.parametrize("host", [False, True])
+def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, wide_llama, host):  # noqa: F811
+    """And attention with o_proj, where the host has what they came to."""
     targets = ("o_proj",)  # a group of one member: nothing of the folded product is zeros
     engine = fused_of(engine_of(wide_llama, quantization="nf4", lora=LoraConfig(r=16, targets=targets)))
     FlatAdapters(engine.hf.named_parameters())
@@ -231,13 +233,13 @@ def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, 
     p = build_pass([row_of(64, 20, "r")], packed=True, pad_id=0, device=torch.device("cpu"))
 
     def products(kept: int) -> int:
-        engine.use_tiers(type(engine.tiers)(kept, False))
+        engine.use_tiers(type(engine.tiers)(kept, host))
         with FlopCounterMode(display=False) as counter:
             engine(p)[0].backward()
         return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
     for kept in (0, 3):
-        counted = flops_of(shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=kept)
-        attention = shapes.layers * 2 * 2 * (64 * 65 // 2) * shapes.q_width * (4 - kept) / 4
+        counted = flops_of(shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=kept, host=host)
+        attention = 0 if host else shapes.layers * 2 * 2 * (64 * 65 // 2) * shapes.q_width * (4 - kept) / 4
         assert products(kept) - products(4) == pytest.approx(counted.recompute - attention, rel=1e-6), kept
-    assert flops_of(shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=4).recompute == 0
+    assert flops_of(shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=4, host=host).recompute == 0
