@@ -44,8 +44,8 @@ class HostRoom:
         self.rooms: list[Tensor] = []  # (layers, T, width) each
         self.lengths: dict[int, list[int]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.going: deque[tuple[Sequence[Tensor], torch.cuda.Event]] = deque()
-        self.coming: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
+        self.going: deque[tuple[Sequence[Tensor], torch.Event]] = deque()
+        self.coming: dict[int, tuple[list[Tensor], torch.Event | None]] = {}
 
     def begin(self, tokens: int, widths: Sequence[int], dtype: torch.dtype) -> None:
         """Make room for a pass, whose layers leave tensors (at most `tokens`, width)."""
