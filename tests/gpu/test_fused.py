@@ -142,6 +142,20 @@ def test_an_embedding_on_the_host_is_read_as_before_and_frees_its_memory(run_of)
         run.plain_engine.hf(input_ids=ids.unsqueeze(0) % 500)  # the model over the same storage
 
 
+def test_passes_of_many_lengths_leave_no_memory_reserved_in_vain():
+    from glassloop.launch import grow_segments
+
+    grow_segments()
+    torch.cuda.empty_cache()
+    before, held = torch.cuda.memory_reserved(), []
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(24):  # as layers of a pass do: many blocks, larger and smaller from pass to pass
+        size = (96 + 37 * step % 64) * 2**18
+        held = [torch.empty(size * part, dtype=torch.uint8, device="cuda") for part in (1, 3, 2, 7) * 6]
+        held.clear()
+    assert torch.cuda.max_memory_reserved() - before < 1.15 * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+
+
 def test_a_run_learns_as_the_reference_engine_does(run_of):
     from train_loop import update_once
 
