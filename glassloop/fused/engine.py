@@ -183,7 +183,7 @@ class FusedEngine(nn.Module):
             assert not training, "there is nothing to train without adapters"
             for one in self.layers:
                 for linear in one.linears:
-                    linear.b.zero_()
+                    linear.b[:, : linear.adapted].zero_()
 
     def where(self, p: Pass) -> Where:
         """Bounds and angles of a pass. A padded row counts with its padding, to its right, which causal attention keeps from its tokens."""
@@ -217,7 +217,7 @@ def build_layer(module: Any, config: Any, dtype: torch.dtype, index: int) -> Lay
     for group, names in GROUPS.items():
         found = [module.get_submodule(name) for name in names]
         packed = pack([getattr(one, "base_layer", one) for one in found], [f"layer {index} {name}" for name in names])
-        groups[group] = Linear(packed, tuple(_adapter(one) for one in found), dtype)
+        groups[group] = Linear(packed, tuple(_adapter(one) for one in found), dtype, _bias(found))
     return Layer(
         **groups,
         norm_in=module.input_layernorm.weight,
@@ -226,6 +226,16 @@ def build_layer(module: Any, config: Any, dtype: torch.dtype, index: int) -> Lay
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads,
         head_size=module.self_attn.head_dim,
+    )
+
+
+def _bias(modules: list[Any]) -> Tensor | None:
+    """Of all together, 0 for those without one; None where none has one."""
+    layers = [getattr(one, "base_layer", one) for one in modules]
+    if all(one.bias is None for one in layers):
+        return None
+    return torch.cat(
+        [one.weight.new_zeros(one.out_features, dtype=torch.float32) if one.bias is None else one.bias.data for one in layers]
     )
 
 

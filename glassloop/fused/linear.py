@@ -6,6 +6,8 @@ The factors are laid side by side, so that the adapters' share needs no pass ove
     backward   dx = [dy | dy B] [W ; sA]              (T, N + R) by (N + R, K)
                dA += s (dy B)^T x,  dB += dy^T (x (sA)^T)
 
+A bias c is one more column of B, met by a column of ones in x: [x | x (sA)^T | 1] [W | B | c]^T. Its row of sA is 0, so nothing of it comes back.
+
 [W | B] and [W ; sA] are two views of one scratch matrix (N + R, K + R), filled anew for each layer. W is the weights of all members one below
 the other, A likewise, B is block-diagonal. The adapters' gradients are added to the parameters' own fp32 `.grad`.
 """
@@ -37,17 +39,21 @@ class Linear:
 
     Attributes:
         rows, columns: N and K.
-        rank: R, columns of all adapters together, rounded up to ALIGNMENT; 0 where no member has one.
+        adapted: columns of all adapters together; a bias has the next one.
+        rank: R, these columns rounded up to ALIGNMENT; 0 where no member has an adapter or a bias.
     """
 
-    def __init__(self, packed: Packed, adapters: tuple[Adapter | None, ...], dtype: torch.dtype):
-        self.packed, self.adapters = packed, adapters
+    def __init__(self, packed: Packed, adapters: tuple[Adapter | None, ...], dtype: torch.dtype, bias: Tensor | None = None):
+        """`bias`: (N,), of all members, 0 for one that has none."""
+        self.packed, self.adapters, self.bias = packed, adapters, bias
         self.rows, self.columns = sum(packed.rows), packed.columns
-        used = sum(adapter.a.shape[0] for adapter in adapters if adapter is not None)
-        self.rank = -(-used // ALIGNMENT) * ALIGNMENT
+        self.adapted = sum(adapter.a.shape[0] for adapter in adapters if adapter is not None)
+        self.rank = -(-(self.adapted + (bias is not None)) // ALIGNMENT) * ALIGNMENT
         device = packed.codes.device
         self.a = torch.zeros(self.rank, self.columns, dtype=dtype, device=device)  # s A, rounded
-        self.b = torch.zeros(self.rows, self.rank, dtype=dtype, device=device)  # B, rounded, block-diagonal
+        self.b = torch.zeros(self.rows, self.rank, dtype=dtype, device=device)  # B, rounded, block-diagonal, and the bias
+        if bias is not None:
+            self.b[:, self.adapted].copy_(bias)
         self.held: Tensor | None = (
             None  # (N + R, K + R): W, B and s A in one matrix of this group's own, of which a and b are parts then
         )
@@ -105,6 +111,8 @@ class Linear:
         """x: (T, K + R), whose last R columns are written here; out: (T, N) to write to. Returns y (T, N) and x (sA)^T (T, R), for `backward`."""
         narrow = torch.mm(x[:, : self.columns], self.a.t())  # (T, R)
         x[:, self.columns :].copy_(narrow)
+        if self.bias is not None:
+            x[:, self.columns + self.adapted].fill_(1)
         factor = weights[: self.rows].t()  # (K + R, N)
         return torch.mm(x, factor) if out is None else torch.mm(x, factor, out=out), narrow
 

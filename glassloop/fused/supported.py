@@ -10,10 +10,8 @@ from torch import nn
 CURE = "set execution.engine=peft"
 # Fields of a Llama config that change a number, with the values that are carried out. Sizes are read from the weights themselves.
 HONOURED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
+    "model_type": ("llama", "qwen2"),
     "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "attention_dropout": (0, 0.0, None),
     "pretraining_tp": (1, None),
     "sliding_window": (None,),

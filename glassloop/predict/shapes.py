@@ -33,6 +33,7 @@ class Shapes:
     head_dim: int
     vocabulary: int
     tied_head: bool = False
+    biased: tuple[str, ...] = ()  # names of projections that have a bias
 
     @property
     def q_width(self) -> int:
@@ -120,9 +121,16 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
             head_dim=int(values.get("head_dim") or hidden // heads),
             vocabulary=int(values["vocab_size"]),
             tied_head=bool(values.get("tie_word_embeddings", False)),
+            biased=_biased(values),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"model.id = {name}: its config.json lacks or garbles a size ({error!r})") from error
+
+
+def _biased(values: dict[str, Any]) -> tuple[str, ...]:
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    found = attention if values.get("attention_bias") else attention[:3] if values["model_type"] == "qwen2" else ()
+    return (*found, *mlp) if values.get("mlp_bias") else found
 
 
 def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:

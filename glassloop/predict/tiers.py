@@ -71,7 +71,7 @@ def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Si
     """A layer of these shapes with adapters of rank r on `targets`."""
 
     def group(*names: str) -> Group:
-        used = r * sum(name in targets for name in names)
+        used = r * sum(name in targets for name in names) + any(name in shapes.biased for name in names)
         inner = shapes.projections[names[0]][0]
         return Group(sum(shapes.projections[name][1] for name in names), inner, -(-used // ALIGNMENT) * ALIGNMENT)
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from glassloop.batches import build_pass
 from glassloop.config import LoraConfig
@@ -57,17 +58,37 @@ def gradient(engine, adapters: FlatAdapters, passes) -> tuple[list, torch.Tensor
     return found, adapters.grad.clone()
 
 
+@pytest.fixture(params=["tiny_llama", "tiny_qwen2", "biased_llama"])
+def model(request: pytest.FixtureRequest):
+    """Without biases; with them in q, k, v and the head tied; with them everywhere."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def biased_llama(tmp_path_factory, tiny_llama):
+    config = LlamaConfig.from_pretrained(tiny_llama, attention_bias=True, mlp_bias=True)
+    torch.manual_seed(1)
+    made = LlamaForCausalLM(config)
+    for name, parameter in made.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("biased-llama")
+    made.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj"), ("o_proj", "up_proj")])
 @pytest.mark.parametrize("packed", [False, True])
-def test_sums_and_gradient_are_the_reference_engines(engine_of, tiny_llama, targets, packed):
+def test_sums_and_gradient_are_the_reference_engines(engine_of, model, targets, packed):
     lora = LoraConfig(r=4, alpha=8, targets=targets)
-    reference = engine_of(tiny_llama, quantization="nf4", lora=lora)
+    reference = engine_of(model, quantization="nf4", lora=lora)
     before = adapters_of(reference)
     passes = [
         build_pass(rows_of(*lengths), packed=packed, pad_id=0, device=torch.device("cpu")) for lengths in ((9, 17, 5, 30), (4,))
     ]
     wanted, slope = gradient(reference, before, passes)
-    engine = fused_of(engine_of(tiny_llama, quantization="nf4", lora=lora))
+    engine = fused_of(engine_of(model, quantization="nf4", lora=lora))
     adapters = adapters_of(engine)
     for tiers in TIERS:
         engine.use_tiers(tiers)
@@ -82,9 +103,9 @@ def test_sums_and_gradient_are_the_reference_engines(engine_of, tiny_llama, targ
         assert engine(passes[0])[0].item() == pytest.approx(wanted[0][0], rel=1e-6)
 
 
-def test_without_its_adapters_it_is_the_base_and_with_them_what_it_was(engine_of, tiny_llama):
-    engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
-    reference = engine_of(tiny_llama, quantization="nf4")  # fresh: B is 0
+def test_without_its_adapters_it_is_the_base_and_with_them_what_it_was(engine_of, model):
+    engine = fused_of(engine_of(model, quantization="nf4"))
+    reference = engine_of(model, quantization="nf4")  # fresh: B is 0
     adapters_of(engine)
     p = build_pass(rows_of(12, 7), packed=False, pad_id=0, device=torch.device("cpu"))
     for held in (0, 2):
@@ -157,9 +178,8 @@ def test_the_peft_model_over_the_same_storage_still_answers_as_before(engine_of,
     ("change", "said"),
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu', it knows 'silu'"),
-        ({"attention_bias": True}, "attention_bias = True"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
-        ({"model_type": "mistral"}, "model_type = 'mistral', it knows 'llama'"),
+        ({"model_type": "qwen3"}, "model_type = 'qwen3', it knows 'llama', 'qwen2'"),
     ],
 )
 def test_a_config_that_is_not_carried_out_is_refused_by_its_field(engine_of, tiny_llama, change, said):
@@ -176,11 +196,6 @@ def test_weights_that_are_not_nf4_and_adapters_with_dropout_are_refused(engine_o
         fused_of(engine_of(tiny_llama))
     with pytest.raises(ValueError, match=r"lora.dropout = 0.1 is not carried out"):
         fused_of(engine_of(tiny_llama, quantization="nf4", lora=LoraConfig(r=4, alpha=8, dropout=0.1)))
-
-
-def test_another_family_is_refused(engine_of, tiny_qwen2):
-    with pytest.raises(ValueError, match="model_type = 'qwen2', it knows 'llama'"):
-        fused_of(engine_of(tiny_qwen2, quantization="nf4"))
 
 
 def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):

@@ -62,9 +62,11 @@ def row_of(tokens: int, supervised: int, name: str) -> Row:
 @needs_triton
 @pytest.mark.parametrize("targets", [PROJECTIONS, ("q_proj", "v_proj"), ("o_proj", "up_proj", "down_proj")])
 @pytest.mark.parametrize("r", [4, 16, 24])
-def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, tiny_llama, targets, r):
-    engine = fused_of(engine_of(tiny_llama, quantization="nf4", lora=LoraConfig(r=r, targets=targets)))
-    shapes, _ = shapes_of(str(tiny_llama))
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2"])
+def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, targets, r):
+    model = request.getfixturevalue(family)
+    engine = fused_of(engine_of(model, quantization="nf4", lora=LoraConfig(r=r, targets=targets)))
+    shapes, _ = shapes_of(str(model))
     assert shapes is not None
     one, layer = sizes_of(shapes, r, targets, element=4), engine.layers[0]
     assert layer.sizes == one

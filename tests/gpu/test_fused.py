@@ -99,10 +99,12 @@ def test_bf16_is_not_further_from_fp32_than_the_reference_engines_bf16(run_of):
         assert off(fused, truth) <= 1.2 * off(peft, truth), (kind, off(fused, truth), off(peft, truth))
 
 
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2"])
 @pytest.mark.parametrize("layout", ["literal", "packed"])
-def test_fp32_gradient_is_the_reference_engines(run_of, layout):
+def test_fp32_gradient_is_the_reference_engines(run_of, request, layout, family):
+    how = {"optimizer": {"max_grad_norm": None}, "model": {"id": str(request.getfixturevalue(family))}}
     grads = [
-        gradient(run_of(execution={"precision": "fp32", "engine": engine, "layout": layout}, optimizer={"max_grad_norm": None}))
+        gradient(run_of(execution={"precision": "fp32", "engine": engine, "layout": layout}, **how))
         for engine in ("peft", "fused")
     ]
     assert off(grads[1], grads[0]) <= 1e-6
