@@ -112,7 +112,7 @@ def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
             raise ConfigError(
                 f"preset = {argv[0]} beside --resume {resumed}: the run's own config.yaml says how it goes on; leave the preset out"
             )
-        values = _read_yaml(Path(resumed) / "config.yaml")
+        values = with_old_engine(_read_yaml(Path(resumed) / "config.yaml"))
     if has_preset:
         values = {"preset": argv[0], **_named(PRESETS, argv[0], "preset")}
     if hardware is not None:
@@ -127,6 +127,12 @@ def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
             sys.stdout.write(f"# {expected}\n")
         raise SystemExit(0)
     return config
+
+
+def with_old_engine(values: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config, in which every engine has its name: one that does not say is from before there was a choice."""
+    execution = values.get("execution") or {}
+    return values | {"execution": {"engine": "peft", **execution}} if isinstance(execution, dict) else values
 
 
 def to_yaml(config: Config) -> str:

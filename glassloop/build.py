@@ -22,6 +22,8 @@ from glassloop.config import Config, as_dict
 from glassloop.contract import Contract, check_same_rows
 from glassloop.dataset import Dataset, build_rows, summary
 from glassloop.dist import all_or_none, broadcast_from_rank_0, gather_objects, in_turn, one_first, require_same
+from glassloop.engine_choice import in_words, with_engine
+from glassloop.engine_here import engine_here
 from glassloop.environment import environment
 from glassloop.facts import found_facts, planned_facts, target_shapes
 from glassloop.flags import CaptureFlag, StopFlag
@@ -79,6 +81,9 @@ def build_run(config: Config) -> Run:
         return load_tokenizer(config.model), load_examples(config.data, config.seed)
 
     first = partial(one_first, accelerator.is_local_main_process)
+    old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
+    choice = engine_here(config, checkpoint, old_plan, first)
+    config, auto = with_engine(config, choice), in_words(config, choice)  # from here on, and on disk, the engine has its name
     tokenizer, loaded = in_turn(first, read, "reading tokenizer and data")
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
     dataset = build_rows(loaded, template, config.data)
@@ -87,7 +92,6 @@ def build_run(config: Config) -> Run:
         "checkpoints to go on from", sums_of(checkpoint), "copy the run's folder of one host to the others, or name one with --at"
     )
     done, tracker_ids = position(checkpoint, plan, config.resume.run)
-    old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
     plan = with_past(plan, old_plan, done)
     batches = Batches(
         rows=dataset.train.rows,
@@ -144,7 +148,7 @@ def build_run(config: Config) -> Run:
         config=config,
         accelerator=accelerator,
         folder=folder,
-        header=(*header(config, batches, dataset, engine, adapters, device), *(tracker.lines() if tracker else ())),
+        header=(*header(config, batches, dataset, engine, adapters, device, auto), *(tracker.lines() if tracker else ())),
         plan=plan,
         contract=contract,
         batches=batches,
@@ -295,9 +299,9 @@ def hash_of(dataset: Dataset) -> str:
 
 
 def header(
-    config: Config, batches: Batches, dataset: Dataset, engine: Engine, adapters: FlatAdapters, device: torch.device
+    config: Config, batches: Batches, dataset: Dataset, engine: Engine, adapters: FlatAdapters, device: torch.device, auto: str
 ) -> list[str]:
-    """What a run says of itself before it begins: rows, what was asked, how it is executed, what is trained."""
+    """What a run says of itself before it begins: rows, what was asked, how it is executed, what is trained. auto: the engine's choice, in words."""
     execution = config.execution
     report = engine.report
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads a rank)"
@@ -316,6 +320,7 @@ def header(
         f"asked     {asked}",
         f"          {windows}",
         f"          {updates}{overrides}",
+        *([f"engine    {auto}"] if auto else []),
         f"executed  {layout}; {execution.reduction} reduction, {batches.plan.ranks} x {hardware}; engine {execution.engine}, "
         f"{execution.precision}, activations {checkpointing}",
         f"trains    {adapters.trainable:,} parameters: W + ({config.lora.alpha:g}/{config.lora.r}) B A on {', '.join(config.lora.targets)}",

@@ -243,9 +243,10 @@ class Config(Section):
             )
         if execution.engine == "unsloth":
             self._check_unsloth()
-        if execution.engine == "fused":
-            self._check_fused()
-        elif self.memory != MemoryConfig():
+        if execution.engine == "fused" and (beyond := self.beyond_fused()) is not None:
+            what, why, cure = beyond
+            raise ValueError(f"execution.engine = fused and {what}: {why}; {cure}, or set execution.engine=peft")
+        if execution.engine not in ("auto", "fused") and self.memory != MemoryConfig():
             raise ValueError(
                 f"memory.profile = {self.memory.profile} and memory.host_gib = {self.memory.host_gib:g} are for execution.engine=fused: set that, "
                 "or leave them out"
@@ -283,20 +284,36 @@ class Config(Section):
         )
         _refuse_first(f"execution.engine = {execution.engine}", refused)
 
-    def _check_fused(self) -> None:
-        """What the engine `fused` does not carry out; what it needs of the model is checked when that is loaded."""
+    def beyond_fused(self) -> tuple[str, str, str] | None:
+        """The first thing asked for that the engine `fused` does not carry out: (field = value, why, cure); None where there is none.
+
+        What it needs of the model is in fused/honoured.py.
+        """
         execution, model = self.execution, self.model
-        refused = (
-            (model.quantization != "nf4", f"model.quantization = {model.quantization}: its weights are in NF4; set it to nf4"),
-            (model.attention != "sdpa", f"model.attention = {model.attention}: it chooses attention itself; leave it at sdpa"),
-            (self.lora.dropout > 0, f"lora.dropout = {self.lora.dropout:g}: it has none; set it to 0"),
-            (execution.precision == "fp16", "execution.precision = fp16: its backward pass has no loss scale; set it to bf16"),
+        beyond = (
+            (
+                model.quantization != "nf4",
+                (f"model.quantization = {model.quantization}", "fused has its weights in NF4", "set it to nf4"),
+            ),
+            (
+                model.attention != "sdpa",
+                (f"model.attention = {model.attention}", "fused chooses attention itself", "leave it at sdpa"),
+            ),
+            (self.lora.dropout > 0, (f"lora.dropout = {self.lora.dropout:g}", "fused has none", "set it to 0")),
+            (
+                execution.precision == "fp16",
+                ("execution.precision = fp16", "fused computes in bf16 or fp32: it has no loss scale", "set it to bf16"),
+            ),
             (
                 execution.reduction == "ddp",
-                "execution.reduction = ddp, which would reduce zeros: gradients are written in place; set it to explicit",
+                (
+                    "execution.reduction = ddp",
+                    "fused writes gradients in place, and DDP would reduce zeros",
+                    "set it to explicit",
+                ),
             ),
         )
-        _refuse_first(f"execution.engine = {execution.engine}", refused)
+        return next((said for broken, said in beyond if broken), None)
 
 
 def _refuse_first(engine: str, refused: Iterable[tuple[bool, str]]) -> None:

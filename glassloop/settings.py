@@ -6,8 +6,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Engine = Literal["peft", "fused", "unsloth"]
-ENGINES: tuple[str, ...] = get_args(Engine)
+Engine = Literal["auto", "peft", "fused", "unsloth"]
+ENGINES: tuple[str, ...] = tuple(engine for engine in get_args(Engine) if engine != "auto")  # that a run can end up with
 
 
 class Section(BaseModel):
@@ -19,9 +19,10 @@ class Section(BaseModel):
 class ExecutionConfig(Section):
     """How an update is carried out. Nothing here changes its gradient beyond rounding."""
 
-    engine: Engine = "peft"
-    """peft: transformers + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama models in NF4, for speed. unsloth: the model
-    as Unsloth loads and patches it (extra `unsloth`, a GPU)."""
+    engine: Engine = "auto"
+    """auto: on a CUDA GPU fused wherever it carries out what is asked, else peft; on a CPU peft; the header says which, and why. peft: transformers
+    + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama models in NF4, for speed. unsloth: the model as Unsloth loads and
+    patches it (extra `unsloth`, a GPU)."""
     layout: Literal["literal", "packed"] = "literal"
     """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""
     pass_tokens: int | None = Field(default=None, ge=8)

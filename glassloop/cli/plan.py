@@ -130,6 +130,7 @@ def _with_data(config: Config, ranks: int, present: Sequence[Present]) -> tuple[
     from glassloop.batches import Batches
     from glassloop.dataset import build_rows, summary
     from glassloop.model import load_tokenizer
+    from glassloop.planning.engine import planned_engine
     from glassloop.planning.outlook import plan_of
     from glassloop.planning.token_counts import count_tokens
     from glassloop.planning.work import pass_tokens_for, usual_budget
@@ -137,6 +138,7 @@ def _with_data(config: Config, ranks: int, present: Sequence[Present]) -> tuple[
     from glassloop.sources import load_examples
     from glassloop.templates import make_template
 
+    config, _ = planned_engine(config)  # it decides how large packed passes are
     loaded = load_examples(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
     dataset = build_rows(loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data)

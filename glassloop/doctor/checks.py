@@ -15,6 +15,7 @@ from glassloop import unsloth_checks
 from glassloop.config import Config
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.environment import package_version
+from glassloop.planning.engine import planned_engine
 from glassloop.planning.outlook import disk_state_bytes
 from glassloop.planning.work import work_of
 from glassloop.predict.cards import verdict
@@ -84,7 +85,9 @@ def check_pins(installed: Callable[[str], str | None] = package_version) -> list
 def check_engine(
     config: Config, *, on_cuda: bool, problems: Callable[..., Sequence[str]] = unsloth_checks.problems
 ) -> list[Finding]:
-    """Whether execution.engine can run here, where it is one that needs more than glassloop itself."""
+    """Whether execution.engine can run here, where it is one that needs more than glassloop itself; which one it is, where that is chosen."""
+    if config.execution.engine == "auto":
+        return [Finding(OK, "engine", planned_engine(config)[1])]
     if config.execution.engine != "unsloth":
         return []
     found = [
@@ -182,6 +185,7 @@ def _precision(config: Config, present: Sequence[Present]) -> list[Finding]:
 
 
 def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Finding]:
+    config, _ = planned_engine(config)
     shapes, why = shapes_of(config.model.id)
     if shapes is None:
         return [Finding(NOTE, "memory", f"not predicted: {why}")]

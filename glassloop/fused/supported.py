@@ -7,23 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from glassloop.fused.honoured import GROUPS, fields_of, unsupported
+
 CURE = "set execution.engine=peft"
-# Fields of a Llama config that change a number, with the values that are carried out. Sizes are read from the weights themselves.
-HONOURED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama", "qwen2"),
-    "hidden_act": ("silu",),
-    "attention_dropout": (0, 0.0, None),
-    "pretraining_tp": (1, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
-}
-ROTARY = ("default", "linear", "llama3")  # frequencies that do not depend on a row's length
-GROUPS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 
 
 def check_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> None:
@@ -32,18 +18,10 @@ def check_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> None:
     Args:
         config: the model's config. base: the causal language model, adapters attached. dtype: of its 16- or 32-bit weights.
     """
-    for name, values in HONOURED.items():
-        value = getattr(config, name, None)
-        if value not in values:
-            raise ValueError(
-                f"execution.engine = fused: the model's config has {name} = {value!r}, it knows {_names(values)}: {CURE}"
-            )
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind not in ROTARY:
-        raise ValueError(
-            f"execution.engine = fused: the model's config has rope_type = {kind!r}, it knows {_names(ROTARY)}: {CURE}"
-        )
+    if (problem := unsupported(fields_of(config))) is not None:
+        raise ValueError(f"execution.engine = fused: {problem}: {CURE}")
+    if type(base).__module__.startswith("transformers_modules"):
+        raise ValueError(f"execution.engine = fused: the model brings Python code of its own, which it would not run: {CURE}")
     if dtype == torch.float16:
         raise ValueError(
             "execution.engine = fused has no fp16 backward pass: set execution.precision=bf16, or execution.engine=peft"
@@ -73,7 +51,3 @@ def check_adapter(name: str, module: nn.Module) -> None:
         )
     if module.lora_B[active[0]].bias is not None or getattr(module, "use_dora", {}).get(active[0]):  # type: ignore[index, union-attr]
         raise ValueError(f"execution.engine = fused: {name} has an adapter with a bias, or DoRA: {CURE}")
-
-
-def _names(values: tuple[Any, ...]) -> str:
-    return ", ".join(map(repr, values))

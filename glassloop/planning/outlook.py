@@ -8,6 +8,7 @@ from typing import Any
 
 from glassloop.config import Config
 from glassloop.plan import StepPlan, make_plan
+from glassloop.planning.engine import planned_engine
 from glassloop.planning.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
@@ -33,7 +34,7 @@ class CardTime:
 class Outlook:
     """Everything that `glassloop plan` shows; None: not known, and `unknown` says why."""
 
-    config: Config
+    config: Config  # with the engine that auto would choose on CUDA
     machines: int
     plan: StepPlan
     rows_from: str
@@ -52,6 +53,7 @@ class Outlook:
     row_tokens: float
     tokens: TokenCounts | None
     unknown: tuple[str, ...]
+    engine: str  # that it is planned for, in words
 
 
 def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
@@ -88,6 +90,7 @@ def look_ahead(
         row_tokens: mean tokens of a row; None: of the counted rows, else data.max_tokens (then time is an upper bound).
         present: cards of this machine, judged by their free memory.
     """
+    config, planned = planned_engine(config)
     shapes, where = shapes_of(config.model.id)
     unknown = [] if shapes is not None else [f"memory, time and parameters: {where}"]
     mean = row_tokens or (counts.real / plan.rows_trained if counts else float(config.data.max_tokens))
@@ -110,6 +113,7 @@ def look_ahead(
             mean,
             counts,
             tuple(unknown),
+            planned,
         )
     work = work_of(config, counts, counts.heaviest_share if counts else plan.size * plan.accumulation * config.data.max_tokens)
     n = shapes.lora_weights(work.r, work.targets)
@@ -161,6 +165,7 @@ def look_ahead(
         row_tokens=mean,
         tokens=counts,
         unknown=tuple(unknown),
+        engine=planned,
     )
 
 
@@ -215,6 +220,8 @@ def as_plain(outlook: Outlook) -> dict[str, Any]:
         "rows_trained": outlook.plan.rows_trained,
         "times_trained": outlook.plan.times_trained,
         "layout": outlook.config.execution.layout,
+        "engine": outlook.config.execution.engine,
+        "engine_in_words": outlook.engine,
         "trainable_parameters": outlook.trainable,
         "checkpoint_bytes": outlook.checkpoint_bytes,
         "memory_bytes": None if outlook.ledger is None else outlook.ledger.phases,

@@ -101,12 +101,13 @@ def _steps(outlook: Outlook) -> list[str]:
     activations = "recomputed" if config.execution.checkpointing else "stored"
     if config.execution.engine == "fused" and config.execution.checkpointing:
         activations = f"kept as memory.profile={config.memory.profile} allows"
-    if chooses_passes(config):
+    if chooses_passes(config) and outlook.work is not None:
         how += f", on a card like {outlook.usual}; others have room for others"
     rows = [
         ("rows", f"{plan.rows:,} ({outlook.rows_from})"),
         ("asked", asked + per_machine),
         ("executed", f"{how}; {config.execution.reduction} reduction, activations {activations}"),
+        ("engine", outlook.engine),
         ("epoch", epoch_sentence(plan)),
         ("run", f"{plan.updates} updates = {plan.epochs:.2f} epochs{overrides}"),
         ("", seen),

@@ -5,6 +5,7 @@ Legend: H hidden size, I intermediate size, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -102,6 +103,20 @@ def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
         None,
         f"model.id = {model_id} is neither a local folder, nor downloaded, nor in glassloop's own table: download it first",
     )
+
+
+def config_values(model_id: str) -> dict[str, Any] | None:
+    """What config.json of `model_id` says, from where `shapes_of` looks; None where it is not here. Known architectures are plain Llamas."""
+    path = Path(model_id).expanduser()
+    if not path.is_dir() and model_id in KNOWN:
+        known = KNOWN[model_id]
+        sizes = {"hidden_size": known.hidden, "intermediate_size": known.intermediate}
+        return {"model_type": "llama", **sizes, "num_attention_heads": known.heads, "head_dim": known.head_dim}
+    file = path / "config.json" if path.is_dir() else _downloaded_config(model_id)
+    with contextlib.suppress(OSError, ValueError):
+        found = None if file is None else json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:

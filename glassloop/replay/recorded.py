@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from glassloop.arguments import from_values
+from glassloop.arguments import from_values, with_old_engine
 from glassloop.config import Config
 from glassloop.observers import METRICS, ROWS, read_jsonl
 
@@ -46,7 +46,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> C
     for name, value in overrides.items():
         section, _, field = name.partition(".")
         plain.setdefault(section, {})[field] = None if value == "null" else value
-    return from_values(plain)
+    return from_values(with_old_engine(plain))
 
 
 def trajectory(folder: Path, update: int) -> dict[int, Record]:

@@ -76,6 +76,8 @@ def state_of(cell: Cell, out: Path) -> State:
         return State("absent")
     run = read_run(folder)
     ours, theirs = _asked(as_dict(cell.config)), _asked(run.config or {})
+    if ours["execution.engine"] == "auto":  # a run's folder has the engine that was chosen
+        ours["execution.engine"] = theirs.get("execution.engine")
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if differing:
         name = differing[0]

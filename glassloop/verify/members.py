@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from glassloop.build import build_run
 from glassloop.config import Config
 from glassloop.outcome import Outcome
 from glassloop.run import Run
+from glassloop.settings import ENGINES
 from glassloop.verify.problem import LORA_ALPHA, LORA_R, MAX_TOKENS, PEAK_LR, TASKS, UPDATES, WARMUP_UPDATES, harden
 
 OPTIMIZERS = ("sgd", "adamw_8bit")
@@ -81,8 +81,7 @@ class Member:
 
 def engines() -> tuple[str, ...]:
     """Every engine that a config may name but unsloth, which computes in 16 bits only: nothing of it could be held to these marks."""
-    execution: Any = Config.model_fields["execution"].annotation
-    return tuple(engine for engine in get_args(execution.model_fields["engine"].annotation) if engine != "unsloth")
+    return tuple(engine for engine in ENGINES if engine != "unsloth")
 
 
 def can(engine: str, task: str, shape: str) -> bool:

@@ -136,7 +136,7 @@ def test_more_ranks_than_visible_cards_and_hidden_cards_are_named():
 
 def test_memory_that_is_taken_already_counts_and_the_cure_keeps_the_rows():
     busy = Present(CARD.name, CARD.total_gib, 8.0, CARD.driver, CARD.capability)
-    found = only(cards(["r1_8b_scam"], (busy,)), PROBLEM)
+    found = only(cards(["r1_8b_scam", "execution.engine=peft"], (busy,)), PROBLEM)
     assert found.check == "memory" and found.cure == "batch.size=1 batch.rows_per_update=16"
 
 

@@ -77,7 +77,8 @@ TABLE = {
         "adapters base_cache base_source config fused loss model_checks norms rows unsloth_engine", "torch transformers"
     ),
     "generation": Rule("", "torch", late="transformers"),
-    "planning": Rule("batches config dataset model plan predict sources templates", late="datasets pyarrow torch"),
+    "engine_choice": Rule("config fused"),
+    "planning": Rule("batches config dataset engine_choice model plan predict sources templates", late="datasets pyarrow torch"),
     # What is kept and shown of a run.
     "snapshots": Rule("optim", "numpy torch"),
     "checkpoint": Rule("folders optim snapshots", "safetensors torch"),
@@ -93,6 +94,7 @@ TABLE = {
     "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
     # What knows every part.
     "launch": Rule("config unsloth_checks", "accelerate datasets torch transformers"),
+    "engine_here": Rule("base_source checkpoint config dist engine_choice launch", "torch transformers"),
     "facts": Rule("config dist launch model_checks optim", "accelerate torch transformers"),
     "resuming": Rule("checkpoint config folders plan"),
     "inspection": Rule("*", "torch"),
@@ -122,7 +124,7 @@ TABLE = {
 }
 NOBODY_IMPORTS = ("cli", "train_loop")  # but cli itself
 RUNS_THE_LOOP = ("bench", "replay", "verify")  # these import train_loop too: what they carry out is the loop's own code
-LIGHT = ("contract", "settings", "config", "presets", "arguments", "plan", "record", "rows")
+LIGHT = ("contract", "engine_choice", "settings", "config", "presets", "arguments", "plan", "record", "rows")
 CALLED = {"yaml": "pyyaml"}  # packages that are imported by another name than they are installed by
 LONGEST = {"update_once": 45, "train": 150}  # lines of a function in train_loop.py, from def to the last one
 

@@ -75,7 +75,7 @@ def test_no_heavy_package_is_imported():
 
 
 def test_json_holds_the_plan_with_every_learning_rate(capsys):
-    found = as_json(capsys, "r1_8b_scam", "--ranks", "1")
+    found = as_json(capsys, "r1_8b_scam", "--ranks", "1", "execution.engine=peft")
     plan = found["plan"]
     assert (plan["rows_per_update"], plan["ranks"], plan["accumulation"], plan["windows_per_epoch"]) == (16, 1, 8, 38)
     assert len(plan["lr"]) == 60 and plan["lr"][4] == 2e-4
@@ -295,7 +295,7 @@ def test_the_fused_engine_is_planned_by_card(capsys):
     assert found["memory_bytes"]["peak"] / 2**30 == pytest.approx(18.3, abs=0.2)
     assert found["memory_bytes_other_tiers"]["peak"] / 2**30 == pytest.approx(6.2, abs=0.2)
     assert all(card["fits"] and card["kept"] == 32 for card in found["cards"])
-    peft = {one["card"]: one["tokens_per_s"] for one in as_json(capsys, "r1_8b_scam")["time_predicted"]}
+    peft = {one["card"]: one["tokens_per_s"] for one in as_json(capsys, "r1_8b_scam", "execution.engine=peft")["time_predicted"]}
     for one in found["time_predicted"]:
         assert 1.4 * peft[one["card"]] < one["tokens_per_s"] < 3 * peft[one["card"]], one
 
