@@ -128,7 +128,7 @@ def train_one(folder: Path, name: str, base: str, file: Path, rows: int, lr: flo
             "batch": {"size": 2, "accumulation": ROWS // 2},
             "schedule": {"updates": UPDATES, "warmup_updates": WARMUP},
             "optimizer": {"lr": lr},
-            "execution": {"precision": "fp32", "checkpointing": False, "layout": layout},
+            "execution": {"engine": "peft", "precision": "fp32", "checkpointing": False, "layout": layout},
             "evaluation": {"samples": 0},
             "record": {"capsules": 0, "probe_every_updates": None},
             "run": {"dir": str(folder / "runs"), "name": name},

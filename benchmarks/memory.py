@@ -222,7 +222,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--commit", help="commit that is measured, where the machine holds no checkout")
     parser.add_argument("--cells", type=int, help="only the first so many cells")
     given, rest = parser.parse_known_args(argv)
-    config = parse(["r1_8b_scam", *rest] if not rest or "=" in rest[0] or rest[0].startswith("-") else rest, prog="memory.py")
+    words = ["r1_8b_scam", *rest] if not rest or "=" in rest[0] or rest[0].startswith("-") else rest
+    config = parse([words[0], "execution.engine=peft", *words[1:]], prog="memory.py")
     started = time.monotonic()
     shapes, where = shapes_of(config.model.id)
     if shapes is None:

@@ -102,6 +102,7 @@ def main() -> None:
             "data.template=instruct",
             f"run.dir={folder}",
             "run.name=cost",
+            "execution.engine=peft",
         ]
         run = build_run(parse([*words, "evaluation.samples=0", "batch.rows_per_update=16", *overrides]))
         vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size

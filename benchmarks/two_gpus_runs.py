@@ -130,11 +130,13 @@ def train(place: Place, name: str, words: Sequence[str], *, ranks: int = 2) -> S
 
 
 def recipe(place: Place, name: str, *words: str) -> list[str]:
-    """The recipe on the made rows: what differs from `r1_8b_scam` is where weights and rows come from, and that nothing is generated."""
+    """The recipe on the made rows, with the reference engine unless words name another: what differs from `r1_8b_scam` is where weights and rows
+    come from, and that nothing is generated."""
     return [
         "r1_8b_scam", f"model.id={place.model}", f"data.source={place.work / 'rows.jsonl'}", "data.format=prompt_completion",
         "data.template=chat", "data.heldout=null", "data.heldout_rows=null", "evaluation.samples=0", "tracking.to=[]",
-        f"execution.precision={place.precision}", "execution.collective_timeout_s=300", f"run.dir={place.work / 'runs'}", f"run.name={name}",
+        "execution.engine=peft", f"execution.precision={place.precision}",
+        "execution.collective_timeout_s=300", f"run.dir={place.work / 'runs'}", f"run.name={name}",
         *words,
     ]  # fmt: skip
 

@@ -302,7 +302,7 @@ class Config(Section):
             (self.lora.dropout > 0, (f"lora.dropout = {self.lora.dropout:g}", "fused has none", "set it to 0")),
             (
                 execution.precision == "fp16",
-                ("execution.precision = fp16", "fused computes in bf16 or fp32: it has no loss scale", "set it to bf16"),
+                ("execution.precision = fp16", "fused computes in bf16 or fp32", "set it to bf16"),
             ),
             (
                 execution.reduction == "ddp",

@@ -147,7 +147,7 @@ def engine_of() -> Callable[..., PeftEngine]:
 
 @pytest.fixture
 def run_of(tmp_path: Path, tiny_llama: Path):
-    """Builds a run on 37 short rows, 8 an update; every call starts from the same adapters."""
+    """Builds a run of the reference engine on 37 short rows, 8 an update; every call starts from the same adapters."""
     from accelerate.state import AcceleratorState
     from launching import write_rows
 
@@ -163,6 +163,7 @@ def run_of(tmp_path: Path, tiny_llama: Path):
             "batch": {"size": 2, "accumulation": 4},
             "schedule": {"updates": 60},
             "optimizer": {"lr": 1e-2},
+            "execution": {"engine": "peft"},  # named: on a GPU the default is another
             "evaluation": {"samples": 0},
             "run": {"dir": str(tmp_path / "runs"), "name": f"run{next(RUNS)}"},
         }
