@@ -21,7 +21,7 @@ class ExecutionConfig(Section):
 
     engine: Engine = "auto"
     """auto: on a CUDA GPU fused wherever it carries out what is asked, else peft; on a CPU peft; the header says which, and why. peft: transformers
-    + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama models in NF4, for speed. unsloth: the model as Unsloth loads and
+    + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama and Qwen2 in NF4, for speed. unsloth: the model as Unsloth loads and
     patches it (extra `unsloth`, a GPU)."""
     layout: Literal["literal", "packed"] = "literal"
     """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Fields of a Llama config that change a number, with the values that are carried out; a field that is absent has the first of them.
+# Fields of a model's config that change a number, with the values that are carried out; a field that is absent has the first of them.
 HONOURED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama", "qwen2"),
     "hidden_act": ("silu",),
@@ -36,7 +36,7 @@ FIELDS = (*HONOURED, "use_sliding_window", "rope_parameters", "rope_scaling", "q
 def fields_of(config: Any) -> dict[str, Any]:
     """The values that decide, of a config as transformers loads it."""
     found = {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
-    own = found.get("quantization_config")
+    own: Any = found.get("quantization_config")
     return found | ({"quantization_config": own.to_dict()} if hasattr(own, "to_dict") else {})
 
 

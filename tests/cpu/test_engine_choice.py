@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,12 +31,16 @@ REASONS = {  # what is asked of the run, of its model, what the machine lacks ->
     "dropout": ({"lora": {"dropout": 0.1}}, {}, "", "lora.dropout = 0.1, fused has none"),
     "fp16": ({"execution": {"precision": "fp16"}}, {}, "", "execution.precision = fp16, fused computes in bf16 or fp32"),
     "ddp": ({"execution": {"reduction": "ddp"}}, {}, "", "execution.reduction = ddp, fused writes gradients in place"),
-    "family": ({}, {"model_type": "mistral"}, "", "model_type = 'mistral', fused knows 'llama'"),
+    "family": ({}, {"model_type": "mistral"}, "", "model_type = 'mistral', fused knows 'llama', 'qwen2'"),
     "activation": ({}, {"hidden_act": "gelu"}, "", "hidden_act = 'gelu', fused knows 'silu'"),
-    "attention bias": ({}, {"attention_bias": True}, "", "attention_bias = True, fused knows False"),
-    "mlp bias": ({}, {"mlp_bias": True}, "", "mlp_bias = True"),
     "attention dropout": ({}, {"attention_dropout": 0.1}, "", "attention_dropout = 0.1"),
     "tensor parallel": ({}, {"pretraining_tp": 2}, "", "pretraining_tp = 2"),
+    "window of a Qwen2": (
+        {},
+        {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True},
+        "",
+        "sliding_window = 4096",
+    ),
     "window": ({}, {"sliding_window": 4096}, "", "sliding_window = 4096"),
     "half of a head turned": ({}, {"partial_rotary_factor": 0.5}, "", "partial_rotary_factor = 0.5"),
     "the same, newer": ({}, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "", "partial_rotary_factor = 0.5"),
@@ -102,6 +108,9 @@ def test_what_keeps_auto_from_fused_is_refused_where_fused_is_named(name):
 
 LIKED = {
     "a plain Llama": LLAMA,
+    "biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "a Qwen2 and its unused window": LLAMA | {"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False},
+    "the same, without saying so": LLAMA | {"model_type": "qwen2", "sliding_window": 131072},
     "llama3's frequencies": LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "a head that is not in NF4": LLAMA | {"quantization_config": {"llm_int8_skip_modules": ["lm_head"]}},
     "code that is not run": LLAMA | {"auto_map": {"AutoModelForCausalLM": "own.Own"}},
@@ -134,10 +143,29 @@ def test_memory_that_only_fused_heeds_is_refused_where_auto_takes_another():
         with_engine(config, choose_engine(config, LLAMA, on_cuda=False))
 
 
-def test_the_loaded_config_and_config_json_are_judged_alike(tiny_llama, tiny_qwen2):
+@pytest.fixture
+def changed(tiny_llama, tiny_qwen2, tmp_path: Path) -> Callable[..., Path]:
+    """A tiny model's folder with other fields in config.json."""
+
+    def make(family: str, **fields: object) -> Path:
+        folder = shutil.copytree({"llama": tiny_llama, "qwen2": tiny_qwen2}[family], tmp_path / f"{family}-{'-'.join(fields)}")
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | fields))
+        return folder
+
+    return make
+
+
+def test_the_loaded_config_and_config_json_are_judged_alike(tiny_llama, tiny_qwen2, changed):
     from transformers import AutoConfig
 
-    for folder, engine in ((tiny_llama, "fused"), (tiny_qwen2, "peft")):
+    for folder, engine in (
+        (tiny_llama, "fused"),
+        (tiny_qwen2, "fused"),
+        (changed("qwen2", sliding_window=64), "fused"),
+        (changed("qwen2", sliding_window=64, use_sliding_window=True), "peft"),
+        (changed("llama", hidden_act="gelu"), "peft"),
+    ):
         loaded = AutoConfig.from_pretrained(folder)
         on_disk = json.loads((folder / "config.json").read_text())
         config = from_values({"model": {"id": str(folder)}})
@@ -218,10 +246,10 @@ def test_a_run_on_a_gpu_says_fused_keeps_it_in_its_folder_and_goes_on_with_it_wi
     run.close_observers()
 
 
-def test_a_run_on_a_gpu_says_why_it_is_not_fused(run_of, tiny_qwen2, as_on_cuda):
-    run = run_of(execution=AUTO, model={"id": str(tiny_qwen2)})
-    assert run.plain_engine.name == "peft" and run.plain_engine.report.name == str(tiny_qwen2)
-    assert line(run) == "engine    peft (auto: the model's config has model_type = 'qwen2', fused knows 'llama')"
+def test_a_run_on_a_gpu_says_why_it_is_not_fused(run_of, changed, as_on_cuda):
+    run = run_of(execution=AUTO, model={"id": str(changed("llama", hidden_act="gelu"))})
+    assert run.plain_engine.name == "peft"
+    assert line(run) == "engine    peft (auto: the model's config has hidden_act = 'gelu', fused knows 'silu')"
     run.close_observers()
     assert engines_on_disk(run.folder) == {"peft"}
 
@@ -308,8 +336,8 @@ def test_a_plan_is_made_for_the_engine_of_a_gpu_and_says_so(capsys, monkeypatch,
     assert f"engine    {said}" in capsys.readouterr().out
 
 
-def test_a_plan_looks_at_a_local_models_config(capsys, monkeypatch, tiny_llama, tiny_qwen2):
+def test_a_plan_looks_at_a_local_models_config(capsys, monkeypatch, tiny_llama, changed):
     monkeypatch.setattr("glassloop.predict.hardware.gpus_present", lambda: ())
-    for folder, engine in ((tiny_llama, "fused"), (tiny_qwen2, "peft")):
+    for folder, engine in ((tiny_llama, "fused"), (changed("llama", hidden_act="gelu"), "peft")):
         assert plan(["r1_8b_scam", f"model.id={folder}", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["engine"] == engine

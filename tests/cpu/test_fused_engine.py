@@ -198,6 +198,14 @@ def test_weights_that_are_not_nf4_and_adapters_with_dropout_are_refused(engine_o
         fused_of(engine_of(tiny_llama, quantization="nf4", lora=LoraConfig(r=4, alpha=8, dropout=0.1)))
 
 
+def test_a_model_with_code_of_its_own_is_refused(engine_of, tiny_llama):
+    engine = engine_of(tiny_llama, quantization="nf4")
+    base = engine.hf.get_base_model()
+    base.__class__ = type("Own", (type(base),), {"__module__": "transformers_modules.own"})
+    with pytest.raises(ValueError, match=r"brings Python code of its own.*execution.engine=peft"):
+        fused_of(engine)
+
+
 def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
     one = fused_of(engine_of(tiny_llama, quantization="nf4")).layers[0].sizes
     tokens, gib = 100_000, 2**30

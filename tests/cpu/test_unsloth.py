@@ -117,7 +117,7 @@ def test_doctor_and_plan_know_the_engine() -> None:
     (one,) = check_engine(config, on_cuda=True, problems=found)
     assert one.level == "problem" and "transformers 5.23.0 is here" in one.text and "environment of its own" in one.cure
     assert [one.level for one in check_engine(config, on_cuda=True, problems=lambda **_: [])] == ["ok"]
-    assert check_engine(from_values({}), on_cuda=True, problems=found) == []
+    assert check_engine(from_values({"execution": {"engine": "peft"}}), on_cuda=True, problems=found) == []
     plan = plan_of(config, 64, 1)
     outlook = look_ahead(config, plan, rows_from="given")
     assert outlook.ledger is None and outlook.verdicts == () and outlook.times == ()
