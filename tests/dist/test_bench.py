@@ -70,6 +70,45 @@ def test_a_peer_is_measured_on_the_same_rows_and_adapters(tmp_path: Path) -> Non
     assert shown.count("scam-v1    literal") == 1
 
 
+def test_side_by_side_a_peer_and_our_arm_take_turns_on_the_same_rows(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    words = ["--peers", "trl", "--ours", "peft", "--ours", "peft,packed", "--turns", "2", "--out", str(out)]
+    shown = run("benchmarks/peers.py", *TINY, *words)
+    literal, packed, trl = lines_of(out)
+    assert [line["cell"]["engine"] for line in (literal, packed, trl)] == ["peft", "peft", "trl"]
+    for line in (literal, packed, trl):
+        assert line["check"]["within"] and len(line["turns"]) == 2 and line["first_update_s"]["from_launch"] is None
+        assert [turn["real_tokens"] for turn in line["turns"]] == [turn["real_tokens"] for turn in trl["turns"]]
+        assert (len(line["losses_nats"]), len(line["warmup_s"]), line["updates"]) == (4, 2, 2)
+        assert line["losses_nats"] == pytest.approx(
+            trl["losses_nats"], rel=2e-3
+        )  # nobody's updates were disturbed by another's turns
+    assert "peft, scam-v1, packed, 2 rows, 1 rank, recomputed / trl: " in shown and "2 turns); 4 updates in" in shown
+
+
+def test_a_matrix_in_turns_has_its_reference_among_the_arms(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    command = [
+        "-m",
+        "glassloop.cli",
+        "bench",
+        *TINY,
+        "--precision",
+        "fp32",
+        "--layouts",
+        "packed",
+        "--ranks",
+        "1,2",
+        "--turns",
+        "2",
+    ]
+    shown = run(*command, "--out", str(out))
+    reference, one, two = lines_of(out)
+    assert reference["check_only"] and len(reference["turns"]) == 1 and [len(line["turns"]) for line in (one, two)] == [2, 2]
+    assert one["check"]["norm_off"] < 1e-5 and two["check"]["norm_off"] < 1e-5 and two["cell"]["ranks"] == 2
+    assert shown.count("peft        scam-v1") == 2
+
+
 def test_the_users_own_rows_are_measured_and_an_absent_engine_is_told(tmp_path: Path) -> None:
     source = tmp_path / "mine.jsonl"
     source.write_text("".join(f'{{"prompt": "question {i}", "completion": "{"answer " * (i % 5 + 1)}"}}\n' for i in range(9)))
