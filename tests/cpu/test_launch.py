@@ -75,3 +75,18 @@ def test_a_lone_process_may_be_given_a_backend(run_of) -> None:
     """It has nobody to speak with: no process group is made, and none is missed."""
     run = run_of(execution={"backend": "gloo", "precision": "fp32"})
     assert run.ranks == 1 and not torch.distributed.is_initialized()
+
+
+def test_segments_grow_on_a_gpu_unless_the_environment_says_how_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)  # fails where a newer torch has no such call
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    launch.grow_segments()
+    assert asked == []  # no GPU
+    monkeypatch.setattr(launch, "on_cuda", lambda: True)
+    launch.grow_segments()
+    assert asked == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    launch.grow_segments()
+    assert len(asked) == 1
