@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         def start(spec: Spec, number: int) -> Start:
             work = folder / f"{spec.workload}-{number}"
             if spec.engine not in PEERS:
-                return Start.of_ours(spec, work)
+                return Start.of_ours(spec, work, pythons.get(spec.engine, sys.executable))
             python = pythons.get(PEERS[spec.engine].library, sys.executable)
             return Start(spec, peer_command(spec, python, work, base), work)
 
