@@ -87,6 +87,7 @@ def _answer(study: Study, cells: Sequence[Cell], out: Path, *, deadline: float |
     from glassloop.study import critical as crit
     from glassloop.study import results as res
     from glassloop.study import verdicts
+    from glassloop.study.answers import Answers
     from glassloop.study.divergence import divergences
     from glassloop.study.page import page, payload
     from glassloop.study.text import render
@@ -113,8 +114,9 @@ def _answer(study: Study, cells: Sequence[Cell], out: Path, *, deadline: float |
         **res.as_plain(results, groups, out),
     }
     write_json(out / "results.json", whole)
-    write_text(out / "study.html", page(payload(study, results, groups, judged, critical, diverged)))
-    console().print(render(study, results, groups, judged, critical, diverged))
+    answers = Answers(study, results, groups, judged, critical, diverged)
+    write_text(out / "study.html", page(payload(answers)))
+    console().print(render(answers))
     print(f"\n{out / 'results.json'}\n{out / 'study.html'}: open it in a browser; it needs no network")
 
 

@@ -20,6 +20,7 @@ ASSETS = Path(__file__).parent / "assets"
 STYLES = ("uplot.css", "page.css")
 SHARED = ("uplot.js", "data.js", "charts.js")
 SCRIPTS = {"run": (*SHARED, "heat.js", "figures.js", "detail.js", "tables.js", "page.js"), "compare": (*SHARED, "compare.js")}
+PICKER = "<!-- picker -->\n"  # stands in a body for picker.html; a run's page has one of its own, with buttons for marks
 BODIES = {"run": "page.html", "compare": "compare.html"}
 
 
@@ -51,7 +52,7 @@ def whole_page(data: dict[str, Any], body: Path, scripts: Sequence[Path]) -> str
         *(f"<style>{style}</style>" for style in styles),
     ]
     inner = [
-        body.read_text(encoding="utf-8"),
+        body.read_text(encoding="utf-8").replace(PICKER, (ASSETS / "picker.html").read_text(encoding="utf-8")),
         f'<script type="application/json" id="data">{as_data(data)}</script>',
         *(f"<script>{text}</script>" for text in texts),
     ]

@@ -13,27 +13,20 @@ import glassloop
 from glassloop.report.columns import column
 from glassloop.report.page import ASSETS, SHARED, whole_page
 from glassloop.report.reading import RunData, number
-from glassloop.study.critical import Critical, lines
-from glassloop.study.divergence import Divergence
+from glassloop.study.answers import Answers
+from glassloop.study.critical import lines
 from glassloop.study.quantities import QUANTITIES
-from glassloop.study.results import CellResult, Group, plain
-from glassloop.study.spec import Study
+from glassloop.study.results import Group, plain
 from glassloop.study.text import columns_of
-from glassloop.study.verdicts import Judged, as_plain
+from glassloop.study.verdicts import as_plain
 
 OWN = Path(__file__).parent / "assets"
 CURVES = {"loss": "loss_nats", "norm": "grad_norm_pre_clip", "noise": "noise_scale_tokens", "lr": "lr"}
 
 
-def payload(
-    study: Study,
-    results: Sequence[CellResult],
-    groups: Sequence[Group],
-    judged: Sequence[Judged],
-    critical: Sequence[Critical],
-    diverged: Sequence[Divergence],
-) -> dict[str, Any]:
+def payload(answers: Answers) -> dict[str, Any]:
     """The page's data. It holds no text of a row."""
+    study, groups = answers.study, answers.groups
     return {
         "kind": "study",
         "title": study.name,
@@ -59,17 +52,17 @@ def payload(
             }
             for group in groups
         ],
-        "claims": [as_plain(one) for one in judged],
-        "critical": [lines(one) for one in critical],
+        "claims": [as_plain(one) for one in answers.judged],
+        "critical": [lines(one) for one in answers.critical],
         "memory": [
             [group.name, phase, predicted, measured]
             for group in groups
             if (first := next((one for one in group.results if one.phases), None)) is not None
             for phase, (predicted, measured) in first.phases.items()
         ],
-        "diverged": [vars(one) for one in diverged],
-        "missing": [[one.cell.name, one.why] for one in results if one.kind not in ("done", "diverged")],
-        "beside": max((one.beside or 0 for one in results), default=0),
+        "diverged": [vars(one) for one in answers.diverged],
+        "missing": [[one.cell.name, one.why] for one in answers.results if one.kind not in ("done", "diverged")],
+        "beside": max((one.beside or 0 for one in answers.results), default=0),
     }
 
 

@@ -9,12 +9,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from glassloop.study.critical import Critical, lines
-from glassloop.study.divergence import Divergence
+from glassloop.study.answers import Answers
+from glassloop.study.critical import lines
 from glassloop.study.quantities import QUANTITIES
-from glassloop.study.results import CellResult, Group, Spread
+from glassloop.study.results import Group, Spread
 from glassloop.study.spec import Study
-from glassloop.study.verdicts import CONTRADICTED, SUPPORTED, Judged
+from glassloop.study.verdicts import CONTRADICTED, SUPPORTED
 
 STYLES = {SUPPORTED: "green", CONTRADICTED: "red"}
 SHORT = {  # column heads; the page has the whole words
@@ -50,37 +50,30 @@ def columns_of(study: Study, groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def render(
-    study: Study,
-    results: Sequence[CellResult],
-    groups: Sequence[Group],
-    judged: Sequence[Judged],
-    critical: Sequence[Critical],
-    diverged: Sequence[Divergence],
-) -> RenderableType:
+def render(answers: Answers) -> RenderableType:
     """Tables by measure and sentences, for a rich Console."""
-    parts: list[RenderableType] = [Text(f"\n{study.name}: {study.question}", style="bold")]
-    shown = columns_of(study, groups)
+    parts: list[RenderableType] = [Text(f"\n{answers.study.name}: {answers.study.question}", style="bold")]
+    shown = columns_of(answers.study, answers.groups)
     for measure in ("loss", "stability", "memory", "time"):
         if names := [name for name in shown if QUANTITIES[name].measure == measure]:
-            parts += [Text(f"\n{measure}: mean, and standard deviation over seeds"), _table(groups, names)]
-    for result in results:
+            parts += [Text(f"\n{measure}: mean, and standard deviation over seeds"), _table(answers.groups, names)]
+    for result in answers.results:
         if result.kind in ("partial", "absent", "other"):
             parts.append(Text(f"  no result: {result.cell.name}: {result.why}", style="yellow"))
-    if judged:
+    if answers.judged:
         parts.append(Text("\nclaims", style="bold"))
-    for one in judged:
+    for one in answers.judged:
         parts.append(Text(f"  {one.verdict}: {one.claim.says}", style=f"bold {STYLES.get(one.verdict, 'yellow')}"))
         parts.append(Text(f"    {one.claim.quantity}: {one.why}"))
-    for found in critical:
+    for found in answers.critical:
         parts += [Text("\ncritical accumulation", style="bold"), *(Text(f"  {line}") for line in lines(found))]
-    for one in diverged:
+    for one in answers.diverged:
         parts.append(Text(f"\ndiverged: {one.cell}, update {one.update}, {one.why}"))
         parts.append(Text(f"  {one.command}", no_wrap=True, overflow="ignore"))  # whole, to be copied
         if one.answer:
             parts += [Text(f"    {line}") for line in one.answer.strip().splitlines()[-12:]]
-    if study.cannot_say:
-        parts.append(Text(f"\nwhat this cannot say: {study.cannot_say}"))
+    if answers.study.cannot_say:
+        parts.append(Text(f"\nwhat this cannot say: {answers.study.cannot_say}"))
     return Lines(*parts)
 
 
