@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def main(argv: list[str]) -> int:
             specs = [ours(text, rows, count, common) for text in asked.ours for count in counts]
             specs += [peer(name, rows, count, common) for name in asked.peers for count in counts]
             order = [
-                replace(spec, turns=min(spec.turns, 1)) if spec.check_only else spec
+                spec
                 for spec in schedule(specs, asked.repeats)
                 if not (spec.check_only and any(_serves(line, spec) for line in [*known, *mine]))
             ]

@@ -216,9 +216,15 @@ def opens_think(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> bo
     return decoded(tokenizer, prompt[-8:]).rstrip().endswith(OPEN)
 
 
-def positions_of(loaded: Loaded) -> int | None:
-    """Places of the longest row that the model can read; None where its config does not say."""
-    return getattr(loaded.hf.config.get_text_config(), "max_position_embeddings", None)
+def check_lengths(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError naming the first question that leaves the model no position for an answer."""
+    positions = getattr(loaded.hf.config.get_text_config(), "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts, 1):
+        if positions is not None and len(prompt) >= positions:
+            which = f"question {number}" if len(prompts) > 1 else "the question"
+            raise ValueError(
+                f"{which} has {len(prompt):,} tokens with its template, the model has {positions:,} positions: shorten it"
+            )
 
 
 def answer(
@@ -245,11 +251,7 @@ def answer(
         ValueError: a prompt has more tokens than the model has positions.
     """
     assert write is None or len(prompts) == 1
-    positions = positions_of(loaded)
-    if positions is not None and (longest := max(map(len, prompts), default=0)) >= positions:
-        raise ValueError(
-            f"a question has {longest:,} tokens with its template, the model has {positions:,} positions: shorten it"
-        )
+    check_lengths(loaded, prompts)
     opened = [opens_think(tokenizer, prompt) for prompt in prompts]
     streamer = None if write is None else TextStream(tokenizer, stop_ids, opened[0], write)
     with nullcontext() if with_adapter else loaded.hf.disable_adapter():

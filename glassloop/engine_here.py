@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from glassloop.arguments import with_old_engine
 from glassloop.base_source import loading_errors, resolve_source
 from glassloop.checkpoint import read_state
 from glassloop.config import Config, ModelConfig
@@ -48,7 +49,7 @@ def engine_here(
 def engine_before(checkpoint: Path | None, plan: Mapping[str, Any]) -> str | None:
     """The engine of the run that goes on, of its checkpoint or else of its plan.json; None where neither says so, as in a new run."""
     if checkpoint is not None:
-        return read_state(checkpoint).config.get("execution", {}).get("engine", "peft")
+        return with_old_engine(read_state(checkpoint).config)["execution"]["engine"]
     return plan.get("contract", {}).get("engine")
 
 

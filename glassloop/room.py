@@ -91,6 +91,7 @@ def spend_memory(run: Run) -> None:
     supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
     memory = run.config.memory
     engine.use_tiers(replace(engine.tiers, held=0))  # what is held is given back before free memory is counted
+    engine.host.most_tokens = tokens
     sizes = dict(tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
     found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.device))
     kept = min(gather_objects(found.kept))

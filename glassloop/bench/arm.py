@@ -85,7 +85,7 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
         uuid=uuid,
         first_rank=run.rank == 0,
         wait=lambda: _wait(run.device),
-        rest=lambda: _rest(run),
+        rest=lambda: _rest(run, tiers),
         wake=lambda: None if tiers is None else run.plain_engine.use_tiers(tiers),
     )
     records = [clocked_update(run, u, clock) for u in range(1, spec.total_updates + 1)]
@@ -249,11 +249,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _rest(run: Run) -> None:
-    """Give back what other arms may need of the GPU's memory."""
+def _rest(run: Run, tiers: Any) -> None:
+    """Give back what other arms may need of the GPU's memory. `tiers`: of the engine fused, None for another."""
     gather_objects(0)  # no rank says that the turn is over while another still computes
-    if getattr(run.plain_engine, "tiers", None) is not None:
-        run.plain_engine.use_tiers(replace(run.plain_engine.tiers, held=0))
+    if tiers is not None:
+        run.plain_engine.use_tiers(replace(tiers, held=0))
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
 

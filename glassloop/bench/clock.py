@@ -1,6 +1,6 @@
 """When an arm's updates begin and end: its turns among other arms, its own seconds and joules, and what the card said meanwhile. No torch.
 
-Arms that take turns are all loaded, and one at a time computes. `matrix.run_together` gives the turns, through files in the arm's folder:
+Arms that take turns are all loaded, and one at a time computes. `processes.run_together` gives the turns, through files in the arm's folder:
 `ready-K` says that the arm waits for turn K (and has given back what it can of the GPU's memory), `go-K` that the turn is its own.
 """
 

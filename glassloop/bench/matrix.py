@@ -63,6 +63,7 @@ def schedule(specs: Sequence[Spec], repeats: int) -> list[Spec]:
                 backend="auto",
                 updates=1,
                 warmup=1,
+                turns=min(spec.turns, 1),
                 varied=(),
                 check_only=True,
             )
@@ -134,7 +135,7 @@ def run_groups(
 def run_in_turns(
     order: Sequence[Spec], place: Place, folder: Path, out: Path, say: Callable[[str], None], pythons: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """As run_matrix, with all arms of a workload loaded at once and taking turns; those that only serve a check take one."""
+    """As run_matrix, with all arms of a workload loaded at once and taking turns."""
     lines: list[dict[str, Any]] = []
     groups: dict[str, list[Start]] = {}
     for number, spec in enumerate(order, start=1):
@@ -143,9 +144,7 @@ def run_in_turns(
             say(f"{spec.name}: {told(lines[-1])}")
             continue
         python = pythons.get(spec.engine, sys.executable)
-        turns = 1 if spec.check_only else spec.turns
-        group = groups.setdefault(spec.workload, [])
-        group.append(Start.of_ours(replace(spec, turns=turns), folder / f"arm-{number}", python))
+        groups.setdefault(spec.workload, []).append(Start.of_ours(spec, folder / f"arm-{number}", python))
     return lines + run_groups(list(groups.values()), place, out, say, first_alone=True)
 
 

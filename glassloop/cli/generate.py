@@ -99,12 +99,11 @@ class Session:
     def __init__(self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Template, loaded: Loaded) -> None:
         from rich.console import Console
 
-        from glassloop.answering import positions_of, sampling_of, stop_ids_of
+        from glassloop.answering import sampling_of, stop_ids_of
 
         self.given, self.trained, self.tokenizer, self.template, self.loaded = given, trained, tokenizer, template, loaded
         settings = loaded.hf.get_base_model().generation_config
         own, notes = sampling_of(settings)
-        self.positions = positions_of(loaded)
         self.sampling = chosen(own, given)
         self.stop_ids = stop_ids_of(template, settings)
         self.system = (given.system or None) if given.system is not None else trained.config.data.system
@@ -119,11 +118,13 @@ class Session:
         self.console.print(harmless(text, self.console.encoding), markup=False, style=style, end=end)
 
     def run(self, questions: list[str]) -> int:
+        from glassloop.answering import check_lengths
+
         if self.given.chat:
             self.chat()
             return 0
         prompts = [self.prompt(self.first_turns(question)) for question in questions]
-        self.check_lengths(prompts)  # all of them before the first answer
+        check_lengths(self.loaded, prompts)  # all of them before the first answer
         if len(questions) == 1 and not self.given.json:
             self.say()
             self.stream(prompts[0])
@@ -146,15 +147,6 @@ class Session:
         from glassloop.rows import Example
 
         return self.template.prompt_ids(Example("question", tuple(turns)))
-
-    def check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise ValueError naming the first question that leaves the model no position for an answer."""
-        for number, prompt in enumerate(prompts, 1):
-            if self.positions is not None and len(prompt) >= self.positions:
-                which = f"question {number}" if len(prompts) > 1 else "the question"
-                raise ValueError(
-                    f"{which} has {len(prompt):,} tokens with its template, the model has {self.positions:,} positions: shorten it"
-                )
 
     def answers(self, prompts: list[list[int]], side: str, first: int, write: Any = None) -> list[Reply]:
         from glassloop.answering import answer
@@ -214,6 +206,7 @@ class Session:
 
     def chat(self) -> None:
         """Each side has its own conversation, since its answers are other ones."""
+        from glassloop.answering import check_lengths
         from glassloop.rows import Turn
 
         self.say(
@@ -239,7 +232,7 @@ class Session:
                 for side, turns in talks.items():
                     asked = [*turns, Turn("user", said)] if turns else self.first_turns(said)
                     prompt = self.prompt(asked)
-                    self.check_lengths([prompt])
+                    check_lengths(self.loaded, [prompt])
                     reply = self.stream(prompt, (side,), turn)[side]
                     reasoning = reply.reasoning if reply.reasoning is not None or not self.template.opens_think else ""
                     said_now[side] = [*asked, Turn("assistant", reply.answer, reasoning)]

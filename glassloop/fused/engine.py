@@ -88,7 +88,6 @@ class FusedEngine(nn.Module):
             sharing: ranks on this GPU: each takes its part of what is free.
         """
         device, one, count = self.embedding.device, self.layers[0], len(self.layers)
-        self.host.most_tokens = tokens
         if device.type != "cuda":
             return Tiers(1 if profile == "min" else count, host=False)
         free = torch.cuda.mem_get_info(device)[0] // sharing
@@ -133,8 +132,8 @@ class FusedEngine(nn.Module):
             last = index == len(self.layers) - 1
             keep = index >= recomputed if training else None
             away = training and tiers.host and index < recomputed
-            how: dict[str, Any] = dict(keep=keep, keep_attended=away, places=p.places if last else None)
-            x, y, kept = layers.forward(one, x, y, where, **how)
+            places = p.places if last else None
+            x, y, kept = layers.forward(one, x, y, where, keep=keep, keep_attended=away, places=places)
             if away:
                 assert kept is not None
                 kept, large = layers.part(kept)
@@ -159,7 +158,7 @@ class FusedEngine(nn.Module):
         for index in reversed(range(len(self.layers))):
             saved = state.saved.pop()
             if index < recomputed:
-                saved = layers.join(self.layers[index], saved, tuple(self.host.take(index)))
+                saved = layers.join(self.layers[index], saved, self.host.take(index))
             if 0 < index <= recomputed:
                 self.host.fetch(index - 1)  # comes while this layer computes
             out = layers.backward(self.layers[index], out, saved, state.where, first=index == 0)

@@ -13,6 +13,7 @@ and v, so that neither attention nor the product of W_o is carried out again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,7 +115,7 @@ def part(saved: Saved) -> tuple[Saved, tuple[Tensor, Tensor, Tensor]]:
     return replace(saved, x=none, attended=replace(saved.attended, kept=replace(kept, out=none), mid=none)), large
 
 
-def join(layer: Layer, saved: Saved, large: tuple[Tensor, ...]) -> Saved:
+def join(layer: Layer, saved: Saved, large: Sequence[Tensor]) -> Saved:
     """The two together again."""
     assert saved.attended is not None
     x, out, mid = large

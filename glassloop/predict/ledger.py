@@ -264,15 +264,13 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     one, chosen = sizes_of(shapes, work.r, work.targets, a), tiers_of(shapes, work)
     flows, run = ("forward", "logits", "backward"), PHASES[2:]
     recomputed = layers - chosen.kept
-    waiting = recomputed * (tiers.beside_away_bytes if chosen.host else tiers.input_bytes)(one, places)
-    moving = min(2, recomputed) * tiers.away_bytes(one, places) if chosen.host else 0  # one at work, the next on its way
+    away = tiers.away_bytes(one, places) if chosen.host else 0  # of a layer, brought back from the host when it is at work
+    stays = tiers.beside_away_bytes(one, places) if chosen.host else tiers.input_bytes(one, places)
     whole = tiers.kept_bytes(one, places)
     last = tiers.last_kept_bytes(one, places, work.supervised)
     kept = (chosen.kept - 1) * whole + last if chosen.kept else 0
     # Where layers are kept, they are gone before one is computed again; the last one alone leaves less than that takes.
-    middle = whole - tiers.input_bytes(one, places)
-    if chosen.host:  # the one at work has its share of that from the host
-        middle -= tiers.away_bytes(one, places) + tiers.beside_away_bytes(one, places) - tiers.input_bytes(one, places)
+    middle = whole - away - stays
     computing = (middle, middle - last + tiers.input_bytes(one, places), 0)[min(chosen.kept, 2)]
     return (
         Term("adapters, rounded", (layers - chosen.held) * tiers.shadow_bytes(one), PHASES),
@@ -283,8 +281,8 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         Term("ids, targets, positions and owners", 32 * places, flows),
         Term("cosines and sines", 4 * places * shapes.head_dim, flows),
         Term(f"kept whole by {chosen.kept} layers", kept, flows),
-        Term(f"{'small parts' if chosen.host else 'inputs'} of {recomputed} layers", waiting, flows),
-        Term("large tensors on their way to and from the host", moving, flows),
+        Term(f"{'small parts' if chosen.host else 'inputs'} of {recomputed} layers", recomputed * stays, flows),
+        Term("large tensors on their way to and from the host", min(2, recomputed) * away, flows),
         Term("forward: buffers of a layer", _fused_forward_buffers(shapes, work, one, chosen.kept), ("forward",)),
         Term("output of the last layer", (1 + (chosen.kept == 0)) * a * work.supervised * hidden, ("logits",)),
         Term("logits of a chunk, and supervised places", fused_head_bytes(shapes, work), ("logits",)),

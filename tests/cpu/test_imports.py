@@ -94,7 +94,7 @@ TABLE = {
     "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
     # What knows every part.
     "launch": Rule("config unsloth_checks", "accelerate datasets torch transformers"),
-    "engine_here": Rule("base_source checkpoint config dist engine_choice launch", "torch transformers"),
+    "engine_here": Rule("arguments base_source checkpoint config dist engine_choice launch", "torch transformers"),
     "facts": Rule("config dist launch model_checks optim", "accelerate torch transformers"),
     "resuming": Rule("checkpoint config folders plan"),
     "inspection": Rule("*", "torch"),
