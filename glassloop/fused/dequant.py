@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_MEMBERS = 3  # q, k, v
-BYTES_OF_A_PROGRAM = 2048
+WEIGHTS_OF_A_PROGRAM = 4096
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def dequantise_triton(packed: Packed, right: Tensor, below: Tensor, out: Tensor)
     assert out.stride(1) == 1 and right.is_contiguous() and below.is_contiguous()
     starts, befores = packed.starts, packed.befores
     none = packed.levels  # a pointer that is not read
-    grid = (rows + rank, triton.cdiv(packed.columns // 2, BYTES_OF_A_PROGRAM))
+    weights = max(WEIGHTS_OF_A_PROGRAM, packed.blocksize)
+    grid = (rows + rank, triton.cdiv(packed.columns, weights))
     _dequantise[grid](
         packed.codes,
         packed.absmax,
@@ -166,7 +167,7 @@ def dequantise_triton(packed: Packed, right: Tensor, below: Tensor, out: Tensor)
         befores[2],
         BLOCKSIZE=packed.blocksize,
         NESTED=packed.nested,
-        BYTES=BYTES_OF_A_PROGRAM,
+        WEIGHTS=weights,
         RANK=triton.next_power_of_2(max(rank, 1)),
         num_warps=8,
         enable_fp_fusion=False,  # bitsandbytes rounds the product and the sum, each
@@ -194,12 +195,13 @@ def _dequantise(
     before_third,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    BYTES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     RANK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    column = tl.program_id(1) * BYTES * 2 + tl.arange(0, 2 * BYTES)
+    BLOCKS: tl.constexpr = WEIGHTS // BLOCKSIZE
     if row >= rows:  # under the weights
+        column = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)
         value = tl.load(below + (row - rows).to(tl.int64) * columns + column, mask=column < columns, other=0.0)
         tl.store(out + row.to(tl.int64) * stride + column, value, mask=column < columns)
         return
@@ -207,19 +209,20 @@ def _dequantise(
         beside = tl.arange(0, RANK)
         value = tl.load(right + row.to(tl.int64) * rank + beside, mask=beside < rank, other=0.0)
         tl.store(out + row.to(tl.int64) * stride + columns + beside, value, mask=beside < rank)
-    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)  # within the row
-    inside = byte < columns // 2
-    code = tl.load(codes + row.to(tl.int64) * (columns // 2) + byte, mask=inside, other=0)
-    block = byte * 2 // BLOCKSIZE  # within the row
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)  # within the row
     blocks_of_a_row = columns // BLOCKSIZE
-    size = tl.load(absmax + row.to(tl.int64) * blocks_of_a_row + block, mask=inside, other=0)
+    there = block < blocks_of_a_row
+    size = tl.load(absmax + row.to(tl.int64) * blocks_of_a_row + block, mask=there, other=0)  # once a block, not once a byte
     if NESTED:
         member = (row >= second).to(tl.int32) + (row >= third).to(tl.int32)
         start = tl.where(member == 2, third, tl.where(member == 1, second, 0))
         before = tl.where(member == 2, before_third, tl.where(member == 1, before_second, 0))
-        scale = tl.load(scales + before + ((row - start) * blocks_of_a_row + block) // 256, mask=inside, other=0.0)
-        size = tl.load(table + size.to(tl.int32), mask=inside, other=0.0) * scale + tl.load(offsets + member)
-    high = tl.load(levels + (code >> 4).to(tl.int32)) * size
-    low = tl.load(levels + (code & 15).to(tl.int32)) * size
-    weight = tl.interleave(high, low).to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64) * stride + column, weight, mask=column < columns)
+        scale = tl.load(scales + before + ((row - start) * blocks_of_a_row + block) // 256, mask=there, other=0.0)
+        size = tl.load(table + size.to(tl.int32), mask=there, other=0.0) * scale + tl.load(offsets + member)
+    byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]  # (BLOCKS, BLOCKSIZE / 2), within the row
+    code = tl.load(codes + row.to(tl.int64) * (columns // 2) + byte, mask=there[:, None], other=0)
+    high = tl.load(levels + (code >> 4).to(tl.int32)) * size[:, None]
+    low = tl.load(levels + (code & 15).to(tl.int32)) * size[:, None]
+    weight = tl.interleave(high, low).to(out.dtype.element_ty)  # (BLOCKS, BLOCKSIZE)
+    place = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(out + row.to(tl.int64) * stride + place, weight, mask=there[:, None])
