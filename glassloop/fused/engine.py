@@ -187,7 +187,8 @@ class FusedEngine(nn.Module):
     def where(self, p: Pass) -> Where:
         """Bounds and angles of a pass. A padded row counts with its padding, to its right, which causal attention keeps from its tokens."""
         rows, width = p.input_ids.shape
-        bounds = Bounds.of(p.lengths if p.packed else (width,) * rows, p.input_ids.device, self.embedding.dtype)
+        lengths = p.lengths if p.packed else (width,) * rows
+        bounds = Bounds.of(lengths, p.input_ids.device, self.embedding.dtype, self.layers[0].head_size)
         cos, sin = angles(p.position_ids.flatten(), self.rotary.inv_freq, self.rotary.attention_scaling)
         return Where(bounds, cos, sin, self.scratch)
 

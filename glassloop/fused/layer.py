@@ -217,12 +217,9 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     o.fold(out)
     o.accumulate(out, chosen(middle.kept.out.flatten(1), places), middle.narrow_o, where.scratch)
     inner = spread(o.input_gradient(out, weights(o)), places, len(x)).unflatten(1, (-1, layer.head_size))
-    dq, dk, dv = attention_backward(inner, *layer.split(middle.qkv), middle.kept, where.bounds)
+    parts = layer.split(middle.qkv)
+    out = attention_backward(inner, *parts, middle.kept, where.bounds, where.cos, where.sin, room=qkv.rank)  # (T, N + R)
 
-    out, turned, queries = qkv.output(len(x)), layer.turned, layer.heads * layer.head_size
-    rotate(dq.flatten(1), where.cos, where.sin, out[:, :queries], back=True)
-    rotate(dk.flatten(1), where.cos, where.sin, out[:, queries:turned], back=True)
-    out[:, turned : qkv.rows].copy_(dv.flatten(1))
     grad, normed = spread(grad, places, len(x)), torch.empty_like(x)
     add_norm(x, None, layer.norm_in, layer.eps, normed)
     qkv.fold(out)

@@ -180,12 +180,12 @@ def fused_as_on_a_gpu() -> Iterator[None]:
     def attend(q, k, v, bounds):
         return attention.Kept(torch.empty(q.shape, dtype=q.dtype), (torch.empty(q.shape[1], q.shape[0]),))
 
-    def attend_back(grad, q, k, v, kept, bounds):  # torch's flash kernel with fewer key heads
+    def attend_back(grad, q, k, v, kept, bounds, cos, sin, *, room):  # torch's flash kernel, which takes the most
         sums = torch.empty(q.shape)
         wide = [torch.empty(q.shape, dtype=q.dtype) for _ in range(2)]
         found = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
         del sums, wide
-        return found
+        return torch.empty(len(q), sum(t[0].numel() for t in found) + room, dtype=q.dtype)
 
     def head_loss(hidden, weight, labels, *, wants_grad):
         losses, grad = torch.empty(len(labels)), torch.empty_like(hidden)

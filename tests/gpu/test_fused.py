@@ -37,28 +37,65 @@ def test_nf4_weights_have_bitsandbytes_bits(rows, nested):
     assert torch.equal(out[: len(truth), 4096:], right) and torch.equal(out[len(truth) :, :4096], below)
 
 
-@pytest.mark.parametrize(("lengths", "kernel"), [((300, 17, 1, 700), "flash"), ((1024, 1024), "cudnn"), ((96, 96), "flash")])
-def test_attention_and_its_gradient_are_near_fp64(lengths, kernel):
-    """Heads lie in one wide matrix, as they do in a layer."""
+@pytest.mark.parametrize(
+    ("lengths", "kernel"),
+    [
+        ((300, 17, 1, 700), "triton"),
+        ((300, 17, 1, 700), "flash"),
+        ((1024, 1024), "cudnn"),
+        ((1024, 1024), "triton"),
+        ((96, 96), "triton"),
+        ((96, 96), "flash"),
+    ],
+)
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(HEADS, KEY_HEADS, SIZE), (6, 2, 64)])
+def test_attention_and_its_gradient_before_rotation_are_near_fp64(lengths, kernel, heads, key_heads, size):
+    """Heads lie in one wide matrix, as they do in a layer, and so do their gradients."""
     from glassloop.fused import attention as a
+    from glassloop.fused.attention_work import TILES
+    from glassloop.fused.rotary import angles
 
-    if kernel == "cudnn" and torch.cuda.get_device_capability()[0] != 9:
-        kernel = "flash"
-    tokens, width = sum(lengths), (HEADS + 2 * KEY_HEADS) * SIZE
+    if kernel != "flash" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("chosen and measured on Hopper alone")
+    tokens, width = sum(lengths), (heads + 2 * key_heads) * size
     torch.manual_seed(0)
     wide = torch.randn(tokens, width, device="cuda").bfloat16()
-    grad = torch.randn(tokens, HEADS, SIZE, device="cuda").bfloat16()
-    parts = wide.split([HEADS * SIZE, KEY_HEADS * SIZE, KEY_HEADS * SIZE], dim=1)
-    q, k, v = (t.unflatten(1, (-1, SIZE)) for t in parts)
-    bounds = a.Bounds.of(lengths, wide.device, wide.dtype)
-    assert bounds.kernel == kernel
-    kept = a.attention(q, k, v, bounds)
-    found = [kept.out, *a.attention_backward(grad, q, k, v, kept, bounds)]
-    q, k, v, grad = (t.double() for t in (q, k, v, grad))
-    exact = [a.attention_reference(q, k, v, bounds), *a.attention_backward_reference(grad, q, k, v, bounds)]
-    for one, truth in zip(found, exact, strict=True):
-        assert one.shape == truth.shape
-        assert off(one, truth) < 8e-3
+    grad = torch.randn(tokens, heads, size, device="cuda").bfloat16()
+    parts = wide.split([heads * size, key_heads * size, key_heads * size], dim=1)
+    q, k, v = (t.unflatten(1, (-1, size)) for t in parts)
+    cos, sin = angles(torch.arange(tokens, device="cuda"), torch.rand(size // 2, device="cuda"), 1.0)
+    bounds = a.Bounds.for_kernel(kernel, lengths, wide.device, TILES[size])
+    found = []
+    for _ in range(2):
+        kept = a.attention(q, k, v, bounds)
+        found.append((kept.out, a.attention_backward(grad, q, k, v, kept, bounds, cos, sin, room=48)[:, :width]))
+    if kernel == "triton":
+        assert all(torch.equal(one, again) for one, again in zip(*found, strict=True))
+    exact = [t.double() for t in (grad, q, k, v)]
+    plain = a.Bounds.for_kernel("reference", lengths, wide.device)
+    out = a.attention(*exact[1:], plain)
+    truth = a.attention_backward(*exact, out, plain, cos, sin)
+    assert found[0][0].shape == out.out.shape and off(found[0][0], out.out) < 8e-3
+    widths = [t.shape[1] for t in parts]
+    for one, slope in zip(found[0][1].split(widths, dim=1), truth.split(widths, dim=1), strict=True):
+        assert off(one, slope) < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "kernel"),
+    [((300, 17), 128, "triton"), ((1024, 1024), 128, "cudnn"), ((1024, 1000), 64, "triton"), ((300, 17), 96, "flash")],
+)
+def test_attentions_kernel_is_chosen_by_card_lengths_and_head_size(lengths, size, kernel):
+    from glassloop.fused.attention import choose_kernel
+
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert choose_kernel(lengths, torch.device("cuda"), torch.bfloat16, size) == (kernel if hopper else "flash")
+    torch.use_deterministic_algorithms(True)
+    try:
+        known = "flash" if size == 96 or not hopper else "triton"
+        assert choose_kernel(lengths, torch.device("cuda"), torch.bfloat16, size) == known
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_cross_entropy_is_near_fp64():

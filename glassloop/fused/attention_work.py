@@ -1,0 +1,68 @@
+"""How the kernels of attention_triton.py are cut, and which programs a pass takes: one table for the blocks of all its rows.
+
+The programs with the longest walk come first: a GPU hands them out in that order, and the short ones fill its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is cut.
+
+    Attributes:
+        own: tokens of a program's block.
+        step: tokens of a step of its walk.
+        split: steps that touch the diagonal have a loop of their own, the others need no mask then; False: one loop, masked throughout.
+    """
+
+    own: int
+    step: int
+    warps: int
+    stages: int
+    split: bool = True
+
+
+@dataclass(frozen=True)
+class Tiles:
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+
+TILES = {  # by head size
+    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The programs of each kernel, (programs, 4) int32 on the device: row's start in the pass, row's length, block's start in the row, 0."""
+
+    tiles: Tiles
+    forward: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
+def programs(lengths: tuple[int, ...], tiles: Tiles) -> list[list[int]]:
+    """The three tables of `Work`, flat. Four numbers an entry keep each table's address a multiple of 16 bytes."""
+    return [
+        _heaviest_first(lengths, tiles.forward.own),
+        _heaviest_first(lengths, tiles.queries.own),
+        _heaviest_first(lengths, tiles.keys.own, to_the_end=True),
+    ]
+
+
+def _heaviest_first(lengths: tuple[int, ...], own: int, *, to_the_end: bool = False) -> list[int]:
+    found, start = [], 0
+    for length in lengths:
+        found += [(length - first if to_the_end else first, (start, length, first, 0)) for first in range(0, length, own)]
+        start += length
+    found.sort(key=lambda one: one[0], reverse=True)
+    return [number for _, entry in found for number in entry]
