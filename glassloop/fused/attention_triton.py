@@ -25,6 +25,10 @@ from torch import Tensor
 
 from glassloop.fused.attention_work import Work
 
+# Numbers that `queries` leaves of each query for `keys`. Two of the four count: a load of fewer is not shared out among the threads, each would load
+# what all others do.
+WIDTH = tl.constexpr(4)
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor]:
     """Returns (T, heads, D), and the log-sum-exp to base 2 of the scaled scores, (heads, T) fp32, for `backward`.
@@ -51,20 +55,21 @@ def backward(
         grad: (T, heads, D), of the output. out, lse: as `forward` gave them.
         cos, sin: (T, D / 2) fp32, by which q and k were turned.
     """
-    gradient_of_queries(grad, q, k, v, out, lse, delta := torch.empty_like(lse), cos, sin, work, into)
-    gradient_of_keys(grad, q, k, v, lse, delta, cos, sin, work, into)
+    sums = lse.new_empty(*lse.shape, WIDTH.value)
+    gradient_of_queries(grad, q, k, v, out, lse, sums, cos, sin, work, into)
+    gradient_of_keys(grad, q, k, v, sums, cos, sin, work, into)
 
 
 def gradient_of_queries(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, cos: Tensor, sin: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sums: Tensor, cos: Tensor, sin: Tensor,
     work: Work, into: Tensor,
 ) -> None:  # fmt: skip
-    """The first heads * D columns of `into`, and delta (heads, T) fp32."""
+    """The first heads * D columns of `into`, and `sums` (heads, T, WIDTH) fp32: the log-sum-exp at 0, delta at WIDTH / 2."""
     tokens, heads, size = _checked(q, k, v, grad, out)
     assert cos.is_contiguous() and sin.is_contiguous() and into.stride(1) == 1
     tile, scale = work.tiles.queries, size**-0.5
     _queries[(heads, len(work.queries))](
-        grad, q, k, v, out, lse, delta, cos, sin, into, work.queries, tokens,
+        grad, q, k, v, out, lse, sums, cos, sin, into, work.queries, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), into.stride(0), scale, scale * math.log2(math.e),
         GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -72,13 +77,13 @@ def gradient_of_queries(
 
 
 def gradient_of_keys(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, cos: Tensor, sin: Tensor, work: Work, into: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor, cos: Tensor, sin: Tensor, work: Work, into: Tensor
 ) -> None:
     """The other columns of `into`: of k, then of v."""
     tokens, heads, size = _checked(q, k, v, grad)
     tile, scale = work.tiles.keys, size**-0.5
     _keys[(k.shape[1], len(work.keys))](
-        grad, q, k, v, lse, delta, cos, sin, into, work.keys, tokens,
+        grad, q, k, v, sums, cos, sin, into, work.keys, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), into.stride(0), scale, scale * math.log2(math.e),
         GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -176,7 +181,7 @@ def _to_queries(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _queries(
-    grad, q, k, v, out, lse, delta, cos, sin, into, table, tokens,
+    grad, q, k, v, out, lse, sums, cos, sin, into, table, tokens,
     grad_stride, q_stride, k_stride, v_stride, out_stride, into_stride, scale, scale_2,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -187,17 +192,18 @@ def _queries(
     q_rows = _rows(q + start * q_stride + head * D, q_stride, query, length, D, True)
     grads = _rows(grad + start * grad_stride + head * D, grad_stride, query, length, D, True)
     outs = _rows(out + start * out_stride + head * D, out_stride, query, length, D, True)
-    deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
-    tl.store(delta + place, deltas, mask=inside)
-    sums = tl.load(lse + place, mask=inside, other=0.0)
+    delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+    log = tl.load(lse + place, mask=inside, other=0.0)
+    tl.store(sums + place * WIDTH, log, mask=inside)
+    tl.store(sums + place * WIDTH + WIDTH // 2, delta, mask=inside)
     k += start * k_stride + head // GROUP * D
     v += start * v_stride + head // GROUP * D
     dq = tl.zeros((OWN, D), tl.float32)
     diagonal = first // STEP * STEP if SPLIT else 0
     for key in range(0, diagonal, STEP):
-        dq = _to_queries(dq, q_rows, grads, sums, deltas, k, v, k_stride, v_stride, query, key, length, scale_2, D, STEP, False)
+        dq = _to_queries(dq, q_rows, grads, log, delta, k, v, k_stride, v_stride, query, key, length, scale_2, D, STEP, False)
     for key in range(diagonal, tl.minimum(first + OWN, length), STEP):
-        dq = _to_queries(dq, q_rows, grads, sums, deltas, k, v, k_stride, v_stride, query, key, length, scale_2, D, STEP, True)
+        dq = _to_queries(dq, q_rows, grads, log, delta, k, v, k_stride, v_stride, query, key, length, scale_2, D, STEP, True)
     half = start * (D // 2)
     to = into + start * into_stride + head * D
     _store_turned_back(dq * scale, cos + half, sin + half, to, into_stride, query, length, OWN, D)
@@ -205,26 +211,27 @@ def _queries(
 
 @triton.jit
 def _to_keys(
-    dk, dv, k, v, q, grad, lse, delta, q_stride, grad_stride, key, first, length, scale,
+    dk, dv, k, v, q, grad, sums, q_stride, grad_stride, key, first, length, scale,
     D: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of `_keys`: queries of a head from `first` on. Beyond the row's end grad and delta are 0, and so is what they add."""
     query = first + tl.arange(0, STEP)
     inside = query < length
     queries, grads = _rows(q, q_stride, query, length, D, True), _rows(grad, grad_stride, query, length, D, True)
-    sums = tl.load(lse + query, mask=inside, other=0.0)
-    deltas = tl.load(delta + query, mask=inside, other=0.0)
-    p = tl.exp2(tl.dot(k, tl.trans(queries)) * scale - sums[None, :])  # (OWN, STEP), keys by queries
+    known = tl.load(sums + query[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=inside[:, None], other=0.0)
+    known, _ = tl.split(tl.reshape(known, (STEP, WIDTH // 2, 2)))
+    lse, delta = tl.split(known)  # (STEP,)
+    p = tl.exp2(tl.dot(k, tl.trans(queries)) * scale - lse[None, :])  # (OWN, STEP), keys by queries
     if MASKED:
         p = tl.where(key[:, None] <= query[None, :], p, 0.0)
     dv = tl.dot(p.to(grads.dtype), grads, dv)
-    slope = p * (tl.dot(v, tl.trans(grads)) - deltas[None, :])
+    slope = p * (tl.dot(v, tl.trans(grads)) - delta[None, :])
     return tl.dot(slope.to(queries.dtype), queries, dk), dv
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _keys(
-    grad, q, k, v, lse, delta, cos, sin, into, table, tokens,
+    grad, q, k, v, sums, cos, sin, into, table, tokens,
     grad_stride, q_stride, k_stride, v_stride, into_stride, scale, scale_2,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -235,8 +242,7 @@ def _keys(
     v_rows = _rows(v + start * v_stride + key_head * D, v_stride, key, length, D, True)
     q += start * q_stride + key_head * GROUP * D
     grad += start * grad_stride + key_head * GROUP * D
-    lse += key_head * GROUP * tokens + start
-    delta += key_head * GROUP * tokens + start
+    sums += (key_head * GROUP * tokens + start) * WIDTH
     dk, dv = tl.zeros((OWN, D), tl.float32), tl.zeros((OWN, D), tl.float32)
     steps = tl.cdiv(length - first, STEP)  # of one head's walk
     near = tl.minimum(tl.cdiv(OWN, STEP), steps) if SPLIT else steps  # of these, on the diagonal
@@ -245,14 +251,14 @@ def _keys(
         head = i // near
         query = first + (i - head * near) * STEP
         dk, dv = _to_keys(
-            dk, dv, k_rows, v_rows, q + head * D, grad + head * D, lse + head * tokens, delta + head * tokens,
+            dk, dv, k_rows, v_rows, q + head * D, grad + head * D, sums + head * tokens * WIDTH,
             q_stride, grad_stride, key, query, length, scale_2, D, STEP, True,
         )  # fmt: skip
     for i in range(GROUP * far):
         head = i // far
         query = first + (near + i - head * far) * STEP
         dk, dv = _to_keys(
-            dk, dv, k_rows, v_rows, q + head * D, grad + head * D, lse + head * tokens, delta + head * tokens,
+            dk, dv, k_rows, v_rows, q + head * D, grad + head * D, sums + head * tokens * WIDTH,
             q_stride, grad_stride, key, query, length, scale_2, D, STEP, False,
         )  # fmt: skip
     half = start * (D // 2)
