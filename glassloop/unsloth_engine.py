@@ -36,6 +36,7 @@ from glassloop.unsloth_checks import OTHER_ENGINE, check_unsloth
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONFIGS = ("config.json", "generation_config.json")
 SHORTEST = 512  # below this max_seq_length Unsloth takes another way to recompute layers
 # Of its rotary tables: it keeps the frequencies on the CPU and moves what it makes of them.
 ON_CPU = ("inv_freq", "short_inv_freq", "long_inv_freq")
@@ -108,6 +109,7 @@ def load_with_unsloth(
                 trust_remote_code=model.trust_remote_code,
                 random_state=seed,
             )
+        put_back_pad_rows(base, Path(report.folder), own_tokenizer, tokenizer)
         notes = check_same_base(base, report, own_tokenizer, tokenizer)
         base.requires_grad_(False)
         prepare_4bit(base, DTYPES[precision])
@@ -132,16 +134,13 @@ def load_with_unsloth(
 def lay_out(folder: Path, weights: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Fill `folder` with links to the base's files and a copy of the tokenizer; returns the fields of config.json.
 
-    A folder of its own, since no name can lead Unsloth to a mirror of it, and since a quantised copy has no tokenizer. Its config.json names no pad
-    token: Unsloth zeroes the embedding's row of that token, and the base would no longer be the one that other engines train on.
+    A folder of its own, since no name can lead Unsloth to a mirror of it, and since a quantised copy has no tokenizer.
     """
     tokenizer.save_pretrained(folder)
     for file in weights.iterdir():
-        if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json") or file.name == "generation_config.json":
+        if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json") or file.name in CONFIGS:
             (folder / file.name).symlink_to(file.resolve())
-    fields = json.loads((weights / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(fields | {"pad_token_id": None}), encoding="utf-8")
-    return fields
+    return json.loads((weights / "config.json").read_text(encoding="utf-8"))
 
 
 def rows_allowed(longest_row: int | None, fields: dict[str, Any]) -> int:
@@ -155,6 +154,25 @@ def rows_allowed(longest_row: int | None, fields: dict[str, Any]) -> int:
             f"them: set data.max_tokens={positions}, {OTHER_ENGINE}"
         )
     return max(longest_row, min(SHORTEST, positions or SHORTEST))
+
+
+def put_back_pad_rows(base: nn.Module, files: Path, *tokenizers: PreTrainedTokenizerBase | None) -> None:
+    """Give the embedding its files' rows of pad tokens again: Unsloth zeroes them, and the base would not be the one that other engines train on."""
+    embedding = base.get_input_embeddings().weight  # type: ignore[operator]
+    name = next(name for name, parameter in base.named_parameters() if parameter is embedding)
+    rows: list[Any] = [getattr(_plain(one), "pad_token_id", None) for one in tokenizers]
+    for file in files.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
+            if name in tensors.keys():  # noqa: SIM118  (not a dict)
+                stored = tensors.get_slice(name)
+                for row in rows:
+                    if row is not None and row < stored.get_shape()[0]:
+                        embedding[row] = stored[row].to(embedding)
+
+
+def _plain(tokenizer: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer within a processor, or itself."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def check_same_base(
@@ -172,7 +190,7 @@ def check_same_base(
             "an adapter trained on it would fit no other copy; set execution.engine=peft"
         )
     ours = tokenizer.pad_token_id
-    theirs = getattr(getattr(own_tokenizer, "tokenizer", own_tokenizer), "pad_token_id", ours)
+    theirs = getattr(_plain(own_tokenizer), "pad_token_id", ours)
     for holder in (base.config, getattr(base, "generation_config", None)):
         if holder is not None:
             holder.pad_token_id = ours  # type: ignore[union-attr]

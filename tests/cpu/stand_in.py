@@ -25,10 +25,9 @@ class FastLanguageModel:
             asked["model_name"], dtype=asked["dtype"], device_map=asked["device_map"], attn_implementation="sdpa"
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(asked["model_name"])
-        with torch.no_grad():
-            rows = hf.get_input_embeddings()
-            if rows.padding_idx is not None:
-                rows.weight[rows.padding_idx] = 0
+        if tokenizer.pad_token_id != tokenizer.eos_token_id:
+            with torch.no_grad():
+                hf.get_input_embeddings().weight[tokenizer.pad_token_id] = 0
         tokenizer.pad_token = tokenizer.eos_token if tokenizer.pad_token != tokenizer.eos_token else "<|user|>"
         hf.config.pad_token_id = tokenizer.pad_token_id
         FastLanguageModel.spoil(hf)
