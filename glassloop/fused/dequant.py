@@ -169,7 +169,7 @@ def dequantise_triton(packed: Packed, right: Tensor, below: Tensor, out: Tensor)
         NESTED=packed.nested,
         WEIGHTS=weights,
         RANK=triton.next_power_of_2(max(rank, 1)),
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds the product and the sum, each
     )
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from glassloop.fused.attention import Bounds, Kept, attention, attention_backward
@@ -85,6 +84,8 @@ class Middle:
     narrow_qkv: Tensor  # (T, R): x (sA)^T of each group
     narrow_o: Tensor
     narrow_gate_up: Tensor
+    normed_x: Tensor | None  # (T, H + R): as qkv read it; None: to be computed again
+    normed_mid: Tensor | None  # (T, H + R): as gate_up read it; None: likewise
 
 
 @dataclass(frozen=True)
@@ -128,25 +129,32 @@ def first_half(
 ) -> tuple[Tensor, Middle]:
     """Everything up to the gate, after attention for `places` alone. Returns x + y (T, H) and what lies between. `known`: not to be computed."""
     tokens, hidden = x.shape
-    normed = layer.qkv.input(tokens)
-    x = add_norm(x, y, layer.norm_in, layer.eps, normed[:, :hidden])
-    qkv, narrow_qkv = layer.qkv.forward(normed, where.scratch.weights(layer.qkv))
+    normed_x = layer.qkv.input(tokens)
+    x = add_norm(x, y, layer.norm_in, layer.eps, normed_x[:, :hidden])
+    qkv = layer.qkv.forward(normed_x, where.scratch.weights(layer.qkv))
     rotate(qkv[:, : layer.turned], where.cos, where.sin, qkv[:, : layer.turned])
     if known is None:
         kept = attention(*layer.split(qkv), where.bounds)
         attended, mid = chosen(kept.out.flatten(1), places), chosen(x, places)
         seen = layer.o.input(len(attended))
         seen[:, : layer.o.columns].copy_(attended)
-        y, narrow_o = layer.o.forward(seen, where.scratch.weights(layer.o))
+        y = layer.o.forward(seen, where.scratch.weights(layer.o))
+        narrow_o = layer.o.narrow(seen).clone()
         del seen
     else:
         kept, mid, narrow_o, y = known.kept, known.mid, known.narrow_o, None
-    normed = layer.gate_up.input(len(mid))
-    mid = add_norm(mid, y, layer.norm_mid, layer.eps, normed[:, :hidden])
+    normed_mid = layer.gate_up.input(len(mid))
+    mid = add_norm(mid, y, layer.norm_mid, layer.eps, normed_mid[:, :hidden])
     gate_up = layer.gate_up.output(len(mid))
-    weights = where.scratch.weights(layer.gate_up)
-    _, narrow_gate_up = layer.gate_up.forward(normed, weights, out=gate_up[:, : layer.gate_up.rows])
-    return x, Middle(qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up)
+    layer.gate_up.forward(normed_mid, where.scratch.weights(layer.gate_up), out=gate_up[:, : layer.gate_up.rows])
+    narrow_qkv, narrow_gate_up = layer.qkv.narrow(normed_x), layer.gate_up.narrow(normed_mid)
+    return x, Middle(qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up, normed_x, normed_mid)
+
+
+def lasting(middle: Middle) -> Middle:
+    """The same without the normed inputs, of which the narrow products were views."""
+    narrow_qkv, narrow_gate_up = middle.narrow_qkv.clone(), middle.narrow_gate_up.clone()
+    return replace(middle, narrow_qkv=narrow_qkv, narrow_gate_up=narrow_gate_up, normed_x=None, normed_mid=None)
 
 
 def chosen(t: Tensor, places: Tensor | None) -> Tensor:
@@ -181,11 +189,14 @@ def forward(
         Two parts of the output, (T, H) or (S, H), and what backward needs.
     """
     x, middle = first_half(layer, x, y, where, places)
+    middle = lasting(middle)
     product = layer.down.input(len(middle.mid))
     swiglu(middle.gate_up[:, : layer.gate_up.rows], product[:, : layer.down.columns])
-    y, narrow = layer.down.forward(product, where.scratch.weights(layer.down))
+    y = layer.down.forward(product, where.scratch.weights(layer.down))
+    if keep is None:
+        return middle.mid, y, None
     attended = Attended(middle.kept, middle.mid, middle.narrow_o) if keep_attended else None
-    return middle.mid, y, None if keep is None else Saved(x, narrow, middle if keep else None, attended, places)
+    return middle.mid, y, Saved(x, layer.down.narrow(product).clone(), middle if keep else None, attended, places)
 
 
 def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: bool) -> Tensor:
@@ -206,10 +217,11 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     down.accumulate(out, product, saved.narrow_down, where.scratch)
     del product
 
-    normed = torch.empty_like(middle.mid)
-    add_norm(middle.mid, None, layer.norm_mid, layer.eps, normed)
+    normed = gate_up.input(len(middle.mid)) if middle.normed_mid is None else middle.normed_mid
+    if middle.normed_mid is None:
+        add_norm(middle.mid, None, layer.norm_mid, layer.eps, normed[:, :hidden])
     gate_up.fold(middle.gate_up)
-    gate_up.accumulate(middle.gate_up, normed, middle.narrow_gate_up, where.scratch)
+    gate_up.accumulate(middle.gate_up, normed[:, :hidden], middle.narrow_gate_up, where.scratch)
     inner = gate_up.input_gradient(middle.gate_up, weights(gate_up))  # (T, H)
     norm_backward(inner, middle.mid, layer.norm_mid, layer.eps, grad[:, :hidden])
 
@@ -220,10 +232,12 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     parts = layer.split(middle.qkv)
     out = attention_backward(inner, *parts, middle.kept, where.bounds, where.cos, where.sin, room=qkv.rank)  # (T, N + R)
 
-    grad, normed = spread(grad, places, len(x)), torch.empty_like(x)
-    add_norm(x, None, layer.norm_in, layer.eps, normed)
+    grad = spread(grad, places, len(x))
+    normed = qkv.input(len(x)) if middle.normed_x is None else middle.normed_x
+    if middle.normed_x is None:
+        add_norm(x, None, layer.norm_in, layer.eps, normed[:, :hidden])
     qkv.fold(out)
-    qkv.accumulate(out, normed, middle.narrow_qkv, where.scratch)
+    qkv.accumulate(out, normed[:, :hidden], middle.narrow_qkv, where.scratch)
     if not first:
         norm_backward(qkv.input_gradient(out, weights(qkv)), x, layer.norm_in, layer.eps, grad[:, :hidden])
     return grad

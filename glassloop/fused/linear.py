@@ -107,21 +107,24 @@ class Linear:
         """(T, N + R): an output, or its gradient, with room for the adapters' columns."""
         return self.a.new_empty(tokens, self.rows + self.rank)
 
-    def forward(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x: (T, K + R), whose last R columns are written here; out: (T, N) to write to. Returns y (T, N) and x (sA)^T (T, R), for `backward`."""
-        narrow = torch.mm(x[:, : self.columns], self.a.t())  # (T, R)
-        x[:, self.columns :].copy_(narrow)
+    def narrow(self, x: Tensor) -> Tensor:
+        """(T, R): what `forward` left in the last columns of x, x (sA)^T; a view."""
+        return x[:, self.columns :]
+
+    def forward(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """y (T, N), in `out` where there is one. x: (T, K + R), whose last R columns are written here; `accumulate` needs them."""
+        torch.mm(x[:, : self.columns], self.a.t(), out=self.narrow(x))
         if self.bias is not None:
             x[:, self.columns + self.adapted].fill_(1)
         factor = weights[: self.rows].t()  # (K + R, N)
-        return torch.mm(x, factor) if out is None else torch.mm(x, factor, out=out), narrow
+        return torch.mm(x, factor) if out is None else torch.mm(x, factor, out=out)
 
     def fold(self, grad: Tensor) -> None:
         """Write dy B into the last R columns of grad (T, N + R), whose first N are dy; the two methods below need it."""
         torch.mm(grad[:, : self.rows], self.b, out=grad[:, self.rows :])
 
     def accumulate(self, grad: Tensor, x: Tensor, narrow: Tensor, scratch: Scratch) -> None:
-        """Leave dA and dB in the scratch. grad: (T, N + R), folded. x: (T, K). narrow: (T, R), as `forward` gave it."""
+        """Leave dA and dB in the scratch. grad: (T, N + R), folded. x: (T, K). narrow: (T, R), as `forward` left it."""
         if self.rank:
             grad_a, grad_b = scratch.products(self)
             product_fp32(grad[:, self.rows :].t(), x, grad_a)
