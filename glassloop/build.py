@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import sys
 import time
 from array import array
@@ -182,6 +183,8 @@ def build_run(config: Config) -> Run:
         measured_gib={"load": loaded_gib, "adapters": allocated_gib(device)},
         watchdog=Watchdog(folder, rank, ranks, timeout_s=config.execution.collective_timeout_s, asked_to_stop=lambda: stop.asked),
     )
+    if config.resume.run is None:
+        check_no_run_in(folder)  # once more: another process may have begun one while this one loaded the model
     if rank == 0:
         observe(run, dataset, tracker)
     run.attempt = gather_objects(run.attempt)[0]
@@ -281,13 +284,18 @@ def run_folder(config: Config) -> Path:
     """The run's folder, the same on every rank. Raises ValueError where a new run would write into an old one's."""
     if config.resume.run is not None:
         return Path(config.resume.run)
-    name = config.run.name or f"{config.preset or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.run.name or f"{config.preset or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = Path(config.run.dir) / gather_objects(name)[0]
+    check_no_run_in(folder)
+    return folder
+
+
+def check_no_run_in(folder: Path) -> None:
+    """Raise ValueError, on all ranks, where a run has begun in `folder`."""
     if any(gather_objects((folder / "config.yaml").exists())):
         raise ValueError(
             f"run.name = {folder.name}: {folder} already holds a run; choose another name, or go on with it: --resume {folder}"
         )
-    return folder
 
 
 def hash_of(dataset: Dataset) -> str:
