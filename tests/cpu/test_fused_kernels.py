@@ -89,6 +89,29 @@ def test_nf4_weights_come_out_with_bitsandbytes_bits(shapes, nested, dtype):
     )  # and no copy
 
 
+def test_small_adapters_count_in_bf16():
+    """After a first update B holds the learning rate. Folded in, what they do is added before the sum is rounded; a product of their own, as other
+    engines have it, is added to one that is rounded already, and is lost where it is less than half of the last place."""
+    from glassloop.fused.linear import Adapter, Linear, Scratch
+
+    packed, _, (weight,) = packed_of([(256, 512)], nested=True)
+    a, b = torch.nn.Parameter(torch.randn(16, 512) / 512**0.5), torch.nn.Parameter(torch.zeros(256, 16))
+    linear = Linear(packed, (Adapter(a, b, 1.0),), torch.bfloat16)
+    x = torch.randn(64, 512).bfloat16()
+    effect: dict[str, list[torch.Tensor]] = {"folded": [], "apart": []}
+    for size in (0.0, 2e-4):
+        with torch.no_grad():
+            b.copy_(torch.full_like(b, size) * torch.where(torch.rand(b.shape, generator=torch.manual_seed(2)) < 0.5, 1, -1))
+            linear.a.copy_(a), linear.b.copy_(b)
+            seen = linear.input(len(x))
+            seen[:, :512].copy_(x)
+            effect["folded"].append(linear.forward(seen, Scratch().weights(linear)).double())
+            effect["apart"].append((x @ weight.bfloat16().t() + x @ a.bfloat16().t() @ b.bfloat16().t()).double())
+    exact = (x.double() @ a.bfloat16().double().t()) @ b.bfloat16().double().t()
+    kept = {name: float(((after - before) * exact).sum() / exact.square().sum()) for name, (before, after) in effect.items()}
+    assert kept["folded"] == pytest.approx(1, abs=0.1) and kept["apart"] < 0.6, kept
+
+
 def as_stored(value: torch.Tensor, dtype: torch.dtype, *, by_kernel: bool) -> torch.Tensor:
     """fp32 in another dtype: rounded to the nearest, but the interpreter cuts the lower bits of a bf16 off."""
     if by_kernel and dtype == torch.bfloat16:
