@@ -199,6 +199,14 @@ def forward(
     return middle.mid, y, Saved(x, layer.down.narrow(product).clone(), middle if keep else None, attended, places)
 
 
+def normed_again(linear: Linear, known: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(T, H): norm(x) as `linear` read it, in a matrix of the same strides, so that products have the same bits whether it is `known` or not."""
+    if known is None:
+        known = linear.input(len(x))
+        add_norm(x, None, weight, eps, known[:, : linear.columns])
+    return known[:, : linear.columns]
+
+
 def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: bool) -> Tensor:
     """Leave the adapters' gradients in the scratch and turn `grad`, (T, H + R) or (S, H + R), of the layer's output, into that of its input.
 
@@ -217,11 +225,9 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     down.accumulate(out, product, saved.narrow_down, where.scratch)
     del product
 
-    normed = gate_up.input(len(middle.mid)) if middle.normed_mid is None else middle.normed_mid
-    if middle.normed_mid is None:
-        add_norm(middle.mid, None, layer.norm_mid, layer.eps, normed[:, :hidden])
+    normed = normed_again(gate_up, middle.normed_mid, middle.mid, layer.norm_mid, layer.eps)
     gate_up.fold(middle.gate_up)
-    gate_up.accumulate(middle.gate_up, normed[:, :hidden], middle.narrow_gate_up, where.scratch)
+    gate_up.accumulate(middle.gate_up, normed, middle.narrow_gate_up, where.scratch)
     inner = gate_up.input_gradient(middle.gate_up, weights(gate_up))  # (T, H)
     norm_backward(inner, middle.mid, layer.norm_mid, layer.eps, grad[:, :hidden])
 
@@ -233,11 +239,9 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     out = attention_backward(inner, *parts, middle.kept, where.bounds, where.cos, where.sin, room=qkv.rank)  # (T, N + R)
 
     grad = spread(grad, places, len(x))
-    normed = qkv.input(len(x)) if middle.normed_x is None else middle.normed_x
-    if middle.normed_x is None:
-        add_norm(x, None, layer.norm_in, layer.eps, normed[:, :hidden])
+    normed = normed_again(qkv, middle.normed_x, x, layer.norm_in, layer.eps)
     qkv.fold(out)
-    qkv.accumulate(out, normed[:, :hidden], middle.narrow_qkv, where.scratch)
+    qkv.accumulate(out, normed, middle.narrow_qkv, where.scratch)
     if not first:
         norm_backward(qkv.input_gradient(out, weights(qkv)), x, layer.norm_in, layer.eps, grad[:, :hidden])
     return grad
