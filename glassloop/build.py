@@ -58,6 +58,8 @@ from glassloop.terminal import TerminalObserver
 from glassloop.trackers import TrackerObserver, check_tracking, make_tracker_observer
 from glassloop.watchdog import Watchdog
 
+LOST_IN_BF16 = "note: PEFT adds the adapters' share to products rounded to bf16; while adapters are small, part of it is lost (docs/findings.md)"
+
 
 def build_run(config: Config) -> Run:
     """Build every part of the run on this rank. Raises ValueError, with the cure, for what cannot be run as asked."""
@@ -331,6 +333,7 @@ def header(
         *([f"engine    {auto}"] if auto else []),
         f"executed  {layout}; {execution.reduction} reduction, {batches.plan.ranks} x {hardware}; engine {execution.engine}, "
         f"{execution.precision}, activations {checkpointing}",
+        *([f"          {LOST_IN_BF16}"] if execution.engine == "peft" and execution.precision == "bf16" else []),
         f"trains    {adapters.trainable:,} parameters: W + ({config.lora.alpha:g}/{config.lora.r}) B A on {', '.join(config.lora.targets)}",
         *(f"          {line}" for line in audit_table(dtype_audit(engine.hf)).splitlines()),
     ]

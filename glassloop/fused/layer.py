@@ -132,6 +132,7 @@ def first_half(
     normed_x = layer.qkv.input(tokens)
     x = add_norm(x, y, layer.norm_in, layer.eps, normed_x[:, :hidden])
     qkv = layer.qkv.forward(normed_x, where.scratch.weights(layer.qkv))
+    narrow_qkv = layer.qkv.narrow(normed_x)
     rotate(qkv[:, : layer.turned], where.cos, where.sin, qkv[:, : layer.turned])
     if known is None:
         kept = attention(*layer.split(qkv), where.bounds)
@@ -139,7 +140,7 @@ def first_half(
         seen = layer.o.input(len(attended))
         seen[:, : layer.o.columns].copy_(attended)
         y = layer.o.forward(seen, where.scratch.weights(layer.o))
-        narrow_o = layer.o.narrow(seen).clone()
+        narrow_o = layer.o.narrow(seen)
         del seen
     else:
         kept, mid, narrow_o, y = known.kept, known.mid, known.narrow_o, None
@@ -147,14 +148,8 @@ def first_half(
     mid = add_norm(mid, y, layer.norm_mid, layer.eps, normed_mid[:, :hidden])
     gate_up = layer.gate_up.output(len(mid))
     layer.gate_up.forward(normed_mid, where.scratch.weights(layer.gate_up), out=gate_up[:, : layer.gate_up.rows])
-    narrow_qkv, narrow_gate_up = layer.qkv.narrow(normed_x), layer.gate_up.narrow(normed_mid)
+    narrow_gate_up = layer.gate_up.narrow(normed_mid)
     return x, Middle(qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up, normed_x, normed_mid)
-
-
-def lasting(middle: Middle) -> Middle:
-    """The same without the normed inputs, of which the narrow products were views."""
-    narrow_qkv, narrow_gate_up = middle.narrow_qkv.clone(), middle.narrow_gate_up.clone()
-    return replace(middle, narrow_qkv=narrow_qkv, narrow_gate_up=narrow_gate_up, normed_x=None, normed_mid=None)
 
 
 def chosen(t: Tensor, places: Tensor | None) -> Tensor:
@@ -189,14 +184,14 @@ def forward(
         Two parts of the output, (T, H) or (S, H), and what backward needs.
     """
     x, middle = first_half(layer, x, y, where, places)
-    middle = lasting(middle)
+    middle = replace(middle, normed_x=None, normed_mid=None)  # quick to compute again
     product = layer.down.input(len(middle.mid))
     swiglu(middle.gate_up[:, : layer.gate_up.rows], product[:, : layer.down.columns])
     y = layer.down.forward(product, where.scratch.weights(layer.down))
     if keep is None:
         return middle.mid, y, None
     attended = Attended(middle.kept, middle.mid, middle.narrow_o) if keep_attended else None
-    return middle.mid, y, Saved(x, layer.down.narrow(product).clone(), middle if keep else None, attended, places)
+    return middle.mid, y, Saved(x, layer.down.narrow(product), middle if keep else None, attended, places)
 
 
 def normed_again(linear: Linear, known: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:

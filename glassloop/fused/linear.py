@@ -108,12 +108,12 @@ class Linear:
         return self.a.new_empty(tokens, self.rows + self.rank)
 
     def narrow(self, x: Tensor) -> Tensor:
-        """(T, R): what `forward` left in the last columns of x, x (sA)^T; a view."""
-        return x[:, self.columns :]
+        """(T, R): a copy of what `forward` left in the last columns of x, x (sA)^T."""
+        return x[:, self.columns :].clone(memory_format=torch.contiguous_format)
 
     def forward(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """y (T, N), in `out` where there is one. x: (T, K + R), whose last R columns are written here; `accumulate` needs them."""
-        torch.mm(x[:, : self.columns], self.a.t(), out=self.narrow(x))
+        torch.mm(x[:, : self.columns], self.a.t(), out=x[:, self.columns :])
         if self.bias is not None:
             x[:, self.columns + self.adapted].fill_(1)
         factor = weights[: self.rows].t()  # (K + R, N)

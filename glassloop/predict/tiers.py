@@ -121,9 +121,10 @@ def held_bytes(one: Sizes) -> int:
 def live_bytes(one: Sizes, tokens: int) -> int:
     """At most at one time within a layer's backward, beyond what the layer keeps: the MLP's gradient, or attention's, and normed inputs."""
     hidden = one.qkv.columns
-    mlp = one.down.columns + 5 * hidden
-    attention = 3 * hidden + one.qkv.rows + 4 * one.o.columns  # as torch's flash kernel does; ours takes less
-    return tokens * one.element * max(mlp, attention)
+    normed = hidden + one.qkv.rank + one.gate_up.rank
+    mlp = one.down.columns + 4 * hidden
+    attention = 2 * hidden + one.qkv.rows + 4 * one.o.columns  # as torch's flash kernel does; ours takes less
+    return tokens * one.element * (normed + max(mlp, attention))
 
 
 def shadow_bytes(one: Sizes) -> int:

@@ -341,3 +341,13 @@ def test_a_plan_looks_at_a_local_models_config(capsys, monkeypatch, tiny_llama, 
     for folder, engine in ((tiny_llama, "fused"), (changed("llama", hidden_act="gelu"), "peft")):
         assert plan(["r1_8b_scam", f"model.id={folder}", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["engine"] == engine
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "said"), [("peft", "bf16", True), ("peft", "fp32", False), ("fused", "bf16", False)]
+)
+def test_the_header_says_what_peft_loses_in_bf16(run_of, engine, precision, said):
+    if engine == "fused":
+        pytest.importorskip("triton")
+    header = run_of(execution={"engine": engine, "precision": precision}).header
+    assert any("part of it is lost" in line for line in header) is said
