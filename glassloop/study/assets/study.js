@@ -47,7 +47,7 @@
     $("question").textContent = data.question;
     const equal = data.equal ? ` · cells have equal ${data.equal.replace("_", " ")}` : "";
     $("facts").textContent = `${groups.length} settings, seeds ${data.seeds.join(", ")}${equal}${data.beside > 1 ? ` · up to ${data.beside} cells beside each other, so times are not comparable` : ""}`;
-    $("claim-list").replaceChildren(...data.claims.map((claim) => make("div", { class: "alert" },
+    $("claim-list").replaceChildren(...data.claims.map((claim) => make("div", { class: `alert ${claim.verdict in colours ? claim.verdict : "unresolved"}` },
       make("div", {}, make("b", { class: colours[claim.verdict] || "look" }, claim.verdict), ` · ${claim.says}`),
       make("div", { class: "quiet" }, `${claim.quantity} (${data.quantities[claim.quantity]?.words ?? "not measured"}): ${claim.why}`), drawn(claim), claim.pairs.length ? pairTable(claim) : null)));
     if (!data.claims.length) $("claim-list").append(make("p", { class: "none" }, "The study makes no claim."));
@@ -59,7 +59,7 @@
       if (!names.length) continue;
       const text = (value) => make("div", {}, make("div", {}, `${show(value.mean)}${value.deviation === null ? "" : ` ± ${show(Number(value.deviation.toPrecision(2)))}`}`), make("div", { class: "quiet" }, Object.values(value.by_seed).map((one) => show(one)).join(" · ")));
       const lines = groups.map((group) => ({ cells: [group.name, group.finished, ...names.map((name) => text(group.values[name]))] }));
-      $("cell-list").append(make("h3", {}, measure), make("div", { class: "scroll" }, table(["setting", "#seeds", ...names.map((name) => `#${data.quantities[name].words}, ${data.quantities[name].unit}`)], lines)));
+      $("cell-list").append(make("h3", {}, measure), make("div", { class: "scroll whole" }, table(["setting", "#seeds", ...names.map((name) => `#${data.quantities[name].words}, ${data.quantities[name].unit}`)], lines)));
     }
     if (data.missing.length) $("cell-list").append(make("h3", {}, "No result"), table(["cell", "why"], data.missing.map((cells) => ({ cells }))));
     $("memory-phases").hidden = !data.memory.length;
