@@ -10,7 +10,7 @@
   }));
   const x = [...new Set(groups.flatMap((group) => [...group.curves.update, ...group.heldout.map(([update]) => update)]))].sort((a, b) => a - b);
   const curves = (name) => groups.map((group) => ({ name: group.name, ...group.look, width: 1.6, values: x.map((update) => (group.at.has(update) ? group.columns[name][group.at.get(update)] : null)) }));
-  const colours = { supported: "good", contradicted: "bad" };
+  const colour = (claim) => ({ supported: "good", contradicted: "bad" })[claim.verdict] || "look";
 
   // The interval on its own scale: a line, its middle, 0 and what was claimed.
   function drawn(claim) {
@@ -33,7 +33,7 @@
     const label = svg("text", { x: at(0), y: 42, "font-size": 11, "text-anchor": "middle", fill: "currentColor" });
     label.textContent = "0";
     picture.append(label);
-    return make("div", { class: `scroll ${colours[claim.verdict] || "look"}` }, picture);
+    return make("div", { class: `scroll ${colour(claim)}` }, picture);
   }
 
   function pairTable(claim) {
@@ -47,8 +47,8 @@
     $("question").textContent = data.question;
     const equal = data.equal ? ` · cells have equal ${data.equal.replace("_", " ")}` : "";
     $("facts").textContent = `${groups.length} settings, seeds ${data.seeds.join(", ")}${equal}${data.beside > 1 ? ` · up to ${data.beside} cells beside each other, so times are not comparable` : ""}`;
-    $("claim-list").replaceChildren(...data.claims.map((claim) => make("div", { class: `alert ${claim.verdict in colours ? claim.verdict : "unresolved"}` },
-      make("div", {}, make("b", { class: colours[claim.verdict] || "look" }, claim.verdict), ` · ${claim.says}`),
+    $("claim-list").replaceChildren(...data.claims.map((claim) => make("div", { class: `alert is-${colour(claim)}` },
+      make("div", {}, make("b", { class: colour(claim) }, claim.verdict), ` · ${claim.says}`),
       make("div", { class: "quiet" }, `${claim.quantity} (${data.quantities[claim.quantity]?.words ?? "not measured"}): ${claim.why}`), drawn(claim), claim.pairs.length ? pairTable(claim) : null)));
     if (!data.claims.length) $("claim-list").append(make("p", { class: "none" }, "The study makes no claim."));
     if (data.cannot_say) $("claim-list").append(make("p", { class: "how" }, `What this cannot say: ${data.cannot_say}`));
