@@ -1,5 +1,7 @@
 """Read-only probes of an update: norms of every adapter matrix's gradient, weight and step, and of the change that they make to the model.
 
+Matrices are taken many at a launch: one at a time, an 8B model's 448 cost the host more than a short update's passes take.
+
 Legend: R rank of the adapters, M adapter matrices, K adapted modules.
 """
 
@@ -16,10 +18,12 @@ from torch import Tensor
 from glassloop.optim import FlatAdapters
 from glassloop.record import ProbeRecord
 
+ELEMENTS = 2**22  # of adapters whose products are taken in one launch: some 80 MiB of products and copies
+
 
 @dataclass(frozen=True)
 class Before:
-    """What has to be read before the optimizer moves. One copy of the adapters is all the memory that a probe takes."""
+    """What has to be read before the optimizer moves. One copy of the adapters is all the memory that a probe holds until then."""
 
     weights: Tensor  # (N,) fp32, a copy of the flat adapters
     grad_norms: Tensor  # (M,) float64, unscaled
@@ -44,16 +48,15 @@ def read_after(
     rows = [before.grad_norms, before.weight_norms]
     if applied:
         step = adapters.flat.detach() - before.weights
-        unmoved = torch.stack([(place.of(step) == 0).sum() for place in adapters.slices.values()])
-        deltas = [_delta_norm(adapters, before.weights, i, j) * scaling for i, j in pairs]
-        rows += [
-            _norms(adapters, step),
-            unmoved.double(),
-            torch.stack(deltas) if deltas else step.new_zeros(0, dtype=torch.float64),
-        ]
+        rows.append(_norms(adapters, step))
+        rows.append(_norms(adapters, step.eq_(0), 1))  # in place, 1 where nothing moved: the sum counts them
+        order, deltas = _delta_norms(adapters, before.weights, pairs)
+        rows.append(deltas * scaling)
     widths = [len(row) for row in rows]
     grad, weight, *stepped = (part.tolist() for part in torch.cat(rows).cpu().split(widths))
     update_norm, unmoved_entries, delta = stepped if applied else (None, None, None)
+    if delta is not None:
+        delta = [norm for _, norm in sorted(zip(order, delta, strict=True))]
     sizes = [place.size for place in adapters.slices.values()]
     whole = math.hypot(*weight)
     return ProbeRecord(
@@ -91,18 +94,33 @@ def first_nonfinite(adapters: FlatAdapters) -> str | None:
     return None
 
 
-def _norms(adapters: FlatAdapters, flat: Tensor) -> Tensor:
-    """(M,) float64: each matrix's L2 norm."""
+def _norms(adapters: FlatAdapters, flat: Tensor, order: int = 2) -> Tensor:
+    """(M,) float64: each matrix's L2 norm, or the sum of its absolute entries (order 1)."""
     views = [place.of(flat) for place in adapters.slices.values()]
-    return torch.stack(torch._foreach_norm(views, 2, torch.float64))  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(torch._foreach_norm(views, order, torch.float64))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _delta_norm(adapters: FlatAdapters, before: Tensor, a: int, b: int) -> Tensor:
-    """() float64: |B'A' - BA|, from products of size (2R, 2R): B'A' - BA = [B', B' - B] [A' - A; A], and |XY|^2 = <X^T X, Y Y^T>."""
-    places = list(adapters.slices.values())
-    a_new, b_new = places[a].of(adapters.flat.detach()), places[b].of(adapters.flat.detach())  # (R, in), (out, R)
-    a_old, b_old = places[a].of(before), places[b].of(before)
-    x = torch.cat([b_new, b_new - b_old], dim=1)  # (out, 2R)
-    y = torch.cat([a_new - a_old, a_old])  # (2R, in)
-    squared = ((x.T @ x).double() * (y @ y.T).double()).sum()
-    return squared.clamp_min(0).sqrt()
+def _delta_norms(adapters: FlatAdapters, before: Tensor, pairs: list[tuple[int, int]]) -> tuple[list[int], Tensor]:
+    """|B'A' - BA| of every module, modules of the same shapes together: where each stands in `pairs`, and (K,) float64 in that order.
+
+    From products of size (2R, 2R): B'A' - BA = [B', B' - B] [A' - A; A], and |XY|^2 = <X^T X, Y Y^T>.
+    """
+    places, new = list(adapters.slices.values()), adapters.flat.detach()
+    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for index, (a, b) in enumerate(pairs):
+        alike.setdefault((places[a].shape, places[b].shape), []).append(index)
+    order: list[int] = []
+    squares = [before.new_zeros(0, dtype=torch.float64)]
+    for members in alike.values():
+        size = sum(places[matrix].size for matrix in pairs[members[0]])
+        together = max(1, ELEMENTS // size)
+        for start in range(0, len(members), together):
+            some = members[start : start + together]
+            a_places, b_places = zip(*((places[a], places[b]) for a, b in (pairs[index] for index in some)), strict=True)
+            a_new, a_old = (torch.stack([place.of(flat) for place in a_places]) for flat in (new, before))  # (K, R, in)
+            b_new, b_old = (torch.stack([place.of(flat) for place in b_places]) for flat in (new, before))  # (K, out, R)
+            x = torch.cat([b_new, b_new - b_old], dim=2)  # (K, out, 2R)
+            y = torch.cat([a_new - a_old, a_old], dim=1)  # (K, 2R, in)
+            squares.append(((x.mT @ x).double() * (y @ y.mT).double()).sum(dim=(1, 2)))
+            order += some
+    return order, torch.cat(squares).clamp_min(0).sqrt()
