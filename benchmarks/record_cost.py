@@ -125,6 +125,7 @@ def main() -> None:
     result = {
         "what": "record_cost",
         "workload": given.workload,
+        "overrides": overrides,
         "rows_per_update": per_update,
         "seconds": times,
         "median_s": medians,
