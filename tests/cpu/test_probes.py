@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from glassloop import probes
 from glassloop.optim import FlatAdapters, make_optimizer
 from glassloop.probes import first_nonfinite, read_after, read_before, short_name
 
@@ -55,6 +56,29 @@ def test_the_change_of_the_model_is_that_of_the_product():
     for k, (a, b) in enumerate(((NAMES[0], NAMES[1]), (NAMES[2], NAMES[3]))):
         change = SCALING * (new[b] @ new[a] - old[b] @ old[a])
         assert record.delta_norm[k] == pytest.approx(change.norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("elements", [1, 700, 2**22])  # one at a time, two at a time, all of a shape at once
+def test_modules_of_several_shapes_keep_their_places(elements: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probes, "ELEMENTS", elements)
+    torch.manual_seed(1)
+    sizes = {"q_proj": (40, 30), "k_proj": (40, 10), "o_proj": (30, 40), "v_proj": (40, 10)}  # in, out; rank 4
+    shapes = {
+        f"base_model.model.model.layers.{i}.self_attn.{module}.lora_{m}.default.weight": (4, a) if m == "A" else (b, 4)
+        for i in range(3)
+        for module, (a, b) in sizes.items()
+        for m in "AB"
+    }
+    found = FlatAdapters((name, nn.Parameter(torch.randn(shape))) for name, shape in shapes.items())
+    old = {short_name(name): place.of(found.flat.data).double() for name, place in found.slices.items()}
+    before = read_before(found, 1.0)
+    found.flat.data.add_(torch.randn_like(found.flat.data) * 0.1)
+    new = {short_name(name): place.of(found.flat.data).double() for name, place in found.slices.items()}
+    record = read_after(before, found, update=1, applied=True, scaling=SCALING, attempt=1)
+    assert record.modules == tuple(f"layers.{i}.self_attn.{module}" for i in range(3) for module in sizes)
+    for module, norm in zip(record.modules, record.delta_norm, strict=True):
+        a, b = f"{module}.A", f"{module}.B"
+        assert norm == pytest.approx(SCALING * (new[b] @ new[a] - old[b] @ old[a]).norm().item(), rel=1e-5)
 
 
 def test_a_skipped_update_has_gradients_and_no_step():
