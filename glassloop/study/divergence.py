@@ -54,7 +54,7 @@ def where_to_look(run: RunData) -> tuple[int, str]:
         for one in run.updates
         if (norm := number(one["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
     ]
-    return (int(max(norms)[1]), "the largest gradient norm; no alarm was raised") if norms else (1, "no norm is on record")
+    return (int(max(norms)[1]), "the largest gradient norm; no spike was told") if norms else (1, "no norm is on record")
 
 
 def bisect(one: Divergence, out: Path, environment: dict[str, str], timeout_s: float = BISECT_TIMEOUT_S) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from glassloop.report.reading import RunData, number
 from glassloop.study.answers import Answers
 from glassloop.study.critical import lines
 from glassloop.study.quantities import QUANTITIES
-from glassloop.study.results import Group, plain
+from glassloop.study.results import Group, environments_of, plain
 from glassloop.study.text import columns_of
 from glassloop.study.verdicts import as_plain
 
@@ -38,6 +38,7 @@ def payload(answers: Answers) -> dict[str, Any]:
         "seeds": list(study.seeds),
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "glassloop": glassloop.__version__,
+        "places": [place_line(one) for one in environments_of(answers.results)],
         "quantities": {
             name: {"measure": QUANTITIES[name].measure, "unit": QUANTITIES[name].unit, "words": QUANTITIES[name].words}
             for name in columns_of(study, groups)
@@ -64,6 +65,14 @@ def payload(answers: Answers) -> dict[str, Any]:
         "missing": [[one.cell.name, one.why] for one in answers.results if one.kind not in ("done", "diverged")],
         "beside": max((one.beside or 0 for one in answers.results), default=0),
     }
+
+
+def place_line(place: Mapping[str, Any]) -> str:
+    """One of results.environments_of in a line: card, torch, commit."""
+    gpus = [gpu["name"] for gpu in place.get("gpus") or []]
+    commit, torch = (place.get("git") or {}).get("commit"), (place.get("packages") or {}).get("torch")
+    parts = [", ".join(gpus) or "CPU", f"torch {torch}", f"commit {commit[:10]}" if commit else "no commit"]
+    return f"{place['cells']} cells on {'; '.join(parts)}"
 
 
 def page(data: dict[str, Any]) -> str:

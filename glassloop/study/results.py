@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -105,9 +106,20 @@ def groups_of(results: Sequence[CellResult]) -> list[Group]:
     ]
 
 
+def environments_of(results: Sequence[CellResult]) -> list[dict[str, Any]]:
+    """Where the cells ran, each place once: versions, commit, GPUs as env.json has them, and how many cells are from there."""
+    places: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result.run is not None and result.run.env:
+            place = {name: value for name, value in result.run.env.items() if name not in ("schema", "started", "command")}
+            places.setdefault(json.dumps(place, sort_keys=True), place | {"cells": 0})["cells"] += 1
+    return list(places.values())
+
+
 def as_plain(results: Sequence[CellResult], groups: Sequence[Group], out: Path) -> dict[str, Any]:
-    """Plain JSON of cells and settings; a number that is not finite is text."""
+    """Plain JSON of places, cells and settings; a number that is not finite is text."""
     return {
+        "environments": environments_of(results),
         "quantities": {name: {"unit": one.unit, "words": one.words} for name, one in QUANTITIES.items()},
         "cells": [
             {

@@ -83,6 +83,8 @@ def test_a_study_runs_every_cell_once_and_judges_its_claim(stood_in: Path, tmp_p
     assert claim["difference"] == pytest.approx(-0.0993333, abs=1e-6)
     assert (claim["low"], claim["high"]) == pytest.approx((-0.1007676, -0.0978991), abs=1e-6)
     assert len(attempts(out)) == 6 and max(line["beside"] for line in attempts(out)) == 3
+    assert found["environments"] == [{"packages": {"torch": "2.13.0"}, "cells": 6}]
+    assert "6 cells on CPU; torch 2.13.0; no commit" in (out / "study.html").read_text()
     assert not list(out.glob("cells/*/checkpoints")), "adapters of dozens of cells would fill a disk"
     said = capsys.readouterr().out
     assert "supported: a higher rank ends lower" in said and "-0.09933" in said

@@ -67,7 +67,7 @@
     $("diverged").hidden = !data.diverged.length;
     $("diverged-list").replaceChildren(...data.diverged.map((one) => make("div", { class: "alert" }, make("b", {}, one.cell), ` · update ${one.update}, ${one.why} `, command(one.command), one.answer ? make("pre", {}, one.answer) : null)));
     $("asked-words").textContent = data.words.join("\n");
-    $("foot").textContent = `From ${data.file}, by glassloop ${data.glassloop}, ${data.made}. Curves: uPlot (MIT).`;
+    $("foot").textContent = `From ${data.file}, by glassloop ${data.glassloop}, ${data.made}. ${data.places.map((place) => `${place}. `).join("")}Curves: uPlot (MIT).`;
   }
 
   function drawAll() {
