@@ -218,27 +218,50 @@ def no_learning(count: int) -> list[dict[str, Any]]:
     return result
 
 
+def residuals(series: Series) -> dict[int, float]:
+    """Update -> how far its loss lies off the line through its stretch of 20 whole updates, as a share of that line's mean."""
+    found = {}
+    whole = [s for s in series.signals if s.rows == series.rows_per_update]
+    for start in range(0, len(whole), 20):
+        part = whole[start : start + 20]
+        if len(part) < 5:
+            part = whole[-5:]
+        line = fit([float(s.update) for s in part], [s.loss_nats for s in part])
+        found |= {s.update: (s.loss_nats - line.mean_y - line.slope * (s.update - line.mean_x)) / line.mean_y for s in part}
+    return found
+
+
 def stuck(all_series: Sequence[Series]) -> dict[str, Any]:
     """Clean runs whose loss is made flat: each whole window's loss without the run's line, so that only its real scatter is left."""
     told = []
     for series in all_series:
         first = series.signals[:10]
         level = sum(s.loss_nats for s in first) / len(first)
-        lines = {}
-        whole = [s for s in series.signals if s.rows == series.rows_per_update]
-        for start in range(0, len(whole), 20):
-            part = whole[start : start + 20]
-            if len(part) < 5:
-                part = whole[-5:]
-            line = fit([float(s.update) for s in part], [s.loss_nats for s in part])
-            lines.update(
-                {s.update: (s.loss_nats - line.mean_y - line.slope * (s.update - line.mean_x)) / line.mean_y for s in part}
-            )
-        if len(whole) - series.warmup_updates < DEFAULTS.no_learning_updates:
+        lines = residuals(series)
+        if sum(s.rows == series.rows_per_update for s in series.signals) - series.warmup_updates < DEFAULTS.no_learning_updates:
             continue
         alarms = ask(series, lambda s, i, at=lines, flat=level: replace(s, loss_nats=flat * (1 + at.get(s.update, 0.0))))
         told.append(any(kind == "no_learning" for _, kind in alarms))
     return share(told)
+
+
+def diverging(all_series: Sequence[Series]) -> dict[str, Any]:
+    """From the fourth update on the loss lies at a multiple of the first one, with its own scatter; how many updates until it is told."""
+
+    def delay(series: Series, factor: float) -> int | None:
+        level, lines = factor * series.signals[0].loss_nats, residuals(series)
+        alarms = ask(series, lambda s, i: replace(s, loss_nats=level * (1 + lines.get(s.update, 0.0))) if s.update >= 4 else s)
+        return next((update - 3 for update, kind in alarms if kind == "diverged"), None)
+
+    result = {}
+    for factor in (1.0, 1.2, 1.5, 2.0, 3.0):
+        delays = [delay(series, factor) for series in all_series]
+        told = [d for d in delays if d is not None]
+        result[f"x{factor:g}"] = {
+            **share([d is not None for d in delays]),
+            "updates_until": statistics.median(told) if told else None,
+        }
+    return result
 
 
 def main() -> None:
@@ -277,6 +300,7 @@ def main() -> None:
         "loss_of_one_row_times": {"whole window": row_spikes(series, tail=False), "tail": row_spikes(series, tail=True)},
         "norm_falls_from_update_30": vanishing(series),
         "loss_made_flat": stuck(series),
+        "loss_from_update_4_at_a_multiple_of_the_first": diverging(series),
         "drawn_spikes": synthetic(asked.drawn),
         "drawn_no_learning": no_learning(asked.drawn),
     }

@@ -101,7 +101,11 @@ def signals_of(window: Window, gate: Gate, terms: Terms) -> Signals:
 
 def reaction_to(kind: str, stability: StabilityConfig) -> str:
     """warn | clip | skip | stop, as configured for a kind of finding."""
-    reactions = {"vanishing_gradient": stability.on_vanishing, "no_learning": stability.on_no_learning}
+    reactions = {
+        "vanishing_gradient": stability.on_vanishing,
+        "no_learning": stability.on_no_learning,
+        "diverged": stability.on_diverged,
+    }
     return reactions.get(kind, stability.on_spike)
 
 

@@ -66,6 +66,8 @@ class StabilityConfig(Section):
     """The same where the gradient norm falls out of its window."""
     on_no_learning: Literal["warn", "stop"] = "warn"
     """The same where the loss has not fallen over `no_learning_updates`."""
+    on_diverged: Literal["warn", "stop"] = "warn"
+    """The same where the loss stays far above the one that the run began with."""
     window_updates: int = Field(default=20, ge=8)
     """Sound updates that a new one is compared with."""
     false_alarm_rate: float = Field(default=1e-5, gt=0, le=0.05)

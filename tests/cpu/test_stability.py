@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from glassloop.config import StabilityConfig
 from glassloop.forecast import LEAST_SIGMA, forecast, student_tail
-from glassloop.stability import LEAST_ENTRIES, NEW_LEVEL_UPDATES, VANISHING_UPDATES, Detectors, Finding, Signals
+from glassloop.stability import DIVERGED_UPDATES, LEAST_ENTRIES, NEW_LEVEL_UPDATES, VANISHING_UPDATES, Detectors, Finding, Signals
 
 DEFAULTS = {name: getattr(StabilityConfig(), name) for name in ("window_updates", "false_alarm_rate", "no_learning_updates")}
 Told = list[tuple[int, str]]
@@ -338,6 +338,74 @@ def test_a_loss_that_falls_is_not_told(fall: float) -> None:
 
 def test_a_loss_that_rises_is_told() -> None:
     assert "no_learning" in [kind for _, kind in told(sound(sigma=0.02, fall=-0.3))]
+
+
+# Divergence.
+
+# What SmolLM2 did in the first updates at lr = 5e-2, in nats a token, before any window is there to compare with.
+TOO_HIGH_A_RATE = (3.85, 4.14, 10.14, 12.27, 16.62, 16.27, 15.93, 22.85, 83.53, 33.41, 14.84, 15.59, 12.64, 13.21, 12.14)
+
+
+def losses(values: Iterable[float], rows: int = 16) -> list[Signals]:
+    return [Signals(u, 2e-4, rows, 25 * rows, loss, 0.8) for u, loss in enumerate(values, start=1)]
+
+
+def test_a_run_that_diverges_in_warmup_is_told_once_and_why() -> None:
+    watching, found = detectors(), []
+    for signals in losses(TOO_HIGH_A_RATE):
+        findings = watching.look(signals)
+        watching.note(signals, findings, True)
+        found += [(signals.update, finding) for finding in findings]
+    (update, finding) = found[0]
+    assert (update, finding.kind) == (3 + DIVERGED_UPDATES - 1, "diverged")
+    assert "stood far above the 3.85 that the run began with" in finding.message
+    assert finding.details == {"value": 15.93, "start_nats": 3.85, "lr": 2e-4}
+    assert [kind for _, kind in ((u, f.kind) for u, f in found)].count("diverged") == 1
+
+
+def test_a_second_update_that_has_leapt_already_hides_nothing() -> None:
+    assert (7, "diverged") in told(losses([3.8, 20.0, *[12.0] * 10]))
+
+
+def test_it_is_told_again_once_the_loss_had_come_down() -> None:
+    series = losses([2.0, 2.0, *[4.0] * 6, 1.9, *[4.0] * 6])
+    assert [update for update, kind in told(series) if kind == "diverged"] == [7, 14]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [2.0, 2.0, *[4.0] * 4, 1.9, *[4.0] * 4, 1.9],  # never five in a row
+        [2.0, 2.0, *[2.95] * 20],  # above, and not far
+        [0.01, 0.01, *[0.09] * 20],  # nine times nothing is nothing
+        [2.0, 3.0, *[3.9] * 20],  # within what the first two scatter by
+    ],
+)
+def test_a_loss_that_is_not_far_above_for_long_has_not_diverged(values: list[float]) -> None:
+    assert "diverged" not in [kind for _, kind in told(losses(values))]
+
+
+@pytest.mark.parametrize("tail", [5, 7])  # in the middle of the row, and where the fifth would be
+def test_tails_neither_count_nor_break_the_row(tail: int) -> None:
+    series = losses([2.0, 2.0, *[4.0] * 8])
+    series[tail - 1] = replace(series[tail - 1], rows=8)
+    assert [update for update, kind in told(series) if kind == "diverged"] == [8]
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.2])
+def test_a_run_that_learns_nothing_has_not_diverged(sigma: float) -> None:
+    series = (sound(200, sigma=sigma, fall=0.0, seed=seed) for seed in range(50))
+    assert sum("diverged" in [kind for _, kind in told(one)] for one in series) == 0
+
+
+def test_the_row_of_high_losses_goes_on_after_a_checkpoint() -> None:
+    first, second, series = detectors(), detectors(), losses([2.0, 2.0, *[4.0] * 8])
+    told(series[:5], first)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert told(series[5:], second) == [(7, "diverged")]
+    older = {name: value for name, value in first.state().items() if name != "above_in_a_row"}
+    second.restore(older)  # of a checkpoint from before there was such a thing
+    assert second.state()["above_in_a_row"] == 0
 
 
 INNOCENT = {
