@@ -33,7 +33,7 @@ STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (300.0, ("peft",)),
     (240.0, ("one_rank", "verify", "killed")),
     (90.0, ("ddp",)),
-    (120.0, ("fused",)),
+    (150.0, ("fused",)),
     (330.0, ("bench",)),
     (300.0, ("peers",)),
 )

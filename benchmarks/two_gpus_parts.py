@@ -91,13 +91,34 @@ def ddp(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
 
 
 def fused(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    """The fast engine on two ranks: its first update beside the reference engine's, all of them beside the same engine on one rank.
+
+    No more than the first beside the reference: in bf16 that rounds most of small adapters' share away, so the two part (docs/findings.md).
+    """
     words = ["execution.engine=fused", "execution.layout=packed"]
-    return {"engine fused, same losses": _beside(place, asked, until, "fused", 2, words)}
+    return {
+        "engine fused, first update": _beside(place, asked, until, "fused", 2, words, most=1),
+        "engine fused, one rank": _beside(place, asked, until, "fused-one-rank", 1, words, beside="fused"),
+    }
 
 
-def _beside(place: Place, asked: Asked, until: float, name: str, ranks: int, words: list[str]) -> Verdict:
-    """The first updates of the recipe done otherwise, beside those of the run `peft`: same plan, so same rows and lr; ended by SIGTERM then."""
-    folder, known = place.work / "runs" / name, place.work / "runs" / "peft"
+def _beside(
+    place: Place,
+    asked: Asked,
+    until: float,
+    name: str,
+    ranks: int,
+    words: list[str],
+    *,
+    beside: str = "peft",
+    most: int | None = None,
+) -> Verdict:
+    """The first updates of the recipe done otherwise, beside those of another run: same plan, so same rows and lr; ended by SIGTERM then.
+
+    Args:
+        beside: name of the other run. most: updates that are compared; None: all of the first.
+    """
+    folder, known = place.work / "runs" / name, place.work / "runs" / beside
     wanted = min(asked.first, asked.updates)
     asked_for = [f"schedule.updates={asked.updates}", f"batch.ranks={ranks}", "checkpoint.every_updates=null", *words]
     one = runs.train(place, name, runs.recipe(place, name, *asked_for), ranks=ranks)
@@ -106,15 +127,17 @@ def _beside(place: Place, asked: Asked, until: float, name: str, ranks: int, wor
     runs.end(one, 25.0)  # it saves a checkpoint on its way out
     ours, theirs = runs.updates_of(folder), runs.updates_of(known)
     ours = {update: line for update, line in ours.items() if update <= wanted}
+    timed, wanted = ours, min(wanted, most or wanted)
+    ours = {update: line for update, line in ours.items() if update <= wanted}
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
-        return failed("no update to compare" + (f"; {ended(code)}" if not ours else ": the run peft has none"), one)
+        return failed("no update to compare" + (f"; {ended(code)}" if not ours else f": the run {beside} has none"), one)
     other_rows = _other_rows(folder, known)
     loss, norm = (runs.apart(ours, theirs, field) for field in ("loss_nats", "grad_norm_pre_clip"))
-    most = (
+    marks = (
         TOLERANCE[place.precision] if place.device == "cuda" else TOLERANCE["bf16"]
     )  # fp32 parts too, once 8-bit AdamW has rounded
-    held = max(loss.values()) <= most[0] and max(norm.values()) <= most[1] and not other_rows and len(shared) >= wanted
+    held = max(loss.values()) <= marks[0] and max(norm.values()) <= marks[1] and not other_rows and len(shared) >= wanted
     numbers = {
         "ranks": ranks,
         "updates_compared": len(shared),
@@ -123,8 +146,9 @@ def _beside(place: Place, asked: Asked, until: float, name: str, ranks: int, wor
         "loss_off_worst": max(loss.values()),
         "grad_norm_off_worst": max(norm.values()),
         "loss_off": list(loss.values()),
-        "marks": list(most),
-        **runs.speed(ours),
+        "beside": beside,
+        "marks": list(marks),
+        **runs.speed(timed),
     }
     if ranks == 1 or "execution.reduction=ddp" in words:
         numbers |= {"reduce_share": None, "reduce_s_median": None}  # nothing is summed, or DDP does it inside backward

@@ -57,24 +57,36 @@ def write(folder: Path, records: list[dict[str, Any]], rows: dict[int, list[str]
 
 def test_two_ranks_one_rank_a_kill_and_a_resume_in_one_command(tmp_path: Path) -> None:
     out = tmp_path / "two.json"
-    command = ["bash", str(ROOT / "benchmarks" / "two_gpus.sh"), *TINY, "--parts", "peft,one_rank,killed,peers", "--minutes", "5"]
+    command = [
+        "bash",
+        str(ROOT / "benchmarks" / "two_gpus.sh"),
+        *TINY,
+        "--parts",
+        "peft,one_rank,killed,fused,peers",
+        "--minutes",
+        "5",
+    ]
     command += ["--out", str(out), "--work", str(tmp_path / "work"), "--workloads", "scam-v1"]
     # The peers' interpreter is none: their part fails, and the others do not care.
     command += ["--python", "trl=/nowhere/python", "--python", "unsloth=/nowhere/python"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=280
+        command, cwd=tmp_path, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=290
     )
     assert done.returncode == 1, done.stdout + done.stderr
     told = json.loads(out.read_text())
     verdicts = {title: one["verdict"] for title, one in told["parts"].items()}
     assert verdicts == {
         "the recipe, peft": "held", "replicas agree": "held", "one rank, same losses": "held", "one rank killed": "held",
-        "exact resume": "held", "trl under DDP": "failed", "unsloth under DDP": "failed",
+        "exact resume": "held", "engine fused, first update": "held", "engine fused, one rank": "held",
+        "trl under DDP": "failed", "unsloth under DDP": "failed",
     }, done.stdout  # fmt: skip
     parts = {title: one["numbers"] for title, one in told["parts"].items()}
     assert parts["the recipe, peft"]["updates"] == 5 and 0 < parts["the recipe, peft"]["reduce_share"] < 1
     one = parts["one rank, same losses"]
     assert one["updates_compared"] == 3 and one["loss_off_worst"] < 1e-5 and one["other_rows_in_updates"] == []
+    two, alone = parts["engine fused, first update"], parts["engine fused, one rank"]
+    assert (two["beside"], two["updates_compared"], two["ranks"]) == ("peft", 1, 2)
+    assert (alone["beside"], alone["updates_compared"], alone["ranks"]) == ("fused", 3, 1) and alone["loss_off_worst"] < 1e-5
     killed = parts["one rank killed"]
     assert (
         killed["exit_code"] not in (0, None) and killed["rank_ended_s"] < 15 and killed["checkpoint_after"][0] == "update_000004"
