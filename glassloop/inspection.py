@@ -96,7 +96,10 @@ class Inspection:
             return decision.bad
         if gate.capture or update in self.record.capture_updates:
             return "asked"
-        return "healthy" if update == self.healthy_at and decision.reason is None else None
+        sound = (
+            decision.reason is None and not self.detectors.above_in_a_row
+        )  # or a run that is diverging would be its own measure
+        return "healthy" if update == self.healthy_at and sound else None
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, for a checkpoint."""

@@ -30,8 +30,7 @@ def token_loss_sums_reference(
     """
     logits = F.linear(hidden, weight, bias).float()  # (B, T, V)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")  # (B*T,)
-    row_loss_sums = torch.zeros(rows, device=hidden.device).index_add_(0, row_of.flatten(), losses.detach())
-    return losses.sum(), row_loss_sums
+    return losses.sum(), sums_by_row(losses.detach(), row_of.flatten(), rows)
 
 
 def token_loss_sums(
@@ -60,8 +59,15 @@ def token_loss_sums(
     labels = targets.flatten().index_select(0, places)  # (S,)
     losses = _ChunkedCrossEntropy.apply(chosen, weight, bias, labels, chunk_tokens)  # (S,) fp32
     owner = row_of.flatten().index_select(0, places)
-    row_loss_sums = torch.zeros(rows, device=hidden.device).index_add_(0, owner, losses.detach())
-    return losses.sum(), row_loss_sums
+    return losses.sum(), sums_by_row(losses.detach(), owner, rows)
+
+
+def sums_by_row(losses: Tensor, owner: Tensor, rows: int) -> Tensor:
+    """Each row's sum of its places' losses, (rows,) fp32. losses: (S,) fp32. owner: (S,) int64, each place's row.
+
+    A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to fp32, so a row's sum has the same bits each time.
+    """
+    return torch.zeros(rows, dtype=torch.float64, device=losses.device).index_add_(0, owner, losses.double()).float()
 
 
 def chunked_cross_entropy(

@@ -107,6 +107,7 @@ class Detectors:
         self.highest = -math.inf  # level of log(norm / loss) over a window
         self.start: list[float] = []  # loss_nats of the first updates
         self.above_in_a_row = 0  # whole updates up to now whose loss was above what the run began with
+        self.above_since: int | None = None  # the first of them
         self.losses: list[tuple[int, float]] = []  # (update, loss_nats) since warmup, or since the last finding of no_learning
 
     def look(self, signals: Signals) -> tuple[Finding, ...]:
@@ -133,7 +134,11 @@ class Detectors:
             self.low_in_a_row = max(self.low_in_a_row + 1, VANISHING_UPDATES)
         if not applied or signals.grad_norm == 0 or signals.rows < self.rows_per_update:
             return
-        self.above_in_a_row = self.above_in_a_row + 1 if self._above(signals) else 0
+        if self._above(signals):
+            self.above_in_a_row += 1
+            self.above_since = self.above_since or signals.update
+        else:
+            self.above_in_a_row, self.above_since = 0, None
         fell, vanished = self._fell(signals), self._vanished(signals)
         self.low_in_a_row = self.low_in_a_row + 1 if fell or vanished else 0
         entry, unusual = entry_of(signals), fell or any(self._spikes(signals))
@@ -251,10 +256,12 @@ class Detectors:
             return None
         began = self.start[0]
         message = (
-            f"loss {signals.loss_nats:.4g} nats a token: for {DIVERGED_UPDATES} whole updates it has stood far above the {began:.4g} that the run "
-            f"began with; training has diverged at lr = {signals.lr:.3g}, and a lower optimizer.lr or a longer warmup is the cure"
+            f"loss {signals.loss_nats:.4g} nats a token: since update {self.above_since}, {DIVERGED_UPDATES} whole updates in a row, it has stood "
+            f"far above the {began:.4g} that the run began with; training has diverged at lr = {signals.lr:.3g}, and a lower optimizer.lr or a "
+            "longer warmup is the cure"
         )
-        return Finding("diverged", message, {"value": signals.loss_nats, "start_nats": began, "lr": signals.lr})
+        since = self.above_since or signals.update
+        return Finding("diverged", message, {"value": signals.loss_nats, "start_nats": began, "lr": signals.lr, "since": since})
 
     def _no_learning(self, signals: Signals) -> Finding | None:
         """The loss is shown to be flat, not merely not shown to fall: noise alone raises no alarm."""
@@ -294,6 +301,7 @@ class Detectors:
             "highest": self.highest if math.isfinite(self.highest) else None,
             "start": list(self.start),
             "above_in_a_row": self.above_in_a_row,
+            "above_since": self.above_since,
             "losses": [list(pair) for pair in self.losses],
         }
 
@@ -305,14 +313,16 @@ class Detectors:
             losses = [(int(update), _finite(loss)) for update, loss in state["losses"]]
             start = [_finite(loss) for loss in state["start"]]
             highest = -math.inf if state["highest"] is None else _finite(state["highest"])
-            low, above = int(state["low_in_a_row"]), int(state.get("above_in_a_row", 0))
+            low, above, since = int(state["low_in_a_row"]), int(state.get("above_in_a_row", 0)), state.get("above_since")
+            since = int(since) if above and since is not None else None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"detectors: the saved state is malformed ({error!r}); leave it out to start their windows anew"
             ) from None
         self.window, self.unusual = window[-self.window_updates :], unusual[-NEW_LEVEL_UPDATES + 1 :]
         self.losses = losses[-self.no_learning_updates :]
-        self.start, self.highest, self.low_in_a_row, self.above_in_a_row = start, highest, low, above
+        self.start, self.highest, self.low_in_a_row = start, highest, low
+        self.above_in_a_row, self.above_since = above if since else 0, since
 
 
 def entry_of(signals: Signals) -> Entry:

@@ -20,6 +20,7 @@ from glassloop.fused.matrices import Moves
 from glassloop.fused.norm import add_norm, norm_backward
 from glassloop.fused.rotary import angles
 from glassloop.fused.supported import GROUPS, check_supported
+from glassloop.loss import sums_by_row
 from glassloop.predict.tiers import GIB, Tiers, choose, head_bytes, scratch_bytes
 from glassloop.rows import Pass
 
@@ -118,9 +119,9 @@ class FusedEngine(nn.Module):
 
     def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, State | None]:
         """The pass, and what its backward needs."""
-        row_loss_sums = torch.zeros(len(p.row_ids), device=p.input_ids.device)
         if not len(p.places):  # nothing to learn, and nothing to add
-            return row_loss_sums.sum(), row_loss_sums, None
+            none = torch.zeros(len(p.row_ids), device=p.input_ids.device)
+            return none.sum(), none, None
         self.refresh(training)
         where = self.where(p)
         x: Tensor = F.embedding(p.input_ids.flatten(), self.embedding)  # (T, H)
@@ -145,9 +146,8 @@ class FusedEngine(nn.Module):
         labels = p.targets.flatten().index_select(0, p.places)  # (S,)
         losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
         owner = p.row_of.flatten().index_select(0, p.places)
-        row_loss_sums.index_add_(0, owner, losses)
         state = None if grad_normed is None else State(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
-        return losses.sum(), row_loss_sums, state
+        return losses.sum(), sums_by_row(losses, owner, len(p.row_ids)), state
 
     def run_backward(self, state: State, grad: Tensor) -> None:
         """Add the gradient of `grad` x loss sum to the adapters' own."""

@@ -226,12 +226,12 @@ def reproduce(scene: Scene) -> Reproduction:
     apart = relative_distance(scene.run.adapters.grad, grad)
     pairs = list(zip(numbers(scene, first), numbers(scene, second), strict=True))
     # Where two replays are not the same bit for bit, a number that came out the same twice did so by luck: its last bit may still differ.
-    least = 0.0 if apart == 0 else ULP
-    floors = {name: max(relative(other, value), least) for (name, value), (_, other) in pairs}
+    floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
+    least = 0.0 if apart == 0 and not any(floors.values()) else ULP
     compared = []
     for name, value in numbers(scene, first):
         if (recorded := scene.recorded.get(name)) is not None:
-            allowed = FLOOR_FACTOR * floors[name] * (1 + scene.updates_rerun)
+            allowed = FLOOR_FACTOR * max(floors[name], least) * (1 + scene.updates_rerun)
             compared.append(Compared(name, recorded, value, relative(value, recorded), allowed))
     return Reproduction(first, floors["loss"], floors["gradient norm"], apart, tuple(compared))
 

@@ -193,9 +193,10 @@ def _reproduces(opened: Opened, done: Reproduction) -> str:
         return "nothing is on record to compare with"
     if done.bit_for_bit:
         return "reproduced bit for bit"
-    worst = max(done.compared, key=lambda c: c.off)
     if done.reproduces:
+        worst = max(done.compared, key=lambda c: c.off)
         return f"reproduced within the noise floor ({worst.name} is off by {off(worst.off)})"
+    worst = max((c for c in done.compared if not c.reproduces), key=lambda c: c.off)
     way = next((one for one in opened.on_the_way if max(one.loss_off, one.norm_off) > 0), None)
     if way is not None:
         why = f"update {way.update}, on the way, was off already by {off(max(way.loss_off, way.norm_off))}"
@@ -203,7 +204,8 @@ def _reproduces(opened: Opened, done: Reproduction) -> str:
         why = opened.notes[0]
     else:
         why = "rows, adapters, optimizer and random numbers are the recorded ones: look at hardware, kernels and threads"
-    return f"not reproduced: {worst.name} was {number(worst.recorded)}, is {number(worst.replayed)} ({why})"
+    values = f"was {number(worst.recorded)}, is {number(worst.replayed)}"
+    return f"not reproduced: {worst.name} {values}, off by {off(worst.off)} where {off(worst.allowed)} is allowed ({why})"
 
 
 def _stands_out(found: Bisection) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from glassloop.observers import write_text
 from glassloop.report.reading import RunData, number
@@ -43,18 +44,33 @@ def divergences(results: Sequence[CellResult], out: Path) -> list[Divergence]:
 
 
 def where_to_look(run: RunData) -> tuple[int, str]:
-    """The first update that is not finite, else the first with an alarm for a spike, else the one with the largest gradient norm."""
-    for one in run.updates:
-        if SPIKES & set(one.get("alarms") or ()):
-            return int(one["update"]), f"the first alarm ({', '.join(one['alarms'])})"
+    """Where it began: the earliest update with an alarm for a spike, from which the loss stood above its start, or that is not finite.
+
+    Without any of them the one with the largest gradient norm.
+    """
+    found = [
+        (int(event["details"]["since"]), "from which on the loss stood far above its start") for event in _told_to_diverge(run)
+    ]
+    found += [
+        (int(one["update"]), f"the first alarm ({', '.join(one['alarms'])})")
+        for one in run.updates
+        if SPIKES & set(one.get("alarms") or ())
+    ]
     if (bad := first_bad(run)) is not None:
-        return bad, "the first update that is not finite"
+        found.append((bad, "the first update that is not finite"))
+    if found:
+        return min(found, key=lambda one: one[0])
     norms = [
         (norm, one["update"])
         for one in run.updates
         if (norm := number(one["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
     ]
-    return (int(max(norms)[1]), "the largest gradient norm; no spike was told") if norms else (1, "no norm is on record")
+    return (int(max(norms)[1]), "the largest gradient norm; no alarm was raised") if norms else (1, "no norm is on record")
+
+
+def _told_to_diverge(run: RunData) -> list[dict[str, Any]]:
+    """Alarms of the detector `diverged`."""
+    return [event for event in run.events if event["kind"] == "alarm" and "since" in event["details"]]
 
 
 def bisect(one: Divergence, out: Path, environment: dict[str, str], timeout_s: float = BISECT_TIMEOUT_S) -> str:

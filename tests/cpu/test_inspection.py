@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,6 +61,14 @@ def test_detectors_and_noise_scale_go_on_where_they_were(run_of):
     assert other.state() != state
     other.restore(state)
     assert other.state() == state
+
+
+def test_no_update_of_a_run_that_is_diverging_is_kept_as_a_healthy_one(run_of):
+    inspection = run_of(execution={"precision": "fp32", "checkpointing": False}).inspection
+    gate, decision = SimpleNamespace(capture=False), SimpleNamespace(bad=None, reason=None)
+    assert inspection.capsule_reason(inspection.healthy_at, gate, decision) == "healthy"
+    inspection.detectors.above_in_a_row = 1
+    assert inspection.capsule_reason(inspection.healthy_at, gate, decision) is None
 
 
 def test_an_update_that_is_put_back_leaves_no_trace_in_the_windows(run_of):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glassloop.loss import token_loss_sums, token_loss_sums_reference
+from glassloop.loss import sums_by_row, token_loss_sums, token_loss_sums_reference
 from glassloop.rows import IGNORE
 
 
@@ -79,3 +79,13 @@ def test_bf16_gradient_is_as_close_to_the_truth_as_the_references():
         F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum").backward()
         errors[loss.__name__] = ((hidden.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
     assert errors["token_loss_sums"] < 1.1 * errors["token_loss_sums_reference"]
+
+
+def test_a_rows_sum_has_the_same_bits_in_whatever_order_its_places_are_added():
+    g = torch.Generator().manual_seed(5)
+    losses, owner = torch.rand(4096, generator=g) * 60, torch.randint(0, 3, (4096,), generator=g)
+    sums = sums_by_row(losses, owner, 4)
+    assert sums.dtype == torch.float32 and sums[3] == 0
+    for _ in range(20):
+        order = torch.randperm(4096, generator=g)
+        assert torch.equal(sums_by_row(losses[order], owner[order], 4), sums)

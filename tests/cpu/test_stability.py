@@ -358,8 +358,8 @@ def test_a_run_that_diverges_in_warmup_is_told_once_and_why() -> None:
         found += [(signals.update, finding) for finding in findings]
     (update, finding) = found[0]
     assert (update, finding.kind) == (3 + DIVERGED_UPDATES - 1, "diverged")
-    assert "stood far above the 3.85 that the run began with" in finding.message
-    assert finding.details == {"value": 15.93, "start_nats": 3.85, "lr": 2e-4}
+    assert "since update 3, 5 whole updates in a row, it has stood far above the 3.85 that the run began with" in finding.message
+    assert finding.details == {"value": 15.93, "start_nats": 3.85, "lr": 2e-4, "since": 3}
     assert [kind for _, kind in ((u, f.kind) for u, f in found)].count("diverged") == 1
 
 
@@ -403,9 +403,10 @@ def test_the_row_of_high_losses_goes_on_after_a_checkpoint() -> None:
     told(series[:5], first)
     second.restore(json.loads(json.dumps(first.state())))
     assert told(series[5:], second) == [(7, "diverged")]
+    assert second.above_since == 3
     older = {name: value for name, value in first.state().items() if name != "above_in_a_row"}
     second.restore(older)  # of a checkpoint from before there was such a thing
-    assert second.state()["above_in_a_row"] == 0
+    assert (second.state()["above_in_a_row"], second.above_since) == (0, None)
 
 
 INNOCENT = {

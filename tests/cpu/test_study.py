@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import study_stand_in
 from launching import write_rows
+from made_runs import write_run
 
 from glassloop.cli.__main__ import main
+from glassloop.report.reading import read_run
 from glassloop.study import running
+from glassloop.study.divergence import where_to_look
 from glassloop.study.running import attempts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +176,15 @@ def test_a_divergence_is_a_result_with_the_command_that_replays_it(stood_in: Pat
     assert asked[0][1:] == ["-m", "glassloop.cli", *first["command"].split()[1:]]
     assert main(words) == 0 and len(asked) == 1 and len(attempts(out)) == 9, "neither run nor bisected twice"
     assert "row train:evil, layer 3" in (out / "study.html").read_text()
+
+
+def test_a_run_is_looked_at_where_it_began_to_diverge_not_where_that_was_told(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    assert where_to_look(run)[0] == 24  # the spike
+    told = {"kind": "alarm", "update": 13, "details": {"value": 9.0, "since": 9}}
+    assert where_to_look(replace(run, events=[*run.events, told])) == (9, "from which on the loss stood far above its start")
+    told["details"]["since"] = 30
+    assert where_to_look(replace(run, events=[*run.events, told]))[0] == 24
 
 
 def test_a_cell_of_another_config_is_refused_and_nothing_is_lost(stood_in: Path, tmp_path: Path, capsys) -> None:
