@@ -38,18 +38,19 @@ def divergences(results: Sequence[CellResult], out: Path) -> list[Divergence]:
             update, why = where_to_look(result.run)
             answer = _file(out, result.cell.name)
             text = answer.read_text(encoding="utf-8") if answer.exists() else None
-            command = f"glassloop replay {result.run.folder} --update {update} --bisect"
+            command = f"glassloop replay {result.run.folder} --update {update} --bisect --try"
             found.append(Divergence(result.cell.name, update, why, command, text))
     return found
 
 
 def where_to_look(run: RunData) -> tuple[int, str]:
-    """Where it began: the earliest update with an alarm for a spike, from which the loss stood above its start, or that is not finite.
+    """Where it began: the earliest update with an alarm for a spike, after which the loss stood far above its start, or that is not finite.
 
     Without any of them the one with the largest gradient norm.
     """
     found = [
-        (int(event["details"]["since"]), "from which on the loss stood far above its start") for event in _told_to_diverge(run)
+        (max(1, int(event["details"]["since"]) - 1), "the step after which the loss stood far above its start")
+        for event in _told_to_diverge(run)
     ]
     found += [
         (int(one["update"]), f"the first alarm ({', '.join(one['alarms'])})")

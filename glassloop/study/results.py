@@ -16,6 +16,8 @@ from glassloop.study.quantities import QUANTITIES, measured
 from glassloop.study.running import State, attempts, run_folder, state_of
 from glassloop.study.spec import Cell
 
+OF_ONE_RUN = frozenset({"schema", "started", "command", "launcher_pid", "tracker_ids"})  # of env.json: no part of where it ran
+
 
 @dataclass(frozen=True)
 class CellResult:
@@ -111,7 +113,7 @@ def environments_of(results: Sequence[CellResult]) -> list[dict[str, Any]]:
     places: dict[str, dict[str, Any]] = {}
     for result in results:
         if result.run is not None and result.run.env:
-            place = {name: value for name, value in result.run.env.items() if name not in ("schema", "started", "command")}
+            place = {name: value for name, value in result.run.env.items() if name not in OF_ONE_RUN}
             places.setdefault(json.dumps(place, sort_keys=True), place | {"cells": 0})["cells"] += 1
     return list(places.values())
 

@@ -140,7 +140,13 @@ def write_run(
     )
     write_json(
         folder / "env.json",
-        {"schema": 1, "started": "2026-01-01T00:00:00+00:00", "packages": {"torch": "2.13.0"}, "command": ["x"]},
+        {
+            "schema": 1,
+            "started": "2026-01-01T00:00:00+00:00",
+            "packages": {"torch": "2.13.0"},
+            "command": ["x"],
+            "launcher_pid": random.randrange(10**6),
+        },
     )
     jsonl = JsonlObserver(folder, text, row_text=texts.__getitem__)
     jsonl.on_event(Event(0, "started", f"run folder {folder}"))

@@ -87,7 +87,7 @@ def test_a_study_runs_every_cell_once_and_judges_its_claim(stood_in: Path, tmp_p
     assert claim["difference"] == pytest.approx(-0.0993333, abs=1e-6)
     assert (claim["low"], claim["high"]) == pytest.approx((-0.1007676, -0.0978991), abs=1e-6)
     assert len(attempts(out)) == 6 and max(line["beside"] for line in attempts(out)) == 3
-    assert found["environments"] == [{"packages": {"torch": "2.13.0"}, "cells": 6}]
+    assert found["environments"] == [{"packages": {"torch": "2.13.0"}, "cells": 6}], "another launcher is no other place"
     assert "6 cells on CPU; torch 2.13.0; no commit" in (out / "study.html").read_text()
     assert not list(out.glob("cells/*/checkpoints")), "adapters of dozens of cells would fill a disk"
     said = capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_a_divergence_is_a_result_with_the_command_that_replays_it(stood_in: Pat
     assert main(words) == 0
     first, *others = results(out)["diverged"]
     assert (first["cell"], first["update"]) == ("r66-seed1", 24)  # the spike, before the update that is not finite
-    assert first["command"] == f"glassloop replay {out / 'cells' / 'r66-seed1'} --update 24 --bisect"
+    assert first["command"] == f"glassloop replay {out / 'cells' / 'r66-seed1'} --update 24 --bisect --try"
     assert first["answer"] == "row train:evil, layer 3\n" and [one["answer"] for one in others] == [None, None]
     assert first["command"] in capsys.readouterr().out, "in one line, to be copied"
     assert asked[0][1:] == ["-m", "glassloop.cli", *first["command"].split()[1:]]
@@ -182,7 +182,10 @@ def test_a_run_is_looked_at_where_it_began_to_diverge_not_where_that_was_told(tm
     run = read_run(write_run(tmp_path / "run"))
     assert where_to_look(run)[0] == 24  # the spike
     told = {"kind": "alarm", "update": 13, "details": {"value": 9.0, "since": 9}}
-    assert where_to_look(replace(run, events=[*run.events, told])) == (9, "from which on the loss stood far above its start")
+    assert where_to_look(replace(run, events=[*run.events, told])) == (
+        8,
+        "the step after which the loss stood far above its start",
+    )
     told["details"]["since"] = 30
     assert where_to_look(replace(run, events=[*run.events, told]))[0] == 24
 
