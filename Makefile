@@ -31,7 +31,13 @@ demo: .venv/run.stamp  ## Fine-tune SmolLM2 with two ranks on a CPU, through acc
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu_2proc.yaml train_loop.py smollm2_demo $(ARGS)
 
 test: .venv/dev.stamp  ## Run the tests; those that need a GPU say so and are skipped without one
+ifeq ($(strip $(ARGS)),)
+	@# Files of tests/cpu two beside each other; tests/dist starts two ranks itself, and takes its turn. Both are run, and either can fail.
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/cpu; first=$$?; \
+	  $(BIN)/python -m pytest tests/dist tests/gpu tests/browser && exit $$first
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 soak: .venv/dev.stamp  ## Kill a run hundreds of times, at every call that changes the disk and by the clock, and go on each time (10 minutes)
 	GLASSLOOP_SOAK=1 $(BIN)/python -m pytest -s tests/dist/test_soak.py
