@@ -18,8 +18,9 @@ from glassloop.cli.__main__ import main
 from glassloop.replay.bisect import Bisection, Part, bisect
 from glassloop.replay.layers import LayerFinding, MatrixStat, compare
 from glassloop.replay.recorded import trajectory
-from glassloop.replay.reproduce import carry_out, enter, replayed
+from glassloop.replay.reproduce import Compared, Reproduction, carry_out, enter, replayed
 from glassloop.replay.scene import Opened, open_scene
+from glassloop.replay.text import conclusion
 from glassloop.replay.trials import (
     ADAMW,
     AS_IT_WAS,
@@ -251,6 +252,12 @@ def test_a_number_within_a_few_noise_floors_reproduces(whole, monkeypatch):
     calls = iter([0.0, 1e-7])
     further = replace(scene, recorded={"loss": opened.scene.recorded["loss"] * (1 + 3e-6)})
     assert replay.reproduce(further).reproduces is False
+
+
+def test_the_verdict_names_a_number_that_does_not_reproduce_not_one_that_scatters_more(opened):
+    scatters, parts = Compared("loss", 1.0, 1.001, 1e-3, 1e-2), Compared("loss of row 7", 2.0, 2.00002, 1e-5, 0.0)
+    done = Reproduction(replayed(opened.scene), 0.0, 0.0, 0.0, (scatters, parts))
+    assert conclusion(opened, done, None, None).startswith("not reproduced: loss of row 7 was 2, is 2, off by 1.0e-05 where 0 is")
 
 
 def test_a_number_that_came_out_the_same_twice_by_luck_may_differ_in_its_last_bit(whole, monkeypatch):
