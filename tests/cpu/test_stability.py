@@ -373,7 +373,9 @@ def test_it_is_told_again_once_the_loss_had_come_down() -> None:
     for signals in series:
         findings = watching.look(signals)
         watching.note(signals, findings, True)
-        since |= {signals.update: finding.details["since"] for finding in findings if finding.kind == "diverged"}
+        for finding in findings:
+            if finding.kind == "diverged":
+                since[signals.update] = finding.details["since"]
     assert since == {7: 3, 14: 10}
 
 
