@@ -22,7 +22,7 @@ from glassloop.optim import FlatAdapters, l2_norm
 from glassloop.outcome import Decision, Terms, decide, signals_of
 from glassloop.probes import Before, first_nonfinite, read_after, read_before
 from glassloop.record import ProbeRecord
-from glassloop.stability import Detectors
+from glassloop.stability import Detectors, Finding
 
 if TYPE_CHECKING:
     from glassloop.run import Run
@@ -96,10 +96,9 @@ class Inspection:
             return decision.bad
         if gate.capture or update in self.record.capture_updates:
             return "asked"
-        sound = (
-            decision.reason is None and not self.detectors.above_in_a_row
-        )  # or a run that is diverging would be its own measure
-        return "healthy" if update == self.healthy_at and sound else None
+        if update != self.healthy_at or decision.reason is not None:
+            return None
+        return None if self.detectors.above_in_a_row else "healthy"  # or a run that is diverging would be its own measure
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, for a checkpoint."""
@@ -210,3 +209,10 @@ def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -
 def replay_command(folder: Path, update: int) -> str:
     """What to type to find out what made an update what it was."""
     return f"glassloop replay {folder} --update {update} --bisect"
+
+
+def replay_of(finding: Finding, folder: Path, update: int) -> str:
+    """The same for a finding about `update`. Divergence is told when it has lasted: its cause is the step before the loss first stood high."""
+    if finding.kind == "diverged":
+        return f"{replay_command(folder, max(1, int(finding.details['since']) - 1))} --try"
+    return replay_command(folder, update)

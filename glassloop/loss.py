@@ -65,7 +65,8 @@ def token_loss_sums(
 def sums_by_row(losses: Tensor, owner: Tensor, rows: int) -> Tensor:
     """Each row's sum of its places' losses, (rows,) fp32. losses: (S,) fp32. owner: (S,) int64, each place's row.
 
-    A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to fp32, so a row's sum has the same bits each time.
+    A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to fp32, so a row's sum has, all but
+    always, the same bits.
     """
     return torch.zeros(rows, dtype=torch.float64, device=losses.device).index_add_(0, owner, losses.double()).float()
 

@@ -17,7 +17,7 @@ from glassloop.contract import Contract
 from glassloop.dist import first_difference, gather_objects
 from glassloop.evaluation import Answer, answer_together, evaluate
 from glassloop.flags import CaptureFlag, StopFlag
-from glassloop.inspection import Inspection, replay_command
+from glassloop.inspection import Inspection, replay_command, replay_of
 from glassloop.launch import launch_command
 from glassloop.observers import Observer, RunInfo, SampleRecord
 from glassloop.optim import FlatAdapters, LossScale, bit_sum
@@ -167,23 +167,21 @@ class Run:
 
     def tell(self, outcome: Outcome) -> None:
         """Give an update to every observer, and what was unusual about it as events with the next command to type."""
-        record, decision = outcome.record, outcome.decision
+        record, decision, u = outcome.record, outcome.decision, outcome.record.update
         for observer in self.observers:
             observer.on_update(record, outcome.rows)
             if outcome.probe is not None:
                 observer.on_probe(outcome.probe)
-        look = replay_command(self.folder, record.update)
-        for finding in decision.findings:
-            self.event(record.update, "alarm", f"{finding.kind}: {finding.message}", look, **finding.details)
+        look = replay_command(self.folder, u)
+        for one in decision.findings:
+            self.event(u, "alarm", f"{one.kind}: {one.message}", replay_of(one, self.folder, u), **one.details)
         if decision.overflow or self.scale.value > self.before.loss_scale:
             change = f"loss scale {self.before.loss_scale:g} -> {self.scale.value:g}"
-            self.event(record.update, "loss_scale", f"{change}: {record.reason or 'no overflow for a while'}")
+            self.event(u, "loss_scale", f"{change}: {record.reason or 'no overflow for a while'}")
         elif record.reason is not None:
-            self.event(record.update, "skipped", f"update {record.update}: {record.reason}", look if decision.bad else None)
+            self.event(u, "skipped", f"update {u}: {record.reason}", look if decision.bad else None)
         elif decision.max_norm != self.config.optimizer.max_grad_norm:
-            self.event(
-                record.update, "clipped", f"update {record.update} was clipped to the usual norm {decision.max_norm:.4g}", look
-            )
+            self.event(u, "clipped", f"update {u} was clipped to the usual norm {decision.max_norm:.4g}", look)
 
     def evaluate(self, update: int) -> None:
         """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""

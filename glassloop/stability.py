@@ -254,13 +254,12 @@ class Detectors:
         """Told once, when it has lasted; again only after the loss has come down."""
         if self.above_in_a_row != DIVERGED_UPDATES - 1 or not self._above(signals):
             return None
-        began = self.start[0]
+        began, since = self.start[0], self.above_since or signals.update
         message = (
-            f"loss {signals.loss_nats:.4g} nats a token: since update {self.above_since}, {DIVERGED_UPDATES} whole updates in a row, it has stood "
+            f"loss {signals.loss_nats:.4g} nats a token: since update {since}, {DIVERGED_UPDATES} whole updates in a row, it has stood "
             f"far above the {began:.4g} that the run began with; training has diverged at lr = {signals.lr:.3g}, and a lower optimizer.lr or a "
             "longer warmup is the cure"
         )
-        since = self.above_since or signals.update
         return Finding("diverged", message, {"value": signals.loss_nats, "start_nats": began, "lr": signals.lr, "since": since})
 
     def _no_learning(self, signals: Signals) -> Finding | None:

@@ -225,8 +225,8 @@ def reproduce(scene: Scene) -> Reproduction:
     second = replayed(scene)
     apart = relative_distance(scene.run.adapters.grad, grad)
     pairs = list(zip(numbers(scene, first), numbers(scene, second), strict=True))
-    # Where two replays are not the same bit for bit, a number that came out the same twice did so by luck: its last bit may still differ.
     floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
+    # Where two replays are not the same bit for bit, a number that came out the same twice did so by luck: its last bit may still differ.
     least = 0.0 if apart == 0 and not any(floors.values()) else ULP
     compared = []
     for name, value in numbers(scene, first):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from glassloop.inspection import replay_of
 from glassloop.noise import estimates
+from glassloop.stability import Finding
 
 
 def parts_of(run, u: int) -> tuple[list[float], list[int], float]:
@@ -69,6 +72,12 @@ def test_no_update_of_a_run_that_is_diverging_is_kept_as_a_healthy_one(run_of):
     assert inspection.capsule_reason(inspection.healthy_at, gate, decision) == "healthy"
     inspection.detectors.above_in_a_row = 1
     assert inspection.capsule_reason(inspection.healthy_at, gate, decision) is None
+
+
+def test_a_run_that_diverged_is_looked_at_before_it_did_others_where_they_were_told():
+    spike, diverged = Finding("norm_spike", "", {"value": 9.0}), Finding("diverged", "", {"since": 4})
+    assert replay_of(spike, Path("run"), 8) == "glassloop replay run --update 8 --bisect"
+    assert replay_of(diverged, Path("run"), 8) == "glassloop replay run --update 3 --bisect --try"
 
 
 def test_an_update_that_is_put_back_leaves_no_trace_in_the_windows(run_of):
