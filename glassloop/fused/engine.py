@@ -217,7 +217,7 @@ def build_layer(module: Any, config: Any, dtype: torch.dtype, index: int) -> Lay
     for group, names in GROUPS.items():
         found = [module.get_submodule(name) for name in names]
         packed = pack([getattr(one, "base_layer", one) for one in found], [f"layer {index} {name}" for name in names])
-        groups[group] = Linear(packed, tuple(_adapter(one) for one in found), dtype, _bias(found))
+        groups[group] = Linear(group, packed, tuple(_adapter(one) for one in found), dtype, _bias(found))
     return Layer(
         **groups,
         norm_in=module.input_layernorm.weight,

@@ -38,13 +38,22 @@ class Linear:
     """A group of weights and adapters.
 
     Attributes:
+        group: its name in a layer: qkv, o, gate_up or down. No layer has two of one name.
         rows, columns: N and K.
         adapted: columns of all adapters together; a bias has the next one.
         rank: R, these columns rounded up to ALIGNMENT; 0 where no member has an adapter or a bias.
     """
 
-    def __init__(self, packed: Packed, adapters: tuple[Adapter | None, ...], dtype: torch.dtype, bias: Tensor | None = None):
+    def __init__(
+        self,
+        group: str,
+        packed: Packed,
+        adapters: tuple[Adapter | None, ...],
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+    ):
         """`bias`: (N,), of all members, 0 for one that has none."""
+        self.group = group
         self.packed, self.adapters, self.bias = packed, adapters, bias
         self.rows, self.columns = sum(packed.rows), packed.columns
         self.adapted = sum(adapter.a.shape[0] for adapter in adapters if adapter is not None)
@@ -146,11 +155,15 @@ def product_fp32(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 class Scratch:
-    """One matrix for each shape of a group, which holds the weights of whatever layer asked last, and room for its adapters' gradients."""
+    """Matrices that the layers of a pass use in turn.
+
+    A matrix of weights is shared by all groups of its shape, and refilled for the one that asks. Room for gradients is not: all groups of a
+    layer fill theirs before any is read, so it belongs to the group, whatever its shape (two groups of one layer may have the same).
+    """
 
     def __init__(self) -> None:
         self.matrices: dict[tuple[int, int], Tensor] = {}
-        self.sums: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self.sums: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
         self.holds: dict[tuple[int, int], Linear] = {}
 
     def weights(self, linear: Linear) -> Tensor:
@@ -167,15 +180,15 @@ class Scratch:
         return matrix
 
     def products(self, linear: Linear) -> tuple[Tensor, Tensor]:
-        """(R, K) and (N, R) fp32: room for dA and dB of a group, until the next layer's."""
-        shape = (linear.rank, linear.rows, linear.columns)
-        if shape not in self.sums:
+        """(R, K) and (N, R) fp32: room for dA and dB of a group, until the same group of the next layer."""
+        key = (linear.group, linear.rank, linear.rows, linear.columns)
+        if key not in self.sums:
             wide = [
                 linear.a.new_empty(linear.a.shape, dtype=torch.float32),
                 linear.b.new_empty(linear.b.shape, dtype=torch.float32),
             ]
-            self.sums[shape] = (wide[0], wide[1])
-        return self.sums[shape]
+            self.sums[key] = (wide[0], wide[1])
+        return self.sums[key]
 
     @property
     def bytes(self) -> int:

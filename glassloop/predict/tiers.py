@@ -139,7 +139,7 @@ def scratch_bytes(one: Sizes) -> int:
 
 def product_bytes(one: Sizes) -> int:
     """Of the room in fp32 for the gradients of a layer's adapters."""
-    return sum(4 * rank * (rows + columns) for rank, rows, columns in {(g.rank, g.rows, g.columns) for g in one.groups})
+    return sum(4 * g.rank * (g.rows + g.columns) for g in one.groups)
 
 
 def head_bytes(vocabulary: int, hidden: int, places: int, element: int) -> int:

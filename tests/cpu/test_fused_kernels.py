@@ -96,7 +96,7 @@ def test_small_adapters_count_in_bf16():
 
     packed, _, (weight,) = packed_of([(256, 512)], nested=True)
     a, b = torch.nn.Parameter(torch.randn(16, 512) / 512**0.5), torch.nn.Parameter(torch.zeros(256, 16))
-    linear = Linear(packed, (Adapter(a, b, 1.0),), torch.bfloat16)
+    linear = Linear("o", packed, (Adapter(a, b, 1.0),), torch.bfloat16)
     x = torch.randn(64, 512).bfloat16()
     effect: dict[str, list[torch.Tensor]] = {"folded": [], "apart": []}
     for size in (0.0, 2e-4):
