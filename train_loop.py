@@ -5,7 +5,7 @@
     c  = min(1, max_norm / |g|)
     theta <- AdamW8bit(theta, c * g, lr(u))                        u = 1 .. U
 
-`update_once` is the formula and `train` the run around it; `glassloop/run.py` builds what they need. Start it with
+`update_once` is the formula and `train` the run around it; `glassloop/loop/run.py` builds what they need. Start it with
 
     accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml train_loop.py PRESET
 """
@@ -22,18 +22,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glassloop.arguments import parse
-from glassloop.batches import Window, build_pass, empty_pass
-from glassloop.build import build_run
-from glassloop.contract import ContractBroken
-from glassloop.dist import Gate, broadcast_from_rank_0, gather_reports, leave, reduce_gradients
-from glassloop.inspection import look_before_step, probe_of
-from glassloop.optim import l2_norm
-from glassloop.outcome import Outcome, Terms, clip_coefficient, describe
+from glassloop.config.arguments import parse
+from glassloop.data.batches import Window, build_pass, empty_pass
+from glassloop.formula.dist import Gate, broadcast_from_rank_0, gather_reports, leave, reduce_gradients
+from glassloop.formula.optim import l2_norm
+from glassloop.health.decision import Outcome, Terms, clip_coefficient, describe
+from glassloop.health.inspection import look_before_step, probe_of
+from glassloop.loop.build import build_run
+from glassloop.loop.memory import cures, preflight_done, smaller_passes
+from glassloop.loop.run import ReplicasDiffer, Run
+from glassloop.loop.watchdog import WAITS
+from glassloop.plan.contract import ContractBroken
 from glassloop.report.writing import report_at_the_end
-from glassloop.room import cures, preflight_done, smaller_passes
-from glassloop.run import ReplicasDiffer, Run
-from glassloop.watchdog import WAITS
 
 
 def update_once(run: Run, u: int) -> Outcome | None:

@@ -13,9 +13,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from glassloop.arguments import from_values
-from glassloop.build import build_run
-from glassloop.stability import Signals
+from glassloop.config.arguments import from_values
+from glassloop.health.stability import Signals
+from glassloop.loop.build import build_run
 from train_loop import update_once
 
 CALLS = Path(__file__).resolve().parents[1] / "data" / "calls.jsonl"

@@ -1,4 +1,4 @@
-"""How often the detectors of glassloop/stability.py raise an alarm on sound updates, and how often they see a fault.
+"""How often the detectors of glassloop/health/stability.py raise an alarm on sound updates, and how often they see a fault.
 
     PYTHONPATH=. python benchmarks/detectors.py [--runs RUN_FOLDER ...] [--seeds 1] [--out benchmarks/results/detectors.json]
 
@@ -29,11 +29,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from clean_runs import ROWS, UPDATES, WARMUP, Series, clean_runs, read_run
 
-from glassloop import stability
-from glassloop.config import StabilityConfig
-from glassloop.environment import environment
-from glassloop.forecast import LEAST_SIGMA, fit
-from glassloop.stability import Detectors, Signals
+from glassloop.config.config import StabilityConfig
+from glassloop.disk.environment import environment
+from glassloop.health import stability
+from glassloop.health.stability import Detectors, Signals
+from glassloop.stats import LEAST_SIGMA, fit
 
 DEFAULTS = StabilityConfig()
 PLACES = (14, 21, 33, 47, 58)  # a fault is planted at the first whole window, and the first tail, from here on

@@ -25,19 +25,19 @@ from typing import Any
 
 import torch
 
-from glassloop.adapters import attach_lora
-from glassloop.arguments import parse
-from glassloop.base_cache import DTYPES, load_base
-from glassloop.batches import build_pass
-from glassloop.config import Config
-from glassloop.environment import environment
-from glassloop.model import PeftEngine, _recompute_layers
-from glassloop.model_checks import check_plain_head
-from glassloop.norms import fuse_norms
-from glassloop.optim import FlatAdapters, l2_norm, make_optimizer
+from glassloop.base.checks import check_plain_head
+from glassloop.base.quantised import DTYPES, load_base
+from glassloop.config.arguments import parse
+from glassloop.config.config import Config
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Pass, Row
+from glassloop.disk.environment import environment
+from glassloop.engines.adapters import attach_lora
+from glassloop.engines.norms import fuse_norms
+from glassloop.engines.peft import PeftEngine, _recompute_layers
+from glassloop.formula.optim import FlatAdapters, l2_norm, make_optimizer
 from glassloop.predict.ledger import GIB, Work, ledger_of
 from glassloop.predict.shapes import Shapes, shapes_of
-from glassloop.rows import Pass, Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARK = 0.10  # most that the predicted peak of the engine peft may be off

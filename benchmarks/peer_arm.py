@@ -20,9 +20,9 @@ from glassloop.bench.machine import card_state  # noqa: E402
 from glassloop.bench.results import append  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
 from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
-from glassloop.environment import environment  # noqa: E402
+from glassloop.bench.workloads import workload  # noqa: E402
+from glassloop.disk.environment import environment  # noqa: E402
 from glassloop.predict.shapes import shapes_from_config  # noqa: E402
-from glassloop.workloads import workload  # noqa: E402
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEED, LR = 3407, 2e-4
@@ -279,7 +279,7 @@ def draw_adapters(model: Any) -> None:
 
 
 def peer_versions() -> dict[str, str | None]:
-    from glassloop.environment import package_version
+    from glassloop.disk.environment import package_version
 
     return {name: package_version(name) for name in ("trl", "unsloth", "unsloth_zoo", "liger-kernel", "flash-attn", "xformers")}
 

@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
-from glassloop.arguments import parse
-from glassloop.batches import build_pass
-from glassloop.build import build_run
-from glassloop.dist import leave
-from glassloop.environment import environment
-from glassloop.optim import l2_norm
-from glassloop.outcome import clip_coefficient
-from glassloop.plan import make_plan
-from glassloop.run import Run
-from glassloop.workloads import workload
+from glassloop.bench.workloads import workload
+from glassloop.config.arguments import parse
+from glassloop.data.batches import build_pass
+from glassloop.disk.environment import environment
+from glassloop.formula.dist import leave
+from glassloop.formula.optim import l2_norm
+from glassloop.health.decision import clip_coefficient
+from glassloop.loop.build import build_run
+from glassloop.loop.run import Run
+from glassloop.plan.steps import make_plan
 from train_loop import update_once
 
 

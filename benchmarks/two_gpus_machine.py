@@ -15,8 +15,8 @@ import torch
 from torch.cuda import nccl
 
 from glassloop.bench.machine import card_state, processor
+from glassloop.disk.environment import environment
 from glassloop.doctor.p2p import try_all_reduce
-from glassloop.environment import environment
 
 
 def facts(device: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import two_gpus_runs as runs
 from two_gpus_runs import Place
 
 from glassloop.bench.results import TOLERANCE
-from glassloop.watchdog import PATIENCE_S
+from glassloop.loop.watchdog import PATIENCE_S
 
 RANK_ENDS_S = PATIENCE_S + 5.0  # a rank whose partner was killed: its watchdog's patience, and the time to leave the card
 LAUNCHER_ENDS_S = 2 * PATIENCE_S

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glassloop.bench.workloads import workload
 from glassloop.verify.processes import LAUNCHER_VARIABLES
-from glassloop.workloads import workload
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN_TOKENS = 3  # <s> <|user|> ... <|assistant|>: what the template of random: models puts around a prompt; behind the answer stands one more

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 if TYPE_CHECKING:
-    from glassloop.model import PeftEngine
+    from glassloop.engines.peft import PeftEngine
 
 VOCABULARY = 512
 RUNS = itertools.count()
@@ -120,8 +120,8 @@ def _saved(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: P
 @pytest.fixture(scope="session")
 def engine_of() -> Callable[..., PeftEngine]:
     """Builds an engine from a folder: fp32, unquantised, r = 4, on the CPU, unless told otherwise; other fields go to ModelConfig."""
-    from glassloop.config import LoraConfig, ModelConfig
-    from glassloop.model import build_engine
+    from glassloop.config.config import LoraConfig, ModelConfig
+    from glassloop.engines.peft import build_engine
 
     def build(
         folder: Path,
@@ -151,8 +151,8 @@ def run_of(tmp_path: Path, tiny_llama: Path):
     from accelerate.state import AcceleratorState
     from launching import write_rows
 
-    from glassloop.arguments import from_values
-    from glassloop.build import build_run
+    from glassloop.config.arguments import from_values
+    from glassloop.loop.build import build_run
 
     def build(**sections: dict):
         AcceleratorState._reset_state(True)

@@ -21,26 +21,26 @@ REACHED = time.time()
 
 import torch  # noqa: E402  (its import belongs to the time from launch)
 
-from glassloop.arguments import parse  # noqa: E402
-from glassloop.batches import Batches, Window, build_pass, epoch_order  # noqa: E402
 from glassloop.bench.ceiling import matmul_ceiling  # noqa: E402
 from glassloop.bench.clock import Clock  # noqa: E402
 from glassloop.bench.machine import card_state, processor  # noqa: E402
 from glassloop.bench.profile import SUMMARY, TRACE, profiled  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
 from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
-from glassloop.build import build_run  # noqa: E402
-from glassloop.config import Config  # noqa: E402
-from glassloop.dist import gather_objects, leave  # noqa: E402
-from glassloop.environment import environment  # noqa: E402
-from glassloop.observers import JsonlObserver  # noqa: E402
-from glassloop.plan import make_plan  # noqa: E402
+from glassloop.bench.workloads import OWN, workload  # noqa: E402
+from glassloop.config.arguments import parse  # noqa: E402
+from glassloop.config.config import Config  # noqa: E402
+from glassloop.data.batches import Batches, Window, build_pass, epoch_order  # noqa: E402
+from glassloop.data.rows import Row  # noqa: E402
+from glassloop.disk.environment import environment  # noqa: E402
+from glassloop.formula.dist import gather_objects, leave  # noqa: E402
+from glassloop.loop.build import build_run  # noqa: E402
+from glassloop.loop.memory import spend_memory  # noqa: E402
+from glassloop.loop.run import Run  # noqa: E402
+from glassloop.plan.steps import make_plan  # noqa: E402
 from glassloop.predict.shapes import shapes_from_config  # noqa: E402
-from glassloop.record import UpdateRecord  # noqa: E402
-from glassloop.room import spend_memory  # noqa: E402
-from glassloop.rows import Row  # noqa: E402
-from glassloop.run import Run  # noqa: E402
-from glassloop.workloads import OWN, workload  # noqa: E402
+from glassloop.record.observers import JsonlObserver  # noqa: E402
+from glassloop.record.records import UpdateRecord  # noqa: E402
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ from typing import Any
 from glassloop.bench.processes import ARM_TIMEOUT_S, Place, Start, run_arm, run_together
 from glassloop.bench.results import REFERENCE_ENGINE, SAME_WORK, append, checked, is_reference
 from glassloop.bench.spec import Spec
-from glassloop.unsloth_checks import problems
+from glassloop.engines.unsloth_checks import problems
 
 
 def specs_of(

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from glassloop.data.rows import Row
 from glassloop.predict.flops import Flops, flops_of
 from glassloop.predict.shapes import Shapes
-from glassloop.rows import Row
 
 RECIPE_UPDATES = 60
 

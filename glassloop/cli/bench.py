@@ -165,8 +165,8 @@ def _place(device: str) -> Any:
 def _matrix(asked: argparse.Namespace) -> int:
     from glassloop.bench.matrix import run_in_turns, run_matrix, schedule, specs_of
     from glassloop.bench.table import table
-    from glassloop.settings import ENGINES
-    from glassloop.workloads import OWN, QUANTILES
+    from glassloop.bench.workloads import OWN, QUANTILES
+    from glassloop.config.sections import ENGINES
 
     if unknown := [name for name in asked.workloads if name not in (*QUANTILES, OWN)]:
         raise ValueError(f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}, and {OWN} for data.source=...")

@@ -29,12 +29,12 @@ def main(argv: list[str]) -> int:
     if given.floor is not None and not 0 < given.floor < 1:
         raise ValueError(f"--floor {given.floor:g}: a relative difference between 0 and 1")
 
-    from glassloop.observers import write_text
+    from glassloop.record.observers import write_text
+    from glassloop.record.run_folder import read_run
     from glassloop.report.compare_page import comparison_payload
     from glassloop.report.compare_text import console, render
     from glassloop.report.comparing import compare
     from glassloop.report.page import page
-    from glassloop.report.reading import read_run
 
     found = compare([read_run(folder) for folder in given.runs], given.floor)
     console().print(render(found))

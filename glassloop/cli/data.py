@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config import Config
-from glassloop.rows import Row
+from glassloop.config.config import Config
+from glassloop.data.rows import Row
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -17,7 +17,7 @@ LEGEND = "[token] is supervised: the model learns to write it. token| is only re
 
 def main(argv: list[str]) -> int:
     """`glassloop data PRESET [--show N] [section.field=VALUE ...]`; loads the tokenizer and the rows, no model. Exit code 0."""
-    from glassloop.arguments import parse
+    from glassloop.config.arguments import parse
 
     own = argparse.ArgumentParser(prog="glassloop data", add_help=False, allow_abbrev=False)
     own.add_argument("--show", type=int, default=3, metavar="N", help="rows printed token by token (default: 3)")
@@ -31,10 +31,10 @@ def show_data(config: Config, show: int) -> int:
     """Prints the first `show` training rows and the counts. Raises ValueError for data or a tokenizer that cannot be used."""
     from rich.console import Console
 
-    from glassloop.dataset import build_rows, summary
-    from glassloop.model import load_tokenizer
-    from glassloop.sources import load_examples
-    from glassloop.templates import make_template
+    from glassloop.data.dataset import build_rows, summary
+    from glassloop.data.sources import load_examples
+    from glassloop.data.templates import make_template
+    from glassloop.engines.peft import load_tokenizer
 
     loaded = load_examples(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -57,7 +57,7 @@ def render(row: Row, tokenizer: Any) -> Text:
     """Every token of a row, told apart with and without colour."""
     from rich.text import Text
 
-    from glassloop.terminal import visible
+    from glassloop.record.terminal import visible
 
     control = set(tokenizer.get_added_vocab().values())
     text = Text()

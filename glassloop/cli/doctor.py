@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glassloop.config import Config
+    from glassloop.config.config import Config
     from glassloop.doctor.findings import Finding
 
 SIGNS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     given, words = own.parse_known_args(argv)
     if given.explain is not None:
         return explain(given.explain, as_json=given.json)
-    from glassloop.arguments import parse
+    from glassloop.config.arguments import parse
     from glassloop.doctor.findings import PROBLEM
 
     config = parse(words, prog="glassloop doctor")
@@ -94,7 +94,7 @@ def check_data(config: Config, with_data: bool) -> list[Finding]:
 
     if not with_data:
         return [Finding(NOTE, "data", f"{config.data.source} was not read", "--with-data reads it and checks its columns")]
-    from glassloop.sources import load_examples
+    from glassloop.data.sources import load_examples
 
     try:
         loaded = load_examples(config.data, config.seed)

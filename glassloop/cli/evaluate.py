@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from glassloop.cli.generate import add_run_options, overrides_of
 
 if TYPE_CHECKING:
-    from glassloop.measuring import Report, Score
+    from glassloop.use.measuring import Report, Score
 
 SCHEMA = 1
 FOLDER = "evaluated"  # in the run's folder: results, no row's text
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def columns_of(text: str | None) -> dict[str, str]:
     """{"dialogue": "text"} of "dialogue=text,label=is_scam". Raises ValueError naming the word and the roles that there are."""
-    from glassloop.config import Columns
+    from glassloop.config.config import Columns
 
     found = {}
     for word in (text or "").split(",") if text else ():
@@ -69,9 +69,9 @@ def columns_of(text: str | None) -> dict[str, str]:
 
 
 def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
-    from glassloop.dist import in_turn, leave, one_first
-    from glassloop.launch import check_launch, hush, make_accelerator, on_cuda
-    from glassloop.trained import load, load_tokenizer_of, open_trained, template_of
+    from glassloop.formula.dist import in_turn, leave, one_first
+    from glassloop.loop.launch import check_launch, hush, make_accelerator, on_cuda
+    from glassloop.use.trained import load, load_tokenizer_of, open_trained, template_of
 
     trained = open_trained(given.run, given.at, overrides_of(given))
     config = trained.config
@@ -85,8 +85,8 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     hush(rank)
     import torch
 
-    from glassloop.heldout import rows_of
-    from glassloop.measuring import measure, report_of
+    from glassloop.use.heldout import rows_of
+    from glassloop.use.measuring import measure, report_of
 
     device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
 
@@ -136,7 +136,7 @@ def as_object(
     trained: Any, name: str, report: Report, seconds: float, ranks: int, given: argparse.Namespace, precision: str
 ) -> dict[str, Any]:
     """Plain values, no row's text."""
-    from glassloop.trained import adapter_hash
+    from glassloop.use.trained import adapter_hash
 
     return {
         "schema": SCHEMA,
@@ -155,8 +155,8 @@ def as_object(
 
 def save(trained: Any, found: dict[str, Any]) -> str:
     """Into the run's folder, one file an evaluation. Returns its path, or "nowhere" and why."""
-    from glassloop.folders import make
-    from glassloop.observers import write_json
+    from glassloop.disk.publish import make
+    from glassloop.record.observers import write_json
 
     if trained.run is None:
         return "nowhere: the checkpoint stands alone"

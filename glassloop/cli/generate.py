@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from glassloop.answering import Reply, Sampling
-    from glassloop.rows import Turn
-    from glassloop.templates import Template
-    from glassloop.trained import Loaded, Trained
+    from glassloop.data.rows import Turn
+    from glassloop.data.templates import Template
+    from glassloop.use.answering import Reply, Sampling
+    from glassloop.use.trained import Loaded, Trained
 
 SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
 WIDE = 100  # columns from which answers stand beside each other
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    from glassloop.questions import questions_of
+    from glassloop.use.questions import questions_of
 
     if given.chat and (given.question or given.file or given.json):
         raise ValueError("--chat reads questions as you type them: leave the question, --file and --json out")
@@ -82,8 +82,8 @@ def run(given: argparse.Namespace) -> int:
         stdin = sys.stdin.buffer.read() if wants_stdin and not sys.stdin.isatty() else None
         questions = questions_of(given.question, given.file, stdin)
 
-    from glassloop.launch import hush
-    from glassloop.trained import device_here, load, load_tokenizer_of, open_trained, template_of
+    from glassloop.loop.launch import hush
+    from glassloop.use.trained import device_here, load, load_tokenizer_of, open_trained, template_of
 
     hush(1)
     trained = open_trained(given.run, given.at, overrides_of(given))
@@ -99,7 +99,7 @@ class Session:
     def __init__(self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Template, loaded: Loaded) -> None:
         from rich.console import Console
 
-        from glassloop.answering import sampling_of, stop_ids_of
+        from glassloop.use.answering import sampling_of, stop_ids_of
 
         self.given, self.trained, self.tokenizer, self.template, self.loaded = given, trained, tokenizer, template, loaded
         settings = loaded.hf.get_base_model().generation_config
@@ -118,7 +118,7 @@ class Session:
         self.console.print(harmless(text, self.console.encoding), markup=False, style=style, end=end)
 
     def run(self, questions: list[str]) -> int:
-        from glassloop.answering import check_lengths
+        from glassloop.use.answering import check_lengths
 
         if self.given.chat:
             self.chat()
@@ -137,19 +137,19 @@ class Session:
         return 0
 
     def first_turns(self, question: str) -> list[Turn]:
-        from glassloop.formats import SCAM_QUESTION
-        from glassloop.rows import Turn
+        from glassloop.data.formats import SCAM_QUESTION
+        from glassloop.data.rows import Turn
 
         text = SCAM_QUESTION + question.strip() if self.given.call else question
         return [*([Turn("system", self.system)] if self.system is not None else []), Turn("user", text)]
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        from glassloop.rows import Example
+        from glassloop.data.rows import Example
 
         return self.template.prompt_ids(Example("question", tuple(turns)))
 
     def answers(self, prompts: list[list[int]], side: str, first: int, write: Any = None) -> list[Reply]:
-        from glassloop.answering import answer
+        from glassloop.use.answering import answer
 
         return answer(
             self.loaded,
@@ -206,8 +206,8 @@ class Session:
 
     def chat(self) -> None:
         """Each side has its own conversation, since its answers are other ones."""
-        from glassloop.answering import check_lengths
-        from glassloop.rows import Turn
+        from glassloop.data.rows import Turn
+        from glassloop.use.answering import check_lengths
 
         self.say(
             "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers (--only adapter for one)."
@@ -260,7 +260,7 @@ def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
 
 def harmless(text: str, encoding: str) -> str:
     """What a model wrote, its line breaks kept and whatever else a terminal would obey made visible."""
-    from glassloop.terminal import printable
+    from glassloop.record.terminal import printable
 
     return "\n".join(printable(line, encoding) for line in text.split("\n"))
 

@@ -17,8 +17,8 @@ from glassloop.cli.evaluate import columns_of
 from glassloop.cli.generate import add_run_options, overrides_of
 
 if TYPE_CHECKING:
-    from glassloop.merging.table import Line, Seen
-    from glassloop.trained import Trained
+    from glassloop.use.merge.table import Line, Seen
+    from glassloop.use.trained import Trained
 
 GIB = 2**30
 OTHER = {"original": "dequantised", "dequantised": "original"}
@@ -59,10 +59,10 @@ def main(argv: list[str]) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    from glassloop.launch import hush
-    from glassloop.merging.folder import check_out
-    from glassloop.merging.table import text
-    from glassloop.trained import load_tokenizer_of, open_trained, template_of
+    from glassloop.loop.launch import hush
+    from glassloop.use.merge.folder import check_out
+    from glassloop.use.merge.table import text
+    from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
     check_out(given.out)
     hush(1)
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace) -> int:
     tokenizer = load_tokenizer_of(trained)
     template = template_of(trained, tokenizer)
     job = Job(given, trained, tokenizer, template)
-    from glassloop.cache import published
+    from glassloop.base.cache import published
 
     lines: list[Line] = []
     beside = given.out.absolute().parent
@@ -101,8 +101,8 @@ class Job:
     """One merge: what is read, where from, and what was seen."""
 
     def __init__(self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Any) -> None:
-        from glassloop.base_source import resolve_source
-        from glassloop.trained import device_here
+        from glassloop.base.source import resolve_source
+        from glassloop.use.trained import device_here
 
         self.given, self.trained, self.tokenizer, self.template = given, trained, tokenizer, template
         self.source = resolve_source(trained.config.model)
@@ -117,7 +117,7 @@ class Job:
                 "--base dequantised: the run's base was not quantised (model.quantization = none): merge into original"
             )
         if not given.no_table:
-            from glassloop.heldout import rows_of
+            from glassloop.use.heldout import rows_of
 
             cure = "name rows with --data FILE, or merge without the table: --no-table"
             self.rows = rows_of(
@@ -136,12 +136,12 @@ class Job:
         """The base's weights of that kind, and the folder with its config. Raises ValueError for another base than the run's."""
         import torch
 
-        from glassloop.base_cache import DTYPES, find_base
-        from glassloop.base_source import base_hash
-        from glassloop.cache import cache_root
-        from glassloop.merging.folder import original_folder, read_json
-        from glassloop.merging.weights import Weights
-        from glassloop.trained import check_base
+        from glassloop.base.cache import cache_root
+        from glassloop.base.quantised import DTYPES, find_base
+        from glassloop.base.source import base_hash
+        from glassloop.use.merge.folder import original_folder, read_json
+        from glassloop.use.merge.weights import Weights
+        from glassloop.use.trained import check_base
 
         model, precision = self.trained.config.model, self.trained.config.execution.precision
         check_base(self.trained, base_hash(self.source, cache_root(model.cache_dir) / "file_hashes.json"))
@@ -159,9 +159,9 @@ class Job:
 
     def write(self, folder: Path, kind: str) -> None:
         """Merged weights of that kind and all that stands beside them."""
-        from glassloop.merging.folder import check_room, write_rest
-        from glassloop.merging.merge import pairs_of, shards_of, write_merged
-        from glassloop.trained import adapter_weights
+        from glassloop.use.merge.folder import check_room, write_rest
+        from glassloop.use.merge.merge import pairs_of, shards_of, write_merged
+        from glassloop.use.trained import adapter_weights
 
         weights, base = self.weights(kind)
         dtype, name = self.dtypes()
@@ -180,8 +180,8 @@ class Job:
 
     def table(self, folder: Path, spare: Path) -> list[Line]:
         """The adapter as trained, then both merges: one written for good, the other for the comparison only."""
-        from glassloop.merging.table import line, look
-        from glassloop.trained import load
+        from glassloop.use.merge.table import line, look
+        from glassloop.use.trained import load
 
         loaded = load(self.trained, self.device)
         rows = self.rows.rows
@@ -218,15 +218,15 @@ class Job:
         return lines
 
     def seen(self, folder: Path) -> Seen:
-        from glassloop.base_cache import DTYPES
-        from glassloop.merging.table import look_at_folder
+        from glassloop.base.quantised import DTYPES
+        from glassloop.use.merge.table import look_at_folder
 
         config = self.trained.config
         precision = "fp32" if self.device.type == "cpu" and config.execution.precision == "fp16" else config.execution.precision
         return look_at_folder(folder, self.rows.rows, self.device, DTYPES[precision], config.model.trust_remote_code)
 
     def line(self, name: str, seen: Seen) -> Line:
-        from glassloop.merging.table import line
+        from glassloop.use.merge.table import line
 
         assert self.reference is not None
         return line(name, seen, self.reference, len(self.rows.rows))
@@ -235,7 +235,7 @@ class Job:
         """Round the merged weights to NF4 in place."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        from glassloop.cache import save_pretrained_here
+        from glassloop.base.cache import save_pretrained_here
 
         dtype, _ = self.dtypes()
         double = self.trained.config.model.double_quantization
@@ -253,8 +253,8 @@ class Job:
         """glassloop_merge.json."""
         import dataclasses
 
-        from glassloop.folders import replace_file
-        from glassloop.trained import adapter_hash
+        from glassloop.disk.publish import replace_file
+        from glassloop.use.trained import adapter_hash
 
         state = self.trained.state
         facts = {
@@ -274,9 +274,9 @@ class Job:
 
     def finish(self, folder: Path, lines: list[Line]) -> None:
         """Facts of the merge, the Modelfile, how to serve."""
-        from glassloop.merging.folder import adds_bos, read_json
-        from glassloop.merging.modelfile import modelfile
-        from glassloop.merging.serve import commands
+        from glassloop.use.merge.folder import adds_bos, read_json
+        from glassloop.use.merge.modelfile import modelfile
+        from glassloop.use.merge.serve import commands
 
         self.write_facts(folder, lines)
         generation = read_json(folder / "generation_config.json")

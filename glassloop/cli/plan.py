@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glassloop.config import Config
-    from glassloop.planning.changes import Change
-    from glassloop.planning.outlook import Outlook
-    from glassloop.planning.work import TokenCounts
+    from glassloop.config.config import Config
+    from glassloop.plan.changes import Change
+    from glassloop.plan.outlook import Outlook
+    from glassloop.plan.work import TokenCounts
     from glassloop.predict.hardware import Present
 
 NVIDIA = "/proc/driver/nvidia/gpus"  # a folder for each card, where the driver is loaded
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; ValueError for what cannot be planned.
     """
-    from glassloop.arguments import parse
+    from glassloop.config.arguments import parse
 
     own = _parser()
     if {"-h", "--help"} & set(argv):
@@ -35,12 +35,12 @@ def main(argv: list[str]) -> int:
     outlook, notes = look(config, given)
     changes = [_changed(one, outlook, given, words) for one in given.compare or _usual_changes(outlook)]
     if given.json:
-        from glassloop.planning.outlook import as_plain
+        from glassloop.plan.outlook import as_plain
 
         print(json.dumps(as_plain(outlook) | {"compare": [vars(one) for one in changes], "notes": notes}, indent=1))
         return 0
-    from glassloop.planning.changes import lines_of
-    from glassloop.planning.text import LABEL, launch_line, render, wrapped
+    from glassloop.plan.changes import lines_of
+    from glassloop.plan.text import LABEL, launch_line, render, wrapped
 
     lines = [*render(outlook), ""]
     for number, line in enumerate(line for one in changes for line in lines_of(one)):
@@ -80,8 +80,8 @@ def _positive(text: str) -> int:
 
 def look(config: Config, given: argparse.Namespace) -> tuple[Outlook, list[str]]:
     """The outlook and what to note beside it. Raises ValueError where the rows are unknown."""
-    from glassloop.planning.outlook import look_ahead, plan_of
-    from glassloop.planning.row_counts import count_rows
+    from glassloop.data.counting import count_rows
+    from glassloop.plan.outlook import look_ahead, plan_of
     from glassloop.predict.hardware import gpus_present
 
     present = gpus_present() if os.path.isdir(NVIDIA) else ()
@@ -127,16 +127,16 @@ def _ranks(config: Config, given: argparse.Namespace, present: Sequence[Present]
 
 def _with_data(config: Config, ranks: int, present: Sequence[Present]) -> tuple[int, TokenCounts, str, list[str]]:
     """Rows through the run's own pipeline."""
-    from glassloop.batches import Batches
-    from glassloop.dataset import build_rows, summary
-    from glassloop.model import load_tokenizer
-    from glassloop.planning.engine import planned_engine
-    from glassloop.planning.outlook import plan_of
-    from glassloop.planning.token_counts import count_tokens
-    from glassloop.planning.work import pass_tokens_for, usual_budget
+    from glassloop.data.batches import Batches
+    from glassloop.data.dataset import build_rows, summary
+    from glassloop.data.sources import load_examples
+    from glassloop.data.templates import make_template
+    from glassloop.data.token_counts import count_tokens
+    from glassloop.engines.peft import load_tokenizer
+    from glassloop.plan.engine_lines import planned_engine
+    from glassloop.plan.outlook import plan_of
+    from glassloop.plan.work import pass_tokens_for, usual_budget
     from glassloop.predict.shapes import shapes_of
-    from glassloop.sources import load_examples
-    from glassloop.templates import make_template
 
     config, _ = planned_engine(config)  # it decides how large packed passes are
     loaded = load_examples(config.data, config.seed)
@@ -163,9 +163,9 @@ def _usual_changes(outlook: Outlook) -> list[str]:
 
 def _changed(text: str, outlook: Outlook, given: argparse.Namespace, words: Sequence[str]) -> Change:
     """One --compare, read as the command line is, later words over earlier ones."""
-    from glassloop.arguments import parse
-    from glassloop.planning.changes import Change, change
-    from glassloop.planning.outlook import plan_of
+    from glassloop.config.arguments import parse
+    from glassloop.plan.changes import Change, change
+    from glassloop.plan.outlook import plan_of
 
     ranks, fields = outlook.plan.ranks, []
     for word in text.replace(",", " ").split():

@@ -30,14 +30,14 @@ def main(argv: list[str]) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    from glassloop.launch import hush
+    from glassloop.loop.launch import hush
 
     hush(1)  # before anything imports bitsandbytes
-    from glassloop.cache import published
-    from glassloop.card.facts import facts_of
-    from glassloop.card.staging import is_weights, stage
-    from glassloop.card.upload import check_repo, login, upload
-    from glassloop.trained import open_trained
+    from glassloop.base.cache import published
+    from glassloop.use.card.facts import facts_of
+    from glassloop.use.card.staging import is_weights, stage
+    from glassloop.use.card.upload import check_repo, login, upload
+    from glassloop.use.trained import open_trained
 
     check_repo(given.repo)
     if given.dry_run is not None and given.dry_run.exists():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glassloop.replay.bisect import Bisection
     from glassloop.replay.reproduce import Reproduction
-    from glassloop.replay.scene import Opened
+    from glassloop.replay.start import Opened
     from glassloop.replay.trials import Trials
 
 MAY_CHANGE = {  # fields that say where things are, or how they are computed with the same result
@@ -64,14 +64,14 @@ def read_fields(words: Sequence[str]) -> dict[str, str]:
 
 def replay(where: Path, update: int | None, overrides: dict[str, str], *, bisected: bool, tried: bool, as_json: bool) -> int:
     """Replays and prints; returns the exit code. Raises ValueError for what cannot be replayed."""
-    from glassloop.launch import hush
+    from glassloop.loop.launch import hush
     from glassloop.replay import text as text
     from glassloop.replay.reproduce import reproduce
 
     if not where.is_dir():
         raise ValueError(f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its capsules")
     hush(1)
-    from glassloop.replay.scene import open_scene
+    from glassloop.replay.start import open_scene
 
     def say(lines: str | Sequence[str]) -> None:
         if not as_json:
@@ -107,7 +107,7 @@ def decoder(opened: Opened) -> Any:
     """Token ids to text, under record.text = full only; None otherwise."""
     if opened.text != "full":
         return None
-    from glassloop.model import load_tokenizer
+    from glassloop.engines.peft import load_tokenizer
 
     return load_tokenizer(opened.config.model).decode
 
@@ -133,7 +133,7 @@ def next_command(where: Path, opened: Opened, found: Bisection | None, trials: T
 
 
 def _launch(opened: Opened) -> str:
-    from glassloop.launch import launch_command
+    from glassloop.loop.launch import launch_command
 
     return launch_command(opened.scene.ranks)
 
@@ -155,7 +155,7 @@ def as_object(
     """The replay in plain JSON types; numbers that are not finite are the texts "nan", "inf", "-inf"."""
     from dataclasses import asdict
 
-    from glassloop.capsule_facts import finite_or_text
+    from glassloop.saved.capsule_facts import finite_or_text
 
     scene = opened.scene
     first = {name: value for name, value in vars(done.first).items() if name != "rng_after"}

@@ -82,7 +82,7 @@ def _run(study: Study, cells: Sequence[Cell], out: Path, *, parallel: int, again
 
 def _answer(study: Study, cells: Sequence[Cell], out: Path, *, deadline: float | None, may_bisect: bool) -> None:
     """Results, verdicts, page and table of what is on the disk."""
-    from glassloop.observers import write_json, write_text
+    from glassloop.record.observers import write_json, write_text
     from glassloop.report.compare_text import console
     from glassloop.study import critical as crit
     from glassloop.study import results as res

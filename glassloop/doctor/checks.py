@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from glassloop import unsloth_checks
-from glassloop.config import Config
+from glassloop.config.config import Config
+from glassloop.disk.environment import package_version
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
-from glassloop.environment import package_version
-from glassloop.planning.engine import planned_engine
-from glassloop.planning.outlook import disk_state_bytes
-from glassloop.planning.work import work_of
+from glassloop.engines import unsloth_checks
+from glassloop.plan.engine_lines import planned_engine
+from glassloop.plan.outlook import disk_state_bytes
+from glassloop.plan.work import work_of
 from glassloop.predict.cards import verdict
 from glassloop.predict.hardware import Present
 from glassloop.predict.ledger import GIB, PROFILES, base_bytes
@@ -255,7 +255,7 @@ def check_disk(config: Config, environ: Mapping[str, str], free: Callable[[Path]
 
 def check_logins(config: Config, environ: Mapping[str, str]) -> list[Finding]:
     """Whether a hub token and the trackers' logins are there; they are not shown, nor tried."""
-    from glassloop.trackers import check_tracking
+    from glassloop.record.trackers import check_tracking
 
     home = Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     token = Path(environ.get("HF_TOKEN_PATH") or home / "token").expanduser()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glassloop.config import Config
+from glassloop.config.config import Config
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 
 REFUSED = {

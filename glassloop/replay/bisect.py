@@ -13,12 +13,12 @@ from statistics import median
 
 import torch
 
-from glassloop.batches import Window, build_pass
+from glassloop.data.batches import Window, build_pass
+from glassloop.data.rows import IGNORE, Row
+from glassloop.loop.run import Run
 from glassloop.replay.layers import LayerFinding, MatrixStat, inspect_layers
 from glassloop.replay.reproduce import Carried, Scene, carry_out, enter, replayed
-from glassloop.rows import IGNORE, Row
-from glassloop.run import Run
-from glassloop.snapshots import restore_rng, rng_state
+from glassloop.saved.state import restore_rng, rng_state
 
 NORM_FACTOR = 5.0  # a row whose share of g has this many times the median norm stands out
 LOSS_FACTOR = 3.0  # the same for its loss a token

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glassloop.batches import Window, build_pass
-from glassloop.model import PeftEngine
-from glassloop.optim import l2_norm
+from glassloop.data.batches import Window, build_pass
+from glassloop.data.rows import Pass
+from glassloop.engines.peft import PeftEngine
+from glassloop.formula.optim import l2_norm
+from glassloop.loop.run import Run
 from glassloop.replay.reproduce import Scene, carry_out, enter, fitting_rng
-from glassloop.rows import Pass
-from glassloop.run import Run
-from glassloop.snapshots import restore_rng
+from glassloop.saved.state import restore_rng
 
 OFF = 10.0  # a norm that is this many times what it is compared with names its layer
 MATRIX = re.compile(r"layers\.(\d+)\.(?:\w+\.)*?(\w+)\.lora_([AB])\.")

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glassloop import snapshots
-from glassloop.batches import Window, build_pass
-from glassloop.optim import l2_norm
-from glassloop.outcome import clip_coefficient
-from glassloop.replay.parts import State
-from glassloop.rows import Row
-from glassloop.run import Run
+from glassloop.data.batches import Window, build_pass
+from glassloop.data.rows import Row
+from glassloop.formula.optim import l2_norm
+from glassloop.health.decision import clip_coefficient
+from glassloop.loop.run import Run
+from glassloop.replay.replica import State
+from glassloop.saved import state as snapshots
 
 ULP = 2.0**-23  # relative size of fp32's last bit
 FLOOR_FACTOR = 4  # a number reproduces if it is off by no more than this many times what two replays differ by

@@ -12,24 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from glassloop.batches import Batches, Window
-from glassloop.build import hash_of
-from glassloop.checkpoint import State as Saved
-from glassloop.checkpoint import load_checkpoint, read_state
-from glassloop.config import Config, as_dict
-from glassloop.dataset import build_rows
-from glassloop.model import load_tokenizer
-from glassloop.planning.outlook import plan_of
-from glassloop.planning.work import chooses_passes, pass_tokens_for
-from glassloop.replay.parts import make_parts, state_of
-from glassloop.replay.recorded import Record, number_of, row_records
+from glassloop.config.config import Config, as_dict
+from glassloop.data.batches import Batches, Window
+from glassloop.data.dataset import build_rows
+from glassloop.data.rows import Row
+from glassloop.data.sources import load_examples
+from glassloop.data.templates import make_template
+from glassloop.engines.peft import load_tokenizer
+from glassloop.loop.build import hash_of
+from glassloop.loop.run import Run
+from glassloop.plan.outlook import plan_of
+from glassloop.plan.work import chooses_passes, pass_tokens_for
+from glassloop.record.reading import Record, number_of, row_records
+from glassloop.replay.replica import make_parts, state_of
 from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step
-from glassloop.resuming import read_plan
-from glassloop.rows import Row
-from glassloop.run import Run
-from glassloop.snapshots import rng_state
-from glassloop.sources import load_examples
-from glassloop.templates import make_template
+from glassloop.saved.checkpoint import State as Saved
+from glassloop.saved.checkpoint import load_checkpoint, read_state
+from glassloop.saved.resuming import read_plan
+from glassloop.saved.state import rng_state
 
 Say = Callable[[str], None]  # takes a line for people
 MOST_HALVINGS = 12

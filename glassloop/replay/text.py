@@ -7,13 +7,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from glassloop.terminal import visible
+from glassloop.record.terminal import visible
 
 if TYPE_CHECKING:
     from glassloop.replay.bisect import Bisection, Part, TokenLoss
     from glassloop.replay.layers import MatrixStat
     from glassloop.replay.reproduce import Reproduction
-    from glassloop.replay.scene import Opened
+    from glassloop.replay.start import Opened
     from glassloop.replay.trials import Trials
 
 WIDTH = 120

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glassloop.batches import Window
-from glassloop.config import Config
-from glassloop.optim import l2_norm, make_optimizer
+from glassloop.config.config import Config
+from glassloop.data.batches import Window
+from glassloop.formula.optim import l2_norm, make_optimizer
+from glassloop.loop.run import Run
 from glassloop.replay.bisect import Bisection
-from glassloop.replay.parts import make_parts
+from glassloop.replay.replica import make_parts
 from glassloop.replay.reproduce import Scene, carry_out, clip_of, enter, loss_now, relative_distance, replayed, step
-from glassloop.run import Run
 
 NORM_RANGE = 3.0
 LOSS_RANGE = 1.5

@@ -8,9 +8,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glassloop.record.run_folder import RunData, number, setting
 from glassloop.report.comparing import Comparison, Pair
 from glassloop.report.partings import Parting
-from glassloop.report.reading import RunData, number, setting
 
 MOST_DIFFERENCES = 40
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from glassloop.record.run_folder import RunData, flat, number, setting
 from glassloop.report.partings import Parting, first_partings, relative_difference
-from glassloop.report.reading import RunData, flat, number, setting
 from glassloop.report.students import students_quantile
 
 FLOORS = {

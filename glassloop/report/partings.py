@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from glassloop.report.reading import RunData, number
+from glassloop.record.run_folder import RunData, number
 
 GOES_IN = ("learning rate", "rows", "supervised tokens")  # of an update; everything else comes out of it
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import glassloop
-from glassloop.observers import under_policy
-from glassloop.record import Event
+from glassloop.record.observers import under_policy
+from glassloop.record.records import Event
+from glassloop.record.run_folder import Record, RunData, flat, number, setting
 from glassloop.report.columns import column, heat, whole_numbers
-from glassloop.report.reading import Record, RunData, flat, number, setting
 from glassloop.report.summary import as_objects, summarise
 
 SCHEMA = 1

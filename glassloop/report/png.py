@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from glassloop.report.reading import RunData, number, setting
+from glassloop.record.run_folder import RunData, number, setting
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa3f86", "#8a6d00", "#3d8fc4", "#5b5b5b", "#7a4a1f")  # those of the page
 

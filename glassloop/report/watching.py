@@ -15,9 +15,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from glassloop.observers import EVALUATIONS, EVENTS, METRICS
-from glassloop.report.reading import Record, end_of, number
-from glassloop.terminal import STYLES, printable
+from glassloop.record.observers import EVALUATIONS, EVENTS, METRICS
+from glassloop.record.run_folder import Record, end_of, number
+from glassloop.record.terminal import STYLES, printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT = 5.0  # times the usual time of an update without a new one: worth a word

@@ -6,10 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-from glassloop.observers import write_text
+from glassloop.record.observers import write_text
+from glassloop.record.run_folder import read_run
 from glassloop.report.page import page
 from glassloop.report.payload import payload
-from glassloop.report.reading import read_run
 
 REPORT = "report.html"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import glassloop
+from glassloop.record.run_folder import RunData, number
 from glassloop.report.columns import column
 from glassloop.report.page import ASSETS, SHARED, whole_page
-from glassloop.report.reading import RunData, number
 from glassloop.study.answers import Answers
 from glassloop.study.critical import lines
 from glassloop.study.quantities import QUANTITIES

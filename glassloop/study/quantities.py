@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from glassloop.forecast import fit
+from glassloop.record.run_folder import RunData, number, setting
 from glassloop.report.compare_text import tokens_per_s
 from glassloop.report.payload import memory
-from glassloop.report.reading import RunData, number, setting
+from glassloop.stats import fit
 
 SPIKES = {"norm_spike", "loss_spike"}
 RAISED = 1.1  # times the first update's loss: a run that ends above has lost what it knew, whatever the scatter of single windows

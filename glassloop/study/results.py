@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glassloop.record.run_folder import RunData
 from glassloop.report.payload import memory
-from glassloop.report.reading import RunData
 from glassloop.study.quantities import QUANTITIES, measured
 from glassloop.study.running import State, attempts, run_folder, state_of
 from glassloop.study.spec import Cell

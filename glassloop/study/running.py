@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import glassloop
-from glassloop.arguments import to_yaml
-from glassloop.config import as_dict
-from glassloop.observers import read_jsonl, write_text
+from glassloop.config.arguments import to_yaml
+from glassloop.config.config import as_dict
 from glassloop.predict.hardware import gpus_present
-from glassloop.report.reading import RunData, flat, read_run
+from glassloop.record.observers import read_jsonl, write_text
+from glassloop.record.run_folder import RunData, flat, read_run
 from glassloop.study.checks import StudyError
 from glassloop.study.quantities import first_bad
 from glassloop.study.spec import Cell

@@ -28,8 +28,8 @@ from typing import Any
 
 import yaml
 
-from glassloop.arguments import field_names, parse
-from glassloop.config import Config
+from glassloop.config.arguments import field_names, parse
+from glassloop.config.config import Config
 from glassloop.study.checks import Complaint, StudyError, flag, listed, measures, near, one_of, seeds, text, whole, word
 from glassloop.study.claims import Axes, Claim, Setting, read_claim
 

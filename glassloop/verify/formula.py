@@ -19,11 +19,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from glassloop.batches import Batches
-from glassloop.config import PROJECTIONS
-from glassloop.optim import Slice
-from glassloop.rows import IGNORE, Row
-from glassloop.run import Run
+from glassloop.config.config import PROJECTIONS
+from glassloop.data.batches import Batches
+from glassloop.data.rows import IGNORE, Row
+from glassloop.formula.optim import Slice
+from glassloop.loop.run import Run
 from glassloop.verify.members import Place, Trace
 from glassloop.verify.problem import LORA_ALPHA, LORA_R, PEAK_LR, TASKS, UPDATES, WARMUP_UPDATES, Task
 

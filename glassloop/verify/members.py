@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import Tensor
 
 import train_loop
-from glassloop.arguments import from_values
-from glassloop.build import build_run
-from glassloop.config import Config
-from glassloop.outcome import Outcome
-from glassloop.run import Run
-from glassloop.settings import ENGINES
+from glassloop.config.arguments import from_values
+from glassloop.config.config import Config
+from glassloop.config.sections import ENGINES
+from glassloop.health.decision import Outcome
+from glassloop.loop.build import build_run
+from glassloop.loop.run import Run
 from glassloop.verify.problem import LORA_ALPHA, LORA_R, MAX_TOKENS, PEAK_LR, TASKS, UPDATES, WARMUP_UPDATES, harden
 
 OPTIMIZERS = ("sgd", "adamw_8bit")

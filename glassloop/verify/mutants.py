@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import train_loop
-from glassloop.outcome import Outcome
-from glassloop.rows import IGNORE, Pass
-from glassloop.run import Run
+from glassloop.data.rows import IGNORE, Pass
+from glassloop.health.decision import Outcome
+from glassloop.loop.run import Run
 from glassloop.verify.members import REFERENCE_ENGINE, Member
 
 

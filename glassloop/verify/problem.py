@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy
 import safetensors.numpy
 
-from glassloop.rows import Row
+from glassloop.data.rows import Row
 
 if TYPE_CHECKING:
-    from glassloop.run import Run
+    from glassloop.loop.run import Run
 
 FORM = 1  # raised when the code below draws or hardens otherwise; what constants say is part of problem_id() by itself
 # Of everything that is drawn. Under this one gradient noise of rounding's size (2.5e-7) moves AdamW8bit's change by 2e-4 at most, in 48 tries;

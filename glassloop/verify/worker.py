@@ -18,9 +18,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from glassloop.build import build_run
-from glassloop.dist import gather_objects, leave
-from glassloop.environment import environment
+from glassloop.disk.environment import environment
+from glassloop.formula.dist import gather_objects, leave
+from glassloop.loop.build import build_run
 from glassloop.verify.formula import train_by_formula
 from glassloop.verify.members import OPTIMIZERS, REFERENCE_ENGINE, Place, Trace, config_of, members, reference_of, train
 from glassloop.verify.mutants import MUTANTS

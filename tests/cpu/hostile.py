@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.arguments import from_values, parse
-from glassloop.build import build_run
-from glassloop.capsule import read_capsule
-from glassloop.checkpoint import load_checkpoint
-from glassloop.config import DataConfig, as_dict
-from glassloop.dataset import build_rows, summary
-from glassloop.folders import SUMS
-from glassloop.sources import load_examples
-from glassloop.templates import make_template
+from glassloop.config.arguments import from_values, parse
+from glassloop.config.config import DataConfig, as_dict
+from glassloop.data.dataset import build_rows, summary
+from glassloop.data.sources import load_examples
+from glassloop.data.templates import make_template
+from glassloop.disk.publish import SUMS
+from glassloop.loop.build import build_run
+from glassloop.saved.capsule import read_capsule
+from glassloop.saved.checkpoint import load_checkpoint
 
 GOOD = b'{"prompt": "who calls?", "completion": "nobody"}\n'
 HARM = b"\x80\x04" + pickle.dumps(os.getcwd)[2:]  # a pickle that names a function

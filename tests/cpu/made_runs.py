@@ -8,8 +8,8 @@ import math
 import random
 from pathlib import Path
 
-from glassloop.observers import JsonlObserver, SampleRecord, TextPolicy, write_json, write_text
-from glassloop.record import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
+from glassloop.record.observers import JsonlObserver, SampleRecord, TextPolicy, write_json, write_text
+from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 SPIKE, BROKEN, REDONE = 24, 31, 12  # the loss leaps; the loss is not a number and nothing is applied; done twice, after a resume
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><b>&amp; bold</b>"

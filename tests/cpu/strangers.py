@@ -36,9 +36,9 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
     """Makes the problem, and trains it through build_run and update_once, as train_loop.py would."""
     from launching import write_rows
 
-    from glassloop.arguments import from_values
-    from glassloop.batches import epoch_order
-    from glassloop.build import build_run, contract_of
+    from glassloop.config.arguments import from_values
+    from glassloop.data.batches import epoch_order
+    from glassloop.loop.build import build_run, contract_of
     from train_loop import update_once
 
     optimizer = {"name": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "beta1": BETA1, "beta2": BETA2, "eps": EPS}

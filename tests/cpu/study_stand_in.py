@@ -15,10 +15,10 @@ from pathlib import Path
 
 from made_runs import write_run
 
-from glassloop.arguments import from_values, parse, to_yaml
 from glassloop.cli import study as cli
-from glassloop.observers import write_text
-from glassloop.record import Event, to_json
+from glassloop.config.arguments import from_values, parse, to_yaml
+from glassloop.record.observers import write_text
+from glassloop.record.records import Event, to_json
 from glassloop.study import running
 
 FILE = """

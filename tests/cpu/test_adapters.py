@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from glassloop import base_cache
-from glassloop.config import LoraConfig
-from glassloop.model import PeftEngine
+from glassloop.base import quantised as base_cache
+from glassloop.config.config import LoraConfig
+from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")
 EngineOf = Callable[..., PeftEngine]

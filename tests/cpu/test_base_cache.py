@@ -21,10 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from glassloop import base_cache, base_source
-from glassloop.base_cache import MANIFEST, LoadReport, copy_name, load_base
-from glassloop.config import ModelConfig
-from glassloop.model_checks import base_checksum
+from glassloop.base import quantised as base_cache
+from glassloop.base import source as base_source
+from glassloop.base.checks import base_checksum
+from glassloop.base.quantised import MANIFEST, LoadReport, copy_name, load_base
+from glassloop.config.config import ModelConfig
 
 CPU = torch.device("cpu")
 COMMIT = "c0ffee" * 6 + "abcd"

@@ -17,10 +17,11 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
-from glassloop import base_source, cache
-from glassloop.base_cache import LoadReport, load_base
-from glassloop.base_source import base_hash, resolve_source
-from glassloop.config import ModelConfig
+from glassloop.base import cache
+from glassloop.base import source as base_source
+from glassloop.base.quantised import LoadReport, load_base
+from glassloop.base.source import base_hash, resolve_source
+from glassloop.config.config import ModelConfig
 
 CPU = torch.device("cpu")
 COMMIT = "c0ffee" * 6 + "abcd"

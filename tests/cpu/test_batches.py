@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glassloop.batches import Batches, build_pass, empty_pass, epoch_order, literal_passes, packed_passes
-from glassloop.plan import make_plan
-from glassloop.rows import IGNORE, Row
+from glassloop.data.batches import Batches, build_pass, empty_pass, epoch_order, literal_passes, packed_passes
+from glassloop.data.rows import IGNORE, Row
+from glassloop.plan.steps import make_plan
 
 CPU = torch.device("cpu")
 

@@ -15,23 +15,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from glassloop import random_base
-from glassloop.base_cache import load_base
-from glassloop.base_source import base_hash, resolve_source
-from glassloop.batches import build_pass
+from glassloop.base import random as random_base
+from glassloop.base.quantised import load_base
+from glassloop.base.source import base_hash, resolve_source
 from glassloop.bench import card, machine, results, table
 from glassloop.bench.arm import build
 from glassloop.bench.matrix import run_matrix, schedule, specs_of, unable
 from glassloop.bench.processes import Place, Start, command, environment, run_arm, run_together
 from glassloop.bench.spec import Spec, read_spec
 from glassloop.bench.sums import Tokens, digest_of, energy_of, spread, utilisation
+from glassloop.bench.workloads import workload
 from glassloop.cli import bench as bench_command
-from glassloop.config import LoraConfig, ModelConfig
-from glassloop.model import build_engine, load_tokenizer
+from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.engines.peft import build_engine, load_tokenizer
 from glassloop.predict.flops import flops_of
 from glassloop.predict.shapes import KNOWN
-from glassloop.rows import Row
-from glassloop.workloads import workload
 
 CPU = torch.device("cpu")
 EXPECTED_WEIGHTS = [

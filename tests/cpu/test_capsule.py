@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from glassloop import folders
-from glassloop.capsule import (
+from glassloop.data.rows import Row
+from glassloop.disk import publish as folders
+from glassloop.formula.optim import FlatAdapters, make_optimizer
+from glassloop.saved.capsule import (
     CapsuleFacts,
     CapsuleNotSaved,
     CapsuleSaved,
@@ -29,9 +31,7 @@ from glassloop.capsule import (
     row_digest,
     save_capsule,
 )
-from glassloop.optim import FlatAdapters, make_optimizer
-from glassloop.rows import Row
-from glassloop.snapshots import rng_state
+from glassloop.saved.state import rng_state
 
 CPU = torch.device("cpu")
 NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{s}.default.weight" for i in (0, 1) for s in "AB"]

@@ -24,8 +24,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from glassloop import checkpoint, folders, snapshots
-from glassloop.checkpoint import (
+from glassloop.config.config import Config, as_dict
+from glassloop.disk import publish as folders
+from glassloop.formula.optim import FlatAdapters, make_optimizer
+from glassloop.saved import checkpoint
+from glassloop.saved import state as snapshots
+from glassloop.saved.checkpoint import (
     CheckpointNotSaved,
     Saved,
     State,
@@ -35,8 +39,6 @@ from glassloop.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from glassloop.config import Config, as_dict
-from glassloop.optim import FlatAdapters, make_optimizer
 
 CPU = torch.device("cpu")
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"

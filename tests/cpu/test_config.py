@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from glassloop.arguments import PEER_NAMES, ConfigError, field_names, from_values, parse, to_yaml
-from glassloop.config import Config, as_dict
-from glassloop.presets import HARDWARE, PRESETS
+from glassloop.config.arguments import PEER_NAMES, ConfigError, field_names, from_values, parse, to_yaml
+from glassloop.config.config import Config, as_dict
+from glassloop.config.presets import HARDWARE, PRESETS
 
 
 def test_command_line_beats_file_beats_hardware_beats_preset(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from glassloop.contract import SCHEMA, Contract, ContractBroken, check_same_rows
-from glassloop.plan import make_plan
+from glassloop.plan.contract import SCHEMA, Contract, ContractBroken, check_same_rows
+from glassloop.plan.steps import make_plan
 
 STEP = make_plan(
     rows=21,

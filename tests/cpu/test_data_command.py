@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from glassloop.cli.data import main, render
-from glassloop.rows import Row
-from glassloop.terminal import visible
+from glassloop.data.rows import Row
+from glassloop.record.terminal import visible
 
 
 @pytest.fixture

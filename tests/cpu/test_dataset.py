@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config import DataConfig
-from glassloop.dataset import Dataset, build_rows, quantiles, summary
-from glassloop.rows import Example, Turn
-from glassloop.sources import Loaded
-from glassloop.templates import make_template
+from glassloop.config.config import DataConfig
+from glassloop.data.dataset import Dataset, build_rows, quantiles, summary
+from glassloop.data.rows import Example, Turn
+from glassloop.data.sources import Loaded
+from glassloop.data.templates import make_template
 
 
 def example(number: int, words: int) -> Example:

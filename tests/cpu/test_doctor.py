@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from glassloop.arguments import parse
 from glassloop.cli.doctor import check_data, check_p2p, main, shown
+from glassloop.config.arguments import parse
 from glassloop.doctor import checks as doctor
 from glassloop.doctor import p2p
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding

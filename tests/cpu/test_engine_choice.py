@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from glassloop import engine_here
-from glassloop.arguments import ConfigError, from_values, parse
 from glassloop.cli.plan import main as plan
-from glassloop.engine_choice import Choice, choose_engine, in_words, with_engine
-from glassloop.fused import honoured, supported
-from glassloop.fused.honoured import FIELDS, HONOURED, fields_of
-from glassloop.replay.recorded import with_overrides
+from glassloop.config.arguments import ConfigError, from_values, parse
+from glassloop.engines.fused import supported
+from glassloop.loop import engine_here
+from glassloop.plan import honoured
+from glassloop.plan.engine import Choice, choose_engine, in_words, with_engine
+from glassloop.plan.honoured import FIELDS, HONOURED, fields_of
+from glassloop.record.reading import with_overrides
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the fused engine needs triton")
@@ -87,7 +88,7 @@ def test_every_field_that_the_engine_looks_at_has_a_row():
 
 def test_every_refusal_of_the_fused_engine_names_the_reference_engine_as_cure():
     seen = 0
-    for file in sorted(Path(honoured.__file__).parent.glob("*.py")):
+    for file in sorted(Path(supported.__file__).parent.glob("*.py")):
         source = file.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Raise) and "ValueError" in (text := ast.get_source_segment(source, node) or ""):
@@ -216,7 +217,7 @@ def carry_out(run, update: int):
 def resumed(folder: Path, *words: str):
     from accelerate.state import AcceleratorState
 
-    from glassloop.build import build_run
+    from glassloop.loop.build import build_run
 
     AcceleratorState._reset_state(True)
     return build_run(parse(["--resume", str(folder), *words]))

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glassloop import environment as module
-from glassloop.config import Config, as_dict
-from glassloop.environment import command_line, environment, git_commit, nvidia_driver, without_secrets
+from glassloop.config.config import Config, as_dict
+from glassloop.disk import environment as module
+from glassloop.disk.environment import command_line, environment, git_commit, nvidia_driver, without_secrets
 
 
 def test_it_names_versions_gpus_driver_and_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

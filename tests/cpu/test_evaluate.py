@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from trained_runs import copy_of, finished_run, signed_anew, write_calls
 from transformers import AutoModelForCausalLM
 
-from glassloop.base_cache import prepare_4bit
+from glassloop.base.quantised import prepare_4bit
 from glassloop.cli.__main__ import main
-from glassloop.evaluation import Answer
-from glassloop.heldout import rows_of
-from glassloop.intervals import bootstrap, mcnemar, wilson
-from glassloop.measuring import Measured, report_of
-from glassloop.trained import load_tokenizer_of, open_trained, template_of
+from glassloop.loop.evaluation import Answer
+from glassloop.use.heldout import rows_of
+from glassloop.use.intervals import bootstrap, mcnemar, wilson
+from glassloop.use.measuring import Measured, report_of
+from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
 
 @pytest.fixture(scope="module")

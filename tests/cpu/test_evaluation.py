@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig
 
-from glassloop import evaluation
-from glassloop.batches import build_pass
-from glassloop.config import DataConfig, LoraConfig, ModelConfig
-from glassloop.evaluation import Answer, row_losses, scores
-from glassloop.formats import verdict_of
-from glassloop.generation import generate, unchanged
-from glassloop.model import PeftEngine, build_engine, load_tokenizer
-from glassloop.record import EvaluationRecord
-from glassloop.rows import Example, Row, Turn
-from glassloop.templates import make_template
+from glassloop.config.config import DataConfig, LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.formats import verdict_of
+from glassloop.data.rows import Example, Row, Turn
+from glassloop.data.templates import make_template
+from glassloop.engines.peft import PeftEngine, build_engine, load_tokenizer
+from glassloop.loop import evaluation
+from glassloop.loop.evaluation import Answer, row_losses, scores
+from glassloop.loop.generation import generate, unchanged
+from glassloop.record.records import EvaluationRecord
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from evaluation_checks import (

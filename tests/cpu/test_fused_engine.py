@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from glassloop.batches import build_pass
-from glassloop.config import LoraConfig
-from glassloop.optim import FlatAdapters
+from glassloop.config.config import LoraConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.formula.optim import FlatAdapters
 from glassloop.predict.tiers import Tiers, choose, held_bytes, input_bytes, kept_bytes
-from glassloop.rows import Row
 
 if importlib.util.find_spec("triton") is not None:
     TIERS = [Tiers(kept, host, held) for kept, held in ((0, 0), (1, 2), (2, 1), (2, 0), (0, 0)) for host in (False, True)]
@@ -35,7 +35,7 @@ def rows_of(*lengths: int) -> list[Row]:
 
 
 def fused_of(engine):
-    from glassloop.fused.engine import FusedEngine
+    from glassloop.engines.fused.engine import FusedEngine
 
     return FusedEngine(engine.hf, engine.report)
 
@@ -253,7 +253,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
 
 def test_weights_held_before_do_not_count_as_taken_when_memory_is_spent_anew(run_of, monkeypatch):
     """As in a benchmark's arm, whose rows come after the run was built."""
-    from glassloop.room import spend_memory
+    from glassloop.loop.memory import spend_memory
 
     run = run_of(execution={"engine": "fused", "precision": "fp32"})
     engine = run.plain_engine
@@ -271,7 +271,7 @@ def test_weights_held_before_do_not_count_as_taken_when_memory_is_spent_anew(run
 
 def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
     """Rows an update and the gradient stay either way."""
-    from glassloop.room import smaller_passes
+    from glassloop.loop.memory import smaller_passes
 
     run = run_of(execution={"engine": "fused", "precision": "fp32", "layout": "packed"})
     assert run.tiers == {"kept": 2, "host": False, "held": 0}

@@ -40,7 +40,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process th
 def packed_of(shapes: list[tuple[int, int]], *, nested: bool):
     import bitsandbytes as bnb
 
-    from glassloop.fused.dequant import pack
+    from glassloop.engines.fused.dequant import pack
 
     torch.manual_seed(1)
     modules = []
@@ -66,7 +66,7 @@ def test_nf4_weights_come_out_with_bitsandbytes_bits(shapes, nested, dtype):
     """The reference always, the kernel where it can run; with adapters beside and below, into a matrix with wider rows."""
     import bitsandbytes as bnb
 
-    from glassloop.fused.dequant import dequantise_reference, dequantise_triton
+    from glassloop.engines.fused.dequant import dequantise_reference, dequantise_triton
 
     packed, modules, before = packed_of(shapes, nested=nested)
     rows, columns = sum(packed.rows), packed.columns
@@ -92,7 +92,7 @@ def test_nf4_weights_come_out_with_bitsandbytes_bits(shapes, nested, dtype):
 def test_small_adapters_count_in_bf16():
     """After a first update B holds the learning rate. Folded in, what they do is added before the sum is rounded; a product of their own, as other
     engines have it, is added to one that is rounded already, and is lost where it is less than half of the last place."""
-    from glassloop.fused.linear import Adapter, Linear, Scratch
+    from glassloop.engines.fused.linear import Adapter, Linear, Scratch
 
     packed, _, (weight,) = packed_of([(256, 512)], nested=True)
     a, b = torch.nn.Parameter(torch.randn(16, 512) / 512**0.5), torch.nn.Parameter(torch.zeros(256, 16))
@@ -126,7 +126,7 @@ def strided(rows: int, columns: int, dtype: torch.dtype, room: int = 16) -> torc
 def kernels(name: str):
     """(reference, kernel) of a module's function, the kernel only where it can run."""
     module, function = name.split(".")
-    found = importlib.import_module(f"glassloop.fused.{module}")
+    found = importlib.import_module(f"glassloop.engines.fused.{module}")
     names = [f"{function}_reference", *([f"{function}_triton"] if INTERPRETED else [])]
     return [getattr(found, one) for one in names]
 
@@ -166,7 +166,7 @@ def test_rotation_and_back(dtype, heads, size):
     """The kernel's rotation is transformers'; turned back it is what it was."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from glassloop.fused.rotary import angles
+    from glassloop.engines.fused.rotary import angles
 
     torch.manual_seed(0)
     positions, frequencies = torch.tensor([0, 1, 2, 0, 1, 700]), torch.rand(size // 2)
@@ -204,7 +204,7 @@ def test_the_gate_forward_and_backward(dtype, width):
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)])
 def test_matrices_move_to_their_places(add, kinds):
-    from glassloop.fused.matrices import Move, Moves
+    from glassloop.engines.fused.matrices import Move, Moves
 
     torch.manual_seed(0)
     for by_kernel in (False, *((True,) if INTERPRETED else ())):
@@ -227,7 +227,7 @@ def test_cross_entropy_and_its_gradient_in_place(dtype, size):
     wide = logits.double().requires_grad_()
     truth = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
     (slope,) = torch.autograd.grad(truth.sum(), wide)
-    found = importlib.import_module("glassloop.fused.loss")
+    found = importlib.import_module("glassloop.engines.fused.loss")
     for one in (found.cross_entropy_reference_, *([found.cross_entropy_] if INTERPRETED else [])):
         losses, room = torch.zeros(3), logits.clone()
         one(room, labels, losses)
@@ -236,7 +236,7 @@ def test_cross_entropy_and_its_gradient_in_place(dtype, size):
 
 
 def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_first():
-    from glassloop.fused.attention_work import Tile, Tiles, programs
+    from glassloop.engines.fused.attention_work import Tile, Tiles, programs
 
     lengths = (1, 5, 16, 17, 40)
     starts = [0, 1, 6, 22, 39]
@@ -252,7 +252,7 @@ def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_fi
 
 def wide_heads(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype):
     """q, k, v as a layer has them, side by side in rows with room to spare; angles; a gradient with wider rows too."""
-    from glassloop.fused.rotary import angles
+    from glassloop.engines.fused.rotary import angles
 
     torch.manual_seed(0)
     widths = [heads * size, key_heads * size, key_heads * size]
@@ -278,9 +278,9 @@ CUTS = [  # (own, step, split) of forward, queries and keys: blocks as long as a
 def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, heads, key_heads):
     """Every row by itself, whatever its length leaves of a block; and nothing beside the columns that are its own. The interpreter has no
     product in bf16."""
-    from glassloop.fused import attention as a
-    from glassloop.fused import attention_triton
-    from glassloop.fused.attention_work import Tile, Tiles
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused import attention_triton
+    from glassloop.engines.fused.attention_work import Tile, Tiles
 
     size, tokens = 16, sum(lengths)
     tiles = Tiles(*(Tile(own, step, 4, 2, split) for own, step, split in cuts))
@@ -309,8 +309,8 @@ def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, 
 
 @interpreted
 def test_a_row_without_finite_values_leaves_its_neighbours_alone():
-    from glassloop.fused import attention as a
-    from glassloop.fused.attention_work import Tile, Tiles
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused.attention_work import Tile, Tiles
 
     lengths, tile = (20, 9, 20), Tile(16, 16, 4, 2)
     bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), Tiles(tile, tile, tile))

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from glassloop.batches import build_pass
-from glassloop.optim import FlatAdapters
-from glassloop.rows import Row
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.formula.optim import FlatAdapters
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
@@ -93,7 +93,7 @@ def check_gradients(base_of, shape, *, tied=False, r=4, patterns=None, targets=T
 
     The first of `lengths` is at least 6: a label that attention reaches through one key alone leaves q and k without a gradient.
     """
-    from glassloop.fused.engine import FusedEngine
+    from glassloop.engines.fused.engine import FusedEngine
 
     engine, base = base_of(shape, tied=tied)
     lora = peft.LoraConfig(r=r, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM", rank_pattern=patterns or {})
@@ -155,7 +155,7 @@ def test_a_layer_without_adapters_and_one_that_misses_some(base_of, pair):
 
 
 def test_room_for_gradients_is_counted_by_group(base_of):
-    from glassloop.fused.engine import build_layer
+    from glassloop.engines.fused.engine import build_layer
     from glassloop.predict.tiers import product_bytes
 
     _, base = base_of(EQUAL["o and down"], tied=False)

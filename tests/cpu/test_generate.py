@@ -15,7 +15,10 @@ from rich.console import Console
 from trained_runs import copy_of, finished_run
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from glassloop.answering import (
+from glassloop.cli.__main__ import main
+from glassloop.cli.generate import beside
+from glassloop.data.rows import Example, Turn
+from glassloop.use.answering import (
     GumbelNoise,
     Reply,
     Sampling,
@@ -26,10 +29,7 @@ from glassloop.answering import (
     split_reasoning,
     stop_ids_of,
 )
-from glassloop.cli.__main__ import main
-from glassloop.cli.generate import beside
-from glassloop.rows import Example, Turn
-from glassloop.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
+from glassloop.use.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
 
 QUESTIONS = [
     "Who calls?",
@@ -216,7 +216,7 @@ def test_chat_goes_on_with_what_was_said(run, capsys, monkeypatch):
 
 
 def test_ctrl_c_stops_an_answer_and_no_traceback_is_shown(run, capsys, monkeypatch):
-    import glassloop.answering as answering
+    import glassloop.use.answering as answering
 
     whole, asked = answering.answer, []
 

@@ -11,9 +11,9 @@ import hostile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from glassloop.arguments import ConfigError, field_names, from_values, parse
-from glassloop.config import Config, DataConfig
-from glassloop.sources import load_examples
+from glassloop.config.arguments import ConfigError, field_names, from_values, parse
+from glassloop.config.config import Config, DataConfig
+from glassloop.data.sources import load_examples
 from train_loop import update_once
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/reliability.md"

@@ -27,104 +27,53 @@ class Rule:
     late: str = ""  # packages, inside functions only
 
 
-# Data flows one way: a module may only import from rows above its own.
+# Data flows one way: a package may only import from rows above its own.
 TABLE = {
     "__init__": Rule(),
-    # Plain values and files; no torch.
-    "settings": Rule(packages="pydantic"),
-    "config": Rule("settings", "pydantic"),
-    "presets": Rule(),
-    "arguments": Rule("config presets", "pydantic yaml"),
-    "plan": Rule(),
-    "contract": Rule("plan"),
+    "config": Rule("", "pydantic yaml"),
     "predict": Rule(),
-    "record": Rule(),
-    "forecast": Rule(),
-    "stability": Rule("forecast"),
-    "noise": Rule(),
-    "folders": Rule(),
-    "cache": Rule("folders"),
-    "environment": Rule(late="torch"),
-    # What a run will be, said before it begins.
-    # Rows as token ids: they know of no model and no loop.
-    "rows": Rule(),
-    "formats": Rule("config rows"),
-    "text_files": Rule("formats"),
-    "duplicates": Rule("formats rows"),
-    "sources": Rule("config duplicates formats rows text_files", late="datasets"),
-    "tokens": Rule(late="tokenizers"),
-    "chat_template": Rule("rows tokens", late="jinja2"),
-    "templates": Rule("chat_template config rows tokens"),
-    "dataset": Rule("config rows sources templates"),
-    "batches": Rule("plan rows templates", "numpy torch"),
-    "workloads": Rule("rows"),
-    # Arithmetic on tensors: takes numbers, no config.
-    "loss": Rule("rows", "torch"),
-    "optim": Rule("", "torch", late="bitsandbytes"),
-    "dist": Rule("", "torch"),
-    # The model: knows of no batches, optimizer or observers.
-    "smollm2": Rule("cache", late="gguf tokenizers torch transformers"),
-    "random_base": Rule("cache predict", late="bitsandbytes safetensors tokenizers torch transformers"),
-    "base_source": Rule("cache config random_base smollm2", late="huggingface_hub safetensors"),
-    "model_checks": Rule("", "torch"),
-    "base_cache": Rule("base_source cache config model_checks random_base", "safetensors torch transformers"),
-    "norms": Rule("", "torch"),
-    "adapters": Rule("config", "peft safetensors torch transformers"),
-    "unsloth_checks": Rule(),
-    "unsloth_engine": Rule("adapters base_cache cache config model_checks unsloth_checks", "numpy safetensors torch"),
-    "fused": Rule("loss predict rows", "torch triton"),
-    "model": Rule(
-        "adapters base_cache base_source config fused loss model_checks norms rows unsloth_engine", "torch transformers"
+    "disk": Rule("", late="torch"),
+    "stats": Rule(),
+    "plan": Rule("config predict"),
+    "base": Rule("config disk predict", "torch transformers", late="bitsandbytes gguf huggingface_hub safetensors tokenizers"),
+    "record": Rule("config disk", "rich yaml", late="wandb"),
+    "data": Rule("config plan", "numpy torch", late="datasets jinja2 tokenizers"),
+    "report": Rule("record stats", "numpy rich"),
+    "formula": Rule("data", "torch", late="bitsandbytes"),
+    "engines": Rule("base config data formula plan predict", "numpy peft safetensors torch transformers triton"),
+    "health": Rule("*", "torch"),
+    "saved": Rule("config data disk formula plan", "numpy safetensors torch"),
+    "loop": Rule(
+        "base config data disk engines formula health plan predict record saved", "accelerate datasets torch transformers"
     ),
-    "generation": Rule("", "torch", late="transformers"),
-    "engine_choice": Rule("config fused"),
-    "planning": Rule("batches config dataset engine_choice model plan predict sources templates", late="datasets pyarrow torch"),
-    # What is kept and shown of a run.
-    "snapshots": Rule("optim", "numpy torch"),
-    "checkpoint": Rule("folders optim snapshots", "safetensors torch"),
-    "capsule_facts": Rule("rows"),
-    "capsule": Rule("batches capsule_facts dist environment folders optim snapshots", "safetensors torch"),
-    "observers": Rule("folders record"),
-    "terminal": Rule("observers record", "rich"),
-    "trackers": Rule("config environment observers record", late="wandb"),
-    "report": Rule("observers record terminal", "numpy rich", late="yaml"),
-    "outcome": Rule("batches config dist record stability"),
-    "probes": Rule("optim record", "torch"),
-    "flags": Rule(),
-    "evaluation": Rule("batches dist formats generation record rows templates", "torch"),
-    # What knows every part.
-    "launch": Rule("config unsloth_checks", "accelerate datasets torch transformers"),
-    "engine_here": Rule("arguments base_source checkpoint config dist engine_choice launch", "torch transformers"),
-    "facts": Rule("config dist launch model_checks optim", "accelerate torch transformers"),
-    "resuming": Rule("checkpoint config folders plan"),
-    "inspection": Rule("*", "torch"),
-    "watchdog": Rule(),
-    "run": Rule("*", "torch"),
-    "room": Rule("batches config dist planning predict rows run", "torch"),
-    "build": Rule("*", "accelerate torch"),
-    "doctor": Rule("config environment planning predict trackers unsloth_checks", late="accelerate datasets torch yaml"),
-    # Updates carried out again: a recorded one to find out what it was, a small class of them to prove the math.
-    "replay": Rule("*", "accelerate torch yaml"),
-    "verify": Rule("*", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"),
-    "bench": Rule("*", "torch"),
-    # What is done with a trained adapter.
-    "trained": Rule("*", "safetensors torch", late="transformers"),
-    "answering": Rule("generation templates trained", "torch", late="transformers"),
-    "questions": Rule(),
-    "intervals": Rule(),
-    "measuring": Rule("dist evaluation generation intervals rows templates trained"),
-    "heldout": Rule("config dataset duplicates rows sources templates trained"),
-    "merging": Rule(
-        "base_cache base_source rows templates trained", "safetensors torch", late="bitsandbytes huggingface_hub transformers"
+    "doctor": Rule("config disk engines plan predict record", late="accelerate datasets torch yaml"),
+    "use": Rule(
+        "base config data disk engines formula loop plan record report saved",
+        "safetensors torch",
+        late="bitsandbytes huggingface_hub transformers",
     ),
-    "card": Rule("formats merging plan report trained", "safetensors", late="huggingface_hub"),
-    "study": Rule("arguments config forecast observers predict report verify", "rich yaml"),
+    "train_loop": Rule("config data formula health loop plan report", "torch"),
+    "replay": Rule("config data disk engines formula health loop plan record saved", "accelerate torch yaml"),
+    "verify": Rule(
+        "config data disk formula health loop", "numpy peft safetensors torch transformers", late="bitsandbytes tokenizers"
+    ),
+    "bench": Rule("config data disk engines formula loop plan predict record verify", "torch"),
+    "study": Rule("config predict record report stats verify", "rich yaml"),
     "cli": Rule("*", late="*"),
-    "train_loop": Rule("*", "torch"),
 }
 NOBODY_IMPORTS = ("cli", "train_loop")  # but cli itself
 RUNS_THE_LOOP = ("bench", "replay", "verify")  # these import train_loop too: what they carry out is the loop's own code
-LIGHT = ("contract", "engine_choice", "settings", "config", "presets", "arguments", "plan", "record", "rows")
+LIGHT = (
+    "plan.contract",
+    "plan.engine",
+    "config.sections",
+    "config.config",
+    "config.presets",
+    "config.arguments",
+    "plan.steps",
+    "record.records",
+    "data.rows",
+)
 CALLED = {"yaml": "pyyaml"}  # packages that are imported by another name than they are installed by
 LONGEST = {"update_once": 45, "train": 150}  # lines of a function in train_loop.py, from def to the last one
 
@@ -172,7 +121,7 @@ def imports(module: str, source: str) -> Iterator[Import]:
 
 
 def row_of(module: str) -> str:
-    """The table's row for a dotted name: glassloop.fused.norm is fused, train_loop is itself, glassloop alone is __init__."""
+    """The table's row for a dotted name: glassloop.engines.fused.norm is fused, train_loop is itself, glassloop alone is __init__."""
     parts = module.split(".")
     if parts[0] != "glassloop":
         return parts[0]
@@ -238,23 +187,27 @@ def test_what_is_imported_is_asked_for() -> None:
 
 
 PLANTED = {
-    "package the row lacks": ("glassloop.record", "import torch", "does not name torch"),
-    "part of such a package": ("glassloop.plan", "from torch.nn import functional", "does not name torch"),
-    "late package on top": ("glassloop.optim", "import bitsandbytes", "only inside a function"),
-    "late package in a class": ("glassloop.optim", "class A:\n    import bitsandbytes", "only inside a function"),
-    "package in a function": ("glassloop.record", "def f():\n    import torch", "does not name torch"),
-    "package behind try": ("glassloop.plan", "try:\n    import torch\nexcept ImportError:\n    pass", "does not name torch"),
-    "sibling": ("glassloop.loss", "from glassloop.config import Config", "does not name config"),
-    "sibling from the package": ("glassloop.loss", "from glassloop import config", "does not name config"),
-    "sibling, relative": ("glassloop.loss", "from .config import Config", "does not name config"),
-    "sibling, relative and bare": ("glassloop.loss.part", "from .. import config", "does not name config"),
+    "package the row lacks": ("glassloop.record.records", "import torch", "does not name torch"),
+    "part of such a package": ("glassloop.plan.steps", "from torch.nn import functional", "does not name torch"),
+    "late package on top": ("glassloop.formula.optim", "import bitsandbytes", "only inside a function"),
+    "late package in a class": ("glassloop.formula.optim", "class A:\n    import bitsandbytes", "only inside a function"),
+    "package in a function": ("glassloop.record.records", "def f():\n    import torch", "does not name torch"),
+    "package behind try": (
+        "glassloop.plan.steps",
+        "try:\n    import torch\nexcept ImportError:\n    pass",
+        "does not name torch",
+    ),
+    "sibling": ("glassloop.formula.loss", "from glassloop.config.config import Config", "does not name config"),
+    "sibling from the package": ("glassloop.formula.loss", "from glassloop import config", "does not name config"),
+    "sibling, relative": ("glassloop.formula.loss", "from ..config import Config", "does not name config"),
+    "sibling, relative and bare": ("glassloop.formula.loss", "from .. import config", "does not name config"),
     "sibling for types": (
-        "glassloop.loss",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from glassloop.config import Config",
+        "glassloop.formula.loss",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from glassloop.config.config import Config",
         "does not name config",
     ),
-    "the loop": ("glassloop.model", "def f():\n    import train_loop", "only cli may"),
-    "a command": ("glassloop.plan", "from glassloop.cli import data", "only cli may"),
+    "the loop": ("glassloop.engines.peft", "def f():\n    import train_loop", "only cli may"),
+    "a command": ("glassloop.plan.steps", "from glassloop.cli import data", "only cli may"),
     "a command, from the loop": ("train_loop", "import glassloop.cli.data", "only cli may"),
     "heavy on top of a command": ("glassloop.cli.data", "import torch", "only inside a function"),
     "a file without a row": ("glassloop.elsewhere", "", "no row in TABLE"),
@@ -270,11 +223,11 @@ def test_a_planted_import_is_seen(module: str, source: str, complaint: str, monk
 
 
 ALLOWED = {
-    "standard library": ("glassloop.record", "import json\nfrom pathlib import Path"),
-    "torch for types": ("glassloop.rows", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
-    "late package": ("glassloop.optim", "def f():\n    import bitsandbytes as bnb"),
-    "the version": ("glassloop.loss", "from glassloop import __version__"),
-    "a sibling in the row": ("glassloop.loss", "from glassloop.rows import IGNORE"),
+    "standard library": ("glassloop.record.records", "import json\nfrom pathlib import Path"),
+    "torch for types": ("glassloop.data.rows", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+    "late package": ("glassloop.formula.optim", "def f():\n    import bitsandbytes as bnb"),
+    "the version": ("glassloop.formula.loss", "from glassloop import __version__"),
+    "a sibling in the row": ("glassloop.formula.loss", "from glassloop.data.rows import IGNORE"),
     "the loop in a command": ("glassloop.cli.data", "def main(argv):\n    import torch, train_loop"),
 }
 
@@ -293,7 +246,7 @@ def heavy_after(statement: str) -> set[str]:
 
 
 def test_what_must_stay_light_loads_nothing_heavy() -> None:
-    assert heavy_after(f"import glassloop\nfrom glassloop import {', '.join(LIGHT)}") == set()
+    assert heavy_after("\n".join(f"import glassloop.{name}" for name in LIGHT)) == set()
 
 
 def test_the_console_command_lists_its_commands_without_torch() -> None:
@@ -301,7 +254,7 @@ def test_the_console_command_lists_its_commands_without_torch() -> None:
 
 
 def test_a_heavy_import_is_seen() -> None:
-    assert "torch" in heavy_after("import glassloop.loss")
+    assert "torch" in heavy_after("import glassloop.formula.loss")
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_of)

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glassloop.inspection import replay_of
-from glassloop.noise import estimates
-from glassloop.stability import Finding
+from glassloop.health.inspection import replay_of
+from glassloop.health.noise import estimates
+from glassloop.health.stability import Finding
 
 
 def parts_of(run, u: int) -> tuple[list[float], list[int], float]:
     """|s_p| and n_p of the halves of update u's passes, and |g|, each from backward passes of its own."""
-    from glassloop.batches import build_pass
+    from glassloop.data.batches import build_pass
 
     window = run.batches.window(u)
     n = run.batches.supervised_tokens(window)
@@ -96,8 +96,8 @@ def test_an_update_that_is_put_back_leaves_no_trace_in_the_windows(run_of):
 
 
 def test_a_run_that_is_not_what_was_planned_ends_with_an_event_and_saves_nothing(run_of):
-    from glassloop.contract import ContractBroken
-    from glassloop.observers import read_jsonl
+    from glassloop.plan.contract import ContractBroken
+    from glassloop.record.observers import read_jsonl
 
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
     run.remember(7)

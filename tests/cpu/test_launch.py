@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glassloop import launch
-from glassloop.arguments import parse
+from glassloop.config.arguments import parse
+from glassloop.loop import launch
 
 
 @pytest.fixture

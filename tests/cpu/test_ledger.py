@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from live_bytes import peaks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from glassloop.batches import build_pass
-from glassloop.config import PROJECTIONS, LoraConfig
-from glassloop.model_checks import dtype_audit
-from glassloop.optim import FlatAdapters
+from glassloop.base.checks import dtype_audit
+from glassloop.config.config import PROJECTIONS, LoraConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.formula.optim import FlatAdapters
 from glassloop.predict.cards import needed_gib, smaller_settings, verdict
 from glassloop.predict.hardware import gpu_named
 from glassloop.predict.ledger import GIB, PHASES, Work, base_bytes, ledger_of
 from glassloop.predict.shapes import KNOWN, Shapes, shapes_from_config, shapes_of
-from glassloop.rows import Row
 
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 FULL = Work(rows=2, tokens=2048, r=16, targets=PROJECTIONS)

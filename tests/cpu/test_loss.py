@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glassloop.loss import sums_by_row, token_loss_sums, token_loss_sums_reference
-from glassloop.rows import IGNORE
+from glassloop.data.rows import IGNORE
+from glassloop.formula.loss import sums_by_row, token_loss_sums, token_loss_sums_reference
 
 
 def case(seed: int, dtype=torch.float32, bias: bool = False):

@@ -18,9 +18,9 @@ from trained_runs import copy_of, finished_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.cli.__main__ import main
-from glassloop.merging.merge import Pair, merged, pairs_of, shards_of
-from glassloop.merging.weights import Weights
-from glassloop.trained import adapter_weights, load, load_tokenizer_of, open_trained, prompt_of, template_of
+from glassloop.use.merge.merge import Pair, merged, pairs_of, shards_of
+from glassloop.use.merge.weights import Weights
+from glassloop.use.trained import adapter_weights, load, load_tokenizer_of, open_trained, prompt_of, template_of
 
 CPU = torch.device("cpu")
 
@@ -158,7 +158,7 @@ def test_a_table_that_fails_takes_no_merge_away(run, tmp_path, capsys, monkeypat
     def too_much(*_args):
         raise torch.OutOfMemoryError("no room for 16 GiB")
 
-    monkeypatch.setattr("glassloop.merging.table.look_at_folder", too_much)
+    monkeypatch.setattr("glassloop.use.merge.table.look_at_folder", too_much)
     assert main(["merge", str(run), str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert "no room for 16 GiB" in told.err and "is whole and stays" in told.err and "wrote" in told.out
@@ -171,7 +171,7 @@ def test_a_full_disk_is_said_in_words_and_leaves_nothing(run, tmp_path, capsys, 
     def full(*_args, **_kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("glassloop.merging.merge.save_file", full)
+    monkeypatch.setattr("glassloop.use.merge.merge.save_file", full)
     assert main(["merge", str(run), str(tmp_path / "out"), "--no-table"]) == 2
     told = capsys.readouterr().err
     assert "model.safetensors cannot be written" in told and "No space left" in told and "make room" in told
@@ -214,7 +214,7 @@ def test_weights_that_are_torn_or_lack_a_layer_are_named(tmp_path, tiny_llama):
     with pytest.raises(ValueError, match="without its lora_B"):
         pairs_of(pair)
     pair |= {"base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": torch.zeros(128, 4)}
-    from glassloop.merging.merge import write_merged
+    from glassloop.use.merge.merge import write_merged
 
     with pytest.raises(ValueError, match=r"layers\.9"):
         list(write_merged(Weights(tmp_path), pairs_of(pair), 1.0, tmp_path, dtype=torch.bfloat16, most_bytes=1 << 20))

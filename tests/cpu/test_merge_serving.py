@@ -12,12 +12,12 @@ import pytest
 from go_template import render
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config import DataConfig
-from glassloop.merging.folder import adds_bos, generation_config
-from glassloop.merging.modelfile import modelfile, pieces_of, quoted
-from glassloop.merging.serve import commands, request, vllm_adapter, vllm_merged
-from glassloop.rows import Example, Turn
-from glassloop.templates import make_template
+from glassloop.config.config import DataConfig
+from glassloop.data.rows import Example, Turn
+from glassloop.data.templates import make_template
+from glassloop.use.merge.folder import adds_bos, generation_config
+from glassloop.use.merge.modelfile import modelfile, pieces_of, quoted
+from glassloop.use.merge.serve import commands, request, vllm_adapter, vllm_merged
 
 R1 = Path(__file__).resolve().parents[3] / "shared" / "model" / "deepseek-r1-distill-llama-8b"
 ANSWER = "It is a scam."

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from glassloop import base_cache
-from glassloop.batches import build_pass
-from glassloop.config import LoraConfig, ModelConfig
-from glassloop.model import PeftEngine, load_tokenizer
-from glassloop.model_checks import (
+from glassloop.base import quantised as base_cache
+from glassloop.base.checks import (
     base_checksum,
 )
-from glassloop.rows import Pass, Row
+from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Pass, Row
+from glassloop.engines.peft import PeftEngine, load_tokenizer
 
 CPU = torch.device("cpu")
 EngineOf = Callable[..., PeftEngine]
@@ -208,7 +208,7 @@ def test_generating_between_two_updates_changes_nothing(
     batch = pass_of(rows_of(12, 17))
     checked = engine_of(tiny_llama, quantization="nf4")
     randomise_b(checked)
-    monkeypatch.setattr("glassloop.model.check_plain_head", lambda hf, device, model_id: None)
+    monkeypatch.setattr("glassloop.engines.peft.check_plain_head", lambda hf, device, model_id: None)
     engine = engine_of(tiny_llama, quantization="nf4")
     randomise_b(engine)
     before = gradient(engine, batch)  # nothing ran without gradient so far

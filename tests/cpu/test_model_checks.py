@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glassloop import base_cache
-from glassloop.model import PeftEngine
-from glassloop.model_checks import (
+from glassloop.base import quantised as base_cache
+from glassloop.base.checks import (
     audit_table,
     base_checksum,
     check_devices,
@@ -19,6 +18,7 @@ from glassloop.model_checks import (
     check_plain_head,
     dtype_audit,
 )
+from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")
 EngineOf = Callable[..., PeftEngine]
@@ -141,7 +141,7 @@ def test_base_checksum_sees_every_byte_of_a_tensor_that_ends_in_part_of_a_word()
 
 
 def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glassloop import model_checks
+    from glassloop.base import checks as model_checks
 
     module = torch.nn.Linear(33, 7)
     clean = base_checksum(module)
@@ -202,7 +202,7 @@ def test_logits_that_overflow_are_told_from_damaged_weights(tiny_llama: Path) ->
 
 def test_a_model_of_patched_classes_is_refused():
     """As unsloth leaves transformers: for what is built next in the process."""
-    from glassloop.model_checks import check_unpatched
+    from glassloop.base.checks import check_unpatched
 
     class Linear(torch.nn.Linear):
         pass

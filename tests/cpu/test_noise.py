@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glassloop.noise import NoiseScale, estimates
+from glassloop.health.noise import NoiseScale, estimates
 
 # Tokens whose gradients are known: mean G, independent coordinates of these deviations.
 MEAN = (0.3, -0.2, 0.1, 0.0, 0.25, -0.1)

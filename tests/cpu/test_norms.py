@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from glassloop.norms import fuse_norms
+from glassloop.engines.norms import fuse_norms
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])

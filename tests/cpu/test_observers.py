@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from glassloop import observers
-from glassloop.observers import JsonlObserver, RunInfo, SampleRecord, next_attempt, read_jsonl, write_json, write_text
-from glassloop.record import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
+from glassloop.record import observers
+from glassloop.record.observers import JsonlObserver, RunInfo, SampleRecord, next_attempt, read_jsonl, write_json, write_text
+from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 ID, TEXT = "train:17", "the caller asks for a gift card"
@@ -87,8 +87,8 @@ def test_a_killed_process_loses_no_update(tmp_path: Path) -> None:
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from glassloop.observers import JsonlObserver
-from glassloop.record import UpdateRecord
+from glassloop.record.observers import JsonlObserver
+from glassloop.record.records import UpdateRecord
 observer = JsonlObserver(Path({str(tmp_path)!r}))
 for u in range(1, 21):
     ranks = ((2.5,), (4,), (9,), (9,), (1,), None, None)

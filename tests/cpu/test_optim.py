@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from glassloop.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer, state_tensors
+from glassloop.formula.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer, state_tensors
 
 HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 

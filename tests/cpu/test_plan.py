@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glassloop.batches import Batches
-from glassloop.plan import describe, lr_at, make_plan
-from glassloop.rows import Row
+from glassloop.data.batches import Batches
+from glassloop.data.rows import Row
+from glassloop.plan.steps import describe, lr_at, make_plan
 
 RECIPE = dict(tail="keep", epochs=1.0, warmup=5, peak=2e-4, kind="linear", first="peak_over_warmup")
 

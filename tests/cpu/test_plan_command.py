@@ -13,11 +13,11 @@ import pytest
 
 from glassloop.cli import plan as command
 from glassloop.cli.plan import main
-from glassloop.config import DataConfig
-from glassloop.plan import make_plan
-from glassloop.planning.outlook import card_time, plan_of
-from glassloop.planning.row_counts import count_rows
-from glassloop.planning.text import duration, epoch_sentence, plot, shown_updates, wrapped
+from glassloop.config.config import DataConfig
+from glassloop.data.counting import count_rows
+from glassloop.plan.outlook import card_time, plan_of
+from glassloop.plan.steps import make_plan
+from glassloop.plan.text import duration, epoch_sentence, plot, shown_updates, wrapped
 from glassloop.predict.hardware import Present
 from glassloop.predict.roofline import CHECKED, errors, pass_time
 from glassloop.predict.shapes import KNOWN
@@ -185,12 +185,12 @@ def test_rows_are_counted_without_loading_them(tmp_path):
 def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     from launching import write_rows
 
-    from glassloop.arguments import parse
-    from glassloop.batches import Batches
-    from glassloop.dataset import build_rows
-    from glassloop.model import load_tokenizer
-    from glassloop.sources import load_examples
-    from glassloop.templates import make_template
+    from glassloop.config.arguments import parse
+    from glassloop.data.batches import Batches
+    from glassloop.data.dataset import build_rows
+    from glassloop.data.sources import load_examples
+    from glassloop.data.templates import make_template
+    from glassloop.engines.peft import load_tokenizer
 
     rows = write_rows(tmp_path / "rows.jsonl", 37)
     words = [f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "batch.accumulation=2"]
@@ -343,7 +343,7 @@ def test_packed_passes_are_as_large_as_a_card_has_room_for(capsys, monkeypatch):
 
 def test_an_unknown_card_has_no_speed():
     assert pass_time(R1, "T4", rows=2, row_tokens=100) is None
-    from glassloop.arguments import parse
+    from glassloop.config.arguments import parse
 
     config = parse(["r1_8b_scam"])
     plan = plan_of(config, 600, 2)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from lossy_disk import Crash, LossyDisk, anything, bytes_without_names, names_without_bytes, nothing_unsynced
 
-from glassloop.capsule import find_capsules, read_capsule
-from glassloop.checkpoint import PUBLISHED, REQUIRED, last_checkpoint, load_checkpoint, read_state
-from glassloop.config import as_dict
-from glassloop.folders import read
-from glassloop.observers import JsonlObserver, mend, read_jsonl
-from glassloop.record import Event
-from glassloop.resuming import read_plan
+from glassloop.config.config import as_dict
+from glassloop.disk.publish import read
+from glassloop.record.observers import JsonlObserver, mend, read_jsonl
+from glassloop.record.records import Event
+from glassloop.saved.capsule import find_capsules, read_capsule
+from glassloop.saved.checkpoint import PUBLISHED, REQUIRED, last_checkpoint, load_checkpoint, read_state
+from glassloop.saved.resuming import read_plan
 from train_loop import update_once
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

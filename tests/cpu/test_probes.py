@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from glassloop import probes
-from glassloop.optim import FlatAdapters, make_optimizer
-from glassloop.probes import first_nonfinite, read_after, read_before, short_name
+from glassloop.formula.optim import FlatAdapters, make_optimizer
+from glassloop.health import probes
+from glassloop.health.probes import first_nonfinite, read_after, read_before, short_name
 
 NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{m}.default.weight" for i in range(2) for m in "AB"]
 SCALING = 2.0

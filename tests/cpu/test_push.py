@@ -15,12 +15,12 @@ import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 from trained_runs import SECRET_ROW, copy_of, finished_run, signed_anew
 
-from glassloop.card.curves import svg
-from glassloop.card.facts import is_hub_id
-from glassloop.card.staging import check_no_secret
-from glassloop.card.upload import login
 from glassloop.cli.__main__ import main
-from glassloop.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
+from glassloop.use.card.curves import svg
+from glassloop.use.card.facts import is_hub_id
+from glassloop.use.card.staging import check_no_secret
+from glassloop.use.card.upload import login
+from glassloop.use.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
 
 SYSTEM = "You are Ferdinand, the clerk of nobody."
 PUBLISHED = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "curves.svg"}
@@ -220,7 +220,7 @@ def test_who_asks_is_known_before_anything_is_made(run, monkeypatch, capsys):
             raise LocalTokenNotFoundError("Token is required, see https://")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Nobody)
-    monkeypatch.setattr("glassloop.card.staging.stage", lambda *_args: pytest.fail("made before the hub was asked"))
+    monkeypatch.setattr("glassloop.use.card.staging.stage", lambda *_args: pytest.fail("made before the hub was asked"))
     assert main(["push", str(run), "me/my-model"]) == 2
     told = capsys.readouterr().err
     assert "no token" in told and "hf auth login" in told and "https" not in told

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from glassloop.record import SCHEMA, EvaluationRecord, Event, RowRecord, UpdateRecord, to_json
+from glassloop.record.records import SCHEMA, EvaluationRecord, Event, RowRecord, UpdateRecord, to_json
 
 
 def update_record(**changes: Any) -> UpdateRecord:

@@ -15,11 +15,13 @@ import torch
 from planted import continuations, planted_run, spoiled_base, sure_base
 
 from glassloop.cli.__main__ import main
+from glassloop.data.rows import Row
+from glassloop.loop.run import Run
+from glassloop.record.reading import trajectory
 from glassloop.replay.bisect import Bisection, Part, bisect
 from glassloop.replay.layers import LayerFinding, MatrixStat, compare
-from glassloop.replay.recorded import trajectory
 from glassloop.replay.reproduce import Compared, Reproduction, carry_out, enter, replayed
-from glassloop.replay.scene import Opened, open_scene
+from glassloop.replay.start import Opened, open_scene
 from glassloop.replay.text import conclusion
 from glassloop.replay.trials import (
     ADAMW,
@@ -34,8 +36,6 @@ from glassloop.replay.trials import (
     as_32_bit,
     judge,
 )
-from glassloop.rows import Row
-from glassloop.run import Run
 from train_loop import update_once
 
 WORDS = ["the", "caller", "asks", "for", "a", "code", "and", "receiver", "hangs", "up", "because", "nothing", "is", "checked"]
@@ -71,8 +71,8 @@ def values_of(folder: Path, model: Path, **sections: dict) -> dict[str, Any]:
 
 def trained(folder: Path, model: Path, **sections: dict) -> Path:
     """A whole run through the training loop, on rows that lie in a file."""
-    from glassloop.arguments import from_values
-    from glassloop.build import build_run
+    from glassloop.config.arguments import from_values
+    from glassloop.loop.build import build_run
     from train_loop import train
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +180,8 @@ def test_a_window_that_was_left_out_is_left_out_again_and_the_checkpoint_of_the_
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     again = ["--resume", str(run), "--at", "4", "--without-window", "6", "checkpoint.every_updates=null"]
-    from glassloop.arguments import parse
-    from glassloop.build import build_run
+    from glassloop.config.arguments import parse
+    from glassloop.loop.build import build_run
     from train_loop import train
 
     resumed = build_run(parse(again))

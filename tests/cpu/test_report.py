@@ -19,13 +19,13 @@ import pytest
 from made_runs import BROKEN, EVIL, REDONE, SPIKE, matrices, probe_record, update_record, write_run
 
 from glassloop.cli.__main__ import main
-from glassloop.observers import JsonlObserver
-from glassloop.record import Event
+from glassloop.record.observers import JsonlObserver
+from glassloop.record.records import Event
+from glassloop.record.run_folder import read_run, standing
 from glassloop.report import writing
 from glassloop.report.columns import FIRST_STEP, HEAT_COLUMNS, LAST_STEP, column, heat
 from glassloop.report.page import as_data, page
 from glassloop.report.payload import memory, payload, worst_rows
-from glassloop.report.reading import read_run, standing
 from glassloop.report.summary import summarise
 from glassloop.report.writing import report_at_the_end, write_report
 
@@ -208,7 +208,7 @@ def test_memory_is_read_from_what_the_preflight_says() -> None:
 def test_the_words_of_the_preflight_are_those_that_are_read(run_of, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from glassloop import room
+    from glassloop.loop import memory as room
 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * room.GIB)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -9,8 +9,8 @@ import pytest
 from made_runs import SPIKE, write_run
 
 from glassloop.cli.__main__ import main
+from glassloop.record.run_folder import RunData, read_run
 from glassloop.report.comparing import compare, welch
-from glassloop.report.reading import RunData, read_run
 from glassloop.report.students import students_cdf, students_quantile
 
 

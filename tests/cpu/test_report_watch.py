@@ -13,8 +13,8 @@ from made_runs import BROKEN, update_record, write_run
 from rich.console import Console
 
 from glassloop.cli.__main__ import main
-from glassloop.observers import JsonlObserver
-from glassloop.record import Event
+from glassloop.record.observers import JsonlObserver
+from glassloop.record.records import Event
 from glassloop.report.watching import Screen, Tail, Watched, sparkline
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from glassloop.arguments import from_values, parse
-from glassloop.build import build_run
-from glassloop.checkpoint import State, read_state
-from glassloop.config import Config, as_dict
-from glassloop.plan import StepPlan
-from glassloop.planning.outlook import plan_of
-from glassloop.resuming import changes, reshaped, with_past
+from glassloop.config.arguments import from_values, parse
+from glassloop.config.config import Config, as_dict
+from glassloop.loop.build import build_run
+from glassloop.plan.outlook import plan_of
+from glassloop.plan.steps import StepPlan
+from glassloop.saved.checkpoint import State, read_state
+from glassloop.saved.resuming import changes, reshaped, with_past
 from train_loop import train, update_once
 
 
@@ -100,8 +100,8 @@ def test_a_refused_checkpoint_lets_the_run_go_on_or_ends_it_and_never_exits_with
 
 
 def test_a_checkpoint_of_more_ranks_is_restored_on_fewer_and_fewer_on_more(run_of: Any) -> None:
-    from glassloop.checkpoint import load_checkpoint
-    from glassloop.snapshots import rng_state
+    from glassloop.saved.checkpoint import load_checkpoint
+    from glassloop.saved.state import rng_state
 
     run = run_of()
     run.save(1)

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glassloop import build, room
-from glassloop.arguments import from_values, parse
-from glassloop.config import Config
-from glassloop.planning.work import work_of
+from glassloop.config.arguments import from_values, parse
+from glassloop.config.config import Config
+from glassloop.loop import build
+from glassloop.loop import memory as room
+from glassloop.plan.work import work_of
 from glassloop.predict.shapes import KNOWN
 from glassloop.predict.spend import pass_tokens_of
 

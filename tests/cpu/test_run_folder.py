@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from glassloop import build
+from glassloop.loop import build
 
 
 def test_two_runs_that_begin_in_the_same_second_have_two_folders(run_of, monkeypatch):

@@ -11,12 +11,12 @@ from typing import Any
 import datasets
 import pytest
 
-from glassloop import sources
-from glassloop.config import DataConfig
-from glassloop.duplicates import near_duplicates
-from glassloop.formats import CONCLUSIONS, CUES, OTHER_CUES, SCAM_QUESTION, VERDICTS
-from glassloop.rows import Example, Turn
-from glassloop.sources import Loaded, load_examples, order, verdict_of
+from glassloop.config.config import DataConfig
+from glassloop.data import sources
+from glassloop.data.duplicates import near_duplicates
+from glassloop.data.formats import CONCLUSIONS, CUES, OTHER_CUES, SCAM_QUESTION, VERDICTS
+from glassloop.data.rows import Example, Turn
+from glassloop.data.sources import Loaded, load_examples, order, verdict_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 CALL = "caller: Hello. receiver: Who is this?"

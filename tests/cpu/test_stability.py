@@ -15,9 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glassloop.config import StabilityConfig
-from glassloop.forecast import LEAST_SIGMA, forecast, student_tail
-from glassloop.stability import DIVERGED_UPDATES, LEAST_ENTRIES, NEW_LEVEL_UPDATES, VANISHING_UPDATES, Detectors, Finding, Signals
+from glassloop.config.config import StabilityConfig
+from glassloop.health.stability import (
+    DIVERGED_UPDATES,
+    LEAST_ENTRIES,
+    NEW_LEVEL_UPDATES,
+    VANISHING_UPDATES,
+    Detectors,
+    Finding,
+    Signals,
+)
+from glassloop.stats import LEAST_SIGMA, forecast, student_tail
 
 DEFAULTS = {name: getattr(StabilityConfig(), name) for name in ("window_updates", "false_alarm_rate", "no_learning_updates")}
 Told = list[tuple[int, str]]

@@ -18,7 +18,7 @@ import torch
 from launching import environment
 from transformers import get_scheduler
 
-from glassloop.plan import make_plan
+from glassloop.plan.steps import make_plan
 
 SCRIPT = Path(__file__).with_name("strangers.py")
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from glassloop import chat_template, templates
-from glassloop.config import DataConfig
-from glassloop.rows import IGNORE, Example, Row, Turn
-from glassloop.templates import INSTRUCTION, PREAMBLE, THINK_FIRST, Template, fit, make_template, targets
-from glassloop.tokens import make_codec
+from glassloop.config.config import DataConfig
+from glassloop.data import chat_template, templates
+from glassloop.data.rows import IGNORE, Example, Row, Turn
+from glassloop.data.templates import INSTRUCTION, PREAMBLE, THINK_FIRST, Template, fit, make_template, targets
+from glassloop.data.tokens import make_codec
 
 BOS, EOS, USER, ASSISTANT, THINK, END_THINK = (
     "<｜begin▁of▁sentence｜>",

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from glassloop import templates
-from glassloop.config import DataConfig
-from glassloop.dataset import Dataset, build_rows
-from glassloop.formats import CONCLUSIONS, CUES, SCAM_QUESTION, VERDICTS
-from glassloop.rows import IGNORE, Example, Row, Turn
-from glassloop.sources import load_examples
-from glassloop.templates import Template, make_template, targets
-from glassloop.tokens import make_codec
+from glassloop.config.config import DataConfig
+from glassloop.data import templates
+from glassloop.data.dataset import Dataset, build_rows
+from glassloop.data.formats import CONCLUSIONS, CUES, SCAM_QUESTION, VERDICTS
+from glassloop.data.rows import IGNORE, Example, Row, Turn
+from glassloop.data.sources import load_examples
+from glassloop.data.templates import Template, make_template, targets
+from glassloop.data.tokens import make_codec
 
 SHARED = Path(__file__).parents[3] / "shared"
 R1 = SHARED / "model" / "deepseek-r1-distill-llama-8b"

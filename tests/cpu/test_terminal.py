@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glassloop import terminal
-from glassloop.observers import RunInfo, SampleRecord
-from glassloop.record import EvaluationRecord, Event, UpdateRecord
-from glassloop.terminal import WIDTH, TerminalObserver, evaluation_line, heading, printable, update_line
+from glassloop.record import terminal
+from glassloop.record.observers import RunInfo, SampleRecord
+from glassloop.record.records import EvaluationRecord, Event, UpdateRecord
+from glassloop.record.terminal import WIDTH, TerminalObserver, evaluation_line, heading, printable, update_line
 
 
 class Screen(io.StringIO):

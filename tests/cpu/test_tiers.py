@@ -14,9 +14,10 @@ from live_bytes import fused_peaks
 from test_ledger import wide_llama  # noqa: F401  (a fixture)
 from torch.utils.flop_counter import FlopCounterMode
 
-from glassloop.batches import build_pass
-from glassloop.config import PROJECTIONS, LoraConfig
-from glassloop.optim import FlatAdapters
+from glassloop.config.config import PROJECTIONS, LoraConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.formula.optim import FlatAdapters
 from glassloop.predict import tiers as predicted
 from glassloop.predict.cards import budget_bytes, needed_gib, verdict
 from glassloop.predict.flops import flops_of
@@ -25,7 +26,6 @@ from glassloop.predict.ledger import GIB, Work, ledger_of
 from glassloop.predict.shapes import KNOWN, shapes_of
 from glassloop.predict.spend import pass_tokens_of, resident_bytes, with_tiers
 from glassloop.predict.tiers import Tiers, sizes_of
-from glassloop.rows import Row
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
@@ -46,7 +46,7 @@ BETWEEN_PASSES = (
 
 
 def fused_of(engine):
-    from glassloop.fused.engine import FusedEngine
+    from glassloop.engines.fused.engine import FusedEngine
 
     return FusedEngine(engine.hf, engine.report)
 

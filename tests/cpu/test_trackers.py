@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 import torch
 
-from glassloop import trackers
-from glassloop.config import TrackingConfig
-from glassloop.observers import JsonlObserver, RunInfo, SampleRecord
-from glassloop.record import EvaluationRecord, Event, UpdateRecord
-from glassloop.trackers import TrackerObserver, check_tracking, has_wandb_login, make_tracker_observer, update_metrics
+from glassloop.config.config import TrackingConfig
+from glassloop.record import trackers
+from glassloop.record.observers import JsonlObserver, RunInfo, SampleRecord
+from glassloop.record.records import EvaluationRecord, Event, UpdateRecord
+from glassloop.record.trackers import TrackerObserver, check_tracking, has_wandb_login, make_tracker_observer, update_metrics
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "the caller asks for a gift card"

@@ -16,17 +16,17 @@ from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from stand_in import write_stand_in
 
-from glassloop import unsloth_checks as checks
-from glassloop import unsloth_engine
-from glassloop.arguments import from_values
-from glassloop.base_cache import find_base, load_base
-from glassloop.batches import build_pass
-from glassloop.config import LoraConfig, ModelConfig
-from glassloop.model import PeftEngine, build_engine
-from glassloop.optim import FlatAdapters
-from glassloop.planning.outlook import look_ahead, plan_of
-from glassloop.planning.text import render
-from glassloop.rows import Row
+from glassloop.base.quantised import find_base, load_base
+from glassloop.config.arguments import from_values
+from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.engines import unsloth as unsloth_engine
+from glassloop.engines import unsloth_checks as checks
+from glassloop.engines.peft import PeftEngine, build_engine
+from glassloop.formula.optim import FlatAdapters
+from glassloop.plan.outlook import look_ahead, plan_of
+from glassloop.plan.text import render
 
 CPU = torch.device("cpu")
 ROWS = [Row(str(i), tuple(range(6 + i, 30 + 5 * i)), (False,) * 10 + (True,) * (14 + 4 * i)) for i in range(3)]

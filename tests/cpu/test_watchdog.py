@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glassloop.watchdog import ENDED, WAITS, Watchdog
+from glassloop.loop.watchdog import ENDED, WAITS, Watchdog
 
 
 def watchdog(folder: Path) -> Watchdog:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from glassloop.arguments import from_values
-from glassloop.build import build_run
-from glassloop.optim import FlatAdapters
+from glassloop.config.arguments import from_values
+from glassloop.formula.optim import FlatAdapters
+from glassloop.loop.build import build_run
 from train_loop import train
 
 SECRET_ROW = "the caller is Ottoline Quatermain of 12 Zanzibar Mews"

@@ -12,10 +12,10 @@ import signal
 import torch
 from tiny import FOLDER, poisoned, run_of, state
 
-from glassloop.arguments import parse
-from glassloop.build import build_run
-from glassloop.dist import gather_objects, leave
-from glassloop.observers import read_jsonl
+from glassloop.config.arguments import parse
+from glassloop.formula.dist import gather_objects, leave
+from glassloop.loop.build import build_run
+from glassloop.record.observers import read_jsonl
 from train_loop import train, update_once
 
 MANY = {"updates": 24, "warmup_updates": 2}

@@ -10,10 +10,10 @@ import torch
 from tiny import FOLDER, poisoned, run_of, state
 
 import train_loop
-from glassloop.contract import ContractBroken
-from glassloop.dist import gather_objects, leave
-from glassloop.observers import read_jsonl
-from glassloop.rows import Row
+from glassloop.data.rows import Row
+from glassloop.formula.dist import gather_objects, leave
+from glassloop.plan.contract import ContractBroken
+from glassloop.record.observers import read_jsonl
 from train_loop import train, update_once
 
 REAL_BUILD_PASS = train_loop.build_pass
@@ -200,8 +200,8 @@ def preflights() -> dict:
 
 def other_rows_on_resume() -> str | None:
     """The data file changed between the run and its resumption."""
-    from glassloop.arguments import parse
-    from glassloop.build import build_run
+    from glassloop.config.arguments import parse
+    from glassloop.loop.build import build_run
 
     run = run_of("changed", checkpoint={"every_updates": 3})
     for u in range(1, 4):

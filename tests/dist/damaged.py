@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tiny import FOLDER, run_of, state
 
-from glassloop.arguments import parse
-from glassloop.build import build_run
-from glassloop.dist import gather_objects
+from glassloop.config.arguments import parse
+from glassloop.formula.dist import gather_objects
+from glassloop.loop.build import build_run
 from train_loop import main, update_once
 
 RANK = int(os.environ["RANK"])

@@ -18,13 +18,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from glassloop.batches import build_pass
-from glassloop.dist import reduce_gradients
-from glassloop.evaluation import Answer, answer_together, evaluate
-from glassloop.loss import token_loss_sums
-from glassloop.optim import FlatAdapters, make_optimizer
-from glassloop.record import EvaluationRecord
-from glassloop.rows import Example, Pass, Row, Turn
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Example, Pass, Row, Turn
+from glassloop.formula.dist import reduce_gradients
+from glassloop.formula.loss import token_loss_sums
+from glassloop.formula.optim import FlatAdapters, make_optimizer
+from glassloop.loop.evaluation import Answer, answer_together, evaluate
+from glassloop.record.records import EvaluationRecord
 
 CPU = torch.device("cpu")
 PAD, STOP, VOCABULARY, POSITIONS = 0, 1, 48, 64

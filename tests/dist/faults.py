@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 import torch
 from tiny import FOLDER, poisoned, run_of, state
 
-from glassloop.dist import gather_objects, leave
-from glassloop.rows import Row
+from glassloop.data.rows import Row
+from glassloop.formula.dist import gather_objects, leave
 from train_loop import update_once
 
 
@@ -83,7 +83,7 @@ def out_of_memory_on_rank_1():
 
 def nan_ends_the_run():
     """train() on a run whose second update is not finite on rank 1: exit code, and what is left."""
-    from glassloop.checkpoint import last_checkpoint
+    from glassloop.saved.checkpoint import last_checkpoint
     from train_loop import train
 
     run = run_of("ends")

@@ -16,9 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from glassloop import norms
-from glassloop.optim import FlatAdapters
-from glassloop.rows import Pass
+from glassloop.data.rows import Pass
+from glassloop.engines import norms
+from glassloop.formula.optim import FlatAdapters
 
 
 class Live(TorchDispatchMode):
@@ -143,7 +143,7 @@ def _sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, e
 
 def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
     """The same of the engine `fused`, beside what it holds between passes: its kernels are stand-ins that allocate as they do on a GPU."""
-    from glassloop.fused import engine as whole
+    from glassloop.engines.fused import engine as whole
 
     with fused_as_on_a_gpu():
         held = [t for one in engine.layers for linear in one.linears for t in (linear.a, linear.b, *vars_of(linear.packed))]
@@ -168,8 +168,8 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
 
 @contextmanager
 def fused_as_on_a_gpu() -> Iterator[None]:
-    from glassloop.fused import attention, engine, layer, linear, matrices
-    from glassloop.fused.loss import HEAD_CHUNK
+    from glassloop.engines.fused import attention, engine, layer, linear, matrices
+    from glassloop.engines.fused.loss import HEAD_CHUNK
 
     def nothing(*_, **__) -> None:
         pass

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from glassloop.arguments import from_values
-from glassloop.build import build_run
-from glassloop.rows import Row
-from glassloop.run import Run
+from glassloop.config.arguments import from_values
+from glassloop.data.rows import Row
+from glassloop.loop.build import build_run
+from glassloop.loop.run import Run
 from train_loop import update_once
 
 ROWS, UPDATES = 8, 4  # every window holds all rows; the fault is in update 4, the healthy capsule is of update 2

@@ -12,9 +12,9 @@ from pathlib import Path
 from planted import ROWS, continuations, write_lines
 from tiny import FOLDER, MODEL, run_of
 
-from glassloop.dist import leave
-from glassloop.rows import Row
-from glassloop.run import Run
+from glassloop.data.rows import Row
+from glassloop.formula.dist import leave
+from glassloop.loop.run import Run
 from train_loop import train, update_once
 
 UPDATES = 4  # of a planted run; the fault is in the last

@@ -30,9 +30,9 @@ import tqdm
 from launching import LAUNCH, ROOT, TWO_CPUS, environment
 
 import train_loop
-from glassloop.capsule import find_capsules, read_capsule
-from glassloop.checkpoint import last_checkpoint, read_state
-from glassloop.observers import read_jsonl
+from glassloop.record.observers import read_jsonl
+from glassloop.saved.capsule import find_capsules, read_capsule
+from glassloop.saved.checkpoint import last_checkpoint, read_state
 
 UPDATES = 4
 LONGEST_S = 120  # of a fork; a run takes two seconds, and one that hangs is killed by a signal that counts as a wrong end

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import HERE, launch, write_rows
 
-from glassloop.plan import lr_at
+from glassloop.plan.steps import lr_at
 
 ROWS = 21
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment, write_rows
 
-from glassloop.checkpoint import REQUIRED
-from glassloop.folders import read
+from glassloop.disk.publish import read
+from glassloop.saved.checkpoint import REQUIRED
 
 APART = ["unshare", "--mount", "sh", "-c"]
 MOUNT = 'mount -t tmpfs -o size=$0 glassloop "$1" && shift && "$@"; code=$?; cp -a "$DISK/." "$KEPT"; exit $code'

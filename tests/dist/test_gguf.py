@@ -27,8 +27,8 @@ NEW_TOKENS = 16
 def test_llama_cpp_says_what_transformers_says(tmp_path):
     if SOURCE is None or importlib.util.find_spec("llama_cpp") is None:
         pytest.skip("no llama.cpp: see the head of this file")
-    from glassloop.merging.folder import adds_bos, read_json
-    from glassloop.smollm2 import smollm2_folder
+    from glassloop.base.smollm2 import smollm2_folder
+    from glassloop.use.merge.folder import adds_bos, read_json
 
     folder = smollm2_folder(tmp_path)
     converter = Path(SOURCE) / "convert_hf_to_gguf.py"

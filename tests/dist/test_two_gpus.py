@@ -111,7 +111,7 @@ def test_it_refuses_what_it_cannot_do(two: Any, capsys: pytest.CaptureFixture, t
 
 
 def test_rows_are_as_long_as_the_workloads_under_the_tokenizer_of_random_models(two: Any, tmp_path: Path) -> None:
-    from glassloop.random_base import CHAT_TEMPLATE, _tokenizer
+    from glassloop.base.random import CHAT_TEMPLATE, _tokenizer
 
     lengths = two.two_gpus_runs.write_rows(tmp_path / "rows.jsonl", "scam-v1", 5)
     tokenizer = _tokenizer(512)

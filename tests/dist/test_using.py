@@ -13,10 +13,10 @@ import torch
 from launching import LAUNCH, ROOT, TWO_CPUS, environment, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glassloop.answering import Sampling, answer
 from glassloop.cli.__main__ import main
-from glassloop.heldout import rows_of
-from glassloop.trained import load, load_tokenizer_of, open_trained, template_of
+from glassloop.use.answering import Sampling, answer
+from glassloop.use.heldout import rows_of
+from glassloop.use.trained import load, load_tokenizer_of, open_trained, template_of
 
 NEW_TOKENS = 12
 SHORT = [

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from glassloop.arguments import from_values
-from glassloop.build import build_run
-from glassloop.run import Run
+from glassloop.config.arguments import from_values
+from glassloop.loop.build import build_run
+from glassloop.loop.run import Run
 
 FOLDER, MODEL, ROWS = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 

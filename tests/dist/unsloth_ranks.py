@@ -7,8 +7,8 @@ import sys
 
 from tiny import run_of
 
-from glassloop import unsloth_checks
-from glassloop.dist import leave
+from glassloop.engines import unsloth_checks
+from glassloop.formula.dist import leave
 from train_loop import update_once
 
 sys.path.insert(0, sys.argv[4])

@@ -19,7 +19,7 @@ def off(value: torch.Tensor, truth: torch.Tensor) -> float:
 def test_nf4_weights_have_bitsandbytes_bits(rows, nested):
     import bitsandbytes as bnb
 
-    from glassloop.fused.dequant import dequantise, pack
+    from glassloop.engines.fused.dequant import dequantise, pack
 
     torch.manual_seed(0)
     modules = []
@@ -51,9 +51,9 @@ def test_nf4_weights_have_bitsandbytes_bits(rows, nested):
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(HEADS, KEY_HEADS, SIZE), (6, 2, 64)])
 def test_attention_and_its_gradient_before_rotation_are_near_fp64(lengths, kernel, heads, key_heads, size):
     """Heads lie in one wide matrix, as they do in a layer, and so do their gradients."""
-    from glassloop.fused import attention as a
-    from glassloop.fused.attention_work import TILES
-    from glassloop.fused.rotary import angles
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused.attention_work import TILES
+    from glassloop.engines.fused.rotary import angles
 
     if kernel != "flash" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("chosen and measured on Hopper alone")
@@ -86,7 +86,7 @@ def test_attention_and_its_gradient_before_rotation_are_near_fp64(lengths, kerne
     [((300, 17), 128, "triton"), ((1024, 1024), 128, "cudnn"), ((1024, 1000), 64, "triton"), ((300, 17), 96, "flash")],
 )
 def test_attentions_kernel_is_chosen_by_card_lengths_and_head_size(lengths, size, kernel):
-    from glassloop.fused.attention import choose_kernel
+    from glassloop.engines.fused.attention import choose_kernel
 
     hopper = torch.cuda.get_device_capability()[0] == 9
     assert choose_kernel(lengths, torch.device("cuda"), torch.bfloat16, size) == (kernel if hopper else "flash")
@@ -99,7 +99,7 @@ def test_attentions_kernel_is_chosen_by_card_lengths_and_head_size(lengths, size
 
 
 def test_cross_entropy_is_near_fp64():
-    from glassloop.fused.loss import cross_entropy_
+    from glassloop.engines.fused.loss import cross_entropy_
 
     torch.manual_seed(0)
     logits, labels = (4 * torch.randn(300, 128256, device="cuda")).bfloat16(), torch.randint(128256, (300,), device="cuda")
@@ -166,7 +166,7 @@ def test_tiers_agree_to_the_last_bit_in_deterministic_mode(run_of):
 
 
 def test_an_embedding_on_the_host_is_read_as_before_and_frees_its_memory(run_of):
-    from glassloop.fused.host import on_host
+    from glassloop.engines.fused.host import on_host
 
     weight = torch.randn(50_000, 512, device="cuda").bfloat16()
     before, ids = torch.cuda.memory_allocated(), torch.tensor([0, 7, 49_999], device="cuda")
@@ -182,7 +182,7 @@ def test_an_embedding_on_the_host_is_read_as_before_and_frees_its_memory(run_of)
 
 
 def test_passes_of_many_lengths_leave_no_memory_reserved_in_vain():
-    from glassloop.launch import grow_segments
+    from glassloop.loop.launch import grow_segments
 
     grow_segments()
     torch.cuda.empty_cache()

@@ -14,10 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from glassloop import snapshots
-from glassloop.arguments import parse
-from glassloop.build import build_run
-from glassloop.observers import read_jsonl
+from glassloop.config.arguments import parse
+from glassloop.loop.build import build_run
+from glassloop.record.observers import read_jsonl
+from glassloop.saved import state as snapshots
 
 ON_CPU = bool(os.environ.get("GLASSLOOP_RESUME_ON_CPU"))
 CUDA = torch.cuda.is_available() and not ON_CPU

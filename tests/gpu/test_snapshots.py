@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from glassloop import snapshots
-from glassloop.optim import make_optimizer
+from glassloop.formula.optim import make_optimizer
+from glassloop.saved import state as snapshots
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ELEMENTS = 1172 * 256  # above the 100,000 from which bitsandbytes pages

@@ -89,7 +89,7 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit_in_deterministic_mode(ru
 def test_norms_stay_in_bf16_under_autocast_on_cuda():
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from glassloop.norms import fuse_norms
+    from glassloop.engines.norms import fuse_norms
 
     norm = LlamaRMSNorm(64).to("cuda", torch.bfloat16)
     assert fuse_norms(norm) == 1

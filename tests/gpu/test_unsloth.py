@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glassloop import unsloth_checks
+from glassloop.engines import unsloth_checks
 
 PROBLEMS = unsloth_checks.problems(on_cuda=torch.cuda.is_available())
 pytestmark = pytest.mark.skipif(bool(PROBLEMS), reason="execution.engine=unsloth cannot run here: " + "; ".join(PROBLEMS))
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_unsloth_goes_on_in_the_reference(wide_run, references):
 
 
 def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide_run):
-    from glassloop.generation import generate
+    from glassloop.loop.generation import generate
 
     run = wide_run("unsloth")
     update(run, 1)

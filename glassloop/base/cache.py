@@ -1,0 +1,70 @@
+"""Where glassloop keeps models that it makes once, and how such a folder appears there. No torch.
+
+Unlike a run's folders these are large, and several processes may make the same one at the same time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glassloop.disk.publish import sync
+
+ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process that died
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """model.cache_dir, else $GLASSLOOP_CACHE, else ~/.cache/glassloop; made where it is missing."""
+    root = Path(cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop").expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"model.cache_dir = {root} cannot be made ({error}): name a folder that can be written") from error
+    return root
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well; so `folder` exists whole or not at all.
+
+    Two writers may race: the first rename wins, and the other's copy is thrown away.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_pretrained_here(model: Any, folder: Path) -> None:
+    """`model.save_pretrained(folder)` on whatever rank this is.
+
+    transformers 5 writes on global rank 0 only and says nothing on the others, but a cache belongs to a host, and the first rank of a second host
+    is not global rank 0. Raises RuntimeError if nothing was written all the same.
+    """
+    model.should_save_on_this_rank = lambda is_main_process: True
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.should_save_on_this_rank
+    if not (folder / "config.json").is_file():
+        raise RuntimeError(f"transformers wrote no config.json into {folder}")

@@ -1,0 +1,342 @@
+"""The frozen base of a model, loaded onto the rank's own device; in NF4 from a copy that was quantised once.
+
+Quantising 8B weights reads 16 GB; the copy is 6 GB and read by every rank of every later launch. Its folder's name is a hash of what
+decides its bytes, it appears by a rename, and what was loaded from it is compared with the checksum taken when it was made.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+
+from glassloop.base.cache import cache_root, published, save_pretrained_here
+from glassloop.base.checks import base_checksum
+from glassloop.base.random import fill, sizes, write_nf4
+from glassloop.base.source import (
+    BaseError,
+    BaseSource,
+    base_hash,
+    damaged_copy,
+    downloaded,
+    loading_errors,
+    resolve_source,
+)
+from glassloop.config.config import ModelConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMAT = 1  # of a cached folder
+MANIFEST = "glassloop_base.json"
+HASHED_BYTES = 1 << 20  # files of a copy up to this size are compared by content, larger ones by size and what loads from them
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How the base came into memory.
+
+    Attributes:
+        name, commit: what adapter_config.json will say; commit is None for a local folder.
+        base_hash: 64 hex digits that stand for the base's files (see base_source.base_hash).
+        checksum: of the loaded tensors' bytes (see base_checksum); equal on ranks that hold the same base.
+        folder: what was read; None: the hub's own cache.
+        from_cache: a quantised copy was read and nothing was quantised.
+        seconds: whole time of loading, waiting for another rank included.
+        notes: what a person should know, a line each.
+    """
+
+    name: str
+    commit: str | None
+    base_hash: str
+    checksum: int
+    folder: str | None
+    from_cache: bool
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def load_base(
+    model: ModelConfig, *, precision: str, device: torch.device, first: Callable[[], AbstractContextManager[Any]]
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The frozen base on `device`, linear layers in NF4 or all of it in the dtype of `precision`.
+
+    Args:
+        first: context in which one rank of a host goes before the others: it downloads and quantises, they find it done.
+
+    Raises:
+        ValueError: naming model.id, model.attention, model.quantization or model.trust_remote_code and the cure; or a damaged copy.
+    """
+    started, dtype = time.monotonic(), DTYPES[precision]
+    if model.attention == "flash_attention_2" and precision == "fp32":
+        raise BaseError("model.attention = flash_attention_2 has no fp32: set model.attention=sdpa or execution.precision=bf16")
+    copy: Path | None = None
+    hf: PreTrainedModel | None = None
+    made = False
+    with first():
+        source = resolve_source(model)
+        notes = [source.note] if source.note else []
+        own = _own_quantization(source, model)
+        files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
+        if own is not None:
+            notes += _compare_own_quantization(own, model, dtype)
+        if own is None and model.quantization == "nf4":
+            copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+            if made and device.type == "cuda":
+                gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
+                torch.cuda.empty_cache()
+        elif source.drawn is not None:
+            hf = _draw(source, model, dtype, device)
+        else:
+            hf = _load(source.path, source.revision, model, dtype, device)
+    if copy is not None:
+        hf, checksum = _load_copy(copy, model, dtype, device)
+    else:
+        assert hf is not None
+        checksum = base_checksum(hf)
+    folder = copy or source.folder
+    report = LoadReport(
+        name=source.name,
+        commit=source.commit,
+        base_hash=files_hash,
+        checksum=checksum,
+        folder=str(folder) if folder else None,
+        from_cache=copy is not None and not made,
+        seconds=time.monotonic() - started,
+        notes=tuple(notes),
+    )
+    return hf, report
+
+
+def find_base(
+    model: ModelConfig, *, precision: str, device: torch.device, first: Callable[[], AbstractContextManager[Any]]
+) -> LoadReport:
+    """What load_base would report, for an engine that loads the same files itself. A base in NF4 only; quantises it if need be.
+
+    `folder` is always set. A base that comes quantised is loaded once for its checksum, and dropped. Raises what load_base raises.
+    """
+    started, dtype = time.monotonic(), DTYPES[precision]
+    with first():
+        source = resolve_source(model)
+        copy = None
+        if _own_quantization(source, model) is None:
+            files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
+            copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+            if made and device.type == "cuda":
+                gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
+                torch.cuda.empty_cache()
+    if copy is None:
+        _, report = load_base(model, precision=precision, device=device, first=first)
+        return report if report.folder else replace(report, folder=str(downloaded(source)))
+    return LoadReport(
+        name=source.name,
+        commit=source.commit,
+        base_hash=files_hash,
+        checksum=_checksum_of_copy(copy, model),
+        folder=str(copy),
+        from_cache=not made,
+        seconds=time.monotonic() - started,
+        notes=(source.note,) if source.note else (),
+    )
+
+
+def _load(
+    path: str,
+    revision: str | None,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantize: BitsAndBytesConfig | None = None,
+    copy: Path | None = None,
+) -> PreTrainedModel:
+    settings = {} if quantize is None else {"quantization_config": quantize}
+    with loading_errors(model, copy):
+        hf, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            path,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **settings,
+        )
+    if wrong := _wrong_weights(hf, info["missing_keys"]):
+        cure = "take a complete repository or folder whose config fits its weights"
+        raise BaseError(damaged_copy(model, copy, wrong) if copy else f"model.id = {model.id}: {wrong}: {cure}")
+    hf.requires_grad_(False)
+    prepare_4bit(hf, dtype)
+    return hf
+
+
+def _draw(source: BaseSource, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """An unquantised base with drawn weights."""
+    assert source.drawn is not None
+    with loading_errors(model), device:
+        config = AutoConfig.from_pretrained(source.path)
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attention)
+    fill(hf, sizes()[source.drawn], device)
+    return hf.eval().requires_grad_(False)  # as from_pretrained leaves it
+
+
+def _wrong_weights(hf: PreTrainedModel, missing: Iterable[str]) -> str:
+    """What transformers lets pass: weights that it drew at random, 4-bit weights of another shape. Empty where all is well."""
+    if names := sorted(missing):
+        return f"{len(names)} weights are missing from its files and would be random ({', '.join(names[:3])})"
+    for name, module in hf.named_modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            return f"{name} is {tuple(state.shape)} in its files, ({module.out_features}, {module.in_features}) in config.json"
+    return ""
+
+
+def prepare_4bit(hf: nn.Module, dtype: torch.dtype) -> None:
+    """Set the compute dtype of every 4-bit layer, and keep bitsandbytes from repacking them on a CPU.
+
+    bitsandbytes 0.50, on a CPU with AVX512-BF16: the first no-grad forward in eval mode repacks a layer's weight for a kernel that has
+    no backward pass, and later training forwards lose part of their gradient with no more than a warning.
+    """
+    for module in hf.modules():
+        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):  # bitsandbytes' Linear4bit
+            module.compute_dtype = dtype  # type: ignore[assignment]
+            module.compute_type_is_set = True  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _quantized_copy(
+    source: BaseSource, files_hash: str, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Path, bool]:
+    """Folder of the base in NF4, and whether it was made just now."""
+    folder = cache_root(model.cache_dir) / "quantized" / copy_name(source.name, files_hash, model, dtype, device.type)
+    if folder.is_dir():
+        return folder, False
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    hf = None if source.drawn else _load(source.path, source.revision, model, dtype, device, quantize=settings)
+    with published(folder) as temporary:
+        if hf is None:
+            assert source.drawn is not None and source.folder is not None
+            shapes = sizes()[source.drawn]
+            _check_free_space(temporary, shapes.weights)  # more than it takes: the linear layers' are half a byte each
+            form = settings.to_dict()
+            write_nf4(
+                temporary, source.folder, shapes, quantization=form, double=model.double_quantization, dtype=dtype, device=device
+            )
+            hf = _load(str(temporary), None, model, dtype, device)
+        else:
+            _check_free_space(temporary, hf.get_memory_footprint())
+            generation, hf.generation_config = hf.generation_config, GenerationConfig()
+            save_pretrained_here(hf, temporary)
+            if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
+                generation.to_json_file(temporary / "generation_config.json")
+        files = {str(f.relative_to(temporary)): _file_entry(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        manifest = {
+            "name": source.name,
+            "commit": source.commit,
+            "base_hash": files_hash,
+            "checksum": base_checksum(hf),
+            "files": files,
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return folder, True
+
+
+def _file_entry(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    return {"bytes": size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED_BYTES else None}
+
+
+def _check_free_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BaseError(
+            f"model.cache_dir: the quantised base needs {needed / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f} GiB free: "
+            "make room, or set model.cache_dir to a larger disk"
+        )
+
+
+def copy_name(name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype, device_type: str) -> str:
+    """Folder name of a quantised copy: readable, then 16 hex digits over all that decides its bytes.
+
+    The device's type is among them: kernels of a CPU and a GPU may round a scale differently.
+    """
+    decides = {
+        "format": FORMAT,
+        "base": files_hash,
+        "quantization": ["nf4", 64, model.double_quantization, "uint8"],  # type, block, scales quantised, storage
+        "dtype": str(dtype),
+        "bitsandbytes": ".".join(version("bitsandbytes").split(".")[:2]),
+        "device": device_type,
+        "own code": model.trust_remote_code,
+    }
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', name.rstrip('/').split('/')[-1])[:60]}-nf4-{key}"
+
+
+def _checksum_of_copy(folder: Path, model: ModelConfig) -> int:
+    """The checksum that a quantised copy was made with. Raises BaseError naming a file that is not as it was made."""
+    with loading_errors(model, copy=folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        expected, files = manifest["checksum"], manifest["files"]
+        for name, entry in files.items():
+            if _file_entry(folder / name) != entry:
+                raise BaseError(damaged_copy(model, folder, name))
+    return expected
+
+
+def _load_copy(folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, int]:
+    """Load a quantised copy and compare it with what was written down when it was made. Raises BaseError naming a damaged folder."""
+    expected = _checksum_of_copy(folder, model)
+    with loading_errors(model, copy=folder):
+        hf = _load(str(folder), None, model, dtype, device, copy=folder)
+    checksum = base_checksum(hf)
+    if checksum != expected:
+        raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))
+    return hf, checksum
+
+
+def _own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
+    """The quantization_config that a repository brings, None where its weights are not quantised."""
+    with loading_errors(model):
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=model.trust_remote_code)
+    own = getattr(config, "quantization_config", None)
+    return own if own is None or isinstance(own, dict) else own.to_dict()
+
+
+def _compare_own_quantization(own: dict[str, Any], model: ModelConfig, dtype: torch.dtype) -> list[str]:
+    """Notes on a repository that comes quantised: its settings are kept. Raises BaseError where they are not NF4 by bitsandbytes."""
+    kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method", "unknown")
+    if kind != "nf4":
+        raise BaseError(
+            f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised repository"
+        )
+    if model.quantization != "nf4":
+        raise BaseError(
+            f"model.id = {model.id} comes quantised as NF4, but model.quantization = {model.quantization}: set it to nf4"
+        )
+    notes = [f"model.id = {model.id} comes quantised: its own NF4 weights are used"]
+    double = bool(own.get("bnb_4bit_use_double_quant"))
+    if double != model.double_quantization:
+        notes.append(
+            f"its double quantisation is {double}; model.double_quantization = {model.double_quantization} has no effect"
+        )
+    compute, wanted = (str(d).removeprefix("torch.") for d in (own.get("bnb_4bit_compute_dtype"), dtype))
+    if compute != wanted:
+        notes.append(f"its compute dtype {compute} is replaced by {wanted}")
+    return notes

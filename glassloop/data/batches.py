@@ -1,0 +1,162 @@
+"""Which rows make up each update, and in what passes each rank computes them.
+
+The order is a function of seed and epoch and of nothing else, so every rank knows every window without asking, and update u can be rebuilt at
+any time. Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from glassloop.data.rows import IGNORE, Pass, Row
+from glassloop.data.templates import targets
+from glassloop.plan.steps import StepPlan
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of one update, and for each rank its passes, each a tuple of indices into the training rows."""
+
+    update: int
+    epoch: int
+    rows: tuple[int, ...]
+    passes: tuple[tuple[tuple[int, ...], ...], ...]  # [rank][pass][row]
+    packed: bool
+
+
+@lru_cache(maxsize=4)
+def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Permutation of range(rows), a function of its arguments alone (Python's own generator, stable over versions)."""
+    order = list(range(rows))
+    random.Random(f"rows:{seed}:{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def literal_passes(rows: Sequence[int], size: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Exactly the micro-batches asked for: micro-batch m of rank r takes rows [(m * ranks + r) * size, ... + size)."""
+    chunks = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return tuple(tuple(chunks[rank::ranks]) for rank in range(ranks))
+
+
+def packed_passes(
+    rows: Sequence[int], lengths: Sequence[int], ranks: int, pass_tokens: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The same rows in few passes of at most `pass_tokens` tokens: longest first to the lightest rank, then first fit in a pass."""
+    by_length = sorted(rows, key=lambda row: (-lengths[row], row))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for row in by_length:
+        rank = loads.index(min(loads))
+        shares[rank].append(row)
+        loads[rank] += lengths[row]
+    result = []
+    for share in shares:
+        bins: list[list[int]] = []
+        room: list[int] = []
+        for row in share:
+            fit = next((i for i, left in enumerate(room) if lengths[row] <= left), None)
+            if fit is None:
+                bins.append([row])
+                room.append(pass_tokens - lengths[row])
+            else:
+                bins[fit].append(row)
+                room[fit] -= lengths[row]
+        result.append(tuple(tuple(b) for b in bins))
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All windows of a run, by number."""
+
+    rows: tuple[Row, ...]
+    plan: StepPlan
+    seed: int
+    layout: str  # "literal" | "packed"
+    pass_tokens: int  # packed only: most tokens of a pass
+    two_passes_every: int | None = None  # every so many updates a lone rank's only packed pass is cut in two, for the noise scale
+    halvings: int = 0  # how often passes were cut in two since they did not fit into memory
+
+    def window(self, update: int) -> Window:
+        """Window of update u = 1, 2, ..."""
+        plan = self.plan
+        epoch, place = divmod(update - 1, plan.windows_per_epoch)
+        order = epoch_order(len(self.rows), self.seed, epoch)
+        rows = order[place * plan.rows_per_update : (place + 1) * plan.rows_per_update]
+        if self.layout == "literal":
+            passes = literal_passes(rows, plan.size, plan.ranks)
+        else:
+            passes = packed_passes(rows, [len(row) for row in self.rows], plan.ranks, self.pass_tokens)
+            if self.two_passes_every and update % self.two_passes_every == 0 and plan.ranks == len(passes[0]) == 1:
+                passes = (tuple(half for half in (passes[0][0][::2], passes[0][0][1::2]) if half),)
+        for _ in range(self.halvings):
+            passes = tuple(tuple(half for one in rank for half in (one[::2], one[1::2]) if half) for rank in passes)
+        return Window(update, epoch, rows, passes, packed=self.layout == "packed")
+
+    def heaviest(self) -> Window:
+        """Each rank's pass with the most slot tokens of all updates, as a window of its own, numbered 0."""
+        heaviest: list[tuple[int, tuple[int, ...]]] = [(0, ())] * self.plan.ranks
+        for update in range(1, self.plan.updates + 1):
+            for rank, passes in enumerate(self.window(update).passes):
+                heaviest[rank] = max([heaviest[rank], *((self.slots(one), one) for one in passes)])
+        passes = tuple((one,) if one else () for _, one in heaviest)
+        return Window(0, 0, tuple(row for rank in passes for one in rank for row in one), passes, packed=self.layout == "packed")
+
+    def slots(self, rows: Sequence[int]) -> int:
+        """Slot tokens of a pass."""
+        lengths = [len(self.rows[row]) for row in rows]
+        return sum(lengths) if self.layout == "packed" else len(rows) * max(lengths)
+
+    def share(self, window: Window, rank: int) -> list[Row]:
+        """The rows of one rank, in the order of its passes."""
+        return [self.rows[row] for one in window.passes[rank] for row in one]
+
+    def supervised_tokens(self, window: Window) -> int:
+        """N of the formula: supervised tokens of the whole window, over all ranks."""
+        return sum(self.rows[row].supervised_tokens for row in window.rows)
+
+
+def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device) -> Pass:
+    """Tensors of one pass. Padded: right padding to the longest row. Packed: rows end to end, positions restart."""
+    lengths = [len(row) for row in rows]
+    shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
+    whole = np.empty((4, *shape), dtype=np.int64)  # one copy to the device
+    whole[0], whole[1] = pad_id, IGNORE
+    start = 0
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        place = (0, slice(start, start + length)) if packed else (index, slice(0, length))
+        own = place if packed else index  # padding counts on from its row
+        whole[0][place], whole[1][place] = row.input_ids, targets(row)
+        whole[2][own], whole[3][own] = np.arange(length if packed else shape[1]), index
+        start += length
+    tensors = torch.from_numpy(whole)  # (4, B, T)
+    places = (tensors[1].flatten() != IGNORE).nonzero().squeeze(1)
+    if device.type == "cuda":
+        tensors, places = tensors.pin_memory(), places.pin_memory()
+    on_device = tensors.to(device, non_blocking=True)
+    return Pass(
+        row_ids=tuple(row.row_id for row in rows),
+        input_ids=on_device[0],
+        targets=on_device[1],
+        position_ids=on_device[2],
+        row_of=on_device[3],
+        places=places.to(device, non_blocking=True),
+        lengths=tuple(lengths),
+        packed=packed,
+        supervised_tokens=len(places),
+        real_tokens=sum(lengths),
+        slot_tokens=tensors[0].numel(),
+    )
+
+
+def empty_pass(row: Row, *, pad_id: int, device: torch.device) -> Pass:
+    """A pass without any supervised place, for a rank that has no rows while others wait for its gradient (DDP)."""
+    unsupervised = Row(row.row_id, row.input_ids[:8], (False,) * len(row.input_ids[:8]))
+    built = build_pass([unsupervised], packed=False, pad_id=pad_id, device=device)
+    return replace(built, real_tokens=0, slot_tokens=0)

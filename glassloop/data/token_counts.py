@@ -1,0 +1,32 @@
+"""Tokens of a run's updates, counted from its real rows: by kind, with padding and packed."""
+
+from __future__ import annotations
+
+from glassloop.data.batches import Batches, packed_passes
+from glassloop.plan.work import TokenCounts
+
+
+def count_tokens(batches: Batches) -> TokenCounts:
+    """Counts over all updates of the plan, in both layouts; the heaviest pass is that of the layout that the run has."""
+    lengths = [len(row) for row in batches.rows]
+    supervised = [row.supervised_tokens for row in batches.rows]
+    plan, real, labels = batches.plan, 0, 0
+    slots, passes = {"literal": 0, "packed": 0}, {"literal": 0, "packed": 0}
+    heaviest, share = (0, 0, 0, 0), 0  # places, rows, tokens, supervised
+    for update in range(1, plan.updates + 1):
+        window = batches.window(update)
+        real += sum(lengths[row] for row in window.rows)
+        labels += sum(supervised[row] for row in window.rows)
+        chunks = [window.rows[start : start + plan.size] for start in range(0, len(window.rows), plan.size)]
+        bins = packed_passes(window.rows, lengths, plan.ranks, batches.pass_tokens)
+        packed = [one for rank in bins for one in rank]
+        share = max(share, *(sum(lengths[row] for one in rank for row in one) for rank in bins))
+        slots["literal"] += sum(len(chunk) * max(lengths[row] for row in chunk) for chunk in chunks)
+        slots["packed"] += sum(lengths[row] for one in packed for row in one)
+        passes["literal"] += len(chunks)
+        passes["packed"] += len(packed)
+        for one in (one for rank in window.passes for one in rank):
+            longest, total = max(lengths[row] for row in one), sum(lengths[row] for row in one)
+            rows, tokens = (1, total) if window.packed else (len(one), longest)
+            heaviest = max(heaviest, (rows * tokens, rows, tokens, sum(supervised[row] for row in one)))
+    return TokenCounts(real, labels, slots["literal"], passes["literal"], slots["packed"], passes["packed"], *heaviest[1:], share)

@@ -1,0 +1,246 @@
+"""The fused engine: the whole model as one autograd node, whose backward pass is written out layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassloop.data.rows import Pass
+from glassloop.engines.fused import layer as layers
+from glassloop.engines.fused.attention import Bounds
+from glassloop.engines.fused.dequant import pack
+from glassloop.engines.fused.host import HostRoom, on_host
+from glassloop.engines.fused.layer import Layer, Saved, Where
+from glassloop.engines.fused.linear import Adapter, Linear, Scratch
+from glassloop.engines.fused.loss import head_loss
+from glassloop.engines.fused.matrices import Moves
+from glassloop.engines.fused.norm import add_norm, norm_backward
+from glassloop.engines.fused.rotary import angles
+from glassloop.engines.fused.supported import GROUPS, check_supported
+from glassloop.formula.loss import sums_by_row
+from glassloop.predict.tiers import GIB, Tiers, choose, head_bytes, scratch_bytes
+
+
+@dataclass
+class State:
+    """A pass between forward and backward."""
+
+    where: Where
+    saved: list[Saved]
+    tiers: Tiers
+    end: Tensor  # (S, H): the last layer's output, at supervised places
+    grad_normed: Tensor  # (S, H): gradient of the loss sum at the last norm's output
+
+
+class FusedEngine(nn.Module):
+    """glassloop's own path for the Llama family, over the storage of a PEFT model.
+
+    Attributes:
+        name: as in execution.engine.
+        hf: the PEFT model over the same weights and adapters; generation and saving go through it.
+        report: how the base was loaded.
+        tiers: what memory is spent on; `use_tiers` changes it between passes.
+    """
+
+    name = "fused"
+    attention = "fused"  # it brings its own
+
+    def __init__(self, hf: nn.Module, report: Any, *, keep: bool = False):
+        """Keeps every layer whole, or recomputes every layer. Raises ValueError naming what of the model is not carried out here."""
+        super().__init__()
+        self.hf, self.report = hf, report
+        base: Any = hf.get_base_model()  # type: ignore[operator]
+        self.embedding = base.get_input_embeddings().weight  # (V, H)
+        self.head = base.get_output_embeddings().weight  # (V, H)
+        check_supported(base.config, base, self.embedding.dtype)
+        decoder = base.model
+        self.norm, self.rotary, self.eps = decoder.norm.weight, decoder.rotary_emb, base.config.rms_norm_eps
+        self.layers = [build_layer(one, base.config, self.embedding.dtype, index) for index, one in enumerate(decoder.layers)]
+        self.scratch = Scratch()
+        self.tiers = Tiers(len(self.layers) if keep else 0, host=False)
+        self.host = HostRoom(len(self.layers), self.embedding.device)
+        self.trained = [p for p in self.parameters() if p.requires_grad]
+        self.adapted: list[Any] = [module for module in hf.modules() if hasattr(module, "lora_A")]
+        self.places: list[int] = []
+        self.inward: Moves | None = None
+        self.outward: list[Moves] = []
+        self._ddp_params_and_buffers_to_ignore: list[str] = []  # explicit reduction only: DDP would reduce zeros
+
+    def use_tiers(self, tiers: Tiers) -> None:
+        """From the next pass on. An embedding that has gone to the host stays there."""
+        for index, one in enumerate(self.layers):
+            for linear in one.linears:
+                linear.hold() if index < tiers.held else linear.release()
+        if tiers.host and self.embedding is not self.head:
+            self.embedding.data = on_host(self.embedding.data)
+        self.tiers, self.places = tiers, []  # where adapters are rounded to has moved,
+        self.inward, self.outward = None, []  # and what knew of it would keep its memory
+
+    def choose_tiers(
+        self, profile: str | float, *, tokens: int, supervised_tokens: int, host_gib: float, sharing: int = 1
+    ) -> Tiers:
+        """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what is free now; on a CPU everything is kept.
+
+        Args:
+            sharing: ranks on this GPU: each takes its part of what is free.
+        """
+        device, one, count = self.embedding.device, self.layers[0], len(self.layers)
+        if device.type != "cuda":
+            return Tiers(1 if profile == "min" else count, host=False)
+        free = torch.cuda.mem_get_info(device)[0] // sharing
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        fixed = scratch_bytes(one.sizes) - self.scratch.bytes
+        vocabulary, hidden = self.head.shape
+        return choose(
+            profile,
+            one.sizes,
+            count,
+            tokens=tokens,
+            used=torch.cuda.memory_allocated(device) + fixed,
+            free=free - fixed,
+            head_bytes=head_bytes(vocabulary, hidden, supervised_tokens, self.head.element_size()),
+            host_bytes=int(host_gib * GIB),
+        )
+
+    def forward(self, p: Pass) -> tuple[Tensor, Tensor]:
+        """Summed token cross-entropy of a pass: loss_sum () fp32 with gradient, row_loss_sums (rows,) fp32 without. One rank's own sums.
+
+        The gradient goes to the adapters' `.grad`, which must be there.
+        """
+        with torch.autocast(p.input_ids.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return _Pass.apply(self.trained[0], self, p)  # type: ignore[return-value]
+            loss_sum, row_loss_sums, _ = self.run_forward(p, training=False)
+            return loss_sum, row_loss_sums
+
+    def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, State | None]:
+        """The pass, and what its backward needs."""
+        if not len(p.places):  # nothing to learn, and nothing to add
+            none = torch.zeros(len(p.row_ids), device=p.input_ids.device)
+            return none.sum(), none, None
+        self.refresh(training)
+        where = self.where(p)
+        x: Tensor = F.embedding(p.input_ids.flatten(), self.embedding)  # (T, H)
+        y, saved, tiers = None, [], self.tiers
+        recomputed = len(self.layers) - tiers.kept
+        if training and tiers.host:
+            self.host.begin(len(x), (x.shape[1], self.layers[0].o.columns, x.shape[1]), x.dtype)
+        for index, one in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            keep = index >= recomputed if training else None
+            away = training and tiers.host and index < recomputed
+            places = p.places if last else None
+            x, y, kept = layers.forward(one, x, y, where, keep=keep, keep_attended=away, places=places)
+            if away:
+                assert kept is not None
+                kept, large = layers.part(kept)
+                self.host.put(index, large)
+                del large  # or it would live a layer longer
+            saved.append(kept)
+        normed = torch.empty_like(x)  # (S, H): supervised places are all that is left
+        end = add_norm(x, y, self.norm, self.eps, normed)
+        labels = p.targets.flatten().index_select(0, p.places)  # (S,)
+        losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
+        owner = p.row_of.flatten().index_select(0, p.places)
+        state = None if grad_normed is None else State(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
+        return losses.sum(), sums_by_row(losses, owner, len(p.row_ids)), state
+
+    def run_backward(self, state: State, grad: Tensor) -> None:
+        """Add the gradient of `grad` x loss sum to the adapters' own."""
+        room, hidden = max(linear.rank for one in self.layers for linear in (one.o, one.down)), state.end.shape[1]
+        out = torch.zeros(len(state.end), hidden + room, dtype=state.end.dtype, device=state.end.device)
+        norm_backward(state.grad_normed * grad.to(out.dtype), state.end, self.norm, self.eps, out[:, :hidden])
+        recomputed = len(self.layers) - state.tiers.kept if state.tiers.host else 0  # layers that left theirs on the host
+        for index in reversed(range(len(self.layers))):
+            saved = state.saved.pop()
+            if index < recomputed:
+                saved = layers.join(self.layers[index], saved, self.host.take(index))
+            if 0 < index <= recomputed:
+                self.host.fetch(index - 1)  # comes while this layer computes
+            out = layers.backward(self.layers[index], out, saved, state.where, first=index == 0)
+            self.outward[index].carry_out(add=True)
+
+    def refresh(self, training: bool) -> None:
+        """Round the adapters as they are now, and know where their gradients add up: both may have moved since the last pass."""
+        self.scratch.forget()
+        places = [p.data_ptr() for p in self.trained]
+        places += [p.grad.data_ptr() for p in self.trained if p.grad is not None] if training else []
+        if places != self.places:
+            linears = [one.linears for one in self.layers]
+            self.inward = Moves([move for four in linears for linear in four for move in linear.inward()])
+            self.outward = (
+                [Moves([m for linear in four for m in linear.outward(self.scratch)]) for four in linears] if training else []
+            )
+            self.places = places
+        assert self.inward is not None
+        self.inward.carry_out(add=False)
+        if self.adapted[0].disable_adapters:  # by hf.disable_adapter(): the base alone
+            assert not training, "there is nothing to train without adapters"
+            for one in self.layers:
+                for linear in one.linears:
+                    linear.b[:, : linear.adapted].zero_()
+
+    def where(self, p: Pass) -> Where:
+        """Bounds and angles of a pass. A padded row counts with its padding, to its right, which causal attention keeps from its tokens."""
+        rows, width = p.input_ids.shape
+        lengths = p.lengths if p.packed else (width,) * rows
+        bounds = Bounds.of(lengths, p.input_ids.device, self.embedding.dtype, self.layers[0].head_size)
+        cos, sin = angles(p.position_ids.flatten(), self.rotary.inv_freq, self.rotary.attention_scaling)
+        return Where(bounds, cos, sin, self.scratch)
+
+
+class _Pass(torch.autograd.Function):
+    """The model between a pass and its loss sum. It has one input for autograd's sake; gradients are added in place."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, engine: FusedEngine, p: Pass):  # type: ignore[override]
+        loss_sum, row_loss_sums, ctx.state = engine.run_forward(p, training=True)
+        ctx.engine = engine
+        ctx.mark_non_differentiable(row_loss_sums)
+        return loss_sum, row_loss_sums
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):  # type: ignore[override]
+        if ctx.state is not None:
+            ctx.engine.run_backward(ctx.state, grad)
+        ctx.state = None
+        return None, None, None
+
+
+def build_layer(module: Any, config: Any, dtype: torch.dtype, index: int) -> Layer:
+    """One of the model's decoder layers, its weights stacked into groups."""
+    groups = {}
+    for group, names in GROUPS.items():
+        found = [module.get_submodule(name) for name in names]
+        packed = pack([getattr(one, "base_layer", one) for one in found], [f"layer {index} {name}" for name in names])
+        groups[group] = Linear(group, packed, tuple(_adapter(one) for one in found), dtype, _bias(found))
+    return Layer(
+        **groups,
+        norm_in=module.input_layernorm.weight,
+        norm_mid=module.post_attention_layernorm.weight,
+        eps=config.rms_norm_eps,
+        heads=config.num_attention_heads,
+        key_heads=config.num_key_value_heads,
+        head_size=module.self_attn.head_dim,
+    )
+
+
+def _bias(modules: list[Any]) -> Tensor | None:
+    """Of all together, 0 for those without one; None where none has one."""
+    layers = [getattr(one, "base_layer", one) for one in modules]
+    if all(one.bias is None for one in layers):
+        return None
+    return torch.cat(
+        [one.weight.new_zeros(one.out_features, dtype=torch.float32) if one.bias is None else one.bias.data for one in layers]
+    )
+
+
+def _adapter(module: Any) -> Adapter | None:
+    if not hasattr(module, "lora_A"):
+        return None
+    name = module.active_adapters[0]
+    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))

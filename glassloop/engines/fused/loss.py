@@ -1,0 +1,70 @@
+"""Token cross-entropy of supervised places and its gradient in the head's input, some places at a time.
+
+The logits of a chunk, rounded as the head's product leaves them, become softmax - onehot where they lie: they are read twice and written once.
+"""
+
+# pyright: reportCallIssue=false
+# (a launch has options, num_warps say, that are no parameters of the kernel)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glassloop.formula.loss import chunked_cross_entropy
+from glassloop.predict.tiers import HEAD_CHUNK
+
+BLOCK = 8192
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    """In place: logits (C, V) become the gradient of the sum of `losses`, (C,) fp32, which are written. labels: (C,) int64."""
+    _cross_entropy[(len(logits),)](
+        logits, labels, losses, logits.stride(0), logits.shape[1], BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=16
+    )  # fmt: skip
+
+
+def cross_entropy_reference_(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    wide = logits.float()
+    losses.copy_(torch.nn.functional.cross_entropy(wide, labels, reduction="none"))
+    logits.copy_(wide.softmax(1).scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(losses).unsqueeze(1)))
+
+
+def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses (S,) fp32 of hidden (S, H) under the head (V, H), and if wanted the gradient of their sum in hidden, in its dtype."""
+    if not hidden.is_cuda:
+        return chunked_cross_entropy(hidden, weight, None, labels, wants_grad=wants_grad)
+    losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+    grad = torch.empty_like(hidden) if wants_grad else None
+    room = hidden.new_empty(min(HEAD_CHUNK, len(labels)), len(weight))
+    for start in range(0, len(labels), HEAD_CHUNK):
+        chunk = slice(start, min(start + HEAD_CHUNK, len(labels)))
+        logits = torch.mm(hidden[chunk], weight.t(), out=room[: chunk.stop - chunk.start])  # (C, V)
+        cross_entropy_(logits, labels[chunk], losses[chunk])
+        if grad is not None:
+            torch.mm(logits, weight, out=grad[chunk])
+    return losses, grad
+
+
+@triton.jit
+def _cross_entropy(logits, labels, losses, stride, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * stride
+    column = tl.arange(0, BLOCK)
+    label = tl.load(labels + row)
+    picked = tl.load(start + label).to(tl.float32)  # before anything is overwritten: the sums below keep the threads together
+    peak = float("-inf")
+    total = 0.0
+    for block in range(tl.cdiv(size, BLOCK)):
+        at = block * BLOCK + column
+        value = tl.load(start + at, mask=at < size, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(value))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher))
+        peak = higher
+    tl.store(losses + row, tl.log(total) + peak - picked)
+    for block in range(tl.cdiv(size, BLOCK)):
+        at = block * BLOCK + column
+        value = tl.load(start + at, mask=at < size, other=float("-inf")).to(tl.float32)
+        slope = tl.exp(value - peak) / total - tl.where(at == label, 1.0, 0.0)
+        tl.store(start + at, slope.to(logits.dtype.element_ty), mask=at < size)

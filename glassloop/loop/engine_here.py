@@ -1,0 +1,74 @@
+"""The engine that a run gets on this machine: what `engine_choice` asks for is looked up here, before a weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from glassloop.base.source import loading_errors, resolve_source
+from glassloop.config.arguments import with_old_engine
+from glassloop.config.config import Config, ModelConfig
+from glassloop.formula.dist import gather_objects, in_turn
+from glassloop.loop.launch import on_cuda
+from glassloop.plan.engine import Choice, choose_engine
+from glassloop.saved.checkpoint import read_state
+
+LEAST = (8, 0)  # compute capability that fused was written and tested for
+
+
+def engine_here(
+    config: Config,
+    checkpoint: Path | None,
+    plan: Mapping[str, Any],
+    first: Callable[[], AbstractContextManager[Any]],
+) -> Choice:
+    """Decide alike on all ranks, which all take part. A run that goes on keeps the engine that it had.
+
+    Args:
+        checkpoint: that the run goes on from. plan: plan.json of the run that goes on; empty for a new one.
+        first: context in which one rank of a host goes before the others (it downloads the model's config.json).
+    """
+    if config.execution.engine != "auto":
+        return choose_engine(config, None, on_cuda=on_cuda())
+    if (before := engine_before(checkpoint, plan)) is not None:
+        return Choice(before, "as the run began")
+    choice = choose_engine(config, None, on_cuda=on_cuda())
+    if choice.engine != "fused":
+        return choice  # without a look at the model
+    model = in_turn(first, lambda: config_of(config.model), "reading the model's config")
+    lacking = next(filter(None, gather_objects(lacking_here())), "")
+    return choose_engine(config, model, on_cuda=True, lacking=lacking)
+
+
+def engine_before(checkpoint: Path | None, plan: Mapping[str, Any]) -> str | None:
+    """The engine of the run that goes on, of its checkpoint or else of its plan.json; None where neither says so, as in a new run."""
+    if checkpoint is not None:
+        return with_old_engine(read_state(checkpoint).config)["execution"]["engine"]
+    return plan.get("contract", {}).get("engine")
+
+
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """The model's config as plain values. Raises ValueError naming model.id where there is none."""
+    source = resolve_source(model)
+    with loading_errors(model):
+        found = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
+        ).to_dict()
+    return found
+
+
+def lacking_here() -> str:
+    """What this rank's machine lacks for the engine fused; empty where it lacks nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "fused needs triton, which is not installed"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST:
+        least = ".".join(map(str, LEAST))
+        return f"{torch.cuda.get_device_name()} has compute capability {'.'.join(map(str, capability))}, fused needs {least}"
+    return ""

@@ -1,0 +1,145 @@
+"""How the processes of a run were started: what is refused before anything is loaded, and the Accelerator that the rest uses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from datetime import timedelta
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from glassloop.config.config import Config
+from glassloop.engines.unsloth_checks import check_unsloth
+
+# Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs that it lacks, on every rank.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
+REFUSED_LAUNCHES = {
+    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor c of the formula could be seen",
+    DistributedType.FSDP: "FSDP shards what the flat adapter buffer holds whole (and 4-bit weights need "
+    "bnb_4bit_quant_storage=bf16 with bf16 adapters there); 8B in NF4 fits each 24 GB card without it",
+    DistributedType.MEGATRON_LM: "Megatron-LM brings its own loop",
+}
+
+
+def on_cuda() -> bool:
+    """Whether ranks compute on GPUs: there is one, and the launch file does not ask for CPUs."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes")
+
+
+def hush(rank: int) -> None:
+    """Keep libraries from talking between the run's own lines: progress bars where nobody watches, and notes that no user can act on."""
+    if rank != 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )  # PEFT asks transformers for it
+
+
+def launch_command(ranks: int) -> str:
+    """How to start `ranks` processes of the kind that this one is: the first words of a command that ends in train_loop.py's own."""
+    if not on_cuda():
+        name, processes = "cpu_2proc", "" if ranks == 2 else f" --num_processes {ranks}"
+    elif ranks == 1:
+        name, processes = "single_gpu", ""
+    else:
+        name, processes = "ddp_2gpu", "" if ranks == 2 else f" --num_processes {ranks}"
+    return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} train_loop.py"
+
+
+def check_launch(config: Config) -> None:
+    """Raise ValueError, with the command or field that cures it, for a start that would not do what was asked."""
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    visible = torch.cuda.device_count() if on_cuda() else 0
+    words = " ".join(sys.argv[1:])
+    if not launched and visible > 1:
+        raise ValueError(
+            f"{visible} GPUs are visible, but no launcher started this process, so one would be used. For all of them:\n"
+            f"  {launch_command(visible)} {words}\nFor one:\n  {launch_command(1)} {words}"
+        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch.ranks is not None and config.batch.ranks != ranks:
+        raise ValueError(
+            f"batch.ranks = {config.batch.ranks}, but {ranks} process{'es were' if ranks > 1 else ' was'} started:\n"
+            f"  {launch_command(config.batch.ranks)} {words}"
+        )
+    config.batch.accumulation_for(ranks)
+    execution = config.execution
+    if execution.engine == "unsloth":
+        check_unsloth(on_cuda=on_cuda())
+    if not on_cuda():
+        if execution.precision == "fp16":
+            raise ValueError("execution.precision = fp16 needs a CUDA device: a CPU has no fp16 training; use fp32 or bf16")
+        if config.optimizer.name == "paged_adamw_8bit":
+            raise ValueError("optimizer.name = paged_adamw_8bit needs a CUDA device: use adamw_8bit")
+        if config.model.attention == "flash_attention_2":
+            raise ValueError("model.attention = flash_attention_2 needs a CUDA device: use sdpa")
+    elif execution.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 units; use fp16")
+
+
+def rejoin(backend: str, timeout: timedelta) -> None:
+    """Where the launcher has started the ranks again (--max_restarts): meet under names of this attempt.
+
+    Its store still holds the addresses of the processes that died, and torch gives restarted ranks no others (2.13, static rendezvous).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if on_cuda():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    chosen = backend if backend != "auto" else "nccl" if on_cuda() else "gloo"
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, is_master=False, timeout=timeout)
+    own = PrefixStore(f"glassloop/attempt_{attempt}", store)
+    dist.init_process_group(chosen, store=own, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def grow_segments() -> None:
+    """Let torch's allocator grow its segments, unless the environment says how it is to work.
+
+    Passes differ in length: without it, torch was seen to reserve 47 GiB for an allocation of 21. By a call, since setting the variable here
+    comes too late for a torch that reads it when it is imported.
+    """
+    if on_cuda() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The Accelerator of this rank. Raises ValueError for launch settings that the loop cannot honour."""
+    if config.execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    grow_segments()
+    backend, timeout = config.execution.backend, timedelta(seconds=config.execution.collective_timeout_s)
+    asked = None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend  # a lone process has no collectives to carry
+    process_group = InitProcessGroupKwargs(backend=asked, timeout=timeout)
+    rejoin(backend, timeout)
+    accelerator = Accelerator(
+        cpu=not on_cuda(),
+        mixed_precision=MIXED_PRECISION[config.execution.precision],
+        gradient_accumulation_steps=1,  # the loop accumulates itself
+        log_with=list(config.tracking.to) or None,
+        project_dir=config.run.dir if config.tracking.to else None,
+        kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+    )
+    kind = accelerator.distributed_type
+    if kind in REFUSED_LAUNCHES:
+        raise ValueError(f"the launch file asks for {kind.value}: {REFUSED_LAUNCHES[kind]}. Use accelerate_configs/ddp_2gpu.yaml")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"the launch file asks for {kind.value}, which glassloop has not been tried on; use a file of accelerate_configs/"
+        )
+    return accelerator

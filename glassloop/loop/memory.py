@@ -1,0 +1,182 @@
+"""What fits into memory: the preflight's findings, smaller passes after a rank ran out, and what a user can do about it."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glassloop.config.config import Config
+from glassloop.data.batches import Window
+from glassloop.data.rows import Row
+from glassloop.formula.dist import Gate, gather_objects
+from glassloop.plan.work import chooses_passes, pass_tokens_for, work_of
+from glassloop.predict.ledger import GIB, Ledger, ledger_of
+from glassloop.predict.shapes import shapes_from_config, shapes_of
+from glassloop.predict.tiers import Tiers, describe
+
+if TYPE_CHECKING:
+    from glassloop.loop.run import Run
+
+
+def allocated_gib(device: torch.device) -> float:
+    """GPU memory that tensors hold now; 0 without a GPU."""
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
+    """Predicted memory with a pass of these rows as the heaviest; None where nothing is known of the model's shapes, targets or engine."""
+    shapes, _ = shapes_of(run.config.model.id)
+    if shapes is None or not rows:
+        return None
+    packed = run.batches.layout == "packed"
+    count, tokens = (1, sum(map(len, rows))) if packed else (len(rows), max(map(len, rows)))
+    work = replace(work_of(run.config), rows=count, tokens=tokens, supervised_tokens=sum(row.supervised_tokens for row in rows))
+    tiers = Tiers(**run.tiers) if run.tiers is not None else None
+    try:
+        card = torch.cuda.get_device_capability(run.device)
+        return ledger_of(shapes, replace(work, capability=card, tiers=tiers), run.config.execution.engine)
+    except ValueError:  # an engine or targets that the ledger has no terms for: the measurement stands alone
+        return None
+
+
+def memory_lines(run: Run, window: Window) -> list[str]:
+    """Predicted beside measured GiB of this rank, by phase, after the preflight; nothing without a GPU."""
+    if run.device.type != "cuda":
+        return []
+    measured = run.measured_gib | {"peak": torch.cuda.max_memory_allocated(run.device) / GIB}
+    ledger = ledger_of_pass(run, run.batches.share(window, run.rank))
+    predicted = {} if ledger is None else {phase: f"{size / GIB:.2f}" for phase, size in ledger.phases.items()}
+    pairs = [f"{phase} {predicted.get(phase, 'unknown')} / {value:.2f}" for phase, value in measured.items()]
+    return [f"predicted / measured GiB: {', '.join(pairs)}"]
+
+
+def choose_pass_tokens(config: Config, model: Mapping[str, Any], device: torch.device, before: Mapping[str, Any]) -> int:
+    """Most tokens of a packed pass, the same on all ranks: as asked; else as plan.json has it; else what memory has room for.
+
+    Args:
+        model: the loaded model's config. before: plan.json of the run that goes on; empty for a new one.
+    """
+    asked = pass_tokens_for(config, None, None)
+    if not chooses_passes(config) or device.type != "cuda":
+        return asked
+    if before:
+        return int(before.get("pass_tokens") or asked)  # one from before passes were chosen goes on as it began
+    free = torch.cuda.mem_get_info(device)[0] // ranks_on(device)
+    most = pass_tokens_for(config, shapes_from_config(dict(model), config.model.id), torch.cuda.memory_reserved(device) + free)
+    return min(gather_objects(most))
+
+
+def ranks_on(device: torch.device) -> int:
+    """How many ranks share this rank's device. All ranks take part."""
+    own = f"{socket.gethostname()} {device}"
+    return gather_objects(own).count(own)
+
+
+def spend_memory(run: Run) -> None:
+    """Let an engine that can choose keep as many activations as `memory.profile` allows, the same on all ranks; nothing for the others.
+
+    A resumed run takes what its checkpoint has, as long as the ranks have room for it.
+    """
+    engine = run.plain_engine
+    if engine.name != "fused" or not run.config.execution.checkpointing:
+        return
+    window = run.batches.heaviest()
+    passes = [[run.batches.rows[row] for row in one] for rank in window.passes for one in rank]
+    tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
+    supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
+    memory = run.config.memory
+    engine.use_tiers(replace(engine.tiers, held=0))  # what is held is given back before free memory is counted
+    engine.host.most_tokens = tokens
+    sizes = dict(tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
+    found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.device))
+    kept = min(gather_objects(found.kept))
+    before = run.tiers
+    held = min(gather_objects(found.held))
+    if before is not None and (before["kept"], before["held"]) <= (kept, held):
+        found = replace(found, **before)
+    else:
+        found = replace(found, kept=kept, host=any(gather_objects(found.host)), held=held)
+    use_tiers(run, found)
+    run.header = (*run.header, f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})")
+
+
+def use_tiers(run: Run, tiers: Any) -> None:
+    """From here on."""
+    run.plain_engine.use_tiers(tiers)
+    run.tiers = asdict(tiers)
+
+
+def fewer_kept(run: Run, update: int, why: str) -> bool:
+    """Hold no weights, or else keep fewer layers, after a rank ran out of memory; False where the least is done, or nothing can be chosen."""
+    if run.tiers is None or (run.tiers["kept"] <= 1 and not run.tiers["held"]):
+        return False
+    tiers = run.plain_engine.tiers
+    use_tiers(run, replace(tiers, held=0) if tiers.held else replace(tiers, kept=max(1, tiers.kept * 3 // 4)))
+    torch.cuda.empty_cache()
+    layers = len(run.plain_engine.layers)
+    run.event(update, "out_of_memory", f"{why}. From here on {describe(run.plain_engine.tiers, layers)}; rows, passes and g stay")
+    return True
+
+
+def cures(run: Run) -> str:
+    """Settings that need less memory and leave the rows of an update as they are."""
+    execution, batch = run.config.execution, run.config.batch
+    cures = []
+    if not execution.checkpointing:
+        cures.append("execution.checkpointing=true")
+    if execution.layout == "packed":
+        cures.append("a smaller execution.pass_tokens")
+    elif batch.size > 1:
+        cures.append(f"batch.size={batch.size // 2} batch.rows_per_update={run.plan.rows_per_update}")
+    cures.append(f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out or cuts long rows")
+    return "; or ".join(cures)
+
+
+def smaller_passes(run: Run, update: int, why: str) -> bool:
+    """Recompute more, or else cut every pass in two, after a rank ran out of memory. False: by config, under ddp, or where a pass is one row."""
+    execution = run.config.execution
+    largest = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
+    if execution.on_out_of_memory == "stop" or run.ddp:
+        return False
+    if fewer_kept(run, update, why):
+        return True
+    if largest == 1:
+        return False
+    run.batches = replace(run.batches, halvings=run.batches.halvings + 1)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    rows = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
+    message = (
+        f"{why}. From here on passes have half the rows ({rows} at most) and there are twice as many; rows an update, and g, stay"
+    )
+    run.event(update, "out_of_memory", message)
+    return True
+
+
+def preflight_done(run: Run, window: Window, gate: Gate) -> None:
+    """Say what the heaviest passes took. Raises ValueError where their loss or gradient is not finite (fp16 may overflow once)."""
+    reports = gate.reports
+    bad = [r for r, report in enumerate(reports) if not math.isfinite(report.loss_sum)]
+    if not bad and run.scale.value == 1:
+        bad = [r for r, report in enumerate(reports) if not math.isfinite(report.grad_norm)]
+    if bad:
+        ids = ", ".join(row.row_id for rank in bad for row in run.batches.share(window, rank))
+        raise ValueError(
+            f"preflight, before update 1: loss or gradient is not finite on rank {', '.join(map(str, bad))} (rows {ids}): look at these rows, "
+            "or set execution.precision to bf16 or fp32"
+        )
+    for line in memory_lines(run, window):
+        run.event(run.first_update - 1, "memory", line)
+    slots = max(report.slot_tokens for report in reports)
+    peak = max(report.peak_gib for report in reports)
+    memory = f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.device).total_memory / 2**30:.1f}" if peak else ""
+    run.event(
+        run.first_update - 1,
+        "preflight",
+        f"the heaviest pass of each rank ({slots:,} slot tokens at most) fits and is finite{memory}",
+    )

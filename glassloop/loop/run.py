@@ -1,0 +1,347 @@
+"""A run's parts in one place, and what is done between updates: evaluation, samples, checkpoints, the ways to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glassloop.config.config import Config, as_dict
+from glassloop.data.batches import Batches
+from glassloop.data.rows import Example, Row
+from glassloop.formula.dist import first_difference, gather_objects
+from glassloop.formula.optim import FlatAdapters, LossScale, bit_sum
+from glassloop.health.decision import Outcome
+from glassloop.health.inspection import Inspection, replay_command, replay_of
+from glassloop.loop.evaluation import Answer, answer_together, evaluate
+from glassloop.loop.launch import launch_command
+from glassloop.loop.signals import CaptureFlag, StopFlag
+from glassloop.loop.watchdog import Watchdog
+from glassloop.plan.contract import Contract
+from glassloop.plan.steps import StepPlan
+from glassloop.record.observers import Observer, RunInfo, SampleRecord
+from glassloop.record.records import EvaluationRecord, Event
+from glassloop.saved.checkpoint import State, save_checkpoint
+from glassloop.saved.state import restore_rng, rng_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from glassloop.data.templates import Template
+
+
+@dataclass(frozen=True)
+class Position:
+    """What an update moves besides weights and optimizer, as it was before it."""
+
+    rng: dict[str, Any]
+    loss_scale: float
+    finite_updates: int
+    inspection: dict[str, Any]
+
+
+class ReplicasDiffer(RuntimeError):
+    """Raised on every rank when their adapters or optimizer states are no longer equal."""
+
+
+@dataclass
+class Run:
+    """Everything that the loop touches. Built once by build.py; `observers` is empty on all ranks but 0."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: Path
+    header: tuple[str, ...]
+    plan: StepPlan
+    batches: Batches
+    heldout: tuple[Row, ...]
+    heldout_examples: tuple[Example, ...]
+    sample_examples: tuple[Example, ...]  # answered before and after training
+    engine: Any  # what the loop calls: forward(Pass) -> (loss_sum, row_loss_sums)
+    plain_engine: Any  # the same without DDP's wrapper
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    adapters: FlatAdapters
+    optimizer: torch.optim.Optimizer
+    scale: LossScale
+    rank: int
+    ranks: int
+    device: torch.device
+    pad_id: int
+    stop: StopFlag
+    capture: CaptureFlag
+    inspection: Inspection
+    changes: tuple[
+        tuple[str, str], ...
+    ] = ()  # kind and message of an event each: how a resumed run is not the one that was saved
+    watchdog: Watchdog | None = None
+    measured_gib: dict[str, float] = field(default_factory=dict)  # of GPU memory, by phase of the ledger; empty without a GPU
+    observers: list[Observer] = field(default_factory=list)
+    tracker_ids: Callable[[], dict[str, str]] = dict
+    sync_records: Callable[[], None] = lambda: None  # forces what observers wrote to the disk
+    contract: Contract | None = None  # None: in a replay, which is held to the record instead
+    tiers: dict[str, Any] | None = None  # what activations an engine that can choose keeps, and where
+    first_update: int = 1
+    at: int = 0  # the update under way
+    attempt: int = 1
+    last_saved: int | None = None
+    before: Position = field(init=False)  # the update under way
+    heldout_nats: tuple[int, float] = (0, math.inf)  # the newest held-out loss, and after how many updates it was taken
+    best_heldout_nats: float = math.inf  # of the checkpoints so far
+    base_scores: dict[str, float | None] | None = None
+
+    @property
+    def ddp(self) -> bool:
+        """Gradients are reduced by DistributedDataParallel, inside backward."""
+        return self.config.execution.reduction == "ddp" and self.ranks > 1
+
+    def constants(self) -> dict[str, Any]:
+        """What describe() needs to know and never changes in a run."""
+        return {
+            "explicit": not self.ddp,
+            "fp16": self.config.execution.precision == "fp16",
+            "attempt": self.attempt,
+        }
+
+    def event(self, update: int, kind: str, message: str, command: str | None = None, **details: Any) -> None:
+        """Tell every observer."""
+        for observer in self.observers:
+            observer.on_event(Event(update, kind, message, command, details, self.attempt))
+
+    def begin(self) -> None:
+        """Print the header, and watch over the ranks from here on."""
+        done = self.first_update - 1
+        if self.watchdog is not None:
+            self.watchdog.start()
+        for observer in self.observers:
+            observer.on_start(RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header))
+
+    def start(self) -> None:
+        """Before the first update, evaluate and answer the samples."""
+        done = self.first_update - 1
+        left_out = ", ".join(map(str, sorted(self.inspection.left_out)))
+        again = f", after {done} updates" + (f", without the windows of updates {left_out}" if left_out else "")
+        resumed = self.config.resume.run is not None
+        self.event(done, "resumed" if resumed else "started", f"run folder {self.folder}" + (again if resumed else ""))
+        for kind, message in self.changes:
+            self.event(done, kind, message)
+        if self.config.resume.at is not None:
+            self.save(done)  # again: it is the newest now, whatever later ones there are, and knows the windows that are left out
+        if done == 0:
+            self.evaluate(0)
+
+    def evaluation_is_due(self, update: int) -> bool:
+        every = self.config.evaluation.every_updates
+        return update == self.plan.updates or (every is not None and update % every == 0)
+
+    def checkpoint_is_due(self, update: int) -> bool:
+        """By interval, at the end, and where an evaluation has just found the lowest held-out loss so far."""
+        every = self.config.checkpoint.every_updates
+        improved = self.heldout_nats[0] == update and self.heldout_nats[1] < self.best_heldout_nats
+        return update == self.plan.updates or (every is not None and update % every == 0) or improved
+
+    def does(self, update: int, what: str) -> None:
+        """Tell the watchdog."""
+        if self.watchdog is not None:
+            self.watchdog.does(update, what)
+
+    def lost(self, error: BaseException) -> str | None:
+        """What to say of an error that came from a collective; None: it is another one."""
+        return None if self.watchdog is None else self.watchdog.lost(error)
+
+    def remember(self, update: int) -> None:
+        """Note what the coming update moves besides weights and optimizer."""
+        self.at = update
+        self.before = Position(rng_state(self.device), self.scale.value, self.scale.finite_updates, self.inspection.state())
+
+    def put_back(self) -> None:
+        """Undo that, for an update that was not applied and will be done again."""
+        self.scale.value, self.scale.finite_updates = self.before.loss_scale, self.before.finite_updates
+        self.inspection.restore(self.before.inspection)
+        restore_rng(self.before.rng, self.device)
+
+    def tell(self, outcome: Outcome) -> None:
+        """Give an update to every observer, and what was unusual about it as events with the next command to type."""
+        record, decision, u = outcome.record, outcome.decision, outcome.record.update
+        for observer in self.observers:
+            observer.on_update(record, outcome.rows)
+            if outcome.probe is not None:
+                observer.on_probe(outcome.probe)
+        look = replay_command(self.folder, u)
+        for one in decision.findings:
+            self.event(u, "alarm", f"{one.kind}: {one.message}", replay_of(one, self.folder, u), **one.details)
+        if decision.overflow or self.scale.value > self.before.loss_scale:
+            change = f"loss scale {self.before.loss_scale:g} -> {self.scale.value:g}"
+            self.event(u, "loss_scale", f"{change}: {record.reason or 'no overflow for a while'}")
+        elif record.reason is not None:
+            self.event(u, "skipped", f"update {u}: {record.reason}", look if decision.bad else None)
+        elif decision.max_norm != self.config.optimizer.max_grad_norm:
+            self.event(u, "clipped", f"update {u} was clipped to the usual norm {decision.max_norm:.4g}", look)
+
+    def evaluate(self, update: int) -> None:
+        """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
+        self.does(update, "evaluates")
+        settings = self.config.evaluation
+        shared: dict[str, Any] = {
+            "template": self.template,
+            "tokenizer": self.tokenizer,
+            "batch_size": self.config.batch.size,
+            "pad_id": self.pad_id,
+            "device": self.device,
+            "autocast": self.accelerator.autocast,
+            "max_new_tokens": settings.max_new_tokens,
+        }
+        answers: list[Answer] = []
+        if self.heldout:
+            # Fresh adapters change nothing, so the scores before the first update are the base's.
+            fresh = update == 0 and self.config.model.init_adapter is None
+            record, answers = evaluate(
+                self.plain_engine,
+                self.heldout,
+                self.heldout_examples,
+                rank=self.rank,
+                ranks=self.ranks,
+                generate_rows=settings.generate_rows,
+                with_base=not fresh and self.base_scores is None,
+                update=update,
+                attempt=self.attempt,
+                **shared,
+            )
+            self.base_scores = record.scores if fresh else (self.base_scores or record.base)
+            self._tell(replace(record, base=self.base_scores))
+        if update in (0, self.plan.updates) and settings.samples:
+            if not answers and self.sample_examples:
+                answers = answer_together(self.plain_engine.hf, self.sample_examples, rank=self.rank, ranks=self.ranks, **shared)
+            for answer in answers[: settings.samples]:
+                self._show(answer, update)
+
+    def _tell(self, record: EvaluationRecord) -> None:
+        self.heldout_nats = (record.update, record.loss_nats)
+        for observer in self.observers:
+            observer.on_evaluation(record)
+
+    def _show(self, answer: Answer, update: int) -> None:
+        base = update == 0 and self.config.model.init_adapter is None
+        sample = SampleRecord(
+            update, answer.row_id, base, answer.prompt, answer.reference, answer.answer, answer.tokens, self.attempt
+        )
+        for observer in self.observers:
+            observer.on_sample(sample)
+
+    def save(self, update: int) -> bool:
+        """Publish a checkpoint after `update` updates; False, with an event, where the disk refused it. All ranks take part."""
+        if self.last_saved == update:
+            return True
+        self.does(update, "saves a checkpoint")
+        self.require_agreement(update)
+        rng_states = gather_objects(rng_state(self.device))
+        failure = None
+        if self.rank == 0:
+            state = State(
+                update=update,
+                epoch=max(update - 1, 0) // self.plan.windows_per_epoch,
+                world_size=self.ranks,
+                order_seed=self.config.seed,
+                base_hash=self.plain_engine.report.base_hash,
+                config=as_dict(self.config),
+                attempt=self.attempt,
+                loss_scale=self.scale.value,
+                finite_updates=self.scale.finite_updates,
+                heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
+                tracker_ids=self.tracker_ids(),
+                details={**self.inspection.state(), "halvings": self.batches.halvings, "tiers": self.tiers},
+            )
+            try:
+                self.sync_records()  # first: where a checkpoint stands, the records of its updates stand too
+                saved = save_checkpoint(
+                    self.folder / "checkpoints",
+                    state,
+                    adapters=self.adapters,
+                    peft_model=self.plain_engine.hf,
+                    tokenizer=self.tokenizer,
+                    chat_template=self.template.chat_template,
+                    base_id=self.plain_engine.report.name,
+                    base_revision=self.plain_engine.report.commit,
+                    optimizer=self.optimizer,
+                    rng_states=rng_states,
+                    keep=self.config.checkpoint.keep,
+                )
+                best = " (best held-out loss so far)" if saved.best == saved.path else ""
+                self.event(update, "checkpoint", f"saved {saved.path}{best}")
+                for note in saved.notes:
+                    self.event(update, "warning", note)
+            except OSError as error:  # CheckpointNotSaved is one
+                failure = str(error)
+                self.event(update, "warning", failure)
+        failure = gather_objects(failure)[0]
+        if self.heldout_nats[0] == update and failure is None:
+            self.best_heldout_nats = min(self.best_heldout_nats, self.heldout_nats[1])
+        self.last_saved = self.last_saved if failure else update
+        if failure and self.config.checkpoint.on_failure == "stop":
+            self.stop.asked, self.stop.by = True, "checkpoint.on_failure = stop"
+        return failure is None
+
+    def require_agreement(self, update: int) -> None:
+        """Raise ReplicasDiffer, on all ranks, unless they hold the same adapters and optimizer state after `update` updates."""
+        if len(set(gather_objects(int(self.adapters.checksum(self.optimizer))))) > 1:
+            raise ReplicasDiffer(self.disagreement(f"after update {update}"))
+
+    def disagreement(self, when: str) -> str:
+        """In what ranks differ. All ranks take part."""
+        parts = self.adapters.parts(self.optimizer)
+        where = first_difference(parts, torch.stack([bit_sum(tensor) for _, tensor in parts]))
+        return (
+            f"the ranks' adapters or optimizer states are no longer equal {when}: {where}. Something changed or skipped a step on one rank "
+            "only; nothing was saved. Resume from the last checkpoint, and send this message if it comes again"
+        )
+
+    def stopped(self, update: int, why: str) -> int:
+        """End on demand after `update` updates, with a checkpoint. Exit code 0, or 1 if it could not be saved."""
+        saved = update == 0 or self.save(update)
+        self.event(update, "stopped", f"{why} ({self.stop.by or 'another rank'})", self.resume_command if update else None)
+        return 0 if saved else 1
+
+    def failed(self, update: int, why: str | None, command: str) -> int:
+        """End because update `update` could not be applied; the adapters as they were before it are saved. Exit code 1."""
+        if update > 1:
+            self.save(update - 1)
+        self.event(update, "failed", f"update {update} was not applied: {why}", command if update > 1 else None)
+        return 1
+
+    def broken(self, error: RuntimeError) -> int:
+        """End because the run is not what it has to be: nothing is saved, since what is in memory cannot be trusted. Exit code 1."""
+        self.event(self.at, "failed", str(error), self.resume_command if self.last_saved or self.first_update > 1 else None)
+        return 1
+
+    def refused(self, why: str) -> int:
+        """End before the first update. Exit code 2."""
+        self.event(self.first_update - 1, "failed", why)
+        return 2
+
+    def finish(self) -> int:
+        """After the last update. Exit code 0, or 1 if the final checkpoint could not be saved."""
+        saved = self.save(self.plan.updates)
+        self.event(self.plan.updates, "finished", f"run folder {self.folder}")
+        return 0 if saved else 1
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"{launch_command(self.ranks)} --resume {self.folder}"
+
+    def close_observers(self) -> None:
+        """Close files, terminal and trackers."""
+        for observer in self.observers:
+            observer.close()
+
+    def close(self) -> None:
+        """Close observers, watchdog and the process group."""
+        self.close_observers()
+        if self.watchdog is not None:
+            self.watchdog.close()
+        self.accelerator.end_training()

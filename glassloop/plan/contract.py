@@ -1,0 +1,73 @@
+"""The plan as a contract: what plan.json says will happen, compared with what is counted while it happens.
+
+The contract holds rows per update and not rows per micro-batch: how an update's rows are laid out is execution. An update that is skipped, left
+out or done again is an event and breaks nothing. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glassloop.plan.steps import StepPlan
+
+SCHEMA = 2  # of plan.json; 1 had the step arithmetic alone
+
+
+class ContractBroken(RuntimeError):
+    """Something that the plan says did not happen so. The message has both numbers."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a run is held to. Tuples have one entry an update."""
+
+    step: StepPlan
+    rows: tuple[int, ...]  # of each update, over all ranks
+    supervised_tokens: tuple[int, ...]
+    real_tokens: tuple[int, ...]
+    rows_digest: str  # of ids, tokens and labels of all rows
+    facts: Mapping[str, Any]  # what holds for the whole run, planned: "world size", "precision of autocast", ...
+    pass_tokens: int | None = None  # most of a packed pass: a run that goes on packs as it began; None: literal
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for plan.json."""
+        counted = {"rows": self.rows, "supervised_tokens": self.supervised_tokens, "real_tokens": self.real_tokens}
+        whole = {"contract": dict(self.facts), "rows_digest": self.rows_digest, "pass_tokens": self.pass_tokens}
+        return {**self.step.as_dict(), "schema": SCHEMA, **whole, "by_update": {name: list(v) for name, v in counted.items()}}
+
+    def check_facts(self, found: Mapping[str, Any]) -> None:
+        """Raise ContractBroken, before update 1, for what was found otherwise than planned. `found` has the same names as `facts`."""
+        assert found.keys() == self.facts.keys(), found.keys() ^ self.facts.keys()
+        broken = [
+            f"{name}: planned {self.facts[name]}, found {found[name]}" for name in self.facts if self.facts[name] != found[name]
+        ]
+        if broken:
+            cure = "a launcher's setting, a default Accelerate config file or a library changed it; glassloop doctor says which"
+            raise ContractBroken(f"the run is not the one that was planned ({'; '.join(broken)}): {cure}")
+
+    def check_update(self, update: int, *, rows: int, supervised_tokens: int, real_tokens: int, lr: float) -> None:
+        """Raise ContractBroken, before anything is applied, where an update's counted rows and tokens, or its lr, are not the planned ones."""
+        counted = {"rows": rows, "supervised tokens": supervised_tokens, "real tokens": real_tokens, "lr": lr}
+        planned = (
+            self.rows[update - 1],
+            self.supervised_tokens[update - 1],
+            self.real_tokens[update - 1],
+            self.step.lr[update - 1],
+        )
+        for (name, found), expected in zip(counted.items(), planned, strict=True):
+            if found != expected:
+                raise ContractBroken(
+                    f"update {update}: planned {expected!r} {name}, counted {found!r}; nothing of it was applied. Something between the plan and "
+                    "the passes changed them: please report it with plan.json, and resume from the last checkpoint"
+                )
+
+
+def check_same_rows(saved: Mapping[str, Any], digest: str, where: str) -> None:
+    """Raise ValueError where a run that goes on would train other rows than it began with. `saved`: its plan.json."""
+    if saved.get("schema", 0) >= SCHEMA and saved["rows_digest"] != digest:
+        raise ValueError(
+            f"the rows are not those that the run began with ({where} has {saved['rows_digest']}, now they are {digest}): data, tokenizer or "
+            "template changed. Give it the same ones, or begin a new run with --init_adapter"
+        )

@@ -1,0 +1,237 @@
+"""What a run will be, before it begins: step math, parameters, disk, memory and time, in plain values. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from glassloop.config.config import Config
+from glassloop.plan.engine_lines import planned_engine
+from glassloop.plan.steps import StepPlan, make_plan
+from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
+from glassloop.predict.cards import Verdict, verdict
+from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
+from glassloop.predict.ledger import PROFILES, STATE_BYTES, Ledger, Work
+from glassloop.predict.roofline import fused_pass_time, pass_time, tokens_per_s
+from glassloop.predict.shapes import Shapes, shapes_of
+
+SCHEMA = 1
+TOKENIZER_BYTES = 130  # of tokenizer.json for each token of the vocabulary, about (Llama 3: 134, SmolLM2: 72)
+
+
+@dataclass(frozen=True)
+class CardTime:
+    """A prediction of one card's speed; seconds for the whole run without evaluations and checkpoints."""
+
+    card: str
+    tokens_per_s: float  # of all ranks together
+    run_s: float
+    host_bound: bool
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Everything that `glassloop plan` shows; None: not known, and `unknown` says why."""
+
+    config: Config  # with the engine that auto would choose on CUDA
+    machines: int
+    plan: StepPlan
+    rows_from: str
+    shapes: Shapes | None
+    trainable: int | None
+    checkpoint_bytes: int | None
+    work: Work | None
+    ledger: Ledger | None
+    other_ledger: (
+        Ledger | None
+    )  # the same with the base in the other form: bf16 beside NF4; fused: with the least memory, or the most
+    ledger_names: tuple[str, str]
+    usual: str  # the card for which passes were cut and memory was laid out, where that depends on the card
+    verdicts: tuple[Verdict, ...]
+    times: tuple[CardTime, ...]
+    row_tokens: float
+    tokens: TokenCounts | None
+    unknown: tuple[str, ...]
+    engine: str  # that it is planned for, in words
+
+
+def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
+    """The run's step arithmetic."""
+    schedule = config.schedule
+    return make_plan(
+        rows=rows,
+        size=config.batch.size,
+        ranks=ranks,
+        accumulation=config.batch.accumulation_for(ranks),
+        tail=config.batch.tail,
+        updates=schedule.updates,
+        epochs=schedule.epochs,
+        warmup=schedule.warmup_updates,
+        peak=config.optimizer.lr,
+        kind=schedule.kind,
+        first=schedule.first,
+    )
+
+
+def look_ahead(
+    config: Config,
+    plan: StepPlan,
+    *,
+    rows_from: str,
+    machines: int = 1,
+    counts: TokenCounts | None = None,
+    row_tokens: float | None = None,
+    present: Sequence[Present] = (),
+) -> Outlook:
+    """Put an outlook together.
+
+    Args:
+        row_tokens: mean tokens of a row; None: of the counted rows, else data.max_tokens (then time is an upper bound).
+        present: cards of this machine, judged by their free memory.
+    """
+    config, planned = planned_engine(config)
+    shapes, where = shapes_of(config.model.id)
+    unknown = [] if shapes is not None else [f"memory, time and parameters: {where}"]
+    mean = row_tokens or (counts.real / plan.rows_trained if counts else float(config.data.max_tokens))
+    if shapes is None:
+        return Outlook(
+            config,
+            machines,
+            plan,
+            rows_from,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            ("", ""),
+            "",
+            (),
+            (),
+            mean,
+            counts,
+            tuple(unknown),
+            planned,
+        )
+    work = work_of(config, counts, counts.heaviest_share if counts else plan.size * plan.accumulation * config.data.max_tokens)
+    n = shapes.lora_weights(work.r, work.targets)
+    engine = config.execution.engine
+
+    def judged(gpu: Gpu, free_gib: float | None = None) -> Verdict:
+        return verdict(
+            gpu, shapes, work, ranks=plan.ranks, rows_per_update=plan.rows_per_update, free_gib=free_gib, engine=engine
+        )
+
+    known = engine in PROFILES
+    if not known:
+        unknown.append(
+            f"memory and time of execution.engine={engine}: it is not modelled here; preflight measures it, glassloop bench times it"
+        )
+    verdicts = [judged(gpu) for name in PLANNED_FOR if known and (gpu := gpu_named(name))]
+    for card in present if known else ():
+        if card.gpu is None:
+            unknown.append(f"this machine's {card.name}: not in the table of cards, so nothing is said of it")
+        else:
+            verdicts.append(judged(card.gpu, card.free_gib))
+    usual = usual_budget(present, plan.ranks)
+    ledger, other, names = None, None, ("", "")
+    if known:
+        ledger, other, names, work = ledgers_of(shapes, work, engine, usual[1])
+    if known and config.execution.precision == "fp32":
+        unknown.append("time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32")
+    return Outlook(
+        config=config,
+        machines=machines,
+        plan=plan,
+        rows_from=rows_from,
+        shapes=shapes,
+        trainable=n,
+        checkpoint_bytes=round(4 * n + disk_state_bytes(config.optimizer.name) * n) + TOKENIZER_BYTES * shapes.vocabulary,
+        work=work,
+        ledger=ledger,
+        other_ledger=other,
+        ledger_names=names,
+        usual=usual[0],
+        verdicts=tuple(verdicts),
+        times=()
+        if config.execution.precision == "fp32" or not known
+        else tuple(
+            time
+            for one in verdicts[: len(PLANNED_FOR)]
+            if (time := card_time(config, plan, shapes, one.card, mean, counts, on_card=one)) is not None
+        ),
+        row_tokens=mean,
+        tokens=counts,
+        unknown=tuple(unknown),
+        engine=planned,
+    )
+
+
+def disk_state_bytes(optimizer: str) -> float:
+    """Bytes of the optimizer's state in a checkpoint, per trainable parameter."""
+    return STATE_BYTES["adamw_8bit"] if optimizer == "paged_adamw_8bit" else STATE_BYTES[optimizer]
+
+
+def card_time(
+    config: Config,
+    plan: StepPlan,
+    shapes: Shapes,
+    card: str,
+    row_tokens: float,
+    counts: TokenCounts | None = None,
+    on_card: Verdict | None = None,
+) -> CardTime | None:
+    """Predicted speed of one card over the run; None for a card without rates. on_card: what the engine `fused` keeps there."""
+    packed = config.execution.layout == "packed"
+    padded = counts.literal_slots / counts.real if counts and not packed else 1.0  # padding is computed too
+    rows, passes = float(plan.size), float(plan.accumulation)
+    if packed:
+        limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
+        if on_card is not None and on_card.pass_tokens is not None and chooses_passes(config):
+            limit = on_card.pass_tokens
+        rows = max(1.0, min(plan.rows_per_update / plan.ranks, limit / row_tokens))
+        passes = plan.rows_per_update / plan.ranks / rows
+    share = counts.supervised / counts.real if counts else 1.0
+    work: dict[str, Any] = dict(rows=rows * padded, row_tokens=row_tokens, supervised_share=share / padded)
+    work |= dict(r=config.lora.r, targets=config.lora.targets)
+    if config.execution.engine == "fused":
+        kept, held = (0, 0) if on_card is None else (on_card.kept or 0, on_card.held or 0)
+        one = fused_pass_time(shapes, card, **work, kept=kept, held=held)
+    else:
+        quantized, checkpointing = config.model.quantization == "nf4", config.execution.checkpointing
+        one = pass_time(shapes, card, **work, quantized=quantized, checkpointing=checkpointing)
+    if one is None:
+        return None
+    rate = tokens_per_s(one, rows=rows, row_tokens=row_tokens, passes=passes, ranks=plan.ranks)
+    return CardTime(card, rate, plan.rows_trained * row_tokens / rate, one.host_bound)
+
+
+def as_plain(outlook: Outlook) -> dict[str, Any]:
+    """The outlook as plain JSON values; sizes in bytes, times in seconds."""
+    tokens, fused = outlook.tokens, outlook.config.execution.engine == "fused"
+    return {
+        "schema": SCHEMA,
+        "preset": outlook.config.preset,
+        "plan": outlook.plan.as_dict(),
+        "machines": outlook.machines,
+        "rows_from": outlook.rows_from,
+        "rows_trained": outlook.plan.rows_trained,
+        "times_trained": outlook.plan.times_trained,
+        "layout": outlook.config.execution.layout,
+        "engine": outlook.config.execution.engine,
+        "engine_in_words": outlook.engine,
+        "trainable_parameters": outlook.trainable,
+        "checkpoint_bytes": outlook.checkpoint_bytes,
+        "memory_bytes": None if outlook.ledger is None else outlook.ledger.phases,
+        "memory_terms": None if outlook.ledger is None else [vars(term) for term in outlook.ledger.terms],
+        "memory_of": list(outlook.ledger_names),
+        "memory_bytes_other_base": None if fused or outlook.other_ledger is None else outlook.other_ledger.phases,
+        "memory_bytes_other_tiers": outlook.other_ledger.phases if fused and outlook.other_ledger is not None else None,
+        "cards": [vars(one) for one in outlook.verdicts],
+        "time_predicted": [vars(one) for one in outlook.times],
+        "row_tokens": outlook.row_tokens,
+        "tokens": None if tokens is None else {**vars(tokens), "padding_share": tokens.padding_share},
+        "unknown": list(outlook.unknown),
+    }

@@ -1,0 +1,250 @@
+"""An outlook in sentences, tables and one small plot, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from itertools import pairwise
+
+from glassloop.plan.outlook import CardTime, Outlook
+from glassloop.plan.steps import StepPlan
+from glassloop.plan.work import TokenCounts, chooses_passes
+from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB
+from glassloop.predict.ledger import GIB
+from glassloop.predict.roofline import CALIBRATED_ON, errors
+
+WIDTH = 100
+PLOT_WIDTH, PLOT_HEIGHT = 80, 8
+LABEL = 10  # columns before a line's text
+
+
+def render(outlook: Outlook) -> list[str]:
+    """All lines of `glassloop plan`."""
+    lines = [*_steps(outlook), "", *_lr(outlook.plan), "", *_size(outlook)]
+    if outlook.tokens is not None:
+        lines += ["", *_tokens(outlook.tokens, outlook)]
+    if outlook.ledger is not None:
+        lines += ["", *_memory(outlook), "", *_cards(outlook)]
+        lines += ["", *_time(outlook)] if outlook.times else []
+    return lines + [f"{'unknown':<{LABEL}}{text}" for text in outlook.unknown]
+
+
+def wrapped(line: str) -> list[str]:
+    """A line in pieces of at most WIDTH columns, those after the first below its text."""
+    if len(line) <= WIDTH:
+        return [line]
+    indent = " " * (LABEL + (len(line[LABEL:]) - len(line[LABEL:].lstrip())) + 2)
+    return textwrap.wrap(
+        line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+
+
+def launch_line(outlook: Outlook, words: Sequence[str]) -> str:
+    """The command that starts the planned processes."""
+    ranks, machines = outlook.plan.ranks, outlook.machines
+    if outlook.config.execution.precision == "fp32":
+        file = "cpu_2proc"  # what no one asks of a GPU
+        count = "" if ranks == 2 and machines == 1 else f" --num_processes {ranks}"
+    else:
+        file = "single_gpu" if ranks == 1 else "ddp_2gpu"
+        count = "" if ranks <= 2 and machines == 1 else f" --num_processes {ranks}"
+    if machines > 1:
+        count += f" --num_machines {machines} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500"
+    return f"accelerate launch --config_file accelerate_configs/{file}.yaml{count} train_loop.py {' '.join(words)}"
+
+
+def epoch_sentence(plan: StepPlan) -> str:
+    """How rows make updates of an epoch, and what a formula that rounds down would leave out."""
+    full, rest, per = plan.full_windows, plan.tail_rows, plan.rows_per_update
+    exact = f"{plan.rows:,} / {per} = {plan.rows / per:.10g}"
+    if not rest:
+        return f"{exact}: {full} updates an epoch, no tail"
+    if plan.tail == "keep":
+        return (
+            f"{exact}: {full} full windows and a tail of {rest} rows = {full + 1} updates an epoch; rounding down to {full} "
+            f"would leave {rest} rows out"
+        )
+    return f"{exact}: {full} updates an epoch; batch.tail=drop leaves {rest} rows of each epoch out (keep: {full + 1} updates)"
+
+
+def _steps(outlook: Outlook) -> list[str]:
+    plan, config = outlook.plan, outlook.config
+    per_machine = f", {plan.ranks // outlook.machines} on each of {outlook.machines} machines" if outlook.machines > 1 else ""
+    packed = config.execution.layout == "packed"
+    limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
+    if chooses_passes(config) and outlook.work is not None:
+        limit = outlook.work.tokens
+    if packed and outlook.tokens is not None:
+        mean = outlook.tokens.packed_passes / plan.updates / plan.ranks
+        how = f"packed, passes of at most {limit:,} tokens: {mean:.1f} passes a rank and update, not {plan.accumulation}"
+    elif packed:
+        how = f"packed, the same rows in passes of at most {limit:,} tokens (--with-data counts them)"
+    else:
+        how = f"literal: {plan.accumulation} passes of {plan.size} rows on each of {plan.ranks} ranks"
+        if plan.tail_rows and plan.tail == "keep":
+            chunks = -(-plan.tail_rows // plan.size)
+            how += (
+                f"; the tail's {plan.tail_rows} rows: {chunks} passes over the ranks, at most {-(-chunks // plan.ranks)} a rank"
+            )
+    if plan.times_trained is None:
+        seen = f"{plan.rows_trained:,} rows trained on in all; which rows tails leave out differs by epoch"
+    else:
+        often = ", ".join(f"{rows:,} rows {_times(times)}" for times, rows in sorted(plan.times_trained.items(), reverse=True))
+        seen = f"{plan.rows_trained:,} rows trained on in all: {often}"
+    overrides = (
+        f" (schedule.updates overrides epochs = {config.schedule.epochs:g})" if config.schedule.updates is not None else ""
+    )
+    asked = (
+        f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = {plan.rows_per_update} rows an update"
+    )
+    activations = "recomputed" if config.execution.checkpointing else "stored"
+    if config.execution.engine == "fused" and config.execution.checkpointing:
+        activations = f"kept as memory.profile={config.memory.profile} allows"
+    if chooses_passes(config) and outlook.work is not None:
+        how += f", on a card like {outlook.usual}; others have room for others"
+    rows = [
+        ("rows", f"{plan.rows:,} ({outlook.rows_from})"),
+        ("asked", asked + per_machine),
+        ("executed", f"{how}; {config.execution.reduction} reduction, activations {activations}"),
+        ("engine", outlook.engine),
+        ("epoch", epoch_sentence(plan)),
+        ("run", f"{plan.updates} updates = {plan.epochs:.2f} epochs{overrides}"),
+        ("", seen),
+    ]
+    return [f"{name:<{LABEL}}{text}" for name, text in rows]
+
+
+def _times(times: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(times, f"{times} times")
+
+
+def shown_updates(updates: int, warmup_end: int) -> list[int]:
+    """Updates whose lr the table shows: the warmup, about ten more, the last."""
+    step = max(1, math.ceil((updates - warmup_end) / 10))
+    return sorted({*range(1, min(warmup_end, 6) + 1), warmup_end, *range(warmup_end, updates + 1, step), updates})
+
+
+def _lr(plan: StepPlan) -> list[str]:
+    peak_at = plan.lr.index(max(plan.lr)) + 1
+    cells = [f"{u:>4}: {plan.lr[u - 1]:.3e}" for u in shown_updates(plan.updates, peak_at)]
+    table = [f"{'lr' if start == 0 else '':<{LABEL}}" + "  ".join(cells[start : start + 5]) for start in range(0, len(cells), 5)]
+    return [*table, *plot(plan.lr)]
+
+
+def plot(values: Sequence[float]) -> list[str]:
+    """A column an update (the largest of several where there are more than fit), from 0 to the largest value."""
+    width = min(PLOT_WIDTH, len(values))
+    bounds = [round(i * len(values) / width) for i in range(width + 1)]
+    columns = [max(values[start:end]) for start, end in pairwise(bounds)]
+    top = max(values)
+    heights = [0 if top == 0 else max(int(value > 0), round(value / top * PLOT_HEIGHT)) for value in columns]
+    lines = []
+    for level in range(PLOT_HEIGHT, 0, -1):
+        label = f"{top * level / PLOT_HEIGHT:.1e}" if level in (PLOT_HEIGHT, PLOT_HEIGHT // 2) else ""
+        lines.append(f"{label:>{LABEL - 1}} |" + "".join("*" if height >= level else " " for height in heights).rstrip())
+    last = str(len(values))
+    axis = f"{'update':>{LABEL - 1}} +1" + last.rjust(max(len(last), width - 1))
+    return [*lines, axis]
+
+
+def _size(outlook: Outlook) -> list[str]:
+    config, n = outlook.config, outlook.trainable
+    if n is None or outlook.shapes is None or outlook.checkpoint_bytes is None:
+        return [f"{'trains':<{LABEL}}not known before the model's config.json is here"]
+    keep = config.checkpoint.keep + (0 if config.data.heldout is None else 1)
+    return [
+        f"{'trains':<{LABEL}}{n:,} parameters: r = {config.lora.r} x (in + out) of {', '.join(config.lora.targets)}",
+        f"{'':<{LABEL}}in {outlook.shapes.layers} layers of {outlook.shapes.name} ({outlook.shapes.weights:,} weights)",
+        f"{'disk':<{LABEL}}{outlook.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint (adapter fp32, {config.optimizer.name}'s state, tokenizer); "
+        f"at most {keep} kept",
+    ]
+
+
+def _tokens(counts: TokenCounts, outlook: Outlook) -> list[str]:
+    saved = 1 - counts.packed_slots / counts.literal_slots
+    layout = outlook.config.execution.layout
+    texts = [
+        f"{counts.real:,} real, {counts.supervised:,} supervised ({counts.supervised / counts.real:.1%}), over {outlook.plan.updates} updates",
+        f"literal: {counts.literal_slots:,} places in {counts.literal_passes:,} passes, {counts.padding_share:.1%} padding",
+        f"packed:  {counts.packed_slots:,} places in {counts.packed_passes:,} passes, no padding: {saved:.1%} fewer places",
+        f"heaviest pass ({layout}): {counts.heaviest_rows} x {counts.heaviest_tokens:,} places, {counts.heaviest_supervised:,} supervised",
+    ]
+    return [f"{'tokens' if number == 0 else '':<{LABEL}}{text}" for number, text in enumerate(texts)]
+
+
+def _memory(outlook: Outlook) -> list[str]:
+    assert outlook.ledger is not None and outlook.other_ledger is not None and outlook.work is not None
+    work = outlook.work
+    fused = outlook.config.execution.engine == "fused"
+    asked, other = outlook.ledger_names
+    per_phase = [outlook.ledger.phases, outlook.other_ledger.phases]
+    what = f"memory.profile: {asked}, and {other}" if fused else f"base in {asked} as asked, and in {other}"
+    lines = [
+        f"{'memory':<{LABEL}}GiB of a GPU by phase, predicted; {what}; heaviest pass {work.rows} x {work.tokens:,}",
+        f"{'':<{LABEL}}{'phase':<12}{asked:>10}{other:>10}",
+    ]
+    lines += [f"{'':<{LABEL}}{phase:<12}" + "".join(f"{one[phase] / GIB:>10.2f}" for one in per_phase) for phase in per_phase[0]]
+    peak = max(outlook.ledger.phases, key=lambda phase: outlook.ledger.phases[phase] if phase != "peak" else 0)  # type: ignore[union-attr]
+    largest = sorted((term for term in outlook.ledger.terms if peak in term.phases), key=lambda term: -term.size_bytes)[:5]
+    lines.append(f"{'':<{LABEL}}most of the peak ({peak}):")
+    lines += [f"{'':<{LABEL}}  {term.size_bytes / GIB:>7.2f}  {term.what}" for term in largest]
+    paged = round(2 * (outlook.trainable or 0) / 2**20) if work.optimizer == "paged_adamw_8bit" else 0
+    pinned = "at most memory.host_gib of layers' large tensors, and the embedding, both only under min" if fused else ""
+    host = f"{paged:,} MiB of paged optimizer state" if paged else pinned or "nothing pinned but a pass's ids"
+    return [*lines, f"{'':<{LABEL}}host memory beside libraries: {host}"]
+
+
+def _cards(outlook: Outlook) -> list[str]:
+    chosen = outlook.config.memory.profile
+    profile = chosen if isinstance(chosen, str) else f"{chosen:g} GiB"
+    nccl = f" + {NCCL_GIB} NCCL" if outlook.plan.ranks > 1 else ""
+    lines = [
+        f"{'cards':<{LABEL}}GiB needed = peak + {FRAGMENTATION:.0%} fragmentation + {CONTEXT_GIB} CUDA context{nccl}; rows an update stay "
+        f"{outlook.plan.rows_per_update}"
+    ]
+    for one in outlook.verdicts:
+        if one.fits:
+            passes = f", in passes of {one.pass_tokens:,} tokens" if chooses_passes(outlook.config) else ""
+            text = f"fits; {profile}: {one.tiers}{passes}" if one.tiers else "fits"
+            text += f"; also {one.faster} ({one.faster_gib:.1f})" if one.faster else ""
+        else:
+            text = (
+                f"does NOT fit; {one.cure} does ({one.cure_gib:.1f})"
+                if one.cure
+                else "does NOT fit, and no smaller pass does: lower data.max_tokens"
+            )
+        note = f"; {one.note}" if one.note else ""
+        lines.append(f"{'':<{LABEL}}{one.card:<9}{one.needed_gib:>6.1f} of {one.has_gib:>6.1f}  {text}{note}")
+    return lines
+
+
+def _time(outlook: Outlook) -> list[str]:
+    exact = (
+        "rows counted"
+        if outlook.tokens
+        else "if every row had so many: an upper bound"
+        if outlook.row_tokens == outlook.config.data.max_tokens
+        else "as given"
+    )
+    lines = [
+        f"{'time':<{LABEL}}predicted, not measured; {outlook.row_tokens:,.0f} tokens a row ({exact}); training alone, all ranks"
+    ]
+    lines += [f"{'':<{LABEL}}{_card_time(one)}" for one in outlook.times]
+    checked = "; ".join(
+        f"{check.card}, {check.what}: {error:+.0%}{' (fitted to it)' if check in CALIBRATED_ON else ''}"
+        for check, _, error in errors(outlook.config.execution.engine)
+    )
+    return [*lines, f"{'':<{LABEL}}checked: {checked}. Other cards: never."]
+
+
+def _card_time(one: CardTime) -> str:
+    bound = ", bound by its host" if one.host_bound else ""
+    return f"{one.card:<9}{one.tokens_per_s:>8,.0f} tokens/s  {duration(one.run_s):>9}{bound}"
+
+
+def duration(seconds: float) -> str:
+    """35 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,310 @@
+"""Who is told about a run, and its folder: JSON lines that survive a kill, files that are published whole.
+
+An observer is a plain object with the methods of `Observer`. Only rank 0 has observers, and none may change what is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from glassloop.disk.publish import make, sync
+from glassloop.record.records import SCHEMA, EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord, to_json
+
+METRICS = "metrics.jsonl"  # one UpdateRecord a line
+ROWS = "rows.jsonl"  # one RowRecord a line, "text" beside it under record.text=full; not there under none
+PROBES = "probes.jsonl"  # one ProbeRecord a line
+EVENTS = "events.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples.jsonl"  # one SampleRecord a line; not there under record.text=none
+
+TextPolicy = Literal["none", "ids", "full"]
+
+ID_KEYS = {"row_id", "row_ids", "rows"}  # keys of an event's details that hold ids of rows ("rows" may also be a count)
+TEXT_KEYS = {"text", "texts", "prompt", "answer", "expected"}  # keys of an event's details that hold their text
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known when a run begins or is taken up again."""
+
+    folder: str
+    updates: int  # updates of the whole run
+    ranks: int
+    updates_done: int = 0  # updates of an earlier start that count; 0 for a new run
+    lines: tuple[str, ...] = ()  # header for people: what was asked, how it is executed
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """An answer that the model generated. `prompt` and `expected` are a row's text, and None where record.text keeps it out."""
+
+    update: int  # updates done when it was generated
+    row_id: str
+    base: bool  # True: the model without its adapter
+    prompt: str | None
+    expected: str | None  # the row's own answer; None where it has none
+    answer: str
+    answer_tokens: int  # generated tokens, EOS included
+    attempt: int = 1
+    schema: int = SCHEMA
+
+
+class Observer(Protocol):
+    def on_start(self, info: RunInfo) -> None: ...
+    def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None: ...
+    def on_probe(self, record: ProbeRecord) -> None: ...
+    def on_evaluation(self, record: EvaluationRecord) -> None: ...
+    def on_sample(self, sample: SampleRecord) -> None: ...
+    def on_event(self, event: Event) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonlObserver:
+    """The run's folder, written as the run goes: a line stands whole in its file as soon as the call returns.
+
+    A line is one write of the operating system, so a killed process loses none; power loss may lose what came after the last
+    `sync`, which is called before a checkpoint is saved and at its event. A torn last line that an earlier process left behind is mended on opening.
+
+    Args:
+        folder: the run's folder; made if missing.
+        text: record.text. none: no id and no text of a row in any file. ids: ids. full: ids and text.
+        row_text: a row's text by its id; needed under full.
+
+    Raises:
+        OSError: a file cannot be opened or written; the message names it. The file is left parseable.
+        ValueError: a file of the folder is damaged, or was written by a newer glassloop.
+    """
+
+    def __init__(self, folder: Path, text: TextPolicy = "ids", row_text: Callable[[str], str] | None = None) -> None:
+        assert text != "full" or row_text is not None, "record.text=full needs row_text"
+        self._text: TextPolicy = text
+        self._row_text = row_text
+        self._folder = Path(folder)
+        with _named(self._folder):
+            make(self._folder)
+        for name in (METRICS, ROWS, PROBES, EVENTS, EVALUATIONS, SAMPLES):
+            with _named(self._folder / name):
+                mend(self._folder / name)
+        self._attempts = _attempts(self._folder, (METRICS, ROWS))
+        self._evaluation_attempts = _attempts(self._folder, (EVALUATIONS,))
+        names = [METRICS, PROBES, EVENTS, EVALUATIONS] + ([] if text == "none" else [ROWS, SAMPLES])
+        self._files: dict[str, int] = {}  # descriptors by name
+        self._update_ids: list[str] = []  # rows of the last update, which its events may name
+        for name in names:
+            with _named(self._folder / name):
+                self._files[name] = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with _named(self._folder):
+            sync(self._folder)  # their names
+
+    def attempt(self, update: int) -> int:
+        """The attempt that records of `update` carry in this process: 1, and one more each time a resumed run redoes it."""
+        return self._attempts.get(update, 0) + 1
+
+    def evaluation_attempt(self, update: int) -> int:
+        """The same for an evaluation after `update` updates, which may be redone where the update is not."""
+        return self._evaluation_attempts.get(update, 0) + 1
+
+    def on_start(self, info: RunInfo) -> None:
+        pass
+
+    def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None:
+        self._update_ids = [row.row_id for row in rows]
+        if self._text == "none":
+            reason = record.reason and _without_ids(record.reason, self._update_ids)
+            record = dataclasses.replace(record, reason=reason)
+        elif rows:
+            self._append(ROWS, [self._row_line(row) for row in rows])
+        self._append(METRICS, [to_json(record)])  # last: where it stands, the update's rows stand too
+
+    def on_probe(self, record: ProbeRecord) -> None:
+        self._append(PROBES, [to_json(record)])
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self._append(EVALUATIONS, [to_json(record)])
+
+    def on_sample(self, sample: SampleRecord) -> None:
+        if self._text == "none":
+            return
+        if self._text == "ids":
+            sample = dataclasses.replace(sample, prompt=None, expected=None)
+        self._append(SAMPLES, [json.dumps(dataclasses.asdict(sample), ensure_ascii=False)])
+
+    def on_event(self, event: Event) -> None:
+        self._append(EVENTS, [to_json(under_policy(event, self._text, self._update_ids))])
+        if event.kind == "checkpoint":
+            self.sync()
+
+    def sync(self) -> None:
+        """Forces every line to the disk. Before a checkpoint is saved: a run that goes on from it needs the lines of its updates."""
+        for name, file in self._files.items():
+            with _named(self._folder / name):
+                os.fsync(file)
+
+    def close(self) -> None:
+        """Closes the files; a second call does nothing."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _row_line(self, row: RowRecord) -> str:
+        if self._text == "full" and self._row_text is not None:
+            return json.dumps(json.loads(to_json(row)) | {"text": self._row_text(row.row_id)}, ensure_ascii=False)
+        return to_json(row)
+
+    def _append(self, name: str, lines: Iterable[str]) -> None:
+        # backslashreplace: a lone surrogate from a source's JSON becomes the JSON escape that it came from
+        data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+        file = self._files[name]
+        size = os.fstat(file).st_size
+        with _named(self._folder / name):
+            try:
+                while data:  # once; again only where the disk took a part, to learn why
+                    data = data[os.write(file, data) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, size)  # no half line stays behind
+                raise
+
+
+def under_policy(event: Event, text: TextPolicy, row_ids: Iterable[str] = ()) -> Event:
+    """The event as record.text allows it to be kept.
+
+    Ids and texts are known by their key in `details` (ID_KEYS, TEXT_KEYS). Under none, ids found there and in `row_ids` are also
+    taken out of message and command: an event that names other rows than the last update's lists them in `details["row_ids"]`.
+    """
+    if text == "full":
+        return event
+    if text == "ids":
+        return dataclasses.replace(event, details=_without_keys(event.details, TEXT_KEYS))
+    ids = _ids_in(event.details) | set(row_ids)
+    return dataclasses.replace(
+        event,
+        message=_without_ids(event.message, ids),
+        command=event.command and _without_ids(event.command, ids),
+        details=_without_keys(event.details, TEXT_KEYS | ID_KEYS),
+    )
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's file as dicts, in the order they were written.
+
+    A torn last line (a kill, a full disk) is left out. Lines of older schema versions open: a missing `attempt` is 1, a missing
+    `schema` 0. Infinite and NaN numbers stand as the strings "inf", "-inf", "nan", which float() reads.
+
+    Raises:
+        ValueError: another line than the last is damaged, or a line's schema is newer than this glassloop's.
+    """
+    *lines, tail = Path(path).read_bytes().split(b"\n")  # bytes: text may hold U+2028, where str.splitlines would cut
+    records = []
+    for number, line in enumerate(lines, 1):
+        if (record := _parse(line)) is None:
+            if line.strip():
+                raise ValueError(f"{path}, line {number}: not a JSON object; the file was damaged or edited. Remove the line")
+            continue
+        records.append(record)
+    if (record := _parse(tail)) is not None:  # only its line break is missing
+        records.append(record)
+    for record in records:
+        record.setdefault("attempt", 1)
+        if record.setdefault("schema", 0) > SCHEMA:
+            raise ValueError(
+                f"{path}: written under schema {record['schema']}, this glassloop knows schemas up to {SCHEMA}: update glassloop"
+            )
+    return records
+
+
+def mend(path: Path) -> None:
+    """Makes a file of JSON lines end in a line break: a torn last line is cut off, a whole one is ended. No file: nothing."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    tail = data.rpartition(b"\n")[2]
+    if not tail:
+        return
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        if _parse(tail) is not None:
+            file.write(b"\n")
+        else:
+            file.truncate(len(data) - len(tail))
+
+
+def next_attempt(folder: Path, update: int) -> int:
+    """1 + the highest attempt of `update` in metrics and rows. Reads both files each time; JsonlObserver.attempt does not."""
+    return _attempts(Path(folder), (METRICS, ROWS)).get(update, 0) + 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Publishes a file whole: after a kill or power loss at any moment, `path` holds the old content or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _named(path):
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)  # the rename itself
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of `value` as indented JSON. ValueError for a NaN or infinite number."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _attempts(folder: Path, names: tuple[str, ...]) -> dict[int, int]:
+    highest: dict[int, int] = {}
+    for path in (folder / name for name in names):
+        for record in read_jsonl(path) if path.exists() else ():
+            highest[record["update"]] = max(highest.get(record["update"], 0), record["attempt"])
+    return highest
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # JSON that is cut, and bytes that are not UTF-8
+        return None
+    return record if isinstance(record, dict) else None
+
+
+@contextlib.contextmanager
+def _named(path: Path):
+    """Says which file it was, and what to do, when the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        cure = "free space or mend its permissions, then go on with --resume"
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror}): {cure}") from error
+
+
+def _without_keys(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, dict):  # a number, such as a count of rows, is no id and no text
+        return {k: _without_keys(v, keys) for k, v in value.items() if k not in keys or isinstance(v, int | float)}
+    if isinstance(value, list | tuple):
+        return [_without_keys(item, keys) for item in value]
+    return value
+
+
+def _ids_in(value: Any, key: str = "") -> set[str]:
+    if isinstance(value, dict):
+        return {row_id for k, v in value.items() for row_id in _ids_in(v, k)}
+    if isinstance(value, list | tuple):
+        return {row_id for item in value for row_id in _ids_in(item, key)}
+    return {value} if isinstance(value, str) and key in ID_KEYS else set()
+
+
+def _without_ids(text: str, ids: Iterable[str]) -> str:
+    for row_id in sorted(ids, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(row_id)}(?!\w)", "(row)", text)
+    return text

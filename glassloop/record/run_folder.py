@@ -1,0 +1,169 @@
+"""A run's folder as plain values: which records count, how the run ended, what was planned. Nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glassloop.record.observers import EVALUATIONS, EVENTS, METRICS, PROBES, ROWS, SAMPLES, read_jsonl
+
+ENDS = ("finished", "failed", "stopped")
+Record = dict[str, Any]  # a line of a run's file; "inf", "-inf", "nan" stand for numbers that are not finite
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything that a run's folder holds, without what a resumed run did again.
+
+    Attributes:
+        updates: UpdateRecords in order of their update. Of an update that was done again the last attempt, and none from a
+            course that was left when the run went back.
+        replaced: the UpdateRecords that do not count any more, in the order in which they were written.
+        probes, rows: of `updates` only; rows in the order in which they were written.
+        evaluations: the last of each update.
+        events: all, in the order in which they were written.
+        plan, env, config: None where the file is missing.
+    """
+
+    folder: Path
+    updates: list[Record]
+    replaced: list[Record]
+    probes: list[Record]
+    rows: list[Record]
+    evaluations: list[Record]
+    samples: list[Record]
+    events: list[Record]
+    plan: Record | None
+    env: Record | None
+    config: Record | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the newest update; the plan's before the first."""
+        if self.updates:
+            return len(self.updates[-1]["rank_loss_nats"])
+        return int((self.plan or {}).get("ranks", 1))
+
+    @property
+    def planned_updates(self) -> int:
+        """Updates of the whole run; 0 where neither a plan nor an update says."""
+        if self.updates:
+            return int(self.updates[-1]["updates"])
+        return int((self.plan or {}).get("updates", 0))
+
+    @property
+    def end(self) -> Record | None:
+        return end_of(self.events)
+
+    @property
+    def text(self) -> str:
+        """record.text of the run."""
+        return str(setting(self.config, "record.text", "ids"))
+
+
+def end_of(events: Sequence[Record]) -> Record | None:
+    """The event that ended a run; None while it goes, or where it was broken off without a word."""
+    for event in reversed(events):
+        if event["kind"] in ENDS:
+            return event
+        if event["kind"] in ("started", "resumed"):
+            return None
+    return None
+
+
+def read_run(folder: Path) -> RunData:
+    """Raises ValueError where the folder holds no run, or a file of it is damaged or newer than this glassloop."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"RUN = {folder} is no folder: name a run's folder (runs/NAME)")
+    if not any((folder / name).exists() for name in (METRICS, EVENTS, "config.yaml", "plan.json")):
+        raise ValueError(f"RUN = {folder} holds no run (no {METRICS}, no config.yaml): name a run's folder (runs/NAME)")
+    updates, replaced = standing(_lines(folder / METRICS))
+    attempts = {record["update"]: record["attempt"] for record in updates}
+
+    def counted(name: str) -> list[Record]:
+        return [record for record in _lines(folder / name) if attempts.get(record["update"]) == record["attempt"]]
+
+    return RunData(
+        folder=folder,
+        updates=updates,
+        replaced=replaced,
+        probes=standing(counted(PROBES))[0],
+        rows=counted(ROWS),
+        evaluations=standing(_lines(folder / EVALUATIONS))[0],
+        samples=_lines(folder / SAMPLES),
+        events=_lines(folder / EVENTS),
+        plan=_json(folder / "plan.json"),
+        env=_json(folder / "env.json"),
+        config=_yaml(folder / "config.yaml"),
+    )
+
+
+def standing(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """(those that count, those that were replaced): a record takes the place of all earlier ones of its update and later updates."""
+    kept: list[Record] = []
+    replaced: list[Record] = []
+    for record in records:
+        while kept and kept[-1]["update"] >= record["update"]:
+            replaced.append(kept.pop())
+        kept.append(record)
+    return kept, replaced
+
+
+def number(value: Any) -> float | None:
+    """A record's number as a float; the strings "nan", "inf" and "-inf" too. None stays None."""
+    return None if value is None else float(value)
+
+
+def setting(config: Record | None, name: str, default: Any = None) -> Any:
+    """config["section"]["field"] for "section.field"; `default` where it is not there."""
+    value: Any = config or {}
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return default
+        value = value[part]
+    return value
+
+
+def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
+    """{"section.field": value} of a config, in its order."""
+    found: dict[str, Any] = {}
+    for name, value in (config or {}).items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _lines(path: Path) -> list[Record]:
+    return read_jsonl(path) if path.exists() else []
+
+
+def _json(path: Path) -> Record | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); the file was damaged or edited") from None
+
+
+def _yaml(path: Path) -> Record | None:
+    if not path.exists():
+        return None
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({error}); the file was damaged or edited") from None
+    return value if isinstance(value, dict) else None

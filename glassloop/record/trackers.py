@@ -1,0 +1,313 @@
+"""Weights & Biases and TensorBoard, through Accelerate's trackers: one run, from rank 0, on an `update` axis of its own.
+
+wandb's own step only ever grows, so a resumed run that redoes updates would lose them; every metric is therefore bound to
+`update`. The packages are imported inside functions.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import math
+import netrc
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from glassloop.config.config import TrackingConfig
+from glassloop.disk.environment import package_version, without_secrets
+from glassloop.record.observers import EVALUATIONS, METRICS, SAMPLES, RunInfo, SampleRecord, TextPolicy
+from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}  # any of these
+NOT_IN_NAMES = '/\\#?%:"<>|'  # characters that a project's name may not hold
+WANDB_HOST = "https://api.wandb.ai"
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Refuses trackers that could not start. Reads files and the environment only: no network, no model, quick.
+
+    Raises:
+        ValueError: a package is missing, `tracking.project` is no name, WANDB_MODE contradicts `tracking.wandb_mode`, or
+            there is no Weights & Biases login for an online run.
+    """
+    if not tracking.to:
+        return
+    if not tracking.project.strip() or any(char in NOT_IN_NAMES or not char.isprintable() for char in tracking.project):
+        raise ValueError(f"tracking.project = {tracking.project!r}: must not be empty or hold any of {NOT_IN_NAMES}")
+    for name in tracking.to:
+        if not any(package_version(package) for package in PACKAGES[name]):
+            raise ValueError(
+                f"tracking.to = {list(tracking.to)}, but the package {name} is not installed: pip install {name}, "
+                f"or leave {name} out of tracking.to"
+            )
+    if "wandb" not in tracking.to:
+        return
+    asked = os.environ.get("WANDB_MODE") or tracking.wandb_mode
+    if asked != tracking.wandb_mode:
+        raise ValueError(
+            f"tracking.wandb_mode = {tracking.wandb_mode}, but the environment says WANDB_MODE={asked}: "
+            "unset WANDB_MODE, or set tracking.wandb_mode to the same (online or offline)"
+        )
+    if tracking.wandb_mode == "online" and not has_wandb_login():
+        raise ValueError(
+            "tracking.wandb_mode = online, but there is no Weights & Biases login (WANDB_API_KEY, .netrc or wandb's settings): "
+            "type `wandb login`, or set tracking.wandb_mode=offline and `wandb sync` the run later"
+        )
+
+
+def has_wandb_login() -> bool:
+    """Whether wandb would find a key where it looks for one; the key itself is neither kept nor checked."""
+    settings = _wandb_settings()
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.get("api_key"):
+        return True
+    address = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or WANDB_HOST
+    places = [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path("~/.netrc"), Path("~/_netrc")]
+    for path in (place.expanduser() for place in places):
+        try:
+            entry = netrc.netrc(path).authenticators(urlsplit(address).netloc)
+        except (OSError, netrc.NetrcParseError):  # missing, unreadable or malformed: wandb finds no key there either
+            continue
+        if entry is not None and entry[2]:
+            return True
+    return False
+
+
+def _wandb_settings() -> dict[str, str]:
+    """wandb's settings files, the working folder's above the user's."""
+    home = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read([home / "settings", Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"])
+    except (configparser.Error, UnicodeDecodeError):
+        return {}
+    return dict(parser["default"]) if parser.has_section("default") else {}
+
+
+class TrackerObserver:
+    """Sends records to trackers that `make_tracker_observer` started. One that fails is given up with a warning; the run goes on.
+
+    Args:
+        trackers: Accelerate's trackers by name.
+        text: record.text; generated answers are sent under full only, rows' ids never.
+        first_step: wandb's own step for the first values; None: wandb's choice.
+    """
+
+    def __init__(self, trackers: Mapping[str, Any], text: TextPolicy = "ids", first_step: int | None = None) -> None:
+        self._trackers = dict(trackers)
+        self._text = text
+        self._first_step = first_step
+        self._failed = False
+        self._ids = {"wandb": trackers["wandb"].tracker.id} if "wandb" in trackers else {}
+        self._lines = tuple(_where(name, tracker) for name, tracker in trackers.items())
+
+    def tracker_ids(self) -> dict[str, str]:
+        """What continues this run after a resume: give it to `make_tracker_observer` as `resume_ids`."""
+        return dict(self._ids)
+
+    def lines(self) -> tuple[str, ...]:
+        """For the header: where to look at the run, one line a tracker."""
+        return self._lines
+
+    def on_start(self, info: RunInfo) -> None:
+        pass
+
+    def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None:
+        self._log(update_metrics(record), record.update)
+
+    def on_probe(self, record: ProbeRecord) -> None:
+        self._log(probe_metrics(record), record.update)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self._log(evaluation_metrics(record), record.update)
+
+    def on_sample(self, sample: SampleRecord) -> None:
+        if self._text != "full":
+            return
+        who = "base" if sample.base else "adapter"
+        self._log({f"samples/{who}/{sample.row_id}": f"{sample.prompt or ''}\n\n{sample.answer}"}, sample.update)
+
+    def on_event(self, event: Event) -> None:
+        self._failed = self._failed or event.kind == "failed"
+
+    def close(self) -> None:
+        """Ends the tracker's run: as failed after a "failed" event or with an exception on its way. Twice is once."""
+        failed = self._failed or sys.exc_info()[0] is not None
+        while self._trackers:
+            name, tracker = self._trackers.popitem()
+            try:
+                if name == "wandb":
+                    tracker.tracker.finish(exit_code=int(failed))
+                else:
+                    tracker.finish()
+            except Exception as error:  # whatever a tracker does at its end, the trained adapter comes first
+                _warn(name, "closing", error)
+
+    def _log(self, values: Mapping[str, float | int | str], update: int) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                if name == "wandb":
+                    step, self._first_step = self._first_step, None
+                    tracker.tracker.log({**values, "update": update}, step=step, commit=True)
+                else:
+                    tracker.log(dict(values), step=update)
+            except Exception as error:  # network, disk or a bug there: metrics.jsonl has every value all the same
+                del self._trackers[name]
+                _warn(name, f"update {update}", error)
+
+
+def make_tracker_observer(
+    accelerator: Accelerator,
+    tracking: TrackingConfig,
+    config_dict: Mapping[str, Any],
+    folder: Path,
+    run_name: str,
+    resume_ids: Mapping[str, str] | None = None,
+    *,
+    text: TextPolicy = "ids",
+    updates_done: int = 0,
+) -> TrackerObserver | None:
+    """Starts the trackers of `tracking.to` on rank 0; None on other ranks and where no tracker is asked for.
+
+    wandb gets no console output (it may show rows), no host name, no code and no git state; config goes out without secrets.
+
+    Args:
+        accelerator: made with `log_with=list(tracking.to)`, and with a `project_dir` where there is a tracker.
+        config_dict: the resolved config as plain JSON values.
+        folder: the run's folder; trackers write below it.
+        run_name: name of the run in wandb.
+        resume_ids: `tracker_ids()` of the run that goes on; None: a new run.
+        text: record.text.
+        updates_done: updates of the earlier start that count; TensorBoard hides what came after them.
+    """
+    if not tracking.to or not accelerator.is_main_process:
+        return None
+    asked = tuple(dict.fromkeys(tracking.to))
+    assert {str(name) for name in accelerator.log_with} == set(asked), "Accelerator(log_with=list(tracking.to), project_dir=...)"
+    accelerator.project_configuration.logging_dir = str(Path(folder) / "tensorboard")
+    shown = without_secrets(dict(config_dict))
+    resume_id = (resume_ids or {}).get("wandb")
+    kwargs: dict[str, Any] = {}
+    if "wandb" in asked:
+        kwargs["wandb"] = _wandb_arguments(tracking, shown, Path(folder), run_name, resume_id)
+    if "tensorboard" in asked and updates_done:
+        kwargs["tensorboard"] = {"purge_step": updates_done + 1}
+    accelerator.init_trackers(tracking.project, init_kwargs=kwargs)
+    trackers: dict[str, Any] = {name: accelerator.get_tracker(name) for name in asked}
+    first_step = None
+    if "wandb" in trackers:
+        run = trackers["wandb"].tracker
+        run.define_metric("update")
+        run.define_metric("*", step_metric="update")
+        if resume_id and tracking.wandb_mode == "offline":  # the earlier part is on this disk only: go on above its steps
+            first_step = _records_in(Path(folder)) + 1
+    if "tensorboard" in trackers:
+        trackers["tensorboard"].log({"config": f"```\n{json.dumps(shown, indent=2)}\n```"}, step=updates_done)
+    return TrackerObserver(trackers, text, first_step)
+
+
+def _wandb_arguments(tracking: TrackingConfig, config: Any, folder: Path, run_name: str, resume_id: str | None) -> dict[str, Any]:
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_code=True,
+        disable_git=True,
+        save_code=False,
+        host="",
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+    )
+    return {
+        "dir": str(folder),
+        "mode": tracking.wandb_mode,
+        "name": run_name,
+        "id": resume_id,
+        "resume": "allow" if resume_id else None,
+        "config": config,
+        "settings": settings,
+    }
+
+
+def update_metrics(record: UpdateRecord) -> dict[str, float | int]:
+    """An update's values under the trackers' names; a value that does not exist is left out. NaN stays: a curve shows it."""
+    values: dict[str, float | int | None] = {
+        "train/loss_nats": record.loss_nats,
+        "train/lr": record.lr,
+        "train/grad_norm_pre_clip": record.grad_norm_pre_clip,
+        "train/clip_coef": record.clip_coef,
+        "train/epoch": record.epoch,
+        "train/rows": record.rows,
+        "train/skipped": int(record.action == "skipped"),
+        "train/loss_scale": record.loss_scale,
+        "train/rank_cosine": record.rank_cosine,
+        "tokens/supervised": record.supervised_tokens,
+        "tokens/real": record.real_tokens,
+        "tokens/slot": record.slot_tokens,
+        "speed/real_tokens_per_s_all_ranks": record.real_tokens_per_s,
+        "speed/update_s": record.update_s,
+        "speed/compute_s": record.compute_s,
+        "speed/reduce_s": record.reduce_s,
+        "speed/optimizer_s": record.optimizer_s,
+        "train/noise_scale_tokens": record.noise_scale_tokens,
+        "train/alarms": len(record.alarms),
+    }
+    for rank, loss in enumerate(record.rank_loss_nats):
+        values[f"rank{rank}/loss_nats"] = loss
+        values[f"rank{rank}/supervised_tokens"] = record.rank_supervised_tokens[rank]
+        values[f"rank{rank}/real_tokens"] = record.rank_real_tokens[rank]
+        values[f"rank{rank}/slot_tokens"] = record.rank_slot_tokens[rank]
+        values[f"rank{rank}/passes"] = record.rank_passes[rank]
+        values[f"rank{rank}/grad_norm"] = None if record.rank_grad_norm is None else record.rank_grad_norm[rank]
+        values[f"memory/rank{rank}_peak_gib"] = None if record.rank_peak_gib is None else record.rank_peak_gib[rank]
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def probe_metrics(record: ProbeRecord) -> dict[str, float]:
+    """What holds for all matrices together; probes.jsonl has each of them."""
+    values = {
+        "probe/update_to_weight": record.all_update_to_weight,
+        "probe/unmoved_share": record.all_unmoved_share,
+        "probe/delta_norm": None if record.delta_norm is None else math.hypot(*record.delta_norm),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def evaluation_metrics(record: EvaluationRecord) -> dict[str, float | int]:
+    """An evaluation's values under heldout/, the model without adapter under heldout/base/."""
+    values: dict[str, float | int | None] = {f"heldout/{name}": value for name, value in record.scores.items()}
+    values |= {f"heldout/base/{name}": value for name, value in (record.base or {}).items()}
+    values |= {
+        "heldout/loss_nats": record.loss_nats,
+        "heldout/rows": record.rows,
+        "heldout/supervised_tokens": record.supervised_tokens,
+        "heldout/seconds": record.seconds,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _records_in(folder: Path) -> int:
+    """Lines of the run's files, at least as many as there were calls of wandb's log."""
+    paths = [folder / name for name in (METRICS, EVALUATIONS, SAMPLES)]
+    return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
+
+
+def _where(name: str, tracker: Any) -> str:
+    if name == "tensorboard":
+        return f"TensorBoard: tensorboard --logdir {tracker.logging_dir}"
+    run = tracker.tracker
+    offline = run.settings.mode == "offline"
+    return f"Weights & Biases, offline: wandb sync {Path(run.dir).parent}" if offline else f"Weights & Biases: {run.url}"
+
+
+def _warn(name: str, when: str, error: Exception) -> None:
+    warnings.warn(f"{name} failed at {when} ({type(error).__name__}: {error}); metrics.jsonl has every value", stacklevel=3)

@@ -1,0 +1,187 @@
+"""Where a run that is taken up again goes on: its checkpoint, what it has done, what it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from glassloop.config.config import BatchConfig, Config, ScheduleConfig
+from glassloop.disk.publish import SUMS
+from glassloop.plan.steps import StepPlan, lr_at
+from glassloop.saved.checkpoint import State, best_checkpoint, last_checkpoint, read_state
+
+
+def after_restart(config: Config) -> Config:
+    """The config of a process that the launcher has started again (--max_restarts): it goes on with the run of the first start.
+
+    The run is the newest in run.dir that this launcher began. One without a complete checkpoint begins anew, in the same folder.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return config
+    folder = Path(config.resume.run) if config.resume.run is not None else _begun_by(os.getppid(), Path(config.run.dir))
+    if folder is None:
+        return config
+    at = None if last_checkpoint(folder)[0] is not None else 0
+    resume = config.resume.model_copy(update={"run": str(folder), "at": at})
+    return config.model_copy(update={"resume": resume})
+
+
+def _begun_by(launcher: int, runs: Path) -> Path | None:
+    """The newest run of the folder whose env.json names this launcher's process."""
+    found = []
+    for path in runs.glob("*/env.json"):
+        try:
+            env = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if env.get("launcher_pid") == launcher and (path.parent / "config.yaml").exists():
+            found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
+    """The checkpoint that --resume goes on from: the last whole one, or that of --at; None for a new run and for --at 0.
+
+    With a note for each one that was passed over. Raises ValueError where there is none, or it is not complete.
+    """
+    if config.resume.run is None:
+        return None, ()
+    folder = Path(config.resume.run)
+    if config.resume.at is not None:
+        return checkpoint_at(folder, config.resume.at), ()
+    checkpoint, notes = last_checkpoint(folder)
+    if checkpoint is None:
+        found = "; ".join(notes) or "there is none"
+        raise ValueError(
+            f"resume.run = {folder} has no complete checkpoint ({found}): begin it again (--resume {folder} --at 0), or name another folder"
+        )
+    return checkpoint, notes
+
+
+def sums_of(checkpoint: Path | None) -> str:
+    """What two ranks' copies of a checkpoint must have in common: its name and a digest of its sums."""
+    if checkpoint is None:
+        return "none"
+    return f"{checkpoint.name}, sums {hashlib.sha256((checkpoint / SUMS).read_bytes()).hexdigest()[:16]}"
+
+
+def checkpoint_at(folder: Path, update: int) -> Path | None:
+    """The run's checkpoint after `update` updates; None for 0, the run's beginning. Raises ValueError, with those that there are."""
+    found = {path: read_state(path).update for path in sorted((folder / "checkpoints").glob("update_*[0-9]"))}
+    for path, done in found.items():
+        if done == update:
+            return path
+    if update == 0 and (folder / "config.yaml").exists():
+        return None
+    there = ", ".join(map(str, sorted({0, *found.values()})))
+    raise ValueError(
+        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there are {there} (0: from the beginning)"
+    )
+
+
+def position(checkpoint: Path | None, plan: StepPlan, run: str | None) -> tuple[int, dict[str, str]]:
+    """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded.
+
+    A run that begins again (--at 0) has no checkpoint to tell its trackers by; env.json names them.
+    """
+    if checkpoint is None:
+        return 0, {} if run is None else _tracker_ids(Path(run))
+    state = read_state(checkpoint)
+    if state.update >= plan.updates:
+        raise ValueError(
+            f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} updates: there is nothing to go on with; "
+            f"to train further, name more: schedule.updates={2 * plan.updates}; to begin a new schedule from its adapter, start a run with "
+            f"--init_adapter {checkpoint}"
+        )
+    return state.update, state.tracker_ids
+
+
+def _tracker_ids(run: Path) -> dict[str, str]:
+    try:
+        ids = json.loads((run / "env.json").read_text(encoding="utf-8"))["tracker_ids"]
+        return {str(name): str(value) for name, value in ids.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # it died before it wrote one, or an older glassloop did
+
+
+def reshaped(config: Config, saved: State, ranks: int) -> Config:
+    """The config of a run that goes on with `ranks` ranks: rows of an update stay, accumulation follows.
+
+    Raises ValueError, with batch sizes that fit, where the rows do not divide.
+    """
+    before = BatchConfig.model_validate(saved.config["batch"])
+    rows = before.size * saved.world_size * before.accumulation_for(saved.world_size)
+    batch = config.batch.model_copy(update={"rows_per_update": rows, "accumulation": None, "ranks": None})
+    batch.accumulation_for(ranks)
+    return config.model_copy(update={"batch": batch})
+
+
+def with_past(plan: StepPlan, old: dict[str, Any], done: int) -> StepPlan:
+    """The plan with the learning rates that the `done` updates had; `old` is the plan.json that they were done under."""
+    return replace(plan, lr=(*old.get("lr", plan.lr)[:done], *plan.lr[done:]))
+
+
+def changes(
+    config: Config, saved: State, plan: StepPlan, old: dict[str, Any]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """How the run that goes on is not the one that was saved: fields that may differ, and events (kind, message) that say what it does."""
+    allowed: list[str] = []
+    told: list[tuple[str, str]] = []
+    if config.resume.reshape:
+        allowed += ["batch.size", "batch.accumulation", "batch.rows_per_update"]
+    if plan.ranks != saved.world_size:
+        told.append(("reshaped", _reshaping(saved.world_size, plan)))
+    schedule = ScheduleConfig.model_validate(saved.config["schedule"])
+    updates = schedule.updates or old.get("updates", plan.updates)
+    if plan.updates > updates:
+        allowed += ["schedule.updates", "schedule.epochs"]
+        told.append(("longer", _lengthening(schedule, saved, updates, plan)))
+    return tuple(allowed), tuple(told)
+
+
+def _reshaping(ranks: int, plan: StepPlan) -> str:
+    return (
+        f"goes on with {plan.ranks} rank{'s' if plan.ranks > 1 else ''} instead of {ranks}: the same {plan.rows_per_update} rows an update in the "
+        f"same order, as {plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches. No longer bit for bit what {ranks} would do: "
+        "losses and gradients are summed in another order (last bits), and dropout draws other numbers, since rows move between ranks"
+        + (f"; ranks {ranks} to {plan.ranks - 1} begin with random numbers of their own" if plan.ranks > ranks else "")
+    )
+
+
+def _lengthening(schedule: ScheduleConfig, saved: State, updates: int, plan: StepPlan) -> str:
+    """What a longer schedule does to the learning rate of the coming updates."""
+    done, peak = saved.update, float(saved.config["optimizer"]["lr"])
+    known = {"warmup": schedule.warmup_updates, "peak": peak, "kind": schedule.kind, "first": schedule.first}
+    coming = sorted(
+        {done + 1, (done + updates + 1) // 2, updates, updates + 1, plan.updates} & set(range(done + 1, plan.updates + 1))
+    )
+    was = {u: f"{lr_at(u, updates=updates, **known):.3g}" if u <= updates else "none" for u in coming}
+    table = ", ".join(f"lr({u}) was {was[u]}, is {plan.lr[u - 1]:.3g}" for u in coming)
+    last = f"; update {done} had {plan.lr[done - 1]:.3g}" if done else ""
+    effect = "" if schedule.kind == "constant" else ", so the learning rate falls later"
+    return f"trains {plan.updates} updates instead of {updates}{effect}: {table}{last}"
+
+
+def best_heldout(folder: Path) -> float:
+    """The lowest held-out loss of the run's checkpoints, in nats a token; infinite where none has one."""
+    best = best_checkpoint(folder)
+    loss = None if best is None else read_state(best).heldout_loss_nats
+    return math.inf if loss is None else loss
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """plan.json of a run; {} where there is none. Raises ValueError where it is damaged."""
+    path = folder / "plan.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put back a copy, or remove it to go on without its rows' digest"
+        ) from None

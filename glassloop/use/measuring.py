@@ -1,0 +1,192 @@
+"""The adapter and its base on the same rows, on all ranks: per row losses and verdicts, then scores with their uncertainty.
+
+Rank r takes rows r, r + ranks, ...; results are gathered once, at the end, and every rank has the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from glassloop.data.rows import Example, Row
+from glassloop.formula.dist import all_or_none, gather_objects
+from glassloop.loop.evaluation import Answer, answer_examples, row_losses, scores
+from glassloop.loop.generation import unchanged
+from glassloop.use.intervals import Interval, bootstrap, mcnemar, wilson
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from glassloop.data.templates import Template
+    from glassloop.use.trained import Loaded
+
+SIDES = ("base", "adapter")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """By side ("base", "adapter"), in the order of rows and examples. Losses are nats summed over a row's supervised tokens."""
+
+    tokens: tuple[int, ...]  # supervised, of each row
+    losses: dict[str, list[float]]
+    answers: dict[str, list[Answer]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of both sides. `interval` and `difference` (adapter - base) are None where the rows do not give one."""
+
+    name: str
+    values: dict[str, float | None]
+    intervals: dict[str, Interval | None]
+    difference: Interval | None = None  # 95 % paired bootstrap over rows
+    p: float | None = None  # exact McNemar, for accuracy
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `glassloop evaluate` found, in plain values."""
+
+    rows: int
+    supervised_tokens: int
+    answered: int
+    verdict_rows: int
+    scores: tuple[Score, ...]
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by side: evaluation.scores()
+
+
+def measure(
+    loaded: Loaded,
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    *,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Measured:
+    """Losses of all `rows`, and greedy answers to `examples`, with and without the adapter. Every rank must call it.
+
+    Raises:
+        ValueError: no row has a supervised token, or a loss is not finite.
+        RuntimeError: another rank failed.
+    """
+    tokens = tuple(row.supervised_tokens for row in rows)
+    if not sum(tokens):
+        raise ValueError(f"none of the {len(rows)} rows has a supervised token, so there is no loss: take other rows")
+    pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+    shared: dict[str, Any] = dict(batch_size=batch_size, pad_id=pad_id, device=loaded.device, autocast=loaded.autocast)
+    mine: dict[str, tuple[list[float], list[Answer]]] = {}
+    with all_or_none("evaluation") if ranks > 1 else nullcontext(), unchanged(loaded.engine, loaded.device):
+        for side in SIDES:
+            with loaded.hf.disable_adapter() if side == "base" else nullcontext():
+                losses = row_losses(loaded.engine, rows[rank::ranks], **shared)
+                answers = answer_examples(
+                    loaded.hf,
+                    examples[rank::ranks],
+                    template=template,
+                    tokenizer=tokenizer,
+                    max_new_tokens=max_new_tokens,
+                    **shared,
+                )
+            mine[side] = losses, answers
+    shares = gather_objects(mine) if ranks > 1 else [mine]
+    found = {side: _undealt([share[side][0] for share in shares]) for side in SIDES}
+    for side in SIDES:
+        if odd := [place for place, loss in enumerate(found[side]) if not math.isfinite(loss)]:
+            raise ValueError(
+                f"the {side}'s loss is {found[side][odd[0]]} on row {odd[0]} ({len(odd)} such of {len(rows)} rows), so it cannot be "
+                "measured: take another checkpoint (--at N)"
+            )
+    return Measured(
+        tokens,
+        found,
+        {side: _undealt([share[side][1] for share in shares]) for side in SIDES},
+    )
+
+
+def _undealt(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """Item i of rank r was item i * ranks + r."""
+    total, ranks = sum(map(len, parts)), len(parts)
+    return [parts[index % ranks][index // ranks] for index in range(total)]
+
+
+def report_of(measured: Measured, seed: int = 0) -> Report:
+    """Scores with 95 % intervals; differences are paired by row."""
+    tokens = measured.tokens
+    found = [_bootstrapped("loss_nats", lambda side, drawn: _token_mean(measured.losses[side], tokens, drawn), len(tokens), seed)]
+    judged = {side: [one for one in measured.answers[side] if one.label is not None] for side in SIDES}
+    verdicts = len(judged["adapter"])
+    if verdicts:
+        found += _verdict_scores(judged, verdicts, seed)
+    counts = {}
+    for side in SIDES:
+        loss = math.fsum(measured.losses[side]) / sum(tokens)
+        counts[side] = scores(measured.answers[side], loss_nats=loss)
+    return Report(len(tokens), sum(tokens), len(measured.answers["adapter"]), verdicts, tuple(found), counts)
+
+
+def _token_mean(losses: Sequence[float], tokens: Sequence[int], drawn: Sequence[int]) -> float | None:
+    total = sum(tokens[i] for i in drawn)
+    return math.fsum(losses[i] for i in drawn) / total if total else None
+
+
+def _bootstrapped(name: str, statistic: Any, rows: int, seed: int) -> Score:
+    """A score of which both the value and the difference come from `statistic(side, row numbers)`."""
+
+    def difference(drawn: Sequence[int]) -> float | None:
+        base, adapter = statistic("base", drawn), statistic("adapter", drawn)
+        return None if base is None or adapter is None else adapter - base
+
+    return Score(
+        name,
+        {side: statistic(side, range(rows)) for side in SIDES},
+        {side: bootstrap(rows, lambda drawn, side=side: statistic(side, drawn), seed) for side in SIDES},
+        bootstrap(rows, difference, seed),
+    )
+
+
+def _verdict_scores(judged: dict[str, list[Answer]], rows: int, seed: int) -> list[Score]:
+    """Accuracy, precision and recall with Wilson's interval, F1 with the bootstrap's; positive = scam, no verdict = wrong."""
+    right = {side: [one.verdict == one.label for one in judged[side]] for side in SIDES}
+    only = {
+        side: sum(mine and not other for mine, other in zip(right[side], right[rest], strict=True))
+        for side, rest in (SIDES, SIDES[::-1])
+    }
+
+    def counted(name: str, drawn_of: Any) -> Score:
+        counts = {side: drawn_of(judged[side]) for side in SIDES}
+        values = {side: hits / of if of else None for side, (hits, of) in counts.items()}
+
+        def difference(drawn: Sequence[int]) -> float | None:
+            pairs = [drawn_of([judged[side][i] for i in drawn]) for side in SIDES]
+            return None if not all(of for _, of in pairs) else pairs[1][0] / pairs[1][1] - pairs[0][0] / pairs[0][1]
+
+        p = mcnemar(only["base"], only["adapter"]) if name == "accuracy" else None
+        return Score(name, values, {side: wilson(*counts[side]) for side in SIDES}, bootstrap(rows, difference, seed), p)
+
+    def hits(answers: Sequence[Answer]) -> int:
+        return sum(one.verdict == one.label == "scam" for one in answers)
+
+    def alarms(answers: Sequence[Answer]) -> int:
+        return sum(one.verdict == "scam" for one in answers)
+
+    def scams(answers: Sequence[Answer]) -> int:
+        return sum(one.label == "scam" for one in answers)
+
+    def f1(side: str, drawn: Sequence[int]) -> float | None:
+        some = [judged[side][i] for i in drawn]
+        whole = alarms(some) + scams(some)
+        return 2 * hits(some) / whole if whole else None
+
+    return [
+        counted("accuracy", lambda some: (sum(one.verdict == one.label for one in some), len(some))),
+        counted("precision", lambda some: (hits(some), alarms(some))),
+        counted("recall", lambda some: (hits(some), scams(some))),
+        _bootstrapped("f1", f1, rows, seed),
+    ]

@@ -1,0 +1,122 @@
+"""W + (alpha/r) B A, computed in fp32 and rounded once, written in shards. One weight is in memory at a time, and one shard.
+
+Legend: R rank of the adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glassloop.use.merge.weights import INDEX, Weights
+
+PREFIX = "base_model.model."
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two matrices of a linear layer's adapter: a (R, in), b (out, R)."""
+
+    a: Tensor
+    b: Tensor
+
+
+def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, Pair]:
+    """Base weight's name -> its pair, from a saved adapter's tensors. Raises ValueError for one that has no partner."""
+    pairs = {}
+    for name, tensor in adapter.items():
+        if ".lora_A." in name:
+            partner = adapter.get(name.replace(".lora_A.", ".lora_B."))
+            if partner is None:
+                raise ValueError(f"the adapter has {name} without its lora_B: take an undamaged checkpoint")
+            pairs[name.removeprefix(PREFIX).replace(".lora_A", "")] = Pair(tensor, partner)
+    if 2 * len(pairs) != len(adapter):
+        raise ValueError(f"the adapter has {len(adapter)} tensors, of which {2 * len(pairs)} are pairs of lora_A and lora_B")
+    return pairs
+
+
+def merged(weight: Tensor, pair: Pair, scale: float, dtype: torch.dtype) -> Tensor:
+    """weight + scale * b a in fp32, rounded to `dtype` once. A weight that is stored (in, out), as GPT-2's, is met the way it lies."""
+    delta = scale * (pair.b.float() @ pair.a.float())
+    if delta.shape != weight.shape and delta.T.shape == weight.shape:
+        delta = delta.T
+    if delta.shape != weight.shape:
+        raise ValueError(
+            f"the adapter changes a weight of {tuple(delta.shape)}, the base has {tuple(weight.shape)}: take its own base"
+        )
+    return delta.add_(weight.float()).to(dtype)
+
+
+def sixteen_bit(dtype: torch.dtype, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that a tensor is written in: its own where that has 16 bits or is no float, else `otherwise`."""
+    return otherwise if dtype in (torch.float32, torch.float64) else dtype
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    names: tuple[str, ...]
+    bytes: int
+
+
+def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
+    """Names in the order of the source, as many to a file as fit; a larger tensor has one of its own."""
+    groups: list[list[str]] = [[]]
+    sizes = [0]
+    for name in weights:
+        size = 2 * math.prod(weights.shape(name))
+        if groups[-1] and sizes[-1] + size > most_bytes:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(name)
+        sizes[-1] += size
+    if len(groups) == 1:
+        return [Shard("model.safetensors", tuple(groups[0]), sizes[0])]
+    of = len(groups)
+    return [Shard(f"model-{i:05d}-of-{of:05d}.safetensors", tuple(names), sizes[i - 1]) for i, names in enumerate(groups, 1)]
+
+
+def write_merged(
+    weights: Weights, pairs: Mapping[str, Pair], scale: float, out: Path, *, dtype: torch.dtype, most_bytes: int
+) -> Iterator[tuple[Shard, int]]:
+    """Write all shards and their index into `out`; yields each shard and its merged weights when it is written.
+
+    Args:
+        dtype: what 32-bit tensors are rounded to; tensors of 16 bits keep theirs.
+
+    Raises:
+        ValueError: the adapter changes a weight that the base has not, or the disk refuses a file.
+    """
+    if missing := [name for name in pairs if name not in weights.files]:
+        raise ValueError(
+            f"the adapter changes {missing[0]} ({len(missing)} such weights), which the files of {weights.folder} do not hold under "
+            "that name: it is another model's adapter; or, where this base is its own, merge in PEFT (merge_and_unload) instead"
+        )
+    shards = shards_of(weights, most_bytes)
+    for shard in shards:
+        tensors: dict[str, Tensor] = {}
+        for name in shard.names:
+            stored = weights.get(name)
+            kept = sixteen_bit(stored.dtype, dtype)
+            pair = pairs.get(name)
+            tensors[name] = (merged(stored, pair, scale, kept) if pair else stored.to(kept)).contiguous()
+        try:
+            save_file(tensors, out / shard.file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
+            raise ValueError(f"{out / shard.file} cannot be written ({error}): make room, or name another disk") from error
+        changed = sum(name in pairs for name in shard.names)
+        del tensors
+        yield shard, changed
+    if len(shards) > 1:
+        places = {name: shard.file for shard in shards for name in shard.names}
+        total = sum(shard.bytes for shard in shards)
+        (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")

@@ -1,0 +1,281 @@
+"""A trained adapter opened for use: which checkpoint of a run, its config and template, and the model with the adapter's weights in it.
+
+The template is found without the run's data: the checkpoint's own chat template says whether prompts open a think block, and prompts
+are then encoded by the same code as training rows, so that text which looks like a control token stays text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from glassloop.base.quantised import DTYPES
+from glassloop.config.config import Config
+from glassloop.data.rows import Example, Turn
+from glassloop.data.templates import Template, make_template
+from glassloop.disk import publish as folders
+from glassloop.engines.peft import PeftEngine, build_engine
+from glassloop.formula.optim import FlatAdapters
+from glassloop.record.reading import with_overrides
+from glassloop.saved.checkpoint import ADAPTER, REQUIRED, State, best_checkpoint, last_checkpoint, read_state
+from glassloop.saved.state import flat_from
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One checkpoint, whole: its sums were checked.
+
+    Attributes:
+        run: folder of its run; None where the checkpoint stands alone.
+        config: as it was trained, with what was given now in place of fields that say where things are.
+        why: how this checkpoint was chosen, for people.
+        notes: what a person should know, a line each.
+    """
+
+    run: Path | None
+    checkpoint: Path
+    state: State
+    config: Config
+    why: str
+    notes: tuple[str, ...]
+    files: tuple[str, ...]  # names of all of its files
+
+    @property
+    def scale(self) -> float:
+        return self.config.lora.alpha / self.config.lora.r
+
+
+def open_trained(where: Path, at: int | None = None, overrides: Mapping[str, str] | None = None) -> Trained:
+    """Find and check the checkpoint that `where` means.
+
+    Args:
+        where: a run's folder: its best checkpoint by held-out loss, or its newest where none was measured; or a checkpoint's own folder.
+        at: the checkpoint after this many updates instead.
+        overrides: fields of the recorded config to replace, such as {"model.id": "/models/base"}.
+
+    Raises:
+        ValueError: no folder, no run, no whole checkpoint; names the folder and the cure.
+    """
+    if not where.is_dir():
+        raise ValueError(f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its checkpoints")
+    notes: list[str] = []
+    if (where / "state.json").is_file():
+        if at is not None:
+            raise ValueError(f"--at {at}: RUN = {where} is a checkpoint already; leave --at out, or name the run's folder")
+        path, why = where, "the one named"
+    else:
+        path, why = _choose(where, at, notes)
+    files = whole_checkpoint(path)
+    state = read_state(path)
+    run = path.absolute().parent.parent
+    return Trained(
+        run=run if (run / "metrics.jsonl").is_file() else None,
+        checkpoint=path,
+        state=state,
+        config=with_overrides(state.config, overrides or {}),
+        why=why,
+        notes=tuple(notes),
+        files=tuple(files),
+    )
+
+
+def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
+    if not (where / "checkpoints").is_dir():
+        what = "holds no checkpoint yet" if (where / "config.yaml").is_file() else "is neither a run's folder nor a checkpoint's"
+        if (where / "adapter_config.json").is_file():
+            what = "is an adapter, but no checkpoint of glassloop (it has no state.json, which says its data, template and base)"
+        if (where / "glassloop_merge.json").is_file():
+            what = "is what glassloop merge wrote: plain weights, which transformers and vLLM load, and no run"
+        raise ValueError(
+            f"RUN = {where} {what}: name a run's folder with checkpoints/ in it (runs/NAME), or one of its checkpoints"
+        )
+    if at is not None:
+        path = where / "checkpoints" / f"update_{at:06d}"
+        if not path.is_dir():
+            held = sorted(p.name.removeprefix("update_").lstrip("0") or "0" for p in path.parent.glob("update_*"))
+            raise ValueError(f"--at {at}: {where} has no checkpoint after {at} updates; it has {', '.join(held) or 'none'}")
+        return path, "the one asked for"
+    last, passed_over = last_checkpoint(where)
+    notes += passed_over
+    if last is None:
+        raise ValueError(
+            f"RUN = {where} has no whole checkpoint ({'; '.join(passed_over) or 'checkpoints/ is empty'}): "
+            "go on with the run until it saves one (--resume), or name another run"
+        )
+    best = best_checkpoint(where)
+    if best is None:
+        return last, "the newest"
+    return best, "the best by held-out loss" + (
+        "" if best == last else f"; the newest is {last.name}: --at {read_state(last).update}"
+    )
+
+
+def whole_checkpoint(path: Path) -> list[str]:
+    """Names of a checkpoint's files, after all of their sums were found right. Raises ValueError naming folder, file and cure."""
+    try:
+        return list(folders.read(path, REQUIRED))
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} is not whole: {error}; take another checkpoint of the run (--at N)") from error
+
+
+def load_tokenizer_of(trained: Trained) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside the adapter, with the chat template that it was trained with."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(trained.checkpoint), trust_remote_code=trained.config.model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {trained.checkpoint}: its tokenizer cannot be loaded ({str(error)[:200]})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def template_of(trained: Trained, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that the adapter was trained with. Raises ValueError where the saved one is none that glassloop writes now."""
+    saved = tokenizer.chat_template
+    asked = Turn("user", "How many legs has a spider?")
+    tried: list[Exception] = []
+    for reasoning in ("A spider is an arachnid.", None):
+        probe = Example("probe", (asked, Turn("assistant", "It has eight.", reasoning)))
+        try:
+            template = make_template(trained.config.data, tokenizer, [probe])
+        except ValueError as error:  # a chat template may refuse reasoning
+            tried.append(error)
+            continue
+        if template.chat_template == saved:
+            return template
+    reason = f": {tried[0]}" if tried else ""
+    raise ValueError(
+        f"checkpoint {trained.checkpoint}: its chat_template.jinja is not the one that data.template = {trained.config.data.template} "
+        f"writes{reason}; use the glassloop that trained it, or restore the file"
+    )
+
+
+def prompt_of(template: Template, text: str, system: str | None = None) -> list[int]:
+    """Ids of a single question, as a training row's prompt would have them."""
+    turns = [*([Turn("system", system)] if system is not None else []), Turn("user", text)]
+    return template.prompt_ids(Example("question", tuple(turns)))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model with its adapter on one device, ready to answer and to be measured."""
+
+    engine: PeftEngine
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    precision: str  # bf16 | fp16 | fp32: what products are computed in here
+    notes: tuple[str, ...]
+
+    @property
+    def hf(self) -> Any:
+        return self.engine.hf
+
+
+def load(
+    trained: Trained,
+    device: torch.device,
+    *,
+    first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    precision: str | None = None,
+) -> Loaded:
+    """The base of the run, by content, with the checkpoint's adapter, on the reference engine.
+
+    Args:
+        first: context in which one rank of a host goes before the others.
+        precision: bf16 | fp16 | fp32 instead of the run's own.
+
+    Raises:
+        ValueError: the base is another one than the adapter was trained on, or weights do not fit.
+    """
+    config, notes = trained.config, []
+    precision = precision or config.execution.precision
+    if precision == "fp16" and device.type == "cpu":
+        precision = "fp32"
+        notes.append("the run computed in fp16, which a CPU has not: fp32 here")
+    if config.execution.engine != "peft":
+        notes.append(f"trained by engine {config.execution.engine}; answers and numbers here are the reference engine's")
+    model = config.model.model_copy(update={"init_adapter": None})
+    shared: dict[str, Any] = dict(precision=precision, checkpointing=False, seed=config.seed, device=device, first=first)
+    engine = build_engine(model, config.lora, **shared)
+    assert isinstance(engine, PeftEngine)
+    check_base(trained, engine.report.base_hash)
+    put_adapter(trained, engine)
+    engine.eval()
+    dtype = DTYPES[precision]
+    autocast = nullcontext if precision == "fp32" else partial(torch.autocast, device.type, dtype=dtype)
+    return Loaded(engine, device, autocast, precision, (*engine.report.notes, *notes))
+
+
+def check_base(trained: Trained, base_hash: str) -> None:
+    """Raise ValueError unless the base's files are those that the adapter was trained on."""
+    if base_hash != trained.state.base_hash:
+        raise ValueError(
+            f"model.id = {trained.config.model.id} has changed, or is another base: {trained.checkpoint} was trained on "
+            f"{trained.state.base_hash[:16]}, this is {base_hash[:16]}; name the base that it was trained on with --model"
+        )
+
+
+def adapter_weights(trained: Trained) -> dict[str, torch.Tensor]:
+    """fp32 matrices by PEFT's saved names."""
+    try:
+        return safetensors.torch.load((trained.checkpoint / ADAPTER).read_bytes())
+    except SafetensorError as error:
+        raise ValueError(
+            f"checkpoint {trained.checkpoint}: {ADAPTER} cannot be read ({error}): take another checkpoint"
+        ) from error
+
+
+def put_adapter(trained: Trained, engine: PeftEngine) -> None:
+    """Give an engine's adapters the checkpoint's values."""
+    adapters, weights = FlatAdapters(engine.hf.named_parameters()), adapter_weights(trained)
+    try:
+        flat = flat_from(weights, adapters)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {trained.checkpoint} does not fit this base: {error}") from error
+    with torch.no_grad():
+        adapters.flat.copy_(flat)
+
+
+def device_here(index: int = 0) -> torch.device:
+    """The GPU of this process, or the CPU where there is none or the launch file asks for it."""
+    from glassloop.loop.launch import on_cuda
+
+    return torch.device("cuda", index) if on_cuda() else torch.device("cpu")
+
+
+def with_data(trained: Trained, **fields: Any) -> Trained:
+    """The same adapter with other fields of its data section."""
+    data = trained.config.data.model_copy(update=fields)
+    return replace(trained, config=trained.config.model_copy(update={"data": data}))
+
+
+def adapter_hash(trained: Trained) -> str:
+    """16 hex digits of the adapter's file."""
+    return hashlib.sha256((trained.checkpoint / ADAPTER).read_bytes()).hexdigest()[:16]
+
+
+def adapter_config(trained: Trained) -> dict[str, Any]:
+    """adapter_config.json of the checkpoint."""
+    with contextlib.suppress(ValueError):
+        found = json.loads((trained.checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    raise ValueError(f"checkpoint {trained.checkpoint}: adapter_config.json holds no fields: take another checkpoint")
