@@ -111,6 +111,23 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
     return _saved(model, tiny_tokenizer, tmp_path_factory.mktemp("tiny-qwen2"))
 
 
+@pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose layers have the proportions of an 8B's, 16 times narrower."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide-llama")
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=896,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 def _saved(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)

@@ -17,7 +17,6 @@ from glassloop.cli.plan import main as plan
 from glassloop.config.arguments import ConfigError, from_values, parse
 from glassloop.engines.fused import supported
 from glassloop.loop import engine_here
-from glassloop.plan import honoured
 from glassloop.plan.engine import Choice, choose_engine, in_words, with_engine
 from glassloop.plan.honoured import FIELDS, HONOURED, fields_of
 from glassloop.record.reading import with_overrides

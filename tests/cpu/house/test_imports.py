@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "triton", "numpy", "pandas", "wandb")
 
 

@@ -29,7 +29,7 @@ from glassloop.report.payload import memory, payload, worst_rows
 from glassloop.report.summary import summarise
 from glassloop.report.writing import report_at_the_end, write_report
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

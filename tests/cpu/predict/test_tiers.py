@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import fused_peaks
-from test_ledger import wide_llama  # noqa: F401  (a fixture)
 from torch.utils.flop_counter import FlopCounterMode
 
 from glassloop.config.config import PROJECTIONS, LoraConfig
@@ -85,7 +84,7 @@ def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, 
 
 @needs_triton
 @pytest.mark.parametrize("chosen", [Tiers(4, False), Tiers(2, False), Tiers(0, False), Tiers(4, False, 4)], ids=str)
-def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engine_of, chosen):  # noqa: F811
+def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engine_of, chosen):
     engine = fused_of(engine_of(wide_llama, lora=LoraConfig(r=16), precision="bf16", quantization="nf4"))
     engine.use_tiers(chosen)
     adapters = FlatAdapters(engine.hf.named_parameters())
@@ -131,7 +130,7 @@ def test_the_peaks_that_an_h100_measured_are_predicted():
 
 def test_the_readme_says_what_is_predicted():
     """Of its table of measured memory: rows of a pass, tokens, supervised, layers kept."""
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| an update | layers kept |") :].split("\n\n")[0].splitlines()[2:]
     said = [float(line.split("|")[-2]) for line in table]
     cells = [(2, 2048, 3276, 32), (2, 2048, 3276, 0), (1, 16384, 13104, 32), (1, 6787, 5430, 32), (1, 6787, 5430, 0)]
@@ -225,7 +224,7 @@ def test_groups_of_one_shape_share_a_scratch_matrix_but_no_gradients():
 
 @needs_triton
 @pytest.mark.parametrize("host", [False, True])
-def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, wide_llama, host):  # noqa: F811
+def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, wide_llama, host):
     """And attention with o_proj, where the host has what they came to."""
     targets = ("o_proj",)  # a group of one member: nothing of the folded product is zeros
     engine = fused_of(engine_of(wide_llama, quantization="nf4", lora=LoraConfig(r=16, targets=targets)))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[3] / "data"
 COLUMNS = {"dialogue": str, "type": str, "label": int, "reasoning": str, "response": str}
 VERDICTS = {1: "Verdict: scam", 0: "Verdict: not a scam"}
 SPEAKER = re.compile(r"(?:^| )(caller|receiver): ")

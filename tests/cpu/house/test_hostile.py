@@ -16,8 +16,8 @@ from glassloop.config.config import Config, DataConfig
 from glassloop.data.sources import load_examples
 from train_loop import update_once
 
-DOCS = Path(__file__).resolve().parents[2] / "docs/reliability.md"
-BEGIN, END = "<!-- made by tests/cpu/test_hostile.py: begin -->\n", "<!-- end -->\n"
+DOCS = Path(__file__).resolve().parents[3] / "docs/reliability.md"
+BEGIN, END = "<!-- made by tests/cpu/house/test_hostile.py: begin -->\n", "<!-- end -->\n"
 
 
 def test_the_table_in_the_docs_is_what_these_inputs_get(
@@ -37,7 +37,7 @@ def test_the_table_in_the_docs_is_what_these_inputs_get(
     if os.environ.get("GLASSLOOP_WRITE_DOCS"):
         DOCS.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")
     else:
-        cure = "GLASSLOOP_WRITE_DOCS=1 python -m pytest tests/cpu/test_hostile.py writes it"
+        cure = "GLASSLOOP_WRITE_DOCS=1 python -m pytest tests/cpu/house/test_hostile.py writes it"
         assert committed.splitlines() == made.splitlines(), cure
     assert "Traceback" not in made
     assert made.count("refused: ") + made.count("taken: ") == sum(len(cases) for _, cases in hostile.sections())

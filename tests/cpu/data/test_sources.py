@@ -18,7 +18,7 @@ from glassloop.data.formats import CONCLUSIONS, CUES, OTHER_CUES, SCAM_QUESTION,
 from glassloop.data.rows import Example, Turn
 from glassloop.data.sources import Loaded, load_examples, order, verdict_of
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 CALL = "caller: Hello. receiver: Who is this?"
 
 

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import GenerationConfig
-
-from glassloop.config.config import DataConfig, LoraConfig, ModelConfig
-from glassloop.data.batches import build_pass
-from glassloop.data.formats import verdict_of
-from glassloop.data.rows import Example, Row, Turn
-from glassloop.data.templates import make_template
-from glassloop.engines.peft import PeftEngine, build_engine, load_tokenizer
-from glassloop.loop import evaluation
-from glassloop.loop.evaluation import Answer, row_losses, scores
-from glassloop.loop.generation import generate, unchanged
-from glassloop.record.records import EvaluationRecord
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 from evaluation_checks import (
     CPU,
     PAD,
@@ -41,6 +24,19 @@ from evaluation_checks import (
     train,
     without_seconds,
 )
+from torch import nn
+from transformers import GenerationConfig
+
+from glassloop.config.config import DataConfig, LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.formats import verdict_of
+from glassloop.data.rows import Example, Row, Turn
+from glassloop.data.templates import make_template
+from glassloop.engines.peft import PeftEngine, build_engine, load_tokenizer
+from glassloop.loop import evaluation
+from glassloop.loop.evaluation import Answer, row_losses, scores
+from glassloop.loop.generation import generate, unchanged
+from glassloop.record.records import EvaluationRecord
 
 
 def generated(engine: ToyEngine, prompts: list[list[int]], **changes: Any) -> list[tuple[int, ...]]:

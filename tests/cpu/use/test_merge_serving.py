@@ -19,7 +19,7 @@ from glassloop.use.merge.folder import adds_bos, generation_config
 from glassloop.use.merge.modelfile import modelfile, pieces_of, quoted
 from glassloop.use.merge.serve import commands, request, vllm_adapter, vllm_merged
 
-R1 = Path(__file__).resolve().parents[3] / "shared" / "model" / "deepseek-r1-distill-llama-8b"
+R1 = Path(__file__).resolve().parents[4] / "shared" / "model" / "deepseek-r1-distill-llama-8b"
 ANSWER = "It is a scam."
 
 

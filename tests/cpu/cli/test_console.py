@@ -16,7 +16,7 @@ import glassloop
 from glassloop import cli
 from glassloop.cli.__main__ import command_names, main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMAND = '''"""Echo the words.
 
 More than the first line.

@@ -22,8 +22,8 @@ from glassloop.study import running
 from glassloop.study.divergence import where_to_look
 from glassloop.study.running import attempts
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[3]
+HERE = ROOT / "tests" / "helpers"
 TINY = """
 name: tiny
 question: Does a real run answer?

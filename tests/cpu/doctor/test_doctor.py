@@ -19,7 +19,7 @@ from glassloop.doctor.known_errors import KNOWN, explain
 from glassloop.doctor.launch_files import check_launcher, default_config_file
 from glassloop.predict.hardware import Present
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CARD = Present("NVIDIA GeForce RTX 4090", 23.99, 23.5, "580.65.06", (8, 9))
 OLD = Present("Tesla T4", 15.0, 14.5, "580.65.06", (7, 5))
 

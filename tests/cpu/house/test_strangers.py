@@ -20,7 +20,7 @@ from transformers import get_scheduler
 
 from glassloop.plan.steps import make_plan
 
-SCRIPT = Path(__file__).with_name("strangers.py")
+SCRIPT = Path(__file__).resolve().parents[2] / "helpers" / "strangers.py"
 
 
 def train(folder: Path, model: Path, *names: str, **env: str) -> None:

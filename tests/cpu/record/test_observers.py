@@ -20,7 +20,7 @@ from glassloop.record import observers
 from glassloop.record.observers import JsonlObserver, RunInfo, SampleRecord, next_attempt, read_jsonl, write_json, write_text
 from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ID, TEXT = "train:17", "the caller asks for a gift card"
 
 

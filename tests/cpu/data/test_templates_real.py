@@ -24,7 +24,7 @@ from glassloop.data.sources import load_examples
 from glassloop.data.templates import Template, make_template, targets
 from glassloop.data.tokens import make_codec
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 R1 = SHARED / "model" / "deepseek-r1-distill-llama-8b"
 SCAM, MEDICAL = SHARED / "data" / "scam-dialogue_shaped_train.csv", SHARED / "data" / "medical_o1_sft_en_sample10.json"
 BOS, EOS, USER, ASSISTANT, THINK, END_THINK = 128000, 128001, 128011, 128012, 128013, 128014

@@ -22,7 +22,7 @@ from glassloop.predict.hardware import Present
 from glassloop.predict.roofline import CHECKED, errors, pass_time
 from glassloop.predict.shapes import KNOWN
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 
 

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import peaks
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from glassloop.base.checks import dtype_audit
 from glassloop.config.config import PROJECTIONS, LoraConfig
@@ -36,23 +35,6 @@ FIXED = (
     "their gradients, fp32",
     "cuBLAS workspaces",
 )
-
-
-@pytest.fixture(scope="module")
-def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose layers have the proportions of an 8B's, 16 times narrower."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("wide-llama")
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=896,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "stored"])
@@ -209,7 +191,7 @@ def test_smaller_settings_keep_the_rows_of_an_update(rows, ranks, accumulation, 
 
 
 def test_the_benchmark_measures_every_cell_and_does_not_count_calibration(wide_llama, tmp_path, monkeypatch, capsys):
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
+    path = Path(__file__).resolve().parents[3] / "benchmarks" / "memory.py"
     spec = importlib.util.spec_from_file_location("benchmark_memory", path)
     memory = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "benchmark_memory", memory)

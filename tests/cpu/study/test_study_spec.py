@@ -8,7 +8,7 @@ import pytest
 
 from glassloop.study.spec import cells_of, read_study, rows_per_update
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 GOOD = """
 name: one

@@ -11,7 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LAUNCH_FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 # How many ranks, and on what. Everything else in a launch file would be a second place that decides about training.
 LAUNCH_KEYS = {

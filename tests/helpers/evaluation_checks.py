@@ -1,7 +1,7 @@
 """Held-out evaluation on two ranks: checks to call inside an accelerate launch, and the toys that the one-process tests share.
 
 Each check takes the rank and the number of ranks, and raises AssertionError where a promise is broken. All of them:
-accelerate launch --config_file accelerate_configs/... tests/dist/evaluation_checks.py
+accelerate launch --config_file accelerate_configs/... tests/helpers/evaluation_checks.py
 """
 
 from __future__ import annotations
