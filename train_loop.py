@@ -24,7 +24,13 @@ from torch import Tensor
 
 from glassloop.config.arguments import parse
 from glassloop.data.batches import Window, build_pass, empty_pass
-from glassloop.formula.dist import Gate, broadcast_from_rank_0, gather_reports, leave, reduce_gradients
+from glassloop.formula.dist import (
+    Gate,
+    broadcast_from_rank_0,
+    gather_reports,
+    leave,
+    reduce_gradients,
+)
 from glassloop.formula.optim import l2_norm
 from glassloop.health.decision import Outcome, Terms, clip_coefficient, describe
 from glassloop.health.inspection import look_before_step, probe_of
@@ -45,7 +51,9 @@ def update_once(run: Run, u: int) -> Outcome | None:
     run.remember(u)  # random numbers and the like, as they are before the update
     lr = run.optimizer.param_groups[0]["lr"] = run.plan.lr[u - 1]  # lr(u)
     window = run.batches.window(u)
-    n = 0 if u in run.inspection.left_out else run.batches.supervised_tokens(window)  # N, known before anything is computed
+    n = (
+        0 if u in run.inspection.left_out else run.batches.supervised_tokens(window)
+    )  # N, known before anything is computed
     run.adapters.zero_grad()
     sums = run_passes(run, window, n)  # backward of loss_sum / N, pass by pass
     gate = open_gate(run, window, sums)  # every rank's report, on every rank
@@ -59,12 +67,16 @@ def update_once(run: Run, u: int) -> Outcome | None:
     else:
         reduce_gradients(run.adapters.grad)  # SUM over ranks
     scale = run.scale.value  # fp16's loss scale, else 1: `grad` is g * scale from here
-    norm = broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale  # |g|, rank 0's number on every rank
+    norm = (
+        broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale
+    )  # |g|, rank 0's number on every rank
     reduced = time.perf_counter()
 
     run.does(u, "steps")
     terms = Terms(lr, n, norm, scale)
-    decision = run.inspection.decide(run.batches, window, gate, run.adapters, terms)  # on every rank alike
+    decision = run.inspection.decide(
+        run.batches, window, gate, run.adapters, terms
+    )  # on every rank alike
     look = look_before_step(run, window, gate, decision, terms)  # probe and capsule: read only
     clip = clip_coefficient(norm, decision.max_norm)  # c
     if decision.reason is None:
@@ -114,26 +126,43 @@ def run_passes(run: Run, window: Window, n: int) -> PassSums:
             last = index == len(passes) - 1
             with nullcontext() if last or not run.ddp else run.engine.no_sync():
                 p = build_pass(
-                    [run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device
+                    [run.batches.rows[row] for row in rows],
+                    packed=window.packed,
+                    pad_id=run.pad_id,
+                    device=run.device,
                 )
                 loss_sum, row_loss_sums = run.engine(p)
                 (loss_sum * (run.scale.value / n)).backward()
             losses.append(loss_sum.detach())
             row_losses.append(row_loss_sums)
-            done, counted, supervised = done + 1, counted + len(p.row_ids), supervised + p.supervised_tokens
+            done, counted, supervised = (
+                done + 1,
+                counted + len(p.row_ids),
+                supervised + p.supervised_tokens,
+            )
             real, slots = real + p.real_tokens, slots + p.slot_tokens
             if index == half_way:
                 run.inspection.half = (run.adapters.grad.clone(), supervised)
         if run.ddp and n and not passes:
-            loss_sum, _ = run.engine(empty_pass(run.batches.rows[0], pad_id=run.pad_id, device=run.device))
+            loss_sum, _ = run.engine(
+                empty_pass(run.batches.rows[0], pad_id=run.pad_id, device=run.device)
+            )
             loss_sum.backward()  # 0, so that the other ranks' reduction finds a partner
     except torch.OutOfMemoryError:
         out_of_memory = True
     if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)  # the gate would wait for it anyway: the rank's own time ends here
+        torch.cuda.synchronize(
+            run.device
+        )  # the gate would wait for it anyway: the rank's own time ends here
     whole = done == len(passes) and not out_of_memory
     counts = (done, counted, supervised, real, slots, time.perf_counter() - started)
-    return PassSums(torch.stack(losses).sum(), torch.cat(row_losses), *counts, whole=whole, out_of_memory=out_of_memory)
+    return PassSums(
+        torch.stack(losses).sum(),
+        torch.cat(row_losses),
+        *counts,
+        whole=whole,
+        out_of_memory=out_of_memory,
+    )
 
 
 class RanOutOfMemory(RuntimeError):
@@ -178,7 +207,9 @@ def preflight(run: Run) -> None:
         window = run.batches.heaviest()
         run.adapters.zero_grad()
         try:
-            gate = open_gate(run, window, run_passes(run, window, max(1, run.batches.supervised_tokens(window))))
+            gate = open_gate(
+                run, window, run_passes(run, window, max(1, run.batches.supervised_tokens(window)))
+            )
             break
         except RanOutOfMemory as error:
             if not smaller_passes(run, 0, str(error)):
@@ -233,7 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ContractBroken) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host: what one host refuses, the others may not know
+        if (
+            os.environ.get("LOCAL_RANK", "0") == "0"
+        ):  # once a host: what one host refuses, the others may not know
             print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
         leave()
         return 2
@@ -241,7 +274,9 @@ def main(argv: list[str] | None = None) -> int:
         code = train(run)
     except (ContractBroken, ReplicasDiffer) as error:
         code = run.broken(error)
-    except OSError as error:  # a disk that takes not even a line: nobody could follow the run any more
+    except (
+        OSError
+    ) as error:  # a disk that takes not even a line: nobody could follow the run any more
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
         print(f"\nended: {error}", file=sys.stderr, flush=True)

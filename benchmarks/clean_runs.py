@@ -48,9 +48,14 @@ def make_base(folder: Path, pretraining: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1024, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     fast.chat_template = CHAT
     torch.manual_seed(0)
     sizes = LlamaConfig(
@@ -67,10 +72,14 @@ def make_base(folder: Path, pretraining: int) -> None:
         eos_token_id=2,
     )
     model = LlamaForCausalLM(sizes)
-    ids = torch.tensor([token for text in texts[: len(texts) // 2] for token in [*fast.encode(text), 2]])
+    ids = torch.tensor(
+        [token for text in texts[: len(texts) // 2] for token in [*fast.encode(text), 2]]
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(pretraining):
-        batch = torch.stack([ids[start : start + 128] for start in torch.randint(0, len(ids) - 129, (16,)).tolist()])
+        batch = torch.stack(
+            [ids[start : start + 128] for start in torch.randint(0, len(ids) - 129, (16,)).tolist()]
+        )
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,7 +114,11 @@ def clean_runs(folder: Path, seeds: int) -> list[Series]:
         make_base(folder / name, pretraining)
     write_short_rows(folder / "short.jsonl", 600)
     # rows taken: windows an epoch. 56 long ones: 3.5. 600 short ones: 37.5. 40 of them, which a high lr learns by heart: 2.5.
-    sources = {"calls": (CALLS, 56), "short": (folder / "short.jsonl", 600), "few": (folder / "short.jsonl", 40)}
+    sources = {
+        "calls": (CALLS, 56),
+        "short": (folder / "short.jsonl", 600),
+        "few": (folder / "short.jsonl", 40),
+    }
     result = []
     for seed in range(seeds):
         for base in bases:
@@ -113,12 +126,25 @@ def clean_runs(folder: Path, seeds: int) -> list[Series]:
                 for lr in (2e-4, 1e-2):
                     for layout in ("literal", "packed"):
                         name = f"{base}-{source}-{lr:g}-{layout}-{seed}"
-                        result.append(train_one(folder, name, base, file, rows, lr, layout, seed=1000 * seed + len(result)))
+                        result.append(
+                            train_one(
+                                folder,
+                                name,
+                                base,
+                                file,
+                                rows,
+                                lr,
+                                layout,
+                                seed=1000 * seed + len(result),
+                            )
+                        )
                         print(f"{name}: {len(result)} runs", flush=True)
     return result
 
 
-def train_one(folder: Path, name: str, base: str, file: Path, rows: int, lr: float, layout: str, *, seed: int) -> Series:
+def train_one(
+    folder: Path, name: str, base: str, file: Path, rows: int, lr: float, layout: str, *, seed: int
+) -> Series:
     """A clean run through the real loop."""
     config = from_values(
         {
@@ -128,7 +154,12 @@ def train_one(folder: Path, name: str, base: str, file: Path, rows: int, lr: flo
             "batch": {"size": 2, "accumulation": ROWS // 2},
             "schedule": {"updates": UPDATES, "warmup_updates": WARMUP},
             "optimizer": {"lr": lr},
-            "execution": {"engine": "peft", "precision": "fp32", "checkpointing": False, "layout": layout},
+            "execution": {
+                "engine": "peft",
+                "precision": "fp32",
+                "checkpointing": False,
+                "layout": layout,
+            },
             "evaluation": {"samples": 0},
             "record": {"capsules": 0, "probe_every_updates": None},
             "run": {"dir": str(folder / "runs"), "name": name},
@@ -170,4 +201,10 @@ def read_run(folder: Path) -> Series:
     records = [updates[update] for update in sorted(updates)]
     losses = tuple(tuple(rows.get((record["update"], record["attempt"]), ())) for record in records)
     whole = min(plan["rows_per_update"], plan["rows"])
-    return Series(folder.name, tuple(map(signals_of, records)), losses, whole, config["schedule"]["warmup_updates"])
+    return Series(
+        folder.name,
+        tuple(map(signals_of, records)),
+        losses,
+        whole,
+        config["schedule"]["warmup_updates"],
+    )

@@ -36,7 +36,13 @@ from glassloop.health.stability import Detectors, Signals
 from glassloop.stats import LEAST_SIGMA, fit
 
 DEFAULTS = StabilityConfig()
-PLACES = (14, 21, 33, 47, 58)  # a fault is planted at the first whole window, and the first tail, from here on
+PLACES = (
+    14,
+    21,
+    33,
+    47,
+    58,
+)  # a fault is planted at the first whole window, and the first tail, from here on
 Alarm = tuple[int, str]  # update, kind
 
 
@@ -60,25 +66,37 @@ def ask(series: Series, change: Callable[[Signals, int], Signals] | None = None)
 
 def places(series: Series, *, tail: bool) -> list[int]:
     """Indices that a fault is planted at."""
-    fits = [i for i, signals in enumerate(series.signals) if (signals.rows < series.rows_per_update) == tail]
+    fits = [
+        i
+        for i, signals in enumerate(series.signals)
+        if (signals.rows < series.rows_per_update) == tail
+    ]
     found = (next((i for i in fits if series.signals[i].update >= least), None) for least in PLACES)
     return sorted({index for index in found if index is not None})
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
-    return {"detected": sum(hits), "of": len(hits), "rate": round(sum(hits) / len(hits), 3) if hits else None}
+    return {
+        "detected": sum(hits),
+        "of": len(hits),
+        "rate": round(sum(hits) / len(hits), 3) if hits else None,
+    }
 
 
 def clean(all_series: Sequence[Series]) -> dict[str, Any]:
     """False alarms on sound runs."""
     alarms = {series.name: ask(series) for series in all_series}
-    after_warmup = sum(s.update > series.warmup_updates for series in all_series for s in series.signals)
+    after_warmup = sum(
+        s.update > series.warmup_updates for series in all_series for s in series.signals
+    )
     kinds = Counter(kind for found in alarms.values() for _, kind in found)
     return {
         "runs": len(all_series),
         "updates": sum(len(series.signals) for series in all_series),
         "updates_after_warmup": after_warmup,
-        "tails": sum(s.rows < series.rows_per_update for series in all_series for s in series.signals),
+        "tails": sum(
+            s.rows < series.rows_per_update for series in all_series for s in series.signals
+        ),
         "false_alarms": dict(kinds),
         "runs_with_one": [name for name, found in alarms.items() if found],
     }
@@ -90,20 +108,31 @@ def scatter(all_series: Sequence[Series]) -> dict[str, Any]:
     for what in ("grad_norm", "loss_nats"):
         sigmas, correlations = [], []
         for series in all_series:
-            whole = [s for s in series.signals if s.rows == series.rows_per_update and s.update > series.warmup_updates]
+            whole = [
+                s
+                for s in series.signals
+                if s.rows == series.rows_per_update and s.update > series.warmup_updates
+            ]
             for start in range(0, len(whole) - 19, 20):
                 xs = [float(s.update) for s in whole[start : start + 20]]
                 ys = [math.log(max(getattr(s, what), 1e-12)) for s in whole[start : start + 20]]
                 line = fit(xs, ys)
-                rest = [y - line.mean_y - line.slope * (x - line.mean_x) for x, y in zip(xs, ys, strict=True)]
+                rest = [
+                    y - line.mean_y - line.slope * (x - line.mean_x)
+                    for x, y in zip(xs, ys, strict=True)
+                ]
                 sigmas.append(line.sigma)
-                correlations.append(sum(a * b for a, b in itertools.pairwise(rest)) / sum(a * a for a in rest))
+                correlations.append(
+                    sum(a * b for a, b in itertools.pairwise(rest)) / sum(a * a for a in rest)
+                )
         if len(sigmas) < 2:
             continue
         result[what] = {
             "sigma_log_quartiles": [round(q, 4) for q in statistics.quantiles(sigmas, n=4)],
             "sigma_log_largest": round(max(sigmas), 4),
-            "lag_1_correlation_quartiles": [round(q, 2) for q in statistics.quantiles(correlations, n=4)],
+            "lag_1_correlation_quartiles": [
+                round(q, 2) for q in statistics.quantiles(correlations, n=4)
+            ],
         }
     return result
 
@@ -114,7 +143,12 @@ def norm_spikes(all_series: Sequence[Series], *, tail: bool) -> dict[str, Any]:
     def hits(factor: float) -> Iterator[bool]:
         for series in all_series:
             for place in places(series, tail=tail):
-                alarms = ask(series, lambda s, i, at=place: replace(s, grad_norm=s.grad_norm * factor) if i == at else s)
+                alarms = ask(
+                    series,
+                    lambda s, i, at=place: (
+                        replace(s, grad_norm=s.grad_norm * factor) if i == at else s
+                    ),
+                )
                 yield (series.signals[place].update, "norm_spike") in alarms
 
     return {f"x{factor:g}": share(list(hits(factor))) for factor in (1.3, 2, 3, 5, 10, 50)}
@@ -131,11 +165,23 @@ def row_spikes(all_series: Sequence[Series], *, tail: bool) -> dict[str, Any]:
                     continue
                 sound = series.signals[place]
                 more = (factor - 1) * which(losses) / sound.supervised_tokens
-                alarms = ask(series, lambda s, i, at=place, m=more: replace(s, loss_nats=s.loss_nats + m) if i == at else s)
+                alarms = ask(
+                    series,
+                    lambda s, i, at=place, m=more: (
+                        replace(s, loss_nats=s.loss_nats + m) if i == at else s
+                    ),
+                )
                 yield (sound.update, "loss_spike") in alarms
 
-    rows = {"lightest": lambda x: x[0], "middle": lambda x: x[len(x) // 2], "heaviest": lambda x: x[-1]}
-    return {f"x{factor}": {name: share(list(hits(factor, which))) for name, which in rows.items()} for factor in (5, 10, 20, 50)}
+    rows = {
+        "lightest": lambda x: x[0],
+        "middle": lambda x: x[len(x) // 2],
+        "heaviest": lambda x: x[-1],
+    }
+    return {
+        f"x{factor}": {name: share(list(hits(factor, which))) for name, which in rows.items()}
+        for factor in (5, 10, 20, 50)
+    }
 
 
 def vanishing(all_series: Sequence[Series]) -> dict[str, Any]:
@@ -149,19 +195,35 @@ def vanishing(all_series: Sequence[Series]) -> dict[str, Any]:
     }
 
     def delay(series: Series, factor: Callable[[int], float]) -> int | None:
-        alarms = ask(series, lambda s, i: replace(s, grad_norm=s.grad_norm * factor(s.update - 30)) if s.update >= 30 else s)
+        alarms = ask(
+            series,
+            lambda s, i: (
+                replace(s, grad_norm=s.grad_norm * factor(s.update - 30)) if s.update >= 30 else s
+            ),
+        )
         return next((update - 29 for update, kind in alarms if kind == "vanishing_gradient"), None)
 
     result = {}
     for name, factor in faults.items():
-        delays = [delay(series, factor) for series in all_series if series.signals[-1].update >= UPDATES]
+        delays = [
+            delay(series, factor) for series in all_series if series.signals[-1].update >= UPDATES
+        ]
         told = [d for d in delays if d is not None]
-        result[name] = {**share([d is not None for d in delays]), "updates_until": statistics.median(told) if told else None}
+        result[name] = {
+            **share([d is not None for d in delays]),
+            "updates_until": statistics.median(told) if told else None,
+        }
     return result
 
 
 def drawn(
-    seed: int, *, sigma: float, correlation: float, heavy: bool = False, fall: float = 0.0, updates: int = UPDATES
+    seed: int,
+    *,
+    sigma: float,
+    correlation: float,
+    heavy: bool = False,
+    fall: float = 0.0,
+    updates: int = UPDATES,
 ) -> Series:
     """A series of log-normal norms and losses that scatter by sigma, with drift; `fall`: of the loss, over 40 updates.
 
@@ -178,7 +240,10 @@ def drawn(
     signals = []
     for u in range(1, updates + 1):
         fresh = math.sqrt(1 - correlation**2)
-        norm, loss = correlation * norm + fresh * innovation(), correlation * loss + fresh * innovation()
+        norm, loss = (
+            correlation * norm + fresh * innovation(),
+            correlation * loss + fresh * innovation(),
+        )
         rows = ROWS // 2 if u % 8 == 0 else ROWS
         more = math.sqrt(ROWS / rows - 1)  # a tail's scatter beyond that of a whole window
         trend = 2.0 * (1 - fall * (u - 1) / 40)
@@ -197,12 +262,23 @@ def synthetic(count: int) -> list[dict[str, Any]]:
                 counts = Counter(
                     kind
                     for seed in range(count)
-                    for _, kind in ask(drawn(seed, sigma=sigma, correlation=correlation, heavy=heavy, fall=0.2))
+                    for _, kind in ask(
+                        drawn(seed, sigma=sigma, correlation=correlation, heavy=heavy, fall=0.2)
+                    )
                 )
-                where = {"sigma_log": sigma, "lag_1_correlation": correlation, "scatter": "Student t, 4" if heavy else "normal"}
+                where = {
+                    "sigma_log": sigma,
+                    "lag_1_correlation": correlation,
+                    "scatter": "Student t, 4" if heavy else "normal",
+                }
                 updates = count * (UPDATES - WARMUP)
                 result.append(
-                    {**where, "updates": updates, "norm_spikes": counts["norm_spike"], "loss_spikes": counts["loss_spike"]}
+                    {
+                        **where,
+                        "updates": updates,
+                        "norm_spikes": counts["norm_spike"],
+                        "loss_spikes": counts["loss_spike"],
+                    }
                 )
     return result
 
@@ -227,7 +303,11 @@ def residuals(series: Series) -> dict[int, float]:
         if len(part) < 5:
             part = whole[-5:]
         line = fit([float(s.update) for s in part], [s.loss_nats for s in part])
-        found |= {s.update: (s.loss_nats - line.mean_y - line.slope * (s.update - line.mean_x)) / line.mean_y for s in part}
+        found |= {
+            s.update: (s.loss_nats - line.mean_y - line.slope * (s.update - line.mean_x))
+            / line.mean_y
+            for s in part
+        }
     return found
 
 
@@ -238,9 +318,17 @@ def stuck(all_series: Sequence[Series]) -> dict[str, Any]:
         first = series.signals[:10]
         level = sum(s.loss_nats for s in first) / len(first)
         lines = residuals(series)
-        if sum(s.rows == series.rows_per_update for s in series.signals) - series.warmup_updates < DEFAULTS.no_learning_updates:
+        if (
+            sum(s.rows == series.rows_per_update for s in series.signals) - series.warmup_updates
+            < DEFAULTS.no_learning_updates
+        ):
             continue
-        alarms = ask(series, lambda s, i, at=lines, flat=level: replace(s, loss_nats=flat * (1 + at.get(s.update, 0.0))))
+        alarms = ask(
+            series,
+            lambda s, i, at=lines, flat=level: replace(
+                s, loss_nats=flat * (1 + at.get(s.update, 0.0))
+            ),
+        )
         told.append(any(kind == "no_learning" for _, kind in alarms))
     return share(told)
 
@@ -250,7 +338,12 @@ def diverging(all_series: Sequence[Series]) -> dict[str, Any]:
 
     def delay(series: Series, factor: float) -> int | None:
         level, lines = factor * series.signals[0].loss_nats, residuals(series)
-        alarms = ask(series, lambda s, i: replace(s, loss_nats=level * (1 + lines.get(s.update, 0.0))) if s.update >= 4 else s)
+        alarms = ask(
+            series,
+            lambda s, i: (
+                replace(s, loss_nats=level * (1 + lines.get(s.update, 0.0))) if s.update >= 4 else s
+            ),
+        )
         return next((update - 3 for update, kind in alarms if kind == "diverged"), None)
 
     result = {}
@@ -265,11 +358,19 @@ def diverging(all_series: Sequence[Series]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--runs", nargs="*", type=Path, default=[], help="folders of recorded runs without a fault, added to the clean ones"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=1, help="24 clean runs are trained for each; 0: none")
+    parser.add_argument(
+        "--runs",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="folders of recorded runs without a fault, added to the clean ones",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="24 clean runs are trained for each; 0: none"
+    )
     parser.add_argument("--drawn", type=int, default=400, help="series drawn for each scatter")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detectors.json"))
     asked = parser.parse_args()
@@ -279,13 +380,21 @@ def main() -> None:
     series = [*trained, *recorded]
     if not series:
         parser.error("no runs: give --seeds or --runs")
-    constants = {name: value for name, value in vars(stability).items() if name.isupper() and isinstance(value, int | float)}
+    constants = {
+        name: value
+        for name, value in vars(stability).items()
+        if name.isupper() and isinstance(value, int | float)
+    }
     where = environment()
     result = {
         "schema": 1,
         "date": where["started"][:10],
         "machine": {"system": where["system"], "cores": os.cpu_count(), "gpus": where["gpus"]},
-        "versions": {"glassloop": where["glassloop"], "python": where["python"], **where["packages"]},
+        "versions": {
+            "glassloop": where["glassloop"],
+            "python": where["python"],
+            **where["packages"],
+        },
         "defaults": {
             "window_updates": DEFAULTS.window_updates,
             "false_alarm_rate": DEFAULTS.false_alarm_rate,
@@ -296,8 +405,14 @@ def main() -> None:
         "clean": clean(series),
         "clean_recorded": clean(recorded) if recorded else None,
         "scatter": scatter(series),
-        "norm_times": {"whole window": norm_spikes(series, tail=False), "tail": norm_spikes(series, tail=True)},
-        "loss_of_one_row_times": {"whole window": row_spikes(series, tail=False), "tail": row_spikes(series, tail=True)},
+        "norm_times": {
+            "whole window": norm_spikes(series, tail=False),
+            "tail": norm_spikes(series, tail=True),
+        },
+        "loss_of_one_row_times": {
+            "whole window": row_spikes(series, tail=False),
+            "tail": row_spikes(series, tail=True),
+        },
         "norm_falls_from_update_30": vanishing(series),
         "loss_made_flat": stuck(series),
         "loss_from_update_4_at_a_multiple_of_the_first": diverging(series),
@@ -306,7 +421,12 @@ def main() -> None:
     }
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: result[name] for name in ("clean", "norm_times", "loss_of_one_row_times")}, indent=1))
+    print(
+        json.dumps(
+            {name: result[name] for name in ("clean", "norm_times", "loss_of_one_row_times")},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ class Cell:
 
 # 2 x 2048 tokens, recomputed, r = 16 was known when the terms were written down (7.63 GiB on an H100).
 CALIBRATION = (Cell(2048, 2, True, 16), Cell(1024, 2, True, 16), Cell(1024, 2, False, 16))
-MATRIX = tuple(Cell(*sizes) for sizes in itertools.product((512, 2048), (1, 2), (True, False), (8, 16, 32)))
+MATRIX = tuple(
+    Cell(*sizes) for sizes in itertools.product((512, 2048), (1, 2), (True, False), (8, 16, 32))
+)
 
 
 class Meter:
@@ -101,13 +103,23 @@ def measure(
         gc.collect()
         now = meter.now()
         phases: dict[str, int | None] = {"load": loaded}
-        phases["adapters"] = None if now is None or before is None or loaded is None else loaded + now - before
+        phases["adapters"] = (
+            None if now is None or before is None or loaded is None else loaded + now - before
+        )
         o = config.optimizer
         optimizer = make_optimizer(
-            o.name, adapters.flat, lr=o.lr, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay
+            o.name,
+            adapters.flat,
+            lr=o.lr,
+            beta1=o.beta1,
+            beta2=o.beta2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
         )
         p = full_pass(cell, hf.config.get_text_config().vocab_size, device)  # type: ignore[union-attr, operator]
-        for _ in range(2):  # in the first update neither the optimizer's state nor all workspaces are there yet
+        for _ in range(
+            2
+        ):  # in the first update neither the optimizer's state nor all workspaces are there yet
             phases |= one_update(engine, adapters, optimizer, p, config, meter)
         phases["reserved"] = meter.reserved()
         return phases
@@ -125,7 +137,12 @@ def recompute(model: Any, on: bool) -> None:
 
 
 def one_update(
-    engine: PeftEngine, adapters: FlatAdapters, optimizer: torch.optim.Optimizer, p: Pass, config: Config, meter: Meter
+    engine: PeftEngine,
+    adapters: FlatAdapters,
+    optimizer: torch.optim.Optimizer,
+    p: Pass,
+    config: Config,
+    meter: Meter,
 ) -> dict[str, int | None]:
     """A pass and a step as the loop does them, with the peak of each phase."""
     phases: dict[str, int | None] = {}
@@ -135,7 +152,9 @@ def one_update(
     hook = decoder.register_forward_hook(lambda *_: phases.__setitem__("forward", meter.peak()))
     precision = config.execution.precision
     autocast = (
-        torch.autocast(meter.device.type, dtype=DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
+        torch.autocast(meter.device.type, dtype=DTYPES[precision])
+        if precision != "fp32"
+        else contextlib.nullcontext()
     )  # as Accelerate prepares a model
     try:
         with autocast:
@@ -159,12 +178,16 @@ def full_pass(cell: Cell, vocabulary: int, device: torch.device) -> Pass:
     """Rows of the full length, everything after the first token supervised: the heaviest pass of its size."""
     rows = []
     for row in range(cell.rows):
-        ids = tuple(3 + (7919 * place + 31 * row) % (vocabulary - 3) for place in range(cell.tokens))
+        ids = tuple(
+            3 + (7919 * place + 31 * row) % (vocabulary - 3) for place in range(cell.tokens)
+        )
         rows.append(Row(f"row:{row}", ids, (False, *[True] * (cell.tokens - 1))))
     return build_pass(rows, packed=False, pad_id=0, device=device)
 
 
-def predicted(cell: Cell, shapes: Shapes, config: Config, capability: tuple[int, int]) -> dict[str, int]:
+def predicted(
+    cell: Cell, shapes: Shapes, config: Config, capability: tuple[int, int]
+) -> dict[str, int]:
     work = Work(
         rows=cell.rows,
         tokens=cell.tokens,
@@ -185,7 +208,11 @@ def predicted(cell: Cell, shapes: Shapes, config: Config, capability: tuple[int,
 def compared(cell: Cell, expected: dict[str, int], found: dict[str, int | None]) -> dict[str, Any]:
     """A cell's line: GiB predicted and measured by phase, and by how much the prediction is off (0.01: 1 % too high)."""
     gib = lambda size: None if size is None else round(size / GIB, 4)  # noqa: E731
-    off = {phase: round(expected[phase] / size - 1, 4) for phase, size in found.items() if size and phase in expected}
+    off = {
+        phase: round(expected[phase] / size - 1, 4)
+        for phase, size in found.items()
+        if size and phase in expected
+    }
     return {
         "kind": "cell",
         **vars(cell),
@@ -216,10 +243,22 @@ def summed_up(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="memory.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--calibrate", action="store_true", help="only the cells that the prediction may be fitted to")
-    parser.add_argument("--out", type=Path, help="file to write (default: $OUT or benchmarks/results, memory-<card>.jsonl)")
-    parser.add_argument("--commit", help="commit that is measured, where the machine holds no checkout")
+    parser = argparse.ArgumentParser(
+        prog="memory.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="only the cells that the prediction may be fitted to",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file to write (default: $OUT or benchmarks/results, memory-<card>.jsonl)",
+    )
+    parser.add_argument(
+        "--commit", help="commit that is measured, where the machine holds no checkout"
+    )
     parser.add_argument("--cells", type=int, help="only the first so many cells")
     given, rest = parser.parse_known_args(argv)
     words = ["r1_8b_scam", *rest] if not rest or "=" in rest[0] or rest[0].startswith("-") else rest
@@ -232,10 +271,19 @@ def main(argv: list[str]) -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     capability = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
-    out = given.out or folder / f"memory-{re.sub(r'[^a-z0-9]+', '-', name.lower().removeprefix('nvidia ')).strip('-')}.jsonl"
+    out = (
+        given.out
+        or folder
+        / f"memory-{re.sub(r'[^a-z0-9]+', '-', name.lower().removeprefix('nvidia ')).strip('-')}.jsonl"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    base, report = load_base(config.model, precision=config.execution.precision, device=device, first=contextlib.nullcontext)
+    base, report = load_base(
+        config.model,
+        precision=config.execution.precision,
+        device=device,
+        first=contextlib.nullcontext,
+    )
     gc.collect()
     loaded = Meter(device).now()
     check_plain_head(base, device, report.name)
@@ -255,14 +303,24 @@ def main(argv: list[str]) -> int:
             "precision": config.execution.precision,
         }
         write(
-            {"kind": "machine", "commit": given.commit, "card": name, **about, "environment": environment(["memory.py", *argv])}
+            {
+                "kind": "machine",
+                "commit": given.commit,
+                "card": name,
+                **about,
+                "environment": environment(["memory.py", *argv]),
+            }
         )
         for cell in (CALIBRATION if given.calibrate else MATRIX)[: given.cells]:
             expected = predicted(cell, shapes, config, capability)
             try:
-                line: dict[str, Any] = compared(cell, expected, measure(cell, base, report, config, loaded, device))
+                line: dict[str, Any] = compared(
+                    cell, expected, measure(cell, base, report, config, loaded, device)
+                )
             except torch.OutOfMemoryError as error:
-                line = compared(cell, expected, {}) | {"out_of_memory": str(error).splitlines()[0][:200]}
+                line = compared(cell, expected, {}) | {
+                    "out_of_memory": str(error).splitlines()[0][:200]
+                }
             gc.collect()
             lines.append(line)
             write(line)

@@ -65,7 +65,13 @@ def arm(spec_file: Path, base: Path) -> int:
     spec = read_spec(spec_file)
     try:
         line, code = spec.about | measure(spec, PEERS[spec.engine], base, spec_file.parent), 0
-    except (ValueError, RuntimeError, OSError, ImportError, TypeError) as error:  # a peer's own refusal is a result too
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+        ImportError,
+        TypeError,
+    ) as error:  # a peer's own refusal is a result too
         line, code = spec.about | {"failed": f"{type(error).__name__}: {error}"[:600]}, 3
     if RANK == 0 or "failed" in line:  # the last line counts, so a rank that failed is heard
         append(Path(spec.out), line)
@@ -76,7 +82,11 @@ def arm(spec_file: Path, base: Path) -> int:
 
 def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]:
     """The peer's own trainer over the workload's rows in their order. `signals`: where the arm's turns are told (see bench/clock.py)."""
-    os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    os.environ |= {
+        "WANDB_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+    }
     if peer.library == "unsloth":
         import unsloth  # pyright: ignore[reportMissingImports]  # noqa: F401  (it patches what is imported after it)
     import torch
@@ -92,14 +102,19 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
     if on_cuda:
         torch.cuda.set_device(device)
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-    model, tokenizer = (unsloth_model if peer.library == "unsloth" else trl_model)(peer, spec, base, dtype, device)
+    model, tokenizer = (unsloth_model if peer.library == "unsloth" else trl_model)(
+        peer, spec, base, dtype, device
+    )
     draw_adapters(model)
     total = spec.total_updates
     rows = workload(spec.workload, spec.rows_per_update * total, vocabulary=model.config.vocab_size)
     columns = [
         {
             "input_ids": list(row.input_ids),
-            "labels": [token if labelled else -100 for token, labelled in zip(row.input_ids, row.supervised, strict=True)],
+            "labels": [
+                token if labelled else -100
+                for token, labelled in zip(row.input_ids, row.supervised, strict=True)
+            ],
             "attention_mask": [1] * len(row),
         }
         for row in rows
@@ -129,9 +144,14 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
         use_cpu=not on_cuda,
     )
     if spec.ranks > 1:
-        settings |= dict(ddp_find_unused_parameters=False, ddp_backend="nccl" if on_cuda else "gloo")
+        settings |= dict(
+            ddp_find_unused_parameters=False, ddp_backend="nccl" if on_cuda else "gloo"
+        )
     if peer.library == "trl":
-        settings |= dict(gradient_checkpointing=peer.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False})
+        settings |= dict(
+            gradient_checkpointing=peer.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
 
     def wait() -> None:
         if on_cuda:
@@ -157,7 +177,9 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "grad_norm" in logs:
-                logged.append({"loss_nats": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])})
+                logged.append(
+                    {"loss_nats": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])}
+                )
 
     trainer = SFTTrainer(
         model=model,
@@ -173,11 +195,18 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    windows = [rows[start : start + spec.rows_per_update] for start in range(0, len(rows), spec.rows_per_update)]
+    windows = [
+        rows[start : start + spec.rows_per_update]
+        for start in range(0, len(rows), spec.rows_per_update)
+    ]
     updates = [windows[u - 1] for u in spec.measured_updates]
     measured = [row for window in updates for row in window]
     passes = [measured[start : start + spec.batch] for start in range(0, len(measured), spec.batch)]
-    slots = sum(len(row) for row in measured) if peer.padding_free else sum(len(one) * max(map(len, one)) for one in passes)
+    slots = (
+        sum(len(row) for row in measured)
+        if peer.padding_free
+        else sum(len(one) * max(map(len, one)) for one in passes)
+    )
     tokens = Tokens(sum(map(len, measured)), sum(row.supervised_tokens for row in measured), slots)
     shapes = shapes_from_config(model.config.to_dict(), spec.model)
     own = dict(
@@ -211,10 +240,17 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
         "turns": turns_of(clock.turns_s, [sum(map(len, window)) for window in updates]),
         "tokens_per_s": tokens.per_s(clock.measured_s),
         "tokens_per_s_per_rank": tokens.per_s(clock.measured_s, spec.ranks),
-        **times(None if spec.turns else spec.launched_at or REACHED, clock.started, clock.first_ended, clock.measured_update_s),
+        **times(
+            None if spec.turns else spec.launched_at or REACHED,
+            clock.started,
+            clock.first_ended,
+            clock.measured_update_s,
+        ),
         "peak": {name: most(rank[name] for rank in ranks) for name in own if name != "joules"},
         "shares": None,
-        "energy": energy_of([rank["joules"] for rank in ranks], clock.during, clock.measured_s, tokens.real),
+        "energy": energy_of(
+            [rank["joules"] for rank in ranks], clock.during, clock.measured_s, tokens.real
+        ),
         "update_1": logged[0],
         "losses_nats": [one["loss_nats"] for one in logged],
         "passes": [spec.rows_per_update // (spec.batch * spec.ranks)] * spec.ranks,
@@ -223,7 +259,11 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
             {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
         ),  # TRL casts them to bf16
         "card": {"before": clock.before, "during": clock.during, "after": after, "p2p": None},
-        "machine": {**environment(["peers.py"]), "threads": torch.get_num_threads(), "peer": peer_versions()},
+        "machine": {
+            **environment(["peers.py"]),
+            "threads": torch.get_num_threads(),
+            "peer": peer_versions(),
+        },
     }
 
 
@@ -233,13 +273,23 @@ def trl_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -> tu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     attention = "flash_attention_2" if peer.padding_free else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device}, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, device_map={"": device}, attn_implementation=attention
+    )
     if peer.kbit:
         how: dict[str, Any] = dict(
-            use_gradient_checkpointing=peer.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+            use_gradient_checkpointing=peer.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
         )
         model = prepare_model_for_kbit_training(model, **how)
-    lora = LoraConfig(r=spec.r, lora_alpha=16, lora_dropout=0.0, bias="none", target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=spec.r,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(TARGETS),
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, lora), AutoTokenizer.from_pretrained(base)
 
 
@@ -248,7 +298,11 @@ def unsloth_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -
     from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(base), max_seq_length=2048, dtype=dtype, load_in_4bit=True, device_map={"": device.index or 0}
+        str(base),
+        max_seq_length=2048,
+        dtype=dtype,
+        load_in_4bit=True,
+        device_map={"": device.index or 0},
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -281,7 +335,10 @@ def draw_adapters(model: Any) -> None:
 def peer_versions() -> dict[str, str | None]:
     from glassloop.disk.environment import package_version
 
-    return {name: package_version(name) for name in ("trl", "unsloth", "unsloth_zoo", "liger-kernel", "flash-attn", "xformers")}
+    return {
+        name: package_version(name)
+        for name in ("trl", "unsloth", "unsloth_zoo", "liger-kernel", "flash-attn", "xformers")
+    }
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
     counts = [int(text) for text in asked.ranks.split(",")]
     for count in counts:
         if asked.rows_per_update % count:
-            raise SystemExit(f"--ranks {count}: it must divide --rows-per-update {asked.rows_per_update}")
+            raise SystemExit(
+                f"--ranks {count}: it must divide --rows-per-update {asked.rows_per_update}"
+            )
     place = Place(asked.device, max(counts) if asked.device == "cuda" else 0)
     common = dict(
         rows_per_update=asked.rows_per_update,
@@ -84,8 +86,12 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peers.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--peers", type=_peers, default=list(PEERS), help=f"default: all of {', '.join(PEERS)}")
+    parser = argparse.ArgumentParser(
+        prog="peers.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--peers", type=_peers, default=list(PEERS), help=f"default: all of {', '.join(PEERS)}"
+    )
     parser.add_argument(
         "--ours",
         type=_ours,
@@ -96,18 +102,50 @@ def _parser() -> argparse.ArgumentParser:
         "execution.FIELD=VALUE, memory.FIELD=VALUE (may be given several times)",
     )
     parser.add_argument("--workloads", default="scam-v1,full-v1")
-    parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=PATH", help="interpreter of trl or unsloth")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="LIBRARY=PATH",
+        help="interpreter of trl or unsloth",
+    )
     parser.add_argument("--model", default="random:llama-8b", help="model.id of the base")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--ranks", default="1", metavar="N,..", help="cards that share an update's rows under DDP (default: 1)")
-    parser.add_argument("--rows-per-update", type=int, default=8, help="over all ranks (default: 8)")
-    parser.add_argument("--updates", type=int, default=5, help="measured, in every turn (default: 5)")
-    parser.add_argument("--warmup", type=int, default=2, help="not measured, at the beginning of every turn (default: 2)")
     parser.add_argument(
-        "--turns", type=int, default=0, metavar="N", help="side by side, N turns each (default: one after the other)"
+        "--ranks",
+        default="1",
+        metavar="N,..",
+        help="cards that share an update's rows under DDP (default: 1)",
     )
-    parser.add_argument("--repeats", type=int, default=1, help="without --turns: how often each arm is run")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time of an arm, or of its turn")
+    parser.add_argument(
+        "--rows-per-update", type=int, default=8, help="over all ranks (default: 8)"
+    )
+    parser.add_argument(
+        "--updates", type=int, default=5, help="measured, in every turn (default: 5)"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=2,
+        help="not measured, at the beginning of every turn (default: 2)",
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=0,
+        metavar="N",
+        help="side by side, N turns each (default: one after the other)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="without --turns: how often each arm is run"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="longest time of an arm, or of its turn",
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, required=True, help="results are added to it")
     return parser
@@ -125,15 +163,21 @@ def _ours(text: str) -> list[str]:
     if engine not in ENGINES:
         raise argparse.ArgumentTypeError(f"{engine}: there are {', '.join(ENGINES)}")
     for word in rest:
-        if word not in ("packed", "kept") and not re.fullmatch(r"batch=\d+|(execution|memory)\.[a-z_]+=.+", word):
-            raise argparse.ArgumentTypeError(f"{word}: say packed, kept, batch=N, execution.FIELD=VALUE or memory.FIELD=VALUE")
+        if word not in ("packed", "kept") and not re.fullmatch(
+            r"batch=\d+|(execution|memory)\.[a-z_]+=.+", word
+        ):
+            raise argparse.ArgumentTypeError(
+                f"{word}: say packed, kept, batch=N, execution.FIELD=VALUE or memory.FIELD=VALUE"
+            )
     return [engine, *rest]
 
 
 def ours(words: list[str], rows: str, ranks: int, common: dict[str, Any]) -> Spec:
     """An arm of glassloop, from the words of --ours."""
     engine, *rest = words
-    batch = next((int(word.removeprefix("batch=")) for word in rest if word.startswith("batch=")), 2)
+    batch = next(
+        (int(word.removeprefix("batch=")) for word in rest if word.startswith("batch=")), 2
+    )
     return Spec(
         engine=engine,
         workload=rows,
@@ -167,12 +211,20 @@ def _say(line: str) -> None:
 def _serves(line: dict[str, Any], spec: Spec) -> bool:
     """Whether a known line is the reference that `spec` would measure."""
     same = ("workload", "rows_per_update", "precision", "model", "r")
-    return "failed" not in line and is_reference(line["cell"]) and all(line["cell"][name] == spec.cell[name] for name in same)
+    return (
+        "failed" not in line
+        and is_reference(line["cell"])
+        and all(line["cell"][name] == spec.cell[name] for name in same)
+    )
 
 
 def peer_command(spec: Spec, python: str, work: Path, base: Path) -> list[str]:
     """How a peer's process is started; with several ranks by Accelerate's launcher, as its own documentation has it."""
-    words = [str(Path(__file__).resolve().with_name("peer_arm.py")), str(work / "spec.json"), str(base)]
+    words = [
+        str(Path(__file__).resolve().with_name("peer_arm.py")),
+        str(work / "spec.json"),
+        str(base),
+    ]
     if spec.ranks == 1:
         return [python, *words]
     work.mkdir(parents=True, exist_ok=True)
@@ -193,12 +245,20 @@ def base_folder(model: str, precision: str, device: str, folder: Path) -> Path:
         "_, report = load_base(model, precision=sys.argv[2], device=device, first=contextlib.nullcontext)\n"
         "print('FOLDERS', report.folder, resolve_source(model).folder, sep='\\n')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, model, precision, device], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, model, precision, device],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(f"--model {model} cannot be made: {done.stderr.strip()[-600:]}")
     weights, source = map(Path, done.stdout.rpartition("FOLDERS\n")[2].split("\n")[:2])
     folder.mkdir()
-    for file in [*source.iterdir(), *weights.iterdir()]:  # the weights' config.json comes last and stays
+    for file in [
+        *source.iterdir(),
+        *weights.iterdir(),
+    ]:  # the weights' config.json comes last and stays
         link = folder / file.name
         link.unlink(missing_ok=True)
         link.symlink_to(file)

@@ -40,7 +40,12 @@ def bare(run: Run, u: int) -> None:
     n = run.batches.supervised_tokens(window)
     run.adapters.zero_grad()
     for rows in window.passes[0]:
-        p = build_pass([run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+        p = build_pass(
+            [run.batches.rows[row] for row in rows],
+            packed=window.packed,
+            pad_id=run.pad_id,
+            device=run.device,
+        )
         loss_sum, _ = run.engine(p)
         (loss_sum / n).backward()
     norm = l2_norm(run.adapters.grad).item()
@@ -104,12 +109,23 @@ def main() -> None:
             "run.name=cost",
             "execution.engine=peft",
         ]
-        run = build_run(parse([*words, "evaluation.samples=0", "batch.rows_per_update=16", *overrides]))
+        run = build_run(
+            parse([*words, "evaluation.samples=0", "batch.rows_per_update=16", *overrides])
+        )
         vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size
         per_update, updates = run.plan.rows_per_update, given.rounds + 1
         rows = workload(given.workload, per_update * updates, vocabulary=vocabulary)
-        settings = dict(size=run.plan.size, ranks=1, accumulation=run.plan.accumulation, tail="keep", updates=updates, epochs=1.0)
-        plan = make_plan(rows=len(rows), **settings, warmup=1, peak=2e-4, kind="linear", first="peak_over_warmup")
+        settings = dict(
+            size=run.plan.size,
+            ranks=1,
+            accumulation=run.plan.accumulation,
+            tail="keep",
+            updates=updates,
+            epochs=1.0,
+        )
+        plan = make_plan(
+            rows=len(rows), **settings, warmup=1, peak=2e-4, kind="linear", first="peak_over_warmup"
+        )
         run.plan, run.contract, run.batches = plan, None, replace(run.batches, rows=rows, plan=plan)
         arms = ("bare", "recorded", "probed")
         times: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -135,7 +151,8 @@ def main() -> None:
         "recorded_over_bare": medians["recorded"] / medians["bare"],
         "probed_over_bare": medians["probed"] / medians["bare"],
         "ratios_by_round": {
-            arm: [value / base for value, base in zip(times[arm], times["bare"], strict=True)] for arm in ("recorded", "probed")
+            arm: [value / base for value, base in zip(times[arm], times["bare"], strict=True)]
+            for arm in ("recorded", "probed")
         },
         "environment": environment(["record_cost.py"]),
     }

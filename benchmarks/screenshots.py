@@ -28,17 +28,24 @@ def main() -> int:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         path = write_report(Path(sys.argv[1]), Path(folder) / "report.html")
-        browser = playwright.chromium.launch(executable_path=chromium, args=[] if os.geteuid() else ["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=[] if os.geteuid() else ["--no-sandbox"]
+        )
         for name, scheme, height, anchor, update in (
             ("report-curves", "light", 1180, None, 6),
             ("report-update", "light", 760, "this", 6),
             ("report-layers", "dark", 800, "heat", 6),
         ):
-            page: Any = browser.new_page(viewport={"width": 1000, "height": height}, color_scheme=scheme)
+            page: Any = browser.new_page(
+                viewport={"width": 1000, "height": height}, color_scheme=scheme
+            )
             page.goto(f"{path.as_uri()}#{update}")
             page.wait_for_selector("html[data-ready]", state="attached")
             if anchor:
-                page.evaluate("id => scrollTo(0, document.getElementById(id).getBoundingClientRect().top + scrollY - 78)", anchor)
+                page.evaluate(
+                    "id => scrollTo(0, document.getElementById(id).getBoundingClientRect().top + scrollY - 78)",
+                    anchor,
+                )
             page.wait_for_timeout(200)
             page.screenshot(path=IMAGES / f"{name}.png")
             size = (IMAGES / f"{name}.png").stat().st_size

@@ -19,8 +19,15 @@ SLACK = 2**26  # allocations are rounded
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--gib", type=float, default=23.5, help="left free; a card of 24 GB has about 23.5 (default)")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "--gib",
+        type=float,
+        default=23.5,
+        help="left free; a card of 24 GB has about 23.5 (default)",
+    )
     given, words = parser.parse_known_args()
     if not torch.cuda.is_available():
         raise SystemExit("small_card.py holds a GPU's memory: there is no CUDA GPU here")
@@ -29,9 +36,16 @@ def main() -> int:
     free = torch.cuda.mem_get_info()[0]
     if free < given.gib * GIB:
         raise SystemExit(f"--gib {given.gib:g}: only {free / GIB:.1f} GiB are free on this card")
-    held = torch.empty(max(0, int(free - given.gib * GIB) - SLACK), dtype=torch.uint8, device="cuda")
-    print(f"held {held.numel() / GIB:.1f} GiB, left free {torch.cuda.mem_get_info()[0] / GIB:.2f} GiB", flush=True)
-    return subprocess.run([sys.executable, "-m", "glassloop.cli", "bench", *words], check=False).returncode
+    held = torch.empty(
+        max(0, int(free - given.gib * GIB) - SLACK), dtype=torch.uint8, device="cuda"
+    )
+    print(
+        f"held {held.numel() / GIB:.1f} GiB, left free {torch.cuda.mem_get_info()[0] / GIB:.2f} GiB",
+        flush=True,
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "glassloop.cli", "bench", *words], check=False
+    ).returncode
 
 
 if __name__ == "__main__":

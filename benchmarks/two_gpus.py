@@ -38,7 +38,9 @@ STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (300.0, ("peers",)),
 )
 SPEED: dict[str, parts.Part] = {"bench": two_gpus_speed.bench, "peers": two_gpus_speed.peers}
-PARTS: dict[str, parts.Part] = {name: SPEED.get(name) or getattr(parts, name) for _, names in STAGES for name in names}
+PARTS: dict[str, parts.Part] = {
+    name: SPEED.get(name) or getattr(parts, name) for _, names in STAGES for name in names
+}
 
 
 def main(argv: list[str]) -> int:
@@ -48,8 +50,14 @@ def main(argv: list[str]) -> int:
     if unknown := [name for name in chosen if name not in PARTS]:
         return _refused(f"--parts {', '.join(unknown)}: there are {', '.join(PARTS)}")
     if not asked.model.startswith("random:"):
-        return _refused(f"--model {asked.model}: the rows are made for the tokenizer of random: models")
-    cards = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")))[:2] if asked.device == "cuda" else ()
+        return _refused(
+            f"--model {asked.model}: the rows are made for the tokenizer of random: models"
+        )
+    cards = (
+        tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")))[:2]
+        if asked.device == "cuda"
+        else ()
+    )
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # two_gpus.sh says why
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     began = time.monotonic()
@@ -73,44 +81,103 @@ def main(argv: list[str]) -> int:
             if why:
                 return _refused(why)
             lengths = write_rows(work / "rows.jsonl", "scam-v1", ROWS)
-            out = (asked.out or ROOT / "benchmarks" / "results" / f"two-gpus-{card_name(machine)}.json").absolute()
+            out = (
+                asked.out or ROOT / "benchmarks" / "results" / f"two-gpus-{card_name(machine)}.json"
+            ).absolute()
             about = {
                 "what": "two_gpus",
                 "schema": SCHEMA,
                 "date": datetime.now(UTC).date().isoformat(),
-                "asked": vars(what) | {"device": asked.device, "model": asked.model, "parts": chosen, "minutes": asked.minutes},
+                "asked": vars(what)
+                | {
+                    "device": asked.device,
+                    "model": asked.model,
+                    "parts": chosen,
+                    "minutes": asked.minutes,
+                },
                 "rows": {"workload": "scam-v1", "rows": ROWS, "tokens": sum(lengths)},
                 "machine": machine,
             }
-            found = run_stages(place, what, chosen, began + asked.minutes * 60, lambda found: write(out, about, found, began))
+            found = run_stages(
+                place,
+                what,
+                chosen,
+                began + asked.minutes * 60,
+                lambda found: write(out, about, found, began),
+            )
         finally:
             for one in list(RUNNING):
                 end(one, 5.0)
-    print("\n".join(["", *summary(machine, found), f"{time.monotonic() - began:.0f} s; send back {out}"]))
+    print(
+        "\n".join(
+            ["", *summary(machine, found), f"{time.monotonic() - began:.0f} s; send back {out}"]
+        )
+    )
     return 0 if all(verdict["verdict"] in ("held", "left out") for verdict in found.values()) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="two_gpus.sh", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="two_gpus.sh", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument(
         "--parts",
         default=",".join(PARTS),
         help=f"default: all of {', '.join(PARTS)}; one_rank, ddp and fused are compared with peft",
     )
     parser.add_argument(
-        "--minutes", type=float, default=14.5, help="for everything; parts that it does not reach fail (default: 14.5)"
+        "--minutes",
+        type=float,
+        default=14.5,
+        help="for everything; parts that it does not reach fail (default: 14.5)",
     )
-    parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=PATH", help="interpreter of trl or unsloth")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/two-gpus-CARD.json")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep runs and logs there (default: a temporary folder)")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: two gloo ranks, to test this script")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="LIBRARY=PATH",
+        help="interpreter of trl or unsloth",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: benchmarks/results/two-gpus-CARD.json"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="keep runs and logs there (default: a temporary folder)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=["cuda", "cpu"],
+        help="cpu: two gloo ranks, to test this script",
+    )
     parser.add_argument("--model", default="random:llama-8b", help="random:llama-8b or random:tiny")
     parser.add_argument("--updates", type=int, default=60, help="of the recipe's run (default: 60)")
-    parser.add_argument("--first", type=int, default=8, help="updates that other ways are compared over (default: 8)")
-    parser.add_argument("--verify-only", default="", metavar="TEXT", help="glassloop verify --only TEXT")
-    parser.add_argument("--workloads", default=",".join(Asked.workloads), help="of bench and peers (default: full-v1,scam-v1)")
-    parser.add_argument("--rows-per-update", type=int, default=16, help="of bench and peers, over all ranks (default: 16)")
-    parser.add_argument("--bench-updates", type=int, default=3, help="measured updates of an arm (default: 3)")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=8,
+        help="updates that other ways are compared over (default: 8)",
+    )
+    parser.add_argument(
+        "--verify-only", default="", metavar="TEXT", help="glassloop verify --only TEXT"
+    )
+    parser.add_argument(
+        "--workloads",
+        default=",".join(Asked.workloads),
+        help="of bench and peers (default: full-v1,scam-v1)",
+    )
+    parser.add_argument(
+        "--rows-per-update",
+        type=int,
+        default=16,
+        help="of bench and peers, over all ranks (default: 16)",
+    )
+    parser.add_argument(
+        "--bench-updates", type=int, default=3, help="measured updates of an arm (default: 3)"
+    )
     return parser
 
 
@@ -123,7 +190,14 @@ def machine_of(place: Place) -> tuple[dict[str, Any], str]:
     """What two_gpus_machine.py says, and why nothing can be run here ("" where it can)."""
     words = [place.python, str(Path(__file__).with_name("two_gpus_machine.py")), place.device]
     try:
-        done = subprocess.run(words, env=place.environment(2), capture_output=True, text=True, timeout=MACHINE_S, check=True)
+        done = subprocess.run(
+            words,
+            env=place.environment(2),
+            capture_output=True,
+            text=True,
+            timeout=MACHINE_S,
+            check=True,
+        )
         machine = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {}, f"the cards did not answer within {MACHINE_S:g} s; `glassloop doctor` says more"
@@ -143,7 +217,9 @@ def card_name(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def run_stages(place: Place, asked: Asked, chosen: list[str], last: float, written: Any) -> dict[str, dict[str, Any]]:
+def run_stages(
+    place: Place, asked: Asked, chosen: list[str], last: float, written: Any
+) -> dict[str, dict[str, Any]]:
     """Run the chosen parts. Returns title -> verdict, in order, as plain values.
 
     Args:
@@ -156,7 +232,10 @@ def run_stages(place: Place, asked: Asked, chosen: list[str], last: float, writt
         until = min(began + limit_s, last)
         results: dict[str, dict[str, Verdict]] = {}
         mine = [name for name in names if name in chosen]
-        others = [threading.Thread(target=_run, args=(name, place, asked, until, results), daemon=True) for name in mine[1:]]
+        others = [
+            threading.Thread(target=_run, args=(name, place, asked, until, results), daemon=True)
+            for name in mine[1:]
+        ]
         for thread in others:
             thread.start()
         if mine:
@@ -166,13 +245,18 @@ def run_stages(place: Place, asked: Asked, chosen: list[str], last: float, writt
                 thread.join(0.2)
         for name in mine:
             for title, verdict in results[name].items():
-                found[title] = vars(verdict) | {"part": name, "stage_s": round(time.monotonic() - began, 1)}
+                found[title] = vars(verdict) | {
+                    "part": name,
+                    "stage_s": round(time.monotonic() - began, 1),
+                }
                 print(line_of(title, found[title]), flush=True)
         written(found)
     return found
 
 
-def _run(name: str, place: Place, asked: Asked, until: float, results: dict[str, dict[str, Verdict]]) -> None:
+def _run(
+    name: str, place: Place, asked: Asked, until: float, results: dict[str, dict[str, Verdict]]
+) -> None:
     """One part; whatever it raises is its own failure."""
     if time.monotonic() >= until - 1:
         results[name] = {name: parts.failed("no time was left (--minutes)")}
@@ -185,11 +269,17 @@ def _run(name: str, place: Place, asked: Asked, until: float, results: dict[str,
 
 def write(out: Path, about: dict[str, Any], found: dict[str, Any], began: float) -> None:
     """The JSON, whole at any time, without the name of the user whose folders the logs' ends speak of."""
-    text = json.dumps(about | {"seconds": round(time.monotonic() - began, 1), "parts": found}, indent=1, default=str)
+    text = json.dumps(
+        about | {"seconds": round(time.monotonic() - began, 1), "parts": found},
+        indent=1,
+        default=str,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(".tmp")
     home = str(Path.home())
-    temporary.write_text((text.replace(home, "~") if len(home) > 1 else text) + "\n", encoding="utf-8")
+    temporary.write_text(
+        (text.replace(home, "~") if len(home) > 1 else text) + "\n", encoding="utf-8"
+    )
     os.replace(temporary, out)
 
 
@@ -201,7 +291,9 @@ def summary(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[s
         if machine["gpus"]
         else "gloo"
     )
-    lines = [f"{cards}; {link}; torch {machine['packages']['torch']}; 4 MiB all-reduce: {machine['all_reduce_4_mib']['outcome']}"]
+    lines = [
+        f"{cards}; {link}; torch {machine['packages']['torch']}; 4 MiB all-reduce: {machine['all_reduce_4_mib']['outcome']}"
+    ]
     lines += [line_of(title, verdict) for title, verdict in found.items()]
     run = found.get("the recipe, peft", {}).get("numbers", {})
     if run.get("updates_timed"):

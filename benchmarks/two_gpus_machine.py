@@ -34,7 +34,9 @@ def facts(device: str) -> dict[str, Any]:
         "p2p_read": _said("nvidia-smi", "topo", "-p2p", "r") if cuda else None,
         "p2p": torch.cuda.can_device_access_peer(0, 1) if cards > 1 else None,
         "nccl": ".".join(map(str, nccl.version())) if cuda else None,
-        "nccl_environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
+        "nccl_environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")
+        },
         "all_reduce_4_mib": vars(answer),
         "cpu": processor(),
         "cpu_cores": len(os.sched_getaffinity(0)),
@@ -44,7 +46,9 @@ def facts(device: str) -> dict[str, Any]:
 
 def _said(*words: str) -> str | None:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -17,10 +17,20 @@ from two_gpus_runs import Place
 from glassloop.bench.results import TOLERANCE
 from glassloop.loop.watchdog import PATIENCE_S
 
-RANK_ENDS_S = PATIENCE_S + 5.0  # a rank whose partner was killed: its watchdog's patience, and the time to leave the card
+RANK_ENDS_S = (
+    PATIENCE_S + 5.0
+)  # a rank whose partner was killed: its watchdog's patience, and the time to leave the card
 LAUNCHER_ENDS_S = 2 * PATIENCE_S
-KILL = {"updates": 12, "every": 4, "at": 6}  # of the killed run: checkpoints at 4 and 8, killed after update 6
-TRAINED = ("rows", "supervised_tokens", "lr")  # what must be equal in two runs of the same rows, beside the rows' ids
+KILL = {
+    "updates": 12,
+    "every": 4,
+    "at": 6,
+}  # of the killed run: checkpoints at 4 and 8, killed after update 6
+TRAINED = (
+    "rows",
+    "supervised_tokens",
+    "lr",
+)  # what must be equal in two runs of the same rows, beside the rows' ids
 
 
 @dataclass(frozen=True)
@@ -60,19 +70,34 @@ def judged(held: bool, why: str, **numbers: Any) -> Verdict:
 def peft(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     """The recipe with the reference engine and the summed all-reduce, two ranks."""
     name, folder = "peft", place.work / "runs" / "peft"
-    one = runs.train(place, name, runs.recipe(place, name, f"schedule.updates={asked.updates}", "checkpoint.keep=2"))
+    one = runs.train(
+        place,
+        name,
+        runs.recipe(place, name, f"schedule.updates={asked.updates}", "checkpoint.keep=2"),
+    )
     code = one.wait(until)
     runs.end(one)
     updates = runs.updates_of(folder)
     numbers: dict[str, Any] = {"exit_code": code, "updates": len(updates), **runs.speed(updates)}
     if updates:
-        numbers |= {"loss_nats_first": updates[1]["loss_nats"], "loss_nats_last": updates[max(updates)]["loss_nats"]}
-    whole = len(updates) == asked.updates and all(line["action"] == "applied" for line in updates.values())
-    parted = [line["message"] for line in runs.lines_of(folder, "events.jsonl") if line["kind"] == "failed"]
+        numbers |= {
+            "loss_nats_first": updates[1]["loss_nats"],
+            "loss_nats_last": updates[max(updates)]["loss_nats"],
+        }
+    whole = len(updates) == asked.updates and all(
+        line["action"] == "applied" for line in updates.values()
+    )
+    parted = [
+        line["message"]
+        for line in runs.lines_of(folder, "events.jsonl")
+        if line["kind"] == "failed"
+    ]
     # The gate of every update refuses replicas whose checksums of adapters and optimizer differ, before anything is applied.
     agree = Verdict(
         "missed" if parted else "held" if updates else "failed",
-        parted[0] if parted else f"checksums of adapters and optimizer were equal before each of {len(updates)} updates",
+        parted[0]
+        if parted
+        else f"checksums of adapters and optimizer were equal before each of {len(updates)} updates",
         {"updates_compared": len(updates)},
     )
     if not updates:
@@ -87,7 +112,11 @@ def one_rank(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
 
 
 def ddp(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
-    return {"reduction ddp, same losses": _beside(place, asked, until, "ddp", 2, ["execution.reduction=ddp"])}
+    return {
+        "reduction ddp, same losses": _beside(
+            place, asked, until, "ddp", 2, ["execution.reduction=ddp"]
+        )
+    }
 
 
 def fused(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
@@ -98,7 +127,9 @@ def fused(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     words = ["execution.engine=fused", "execution.layout=packed"]
     return {
         "engine fused, first update": _beside(place, asked, until, "fused", 2, words, most=1),
-        "engine fused, one rank": _beside(place, asked, until, "fused-one-rank", 1, words, beside="fused"),
+        "engine fused, one rank": _beside(
+            place, asked, until, "fused-one-rank", 1, words, beside="fused"
+        ),
     }
 
 
@@ -120,7 +151,12 @@ def _beside(
     """
     folder, known = place.work / "runs" / name, place.work / "runs" / beside
     wanted = min(asked.first, asked.updates)
-    asked_for = [f"schedule.updates={asked.updates}", f"batch.ranks={ranks}", "checkpoint.every_updates=null", *words]
+    asked_for = [
+        f"schedule.updates={asked.updates}",
+        f"batch.ranks={ranks}",
+        "checkpoint.every_updates=null",
+        *words,
+    ]
     one = runs.train(place, name, runs.recipe(place, name, *asked_for), ranks=ranks)
     one.reaches(lambda: len(runs.updates_of(folder)) >= wanted, until)
     code = one.process.poll()
@@ -131,13 +167,22 @@ def _beside(
     ours = {update: line for update, line in ours.items() if update <= wanted}
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
-        return failed("no update to compare" + (f"; {ended(code)}" if not ours else f": the run {beside} has none"), one)
+        return failed(
+            "no update to compare"
+            + (f"; {ended(code)}" if not ours else f": the run {beside} has none"),
+            one,
+        )
     other_rows = _other_rows(folder, known)
     loss, norm = (runs.apart(ours, theirs, field) for field in ("loss_nats", "grad_norm_pre_clip"))
     marks = (
         TOLERANCE[place.precision] if place.device == "cuda" else TOLERANCE["bf16"]
     )  # fp32 parts too, once 8-bit AdamW has rounded
-    held = max(loss.values()) <= marks[0] and max(norm.values()) <= marks[1] and not other_rows and len(shared) >= wanted
+    held = (
+        max(loss.values()) <= marks[0]
+        and max(norm.values()) <= marks[1]
+        and not other_rows
+        and len(shared) >= wanted
+    )
     numbers = {
         "ranks": ranks,
         "updates_compared": len(shared),
@@ -151,18 +196,29 @@ def _beside(
         **runs.speed(timed),
     }
     if ranks == 1 or "execution.reduction=ddp" in words:
-        numbers |= {"reduce_share": None, "reduce_s_median": None}  # nothing is summed, or DDP does it inside backward
+        numbers |= {
+            "reduce_share": None,
+            "reduce_s_median": None,
+        }  # nothing is summed, or DDP does it inside backward
     why = f"losses of {len(shared)} of the first {wanted} updates differ by at most {max(loss.values()):.1e}, norms by {max(norm.values()):.1e}"
-    return judged(held, why + (f"; OTHER ROWS in updates {other_rows}" if other_rows else ""), **numbers)
+    return judged(
+        held, why + (f"; OTHER ROWS in updates {other_rows}" if other_rows else ""), **numbers
+    )
 
 
 def _other_rows(ours: Path, theirs: Path) -> list[int]:
     """Updates that both have and in which rows, tokens or lr were not the same."""
-    a, b, mine, known = runs.updates_of(ours), runs.updates_of(theirs), runs.rows_of(ours), runs.rows_of(theirs)
+    a, b, mine, known = (
+        runs.updates_of(ours),
+        runs.updates_of(theirs),
+        runs.rows_of(ours),
+        runs.rows_of(theirs),
+    )
     return [
         update
         for update in sorted(a.keys() & b.keys())
-        if mine.get(update) != known.get(update) or any(a[update][name] != b[update][name] for name in TRAINED)
+        if mine.get(update) != known.get(update)
+        or any(a[update][name] != b[update][name] for name in TRAINED)
     ]
 
 
@@ -182,10 +238,18 @@ def killed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
             "exact resume": failed("nothing to resume"),
         }
     one = runs.train(place, "killed", runs.recipe(place, "killed", *fixed))
-    if not one.reaches(lambda: len(runs.updates_of(folder)) >= KILL["at"], until) or one.process.poll() is not None:
+    if (
+        not one.reaches(lambda: len(runs.updates_of(folder)) >= KILL["at"], until)
+        or one.process.poll() is not None
+    ):
         runs.end(one)
-        return {"one rank killed": failed("it did not get to the kill", one), "exact resume": failed("nothing to resume")}
-    pids = [json.loads((folder / "ranks" / f"rank{rank}.json").read_text())["pid"] for rank in range(2)]
+        return {
+            "one rank killed": failed("it did not get to the kill", one),
+            "exact resume": failed("nothing to resume"),
+        }
+    pids = [
+        json.loads((folder / "ranks" / f"rank{rank}.json").read_text())["pid"] for rank in range(2)
+    ]
     saved = runs.checkpoint(folder)
     os.kill(pids[1], signal.SIGKILL)
     at = time.monotonic()
@@ -198,7 +262,12 @@ def killed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     runs.kill(tick)  # should the rank have outlived its launcher
     left = runs.checkpoint(folder)
     untouched = saved is not None and saved == left
-    good = code not in (0, None) and untouched and rank_s <= RANK_ENDS_S and launcher_s <= LAUNCHER_ENDS_S
+    good = (
+        code not in (0, None)
+        and untouched
+        and rank_s <= RANK_ENDS_S
+        and launcher_s <= LAUNCHER_ENDS_S
+    )
     why = f"the other rank ended {rank_s:.1f} s later, the launcher {launcher_s:.1f} s, {ended(code)}; "
     why += f"{left[0] if left else 'no checkpoint'} {'untouched' if untouched else 'NOT AS IT WAS'}"
     numbers = {
@@ -228,7 +297,9 @@ def _same_again(folder: Path, whole: Path, code: int | None, one: runs.Started) 
         return failed(f"the resumed run: {ended(code)}", one)
     fields = ("loss_nats", "grad_norm_pre_clip", "lr")
     other = [
-        update for update in theirs if update not in ours or any(ours[update][name] != theirs[update][name] for name in fields)
+        update
+        for update in theirs
+        if update not in ours or any(ours[update][name] != theirs[update][name] for name in fields)
     ]
     loss = runs.apart(ours, theirs, "loss_nats")
     why = f"updates {again[0]} to {again[-1]} were done again; "
@@ -237,12 +308,24 @@ def _same_again(folder: Path, whole: Path, code: int | None, one: runs.Started) 
         if other
         else "losses and norms are those of the uninterrupted run, bit for bit"
     )
-    return judged(not other, why, done_again=again, differing=other, loss_off_worst=max(loss.values()))
+    return judged(
+        not other, why, done_again=again, differing=other, loss_off_worst=max(loss.values())
+    )
 
 
 def verify(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     """`glassloop verify`."""
-    words = [place.python, "-m", "glassloop.cli", "verify", "--json", "--device", place.device, "--only", asked.verify_only]
+    words = [
+        place.python,
+        "-m",
+        "glassloop.cli",
+        "verify",
+        "--json",
+        "--device",
+        place.device,
+        "--only",
+        asked.verify_only,
+    ]
     one = runs.start(place, words, "verify", 2)
     code = one.wait(until)
     runs.end(one)

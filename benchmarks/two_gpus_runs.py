@@ -51,9 +51,12 @@ class Place:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name not in LAUNCHER_VARIABLES and not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+            if name not in LAUNCHER_VARIABLES
+            and not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
         }
-        kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        kept["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         if self.device == "cpu":
             return kept | {
                 "CUDA_VISIBLE_DEVICES": "",
@@ -68,9 +71,16 @@ def write_rows(path: Path, name: str, rows: int) -> list[int]:
     made = workload(name, rows, vocabulary=512)
     with open(path, "w", encoding="utf-8") as file:
         for index, row in enumerate(made):
-            letters = random.Random(index).choices(string.ascii_lowercase, k=len(row) - BEGIN_TOKENS - 1)
+            letters = random.Random(index).choices(
+                string.ascii_lowercase, k=len(row) - BEGIN_TOKENS - 1
+            )
             prompt = len(row) - row.supervised_tokens - BEGIN_TOKENS
-            file.write(json.dumps({"prompt": "".join(letters[:prompt]), "completion": "".join(letters[prompt:])}) + "\n")
+            file.write(
+                json.dumps(
+                    {"prompt": "".join(letters[:prompt]), "completion": "".join(letters[prompt:])}
+                )
+                + "\n"
+            )
     return [len(row) for row in made]
 
 
@@ -125,7 +135,15 @@ def start(place: Place, words: Sequence[str], name: str, ranks: int) -> Started:
 def train(place: Place, name: str, words: Sequence[str], *, ranks: int = 2) -> Started:
     """`accelerate launch --config_file accelerate_configs/... train_loop.py WORDS`."""
     file = ROOT / "accelerate_configs" / LAUNCH_FILES[place.device, ranks]
-    launcher = [place.python, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(ranks)]
+    launcher = [
+        place.python,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(file),
+        "--num_processes",
+        str(ranks),
+    ]
     return start(place, [*launcher, "train_loop.py", *words], name, ranks)
 
 
@@ -233,7 +251,9 @@ def speed(updates: dict[int, dict[str, Any]], skip: int = 2) -> dict[str, Any]:
     }
 
 
-def apart(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], name: str) -> dict[int, float]:
+def apart(
+    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], name: str
+) -> dict[int, float]:
     """Update -> |ours / theirs - 1| of the record's field `name`; infinite where one has no such number."""
     found = {}
     for update in sorted(ours.keys() & theirs.keys()):

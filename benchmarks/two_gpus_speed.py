@@ -14,8 +14,13 @@ from two_gpus_runs import Place
 from glassloop.bench import matrix, processes
 from glassloop.bench.results import append, arms, checked, read
 
-PRECISION = "bf16"  # on a CPU too: TRL trains adapters in bf16, which the marks for fp32 do not allow for
-EFFICIENCY = {"full-v1": 0.95, "scam-v1": 0.90}  # least rate of two ranks, as a share of twice that of one
+PRECISION = (
+    "bf16"  # on a CPU too: TRL trains adapters in bf16, which the marks for fp32 do not allow for
+)
+EFFICIENCY = {
+    "full-v1": 0.95,
+    "scam-v1": 0.90,
+}  # least rate of two ranks, as a share of twice that of one
 
 TOO_GOOD = 1.05  # above it the one-rank arm was disturbed, and the ratio is no measurement
 
@@ -24,7 +29,11 @@ def bench(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     """The arms of `glassloop bench`: engines on one and two ranks, each in its usual layout; their lines are kept in work/bench.jsonl."""
     spot = processes.Place(place.device, len(place.cards))
     common = dict(
-        rows_per_update=asked.rows_per_update, model=place.model, precision=PRECISION, updates=asked.bench_updates, warmup=1
+        rows_per_update=asked.rows_per_update,
+        model=place.model,
+        precision=PRECISION,
+        updates=asked.bench_updates,
+        warmup=1,
     )
     specs = [
         spec
@@ -44,14 +53,19 @@ def bench(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         lines.append(line | {"check": checked(line, lines)})
         append(place.work / "bench.jsonl", lines[-1])
     return {
-        f"scaling, {engine}, {rows}": _scaling(place, lines, engine, rows) for engine in asked.engines for rows in asked.workloads
+        f"scaling, {engine}, {rows}": _scaling(place, lines, engine, rows)
+        for engine in asked.engines
+        for rows in asked.workloads
     }
 
 
 def _scaling(place: Place, lines: list[dict[str, Any]], engine: str, rows: str) -> Verdict:
     """Rate of two ranks over twice that of one. On a CPU, whose cores the ranks share, only the results are judged."""
     mine = [
-        line for line in lines if (line["cell"]["engine"], line["cell"]["workload"]) == (engine, rows) and not line["check_only"]
+        line
+        for line in lines
+        if (line["cell"]["engine"], line["cell"]["workload"]) == (engine, rows)
+        and not line["check_only"]
     ]
     numbers: dict[str, Any] = {f"{line['cell']['ranks']} rank(s)": of_line(line) for line in mine}
     rates = {arm.cell["ranks"]: arm.tokens_per_s for arm in arms(mine)}
@@ -65,17 +79,39 @@ def _scaling(place: Place, lines: list[dict[str, Any]], engine: str, rows: str) 
     efficiency = rates[2] / (2 * rates[1])
     why = f"two ranks reach {efficiency:.0%} of twice one rank ({rates[2]:,.0f} and {rates[1]:,.0f} tokens/s)"
     if efficiency > 1:
-        why += "; above 100 %: the one-rank arm was slow, as a busy host makes it, so this says little"
+        why += (
+            "; above 100 %: the one-rank arm was slow, as a busy host makes it, so this says little"
+        )
     if place.device == "cpu":
-        return Verdict("held", why + "; ranks share the cores, so no mark", numbers | {"efficiency": efficiency})
+        return Verdict(
+            "held",
+            why + "; ranks share the cores, so no mark",
+            numbers | {"efficiency": efficiency},
+        )
     if efficiency > TOO_GOOD:
         return Verdict("failed", why, numbers | {"efficiency": efficiency})
-    return judged(efficiency >= EFFICIENCY.get(rows, 0.0), why, **numbers, efficiency=efficiency, mark=EFFICIENCY.get(rows))
+    return judged(
+        efficiency >= EFFICIENCY.get(rows, 0.0),
+        why,
+        **numbers,
+        efficiency=efficiency,
+        mark=EFFICIENCY.get(rows),
+    )
 
 
 def of_line(line: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a line of the benchmark."""
-    names = ("failed", "check", "tokens_per_s", "update_s", "shares", "peak", "update_1", "rows_digest", "adapters")
+    names = (
+        "failed",
+        "check",
+        "tokens_per_s",
+        "update_s",
+        "shares",
+        "peak",
+        "update_1",
+        "rows_digest",
+        "adapters",
+    )
     return {name: line[name] for name in names if name in line}
 
 
@@ -85,10 +121,16 @@ def peers(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     for library, peer in (("trl", "trl"), ("unsloth", "unsloth-trainer")):
         name = f"{library} under DDP"
         if library not in pythons and importlib.util.find_spec(library) is None:
-            found[name] = Verdict("left out", f"{library} is not installed (--python {library}=/path/to/env/bin/python)", {})
+            found[name] = Verdict(
+                "left out",
+                f"{library} is not installed (--python {library}=/path/to/env/bin/python)",
+                {},
+            )
             continue
         if library in pythons and not Path(pythons[library]).is_file():
-            found[name] = failed(f"--python {library}={pythons[library]}: there is no such interpreter")
+            found[name] = failed(
+                f"--python {library}={pythons[library]}: there is no such interpreter"
+            )
             continue
         found[name] = _peer(place, asked, until, peer)
     return found
@@ -96,7 +138,16 @@ def peers(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
 
 def _peer(place: Place, asked: Asked, until: float, peer: str) -> Verdict:
     out, timed = place.work / "bench.jsonl", max(1.0, until - time.monotonic())
-    words = [place.python, "benchmarks/peers.py", "--peers", peer, "--workloads", ",".join(asked.workloads), "--ranks", "2"]
+    words = [
+        place.python,
+        "benchmarks/peers.py",
+        "--peers",
+        peer,
+        "--workloads",
+        ",".join(asked.workloads),
+        "--ranks",
+        "2",
+    ]
     words += [
         "--model",
         place.model,
@@ -109,7 +160,14 @@ def _peer(place: Place, asked: Asked, until: float, peer: str) -> Verdict:
         "--warmup",
         "1",
     ]
-    words += ["--rows-per-update", str(asked.rows_per_update), "--updates", str(asked.bench_updates), "--timeout", f"{timed:.0f}"]
+    words += [
+        "--rows-per-update",
+        str(asked.rows_per_update),
+        "--updates",
+        str(asked.bench_updates),
+        "--timeout",
+        f"{timed:.0f}",
+    ]
     words += [word for name, path in asked.pythons for word in ("--python", f"{name}={path}")]
     one = runs.start(place, words, f"peer-{peer}", 2)
     code = one.wait(until)
@@ -126,15 +184,23 @@ def _peer(place: Place, asked: Asked, until: float, peer: str) -> Verdict:
             f"{engine} / {peer}": other["tokens_per_s"]["real"] / rate
             for engine in asked.engines
             for other in lines
-            if (other["cell"]["engine"], other["cell"]["workload"], other["cell"]["ranks"]) == (engine, rows, 2)
+            if (other["cell"]["engine"], other["cell"]["workload"], other["cell"]["ranks"])
+            == (engine, rows, 2)
             and "failed" not in other
         }
         numbers[rows] = of_line(line) | {"beside": beside}
     within = all(line["check"]["within"] for line in mine.values())
-    told = ", ".join(f"{rows} {line['tokens_per_s']['real']:,.0f} tokens/s" for rows, line in mine.items())
-    ratios = ", ".join(f"{what} {ratio:.2f} on {rows}" for rows, one in numbers.items() for what, ratio in one["beside"].items())
+    told = ", ".join(
+        f"{rows} {line['tokens_per_s']['real']:,.0f} tokens/s" for rows, line in mine.items()
+    )
+    ratios = ", ".join(
+        f"{what} {ratio:.2f} on {rows}"
+        for rows, one in numbers.items()
+        for what, ratio in one["beside"].items()
+    )
     return judged(
         within,
-        f"{told}; {ratios or 'nothing of glassloop to set beside it'}" + ("" if within else "; update 1 DIFFERS"),
+        f"{told}; {ratios or 'nothing of glassloop to set beside it'}"
+        + ("" if within else "; update 1 DIFFERS"),
         **numbers,
     )

@@ -38,8 +38,17 @@ def student_tail(t: float, degrees: int) -> float:
     angle = math.atan2(math.sqrt(degrees), t)
     steps = 200
     values = [math.sin(angle * i / steps) ** (degrees - 1) for i in range(steps + 1)]
-    area = angle / steps / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
-    return area * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+    area = (
+        angle
+        / steps
+        / 3
+        * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
+    )
+    return (
+        area
+        * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2))
+        / math.sqrt(math.pi)
+    )
 
 
 class Line(NamedTuple):
@@ -63,7 +72,9 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> Line:
     return Line(mean_x, mean_y, slope, spread, math.sqrt(rest / (n - 2)), n)
 
 
-def forecast(xs: Sequence[float], ys: Sequence[float], x: float, y: float, widen: float = 1.0) -> Forecast:
+def forecast(
+    xs: Sequence[float], ys: Sequence[float], x: float, y: float, widen: float = 1.0
+) -> Forecast:
     """y at x against the line through the points: Student's t of a new value, which knows how few points the line stands on.
 
     widen: the new value's own sigma over that of the points.

@@ -10,14 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: a test that asks a hub is a fault
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before huggingface_hub is imported: a test that asks a hub is a fault
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads than free cores wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: more threads than free cores wait for each other
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 if TYPE_CHECKING:
     from glassloop.engines.peft import PeftEngine
@@ -58,16 +68,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXT * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def tiny_llama(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """Folder of a Llama with 2 layers of hidden size 64 (bf16, untied head), and the tiny tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -87,7 +104,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def tiny_qwen2(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """Folder of a Qwen2 of the same size: biases in attention, head tied to the embedding."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -107,7 +126,9 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
-            torch.nn.init.normal_(parameter, std=0.1)  # made as zeros, which would hide a bias that is lost
+            torch.nn.init.normal_(
+                parameter, std=0.1
+            )  # made as zeros, which would hide a bias that is lost
     return _saved(model, tiny_tokenizer, tmp_path_factory.mktemp("tiny-qwen2"))
 
 
@@ -176,7 +197,11 @@ def run_of(tmp_path: Path, tiny_llama: Path):
         values = {
             "model": {"id": str(tiny_llama)},
             "lora": {"r": 4, "alpha": 8},
-            "data": {"source": str(write_rows(tmp_path / "rows.jsonl", 37)), "template": "chat", "max_tokens": 96},
+            "data": {
+                "source": str(write_rows(tmp_path / "rows.jsonl", 37)),
+                "template": "chat",
+                "max_tokens": 96,
+            },
             "batch": {"size": 2, "accumulation": 4},
             "schedule": {"updates": 60},
             "optimizer": {"lr": 1e-2},

@@ -21,11 +21,17 @@ ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process
 
 def cache_root(cache_dir: str | None) -> Path:
     """model.cache_dir, else $GLASSLOOP_CACHE, else ~/.cache/glassloop; made where it is missing."""
-    root = Path(cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop").expanduser().absolute()
+    root = (
+        Path(cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop")
+        .expanduser()
+        .absolute()
+    )
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"model.cache_dir = {root} cannot be made ({error}): name a folder that can be written") from error
+        raise ValueError(
+            f"model.cache_dir = {root} cannot be made ({error}): name a folder that can be written"
+        ) from error
     return root
 
 

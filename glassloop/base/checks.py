@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Factors between the head's product and the logits that a head of plain weights leaves out; 1, 0 and None are no factor.
-LOGIT_FACTORS = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale", "lm_head_multiplier")
+LOGIT_FACTORS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+)
 CHUNK_WORDS = 1 << 22  # 32 MiB of int64 at a time
 
 
@@ -47,7 +53,9 @@ def audit_table(groups: list[DtypeGroup]) -> str:
     lines = [f"{'parameters':24}{'dtype':10}{'trains':8}{'tensors':>8}{'weights':>16}{'MiB':>10}"]
     for g in groups:
         trains = "yes" if g.trainable else "no"
-        lines.append(f"{g.kind:24}{g.dtype:10}{trains:8}{g.tensors:>8}{g.parameters:>16,}{g.size_bytes / 2**20:>10.1f}")
+        lines.append(
+            f"{g.kind:24}{g.dtype:10}{trains:8}{g.tensors:>8}{g.parameters:>16,}{g.size_bytes / 2**20:>10.1f}"
+        )
     return "\n".join(lines)
 
 
@@ -66,7 +74,12 @@ def check_dtypes(hf: nn.Module, precision: str) -> None:
                 f"{name} trains in {parameter.dtype}, but execution.precision = {precision} needs fp32 trainables: "
                 "load adapters with autocast_adapter_dtype, or convert them to fp32"
             )
-        asked = parameter.requires_grad or precision == "fp32" or kind == "norm" or any(part in name.split(".") for part in kept)
+        asked = (
+            parameter.requires_grad
+            or precision == "fp32"
+            or kind == "norm"
+            or any(part in name.split(".") for part in kept)
+        )
         if parameter.dtype == torch.float32 and not asked:
             raise ValueError(
                 f"{name} ({kind}) is fp32 although execution.precision = {precision}: only norms may be; "
@@ -77,7 +90,9 @@ def check_dtypes(hf: nn.Module, precision: str) -> None:
 def check_devices(hf: nn.Module, device: torch.device, *, but: tuple[str, ...] = ()) -> None:
     """Raise ValueError unless every parameter and buffer lies on this rank's own device. `but`: last parts of buffers' names that need not."""
     own = _indexed(device)
-    buffers = [(name, tensor) for name, tensor in hf.named_buffers() if name.rpartition(".")[2] not in but]
+    buffers = [
+        (name, tensor) for name, tensor in hf.named_buffers() if name.rpartition(".")[2] not in but
+    ]
     for name, tensor in [*hf.named_parameters(), *buffers]:
         if _indexed(tensor.device) != own:
             raise ValueError(
@@ -131,7 +146,9 @@ def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None
     if not bool(logits.isfinite().all()):
         raise ValueError(_not_finite(hf, model_id, head.weight.dtype))
     plain = F.linear(hidden, head.weight, head.bias).float()
-    if plain.shape != logits.shape or not torch.allclose(plain, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+    if plain.shape != logits.shape or not torch.allclose(
+        plain, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())
+    ):
         raise ValueError(
             f"the logits of {name} are not head(decoder(x)), which execution.engine = peft relies on: take another model"
         )
@@ -140,13 +157,22 @@ def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None
 def _not_finite(hf: nn.Module, model_id: str, dtype: torch.dtype) -> str:
     """What to say of a base whose logits are infinite or NaN: the weight at fault, where it is one."""
     for name, tensor in hf.named_parameters():
-        state: Any = getattr(tensor, "quant_state", None)  # of NF4: the weight itself is codes, its scales tell
+        state: Any = getattr(
+            tensor, "quant_state", None
+        )  # of NF4: the weight itself is codes, its scales tell
         parts = (
-            [tensor] if state is None else [state.absmax, *([] if state.offset is None else [state.offset, state.state2.absmax])]
+            [tensor]
+            if state is None
+            else [
+                state.absmax,
+                *([] if state.offset is None else [state.offset, state.state2.absmax]),
+            ]
         )
         if not all(bool(part.isfinite().all()) for part in parts):
             return f"model.id = {model_id} holds infinite or NaN numbers in {name}: take an undamaged copy of the model"
-    cure = "set execution.precision=bf16 or fp32" if dtype == torch.float16 else "take another model"
+    cure = (
+        "set execution.precision=bf16 or fp32" if dtype == torch.float16 else "take another model"
+    )
     return f"model.id = {model_id} computes logits that are not finite from finite weights in {str(dtype).removeprefix('torch.')}: {cure}"
 
 
@@ -184,7 +210,9 @@ def _word_sum(tensor: Tensor) -> int:
     if words.data_ptr() % 8:
         words = words.clone()
     words = words.view(torch.int64)
-    odd = torch.arange(1, 2 * min(CHUNK_WORDS, max(len(words), 1)) + 1, 2, device=raw.device)  # 1, 3, 5, ...
+    odd = torch.arange(
+        1, 2 * min(CHUNK_WORDS, max(len(words), 1)) + 1, 2, device=raw.device
+    )  # 1, 3, 5, ...
     total = 0
     for start in range(0, len(words), CHUNK_WORDS):
         chunk = words[start : start + CHUNK_WORDS]
@@ -228,7 +256,12 @@ def _kinds(hf: nn.Module) -> Iterator[tuple[str, Tensor, int, bool]]:
             continue
         seen.add(id(parameter))
         state: Any = getattr(parameter, "quant_state", None)
-        yield kind, parameter, state.shape.numel() if state is not None else parameter.numel(), parameter.requires_grad
+        yield (
+            kind,
+            parameter,
+            state.shape.numel() if state is not None else parameter.numel(),
+            parameter.requires_grad,
+        )
         for scales in _scales(state):
             yield "quantisation scales", scales, 0, False
 

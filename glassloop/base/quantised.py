@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from glassloop.base.cache import cache_root, published, save_pretrained_here
 from glassloop.base.checks import base_checksum
@@ -40,7 +46,9 @@ from glassloop.config.config import ModelConfig
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMAT = 1  # of a cached folder
 MANIFEST = "glassloop_base.json"
-HASHED_BYTES = 1 << 20  # files of a copy up to this size are compared by content, larger ones by size and what loads from them
+HASHED_BYTES = (
+    1 << 20
+)  # files of a copy up to this size are compared by content, larger ones by size and what loads from them
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,11 @@ class LoadReport:
 
 
 def load_base(
-    model: ModelConfig, *, precision: str, device: torch.device, first: Callable[[], AbstractContextManager[Any]]
+    model: ModelConfig,
+    *,
+    precision: str,
+    device: torch.device,
+    first: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[PreTrainedModel, LoadReport]:
     """The frozen base on `device`, linear layers in NF4 or all of it in the dtype of `precision`.
 
@@ -80,7 +92,9 @@ def load_base(
     """
     started, dtype = time.monotonic(), DTYPES[precision]
     if model.attention == "flash_attention_2" and precision == "fp32":
-        raise BaseError("model.attention = flash_attention_2 has no fp32: set model.attention=sdpa or execution.precision=bf16")
+        raise BaseError(
+            "model.attention = flash_attention_2 has no fp32: set model.attention=sdpa or execution.precision=bf16"
+        )
     copy: Path | None = None
     hf: PreTrainedModel | None = None
     made = False
@@ -120,7 +134,11 @@ def load_base(
 
 
 def find_base(
-    model: ModelConfig, *, precision: str, device: torch.device, first: Callable[[], AbstractContextManager[Any]]
+    model: ModelConfig,
+    *,
+    precision: str,
+    device: torch.device,
+    first: Callable[[], AbstractContextManager[Any]],
 ) -> LoadReport:
     """What load_base would report, for an engine that loads the same files itself. A base in NF4 only; quantises it if need be.
 
@@ -175,18 +193,24 @@ def _load(
         )
     if wrong := _wrong_weights(hf, info["missing_keys"]):
         cure = "take a complete repository or folder whose config fits its weights"
-        raise BaseError(damaged_copy(model, copy, wrong) if copy else f"model.id = {model.id}: {wrong}: {cure}")
+        raise BaseError(
+            damaged_copy(model, copy, wrong) if copy else f"model.id = {model.id}: {wrong}: {cure}"
+        )
     hf.requires_grad_(False)
     prepare_4bit(hf, dtype)
     return hf
 
 
-def _draw(source: BaseSource, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _draw(
+    source: BaseSource, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """An unquantised base with drawn weights."""
     assert source.drawn is not None
     with loading_errors(model), device:
         config = AutoConfig.from_pretrained(source.path)
-        hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attention)
+        hf = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=model.attention
+        )
     fill(hf, sizes()[source.drawn], device)
     return hf.eval().requires_grad_(False)  # as from_pretrained leaves it
 
@@ -209,17 +233,27 @@ def prepare_4bit(hf: nn.Module, dtype: torch.dtype) -> None:
     no backward pass, and later training forwards lose part of their gradient with no more than a warning.
     """
     for module in hf.modules():
-        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):  # bitsandbytes' Linear4bit
+        if hasattr(module, "quant_state") and hasattr(
+            module, "compute_dtype"
+        ):  # bitsandbytes' Linear4bit
             module.compute_dtype = dtype  # type: ignore[assignment]
             module.compute_type_is_set = True  # type: ignore[assignment]
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _quantized_copy(
-    source: BaseSource, files_hash: str, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    source: BaseSource,
+    files_hash: str,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Path, bool]:
     """Folder of the base in NF4, and whether it was made just now."""
-    folder = cache_root(model.cache_dir) / "quantized" / copy_name(source.name, files_hash, model, dtype, device.type)
+    folder = (
+        cache_root(model.cache_dir)
+        / "quantized"
+        / copy_name(source.name, files_hash, model, dtype, device.type)
+    )
     if folder.is_dir():
         return folder, False
     settings = BitsAndBytesConfig(
@@ -228,15 +262,27 @@ def _quantized_copy(
         bnb_4bit_use_double_quant=model.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-    hf = None if source.drawn else _load(source.path, source.revision, model, dtype, device, quantize=settings)
+    hf = (
+        None
+        if source.drawn
+        else _load(source.path, source.revision, model, dtype, device, quantize=settings)
+    )
     with published(folder) as temporary:
         if hf is None:
             assert source.drawn is not None and source.folder is not None
             shapes = sizes()[source.drawn]
-            _check_free_space(temporary, shapes.weights)  # more than it takes: the linear layers' are half a byte each
+            _check_free_space(
+                temporary, shapes.weights
+            )  # more than it takes: the linear layers' are half a byte each
             form = settings.to_dict()
             write_nf4(
-                temporary, source.folder, shapes, quantization=form, double=model.double_quantization, dtype=dtype, device=device
+                temporary,
+                source.folder,
+                shapes,
+                quantization=form,
+                double=model.double_quantization,
+                dtype=dtype,
+                device=device,
             )
             hf = _load(str(temporary), None, model, dtype, device)
         else:
@@ -245,7 +291,11 @@ def _quantized_copy(
             save_pretrained_here(hf, temporary)
             if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
                 generation.to_json_file(temporary / "generation_config.json")
-        files = {str(f.relative_to(temporary)): _file_entry(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        files = {
+            str(f.relative_to(temporary)): _file_entry(f)
+            for f in sorted(temporary.rglob("*"))
+            if f.is_file()
+        }
         manifest = {
             "name": source.name,
             "commit": source.commit,
@@ -259,7 +309,10 @@ def _quantized_copy(
 
 def _file_entry(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
-    return {"bytes": size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED_BYTES else None}
+    return {
+        "bytes": size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED_BYTES else None,
+    }
 
 
 def _check_free_space(folder: Path, needed: int) -> None:
@@ -271,7 +324,9 @@ def _check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def copy_name(name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype, device_type: str) -> str:
+def copy_name(
+    name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype, device_type: str
+) -> str:
     """Folder name of a quantised copy: readable, then 16 hex digits over all that decides its bytes.
 
     The device's type is among them: kernels of a CPU and a GPU may round a scale differently.
@@ -279,7 +334,12 @@ def copy_name(name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype
     decides = {
         "format": FORMAT,
         "base": files_hash,
-        "quantization": ["nf4", 64, model.double_quantization, "uint8"],  # type, block, scales quantised, storage
+        "quantization": [
+            "nf4",
+            64,
+            model.double_quantization,
+            "uint8",
+        ],  # type, block, scales quantised, storage
         "dtype": str(dtype),
         "bitsandbytes": ".".join(version("bitsandbytes").split(".")[:2]),
         "device": device_type,
@@ -300,7 +360,9 @@ def _checksum_of_copy(folder: Path, model: ModelConfig) -> int:
     return expected
 
 
-def _load_copy(folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, int]:
+def _load_copy(
+    folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, int]:
     """Load a quantised copy and compare it with what was written down when it was made. Raises BaseError naming a damaged folder."""
     expected = _checksum_of_copy(folder, model)
     with loading_errors(model, copy=folder):
@@ -314,14 +376,22 @@ def _load_copy(folder: Path, model: ModelConfig, dtype: torch.dtype, device: tor
 def _own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
     """The quantization_config that a repository brings, None where its weights are not quantised."""
     with loading_errors(model):
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
+        )
     own = getattr(config, "quantization_config", None)
     return own if own is None or isinstance(own, dict) else own.to_dict()
 
 
-def _compare_own_quantization(own: dict[str, Any], model: ModelConfig, dtype: torch.dtype) -> list[str]:
+def _compare_own_quantization(
+    own: dict[str, Any], model: ModelConfig, dtype: torch.dtype
+) -> list[str]:
     """Notes on a repository that comes quantised: its settings are kept. Raises BaseError where they are not NF4 by bitsandbytes."""
-    kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method", "unknown")
+    kind = (
+        own.get("bnb_4bit_quant_type")
+        if own.get("load_in_4bit")
+        else own.get("quant_method", "unknown")
+    )
     if kind != "nf4":
         raise BaseError(
             f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised repository"
@@ -336,7 +406,9 @@ def _compare_own_quantization(own: dict[str, Any], model: ModelConfig, dtype: to
         notes.append(
             f"its double quantisation is {double}; model.double_quantization = {model.double_quantization} has no effect"
         )
-    compute, wanted = (str(d).removeprefix("torch.") for d in (own.get("bnb_4bit_compute_dtype"), dtype))
+    compute, wanted = (
+        str(d).removeprefix("torch.") for d in (own.get("bnb_4bit_compute_dtype"), dtype)
+    )
     if compute != wanted:
         notes.append(f"its compute dtype {compute} is replaced by {wanted}")
     return notes

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
 PREFIX = "random:"
 VERSION = 1  # of the drawn weights and the tokenizer: a change of either raises it
-SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<r7>", "<r8>", "<r9>")  # ids 0 .. 9
+SPECIALS = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<r7>",
+    "<r8>",
+    "<r9>",
+)  # ids 0 .. 9
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -34,14 +45,20 @@ BYTES_MEAN, BYTES_STD = 510.0, 147.8016  # of the sum of four independent bytes
 
 def sizes() -> dict[str, Shapes]:
     """Name after the prefix -> shapes."""
-    return {name.removeprefix(PREFIX): shapes for name, shapes in KNOWN.items() if name.startswith(PREFIX)}
+    return {
+        name.removeprefix(PREFIX): shapes
+        for name, shapes in KNOWN.items()
+        if name.startswith(PREFIX)
+    }
 
 
 def random_folder(model_id: str, cache: Path) -> Path:
     """Folder with config.json and tokenizer of `random:NAME`, made under `cache` at the first call. Raises ValueError for an unknown NAME."""
     name = model_id.removeprefix(PREFIX)
     if name not in sizes():
-        raise ValueError(f"model.id = {model_id} is unknown: there are {', '.join(PREFIX + known for known in sizes())}")
+        raise ValueError(
+            f"model.id = {model_id} is unknown: there are {', '.join(PREFIX + known for known in sizes())}"
+        )
     folder = cache / f"random-{name}-v{VERSION}"
     if not folder.is_dir():
         with published(folder) as temporary:
@@ -53,7 +70,12 @@ def random_folder(model_id: str, cache: Path) -> Path:
 def _config(shapes: Shapes) -> Any:
     from transformers import LlamaConfig
 
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     return LlamaConfig(
         vocab_size=shapes.vocabulary,
         hidden_size=shapes.hidden,
@@ -82,12 +104,20 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*SPECIALS, *alphabet]
     names += [f"<filler {number}>" for number in range(len(names), vocabulary)]
-    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, [], unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.BPE({name: number for number, name in enumerate(names)}, [], unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIALS]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -117,7 +147,9 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
     return values ^ values >> 16
 
 
-def weights_of(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def weights_of(
+    shapes: Shapes, device: torch.device
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """All weights in bf16, in parts of about a layer: (part's name, {name in the model: weight})."""
     import torch
 
@@ -128,20 +160,36 @@ def weights_of(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, dict
         {
             "model.embed_tokens.weight": drawn("embed", (shapes.vocabulary, h), h, device),
             "model.norm.weight": ones,
-            **({} if shapes.tied_head else {"lm_head.weight": drawn("head", (shapes.vocabulary, h), h, device)}),
+            **(
+                {}
+                if shapes.tied_head
+                else {"lm_head.weight": drawn("head", (shapes.vocabulary, h), h, device)}
+            ),
         },
     )
     for layer in range(shapes.layers):
         own = f"model.layers.{layer}"
-        part = {f"{own}.input_layernorm.weight": ones.clone(), f"{own}.post_attention_layernorm.weight": ones.clone()}
+        part = {
+            f"{own}.input_layernorm.weight": ones.clone(),
+            f"{own}.post_attention_layernorm.weight": ones.clone(),
+        }
         for target, (inner, outer) in shapes.projections.items():
             block = "self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            part[f"{own}.{block}.{target}.weight"] = drawn(f"{layer}.{target}", (outer, inner), h, device)
+            part[f"{own}.{block}.{target}.weight"] = drawn(
+                f"{layer}.{target}", (outer, inner), h, device
+            )
         yield f"layer-{layer:03d}", part
 
 
 def write_nf4(
-    folder: Path, source: Path, shapes: Shapes, *, quantization: dict[str, Any], double: bool, dtype: Any, device: Any
+    folder: Path,
+    source: Path,
+    shapes: Shapes,
+    *,
+    quantization: dict[str, Any],
+    double: bool,
+    dtype: Any,
+    device: Any,
 ) -> None:
     """Write the model into `folder` as transformers would save it in NF4, drawing and quantising one layer at a time on `device`.
 
@@ -167,7 +215,9 @@ def write_nf4(
                 weight.to(dtype), blocksize=64, quant_type="nf4", compress_statistics=double
             )  # (in * out / 2, 1) uint8
             tensors[key] = packed
-            tensors |= {f"{key}.{what}": value for what, value in state.as_dict(packed=True).items()}
+            tensors |= {
+                f"{key}.{what}": value for what, value in state.as_dict(packed=True).items()
+            }
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         file = f"{name}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})

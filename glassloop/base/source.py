@@ -68,7 +68,13 @@ def resolve_source(model: ModelConfig) -> BaseSource:
     if model.id.startswith(PREFIX):
         folder = random_folder(model.id, cache_root(model.cache_dir))
         note = "its weights are drawn, not trained: good for timing, not for learning"
-        return BaseSource(name=str(folder), commit=None, folder=folder, note=note, drawn=model.id.removeprefix(PREFIX))
+        return BaseSource(
+            name=str(folder),
+            commit=None,
+            folder=folder,
+            note=note,
+            drawn=model.id.removeprefix(PREFIX),
+        )
     folder = Path(model.id).expanduser()
     if folder.is_dir():
         if model.revision is not None:
@@ -76,16 +82,25 @@ def resolve_source(model: ModelConfig) -> BaseSource:
                 f"model.revision = {model.revision} means nothing for the local folder model.id = {model.id}: leave it out"
             )
         if not (folder / "config.json").is_file():
-            raise BaseError(f"model.id = {model.id} is a folder without config.json: name the folder that save_pretrained wrote")
+            raise BaseError(
+                f"model.id = {model.id} is a folder without config.json: name the folder that save_pretrained wrote"
+            )
         return BaseSource(name=str(folder.absolute()), commit=None, folder=folder.absolute())
     if model.id.startswith(("/", "./", "../", "~")) or model.id.count("/") > 1:
-        raise BaseError(f"model.id = {model.id} is no folder on this machine: give a hub id (owner/name) or an existing folder")
+        raise BaseError(
+            f"model.id = {model.id} is no folder on this machine: give a hub id (owner/name) or an existing folder"
+        )
     return _hub_source(model)
 
 
 def _hub_source(model: ModelConfig) -> BaseSource:
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     revision = model.revision or "main"
     unreachable = ""
@@ -104,7 +119,9 @@ def _hub_source(model: ModelConfig) -> BaseSource:
             f"model.id = {model.id} is neither a folder nor a model on the hub: check the spelling (owner/name); "
             "for a private one, log in with `hf auth login`"
         ) from error
-    except Exception as error:  # whatever the HTTP library of the day raises when the hub is out of reach
+    except (
+        Exception
+    ) as error:  # whatever the HTTP library of the day raises when the hub is out of reach
         unreachable = f"{type(error).__name__}: {error}"
     cached = try_to_load_from_cache(model.id, "config.json", revision=revision)
     if not isinstance(cached, str):
@@ -193,11 +210,25 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
         yield
     except BaseError:
         raise
-    except UnpicklingError as error:  # transformers loads *.bin with weights_only=True, which runs no code
+    except (
+        UnpicklingError
+    ) as error:  # transformers loads *.bin with weights_only=True, which runs no code
         cure = "take a model saved as safetensors"
-        raise BaseError(f"model.id = {model.id}: its pickled weights hold more than tensors, or are damaged: {cure}") from error
-    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        outside = isinstance(error, OSError) and error.errno is not None  # a full disk is no fault of the config
+        raise BaseError(
+            f"model.id = {model.id}: its pickled weights hold more than tensors, or are damaged: {cure}"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        outside = (
+            isinstance(error, OSError) and error.errno is not None
+        )  # a full disk is no fault of the config
         if type(error).__name__ == "OutOfMemoryError" or (outside and copy is None):
             raise
         raise BaseError(_explained(model, error, copy)) from error
@@ -216,7 +247,11 @@ def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
         return _gated(model.id)
     if copy is not None:
         return damaged_copy(model, copy, reason)
-    if "AutoModelForCausalLM" in text or "model_type" in text or "recognize this architecture" in text:
+    if (
+        "AutoModelForCausalLM" in text
+        or "model_type" in text
+        or "recognize this architecture" in text
+    ):
         return (
             f"model.id = {model.id}: this transformers knows no causal language model of its kind ({reason}): "
             "update transformers or take another model"

@@ -50,8 +50,17 @@ def main(path: Path) -> int:
     spec = read_spec(path)
     with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
         try:
-            line, code = profile_arm(spec, Path(folder)) if spec.profile else measure(spec, Path(folder), path.parent), 0
-        except (ValueError, RuntimeError, OSError) as error:  # refused, or out of memory: what there is to say of this arm
+            line, code = (
+                profile_arm(spec, Path(folder))
+                if spec.profile
+                else measure(spec, Path(folder), path.parent),
+                0,
+            )
+        except (
+            ValueError,
+            RuntimeError,
+            OSError,
+        ) as error:  # refused, or out of memory: what there is to say of this arm
             line, code = {"failed": f"{type(error).__name__}: {error}"[:600]}, 3
     line = spec.about | line
     if _rank() == 0:
@@ -104,8 +113,16 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
         "turns": turns_of(clock.turns_s, [one.real_tokens for one in measured]),
         "tokens_per_s": tokens.per_s(seconds),
         "tokens_per_s_per_rank": tokens.per_s(seconds, spec.ranks),
-        **times(None if spec.turns else spec.launched_at or REACHED, clock.started, clock.first_ended, clock.measured_update_s),
-        "peak": {name: most(rank[name] for rank in ranks) for name in ("allocated_gib", "reserved_gib", "host_gib")},
+        **times(
+            None if spec.turns else spec.launched_at or REACHED,
+            clock.started,
+            clock.first_ended,
+            clock.measured_update_s,
+        ),
+        "peak": {
+            name: most(rank[name] for rank in ranks)
+            for name in ("allocated_gib", "reserved_gib", "host_gib")
+        },
         "shares": shares(run, spec, measured, sum(clock.measured_update_s)),
         "energy": energy_of([rank["joules"] for rank in ranks], clock.during, seconds, tokens.real),
         "update_1": {"loss_nats": records[0].loss_nats, "grad_norm": records[0].grad_norm_pre_clip},
@@ -127,8 +144,17 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
             kept=None if tiers is None else tiers.kept,
             host=tiers is not None and tiers.host,
         ),
-        "card": {"before": clock.before, "during": clock.during, "after": after, "p2p": _p2p(run.device)},
-        "machine": {**environment(["glassloop bench"]), "threads": torch.get_num_threads(), "cpu": processor()},
+        "card": {
+            "before": clock.before,
+            "during": clock.during,
+            "after": after,
+            "p2p": _p2p(run.device),
+        },
+        "machine": {
+            **environment(["glassloop bench"]),
+            "threads": torch.get_num_threads(),
+            "cpu": processor(),
+        },
     }
 
 
@@ -138,7 +164,11 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
     for u in range(1, spec.profile):
         applied_update(run, u)
     if run.rank == 0:
-        where = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor() or "CPU"
+        where = (
+            torch.cuda.get_device_name(run.device)
+            if run.device.type == "cuda"
+            else processor() or "CPU"
+        )
         about = (
             f"Update {spec.profile}: {spec.name}",
             f"{spec.model}, {spec.precision}, {spec.rows_per_update} rows an update",
@@ -146,7 +176,13 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
         )
         into = Path(spec.profile_dir)
         profiled(lambda: applied_update(run, spec.profile), into, device=run.device, about=about)
-        line = {"profile": {"update": spec.profile, "trace": str(into / TRACE), "summary": str(into / SUMMARY)}}
+        line = {
+            "profile": {
+                "update": spec.profile,
+                "trace": str(into / TRACE),
+                "summary": str(into / SUMMARY),
+            }
+        }
     else:
         applied_update(run, spec.profile)
         line = {}
@@ -158,7 +194,9 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
 def build(spec: Spec, folder: Path) -> Run:
     """The run as configured, on the rows of the workload."""
     run = build_run(config_of(spec, folder))
-    run.observers = [one for one in run.observers if isinstance(one, JsonlObserver)]  # files as in any run, no lines in between
+    run.observers = [
+        one for one in run.observers if isinstance(one, JsonlObserver)
+    ]  # files as in any run, no lines in between
     total = max(spec.total_updates, spec.profile)
     rows = rows_of(run, spec, total)
     o, s = run.config.optimizer, run.config.schedule
@@ -198,9 +236,13 @@ def rows_of(run: Run, spec: Spec, updates: int) -> tuple[Row, ...]:
 def config_of(spec: Spec, folder: Path) -> Config:
     """The arm's config: the recipe, without what is not an update (evaluation, probes, capsules, preflight)."""
     data = []
-    if spec.workload != OWN:  # a run needs some rows to be built; they are exchanged for the workload's
+    if (
+        spec.workload != OWN
+    ):  # a run needs some rows to be built; they are exchanged for the workload's
         rows_file = folder / "rows.jsonl"
-        rows_file.write_text('{"prompt": "hello there", "completion": "hi"}\n' * max(32, spec.rows_per_update))
+        rows_file.write_text(
+            '{"prompt": "hello there", "completion": "hi"}\n' * max(32, spec.rows_per_update)
+        )
         data = [f"data.source={rows_file}", "data.template=instruct"]
     words = [
         f"model.id={spec.model}",
@@ -279,7 +321,12 @@ def shares(run: Run, spec: Spec, records: Sequence[UpdateRecord], total: float) 
     began = time.perf_counter()
     for window in windows(run.batches, spec):
         for rows in window.passes[run.rank]:
-            build_pass([run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+            build_pass(
+                [run.batches.rows[row] for row in rows],
+                packed=window.packed,
+                pad_id=run.pad_id,
+                device=run.device,
+            )
     _wait(run.device)
     return parts | {"data": (time.perf_counter() - began) / total}
 

@@ -13,7 +13,14 @@ from glassloop.bench.spec import Spec
 from glassloop.predict.cards import verdict
 from glassloop.predict.hardware import gpu_named
 from glassloop.predict.ledger import Work
-from glassloop.predict.roofline import ALL_SEVEN, RATES, errors, fused_pass_time, pass_time, tokens_per_s
+from glassloop.predict.roofline import (
+    ALL_SEVEN,
+    RATES,
+    errors,
+    fused_pass_time,
+    pass_time,
+    tokens_per_s,
+)
 from glassloop.predict.shapes import KNOWN
 
 NAME = "card-v1"
@@ -23,7 +30,9 @@ EXPECTED_LOSS_NATS: float | None = 12.5909
 LOSS_TOLERANCE = 2e-3  # relative: what bf16's kernels may differ from card to card
 TIME_LIMIT_S = 300.0
 ROWS_PER_RANK = 8
-WORK: dict[str, Any] = {  # the recipe at full length: 2 rows of 2,048 tokens a pass, 4 passes an update, activations recomputed
+WORK: dict[
+    str, Any
+] = {  # the recipe at full length: 2 rows of 2,048 tokens a pass, 4 passes an update, activations recomputed
     "engine": "peft",
     "workload": "full-v1",
     "layout": "literal",
@@ -45,7 +54,9 @@ def card_spec(place: Place, ranks: int) -> Spec:
             "(python -c 'import torch; print(torch.version.cuda)'). What cards are predicted to reach: glassloop bench --predict"
         )
     if ranks > place.gpus:
-        raise ValueError(f"--ranks {ranks}: torch sees {place.gpus} GPU{'s' * (place.gpus > 1)} here")
+        raise ValueError(
+            f"--ranks {ranks}: torch sees {place.gpus} GPU{'s' * (place.gpus > 1)} here"
+        )
     return Spec(ranks=ranks, rows_per_update=ROWS_PER_RANK * ranks, device="cuda", **WORK)
 
 
@@ -55,7 +66,11 @@ def card_line(line: dict[str, Any]) -> str:
     before, during = card["before"] or {}, card["during"] or {}
     name = machine["gpus"][0]["name"] if machine["gpus"] else "unknown card"
     packages, git = machine["packages"], machine["git"] or {}
-    commit = f"{git['commit'][:9]}{'+changes' if git.get('changed') else ''}" if git else f"glassloop {machine['glassloop']}"
+    commit = (
+        f"{git['commit'][:9]}{'+changes' if git.get('changed') else ''}"
+        if git
+        else f"glassloop {machine['glassloop']}"
+    )
     reasons = during.get("throttle")
     throttle = "unknown" if reasons is None else ", ".join(reasons) or "none"
     lowest = during.get("sm_mhz_lowest")
@@ -94,7 +109,13 @@ def loss_verdict(line: dict[str, Any], expected: float | None = EXPECTED_LOSS_NA
     return f"DIFFERS from {expected:.4f}: do not trust this card's numbers before you know why"
 
 
-SHORT = {"torch": "torch", "transformers": "transformers", "peft": "peft", "bnb": "bitsandbytes", "accelerate": "accelerate"}
+SHORT = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "bnb": "bitsandbytes",
+    "accelerate": "accelerate",
+}
 
 
 def _or(value: Any) -> str:
@@ -113,7 +134,9 @@ def predictions(measured: dict[str, float]) -> list[str]:
         if key in measured:
             lines.append(f"| {key} | {measured[key]:,.0f} | measured (predicted: {fast:,.0f}) |")
         else:
-            lines.append(f"| {key} | {fast:,.0f} | PREDICTED by arithmetic; this work was not measured there |")
+            lines.append(
+                f"| {key} | {fast:,.0f} | PREDICTED by arithmetic; this work was not measured there |"
+            )
     return [*lines, "", *fused_predictions()]
 
 
@@ -131,16 +154,37 @@ def fused_predictions() -> list[str]:
         gpu = gpu_named(key)
         assert gpu is not None
         for profile in ("fill", "min"):
-            work = Work(WORK["batch"], 2048, WORK["r"], ALL_SEVEN, round(0.8 * WORK["batch"] * 2048), profile=profile)
+            work = Work(
+                WORK["batch"],
+                2048,
+                WORK["r"],
+                ALL_SEVEN,
+                round(0.8 * WORK["batch"] * 2048),
+                profile=profile,
+            )
             one = verdict(gpu, shapes, work, ranks=1, rows_per_update=ROWS_PER_RANK, engine="fused")
             assert one.kept is not None
             assert one.held is not None
             time = fused_pass_time(
-                shapes, key, rows=WORK["batch"], row_tokens=2048, supervised_share=0.8, kept=one.kept, held=one.held
+                shapes,
+                key,
+                rows=WORK["batch"],
+                row_tokens=2048,
+                supervised_share=0.8,
+                kept=one.kept,
+                held=one.held,
             )
             assert time is not None
-            fast = tokens_per_s(time, rows=WORK["batch"], row_tokens=2048, passes=ROWS_PER_RANK // WORK["batch"], ranks=1)
-            lines.append(f"| {key} | {profile} | {one.kept}, {one.held} | {one.needed_gib:.1f} | {fast:,.0f} |")
+            fast = tokens_per_s(
+                time,
+                rows=WORK["batch"],
+                row_tokens=2048,
+                passes=ROWS_PER_RANK // WORK["batch"],
+                ranks=1,
+            )
+            lines.append(
+                f"| {key} | {profile} | {one.kept}, {one.held} | {one.needed_gib:.1f} | {fast:,.0f} |"
+            )
     return lines
 
 
@@ -148,7 +192,11 @@ def measured_cards(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Best tokens/s per GPU by card's key, of lines of this very work on one card whose loss is not another."""
     found: dict[str, float] = {}
     for line in lines:
-        if line.get("card_name") != NAME or "failed" in line or not line.get("check", {"within": True})["within"]:
+        if (
+            line.get("card_name") != NAME
+            or "failed" in line
+            or not line.get("check", {"within": True})["within"]
+        ):
             continue
         if line["cell"]["ranks"] != 1 or not line["machine"]["gpus"]:
             continue

@@ -27,7 +27,12 @@ def matmul_ceiling(shapes: Shapes, device: torch.device) -> float | None:
 def _measured(shapes: Shapes, device: torch.device) -> float:
     h, i = shapes.hidden, shapes.intermediate
     flop = seconds = 0.0
-    for outer, inner in ((shapes.q_width + 2 * shapes.kv_width, h), (h, shapes.q_width), (2 * i, h), (h, i)):
+    for outer, inner in (
+        (shapes.q_width + 2 * shapes.kv_width, h),
+        (h, shapes.q_width),
+        (2 * i, h),
+        (h, i),
+    ):
         x = torch.randn(PLACES, inner, device=device, dtype=torch.bfloat16)
         w = torch.randn(outer, inner, device=device, dtype=torch.bfloat16)
         y = torch.randn(PLACES, outer, device=device, dtype=torch.bfloat16)

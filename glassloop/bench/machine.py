@@ -25,7 +25,10 @@ FIELDS = {  # nvidia-smi's name -> ours
     "pcie.link.gen.max": "pcie_generation_max",
     "pcie.link.width.current": "pcie_width",
 }
-REASONS_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # newer drivers, older ones
+REASONS_FIELDS = (
+    "clocks_event_reasons.active",
+    "clocks_throttle_reasons.active",
+)  # newer drivers, older ones
 REASONS = {  # bits of that field (NVML's nvmlClocksEventReasons)
     0x1: "idle",
     0x2: "application clocks",
@@ -47,7 +50,9 @@ def card_state(uuid: str | None) -> dict[str, Any] | None:
     if answer is None:
         return None
     state: dict[str, Any] = dict(zip(FIELDS.values(), map(_value, answer.split(",")), strict=True))
-    state["driver"] = answer.split(",")[list(FIELDS).index("driver_version")].strip()  # 570.10 is no number
+    state["driver"] = answer.split(",")[
+        list(FIELDS).index("driver_version")
+    ].strip()  # 570.10 is no number
     reasons = next((found for field in REASONS_FIELDS if (found := _ask(uuid, (field,)))), None)
     return state | {"throttle": None if reasons is None else reasons_of(reasons)}
 
@@ -76,9 +81,17 @@ def reasons_of(text: str) -> list[str]:
 
 
 def _ask(uuid: str | None, fields: Sequence[str]) -> str | None:
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", uuid or "0"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+        "-i",
+        uuid or "0",
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     lines = done.stdout.strip().splitlines()
@@ -89,13 +102,24 @@ class Sampler:
     """Reads clocks and power of one card a few times a second while something runs: after it, a card is already at rest."""
 
     def __init__(self, uuid: str | None):
-        reasons = next((field for field in REASONS_FIELDS if _ask(uuid, (field,)) is not None), None)
+        reasons = next(
+            (field for field in REASONS_FIELDS if _ask(uuid, (field,)) is not None), None
+        )
         fields = [*NEWS_FIELDS, *([reasons] if reasons else [])]
-        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", uuid or "0"]
+        command = [
+            "nvidia-smi",
+            f"--query-gpu={','.join(fields)}",
+            "--format=csv,noheader,nounits",
+            "-i",
+            uuid or "0",
+        ]
         self._process: subprocess.Popen[str] | None = None
         if _ask(uuid, NEWS_FIELDS) is not None:
             self._process = subprocess.Popen(
-                [*command, "-lms", str(EVERY_MS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                [*command, "-lms", str(EVERY_MS)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
             )
 
     def stop(self) -> list[str]:
@@ -113,7 +137,10 @@ def summed_up(lines: Sequence[str]) -> dict[str, Any] | None:
     rows = [row for row in rows if len(row) == max(map(len, rows))]
     if not rows or len(rows[0]) < len(NEWS_FIELDS):
         return None
-    columns = [[value for value in map(_value, column) if value is not None] for column in zip(*rows, strict=True)]
+    columns = [
+        [value for value in map(_value, column) if value is not None]
+        for column in zip(*rows, strict=True)
+    ]
     numbers = [[value for value in column if isinstance(value, int | float)] for column in columns]
     middle = [statistics.median(column) if column else None for column in numbers]
     seen = (
@@ -146,7 +173,11 @@ def energy_j(uuid: str | None) -> float | None:
     try:
         if nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
             return None
-        return used.value / 1000 if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)) == 0 else None
+        return (
+            used.value / 1000
+            if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)) == 0
+            else None
+        )
     finally:
         nvml.nvmlShutdown()
 
@@ -157,4 +188,6 @@ def processor() -> str | None:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None
+    )

@@ -29,7 +29,9 @@ def specs_of(
     varied: Sequence[tuple[str, ...]] = ((),),
 ) -> list[Spec]:
     """Every combination, once. `common`: further fields of all specs. `varied`: see Spec; fields of memory are for fused alone."""
-    combinations = itertools.product(workloads, engines, varied, layouts, batches, checkpointing, ranks)
+    combinations = itertools.product(
+        workloads, engines, varied, layouts, batches, checkpointing, ranks
+    )
     specs = (
         Spec(
             engine=engine,
@@ -40,7 +42,9 @@ def specs_of(
             checkpointing=recompute,
             device=place.device,
             backend=place.backend(count),
-            varied=tuple(field for field in fields if engine == "fused" or not field.startswith("memory.")),
+            varied=tuple(
+                field for field in fields if engine == "fused" or not field.startswith("memory.")
+            ),
             **common,
         )
         for workload, engine, fields, layout, batch, recompute, count in combinations
@@ -68,9 +72,13 @@ def schedule(specs: Sequence[Spec], repeats: int) -> list[Spec]:
                 check_only=True,
             )
             first.append(replace(spec, **own))
-    arms = sorted(specs, key=lambda spec: not is_reference(spec.cell))  # stable: references lead in the first repeat
+    arms = sorted(
+        specs, key=lambda spec: not is_reference(spec.cell)
+    )  # stable: references lead in the first repeat
     turns = [
-        replace(arms[(place + repeat) % len(arms)], repeat=repeat) for repeat in range(repeats) for place in range(len(arms))
+        replace(arms[(place + repeat) % len(arms)], repeat=repeat)
+        for repeat in range(repeats)
+        for place in range(len(arms))
     ]
     return [*first, *turns]
 
@@ -81,13 +89,22 @@ def _same_work(one: Spec, other: Spec) -> bool:
 
 def unable(spec: Spec, pythons: Mapping[str, str]) -> str | None:
     """Why an arm is not even started here; None where it is. `pythons`: see run_matrix."""
-    if spec.engine == "unsloth" and spec.engine not in pythons and (found := problems(on_cuda=spec.device == "cuda")):
+    if (
+        spec.engine == "unsloth"
+        and spec.engine not in pythons
+        and (found := problems(on_cuda=spec.device == "cuda"))
+    ):
         return "; ".join(found)
     return None
 
 
 def run_matrix(
-    order: Sequence[Spec], place: Place, folder: Path, out: Path, say: Callable[[str], None], pythons: Mapping[str, str]
+    order: Sequence[Spec],
+    place: Place,
+    folder: Path,
+    out: Path,
+    say: Callable[[str], None],
+    pythons: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """Run every spec; each line goes to `out` as soon as it is there, with its check. Returns the lines.
 
@@ -100,7 +117,12 @@ def run_matrix(
         if why := unable(spec, pythons):
             line = left_out(spec, why)
         else:
-            line = run_arm(spec, place, folder / f"arm-{number}", python=pythons.get(spec.engine, sys.executable))
+            line = run_arm(
+                spec,
+                place,
+                folder / f"arm-{number}",
+                python=pythons.get(spec.engine, sys.executable),
+            )
         keep(line, lines, out)
         say(f"[{number}/{len(order)}] {spec.name}: {told(line)} ({time.monotonic() - began:.0f} s)")
     return lines
@@ -133,7 +155,12 @@ def run_groups(
 
 
 def run_in_turns(
-    order: Sequence[Spec], place: Place, folder: Path, out: Path, say: Callable[[str], None], pythons: Mapping[str, str]
+    order: Sequence[Spec],
+    place: Place,
+    folder: Path,
+    out: Path,
+    say: Callable[[str], None],
+    pythons: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """As run_matrix, with all arms of a workload loaded at once and taking turns."""
     lines: list[dict[str, Any]] = []
@@ -144,7 +171,9 @@ def run_in_turns(
             say(f"{spec.name}: {told(lines[-1])}")
             continue
         python = pythons.get(spec.engine, sys.executable)
-        groups.setdefault(spec.workload, []).append(Start.of_ours(spec, folder / f"arm-{number}", python))
+        groups.setdefault(spec.workload, []).append(
+            Start.of_ours(spec, folder / f"arm-{number}", python)
+        )
     return lines + run_groups(list(groups.values()), place, out, say, first_alone=True)
 
 
@@ -153,7 +182,12 @@ def left_out(spec: Spec, why: str) -> dict[str, Any]:
     return spec.about | {"failed": why, "left_out": True}
 
 
-def keep(line: dict[str, Any], lines: list[dict[str, Any]], out: Path, known: Sequence[dict[str, Any]] = ()) -> None:
+def keep(
+    line: dict[str, Any],
+    lines: list[dict[str, Any]],
+    out: Path,
+    known: Sequence[dict[str, Any]] = (),
+) -> None:
     """Add a line with its check to `lines` and to the file."""
     line["check"] = checked(line, [*known, *lines])
     lines.append(line)

@@ -34,7 +34,11 @@ class Place:
 
 
 def run_arm(
-    spec: Spec, place: Place, folder: Path, timeout_s: float = ARM_TIMEOUT_S, python: str = sys.executable
+    spec: Spec,
+    place: Place,
+    folder: Path,
+    timeout_s: float = ARM_TIMEOUT_S,
+    python: str = sys.executable,
 ) -> dict[str, Any]:
     """One arm of glassloop in a fresh process (or `ranks` of them): its line, or one that says why there is none."""
     return run_command(Start.of_ours(spec, folder, python), place, timeout_s)
@@ -65,7 +69,9 @@ def run_command(start: Start, place: Place, timeout_s: float) -> dict[str, Any]:
     return one.line()
 
 
-def run_together(starts: Sequence[Start], place: Place, timeout_s: float, *, first_alone: bool = False) -> list[dict[str, Any]]:
+def run_together(
+    starts: Sequence[Start], place: Place, timeout_s: float, *, first_alone: bool = False
+) -> list[dict[str, Any]]:
     """Arms that take turns (Spec.turns), all loaded at once; each round begins with another one. One line each, in the order of `starts`.
 
     Args:
@@ -102,7 +108,9 @@ class _Running:
     def __init__(self, start: Start, place: Place):
         self.folder, self.why = start.folder, ""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.spec = replace(start.spec, launched_at=time.time(), out=str(self.folder / "line.jsonl"))
+        self.spec = replace(
+            start.spec, launched_at=time.time(), out=str(self.folder / "line.jsonl")
+        )
         self.spec.write(self.folder / "spec.json")
         with open(self.folder / "errors.txt", "w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
@@ -157,7 +165,11 @@ class _Running:
         written = Path(self.spec.out)
         if written.exists():
             return json.loads(written.read_text(encoding="utf-8").splitlines()[-1])
-        said = (self.folder / "errors.txt").read_text(encoding="utf-8", errors="replace").strip()[-600:]
+        said = (
+            (self.folder / "errors.txt")
+            .read_text(encoding="utf-8", errors="replace")
+            .strip()[-600:]
+        )
         return self.spec.about | {"failed": f"{self.why}: {said}"}
 
 
@@ -175,16 +187,28 @@ def command(spec: Spec, folder: Path, python: str = sys.executable) -> list[str]
 def environment(spec: Spec, place: Place) -> dict[str, str]:
     """This process's environment for an arm: no other launcher's variables, the cards it may use, and this very glassloop."""
     left_out = (*LAUNCHER_VARIABLES, "ACCELERATE_MIXED_PRECISION")
-    kept = {name: value for name, value in os.environ.items() if name not in left_out and not name.startswith("TORCHELASTIC_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in left_out and not name.startswith("TORCHELASTIC_")
+    }
     here = str(Path(glassloop.__file__).resolve().parents[1])
     kept |= {
         "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if spec.device == "cpu":
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // spec.ranks))
-        return kept | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
-    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(place.gpus)))).split(",")
+        threads = os.environ.get("OMP_NUM_THREADS") or str(
+            max(1, (os.cpu_count() or 1) // spec.ranks)
+        )
+        return kept | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": threads,
+        }
+    visible = (
+        os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(place.gpus)))
+    ).split(",")
     kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: spec.ranks])
     if spec.ranks > place.gpus:
         kept["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # or DDP is told that rank r has GPU r

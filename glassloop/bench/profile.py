@@ -13,7 +13,9 @@ from glassloop.bench.trace_summary import WINDOW, page, read_trace
 TRACE, SUMMARY = "trace.json.gz", "summary.md"
 
 
-def profiled(work: Callable[[], object], folder: Path, *, device: torch.device, about: Sequence[str]) -> list[str]:
+def profiled(
+    work: Callable[[], object], folder: Path, *, device: torch.device, about: Sequence[str]
+) -> list[str]:
     """Do the work once and write TRACE and SUMMARY into `folder`; returns the page's lines. `work` has to wait for the device.
 
     Open the trace in https://ui.perfetto.dev or chrome://tracing. The profiler adds some microseconds of host time to each operator: where the host
@@ -22,7 +24,10 @@ def profiled(work: Callable[[], object], folder: Path, *, device: torch.device, 
     folder.mkdir(parents=True, exist_ok=True)
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler, record_function(WINDOW):
+    with (
+        profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
+        record_function(WINDOW),
+    ):
         work()
     profiler.export_chrome_trace(str(folder / TRACE))
     lines = page(read_trace(folder / TRACE), about)

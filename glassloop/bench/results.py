@@ -78,7 +78,9 @@ def read(file: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is not JSON ({error}): is it a file of glassloop bench?") from None
+            raise ValueError(
+                f"{file}, line {number} is not JSON ({error}): is it a file of glassloop bench?"
+            ) from None
         if isinstance(line, dict) and line.get("kind") == "bench":
             if line.get("schema", 0) > SCHEMA:
                 raise ValueError(
@@ -100,11 +102,22 @@ def arms(lines: Iterable[dict[str, Any]]) -> list[Arm]:
     """Lines that were measured and passed their check, grouped by arm, in order of appearance."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        if "failed" not in line and line.get("check", {}).get("within") and not line.get("check_only"):
+        if (
+            "failed" not in line
+            and line.get("check", {}).get("within")
+            and not line.get("check_only")
+        ):
             machine = line["machine"]
-            place = [machine["gpus"], machine["git"], machine["packages"]]  # another card, commit or library is another arm
+            place = [
+                machine["gpus"],
+                machine["git"],
+                machine["packages"],
+            ]  # another card, commit or library is another arm
             grouped.setdefault(key_of(line) + json.dumps(place), []).append(line)
-    return [Arm(key_of(found[0]), found[0]["cell"], found[0]["rows_digest"], tuple(found)) for found in grouped.values()]
+    return [
+        Arm(key_of(found[0]), found[0]["cell"], found[0]["rows_digest"], tuple(found))
+        for found in grouped.values()
+    ]
 
 
 def key_of(line: dict[str, Any]) -> str:
@@ -114,7 +127,9 @@ def key_of(line: dict[str, Any]) -> str:
 
 def is_reference(cell: dict[str, Any]) -> bool:
     """The reference engine, one rank, the micro-batches as asked for, nothing varied."""
-    plain = cell["engine"] == REFERENCE_ENGINE and cell["layout"] == "literal" and cell["ranks"] == 1
+    plain = (
+        cell["engine"] == REFERENCE_ENGINE and cell["layout"] == "literal" and cell["ranks"] == 1
+    )
     return plain and not cell.get("varied")
 
 
@@ -130,12 +145,26 @@ def checked(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, 
         return {"within": True, "why": "it is the reference"}
     reference = next((one for one in lines if _holds(one, line)), None)
     if reference is None:
-        return {"within": None, "why": f"no {REFERENCE_ENGINE} line, literal on one rank, with the same rows"}
+        return {
+            "within": None,
+            "why": f"no {REFERENCE_ENGINE} line, literal on one rank, with the same rows",
+        }
     ours, theirs = line["update_1"], reference["update_1"]
     loss_off, norm_off = (relative(ours[name], theirs[name]) for name in ("loss_nats", "grad_norm"))
     most = TOLERANCE[cell["precision"]]
-    within = loss_off is not None and norm_off is not None and loss_off <= most[0] and norm_off <= most[1]
-    return {"within": within, "against": reference["name"], "loss_off": loss_off, "norm_off": norm_off, "tolerance": list(most)}
+    within = (
+        loss_off is not None
+        and norm_off is not None
+        and loss_off <= most[0]
+        and norm_off <= most[1]
+    )
+    return {
+        "within": within,
+        "against": reference["name"],
+        "loss_off": loss_off,
+        "norm_off": norm_off,
+        "tolerance": list(most),
+    }
 
 
 def _holds(reference: dict[str, Any], line: dict[str, Any]) -> bool:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1  # of a line of results; raised when a field changes its meaning
-SAME = ("workload", "rows_per_update", "precision", "checkpointing", "model", "r", "rows_digest")  # what comparable lines share
+SAME = (
+    "workload",
+    "rows_per_update",
+    "precision",
+    "checkpointing",
+    "model",
+    "r",
+    "rows_digest",
+)  # what comparable lines share
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,22 @@ class Spec:
     @property
     def measured_updates(self) -> list[int]:
         """Their numbers, from 1 on."""
-        return [u for u in range(1, self.total_updates + 1) if (u - 1) % self.updates_per_turn >= self.warmup]
+        return [
+            u
+            for u in range(1, self.total_updates + 1)
+            if (u - 1) % self.updates_per_turn >= self.warmup
+        ]
 
     @property
     def name(self) -> str:
         """What a table calls the arm."""
-        parts = [self.engine, self.workload, self.layout, f"{self.batch} rows", f"{self.ranks} rank{'s' * (self.ranks > 1)}"]
+        parts = [
+            self.engine,
+            self.workload,
+            self.layout,
+            f"{self.batch} rows",
+            f"{self.ranks} rank{'s' * (self.ranks > 1)}",
+        ]
         varied = (text.removeprefix("execution.") for text in self.varied)
         return ", ".join([*parts, "recomputed" if self.checkpointing else "stored", *varied])
 
@@ -101,7 +119,12 @@ class Spec:
     @property
     def about(self) -> dict[str, Any]:
         """How its line begins, whatever becomes of it."""
-        own = {"name": self.name, "repeat": self.repeat, "check_only": self.check_only, "cell": self.cell}
+        own = {
+            "name": self.name,
+            "repeat": self.repeat,
+            "check_only": self.check_only,
+            "cell": self.cell,
+        }
         return {"schema": SCHEMA, "kind": "bench", **own}
 
     def write(self, path: Path) -> None:
@@ -112,6 +135,8 @@ def read_spec(path: Path) -> Spec:
     """A spec that `write` wrote. Raises ValueError for fields that it does not know."""
     values = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return Spec(**{**values, **{name: tuple(values.get(name, ())) for name in ("overrides", "varied")}})
+        return Spec(
+            **{**values, **{name: tuple(values.get(name, ())) for name in ("overrides", "varied")}}
+        )
     except TypeError as error:
         raise ValueError(f"{path} is no spec of an arm: {error}") from None

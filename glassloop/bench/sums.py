@@ -31,11 +31,22 @@ class Tokens:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, 10th and 90th percentile (between the values), and the values."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
-    return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1], "all": list(values)}
+    tenths = (
+        statistics.quantiles(values, n=10, method="inclusive")
+        if len(values) > 1
+        else [values[0]] * 9
+    )
+    return {
+        "median": statistics.median(values),
+        "p10": tenths[0],
+        "p90": tenths[-1],
+        "all": list(values),
+    }
 
 
-def times(launched: float | None, built: float, first_ended: float, seconds: Sequence[float]) -> dict[str, Any]:
+def times(
+    launched: float | None, built: float, first_ended: float, seconds: Sequence[float]
+) -> dict[str, Any]:
     """First update's end, seen from the process's launch and from when all was built; the recipe's whole length; the measured updates.
 
     launched: None where the process then waited for others, so that it says nothing.
@@ -58,7 +69,8 @@ def turns_of(seconds: Sequence[float], real_tokens: Sequence[int]) -> list[dict[
     """Wall time and real tokens of every turn. `real_tokens`: of the measured updates, as many in every turn."""
     each = len(real_tokens) // len(seconds)
     return [
-        {"seconds": one, "real_tokens": sum(real_tokens[turn * each : (turn + 1) * each])} for turn, one in enumerate(seconds)
+        {"seconds": one, "real_tokens": sum(real_tokens[turn * each : (turn + 1) * each])}
+        for turn, one in enumerate(seconds)
     ]
 
 
@@ -83,7 +95,9 @@ def utilisation(
         widest = max(map(len, rows))
         real += [(len(row), row.supervised_tokens) for row in rows]
         padded += [(len(row) if packed else widest, row.supervised_tokens) for row in rows]
-    how: dict[str, Any] = dict(r=r, targets=targets, checkpointing=checkpointing, kept=kept, host=host)
+    how: dict[str, Any] = dict(
+        r=r, targets=targets, checkpointing=checkpointing, kept=kept, host=host
+    )
     needed, done = (flops_of(shapes, lengths, **how) for lengths in (real, padded))
     rate = needed.model / seconds / ranks
     executed = (done.model + done.recompute) / seconds / ranks

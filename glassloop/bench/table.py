@@ -22,7 +22,11 @@ BAR = 48  # characters of the longest bar
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
     """Measured arms, then what is not shown and why, then scaling over ranks."""
     found = arms(lines)
-    shown = [HEAD, *(_row(arm) for arm in found)] if found else ["no arm was measured and passed its check"]
+    shown = (
+        [HEAD, *(_row(arm) for arm in found)]
+        if found
+        else ["no arm was measured and passed its check"]
+    )
     return [*shown, *left_out(lines), *scaling(found)]
 
 
@@ -36,7 +40,10 @@ def _row(arm: Arm) -> str:
         f"{'again' if cell['checkpointing'] else 'kept':<5}{arm.tokens_per_s:>8,.0f}{each:>8,.0f}"
         f"{middle:>9.3f}{f'{low:.3f}-{high:.3f}':>14}{'-' if peak is None else f'{peak:.2f}':>7}"
         f"{'-' if mfu is None else f'{mfu:.0%}':>5}{len(arm.rates):>3}"
-        + "".join(f"  {field.removeprefix('execution.').removeprefix('memory.')}" for field in cell.get("varied", ()))
+        + "".join(
+            f"  {field.removeprefix('execution.').removeprefix('memory.')}"
+            for field in cell.get("varied", ())
+        )
     )
 
 
@@ -46,7 +53,9 @@ def left_out(lines: Sequence[dict[str, Any]]) -> list[str]:
     for line in lines:
         check = line.get("check", {})
         if "failed" in line:
-            said.append(f"{'left out' if line.get('left_out') else 'failed'}: {line['name']}: {line['failed'][:600]}")
+            said.append(
+                f"{'left out' if line.get('left_out') else 'failed'}: {line['name']}: {line['failed'][:600]}"
+            )
         elif check.get("within") is None:
             said.append(f"not shown: {line['name']}: {check.get('why', 'it was not checked')}")
         elif not check["within"]:
@@ -69,7 +78,9 @@ def scaling(found: Sequence[Arm]) -> list[str]:
         where = len(arm.lines[0]["machine"]["gpus"])
         name = f"{arm.cell['engine']}, {arm.cell['workload']}, {arm.cell['layout']}: {ranks} ranks"
         if where < ranks:
-            said.append(f"{name} share {where or 'no'} GPU{'s' * (where != 1)}: a check of results, not of speed")
+            said.append(
+                f"{name} share {where or 'no'} GPU{'s' * (where != 1)}: a check of results, not of speed"
+            )
             continue
         doubt = (
             "  ABOVE 100 %: look for less work per rank (fewer passes, less padding) or a slow one-rank arm"
@@ -83,7 +94,11 @@ def scaling(found: Sequence[Arm]) -> list[str]:
 def beside(lines: Sequence[dict[str, Any]], others: Sequence[str]) -> list[str]:
     """Arms that took turns, each of ours beside each of `others` (engines) on the same workload and ranks: ratio of real tokens a second in the same
     turn, median and range over the turns; peaks; seconds of all updates, warm-up included, from when the model was loaded."""
-    turned = [line for line in lines if "failed" not in line and line["check"]["within"] and len(line.get("turns", ())) > 1]
+    turned = [
+        line
+        for line in lines
+        if "failed" not in line and line["check"]["within"] and len(line.get("turns", ())) > 1
+    ]
     theirs = [line for line in turned if line["cell"]["engine"] in others]
     said = []
     for line in turned:
@@ -117,15 +132,21 @@ def _without_ranks(arm: Arm) -> str:
     return repr(sorted((name, value) for name, value in arm.cell.items() if name not in ("ranks",)))
 
 
-def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *, anyway: bool) -> tuple[list[str], bool]:
+def compare(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *, anyway: bool
+) -> tuple[list[str], bool]:
     """Ratios after / before of every arm of `after` that has a partner, and whether all arms had one.
 
     The partner is the same arm, else every arm that does the same work (SAME). Other arms are refused with what differs, unless `anyway`.
     """
     old, said, whole = arms(before), [], True
-    said.append(f"{'arm of B':<44}{'arm of A':<18}{'tok/s A':>9}{'tok/s B':>9}{'B/A':>7}{'GiB B-A':>9}")
+    said.append(
+        f"{'arm of B':<44}{'arm of A':<18}{'tok/s A':>9}{'tok/s B':>9}{'B/A':>7}{'GiB B-A':>9}"
+    )
     for arm in arms(after):
-        partners = [one for one in old if one.key == arm.key] or [one for one in old if not differences(one, arm)]
+        partners = [one for one in old if one.key == arm.key] or [
+            one for one in old if not differences(one, arm)
+        ]
         if partners:
             said += [_ratio(one, arm) for one in partners]
             continue
@@ -135,14 +156,20 @@ def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *
             if anyway:
                 said += [_ratio(one, arm), f"    NOT THE SAME WORK: {differ}"]
             else:
-                said.append(f"refused: {short(arm)}: nearest is {short(one)}, but {differ} (--anyway compares all the same)")
+                said.append(
+                    f"refused: {short(arm)}: nearest is {short(one)}, but {differ} (--anyway compares all the same)"
+                )
     return said, whole
 
 
 def differences(one: Arm, other: Arm) -> list[str]:
     """What makes a ratio of two arms meaningless, as `field: this, that`."""
     mine, theirs = ({**arm.cell, "rows_digest": arm.rows_digest} for arm in (one, other))
-    return [f"{name}: {mine.get(name)} in A, {theirs.get(name)} in B" for name in SAME if mine.get(name) != theirs.get(name)]
+    return [
+        f"{name}: {mine.get(name)} in A, {theirs.get(name)} in B"
+        for name in SAME
+        if mine.get(name) != theirs.get(name)
+    ]
 
 
 def _ratio(one: Arm, other: Arm) -> str:
@@ -150,7 +177,9 @@ def _ratio(one: Arm, other: Arm) -> str:
     memory = "-" if peaks[0] is None or peaks[1] is None else f"{peaks[1] - peaks[0]:+.2f}"
     ratio = other.tokens_per_s / one.tokens_per_s
     # Repeats that overlap: the difference may be the machine's own.
-    near = one.spread[0] <= other.spread[1] and other.spread[0] <= one.spread[1] and len(one.lines) > 1
+    near = (
+        one.spread[0] <= other.spread[1] and other.spread[0] <= one.spread[1] and len(one.lines) > 1
+    )
     partner = "the same" if one.key == other.key else f"{one.cell['engine']} {one.cell['layout']}"
     return (
         f"{short(other)[:43]:<44}{partner[:17]:<18}{one.tokens_per_s:>9,.0f}{other.tokens_per_s:>9,.0f}{ratio:>7.3f}{memory:>9}"
@@ -166,25 +195,36 @@ def short(arm: Arm) -> str:
 
 def bars(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> list[str]:
     """Real tokens a second per rank of every arm of every file, as bars of one scale."""
-    values = [(name, arm, arm.middle("tokens_per_s_per_rank", "real") or 0.0) for name, lines in named for arm in arms(lines)]
+    values = [
+        (name, arm, arm.middle("tokens_per_s_per_rank", "real") or 0.0)
+        for name, lines in named
+        for arm in arms(lines)
+    ]
     longest = max((value for _, _, value in values), default=0.0)
     if not longest:
         return []
     head = "real tokens/s per rank"
     return [
         head,
-        *(f"{name} {short(arm)[:38]:<38} {'#' * round(value / longest * BAR)} {value:,.0f}" for name, arm, value in values),
+        *(
+            f"{name} {short(arm)[:38]:<38} {'#' * round(value / longest * BAR)} {value:,.0f}"
+            for name, arm, value in values
+        ),
     ]
 
 
 def png(named: Sequence[tuple[str, Sequence[dict[str, Any]]]], file: Path) -> None:
     """The bars as a picture. Raises ValueError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"--png {file} needs matplotlib, which is not installed: pip install matplotlib, or read the bars above")
+        raise ValueError(
+            f"--png {file} needs matplotlib, which is not installed: pip install matplotlib, or read the bars above"
+        )
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     values = [
-        (f"{name} {short(arm)}", arm.middle("tokens_per_s_per_rank", "real")) for name, lines in named for arm in arms(lines)
+        (f"{name} {short(arm)}", arm.middle("tokens_per_s_per_rank", "real"))
+        for name, lines in named
+        for arm in arms(lines)
     ]
     figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.35 * len(values)))
     axes.barh([name for name, _ in values], [value for _, value in values])

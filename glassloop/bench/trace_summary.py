@@ -83,15 +83,30 @@ def read_trace(file: Path) -> Trace:
 def parse_trace(events: Iterable[dict[str, Any]], where: str = "the trace") -> Trace:
     events = list(events)
     window = next(
-        (e for e in events if e.get("ph") == "X" and e.get("name") == WINDOW and e.get("cat") == "user_annotation"), None
+        (
+            e
+            for e in events
+            if e.get("ph") == "X" and e.get("name") == WINDOW and e.get("cat") == "user_annotation"
+        ),
+        None,
     )
     if window is None:
-        raise ValueError(f"{where} holds no event `{WINDOW}`: it was not written by glassloop bench --profile")
+        raise ValueError(
+            f"{where} holds no event `{WINDOW}`: it was not written by glassloop bench --profile"
+        )
     began, length = float(window["ts"]), float(window["dur"])
     spans = [
-        Span(e["name"], e["cat"], float(e["ts"]) - began, float(e["dur"]), (e.get("pid"), e.get("tid")))
+        Span(
+            e["name"],
+            e["cat"],
+            float(e["ts"]) - began,
+            float(e["dur"]),
+            (e.get("pid"), e.get("tid")),
+        )
         for e in events
-        if e.get("ph") == "X" and e.get("cat") in (*ON_DEVICE, *ON_HOST) and began <= float(e["ts"]) <= began + length
+        if e.get("ph") == "X"
+        and e.get("cat") in (*ON_DEVICE, *ON_HOST)
+        and began <= float(e["ts"]) <= began + length
     ]
     spans.sort(key=lambda span: (span.start, -span.length))
     kernels = [span for span in spans if span.category in ON_DEVICE]
@@ -147,10 +162,17 @@ def gaps(trace: Trace) -> list[Gap]:
             continue
         last, following = bisect_right(end_times, begin), bisect_right(starts, end)
         before = ends[last - 1].name if last else "the update's begin"
-        after = trace.device[following - 1].name if following and starts[following - 1] >= end else "the update's end"
+        after = (
+            trace.device[following - 1].name
+            if following and starts[following - 1] >= end
+            else "the update's end"
+        )
         found.append((end - begin, begin, before, after))
     found.sort(key=lambda gap: (-gap[0], gap[1]))
-    return [Gap(begin, length, before, after, _host_at(trace, begin + length / 2)) for length, begin, before, after in found]
+    return [
+        Gap(begin, length, before, after, _host_at(trace, begin + length / 2))
+        for length, begin, before, after in found
+    ]
 
 
 def _host_at(trace: Trace, when: float) -> str:
@@ -185,7 +207,8 @@ def _top(trace: Trace) -> list[str]:
     order = sorted(times.items(), key=lambda item: -item[1][0])
     lines = [f"## Top {title}", "", "| ms | share | calls | name |", "| ---: | ---: | ---: | --- |"]
     lines += [
-        f"| {length / 1e3:,.2f} | {length / whole:.1%} | {calls:,} | {_short(name)} |" for name, (length, calls) in order[:TOP]
+        f"| {length / 1e3:,.2f} | {length / whole:.1%} | {calls:,} | {_short(name)} |"
+        for name, (length, calls) in order[:TOP]
     ]
     if len(order) > TOP:
         rest = sum(length for _, (length, _) in order[TOP:])
@@ -214,7 +237,10 @@ def _kinds(trace: Trace) -> list[str]:
         sums[kind_of(span.name)] += span.length
     whole = sum(sums.values())
     parts = sorted(sums.items(), key=lambda item: -item[1])
-    return ["By kind: " + ", ".join(f"{kind} {length / whole:.0%}" for kind, length in parts) + ".", ""]
+    return [
+        "By kind: " + ", ".join(f"{kind} {length / whole:.0%}" for kind, length in parts) + ".",
+        "",
+    ]
 
 
 def _gap_lines(trace: Trace) -> list[str]:
@@ -256,7 +282,9 @@ def _memory(trace: Trace) -> list[str]:
     step = (high - low) / HEIGHT or 1
     rows = []
     for row in range(HEIGHT, 0, -1):
-        filled = "".join("#" if value > low + (row - 1) * step or row == 1 else " " for value in columns)
+        filled = "".join(
+            "#" if value > low + (row - 1) * step or row == 1 else " " for value in columns
+        )
         rows.append(f"{(low + row * step) / unit:>9.3f} |{filled}")
     scale = f"{'':>11}0{f'{trace.length / 1e3:,.0f} ms':>{COLUMNS - 1}}"
     text = "" if trace.on_gpu else "Counted from where the profiler began: "

@@ -15,10 +15,30 @@ from glassloop.data.rows import Row
 # the r1 template and its tokenizer. medical: log-normal around 600 tokens, cut at 2,048, the shape of question, reasoning and answer.
 QUANTILES: dict[str, tuple[tuple[float, int], ...]] = {
     "full-v1": ((0.0, 2048), (1.0, 2048)),
-    "scam-v1": ((0.0, 231), (0.25, 353), (0.5, 423), (0.75, 530), (0.9, 599), (0.99, 634), (1.0, 647)),
-    "medical-v1": ((0.0, 190), (0.05, 286), (0.25, 443), (0.5, 600), (0.75, 813), (0.95, 1258), (1.0, 2048)),
+    "scam-v1": (
+        (0.0, 231),
+        (0.25, 353),
+        (0.5, 423),
+        (0.75, 530),
+        (0.9, 599),
+        (0.99, 634),
+        (1.0, 647),
+    ),
+    "medical-v1": (
+        (0.0, 190),
+        (0.05, 286),
+        (0.25, 443),
+        (0.5, 600),
+        (0.75, 813),
+        (0.95, 1258),
+        (1.0, 2048),
+    ),
 }
-SUPERVISED = {"full-v1": 0.8, "scam-v1": 0.8, "medical-v1": 0.8}  # share of a row's tokens, its last ones
+SUPERVISED = {
+    "full-v1": 0.8,
+    "scam-v1": 0.8,
+    "medical-v1": 0.8,
+}  # share of a row's tokens, its last ones
 OWN = "own"  # the rows of data.source, as a run would read them
 LOWEST_ID = 10  # ids below are often special
 
@@ -33,7 +53,9 @@ def workload(name: str, rows: int, *, vocabulary: int) -> tuple[Row, ...]:
         length = _at(QUANTILES[name], drawn.random())
         ids = random.Random(f"{name}:{index}").choices(range(LOWEST_ID, vocabulary), k=length)
         prompt = length - max(1, round(length * SUPERVISED[name]))
-        result.append(Row(f"{name}:{index}", tuple(ids), (False,) * prompt + (True,) * (length - prompt)))
+        result.append(
+            Row(f"{name}:{index}", tuple(ids), (False,) * prompt + (True,) * (length - prompt))
+        )
     return tuple(result)
 
 

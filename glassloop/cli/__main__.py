@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that left can still be excused
         return code
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter complains when it flushes at exit
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host, where a launcher started several
+        if (
+            os.environ.get("LOCAL_RANK", "0") == "0"
+        ):  # once a host, where a launcher started several
             print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
@@ -65,7 +69,13 @@ def _module(name: str) -> str:
 
 
 def _help() -> str:
-    lines = [USAGE, "", inspect.getdoc(glassloop) or "", "", "Commands (glassloop COMMAND --help says more):"]
+    lines = [
+        USAGE,
+        "",
+        inspect.getdoc(glassloop) or "",
+        "",
+        "Commands (glassloop COMMAND --help says more):",
+    ]
     for name in command_names():
         summary = (inspect.getdoc(importlib.import_module(_module(name))) or "").partition("\n")[0]
         lines.append(f"  {name:<10} {summary}")

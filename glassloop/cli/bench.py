@@ -23,7 +23,9 @@ def main(argv: list[str]) -> int:
     """
     asked = _parser().parse_args(argv)
     if "LOCAL_RANK" in os.environ:
-        raise ValueError("glassloop bench starts its own processes: run it without accelerate launch, and say --ranks")
+        raise ValueError(
+            "glassloop bench starts its own processes: run it without accelerate launch, and say --ranks"
+        )
     if asked.compare:
         return _compare(asked)
     if asked.predict:
@@ -41,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     lists = parser.add_argument_group("arms (lists with commas)")
     lists.add_argument(
-        "--engines", type=_words, default=["peft"], metavar="E,..", help="execution.engine: peft, unsloth, fused (default: peft)"
+        "--engines",
+        type=_words,
+        default=["peft"],
+        metavar="E,..",
+        help="execution.engine: peft, unsloth, fused (default: peft)",
     )
     lists.add_argument(
         "--workloads",
@@ -50,13 +56,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="W,..",
         help="scam-v1, medical-v1, full-v1, or `own`: the rows of data.source=... (default: scam-v1,full-v1)",
     )
-    lists.add_argument("--layouts", type=_words, default=["literal", "packed"], metavar="L,..", help="default: literal,packed")
     lists.add_argument(
-        "--ranks", type=_counts, default=[1], metavar="N,..", help="processes that share an update's rows (default: 1)"
+        "--layouts",
+        type=_words,
+        default=["literal", "packed"],
+        metavar="L,..",
+        help="default: literal,packed",
     )
-    lists.add_argument("--batch", type=_counts, default=[2], metavar="N,..", help="rows of a micro-batch (default: 2)")
     lists.add_argument(
-        "--checkpointing", type=_words, default=["on"], metavar="on,off", help="activations recomputed or stored (default: on)"
+        "--ranks",
+        type=_counts,
+        default=[1],
+        metavar="N,..",
+        help="processes that share an update's rows (default: 1)",
+    )
+    lists.add_argument(
+        "--batch",
+        type=_counts,
+        default=[2],
+        metavar="N,..",
+        help="rows of a micro-batch (default: 2)",
+    )
+    lists.add_argument(
+        "--checkpointing",
+        type=_words,
+        default=["on"],
+        metavar="on,off",
+        help="activations recomputed or stored (default: on)",
     )
     lists.add_argument(
         "--vary",
@@ -81,16 +107,42 @@ def _parser() -> argparse.ArgumentParser:
         help="measure nothing: carry out updates up to U in every arm, and write a trace and a page about update U",
     )
     parser.add_argument(
-        "--profile-dir", type=Path, default=Path("profiles"), metavar="DIR", help="with --profile: where to (default: profiles)"
+        "--profile-dir",
+        type=Path,
+        default=Path("profiles"),
+        metavar="DIR",
+        help="with --profile: where to (default: profiles)",
     )
     parser.add_argument(
-        "--rows-per-update", type=_count, default=8, metavar="N", help="over all ranks, in every arm (default: 8)"
+        "--rows-per-update",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="over all ranks, in every arm (default: 8)",
     )
-    parser.add_argument("--model", default="random:llama-8b", help="model.id (default: random:llama-8b)")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"], help="default: bf16")
-    parser.add_argument("--updates", type=_count, default=5, metavar="N", help="measured updates of an arm (default: 5)")
-    parser.add_argument("--warmup", type=_count, default=2, metavar="N", help="updates before them (default: 2)")
-    parser.add_argument("--repeats", type=_count, default=2, metavar="N", help="times that each arm is run (default: 2)")
+    parser.add_argument(
+        "--model", default="random:llama-8b", help="model.id (default: random:llama-8b)"
+    )
+    parser.add_argument(
+        "--precision", default="bf16", choices=["bf16", "fp16", "fp32"], help="default: bf16"
+    )
+    parser.add_argument(
+        "--updates",
+        type=_count,
+        default=5,
+        metavar="N",
+        help="measured updates of an arm (default: 5)",
+    )
+    parser.add_argument(
+        "--warmup", type=_count, default=2, metavar="N", help="updates before them (default: 2)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="times that each arm is run (default: 2)",
+    )
     parser.add_argument(
         "--turns",
         type=_count,
@@ -98,19 +150,56 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="instead of one arm after the other: all arms of a workload are loaded, and N times each carries out its updates while the others wait",
     )
-    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: cuda where there is a GPU")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="results are added to it (default: benchmarks/results/bench-CARD.jsonl)"
+        "--device",
+        default="auto",
+        choices=["auto", "cuda", "cpu"],
+        help="auto: cuda where there is a GPU",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the arms in the order of their turns, and run nothing")
-    parser.add_argument("--card", action="store_true", help="one fixed piece of work, at most 5 minutes, one line to paste")
     parser.add_argument(
-        "--predict", action="store_true", help="the card's work by card: measured where results are there, else predicted"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="results are added to it (default: benchmarks/results/bench-CARD.jsonl)",
     )
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="ratios of two files of results, B / A")
-    parser.add_argument("--anyway", action="store_true", help="with --compare: also where the work differs")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="with --compare: the bars as a picture too (needs matplotlib)")
-    parser.add_argument("overrides", nargs="*", type=_override, metavar="section.field=VALUE", help="of every arm's config")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the arms in the order of their turns, and run nothing",
+    )
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="one fixed piece of work, at most 5 minutes, one line to paste",
+    )
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="the card's work by card: measured where results are there, else predicted",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="ratios of two files of results, B / A",
+    )
+    parser.add_argument(
+        "--anyway", action="store_true", help="with --compare: also where the work differs"
+    )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="with --compare: the bars as a picture too (needs matplotlib)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        type=_override,
+        metavar="section.field=VALUE",
+        help="of every arm's config",
+    )
     return parser
 
 
@@ -130,21 +219,27 @@ def _counts(text: str) -> list[int]:
 
 def _override(text: str) -> str:
     if not re.match(r"(--)?[a-z_]+(\.[a-z_0-9]+)+=", text):
-        raise argparse.ArgumentTypeError(f"{text}: a field of the config is given as section.field=VALUE")
+        raise argparse.ArgumentTypeError(
+            f"{text}: a field of the config is given as section.field=VALUE"
+        )
     return text
 
 
 def _varied(text: str) -> tuple[str, ...]:
     field, _, values = text.removeprefix("--").partition("=")
     if not re.fullmatch(r"(execution|memory)\.[a-z_]+", field) or not _words(values):
-        raise argparse.ArgumentTypeError(f"{text}: say execution.FIELD=A,B or memory.FIELD=A,B; other sections change the work")
+        raise argparse.ArgumentTypeError(
+            f"{text}: say execution.FIELD=A,B or memory.FIELD=A,B; other sections change the work"
+        )
     return tuple(f"{field}={value}" for value in _words(values))
 
 
 def _python(text: str) -> tuple[str, str]:
     engine, _, path = text.partition("=")
     if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: say ENGINE=/path/to/env/bin/python, a file that exists")
+        raise argparse.ArgumentTypeError(
+            f"{text}: say ENGINE=/path/to/env/bin/python, a file that exists"
+        )
     return engine, str(Path(path).absolute())  # not resolved: an environment's python is a link
 
 
@@ -169,12 +264,16 @@ def _matrix(asked: argparse.Namespace) -> int:
     from glassloop.config.sections import ENGINES
 
     if unknown := [name for name in asked.workloads if name not in (*QUANTILES, OWN)]:
-        raise ValueError(f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}, and {OWN} for data.source=...")
+        raise ValueError(
+            f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}, and {OWN} for data.source=..."
+        )
     if unknown := [name for name in asked.engines if name not in ENGINES]:
         raise ValueError(f"--engines {', '.join(unknown)}: there are {', '.join(ENGINES)}")
     has_source = any(text.removeprefix("--").startswith("data.source=") for text in asked.overrides)
     if has_source != (OWN in asked.workloads) or (has_source and asked.workloads != [OWN]):
-        raise ValueError(f"--workloads {OWN} and data.source=... belong together, and other workloads have rows of their own")
+        raise ValueError(
+            f"--workloads {OWN} and data.source=... belong together, and other workloads have rows of their own"
+        )
     if unknown := [word for word in asked.checkpointing if word not in ON_OFF]:
         raise ValueError(f"--checkpointing {', '.join(unknown)}: say on, off or on,off")
     place = _place(asked.device)
@@ -200,7 +299,10 @@ def _matrix(asked: argparse.Namespace) -> int:
     order = specs if asked.profile else schedule(specs, 1 if asked.turns else asked.repeats)
     if asked.dry_run:
         print(
-            "\n".join(f"{number:>3}  {spec.name}, {spec.warmup} + {spec.updates} updates" for number, spec in enumerate(order, 1))
+            "\n".join(
+                f"{number:>3}  {spec.name}, {spec.warmup} + {spec.updates} updates"
+                for number, spec in enumerate(order, 1)
+            )
         )
         return 0
     pythons = dict(asked.python)
@@ -222,10 +324,16 @@ def _anywhere(text: str) -> str:
     """An override that means the same in an arm's own folder: data.source=FILE made absolute."""
     name, _, value = text.partition("=")
     source = Path(value).expanduser()
-    return f"{name}={source.absolute()}" if name.removeprefix("--") == "data.source" and source.exists() else text
+    return (
+        f"{name}={source.absolute()}"
+        if name.removeprefix("--") == "data.source" and source.exists()
+        else text
+    )
 
 
-def _profiles(specs: Sequence[Any], place: Any, update: int, into: Path, pythons: Mapping[str, str]) -> int:
+def _profiles(
+    specs: Sequence[Any], place: Any, update: int, into: Path, pythons: Mapping[str, str]
+) -> int:
     """Profile update `update` of every arm, one after the other; the pages go to stdout too."""
     from glassloop.bench.matrix import unable
     from glassloop.bench.processes import run_arm
@@ -237,13 +345,19 @@ def _profiles(specs: Sequence[Any], place: Any, update: int, into: Path, pythons
             spec = replace(spec, profile=update, profile_dir=str(into / name))
             why = unable(spec, pythons)
             python = pythons.get(spec.engine, sys.executable)
-            line: dict[str, Any] = {"failed": why} if why else run_arm(spec, place, Path(folder) / str(number), python=python)
+            line: dict[str, Any] = (
+                {"failed": why}
+                if why
+                else run_arm(spec, place, Path(folder) / str(number), python=python)
+            )
             if "failed" in line:
                 _say(f"{'left out' if why else 'failed'}: {spec.name}: {line['failed']}")
                 code = code if why else 1
                 continue
             print(Path(line["profile"]["summary"]).read_text(encoding="utf-8"))
-            _say(f"written: {line['profile']['trace']} (open it in https://ui.perfetto.dev), {line['profile']['summary']}")
+            _say(
+                f"written: {line['profile']['trace']} (open it in https://ui.perfetto.dev), {line['profile']['summary']}"
+            )
     return code
 
 
@@ -266,7 +380,13 @@ def _card(asked: argparse.Namespace) -> int:
     # The engine is the reference itself; weights and rows are the same bits on every card, so its loss can be held to other cards' lines.
     verdict = loss_verdict(line)
     append(
-        out, line | {"card_name": NAME, "loss_verdict": verdict, "check": {"within": True, "why": "it is the reference engine"}}
+        out,
+        line
+        | {
+            "card_name": NAME,
+            "loss_verdict": verdict,
+            "check": {"within": True, "why": "it is the reference engine"},
+        },
     )
     _say(f"added to {out}")
     print(card_line(line))

@@ -14,7 +14,9 @@ def main(argv: list[str]) -> int:
         description="Runs that differ in nothing but their seed make a side; each side is compared with the first. A verdict needs two seeds a side: "
         "with one it says 'not resolved'. Two runs of one seed on a side measure the noise floor.",
     )
-    own.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of two runs or more")
+    own.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="folders of two runs or more"
+    )
     own.add_argument(
         "--floor",
         type=float,
@@ -22,7 +24,10 @@ def main(argv: list[str]) -> int:
         help="relative difference that counts as noise (default: measured on repeats, else by precision)",
     )
     own.add_argument(
-        "--out", type=Path, metavar="FILE", help="where the page goes (default: compare-A-B.html beside the first run)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the page goes (default: compare-A-B.html beside the first run)",
     )
     own.add_argument("--no-page", action="store_true", help="the terminal alone")
     given = own.parse_args(argv)

@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
     from glassloop.config.arguments import parse
 
     own = argparse.ArgumentParser(prog="glassloop data", add_help=False, allow_abbrev=False)
-    own.add_argument("--show", type=int, default=3, metavar="N", help="rows printed token by token (default: 3)")
+    own.add_argument(
+        "--show", type=int, default=3, metavar="N", help="rows printed token by token (default: 3)"
+    )
     if {"-h", "--help"} & set(argv):
         own.print_help()
     given, rest = own.parse_known_args(argv)
@@ -38,14 +40,19 @@ def show_data(config: Config, show: int) -> int:
 
     loaded = load_examples(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
-    dataset = build_rows(loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data)
+    dataset = build_rows(
+        loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data
+    )
     console = Console(soft_wrap=True, highlight=False)
     if show:
         console.print(LEGEND, markup=False)
     for row, example in list(zip(dataset.train.rows, dataset.train.examples, strict=True))[:show]:
         label = "" if example.label is None else f", {example.label}"
         console.print()
-        console.rule(f"{row.row_id}: {len(row):,} tokens, {row.supervised_tokens:,} supervised{label}", align="left")
+        console.rule(
+            f"{row.row_id}: {len(row):,} tokens, {row.supervised_tokens:,} supervised{label}",
+            align="left",
+        )
         console.print(render(row, tokenizer))
     console.print()
     for line in summary(dataset, config.data):
@@ -66,7 +73,10 @@ def render(row: Row, tokenizer: Any) -> Text:
         if ids[0] in control:
             shown = f"«{shown}»"
         opening, closing, style = ("[", "]", "bold green") if supervised else ("", "|", "dim")
-        text.append(opening + shown + closing, style="bold magenta" if ids[0] in control and not supervised else style)
+        text.append(
+            opening + shown + closing,
+            style="bold magenta" if ids[0] in control and not supervised else style,
+        )
         if shown.endswith("⏎"):
             text.append("\n")
     return text
@@ -77,6 +87,10 @@ def _characters(row: Row, tokenizer: Any) -> Iterator[tuple[Sequence[int], bool]
     start = 0
     for end in range(1, len(row) + 1):
         last = end == len(row) or row.supervised[end] != row.supervised[start]
-        if last or end - start == 4 or "\ufffd" not in tokenizer.decode(list(row.input_ids[start:end])):
+        if (
+            last
+            or end - start == 4
+            or "\ufffd" not in tokenizer.decode(list(row.input_ids[start:end]))
+        ):
             yield row.input_ids[start:end], row.supervised[start]
             start = end

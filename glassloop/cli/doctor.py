@@ -19,10 +19,19 @@ WIDTH, INDENT = 100, 20
 
 def main(argv: list[str]) -> int:
     """`glassloop doctor [PRESET] [--explain TEXT] [--config_file FILE] [--with-data] [--json] [section.field=VALUE ...]`. Exit code 1: a problem."""
-    own = argparse.ArgumentParser(prog="glassloop doctor", add_help=False, allow_abbrev=False, description=__doc__)
+    own = argparse.ArgumentParser(
+        prog="glassloop doctor", add_help=False, allow_abbrev=False, description=__doc__
+    )
     own.add_argument("--explain", metavar="TEXT", help="cause and cure of an error message")
-    own.add_argument("--config_file", type=Path, metavar="FILE", help="launch file to check instead of Accelerate's default one")
-    own.add_argument("--with-data", action="store_true", help="read the data set and check its columns")
+    own.add_argument(
+        "--config_file",
+        type=Path,
+        metavar="FILE",
+        help="launch file to check instead of Accelerate's default one",
+    )
+    own.add_argument(
+        "--with-data", action="store_true", help="read the data set and check its columns"
+    )
     own.add_argument("--json", action="store_true", help="print the findings as JSON")
     if {"-h", "--help"} & set(argv):
         own.print_help()
@@ -37,11 +46,18 @@ def main(argv: list[str]) -> int:
     findings = examine(config, given.config_file, with_data=given.with_data)
     problems = sum(one.level == PROBLEM for one in findings)
     if given.json:
-        print(json.dumps({"schema": 1, "problems": problems, "findings": [vars(one) for one in findings]}, indent=1))
+        print(
+            json.dumps(
+                {"schema": 1, "problems": problems, "findings": [vars(one) for one in findings]},
+                indent=1,
+            )
+        )
     else:
         for one in findings:
             print("\n".join(shown(one)))
-        print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problem found")
+        print(
+            f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problem found"
+        )
     return 1 if problems else 0
 
 
@@ -71,18 +87,26 @@ def check_p2p(gpus: int) -> list[Finding]:
     from glassloop.doctor.p2p import LIMIT_S, MIB, find_cure, try_all_reduce
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = gpus if hidden is None else min(gpus, len([part for part in hidden.split(",") if part.strip() not in ("", "-1")]))
+    visible = (
+        gpus
+        if hidden is None
+        else min(gpus, len([part for part in hidden.split(",") if part.strip() not in ("", "-1")]))
+    )
     if visible < 2:
         return [Finding(NOTE, "p2p", f"not tried: it needs two GPUs, {visible} visible")]
     answer = try_all_reduce()
     if answer.outcome == "ok":
-        return [Finding(OK, "p2p", f"an all-reduce of {MIB} MiB between two GPUs took {1e3 * answer.seconds:.1f} ms")]
+        return [
+            Finding(
+                OK,
+                "p2p",
+                f"an all-reduce of {MIB} MiB between two GPUs took {1e3 * answer.seconds:.1f} ms",
+            )
+        ]
     said = f"hung for {LIMIT_S:.0f} s" if answer.outcome == "hang" else f"failed: {answer.text}"
     cure = find_cure()
     if cure is None:
-        text = (
-            "NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 do not help: look at the driver (nvidia-smi topo -m) and at NCCL_DEBUG=INFO"
-        )
+        text = "NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 do not help: look at the driver (nvidia-smi topo -m) and at NCCL_DEBUG=INFO"
     else:
         text = f"export {' '.join(f'{name}={value}' for name, value in cure.items())} (tried: it works with that)"
     return [Finding(PROBLEM, "p2p", f"an all-reduce of {MIB} MiB between two GPUs {said}", text)]
@@ -93,17 +117,33 @@ def check_data(config: Config, with_data: bool) -> list[Finding]:
     from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 
     if not with_data:
-        return [Finding(NOTE, "data", f"{config.data.source} was not read", "--with-data reads it and checks its columns")]
+        return [
+            Finding(
+                NOTE,
+                "data",
+                f"{config.data.source} was not read",
+                "--with-data reads it and checks its columns",
+            )
+        ]
     from glassloop.data.sources import load_examples
 
     try:
         loaded = load_examples(config.data, config.seed)
     except ValueError as error:
-        return [Finding(PROBLEM, "data", str(error), "data.format and data.columns.* say which column is what")]
+        return [
+            Finding(
+                PROBLEM,
+                "data",
+                str(error),
+                "data.format and data.columns.* say which column is what",
+            )
+        ]
     held = f", {len(loaded.heldout):,} held out" if loaded.heldout else ""
     return [
         Finding(
-            OK, "data", f"{loaded.source}: format {loaded.format}, {len(loaded.train):,} of {loaded.total:,} rows taken{held}"
+            OK,
+            "data",
+            f"{loaded.source}: format {loaded.format}, {len(loaded.train):,} of {loaded.total:,} rows taken{held}",
         )
     ]
 
@@ -132,5 +172,10 @@ def shown(one: Finding) -> list[str]:
 
 
 def _wrap(label: str, text: str) -> list[str]:
-    pieces = textwrap.wrap(" ".join(text.split()), WIDTH - INDENT, break_long_words=False, break_on_hyphens=False) or [""]
-    return [f"{label if number == 0 else '':<{INDENT}} {piece}".rstrip() for number, piece in enumerate(pieces)]
+    pieces = textwrap.wrap(
+        " ".join(text.split()), WIDTH - INDENT, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+    return [
+        f"{label if number == 0 else '':<{INDENT}} {piece}".rstrip()
+        for number, piece in enumerate(pieces)
+    ]

@@ -31,20 +31,35 @@ def main(argv: list[str]) -> int:
     )
     add_run_options(own)
     own.add_argument(
-        "--data", metavar="SOURCE", help="rows to measure on instead of the run's held-out ones: file, folder, hub id"
+        "--data",
+        metavar="SOURCE",
+        help="rows to measure on instead of the run's held-out ones: file, folder, hub id",
     )
     own.add_argument(
-        "--columns", metavar="ROLE=NAME,...", help="columns of --data where they differ: dialogue=text,label=is_scam"
+        "--columns",
+        metavar="ROLE=NAME,...",
+        help="columns of --data where they differ: dialogue=text,label=is_scam",
     )
     own.add_argument("--split", help="split of --data, or another split of the run's own source")
     own.add_argument("--rows", type=int, metavar="N", help="the first N of them")
     own.add_argument(
-        "--answers", type=int, metavar="N", help="answer the first N rows, 0 for none (default: all that have labels)"
+        "--answers",
+        type=int,
+        metavar="N",
+        help="answer the first N rows, 0 for none (default: all that have labels)",
     )
     own.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: the run's evaluation.max_new_tokens)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: the run's evaluation.max_new_tokens)",
     )
-    own.add_argument("--batch", type=int, metavar="N", help="rows of a pass on a rank (default: the run's batch.size)")
+    own.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="rows of a pass on a rank (default: the run's batch.size)",
+    )
     own.add_argument("--json", action="store_true", help="print one JSON object")
     given = own.parse_args(argv)
     for name, least in (("rows", 1), ("answers", 0), ("max_new_tokens", 1), ("batch", 1)):
@@ -75,9 +90,15 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
 
     trained = open_trained(given.run, given.at, overrides_of(given))
     config = trained.config
-    batch = config.batch.model_copy(update={"ranks": None, "rows_per_update": None, "accumulation": 1})
-    has_fp16 = on_cuda() or config.execution.precision != "fp16"  # a CPU has not: load() takes fp32 there, and says so
-    execution = config.execution.model_copy(update={"engine": "peft", **({} if has_fp16 else {"precision": "fp32"})})
+    batch = config.batch.model_copy(
+        update={"ranks": None, "rows_per_update": None, "accumulation": 1}
+    )
+    has_fp16 = (
+        on_cuda() or config.execution.precision != "fp16"
+    )  # a CPU has not: load() takes fp32 there, and says so
+    execution = config.execution.model_copy(
+        update={"engine": "peft", **({} if has_fp16 else {"precision": "fp32"})}
+    )
     config = config.model_copy(update={"batch": batch, "execution": execution})
     check_launch(config)
     accelerator = make_accelerator(config)
@@ -96,7 +117,14 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     def read() -> Any:
         tokenizer = load_tokenizer_of(trained)
         template = template_of(trained, tokenizer)
-        found = rows_of(trained, template, source=given.data, split=given.split, rows=given.rows, columns=columns)
+        found = rows_of(
+            trained,
+            template,
+            source=given.data,
+            split=given.split,
+            rows=given.rows,
+            columns=columns,
+        )
         return tokenizer, template, found
 
     tokenizer, template, rows = in_turn(first, read, "reading tokenizer and data")
@@ -122,10 +150,21 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
         if given.json:
             print(json.dumps(found))
         else:
-            print("\n".join([f"adapter   {trained.checkpoint}, {trained.why}", f"rows      {rows.name}"]))
-            print("".join(f"          {note}\n" for note in (*trained.notes, *loaded.notes, *rows.notes)), end="")
+            print(
+                "\n".join(
+                    [f"adapter   {trained.checkpoint}, {trained.why}", f"rows      {rows.name}"]
+                )
+            )
+            print(
+                "".join(
+                    f"          {note}\n" for note in (*trained.notes, *loaded.notes, *rows.notes)
+                ),
+                end="",
+            )
             print("\n".join(lines(report, found)), flush=True)
-        saved = save(trained, found)  # after it was shown: a disk that refuses it takes nothing away
+        saved = save(
+            trained, found
+        )  # after it was shown: a disk that refuses it takes nothing away
         if not given.json or saved.startswith("nowhere"):
             print(f"saved     {saved}", file=sys.stderr if given.json else sys.stdout)
     leave()
@@ -133,7 +172,13 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
 
 
 def as_object(
-    trained: Any, name: str, report: Report, seconds: float, ranks: int, given: argparse.Namespace, precision: str
+    trained: Any,
+    name: str,
+    report: Report,
+    seconds: float,
+    ranks: int,
+    given: argparse.Namespace,
+    precision: str,
 ) -> dict[str, Any]:
     """Plain values, no row's text."""
     from glassloop.use.trained import adapter_hash
@@ -177,7 +222,9 @@ def lines(report: Report, found: dict[str, Any]) -> list[str]:
         f"(at most {found['max_new_tokens']} tokens), {report.verdict_rows} of them with a label",
         f"{'':<20}{'base':>25}{'adapter':>25}   adapter - base",
     ]
-    took = f"took {found['seconds']:.1f} s on {found['ranks']} rank" + ("s" if found["ranks"] > 1 else "")
+    took = f"took {found['seconds']:.1f} s on {found['ranks']} rank" + (
+        "s" if found["ranks"] > 1 else ""
+    )
     return [*told, *(score_line(score) for score in report.scores), *footnotes(report), took]
 
 
@@ -185,7 +232,11 @@ def score_line(score: Score) -> str:
     cells = []
     for side in ("base", "adapter"):
         value, interval = score.values[side], score.intervals[side]
-        cells.append("-" if value is None else f"{value:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+        cells.append(
+            "-"
+            if value is None
+            else f"{value:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+        )
     base, adapter = score.values["base"], score.values["adapter"]
     difference = "-" if base is None or adapter is None else f"{adapter - base:+.4f}"
     if score.difference is not None:
@@ -206,5 +257,7 @@ def footnotes(report: Report) -> list[str]:
         told.append("recall -: no row is labelled scam")
     for side, counts in report.counts.items():
         if report.verdict_rows and counts.get("no_verdict"):
-            told.append(f"{side}: {counts['no_verdict']:.0%} of its answers have no verdict; that counts as wrong")
+            told.append(
+                f"{side}: {counts['no_verdict']:.0%} of its answers have no verdict; that counts as wrong"
+            )
     return told

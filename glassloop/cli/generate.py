@@ -24,8 +24,15 @@ WIDE = 100  # columns from which answers stand beside each other
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What all commands that open a trained adapter take."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--at", type=int, metavar="N", help="the checkpoint after N updates (default: the best by held-out loss)")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="folder of a run, or of one of its checkpoints"
+    )
+    parser.add_argument(
+        "--at",
+        type=int,
+        metavar="N",
+        help="the checkpoint after N updates (default: the best by held-out loss)",
+    )
     parser.add_argument("--model", metavar="MODEL", help="where the base model is now (model.id)")
 
 
@@ -41,33 +48,75 @@ def main(argv: list[str]) -> int:
         description="Answers by the base and by the adapter. Sampling is what the model's generation_config.json asks for, unless given.",
     )
     add_run_options(own)
-    own.add_argument("question", nargs="*", help="one question each; - reads stdin, and so does no question at all")
     own.add_argument(
-        "--file", type=Path, help="questions, one a line (.jsonl: strings, or objects with question, prompt or dialogue)"
+        "question",
+        nargs="*",
+        help="one question each; - reads stdin, and so does no question at all",
     )
     own.add_argument(
-        "--chat", action="store_true", help="talk in turns; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+        "--file",
+        type=Path,
+        help="questions, one a line (.jsonl: strings, or objects with question, prompt or dialogue)",
     )
-    own.add_argument("--call", action="store_true", help="the text is a phone call: ask about it what format scam asks")
+    own.add_argument(
+        "--chat",
+        action="store_true",
+        help="talk in turns; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer",
+    )
+    own.add_argument(
+        "--call",
+        action="store_true",
+        help="the text is a phone call: ask about it what format scam asks",
+    )
     own.add_argument("--only", choices=SIDES, default="both", help="whose answers (default: both)")
-    own.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's data.system; '' for none)")
+    own.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system prompt (default: the run's data.system; '' for none)",
+    )
     own.add_argument("--greedy", action="store_true", help="the most likely token at each place")
     own.add_argument(
-        "--temperature", type=float, metavar="T", help="logits are divided by T before a token is drawn; 0: as --greedy"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="logits are divided by T before a token is drawn; 0: as --greedy",
     )
-    own.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest most likely tokens that have P together")
-    own.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
-    own.add_argument("--seed", type=int, default=0, metavar="N", help="question i draws from seed and i (default: 0)")
     own.add_argument(
-        "--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer, reasoning included (default: 1024)"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the fewest most likely tokens that have P together",
     )
-    own.add_argument("--batch", type=int, default=8, metavar="N", help="questions answered together (default: 8)")
-    own.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="instead of the run's own")
+    own.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    own.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="question i draws from seed and i (default: 0)",
+    )
+    own.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="longest answer, reasoning included (default: 1024)",
+    )
+    own.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="questions answered together (default: 8)"
+    )
+    own.add_argument(
+        "--precision", choices=("bf16", "fp16", "fp32"), help="instead of the run's own"
+    )
     own.add_argument("--json", action="store_true", help="one JSON object a question")
-    given = own.parse_intermixed_args(argv)  # options may stand before the question, between and after
+    given = own.parse_intermixed_args(
+        argv
+    )  # options may stand before the question, between and after
     for name in ("batch", "max_new_tokens"):
         if getattr(given, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be 1 or more")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(given, name)}: it must be 1 or more"
+            )
     return run(given)
 
 
@@ -75,7 +124,9 @@ def run(given: argparse.Namespace) -> int:
     from glassloop.use.questions import questions_of
 
     if given.chat and (given.question or given.file or given.json):
-        raise ValueError("--chat reads questions as you type them: leave the question, --file and --json out")
+        raise ValueError(
+            "--chat reads questions as you type them: leave the question, --file and --json out"
+        )
     questions: list[str] = []
     if not given.chat:
         wants_stdin = "-" in given.question or not (given.question or given.file)
@@ -83,7 +134,13 @@ def run(given: argparse.Namespace) -> int:
         questions = questions_of(given.question, given.file, stdin)
 
     from glassloop.loop.launch import hush
-    from glassloop.use.trained import device_here, load, load_tokenizer_of, open_trained, template_of
+    from glassloop.use.trained import (
+        device_here,
+        load,
+        load_tokenizer_of,
+        open_trained,
+        template_of,
+    )
 
     hush(1)
     trained = open_trained(given.run, given.at, overrides_of(given))
@@ -96,26 +153,45 @@ def run(given: argparse.Namespace) -> int:
 class Session:
     """What stays the same from question to question."""
 
-    def __init__(self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Template, loaded: Loaded) -> None:
+    def __init__(
+        self,
+        given: argparse.Namespace,
+        trained: Trained,
+        tokenizer: Any,
+        template: Template,
+        loaded: Loaded,
+    ) -> None:
         from rich.console import Console
 
         from glassloop.use.answering import sampling_of, stop_ids_of
 
-        self.given, self.trained, self.tokenizer, self.template, self.loaded = given, trained, tokenizer, template, loaded
+        self.given, self.trained, self.tokenizer, self.template, self.loaded = (
+            given,
+            trained,
+            tokenizer,
+            template,
+            loaded,
+        )
         settings = loaded.hf.get_base_model().generation_config
         own, notes = sampling_of(settings)
         self.sampling = chosen(own, given)
         self.stop_ids = stop_ids_of(template, settings)
-        self.system = (given.system or None) if given.system is not None else trained.config.data.system
+        self.system = (
+            (given.system or None) if given.system is not None else trained.config.data.system
+        )
         self.console: Console = Console(soft_wrap=True, highlight=False)
         self.sides = SIDES[given.only]
         if not given.json:
-            self.say(f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed {given.seed}")
+            self.say(
+                f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed {given.seed}"
+            )
             for note in (*trained.notes, *loaded.notes, *notes):
                 self.say(f"          {note}")
 
     def say(self, text: str = "", style: str = "", end: str = "\n") -> None:
-        self.console.print(harmless(text, self.console.encoding), markup=False, style=style, end=end)
+        self.console.print(
+            harmless(text, self.console.encoding), markup=False, style=style, end=end
+        )
 
     def run(self, questions: list[str]) -> int:
         from glassloop.use.answering import check_lengths
@@ -133,7 +209,11 @@ class Session:
             batch = prompts[start : start + self.given.batch]
             replies = {side: self.answers(batch, side, start) for side in self.sides}
             for place in range(len(batch)):
-                self.show(start + place, questions[start + place], {side: replies[side][place] for side in self.sides})
+                self.show(
+                    start + place,
+                    questions[start + place],
+                    {side: replies[side][place] for side in self.sides},
+                )
         return 0
 
     def first_turns(self, question: str) -> list[Turn]:
@@ -141,14 +221,19 @@ class Session:
         from glassloop.data.rows import Turn
 
         text = SCAM_QUESTION + question.strip() if self.given.call else question
-        return [*([Turn("system", self.system)] if self.system is not None else []), Turn("user", text)]
+        return [
+            *([Turn("system", self.system)] if self.system is not None else []),
+            Turn("user", text),
+        ]
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         from glassloop.data.rows import Example
 
         return self.template.prompt_ids(Example("question", tuple(turns)))
 
-    def answers(self, prompts: list[list[int]], side: str, first: int, write: Any = None) -> list[Reply]:
+    def answers(
+        self, prompts: list[list[int]], side: str, first: int, write: Any = None
+    ) -> list[Reply]:
         from glassloop.use.answering import answer
 
         return answer(
@@ -165,7 +250,9 @@ class Session:
             write=write,
         )
 
-    def stream(self, prompt: list[int], sides: Sequence[str] = (), turn: int = 0) -> dict[str, Reply]:
+    def stream(
+        self, prompt: list[int], sides: Sequence[str] = (), turn: int = 0
+    ) -> dict[str, Reply]:
         """Both answers as they are written, one after the other; reasoning dim and under its own heading."""
         replies = {}
         for side in sides or self.sides:
@@ -189,10 +276,16 @@ class Session:
     def show(self, number: int, question: str, replies: dict[str, Reply]) -> None:
         if self.given.json:
             told = {side: dataclasses.asdict(reply) for side, reply in replies.items()}
-            print(json.dumps({"number": number, "question": question, **told}, ensure_ascii=False), flush=True)
+            print(
+                json.dumps({"number": number, "question": question, **told}, ensure_ascii=False),
+                flush=True,
+            )
             return
         self.say()
-        self.say(f"=== {number + 1}: {question if len(question) <= 300 else question[:300] + ' ...'}", "bold")
+        self.say(
+            f"=== {number + 1}: {question if len(question) <= 300 else question[:300] + ' ...'}",
+            "bold",
+        )
         if self.console.is_terminal and self.console.width >= WIDE and len(replies) == 2:
             self.console.print(beside(replies, self.console, self.given.max_new_tokens))
             return
@@ -234,12 +327,18 @@ class Session:
                     prompt = self.prompt(asked)
                     check_lengths(self.loaded, [prompt])
                     reply = self.stream(prompt, (side,), turn)[side]
-                    reasoning = reply.reasoning if reply.reasoning is not None or not self.template.opens_think else ""
+                    reasoning = (
+                        reply.reasoning
+                        if reply.reasoning is not None or not self.template.opens_think
+                        else ""
+                    )
                     said_now[side] = [*asked, Turn("assistant", reply.answer, reasoning)]
             except KeyboardInterrupt:
                 self.say("\nstopped: your last words and what was answered are forgotten")
                 continue
-            except ValueError as error:  # the template takes one question only, or the talk has grown too long
+            except (
+                ValueError
+            ) as error:  # the template takes one question only, or the talk has grown too long
                 self.say(f"refused: {error}; /reset begins anew")
                 continue
             talks = said_now
@@ -248,11 +347,19 @@ class Session:
 
 def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
     """The model's own sampling with what was given in place. Raises ValueError for values that mean nothing."""
-    if given.greedy and any(value is not None for value in (given.temperature, given.top_p, given.top_k)):
-        raise ValueError("--greedy takes the most likely token: leave --temperature, --top-p and --top-k out")
+    if given.greedy and any(
+        value is not None for value in (given.temperature, given.top_p, given.top_k)
+    ):
+        raise ValueError(
+            "--greedy takes the most likely token: leave --temperature, --top-p and --top-k out"
+        )
     if given.greedy:
         return dataclasses.replace(own, temperature=0.0)
-    fields = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(given, name)) is not None}
+    fields = {
+        name: value
+        for name in ("temperature", "top_p", "top_k")
+        if (value := getattr(given, name)) is not None
+    }
     if fields and "temperature" not in fields and not own.temperature:
         fields["temperature"] = 1.0
     return dataclasses.replace(own, **fields)

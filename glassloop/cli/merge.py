@@ -35,16 +35,44 @@ def main(argv: list[str]) -> int:
     )
     add_run_options(own)
     own.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    own.add_argument("--base", choices=OTHER, default="original", help="what to merge into (default: original)")
-    own.add_argument("--shard-gib", type=float, default=4.0, metavar="GIB", help="largest file, and about what is held in memory")
-    own.add_argument("--data", metavar="SOURCE", help="rows for the table instead of the run's held-out ones")
     own.add_argument(
-        "--columns", metavar="ROLE=NAME,...", help="columns of --data where they differ: dialogue=text,label=is_scam"
+        "--base", choices=OTHER, default="original", help="what to merge into (default: original)"
     )
-    own.add_argument("--rows", type=int, default=32, metavar="N", help="at most N rows for the table (default: 32)")
+    own.add_argument(
+        "--shard-gib",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="largest file, and about what is held in memory",
+    )
+    own.add_argument(
+        "--data", metavar="SOURCE", help="rows for the table instead of the run's held-out ones"
+    )
+    own.add_argument(
+        "--columns",
+        metavar="ROLE=NAME,...",
+        help="columns of --data where they differ: dialogue=text,label=is_scam",
+    )
+    own.add_argument(
+        "--rows",
+        type=int,
+        default=32,
+        metavar="N",
+        help="at most N rows for the table (default: 32)",
+    )
     own.add_argument("--no-table", action="store_true", help="merge alone; compare nothing")
-    own.add_argument("--bits", type=int, choices=(16, 4), default=16, help="4 rounds the merged weights to NF4 once more")
-    own.add_argument("--accept-rounding", action="store_true", help="say so for --bits 4, which is refused without")
+    own.add_argument(
+        "--bits",
+        type=int,
+        choices=(16, 4),
+        default=16,
+        help="4 rounds the merged weights to NF4 once more",
+    )
+    own.add_argument(
+        "--accept-rounding",
+        action="store_true",
+        help="say so for --bits 4, which is refused without",
+    )
     given = own.parse_args(argv)
     if given.bits == 4 and not given.accept_rounding:
         raise ValueError(
@@ -53,7 +81,9 @@ def main(argv: list[str]) -> int:
         )
     for name in ("rows", "shard_gib"):
         if not 0 < getattr(given, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0"
+            )
     columns_of(given.columns)  # refused before anything is opened
     return run(given)
 
@@ -91,7 +121,9 @@ def run(given: argparse.Namespace) -> int:
             lines = job.table_of_written(Path(spare))
     for line in text(lines, "the adapter on " + job.trained_on):
         print(line)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        GIB if sys.platform == "darwin" else 2**20
+    )
     print(f"peak      {job.peak_gib:.1f} GiB of host memory while merging, {peak:.1f} GiB in all")
     job.say_how_to_serve()
     return 0
@@ -100,11 +132,18 @@ def run(given: argparse.Namespace) -> int:
 class Job:
     """One merge: what is read, where from, and what was seen."""
 
-    def __init__(self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Any) -> None:
+    def __init__(
+        self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Any
+    ) -> None:
         from glassloop.base.source import resolve_source
         from glassloop.use.trained import device_here
 
-        self.given, self.trained, self.tokenizer, self.template = given, trained, tokenizer, template
+        self.given, self.trained, self.tokenizer, self.template = (
+            given,
+            trained,
+            tokenizer,
+            template,
+        )
         self.source = resolve_source(trained.config.model)
         self.quantised = trained.config.model.quantization == "nf4"
         self.trained_on = "NF4" if self.quantised else "its base"
@@ -121,7 +160,12 @@ class Job:
 
             cure = "name rows with --data FILE, or merge without the table: --no-table"
             self.rows = rows_of(
-                trained, template, source=given.data, rows=given.rows, columns=columns_of(given.columns), cure=cure
+                trained,
+                template,
+                source=given.data,
+                rows=given.rows,
+                columns=columns_of(given.columns),
+                cure=cure,
             )
             for note in self.rows.notes:
                 print(f"          {note}")
@@ -130,7 +174,11 @@ class Job:
         """What 32-bit tensors are rounded to, and its name in config.json: the run's own 16 bits, bf16 for an fp32 run."""
         import torch
 
-        return (torch.float16, "float16") if self.trained.config.execution.precision == "fp16" else (torch.bfloat16, "bfloat16")
+        return (
+            (torch.float16, "float16")
+            if self.trained.config.execution.precision == "fp16"
+            else (torch.bfloat16, "bfloat16")
+        )
 
     def weights(self, kind: str) -> tuple[Any, Path]:
         """The base's weights of that kind, and the folder with its config. Raises ValueError for another base than the run's."""
@@ -144,11 +192,15 @@ class Job:
         from glassloop.use.trained import check_base
 
         model, precision = self.trained.config.model, self.trained.config.execution.precision
-        check_base(self.trained, base_hash(self.source, cache_root(model.cache_dir) / "file_hashes.json"))
+        check_base(
+            self.trained, base_hash(self.source, cache_root(model.cache_dir) / "file_hashes.json")
+        )
         if kind == "original":
             folder = original_folder(self.source)
             if "quantization_config" in read_json(folder / "config.json"):
-                raise ValueError(f"model.id = {model.id} comes quantised, so there are no original weights: --base dequantised")
+                raise ValueError(
+                    f"model.id = {model.id} comes quantised, so there are no original weights: --base dequantised"
+                )
             return Weights(folder), folder
         device = (
             torch.device("cuda") if self.device.type == "cuda" else torch.device("cpu")
@@ -168,14 +220,24 @@ class Job:
         most = int(self.given.shard_gib * GIB)
         needed = sum(shard.bytes for shard in shards_of(weights, most))
         if kind == self.given.base:  # the other one comes later, beside it
-            check_room(self.given.out, needed, with_table=self.quantised and not self.given.no_table)
+            check_room(
+                self.given.out, needed, with_table=self.quantised and not self.given.no_table
+            )
         started, peak, changed = time.perf_counter(), PeakMemory(), 0
         pairs = pairs_of(adapter_weights(self.trained))
-        for shard, merged in write_merged(weights, pairs, self.trained.scale, folder, dtype=dtype, most_bytes=most):
+        for shard, merged in write_merged(
+            weights, pairs, self.trained.scale, folder, dtype=dtype, most_bytes=most
+        ):
             changed += merged
-            print(f"          {shard.file}: {len(shard.names)} tensors, {merged} merged, {shard.bytes / GIB:.2f} GiB", flush=True)
+            print(
+                f"          {shard.file}: {len(shard.names)} tensors, {merged} merged, {shard.bytes / GIB:.2f} GiB",
+                flush=True,
+            )
         seconds, self.peak_gib = time.perf_counter() - started, max(self.peak_gib, peak.gib())
-        print(f"merged    {changed} weights into {kind}, {needed / GIB:.2f} GiB in {seconds:.1f} s", flush=True)
+        print(
+            f"merged    {changed} weights into {kind}, {needed / GIB:.2f} GiB in {seconds:.1f} s",
+            flush=True,
+        )
         write_rest(folder, self.trained, base, self.template, self.tokenizer, name)
 
     def table(self, folder: Path, spare: Path) -> list[Line]:
@@ -222,8 +284,14 @@ class Job:
         from glassloop.use.merge.table import look_at_folder
 
         config = self.trained.config
-        precision = "fp32" if self.device.type == "cpu" and config.execution.precision == "fp16" else config.execution.precision
-        return look_at_folder(folder, self.rows.rows, self.device, DTYPES[precision], config.model.trust_remote_code)
+        precision = (
+            "fp32"
+            if self.device.type == "cpu" and config.execution.precision == "fp16"
+            else config.execution.precision
+        )
+        return look_at_folder(
+            folder, self.rows.rows, self.device, DTYPES[precision], config.model.trust_remote_code
+        )
 
     def line(self, name: str, seen: Seen) -> Line:
         from glassloop.use.merge.table import line
@@ -240,7 +308,10 @@ class Job:
         dtype, _ = self.dtypes()
         double = self.trained.config.model.double_quantization
         settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=dtype,
         )
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": self.device}, quantization_config=settings
@@ -281,12 +352,20 @@ class Job:
         self.write_facts(folder, lines)
         generation = read_json(folder / "generation_config.json")
         # a longer context than 32,768 costs memory that few need
-        context = min(int(read_json(folder / "config.json").get("max_position_embeddings") or 4096), 32768)
-        no_ollama = "Ollama does not read NF4 weights: merge into 16 bits for it" if self.given.bits == 4 else None
+        context = min(
+            int(read_json(folder / "config.json").get("max_position_embeddings") or 4096), 32768
+        )
+        no_ollama = (
+            "Ollama does not read NF4 weights: merge into 16 bits for it"
+            if self.given.bits == 4
+            else None
+        )
         try:
             if no_ollama is None:
                 bos = adds_bos(self.tokenizer)
-                text = modelfile(self.tokenizer, generation, adds_bos=bos, source=".", context=context)
+                text = modelfile(
+                    self.tokenizer, generation, adds_bos=bos, source=".", context=context
+                )
                 (folder / "Modelfile").write_text(text, encoding="utf-8")
         except ValueError as error:
             no_ollama = str(error)
@@ -308,7 +387,11 @@ class Job:
 
     def say_how_to_serve(self) -> None:
         for line in (self.given.out / "SERVE.txt").read_text(encoding="utf-8").splitlines():
-            print(f"serve     {line}" if not line.startswith("#") else f"          {line.removeprefix('# ')}:")
+            print(
+                f"serve     {line}"
+                if not line.startswith("#")
+                else f"          {line.removeprefix('# ')}:"
+            )
 
 
 class PeakMemory:

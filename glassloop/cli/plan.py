@@ -33,11 +33,18 @@ def main(argv: list[str]) -> int:
     given, words = own.parse_known_args(argv)
     config = parse(words, prog="glassloop plan")
     outlook, notes = look(config, given)
-    changes = [_changed(one, outlook, given, words) for one in given.compare or _usual_changes(outlook)]
+    changes = [
+        _changed(one, outlook, given, words) for one in given.compare or _usual_changes(outlook)
+    ]
     if given.json:
         from glassloop.plan.outlook import as_plain
 
-        print(json.dumps(as_plain(outlook) | {"compare": [vars(one) for one in changes], "notes": notes}, indent=1))
+        print(
+            json.dumps(
+                as_plain(outlook) | {"compare": [vars(one) for one in changes], "notes": notes},
+                indent=1,
+            )
+        )
         return 0
     from glassloop.plan.changes import lines_of
     from glassloop.plan.text import LABEL, launch_line, render, wrapped
@@ -53,14 +60,33 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(prog="glassloop plan", add_help=False, allow_abbrev=False, description=__doc__)
-    own.add_argument(
-        "--ranks", type=_positive, metavar="N", help="processes in all (default: batch.ranks, else this machine's GPUs, else 2)"
+    own = argparse.ArgumentParser(
+        prog="glassloop plan", add_help=False, allow_abbrev=False, description=__doc__
     )
-    own.add_argument("--machines", type=_positive, default=1, metavar="M", help="machines that they are spread over (default: 1)")
-    own.add_argument("--rows", type=_positive, metavar="N", help="training rows, where nothing else says")
-    own.add_argument("--row-tokens", type=float, metavar="T", help="mean tokens of a row, for the time")
-    own.add_argument("--with-data", action="store_true", help="load tokenizer and rows: true counts of rows, tokens and padding")
+    own.add_argument(
+        "--ranks",
+        type=_positive,
+        metavar="N",
+        help="processes in all (default: batch.ranks, else this machine's GPUs, else 2)",
+    )
+    own.add_argument(
+        "--machines",
+        type=_positive,
+        default=1,
+        metavar="M",
+        help="machines that they are spread over (default: 1)",
+    )
+    own.add_argument(
+        "--rows", type=_positive, metavar="N", help="training rows, where nothing else says"
+    )
+    own.add_argument(
+        "--row-tokens", type=float, metavar="T", help="mean tokens of a row, for the time"
+    )
+    own.add_argument(
+        "--with-data",
+        action="store_true",
+        help="load tokenizer and rows: true counts of rows, tokens and padding",
+    )
     own.add_argument("--json", action="store_true", help="print everything as JSON")
     own.add_argument(
         "--compare",
@@ -87,7 +113,9 @@ def look(config: Config, given: argparse.Namespace) -> tuple[Outlook, list[str]]
     present = gpus_present() if os.path.isdir(NVIDIA) else ()
     ranks, notes = _ranks(config, given, present)
     if ranks % given.machines:
-        raise ValueError(f"--ranks {ranks} does not spread over --machines {given.machines}: give a multiple")
+        raise ValueError(
+            f"--ranks {ranks} does not spread over --machines {given.machines}: give a multiple"
+        )
     counts, rows_from = None, ""
     if given.with_data:
         rows, counts, rows_from, more = _with_data(config, ranks, present)
@@ -110,7 +138,9 @@ def look(config: Config, given: argparse.Namespace) -> tuple[Outlook, list[str]]
     return outlook, notes
 
 
-def _ranks(config: Config, given: argparse.Namespace, present: Sequence[Present]) -> tuple[int, list[str]]:
+def _ranks(
+    config: Config, given: argparse.Namespace, present: Sequence[Present]
+) -> tuple[int, list[str]]:
     asked = config.batch.ranks
     if given.ranks is not None:
         if asked is not None and asked != given.ranks:
@@ -121,11 +151,17 @@ def _ranks(config: Config, given: argparse.Namespace, present: Sequence[Present]
     if asked is not None:
         return asked, []
     if present:
-        return len(present), [f"planned for this machine's {len(present)} GPUs; --ranks N plans for another number"]
-    return 2, ["no GPU here and batch.ranks is not set: planned for 2 ranks; --ranks N plans for another number"]
+        return len(present), [
+            f"planned for this machine's {len(present)} GPUs; --ranks N plans for another number"
+        ]
+    return 2, [
+        "no GPU here and batch.ranks is not set: planned for 2 ranks; --ranks N plans for another number"
+    ]
 
 
-def _with_data(config: Config, ranks: int, present: Sequence[Present]) -> tuple[int, TokenCounts, str, list[str]]:
+def _with_data(
+    config: Config, ranks: int, present: Sequence[Present]
+) -> tuple[int, TokenCounts, str, list[str]]:
     """Rows through the run's own pipeline."""
     from glassloop.data.batches import Batches
     from glassloop.data.dataset import build_rows, summary
@@ -141,14 +177,18 @@ def _with_data(config: Config, ranks: int, present: Sequence[Present]) -> tuple[
     config, _ = planned_engine(config)  # it decides how large packed passes are
     loaded = load_examples(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
-    dataset = build_rows(loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data)
+    dataset = build_rows(
+        loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data
+    )
     plan = plan_of(config, len(dataset.train.rows), ranks)
     batches = Batches(
         rows=dataset.train.rows,
         plan=plan,
         seed=config.seed,
         layout=config.execution.layout,
-        pass_tokens=pass_tokens_for(config, shapes_of(config.model.id)[0], usual_budget(present, ranks)[1]),
+        pass_tokens=pass_tokens_for(
+            config, shapes_of(config.model.id)[0], usual_budget(present, ranks)[1]
+        ),
         two_passes_every=config.record.probe_every_updates,
     )
     train = dataset.train
@@ -158,10 +198,16 @@ def _with_data(config: Config, ranks: int, present: Sequence[Present]) -> tuple[
 
 def _usual_changes(outlook: Outlook) -> list[str]:
     plan = outlook.plan
-    return [f"ranks={2 if plan.ranks == 1 else 1}", f"batch.size={2 * plan.size}", f"batch.accumulation={2 * plan.accumulation}"]
+    return [
+        f"ranks={2 if plan.ranks == 1 else 1}",
+        f"batch.size={2 * plan.size}",
+        f"batch.accumulation={2 * plan.accumulation}",
+    ]
 
 
-def _changed(text: str, outlook: Outlook, given: argparse.Namespace, words: Sequence[str]) -> Change:
+def _changed(
+    text: str, outlook: Outlook, given: argparse.Namespace, words: Sequence[str]
+) -> Change:
     """One --compare, read as the command line is, later words over earlier ones."""
     from glassloop.config.arguments import parse
     from glassloop.plan.changes import Change, change
@@ -181,7 +227,12 @@ def _changed(text: str, outlook: Outlook, given: argparse.Namespace, words: Sequ
         other = plan_of(config, outlook.plan.rows, ranks)
     except ValueError as error:
         return Change(text, refused=str(error).replace("\n", "; "))
-    return change(text, outlook.plan, other, rows_kept_by=f"batch.rows_per_update={outlook.plan.rows_per_update}")
+    return change(
+        text,
+        outlook.plan,
+        other,
+        rows_kept_by=f"batch.rows_per_update={outlook.plan.rows_per_update}",
+    )
 
 
 def _over(words: Sequence[str], fields: Sequence[str]) -> list[str]:

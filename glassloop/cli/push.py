@@ -19,13 +19,31 @@ def main(argv: list[str]) -> int:
     add_run_options(own)
     own.add_argument("repo", metavar="REPO", help="owner/name on the hub")
     own.add_argument(
-        "--dry-run", type=Path, metavar="FOLDER", help="write what would be uploaded into a new folder; upload nothing"
+        "--dry-run",
+        type=Path,
+        metavar="FOLDER",
+        help="write what would be uploaded into a new folder; upload nothing",
     )
-    own.add_argument("--merged", type=Path, metavar="OUT", help="publish this folder of glassloop merge instead of the adapter")
+    own.add_argument(
+        "--merged",
+        type=Path,
+        metavar="OUT",
+        help="publish this folder of glassloop merge instead of the adapter",
+    )
     own.add_argument("--public", action="store_true", help="let anybody read it")
-    own.add_argument("--base-id", metavar="ID", help="hub id of the base, where it was trained from a local folder")
-    own.add_argument("--licence", metavar="TEXT", help="licence of the base, where glassloop does not know it")
-    own.add_argument("--data-licence", metavar="TEXT", help="licence of the data, where glassloop does not know it")
+    own.add_argument(
+        "--base-id",
+        metavar="ID",
+        help="hub id of the base, where it was trained from a local folder",
+    )
+    own.add_argument(
+        "--licence", metavar="TEXT", help="licence of the base, where glassloop does not know it"
+    )
+    own.add_argument(
+        "--data-licence",
+        metavar="TEXT",
+        help="licence of the data, where glassloop does not know it",
+    )
     return run(own.parse_args(argv))
 
 
@@ -43,33 +61,66 @@ def run(given: argparse.Namespace) -> int:
     if given.dry_run is not None and given.dry_run.exists():
         raise ValueError(f"--dry-run {given.dry_run} exists: name a folder that does not")
     if given.merged is not None and not given.merged.is_dir():
-        raise ValueError(f"--merged {given.merged} is no folder: name one that glassloop merge wrote")
+        raise ValueError(
+            f"--merged {given.merged} is no folder: name one that glassloop merge wrote"
+        )
     trained = open_trained(given.run, given.at, overrides_of(given))
-    facts = facts_of(trained, base_id=given.base_id, licence=given.licence, data_licence=given.data_licence, merged=given.merged)
+    facts = facts_of(
+        trained,
+        base_id=given.base_id,
+        licence=given.licence,
+        data_licence=given.data_licence,
+        merged=given.merged,
+    )
     api = None if given.dry_run is not None else login()  # before gigabytes are copied and searched
     print(f"adapter   {trained.checkpoint}, {trained.why}")
-    for missing, option in ((facts.base_licence, "--licence"), (facts.data_licence, "--data-licence")):
+    for missing, option in (
+        (facts.base_licence, "--licence"),
+        (facts.data_licence, "--data-licence"),
+    ):
         if missing is None:
             print(f"          the card says that a licence is not known: {option} TEXT")
     if facts.evaluated is None:
-        print(f"          no evaluation of these weights with its uncertainty: glassloop evaluate {given.run}")
+        print(
+            f"          no evaluation of these weights with its uncertainty: glassloop evaluate {given.run}"
+        )
     if given.dry_run is not None:
         try:
             with published(given.dry_run) as folder:
                 names = stage(facts, folder, given.repo, given.merged)
         except OSError as error:
-            raise ValueError(f"--dry-run {given.dry_run} cannot be written ({error.strerror}): name another place") from error
-        print(f"would go  to {given.repo}, {'public' if given.public else 'private'}: {', '.join(names)}")
+            raise ValueError(
+                f"--dry-run {given.dry_run} cannot be written ({error.strerror}): name another place"
+            ) from error
+        print(
+            f"would go  to {given.repo}, {'public' if given.public else 'private'}: {', '.join(names)}"
+        )
         print(f"wrote     {given.dry_run}; read {given.dry_run / 'README.md'} before you publish")
         return 0
-    beside = given.merged.absolute().parent if given.merged is not None else None  # on one disk weights need no copy
+    beside = (
+        given.merged.absolute().parent if given.merged is not None else None
+    )  # on one disk weights need no copy
     with tempfile.TemporaryDirectory(prefix=".push-", dir=beside) as folder:
         names = stage(facts, Path(folder), given.repo, given.merged)
         message = f"{given.repo.partition('/')[2]}: after {trained.state.update} updates"
-        done = upload(api, Path(folder), names, given.repo, public=given.public, message=message, stale=is_weights)
-    print(f"pushed    {', '.join(names)}\n          {done.address} ({'private' if done.private else 'public'})")
+        done = upload(
+            api,
+            Path(folder),
+            names,
+            given.repo,
+            public=given.public,
+            message=message,
+            stale=is_weights,
+        )
+    print(
+        f"pushed    {', '.join(names)}\n          {done.address} ({'private' if done.private else 'public'})"
+    )
     if done.private and given.public:
-        print("          it was there and is private, and stays so: its settings on the hub make it public")
+        print(
+            "          it was there and is private, and stays so: its settings on the hub make it public"
+        )
     if done.removed:
-        print(f"removed   {', '.join(done.removed)}: left from an earlier upload, they would be loaded with these weights")
+        print(
+            f"removed   {', '.join(done.removed)}: left from an earlier upload, they would be loaded with these weights"
+        )
     return 0

@@ -35,15 +35,37 @@ def main(argv: list[str]) -> int:
         description="Carry a recorded update out again, on one process, from its capsule, the nearest earlier checkpoint, or the beginning.",
         epilog=f"Fields that may be given as section.field=VALUE where things have moved: {', '.join(sorted(MAY_CHANGE))}.",
     )
-    own.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of one of its capsules")
-    own.add_argument("--update", type=int, metavar="N", help="which update; of a capsule's folder, its own")
-    own.add_argument("--bisect", action="store_true", help="walk rank, pass, row, layer and token to what stands out")
-    own.add_argument("--try", dest="trials", action="store_true", help="again without the row, in fp32, ...; and a verdict")
+    own.add_argument(
+        "run", metavar="RUN", type=Path, help="folder of a run, or of one of its capsules"
+    )
+    own.add_argument(
+        "--update", type=int, metavar="N", help="which update; of a capsule's folder, its own"
+    )
+    own.add_argument(
+        "--bisect",
+        action="store_true",
+        help="walk rank, pass, row, layer and token to what stands out",
+    )
+    own.add_argument(
+        "--try",
+        dest="trials",
+        action="store_true",
+        help="again without the row, in fp32, ...; and a verdict",
+    )
     own.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    own.add_argument("--base", metavar="MODEL", help="where the base model is now (short for model.id=MODEL)")
+    own.add_argument(
+        "--base", metavar="MODEL", help="where the base model is now (short for model.id=MODEL)"
+    )
     given, fields = own.parse_known_args(argv)
     overrides = read_fields(fields) | ({"model.id": given.base} if given.base else {})
-    return replay(given.run, given.update, overrides, bisected=given.bisect, tried=given.trials, as_json=given.json)
+    return replay(
+        given.run,
+        given.update,
+        overrides,
+        bisected=given.bisect,
+        tried=given.trials,
+        as_json=given.json,
+    )
 
 
 def read_fields(words: Sequence[str]) -> dict[str, str]:
@@ -51,7 +73,9 @@ def read_fields(words: Sequence[str]) -> dict[str, str]:
     fields = {}
     for word in words:
         if word.startswith("-") and "." not in word:
-            raise ValueError(f"{word} is no option of glassloop replay: see glassloop replay --help")
+            raise ValueError(
+                f"{word} is no option of glassloop replay: see glassloop replay --help"
+            )
         name, equals, value = word.removeprefix("--").partition("=")
         if not equals or name not in MAY_CHANGE:
             raise ValueError(
@@ -62,14 +86,24 @@ def read_fields(words: Sequence[str]) -> dict[str, str]:
     return fields
 
 
-def replay(where: Path, update: int | None, overrides: dict[str, str], *, bisected: bool, tried: bool, as_json: bool) -> int:
+def replay(
+    where: Path,
+    update: int | None,
+    overrides: dict[str, str],
+    *,
+    bisected: bool,
+    tried: bool,
+    as_json: bool,
+) -> int:
     """Replays and prints; returns the exit code. Raises ValueError for what cannot be replayed."""
     from glassloop.loop.launch import hush
     from glassloop.replay import text as text
     from glassloop.replay.reproduce import reproduce
 
     if not where.is_dir():
-        raise ValueError(f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its capsules")
+        raise ValueError(
+            f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its capsules"
+        )
     hush(1)
     from glassloop.replay.start import open_scene
 
@@ -97,7 +131,13 @@ def replay(where: Path, update: int | None, overrides: dict[str, str], *, bisect
     conclusion = text.conclusion(opened, reproduction, found if bisected else None, trials)
     command = next_command(where, opened, found if bisected else None, trials)
     if as_json:
-        print(json.dumps(as_object(opened, reproduction, found if bisected else None, trials, conclusion, command)))
+        print(
+            json.dumps(
+                as_object(
+                    opened, reproduction, found if bisected else None, trials, conclusion, command
+                )
+            )
+        )
     else:
         say(["", *text.wrapped("verdict", conclusion), f"next      {command}"])
     return 0 if reproduction.reproduces is not False else 1
@@ -112,7 +152,9 @@ def decoder(opened: Opened) -> Any:
     return load_tokenizer(opened.config.model).decode
 
 
-def next_command(where: Path, opened: Opened, found: Bisection | None, trials: Trials | None) -> str:
+def next_command(
+    where: Path, opened: Opened, found: Bisection | None, trials: Trials | None
+) -> str:
     """What to type to go on from here."""
     update = opened.scene.update
     own = f"glassloop replay {where} --update {update}"
@@ -145,12 +187,19 @@ def run_folder(where: Path) -> Path:
 
 def checkpoint_before(folder: Path, update: int) -> int:
     """Updates done at the newest checkpoint from which `update` is still to come; 0, the beginning, where there is none."""
-    names = [path.name.removeprefix("update_") for path in (folder / "checkpoints").glob("update_*")]
+    names = [
+        path.name.removeprefix("update_") for path in (folder / "checkpoints").glob("update_*")
+    ]
     return max((int(name) for name in names if name.isdigit() and int(name) < update), default=0)
 
 
 def as_object(
-    opened: Opened, done: Reproduction, found: Bisection | None, trials: Trials | None, conclusion: str, command: str
+    opened: Opened,
+    done: Reproduction,
+    found: Bisection | None,
+    trials: Trials | None,
+    conclusion: str,
+    command: str,
 ) -> dict[str, Any]:
     """The replay in plain JSON types; numbers that are not finite are the texts "nan", "inf", "-inf"."""
     from dataclasses import asdict
@@ -162,7 +211,10 @@ def as_object(
     compared = [asdict(one) | {"reproduces": one.reproduces} for one in done.compared]
     walk = None if found is None else asdict(found)
     if walk is not None and opened.text == "none":
-        walk["tokens"] = [{name: value for name, value in token.items() if name != "token_id"} for token in walk["tokens"]]
+        walk["tokens"] = [
+            {name: value for name, value in token.items() if name != "token_id"}
+            for token in walk["tokens"]
+        ]
     return finite_or_text(
         {
             "schema": SCHEMA,
@@ -170,9 +222,15 @@ def as_object(
             "origin": scene.origin,
             "updates_rerun": [asdict(one) for one in opened.on_the_way],
             "notes": opened.notes,
-            "usual": None if opened.usual is None else {"loss_nats": opened.usual[0], "grad_norm": opened.usual[1]},
+            "usual": None
+            if opened.usual is None
+            else {"loss_nats": opened.usual[0], "grad_norm": opened.usual[1]},
             "replayed": first,
-            "noise_floor": {"loss": done.loss_floor, "grad_norm": done.norm_floor, "gradient": done.grad_floor},
+            "noise_floor": {
+                "loss": done.loss_floor,
+                "grad_norm": done.norm_floor,
+                "gradient": done.grad_floor,
+            },
             "reproduces": done.reproduces,
             "bit_for_bit": done.bit_for_bit,
             "compared": compared,

@@ -22,9 +22,13 @@ def main(argv: list[str]) -> int:
         help="where to write it (default: RUN/report.html; report-no-text.html with --no-text)",
     )
     own.add_argument(
-        "--no-text", action="store_true", help="to share: no row's text or id, no answer, no system prompt, no command line"
+        "--no-text",
+        action="store_true",
+        help="to share: no row's text or id, no answer, no system prompt, no command line",
     )
-    own.add_argument("--png", type=Path, metavar="FILE", help="the curves as a picture too (needs matplotlib)")
+    own.add_argument(
+        "--png", type=Path, metavar="FILE", help="the curves as a picture too (needs matplotlib)"
+    )
     given = own.parse_args(argv)
 
     from glassloop.report.writing import REPORT, write_report

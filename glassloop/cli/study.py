@@ -28,14 +28,39 @@ def main(argv: list[str]) -> int:
         epilog="Words section.field=VALUE go over the file's base in every cell.",
     )
     own.add_argument("file", metavar="FILE", type=Path, help="the study, such as studies/rank.yaml")
-    own.add_argument("--out", type=Path, metavar="DIR", help="runs, results.json and study.html (default: runs/studies/NAME)")
-    own.add_argument("--dry-run", action="store_true", help="print the cells and what each is asked, and run nothing")
     own.add_argument(
-        "--only", metavar="TEXT", help="run only cells whose name has TEXT in it; results are those of all that are done"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="runs, results.json and study.html (default: runs/studies/NAME)",
     )
-    own.add_argument("--parallel", type=int, metavar="N", help="cells beside each other on a device (default: the file's)")
-    own.add_argument("--minutes", type=float, metavar="M", help="end what is under way after M minutes; the next call goes on")
-    own.add_argument("--again", action="store_true", help="run cells anew that are done, or were run with another config")
+    own.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the cells and what each is asked, and run nothing",
+    )
+    own.add_argument(
+        "--only",
+        metavar="TEXT",
+        help="run only cells whose name has TEXT in it; results are those of all that are done",
+    )
+    own.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="cells beside each other on a device (default: the file's)",
+    )
+    own.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="end what is under way after M minutes; the next call goes on",
+    )
+    own.add_argument(
+        "--again",
+        action="store_true",
+        help="run cells anew that are done, or were run with another config",
+    )
     given, overrides = own.parse_known_args(argv)
 
     from glassloop.study.spec import cells_of, read_study
@@ -67,7 +92,15 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _run(study: Study, cells: Sequence[Cell], out: Path, *, parallel: int, again: bool, deadline: float | None) -> dict[str, str]:
+def _run(
+    study: Study,
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    parallel: int,
+    again: bool,
+    deadline: float | None,
+) -> dict[str, str]:
     from glassloop.study.running import run_cells
 
     def stop(number: int, _: Any) -> None:
@@ -75,12 +108,22 @@ def _run(study: Study, cells: Sequence[Cell], out: Path, *, parallel: int, again
 
     before = signal.signal(signal.SIGTERM, stop)  # so that cells are ended before the study is
     try:
-        return run_cells(cells, out, parallel=parallel, timeout_s=study.timeout_s, say=_say, again=again, deadline=deadline)
+        return run_cells(
+            cells,
+            out,
+            parallel=parallel,
+            timeout_s=study.timeout_s,
+            say=_say,
+            again=again,
+            deadline=deadline,
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _answer(study: Study, cells: Sequence[Cell], out: Path, *, deadline: float | None, may_bisect: bool) -> None:
+def _answer(
+    study: Study, cells: Sequence[Cell], out: Path, *, deadline: float | None, may_bisect: bool
+) -> None:
     """Results, verdicts, page and table of what is on the disk."""
     from glassloop.record.observers import write_json, write_text
     from glassloop.report.compare_text import console
@@ -117,7 +160,9 @@ def _answer(study: Study, cells: Sequence[Cell], out: Path, *, deadline: float |
     answers = Answers(study, results, groups, judged, critical, diverged)
     write_text(out / "study.html", page(payload(answers)))
     console().print(render(answers))
-    print(f"\n{out / 'results.json'}\n{out / 'study.html'}: open it in a browser; it needs no network")
+    print(
+        f"\n{out / 'results.json'}\n{out / 'study.html'}: open it in a browser; it needs no network"
+    )
 
 
 def _bisect_first(results: Sequence[CellResult], out: Path, deadline: float | None) -> None:
@@ -139,7 +184,11 @@ def _show(study: Study, cells: Sequence[Cell], out: Path) -> None:
     print(f"{study.name}: {study.question}\nevery cell: {' '.join(study.words)}")
     for cell in cells:
         schedule = cell.config.schedule
-        length = f"{schedule.updates} updates" if schedule.updates is not None else f"{schedule.epochs:g} epochs"
+        length = (
+            f"{schedule.updates} updates"
+            if schedule.updates is not None
+            else f"{schedule.epochs:g} epochs"
+        )
         state = state_of(cell, out)
         print(
             f"  {cell.name}: {', '.join(f'{axis} = {label}' for axis, label in cell.settings.items())}; {length} of "

@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
     """`glassloop verify [--json] [--against OLD.json] [--device D] [--only TEXT]`. Exit code 0: all agree and are caught; 1: not; 2: refused."""
     asked = _parser().parse_args(argv)
     if "LOCAL_RANK" in os.environ:
-        raise ValueError("glassloop verify starts its own processes: run it without accelerate launch")
+        raise ValueError(
+            "glassloop verify starts its own processes: run it without accelerate launch"
+        )
     from glassloop.verify import against
     from glassloop.verify.problem import problem_id
 
@@ -41,13 +43,25 @@ def _parser() -> argparse.ArgumentParser:
         "the formula in plain transformers. Then come deliberate faults, each of which must be noticed. Nothing is downloaded.",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print all numbers, versions and the machine as JSON instead of the table"
+        "--json",
+        action="store_true",
+        help="print all numbers, versions and the machine as JSON instead of the table",
     )
     parser.add_argument(
-        "--against", type=Path, metavar="OLD.json", help="say which losses and norms moved since that --json output"
+        "--against",
+        type=Path,
+        metavar="OLD.json",
+        help="say which losses and norms moved since that --json output",
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is a GPU")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only members and mutants whose name holds TEXT")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: cuda where there is a GPU",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only members and mutants whose name holds TEXT"
+    )
     parser.add_argument(
         "--patience",
         type=float,
@@ -67,7 +81,9 @@ def verify(asked: argparse.Namespace, old: dict[str, Any] | None) -> int:
     device, gpus = _device(asked.device)
     asked.patience = asked.patience or PATIENCE_S[device]
     shared = " (both ranks on the one GPU, over gloo)" if gpus == 1 else ""
-    _say(f"two parts side by side on {device}{shared}; one is given up when it says nothing for {asked.patience:g} s")
+    _say(
+        f"two parts side by side on {device}{shared}; one is given up when it says nothing for {asked.patience:g} s"
+    )
     with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="glassloop-verify-") as name:
         try:
             found = _run(Path(name), device, gpus, asked)
@@ -77,10 +93,20 @@ def verify(asked: argparse.Namespace, old: dict[str, Any] | None) -> int:
     verdicts = found.pop("verdicts")
     seconds = time.monotonic() - started
     good = all(v.good for v in verdicts)
-    output = found | {"device": device, "gpus": gpus, "seconds": round(seconds, 1), "only": asked.only, "marks": results.MARKS}
+    output = found | {
+        "device": device,
+        "gpus": gpus,
+        "seconds": round(seconds, 1),
+        "only": asked.only,
+        "marks": results.MARKS,
+    }
     closing = [results.summary(verdicts, seconds)]
     if old is not None:
-        moved = against.moves(old["fingerprint"], found["fingerprint"], shared_only=bool(asked.only or old.get("only")))
+        moved = against.moves(
+            old["fingerprint"],
+            found["fingerprint"],
+            shared_only=bool(asked.only or old.get("only")),
+        )
         total = sum(len(series) for series in found["fingerprint"].values())
         closing += against.lines(moved, total, old, output)
         output["against"] = [vars(move) for move in moved]
@@ -114,12 +140,18 @@ def _run(folder: Path, device: str, gpus: int, asked: argparse.Namespace) -> dic
     run_parts(parts(folder, device, gpus), patience_s=asked.patience, say=_say, cwd=folder)
     verdicts, fingerprint, environment = results.judge(folder)
     if not verdicts:
-        raise ValueError(f"--only {asked.only}: no member and no mutant has that in its name; run without --only to see them all")
+        raise ValueError(
+            f"--only {asked.only}: no member and no mutant has that in its name; run without --only to see them all"
+        )
     return {
         "schema": SCHEMA,
         "problem": problem.problem_id(),
         "versions": environment["packages"],
-        "machine": {name: value for name, value in environment.items() if name not in ("schema", "packages", "command")},
+        "machine": {
+            name: value
+            for name, value in environment.items()
+            if name not in ("schema", "packages", "command")
+        },
         "fingerprint": fingerprint,
         "verdicts": verdicts,
     }

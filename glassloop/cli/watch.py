@@ -15,8 +15,16 @@ def main(argv: list[str]) -> int:
         description="Reads the run's folder and nothing else, so it may be started and left at any time, on any machine that sees the folder. "
         "Where the output is no terminal, it prints one screen.",
     )
-    own.add_argument("run", metavar="RUN", type=Path, help="folder of a run: going, finished or failed")
-    own.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
+    own.add_argument(
+        "run", metavar="RUN", type=Path, help="folder of a run: going, finished or failed"
+    )
+    own.add_argument(
+        "--every",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds between two looks (default: 1)",
+    )
     own.add_argument("--once", action="store_true", help="print one screen and leave")
     given = own.parse_args(argv)
     if not given.every >= 0.1:

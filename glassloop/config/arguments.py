@@ -99,13 +99,23 @@ def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
         "Precedence: preset < YAML file < command line. A field is given as --section.field VALUE or section.field=VALUE;\n"
         "null stands for no value, a list is written with commas.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with sections and fields as --print_config prints them")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with sections and fields as --print_config prints them",
+    )
     parser.add_argument("--hardware", metavar="NAME", help="execution fields for a set of cards")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved config as YAML and exit")
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved config as YAML and exit"
+    )
     _add_fields(parser)
     has_preset = bool(argv) and not argv[0].startswith("-") and "=" not in argv[0]
-    given = vars(parser.parse_args([_normalise(argument) for argument in (argv[1:] if has_preset else argv)]))
-    file, hardware, print_config = (given.pop(name) for name in ("config", "hardware", "print_config"))
+    given = vars(
+        parser.parse_args([_normalise(argument) for argument in (argv[1:] if has_preset else argv)])
+    )
+    file, hardware, print_config = (
+        given.pop(name) for name in ("config", "hardware", "print_config")
+    )
     values: dict[str, Any] = {}
     if (resumed := given.get("resume.run")) is not None:
         if has_preset:
@@ -132,7 +142,11 @@ def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
 def with_old_engine(values: dict[str, Any]) -> dict[str, Any]:
     """A recorded config, in which every engine has its name: one that does not say is from before there was a choice."""
     execution = values.get("execution") or {}
-    return values | {"execution": {"engine": "peft", **execution}} if isinstance(execution, dict) else values
+    return (
+        values | {"execution": {"engine": "peft", **execution}}
+        if isinstance(execution, dict)
+        else values
+    )
 
 
 def to_yaml(config: Config) -> str:
@@ -149,7 +163,9 @@ def from_values(values: dict[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from None
 
 
-def _add_fields(parser: argparse.ArgumentParser, model: type[BaseModel] = Config, prefix: str = "") -> None:
+def _add_fields(
+    parser: argparse.ArgumentParser, model: type[BaseModel] = Config, prefix: str = ""
+) -> None:
     """One option a field, with the field's docstring as help. Values stay text: pydantic converts and checks them."""
     group = parser.add_argument_group(prefix.rstrip(".")) if prefix else parser
     for name, info in model.model_fields.items():
@@ -158,11 +174,24 @@ def _add_fields(parser: argparse.ArgumentParser, model: type[BaseModel] = Config
         elif prefix + name != "preset":
             choices = re.findall(r"Literal\[(.*?)\]", str(info.annotation))
             metavar = "|".join(choices[0].replace("'", "").split(", ")) if choices else name.upper()
-            default = ",".join(map(str, info.default)) if isinstance(info.default, tuple) else info.default
+            default = (
+                ",".join(map(str, info.default))
+                if isinstance(info.default, tuple)
+                else info.default
+            )
             shown = "null" if default is None else default
             text = f"{info.description} (default: {shown})".replace("%", "%%")
-            few, alone = ("?", "true") if info.annotation is bool else (None, None)  # --resume.reshape alone says it
-            group.add_argument(f"--{prefix}{name}", metavar=metavar, help=text, default=argparse.SUPPRESS, nargs=few, const=alone)
+            few, alone = (
+                ("?", "true") if info.annotation is bool else (None, None)
+            )  # --resume.reshape alone says it
+            group.add_argument(
+                f"--{prefix}{name}",
+                metavar=metavar,
+                help=text,
+                default=argparse.SUPPRESS,
+                nargs=few,
+                const=alone,
+            )
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -209,7 +238,9 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         if unknown:
             names = [word for word in unknown.group(1).split() if word.startswith("--")]
-            message = "\n".join(_unknown(name.lstrip("-").split("=")[0]) for name in names) or message
+            message = (
+                "\n".join(_unknown(name.lstrip("-").split("=")[0]) for name in names) or message
+            )
         raise ConfigError(message)
 
 
@@ -226,10 +257,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: broken UTF-8, or a date that is none
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: broken UTF-8, or a date that is none
         raise ConfigError(f"--config {path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected sections such as `batch:`, found {type(values).__name__}")
+        raise ConfigError(
+            f"--config {path}: expected sections such as `batch:`, found {type(values).__name__}"
+        )
     _check_names(values)
     return values
 
@@ -260,7 +297,10 @@ def _unknown(name: str) -> str:
     same_end = [field for field in fields if field.rsplit(".", 1)[-1] == last]
     near = same_end or difflib.get_close_matches(name, fields, n=2, cutoff=0.5)
     near = near or [
-        f for f in fields if f.rsplit(".", 1)[-1] in difflib.get_close_matches(last, {f.rsplit(".", 1)[-1] for f in fields}, n=1)
+        f
+        for f in fields
+        if f.rsplit(".", 1)[-1]
+        in difflib.get_close_matches(last, {f.rsplit(".", 1)[-1] for f in fields}, n=1)
     ]
     hint = f": did you mean {' or '.join(near)}?" if near else ": --help lists all fields"
     return f"{name} is not a field of glassloop{hint}"
@@ -273,7 +313,9 @@ def _check_names(values: dict[str, Any], model: type[BaseModel] = Config, prefix
         raise ConfigError("\n".join(complaints))
 
 
-def _collect_unknown(values: dict[str, Any], model: type[BaseModel], prefix: str, complaints: list[str]) -> None:
+def _collect_unknown(
+    values: dict[str, Any], model: type[BaseModel], prefix: str, complaints: list[str]
+) -> None:
     for key, value in values.items():
         info = model.model_fields.get(key) if isinstance(key, str) else None
         if info is None:

@@ -86,7 +86,9 @@ class DataConfig(Section):
     """Split that training rows come from."""
     revision: str | None = None
     """Hub commit, tag or branch of the data set."""
-    format: Literal["auto", "scam", "reasoning", "messages", "sharegpt", "prompt_completion", "alpaca"] = "auto"
+    format: Literal[
+        "auto", "scam", "reasoning", "messages", "sharegpt", "prompt_completion", "alpaca"
+    ] = "auto"
     """How a source's columns become turns. auto: decided from the column names, and printed."""
     columns: Columns = Columns()
     """Names of columns where they differ from the format's own."""
@@ -125,9 +127,13 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if isinstance(self.heldout, float) and not 0 < self.heldout < 1:
-            raise ValueError(f"data.heldout = {self.heldout}: a fraction must lie between 0 and 1 (for example 0.1)")
+            raise ValueError(
+                f"data.heldout = {self.heldout}: a fraction must lie between 0 and 1 (for example 0.1)"
+            )
         if self.heldout_rows is not None and self.heldout is None:
-            raise ValueError(f"data.heldout_rows = {self.heldout_rows} needs data.heldout: a split, a file or a fraction")
+            raise ValueError(
+                f"data.heldout_rows = {self.heldout_rows} needs data.heldout: a split, a file or a fraction"
+            )
         return self
 
 
@@ -158,8 +164,16 @@ class BatchConfig(Section):
             return self.accumulation or 4
         micro_batches, left = divmod(self.rows_per_update, self.size * ranks)
         if left or not micro_batches:
-            fits = [size for size in range(1, self.rows_per_update + 1) if self.rows_per_update % (size * ranks) == 0]
-            cure = f"batch.size could be {', '.join(map(str, fits))}" if fits else f"no batch.size divides it by {ranks} ranks"
+            fits = [
+                size
+                for size in range(1, self.rows_per_update + 1)
+                if self.rows_per_update % (size * ranks) == 0
+            ]
+            cure = (
+                f"batch.size could be {', '.join(map(str, fits))}"
+                if fits
+                else f"no batch.size divides it by {ranks} ranks"
+            )
             raise ValueError(
                 f"batch.rows_per_update = {self.rows_per_update} is not a multiple of batch.size x ranks = {self.size} x {ranks}: {cure}"
             )
@@ -245,7 +259,9 @@ class Config(Section):
             self._check_unsloth()
         if execution.engine == "fused" and (beyond := self.beyond_fused()) is not None:
             what, why, cure = beyond
-            raise ValueError(f"execution.engine = fused and {what}: {why}; {cure}, or set execution.engine=peft")
+            raise ValueError(
+                f"execution.engine = fused and {what}: {why}; {cure}, or set execution.engine=peft"
+            )
         if execution.engine not in ("auto", "fused") and self.memory != MemoryConfig():
             raise ValueError(
                 f"memory.profile = {self.memory.profile} and memory.host_gib = {self.memory.host_gib:g} are for execution.engine=fused: set that, "
@@ -256,12 +272,16 @@ class Config(Section):
                 f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to evaluate on: "
                 "set data.heldout to a split, a file or a fraction such as 0.1"
             )
-        if self.resume.run is None and (self.resume.at is not None or self.resume.without_windows or self.resume.reshape):
+        if self.resume.run is None and (
+            self.resume.at is not None or self.resume.without_windows or self.resume.reshape
+        ):
             raise ValueError(
                 "resume.at, resume.without_windows and resume.reshape say how a run goes on: name its folder with --resume RUN"
             )
         if self.model.init_adapter is not None and self.resume.run is not None:
-            raise ValueError("model.init_adapter and resume.run both say where adapters come from: keep one")
+            raise ValueError(
+                "model.init_adapter and resume.run both say where adapters come from: keep one"
+            )
         if self.batch.ranks is not None:
             self.batch.accumulation_for(self.batch.ranks)
         return self
@@ -270,13 +290,22 @@ class Config(Section):
         """What the engine `unsloth` cannot do, or would do otherwise than asked."""
         execution, model = self.execution, self.model
         refused = (
-            (model.quantization != "nf4", f"model.quantization = {model.quantization}: it is given bases in NF4; set it to nf4"),
-            (model.attention != "sdpa", f"model.attention = {model.attention}: it chooses attention itself; leave it at sdpa"),
+            (
+                model.quantization != "nf4",
+                f"model.quantization = {model.quantization}: it is given bases in NF4; set it to nf4",
+            ),
+            (
+                model.attention != "sdpa",
+                f"model.attention = {model.attention}: it chooses attention itself; leave it at sdpa",
+            ),
             (
                 self.lora.dropout > 0,
                 f"lora.dropout = {self.lora.dropout:g}: its recomputed layers draw another mask than the first time; set it to 0",
             ),
-            (execution.precision == "fp32", "execution.precision = fp32: its kernels compute in 16 bits; set it to bf16"),
+            (
+                execution.precision == "fp32",
+                "execution.precision = fp32: its kernels compute in 16 bits; set it to bf16",
+            ),
             (
                 execution.reduction == "ddp",
                 "execution.reduction = ddp, which is there to compare the reference with; set it to explicit",
@@ -293,13 +322,24 @@ class Config(Section):
         beyond = (
             (
                 model.quantization != "nf4",
-                (f"model.quantization = {model.quantization}", "fused has its weights in NF4", "set it to nf4"),
+                (
+                    f"model.quantization = {model.quantization}",
+                    "fused has its weights in NF4",
+                    "set it to nf4",
+                ),
             ),
             (
                 model.attention != "sdpa",
-                (f"model.attention = {model.attention}", "fused chooses attention itself", "leave it at sdpa"),
+                (
+                    f"model.attention = {model.attention}",
+                    "fused chooses attention itself",
+                    "leave it at sdpa",
+                ),
             ),
-            (self.lora.dropout > 0, (f"lora.dropout = {self.lora.dropout:g}", "fused has none", "set it to 0")),
+            (
+                self.lora.dropout > 0,
+                (f"lora.dropout = {self.lora.dropout:g}", "fused has none", "set it to 0"),
+            ),
             (
                 execution.precision == "fp16",
                 ("execution.precision = fp16", "fused computes in bf16 or fp32", "set it to bf16"),

@@ -21,7 +21,13 @@ EXPECTATIONS = {
 def r1_8b_scam() -> dict[str, Any]:
     """The recipe on scam calls: 600 of BothBosu/scam-dialogue's training rows, 16 rows an update, 60 updates."""
     return {
-        "data": {"source": "BothBosu/scam-dialogue", "format": "scam", "rows": 600, "heldout": "test", "heldout_rows": 64},
+        "data": {
+            "source": "BothBosu/scam-dialogue",
+            "format": "scam",
+            "rows": 600,
+            "heldout": "test",
+            "heldout_rows": 64,
+        },
         "batch": {"size": 2, "rows_per_update": 16},
         "tracking": {"to": ["wandb"]},
     }
@@ -99,7 +105,10 @@ def on_3090() -> dict[str, Any]:
 
 def on_2x3090() -> dict[str, Any]:
     """Two of them: the recipe's own layout, 2 rows x 2 ranks x 4 micro-batches."""
-    return {"batch": {"size": 2, "ranks": 2}, "execution": {"precision": "bf16", "checkpointing": True}}
+    return {
+        "batch": {"size": 2, "ranks": 2},
+        "execution": {"precision": "bf16", "checkpointing": True},
+    }
 
 
 def on_2x4090() -> dict[str, Any]:
@@ -109,7 +118,10 @@ def on_2x4090() -> dict[str, Any]:
 
 def on_2xa100() -> dict[str, Any]:
     """Two 40 or 80 GB cards: micro-batches of 4 rows, so 2 of them make the same 16 rows an update."""
-    return {"batch": {"size": 4, "ranks": 2}, "execution": {"precision": "bf16", "checkpointing": True}}
+    return {
+        "batch": {"size": 4, "ranks": 2},
+        "execution": {"precision": "bf16", "checkpointing": True},
+    }
 
 
 HARDWARE: dict[str, Callable[[], dict[str, Any]]] = {

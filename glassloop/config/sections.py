@@ -7,12 +7,18 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 Engine = Literal["auto", "peft", "fused", "unsloth"]
-ENGINES: tuple[str, ...] = tuple(engine for engine in get_args(Engine) if engine != "auto")  # that a run can end up with
+ENGINES: tuple[str, ...] = tuple(
+    engine for engine in get_args(Engine) if engine != "auto"
+)  # that a run can end up with
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 

@@ -38,7 +38,9 @@ def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def literal_passes(rows: Sequence[int], size: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def literal_passes(
+    rows: Sequence[int], size: int, ranks: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Exactly the micro-batches asked for: micro-batch m of rank r takes rows [(m * ranks + r) * size, ... + size)."""
     chunks = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
     return tuple(tuple(chunks[rank::ranks]) for rank in range(ranks))
@@ -80,7 +82,9 @@ class Batches:
     seed: int
     layout: str  # "literal" | "packed"
     pass_tokens: int  # packed only: most tokens of a pass
-    two_passes_every: int | None = None  # every so many updates a lone rank's only packed pass is cut in two, for the noise scale
+    two_passes_every: int | None = (
+        None  # every so many updates a lone rank's only packed pass is cut in two, for the noise scale
+    )
     halvings: int = 0  # how often passes were cut in two since they did not fit into memory
 
     def window(self, update: int) -> Window:
@@ -92,11 +96,20 @@ class Batches:
         if self.layout == "literal":
             passes = literal_passes(rows, plan.size, plan.ranks)
         else:
-            passes = packed_passes(rows, [len(row) for row in self.rows], plan.ranks, self.pass_tokens)
-            if self.two_passes_every and update % self.two_passes_every == 0 and plan.ranks == len(passes[0]) == 1:
+            passes = packed_passes(
+                rows, [len(row) for row in self.rows], plan.ranks, self.pass_tokens
+            )
+            if (
+                self.two_passes_every
+                and update % self.two_passes_every == 0
+                and plan.ranks == len(passes[0]) == 1
+            ):
                 passes = (tuple(half for half in (passes[0][0][::2], passes[0][0][1::2]) if half),)
         for _ in range(self.halvings):
-            passes = tuple(tuple(half for one in rank for half in (one[::2], one[1::2]) if half) for rank in passes)
+            passes = tuple(
+                tuple(half for one in rank for half in (one[::2], one[1::2]) if half)
+                for rank in passes
+            )
         return Window(update, epoch, rows, passes, packed=self.layout == "packed")
 
     def heaviest(self) -> Window:
@@ -106,7 +119,13 @@ class Batches:
             for rank, passes in enumerate(self.window(update).passes):
                 heaviest[rank] = max([heaviest[rank], *((self.slots(one), one) for one in passes)])
         passes = tuple((one,) if one else () for _, one in heaviest)
-        return Window(0, 0, tuple(row for rank in passes for one in rank for row in one), passes, packed=self.layout == "packed")
+        return Window(
+            0,
+            0,
+            tuple(row for rank in passes for one in rank for row in one),
+            passes,
+            packed=self.layout == "packed",
+        )
 
     def slots(self, rows: Sequence[int]) -> int:
         """Slot tokens of a pass."""

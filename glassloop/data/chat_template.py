@@ -22,13 +22,19 @@ from glassloop.data.tokens import Codec, Part, literal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TODAY = datetime.date(2024, 7, 26)  # for templates that write a date: the one that Llama's fall back to
-Parts = Callable[[Sequence[Turn], bool], list[Part]]  # (turns, generation prompt?) -> what the template writes
+TODAY = datetime.date(
+    2024, 7, 26
+)  # for templates that write a date: the one that Llama's fall back to
+Parts = Callable[
+    [Sequence[Turn], bool], list[Part]
+]  # (turns, generation prompt?) -> what the template writes
 MessageOf = Callable[[Turn], dict[str, str]]  # what apply_chat_template takes for a turn
 CURE = "set data.template=r1 or instruct, or use rows without reasoning or with one assistant turn only"
 
 
-def chat_parts(codec: Codec, tokenizer: PreTrainedTokenizerBase) -> tuple[Parts, MessageOf, str, tuple[int, ...]]:
+def chat_parts(
+    codec: Codec, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Parts, MessageOf, str, tuple[int, ...]]:
     """The template as a function, messages as it takes them, the jinja source to save, the stop ids.
 
     Reasoning becomes part of the content, `<think>\\n...\\n</think>\\n\\n`, where the template writes that once and whole; else
@@ -40,7 +46,9 @@ def chat_parts(codec: Codec, tokenizer: PreTrainedTokenizerBase) -> tuple[Parts,
 
     def render(turns: Sequence[Turn], generation_prompt: bool, apart: bool) -> str:
         """Text with marks for contents. Rows share it wherever roles and outer whitespace are equal."""
-        messages = [_message(turn.role, *_marked(turn, place), apart) for place, turn in enumerate(turns)]
+        messages = [
+            _message(turn.role, *_marked(turn, place), apart) for place, turn in enumerate(turns)
+        ]
         shape = repr((messages, generation_prompt))
         if shape not in skeletons:
             skeletons[shape] = _render(tokenizer, source, messages, generation_prompt)
@@ -58,17 +66,28 @@ def chat_parts(codec: Codec, tokenizer: PreTrainedTokenizerBase) -> tuple[Parts,
 
     def parts(turns: Sequence[Turn], generation_prompt: bool) -> list[Part]:
         if apart is None and any(turn.reasoning is not None for turn in turns):
-            raise ValueError(f"data.template = chat: the tokenizer's chat template drops or doubles reasoning; {CURE}")
+            raise ValueError(
+                f"data.template = chat: the tokenizer's chat template drops or doubles reasoning; {CURE}"
+            )
         return _parts(codec, marked, turns, generation_prompt, stop_ids)
 
-    return parts, lambda turn: _message(turn.role, turn.content, turn.reasoning, bool(apart)), source, stop_ids
+    return (
+        parts,
+        lambda turn: _message(turn.role, turn.content, turn.reasoning, bool(apart)),
+        source,
+        stop_ids,
+    )
 
 
 def _writes_reasoning(text: str) -> bool:
     """True where user, reasoning and content stand in `text` once and in order, with one closing tag at most between the last
     two."""
     places = [text.find(mark) for mark in (_mark(0, "c"), _mark(1, "r"), _mark(1, "c"))]
-    return -1 not in places and places == sorted(places) and text[places[0] : places[2]].count("</think>") <= 1
+    return (
+        -1 not in places
+        and places == sorted(places)
+        and text[places[0] : places[2]].count("</think>") <= 1
+    )
 
 
 def _message(role: str, content: str, reasoning: str | None, apart: bool) -> dict[str, str]:
@@ -85,12 +104,23 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
         source = source.get("default")
     if not source:
         name = tokenizer.name_or_path
-        raise ValueError(f"data.template = chat: the tokenizer of {name} has no chat template; set data.template=instruct")
+        raise ValueError(
+            f"data.template = chat: the tokenizer of {name} has no chat template; set data.template=instruct"
+        )
     # A prompt that changed with the day of the run could not be what training saw.
-    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(TODAY.strftime(match.group(2))), source)
+    return re.sub(
+        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
+        lambda match: repr(TODAY.strftime(match.group(2))),
+        source,
+    )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, source: str, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    messages: list[dict[str, str]],
+    generation_prompt: bool,
+) -> str:
     from jinja2 import TemplateError
 
     try:
@@ -99,7 +129,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, source: str, messages: list[dict
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"data.template = chat: the tokenizer's chat template refuses turns {roles}: {error}; {CURE}") from error
+        raise ValueError(
+            f"data.template = chat: the tokenizer's chat template refuses turns {roles}: {error}; {CURE}"
+        ) from error
     return str(text)
 
 
@@ -130,9 +162,15 @@ def _parts(
     stop_ids: tuple[int, ...],
 ) -> list[Part]:
     text = render(turns, generation_prompt)
-    expected = [_mark(place, what) for place, turn in enumerate(turns) for what in ("c" if turn.reasoning is None else "rc")]
+    expected = [
+        _mark(place, what)
+        for place, turn in enumerate(turns)
+        for what in ("c" if turn.reasoning is None else "rc")
+    ]
     if [match.group() for match in MARK.finditer(text)] != expected:
-        raise ValueError(f"data.template = chat: the tokenizer's chat template drops, repeats or moves text of a turn; {CURE}")
+        raise ValueError(
+            f"data.template = chat: the tokenizer's chat template drops, repeats or moves text of a turn; {CURE}"
+        )
     marks = [*MARK.finditer(text)]
     spans = []  # (begin, end) in text of what is supervised
     ended = True
@@ -147,7 +185,10 @@ def _parts(
             behind = next(mark.end() for mark in marks if mark.group() == _mark(place, "c"))
             until = next((mark.start() for mark in marks if mark.start() >= behind), len(text))
             marks_of_control = codec.pattern.finditer(text, behind, until)
-            end = next((match.end() for match in marks_of_control if codec.control_of(match) in stop_ids), None)
+            end = next(
+                (match.end() for match in marks_of_control if codec.control_of(match) in stop_ids),
+                None,
+            )
             ended = end is not None
             spans.append((len(before), behind if end is None else end))
     # What a template writes behind the last end token of a whole conversation is left out: a row ends in its end token.
@@ -159,7 +200,12 @@ def _parts(
         supervised = any(begin <= start < end for begin, end in spans)
         if mark := next((mark for mark in marks if mark.start() == start), None):
             turn = turns[int(mark.group(1))]
-            parts.append(((turn.content if mark.group(2) == "c" else turn.reasoning or "").strip(), supervised))
+            parts.append(
+                (
+                    (turn.content if mark.group(2) == "c" else turn.reasoning or "").strip(),
+                    supervised,
+                )
+            )
         else:
             parts += literal(codec, text[start:stop], supervised)
     return parts if ended or not whole else [*parts, (stop_ids[0], True)]

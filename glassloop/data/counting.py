@@ -29,7 +29,8 @@ def count_rows(data: DataConfig, given: int | None = None) -> RowCount:
         return RowCount(given, "--rows")
     if data.rows is not None:
         return RowCount(
-            data.rows, f"data.rows; fewer if some have more than {data.max_tokens:,} tokens (--with-data counts them)"
+            data.rows,
+            f"data.rows; fewer if some have more than {data.max_tokens:,} tokens (--with-data counts them)",
         )
     file = SAMPLE if data.source == "sample" else Path(data.source).expanduser()
     if file.suffix.lower() not in (".csv", ".json", ".jsonl"):
@@ -38,11 +39,16 @@ def count_rows(data: DataConfig, given: int | None = None) -> RowCount:
             f"data.source = {data.source} is not a csv, json or jsonl file, and data.rows is not set: say --rows N, or --with-data",
         )
     if not file.is_file():
-        raise ValueError(f"data.source = {data.source}: there is no such file (looked in {Path.cwd()})")
+        raise ValueError(
+            f"data.source = {data.source}: there is no such file (looked in {Path.cwd()})"
+        )
     try:
         total = _rows_of(file)
     except (ValueError, TypeError, csv.Error, OSError) as error:
-        return RowCount(None, f"data.source = {data.source} could not be counted ({error}): --with-data says what is wrong")
+        return RowCount(
+            None,
+            f"data.source = {data.source} could not be counted ({error}): --with-data says what is wrong",
+        )
     how = f"counted in {file.name}"
     if isinstance(data.heldout, float):
         held = round(data.heldout * total)

@@ -22,7 +22,9 @@ class RowSet:
     examples: tuple[Example, ...]  # aligned with rows
     dropped: tuple[str, ...]  # ids of rows left out for their length
     cut: int  # rows cut at max_tokens
-    untouched_tokens: tuple[int, ...]  # length of every row before any was dropped or cut, ascending
+    untouched_tokens: tuple[
+        int, ...
+    ]  # length of every row before any was dropped or cut, ascending
 
     @property
     def tokens(self) -> int:
@@ -43,8 +45,13 @@ class Dataset:
 
 def build_rows(loaded: Loaded, template: Template, data: DataConfig) -> Dataset:
     """Templates and tokenises all examples; long rows go by `data.too_long`. Raises ValueError where no training row is left."""
-    train, heldout = (_row_set(examples, template, data) for examples in (loaded.train, loaded.heldout))
-    for part, examples, what in ((train, loaded.train, "training"), (heldout, loaded.heldout, "held-out")):
+    train, heldout = (
+        _row_set(examples, template, data) for examples in (loaded.train, loaded.heldout)
+    )
+    for part, examples, what in (
+        (train, loaded.train, "training"),
+        (heldout, loaded.heldout, "held-out"),
+    ):
         if examples and not part.rows:
             raise ValueError(
                 f"data.max_tokens = {data.max_tokens}: all {len(examples)} {what} rows are longer (the shortest has "
@@ -56,45 +63,77 @@ def build_rows(loaded: Loaded, template: Template, data: DataConfig) -> Dataset:
 def quantiles(values: Sequence[int]) -> dict[float, int]:
     """Share -> the smallest of the ascending `values` such that this share of them is not above it; empty where there are
     none."""
-    return {share: values[max(0, math.ceil(share * len(values) - 1e-9) - 1)] for share in QUANTILES if values}
+    return {
+        share: values[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+        for share in QUANTILES
+        if values
+    }
 
 
 def summary(dataset: Dataset, data: DataConfig) -> list[str]:
     """Lines that say what was taken, left out, cut and supervised: what `glassloop data` and the header of a run print."""
     loaded, train, heldout = dataset.loaded, dataset.train, dataset.heldout
-    answers = [turn for example in (*loaded.train, *loaded.heldout) for turn in example.turns if turn.role == "assistant"]
+    answers = [
+        turn
+        for example in (*loaded.train, *loaded.heldout)
+        for turn in example.turns
+        if turn.role == "assistant"
+    ]
     reasoned = sum(turn.reasoning is not None for turn in answers)
     shuffled = "shuffled by seed" if data.shuffle else "in the source's order"
-    took = f"took {len(loaded.train):,} of {loaded.total:,} rows, {shuffled}" + _list(loaded.skipped, "; skipped ")
+    took = f"took {len(loaded.train):,} of {loaded.total:,} rows, {shuffled}" + _list(
+        loaded.skipped, "; skipped "
+    )
     lines = [("source", f"{loaded.source}, format {loaded.format}: {took}")]
     if loaded.heldout_source is not None:
-        took = f"took {len(loaded.heldout):,} of {loaded.heldout_total:,} rows" + _list(loaded.heldout_skipped, "; skipped ")
+        took = f"took {len(loaded.heldout):,} of {loaded.heldout_total:,} rows" + _list(
+            loaded.heldout_skipped, "; skipped "
+        )
         lines.append(("held-out", f"{loaded.heldout_source}: {took}"))
     opening = ", so the prompt opens <think>" if dataset.template.opens_think else ""
     lines.append(
-        ("template", f"{dataset.template.name}; {reasoned:,} of {len(answers):,} assistant turns have reasoning{opening}")
+        (
+            "template",
+            f"{dataset.template.name}; {reasoned:,} of {len(answers):,} assistant turns have reasoning{opening}",
+        )
     )
     for name, part in (("training", train), ("held-out", heldout)):
         if part.rows:
             lines += _lengths(name, part, data)
-    lines.append(("duplicates", f"{loaded.repeated:,} exact within training, {loaded.heldout_repeated:,} exact within held-out"))
+    lines.append(
+        (
+            "duplicates",
+            f"{loaded.repeated:,} exact within training, {loaded.heldout_repeated:,} exact within held-out",
+        )
+    )
     if heldout.rows:
-        near = "".join(f"; {train_id} ~ {heldout_id}" for train_id, heldout_id in loaded.near_across[:3])
+        near = "".join(
+            f"; {train_id} ~ {heldout_id}" for train_id, heldout_id in loaded.near_across[:3]
+        )
         across = f"{loaded.exact_across:,} exact across (left out of training), {len(loaded.near_across):,} near across{near}"
         lines.append(("", across))
     if loaded.labels:
-        lines.append(("labels", f"training: {_list(loaded.labels)}" + _list(loaded.heldout_labels, "; held-out: ")))
+        lines.append(
+            (
+                "labels",
+                f"training: {_list(loaded.labels)}" + _list(loaded.heldout_labels, "; held-out: "),
+            )
+        )
     return [f"{name:<12} {text}" for name, text in lines]
 
 
 def _row_set(examples: Sequence[Example], template: Template, data: DataConfig) -> RowSet:
     whole = template.encode_many(examples)
     fitted = [fit(row, data.max_tokens, data.too_long) for row in whole]
-    kept = [(row, example) for row, example in zip(fitted, examples, strict=True) if row is not None]
+    kept = [
+        (row, example) for row, example in zip(fitted, examples, strict=True) if row is not None
+    ]
     return RowSet(
         rows=tuple(row for row, _ in kept),
         examples=tuple(example for _, example in kept),
-        dropped=tuple(row.row_id for row, fit_row in zip(whole, fitted, strict=True) if fit_row is None),
+        dropped=tuple(
+            row.row_id for row, fit_row in zip(whole, fitted, strict=True) if fit_row is None
+        ),
         cut=sum(row.truncated for row, _ in kept),
         untouched_tokens=tuple(sorted(map(len, whole))),
     )
@@ -102,10 +141,16 @@ def _row_set(examples: Sequence[Example], template: Template, data: DataConfig) 
 
 def _lengths(name: str, part: RowSet, data: DataConfig) -> list[tuple[str, str]]:
     words = {0.0: "min", 0.5: "median", 1.0: "max"}
-    tokens = [f"{words.get(share, f'{share:.0%}')} {value:,}" for share, value in quantiles(part.untouched_tokens).items()]
+    tokens = [
+        f"{words.get(share, f'{share:.0%}')} {value:,}"
+        for share, value in quantiles(part.untouched_tokens).items()
+    ]
     share = part.supervised_tokens / part.tokens
     return [
-        (name, f"{len(part.rows):,} rows kept, {len(part.dropped):,} dropped, {part.cut:,} cut at {data.max_tokens:,} tokens"),
+        (
+            name,
+            f"{len(part.rows):,} rows kept, {len(part.dropped):,} dropped, {part.cut:,} cut at {data.max_tokens:,} tokens",
+        ),
         ("", f"tokens a row before that: {', '.join(tokens)}"),
         ("", f"{part.supervised_tokens:,} of {part.tokens:,} tokens supervised ({share:.1%})"),
     ]

@@ -24,7 +24,13 @@ NEAR_JACCARD = 0.7
 
 def asked(example: Example) -> str:
     """What is compared of an example, whitespace made single spaces."""
-    return " ".join(" ".join(turn.content.removeprefix(SCAM_QUESTION) for turn in example.turns if turn.role == "user").split())
+    return " ".join(
+        " ".join(
+            turn.content.removeprefix(SCAM_QUESTION)
+            for turn in example.turns
+            if turn.role == "user"
+        ).split()
+    )
 
 
 def key(example: Example) -> bytes:
@@ -44,7 +50,9 @@ def near_duplicates(train: Sequence[Example], heldout: Sequence[Example]) -> lis
 
     An index from runs to held-out rows finds what is shared; the time grows with the pairs of rows that share a run.
     """
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # run of words -> held-out rows that have it
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(
+        list
+    )  # run of words -> held-out rows that have it
     sizes = []
     for place, example in enumerate(heldout):
         runs = _runs(example)
@@ -58,7 +66,13 @@ def near_duplicates(train: Sequence[Example], heldout: Sequence[Example]) -> lis
         shared: Counter[int] = Counter()
         for run in runs & holders.keys():
             shared.update(holders[run])
-        nearest = max(((count / (len(runs) + sizes[place] - count), place) for place, count in shared.items()), default=(0.0, 0))
+        nearest = max(
+            (
+                (count / (len(runs) + sizes[place] - count), place)
+                for place, count in shared.items()
+            ),
+            default=(0.0, 0),
+        )
         if nearest[0] >= NEAR_JACCARD and key(example) not in heldout_keys:
             pairs.append((example.row_id, heldout[nearest[1]].row_id))
     return pairs
@@ -66,4 +80,7 @@ def near_duplicates(train: Sequence[Example], heldout: Sequence[Example]) -> lis
 
 def _runs(example: Example) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", asked(example).lower())
-    return {tuple(words[start : start + RUN_WORDS]) for start in range(max(1, len(words) - RUN_WORDS + 1))}
+    return {
+        tuple(words[start : start + RUN_WORDS])
+        for start in range(max(1, len(words) - RUN_WORDS + 1))
+    }

@@ -47,21 +47,30 @@ LABELS = {
 
 # What is typical of a kind of call, not of the call at hand. It follows from `type` and `label`, so it stands in the answer only.
 CUES = {
-    ("ssn", "scam"): "The caller claims to speak for a government office and says that a social security number is suspended or "
+    (
+        "ssn",
+        "scam",
+    ): "The caller claims to speak for a government office and says that a social security number is suspended or "
     "misused. Real offices write letters. They do not ask for the number or for money on the phone, and they do not threaten.",
     (
         "refund",
         "scam",
     ): "The caller offers a refund that nobody asked for and wants bank details, a fee or a look at the computer "
     "before it is paid. Money that is truly owed comes back the way it was paid.",
-    ("support", "scam"): "The caller reports a fault that the receiver had not noticed and wants remote access, a password or a "
+    (
+        "support",
+        "scam",
+    ): "The caller reports a fault that the receiver had not noticed and wants remote access, a password or a "
     "payment to repair it. Real support waits until somebody calls for help.",
     (
         "reward",
         "scam",
     ): "The caller announces a prize or a reward and wants a fee, bank details or personal data before handing it "
     "over. A real prize costs nothing.",
-    ("delivery", "honest"): "The caller arranges when and where something is handed over. No secret and no unusual payment is "
+    (
+        "delivery",
+        "honest",
+    ): "The caller arranges when and where something is handed over. No secret and no unusual payment is "
     "asked for, and what is said can be checked with the sender.",
     (
         "insurance",
@@ -86,14 +95,30 @@ OTHER_CUES = {
     "scam": "The caller wants money, access or personal data, gives a reason nobody can check, and presses for a quick answer.",
     "honest": "The caller has an ordinary reason to call, asks for nothing secret and leaves the receiver time to decide.",
 }
-CONCLUSIONS = {"scam": "This has the marks of a scam.", "honest": "This does not have the marks of a scam."}
+CONCLUSIONS = {
+    "scam": "This has the marks of a scam.",
+    "honest": "This does not have the marks of a scam.",
+}
 
-COLUMNS: dict[str, dict[str, str]] = {  # format -> what it reads -> the format's own name for the column
+COLUMNS: dict[
+    str, dict[str, str]
+] = {  # format -> what it reads -> the format's own name for the column
     "messages": {"messages": "messages"},
     "sharegpt": {"messages": "conversations"},
-    "scam": {"dialogue": "dialogue", "type": "type", "label": "label", "reasoning": "reasoning", "response": "response"},
+    "scam": {
+        "dialogue": "dialogue",
+        "type": "type",
+        "label": "label",
+        "reasoning": "reasoning",
+        "response": "response",
+    },
     "reasoning": {"question": "Question", "reasoning": "Complex_CoT", "response": "Response"},
-    "alpaca": {"question": "instruction", "response": "output", "reasoning": "reasoning", "input": "input"},
+    "alpaca": {
+        "question": "instruction",
+        "response": "output",
+        "reasoning": "reasoning",
+        "input": "input",
+    },
     "prompt_completion": {"question": "prompt", "response": "completion", "reasoning": "reasoning"},
 }
 DETECTED_BY = {  # columns that tell a format, in the order in which formats are tried
@@ -104,7 +129,14 @@ DETECTED_BY = {  # columns that tell a format, in the order in which formats are
     "alpaca": ("question", "response"),
     "prompt_completion": ("question", "response"),
 }
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
 THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 VERDICT_LINE = re.compile(r"^\W*verdict\W*:(.*)$", re.IGNORECASE | re.MULTILINE)
 
@@ -134,9 +166,15 @@ def detect_format(columns: Sequence[str], data: DataConfig, where: str) -> str:
         names = [getattr(data.columns, role) or COLUMNS[kind][role] for role in roles]
         if mapped <= set(COLUMNS[kind]) and all(name in columns for name in names):
             return kind
-    unknown = [f"data.columns.{role} = {name!r}" for role, name in data.columns if name is not None and name not in columns]
+    unknown = [
+        f"data.columns.{role} = {name!r}"
+        for role, name in data.columns
+        if name is not None and name not in columns
+    ]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: {where} has no such column; it has {', '.join(columns)}")
+        raise ValueError(
+            f"{', '.join(unknown)}: {where} has no such column; it has {', '.join(columns)}"
+        )
     raise ValueError(
         f"data.format = auto: {where} has columns {', '.join(columns)}, which fit no format; say what holds what, for example "
         "data.columns.question=... data.columns.reasoning=... data.columns.response=..., or data.columns.messages=..."
@@ -160,8 +198,17 @@ def column_names(kind: str, columns: Sequence[str], data: DataConfig, where: str
     names = {role: mapped.get(role, own) for role, own in COLUMNS[kind].items()}
     for role in sorted(needed):
         if names[role] not in columns:
-            near = difflib.get_close_matches(names[role].lower(), [column.lower() for column in columns], n=1)
-            hint = next((f"; did you mean {column!r}?" for column in columns if near and column.lower() == near[0]), "")
+            near = difflib.get_close_matches(
+                names[role].lower(), [column.lower() for column in columns], n=1
+            )
+            hint = next(
+                (
+                    f"; did you mean {column!r}?"
+                    for column in columns
+                    if near and column.lower() == near[0]
+                ),
+                "",
+            )
             raise ValueError(
                 f"{where} has no column {names[role]!r}, which format {kind} reads as {role}; it has {', '.join(columns)}{hint} "
                 f"(set data.columns.{role}=NAME or another data.format)"
@@ -169,7 +216,9 @@ def column_names(kind: str, columns: Sequence[str], data: DataConfig, where: str
     return {role: name for role, name in names.items() if name in columns}
 
 
-def to_turns(cells: Mapping[str, Any], kind: str, data: DataConfig, where: str) -> tuple[tuple[Turn, ...], str | None]:
+def to_turns(
+    cells: Mapping[str, Any], kind: str, data: DataConfig, where: str
+) -> tuple[tuple[Turn, ...], str | None]:
     """Turns and class (None but for scam) of one row. `cells`: what the format reads -> the cell, as `column_names` found it.
 
     Turns begin with `data.system` where it is set and the row brings no system turn of its own. Turns behind the last assistant
@@ -178,7 +227,11 @@ def to_turns(cells: Mapping[str, Any], kind: str, data: DataConfig, where: str) 
     """
     label = None
     if kind in ("messages", "sharegpt"):
-        turns = _conversation(cells["messages"], *(("role", "content") if kind == "messages" else ("from", "value")), where)
+        turns = _conversation(
+            cells["messages"],
+            *(("role", "content") if kind == "messages" else ("from", "value")),
+            where,
+        )
     elif kind == "scam":
         label = _label(cells["label"], where)
         turns = _scam(cells, label, data, where)
@@ -228,14 +281,23 @@ def _question_answer(cells: Mapping[str, Any], kind: str, where: str) -> list[Tu
     question = _text(cells["question"], "question", where, empty="refuse")
     if cells.get("input"):
         question += "\n\n" + _text(cells["input"], "input", where, empty="refuse")
-    reasoning = _text(cells["reasoning"], "reasoning", where, empty="empty reasoning") if "reasoning" in cells else None
-    return [Turn("user", question), _assistant(_text(cells["response"], "response", where, empty="empty response"), reasoning)]
+    reasoning = (
+        _text(cells["reasoning"], "reasoning", where, empty="empty reasoning")
+        if "reasoning" in cells
+        else None
+    )
+    return [
+        Turn("user", question),
+        _assistant(_text(cells["response"], "response", where, empty="empty response"), reasoning),
+    ]
 
 
 def _label(value: Any, where: str) -> str:
     label = LABELS.get(str(value).strip().lower())
     if label is None:
-        raise ValueError(f"{where}: label = {shorten(value)}; a call is labelled 1 or scam, 0 or honest")
+        raise ValueError(
+            f"{where}: label = {shorten(value)}; a call is labelled 1 or scam, 0 or honest"
+        )
     return label
 
 
@@ -245,7 +307,9 @@ def _scam(cells: Mapping[str, Any], label: str, data: DataConfig, where: str) ->
     if reasoning is not None and not (isinstance(reasoning, str) and not reasoning.strip()):
         reasoning = _text(reasoning, "reasoning", where, empty="refuse")
     else:
-        reasoning = _cues(cells.get("type"), label, where) if data.scam_reasoning == "cues" else None
+        reasoning = (
+            _cues(cells.get("type"), label, where) if data.scam_reasoning == "cues" else None
+        )
     response = VERDICTS[label]
     if "response" in cells:
         response = _text(cells["response"], "response", where, empty="empty response")
@@ -267,7 +331,9 @@ def _cues(kind: Any, label: str, where: str) -> str:
 
 def _conversation(messages: Any, role_key: str, text_key: str, where: str) -> list[Turn]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"{where}: messages = {shorten(messages)}; a list of {{{role_key}, {text_key}}} is needed")
+        raise ValueError(
+            f"{where}: messages = {shorten(messages)}; a list of {{{role_key}, {text_key}}} is needed"
+        )
     turns: list[Turn] = []
     for place, message in enumerate(messages):
         here = f"{where}, message {place}"
@@ -283,7 +349,12 @@ def _conversation(messages: Any, role_key: str, text_key: str, where: str) -> li
         if role == "assistant":
             text = _text(message.get(text_key), text_key, here, empty="empty response")
             thought = message.get("reasoning_content")
-            turns.append(_assistant(text, _text(thought, "reasoning_content", here, empty="refuse") if thought else None))
+            turns.append(
+                _assistant(
+                    text,
+                    _text(thought, "reasoning_content", here, empty="refuse") if thought else None,
+                )
+            )
         else:
             turns.append(Turn(role, _text(message.get(text_key), text_key, here, empty="refuse")))
     while turns and turns[-1].role != "assistant":

@@ -30,7 +30,9 @@ class Example:
 
     row_id: str
     turns: tuple[Turn, ...]
-    label: str | None = None  # class of the row, for balance and verdicts ("scam" | "honest"); None where there is none
+    label: str | None = (
+        None  # class of the row, for balance and verdicts ("scam" | "honest"); None where there is none
+    )
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,15 @@ class Pass:
 
     row_ids: tuple[str, ...]  # rows of this pass, in order
     input_ids: torch.Tensor  # (B, T) int64
-    targets: torch.Tensor  # (B, T) int64: the token that follows, or IGNORE; the label shift is already done
-    position_ids: torch.Tensor  # (B, T) int64: place within its row; restarts at each row of a packed pass
-    row_of: torch.Tensor  # (B, T) int64: index into row_ids; padding belongs to the row that it pads
+    targets: (
+        torch.Tensor
+    )  # (B, T) int64: the token that follows, or IGNORE; the label shift is already done
+    position_ids: (
+        torch.Tensor
+    )  # (B, T) int64: place within its row; restarts at each row of a packed pass
+    row_of: (
+        torch.Tensor
+    )  # (B, T) int64: index into row_ids; padding belongs to the row that it pads
     places: torch.Tensor  # (S,) int64: flat indices of the supervised places, counted on the host
     lengths: tuple[int, ...]  # real tokens of each row
     packed: bool

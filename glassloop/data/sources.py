@@ -34,7 +34,9 @@ class Taken:
 
     examples: tuple[Example, ...]
     total: int  # rows that could have been taken
-    skipped: dict[str, int]  # reason -> rows passed over on the way; rows behind the last one taken were not looked at
+    skipped: dict[
+        str, int
+    ]  # reason -> rows passed over on the way; rows behind the last one taken were not looked at
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,14 @@ def load_examples(data: DataConfig, seed: int) -> Loaded:
                     f"data.heldout = {fraction} of {len(indices)} rows is {count}: no rows are left on one side; choose another"
                 )
             heldout_indices, indices = drawn[:count], sorted(drawn[count:])
-        heldout_order = order(heldout_indices, seed, "heldout_rows") if data.shuffle or fraction is not None else heldout_indices
-        heldout = take(heldout_source, heldout_order, kind, data, data.heldout_rows, "data.heldout_rows")
+        heldout_order = (
+            order(heldout_indices, seed, "heldout_rows")
+            if data.shuffle or fraction is not None
+            else heldout_indices
+        )
+        heldout = take(
+            heldout_source, heldout_order, kind, data, data.heldout_rows, "data.heldout_rows"
+        )
     apart = {key(example): example.row_id for example in heldout.examples}
     train_order = order(indices, seed, "rows") if data.shuffle else indices
     train = take(source, train_order, kind, data, data.rows, "data.rows", apart)
@@ -132,7 +140,12 @@ def take(
         row = _row(source, index)
         row_id = f"{source.split}:{index}"
         try:
-            turns, label = to_turns({role: row[name] for role, name in names.items()}, kind, data, f"{source.name}, row {index}")
+            turns, label = to_turns(
+                {role: row[name] for role, name in names.items()},
+                kind,
+                data,
+                f"{source.name}, row {index}",
+            )
         except Skip as reason:
             skipped[str(reason)] += 1
             continue
@@ -167,31 +180,49 @@ def _row(source: Source, index: int) -> dict[str, Any]:
         return source.rows[index]
     except Exception as error:  # what `datasets` raises for a table with odd names inside
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(f"{source.name}, row {index} cannot be read ({reason}): correct the row or leave it out") from error
+        raise ValueError(
+            f"{source.name}, row {index} cannot be read ({reason}): correct the row or leave it out"
+        ) from error
 
 
 def order(indices: Sequence[int], seed: int, purpose: str) -> list[int]:
     """`indices` in an order that depends on them, `seed` and `purpose` alone; the same with every version and machine."""
-    return sorted(indices, key=lambda index: hashlib.sha256(f"{purpose} {seed} {index}".encode()).digest())
+    return sorted(
+        indices, key=lambda index: hashlib.sha256(f"{purpose} {seed} {index}".encode()).digest()
+    )
 
 
 def open_source(data: DataConfig, place: str, split: str, field: str) -> Source:
     """Opens `place`, a hub id, file, folder or `sample`; `field` is the config field that named it. Raises ValueError."""
     path = SAMPLE if place == "sample" else Path(place).expanduser()
     if place == "sample" and not path.is_file():
-        raise ValueError(f"{field} = sample: {path} is missing; the sample lies in a checkout: use one (pip install -e .)")
+        raise ValueError(
+            f"{field} = sample: {path} is missing; the sample lies in a checkout: use one (pip install -e .)"
+        )
     if path.is_dir():
         source = _load(place, f"{place} ({split})", split, field, path=str(path), name=data.config)
     elif path.suffix.lower() in BUILDERS:
         if not path.is_file():
             raise ValueError(f"{field} = {place}: there is no such file (looked in {Path.cwd()})")
         if field == "data.source" and split != "train":
-            raise ValueError(f"data.split = {split}: data.source = {place} is one file and has no splits; leave data.split out")
+            raise ValueError(
+                f"data.split = {split}: data.source = {place} is one file and has no splits; leave data.split out"
+            )
         source = _load_file(path, place, split, field)
     elif path.exists():
-        raise ValueError(f"{field} = {place}: a file must end in {', '.join(BUILDERS)}, not {path.suffix or 'nothing'}")
+        raise ValueError(
+            f"{field} = {place}: a file must end in {', '.join(BUILDERS)}, not {path.suffix or 'nothing'}"
+        )
     else:
-        source = _load(place, f"{place} ({split})", split, field, path=place, name=data.config, revision=data.revision)
+        source = _load(
+            place,
+            f"{place} ({split})",
+            split,
+            field,
+            path=place,
+            name=data.config,
+            revision=data.revision,
+        )
     if not len(source.rows):
         raise ValueError(f"{field} = {place}: {source.name} has no rows")
     return source
@@ -219,7 +250,9 @@ def _fraction(heldout: str | float) -> float | None:
     except ValueError:
         return None
     if not 0 < fraction < 1:
-        raise ValueError(f"data.heldout = {heldout}: a fraction must lie between 0 and 1 (for example 0.1)")
+        raise ValueError(
+            f"data.heldout = {heldout}: a fraction must lie between 0 and 1 (for example 0.1)"
+        )
     return fraction
 
 
@@ -230,7 +263,9 @@ def _load_file(path: Path, place: str, split: str, field: str) -> Source:
     options: dict[str, object] = {}
     if builder != "parquet":
         text = checked_text(path, place, field)
-        if builder == "csv":  # every cell is read as the text that it is: no numbers, no dates, no "NA" that turns into nothing
+        if (
+            builder == "csv"
+        ):  # every cell is read as the text that it is: no numbers, no dates, no "NA" that turns into nothing
             header = checked_header(text, place, field)
             options = {
                 "features": datasets.Features({name: datasets.Value("string") for name in header}),
@@ -254,13 +289,19 @@ def _load(place: str, called: str, split: str, field: str, **arguments: object) 
         text = " ".join(str(reason).split()) or type(reason).__name__
         if "no data" in text or isinstance(reason, StopIteration):
             raise ValueError(f"{field} = {place}: it has no rows") from error
-        hub = (
-            "a hub id needs network access, the right data.config, data.split and data.revision, and a login if it is not public"
+        hub = "a hub id needs network access, the right data.config, data.split and data.revision, and a login if it is not public"
+        cure = (
+            "the file is damaged or of another kind than its name says"
+            if "data_files" in arguments
+            else hub
         )
-        cure = "the file is damaged or of another kind than its name says" if "data_files" in arguments else hub
-        raise ValueError(f"{field} = {place} cannot be read: {text[:300]} ({type(reason).__name__}); {cure}") from error
+        raise ValueError(
+            f"{field} = {place} cannot be read: {text[:300]} ({type(reason).__name__}); {cure}"
+        ) from error
     return Source(rows, split, called)
 
 
 def _balance(examples: Sequence[Example]) -> dict[str, int]:
-    return dict(sorted(Counter(example.label for example in examples if example.label is not None).items()))
+    return dict(
+        sorted(Counter(example.label for example in examples if example.label is not None).items())
+    )

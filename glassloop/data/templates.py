@@ -75,14 +75,18 @@ class Template:
         """The conversation as `apply_chat_template` takes it."""
         return [self.message(turn) for turn in example.turns]
 
-    def _parts(self, example: Example, turns: Sequence[Turn], generation_prompt: bool) -> list[Part]:
+    def _parts(
+        self, example: Example, turns: Sequence[Turn], generation_prompt: bool
+    ) -> list[Part]:
         try:
             return self.parts(turns, generation_prompt)
         except ValueError as error:
             raise ValueError(f"row {example.row_id}: {error}") from error
 
 
-def make_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Template:
+def make_template(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> Template:
     """The template that `data` names, for the rows of a run. `examples`: all of them, held-out ones too; they decide about
     think tags.
 
@@ -103,10 +107,14 @@ def make_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase, examples
                 f"data.template = r1: the tokenizer of {tokenizer.name_or_path} has no token {wanted}; set data.template=chat"
             )
         parts, source = _r1(codec, codec.begin, opens_think), _r1_source(opens_think)
-        template = Template("r1", codec, parts, _message("\n\n"), opens_think, data.labels, source, (codec.end,))
+        template = Template(
+            "r1", codec, parts, _message("\n\n"), opens_think, data.labels, source, (codec.end,)
+        )
     else:
         parts, source = _instruct(codec, opens_think), _instruct_source(codec, opens_think)
-        template = Template("instruct", codec, parts, _message("\n"), opens_think, data.labels, source, (codec.end,))
+        template = Template(
+            "instruct", codec, parts, _message("\n"), opens_think, data.labels, source, (codec.end,)
+        )
     _check(template, tokenizer, examples, thinks=opens_think)
     return template
 
@@ -121,7 +129,12 @@ def fit(row: Row, max_tokens: int, policy: Literal["drop", "cut"]) -> Row | None
         return row
     if policy == "drop" or not any(row.supervised[:max_tokens]):
         return None
-    return replace(row, input_ids=row.input_ids[:max_tokens], supervised=row.supervised[:max_tokens], truncated=True)
+    return replace(
+        row,
+        input_ids=row.input_ids[:max_tokens],
+        supervised=row.supervised[:max_tokens],
+        truncated=True,
+    )
 
 
 def targets(row: Row) -> list[int]:
@@ -170,7 +183,10 @@ def _r1(codec: Codec, begin: int, opens_think: bool) -> Parts:
             if turn.role == "assistant":
                 result += [*prompt, *_answer(codec, turn, opens_think, "\n\n"), (codec.end, True)]
             else:
-                result += [*(literal(codec, "<｜User｜>") if turn.role == "user" else []), (turn.content, False)]
+                result += [
+                    *(literal(codec, "<｜User｜>") if turn.role == "user" else []),
+                    (turn.content, False),
+                ]
         return result + (prompt if generation_prompt else [])
 
     return parts
@@ -202,14 +218,19 @@ def _instruct(codec: Codec, opens_think: bool) -> Parts:
         question = turns[len(roles) - len(asked)].content
         preamble = PREAMBLE + (THINK_FIRST if opens_think else "")
         prompt: list[Part] = [
-            (f"{preamble}\n\n### Instruction:\n{system}\n\n### Question:\n{question}\n\n### Response:\n", False)
+            (
+                f"{preamble}\n\n### Instruction:\n{system}\n\n### Question:\n{question}\n\n### Response:\n",
+                False,
+            )
         ]
         if opens_think:
             prompt += literal(codec, "<think>")
         if generation_prompt:
             return begin + prompt
         answer = _answer(codec, turns[-1], opens_think, "\n")
-        return begin + prompt + ([("\n", True)] if opens_think else []) + answer + [(codec.end, True)]
+        return (
+            begin + prompt + ([("\n", True)] if opens_think else []) + answer + [(codec.end, True)]
+        )
 
     return parts
 
@@ -234,7 +255,13 @@ def _instruct_source(codec: Codec, opens_think: bool) -> str:
     )
 
 
-def _check(template: Template, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, thinks: bool) -> None:
+def _check(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    thinks: bool,
+) -> None:
     """Holds a new template to its promises on probe conversations of the kinds that `examples` has; raises ValueError."""
     answer = Turn("assistant", "It has eight.", "A spider is an arachnid." if thinks else None)
     asked = (Turn("user", "How many legs has a spider?"), answer)
@@ -242,7 +269,14 @@ def _check(template: Template, tokenizer: PreTrainedTokenizerBase, examples: Seq
     probes = [Example(first, asked)]  # under the id of a row of the kind, for messages
     if system := next((example for example in examples if example.turns[0].role == "system"), None):
         probes.append(Example(system.row_id, (Turn("system", "Be brief."), *asked)))
-    if several := next((example for example in examples if [turn.role for turn in example.turns].count("assistant") > 1), None):
+    if several := next(
+        (
+            example
+            for example in examples
+            if [turn.role for turn in example.turns].count("assistant") > 1
+        ),
+        None,
+    ):
         probes.append(Example(several.row_id, (*asked, Turn("user", "And a bee?"), answer)))
     for probe in probes:
         row, prompt = template.encode(probe), template.prompt_ids(probe)

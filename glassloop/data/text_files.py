@@ -20,7 +20,9 @@ def checked_text(path: Path, place: str, field: str) -> str:
         raise ValueError(f"{field} = {place}: the file is empty")
     if b"\0" in raw:
         line = raw[: raw.index(b"\0")].count(b"\n") + 1
-        raise ValueError(f"{field} = {place}: NUL byte in line {line}; the file is damaged or not UTF-8 text: write it as UTF-8")
+        raise ValueError(
+            f"{field} = {place}: NUL byte in line {line}; the file is damaged or not UTF-8 text: write it as UTF-8"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -40,7 +42,9 @@ def checked_header(text: str, place: str, field: str) -> list[str]:
         if not header:
             raise ValueError(f"{field} = {place}: the file is empty")
         if len(set(header)) < len(header):
-            raise ValueError(f"{field} = {place}: columns {', '.join(header)} are not all different; rename them")
+            raise ValueError(
+                f"{field} = {place}: columns {', '.join(header)} are not all different; rename them"
+            )
         for index, row in enumerate(row for row in reader if row):
             if len(row) != len(header):
                 raise ValueError(
@@ -48,7 +52,9 @@ def checked_header(text: str, place: str, field: str) -> list[str]:
                     "a cell with a comma, a quote or a line break needs quotes around it"
                 )
     except csv.Error as error:
-        raise ValueError(f"{field} = {place}, line {reader.line_num}: {error}; quotes inside a cell are doubled") from error
+        raise ValueError(
+            f"{field} = {place}, line {reader.line_num}: {error}; quotes inside a cell are doubled"
+        ) from error
     return header
 
 
@@ -63,7 +69,9 @@ def check_json(text: str, place: str, field: str) -> None:
         rows = [_parsed_or_object(line) for line in text.split("\n") if line.strip()]
     for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
         if not isinstance(row, dict):
-            raise ValueError(f"{field} = {place}, row {index}: {shorten(row)} is not a JSON object with named columns")
+            raise ValueError(
+                f"{field} = {place}, row {index}: {shorten(row)} is not a JSON object with named columns"
+            )
 
 
 def _parsed_or_object(line: str) -> object:
@@ -87,4 +95,6 @@ def check_lines(text: str, place: str, field: str) -> None:
                 f"{field} = {place}, line {number}: {said} in {shorten(line)}; each line must be one JSON object"
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{field} = {place}, line {number}: {shorten(line)} is not a JSON object with named columns")
+            raise ValueError(
+                f"{field} = {place}, line {number}: {shorten(line)} is not a JSON object with named columns"
+            )

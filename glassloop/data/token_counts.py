@@ -17,7 +17,10 @@ def count_tokens(batches: Batches) -> TokenCounts:
         window = batches.window(update)
         real += sum(lengths[row] for row in window.rows)
         labels += sum(supervised[row] for row in window.rows)
-        chunks = [window.rows[start : start + plan.size] for start in range(0, len(window.rows), plan.size)]
+        chunks = [
+            window.rows[start : start + plan.size]
+            for start in range(0, len(window.rows), plan.size)
+        ]
         bins = packed_passes(window.rows, lengths, plan.ranks, batches.pass_tokens)
         packed = [one for rank in bins for one in rank]
         share = max(share, *(sum(lengths[row] for one in rank for row in one) for rank in bins))
@@ -28,5 +31,16 @@ def count_tokens(batches: Batches) -> TokenCounts:
         for one in (one for rank in window.passes for one in rank):
             longest, total = max(lengths[row] for row in one), sum(lengths[row] for row in one)
             rows, tokens = (1, total) if window.packed else (len(one), longest)
-            heaviest = max(heaviest, (rows * tokens, rows, tokens, sum(supervised[row] for row in one)))
-    return TokenCounts(real, labels, slots["literal"], passes["literal"], slots["packed"], passes["packed"], *heaviest[1:], share)
+            heaviest = max(
+                heaviest, (rows * tokens, rows, tokens, sum(supervised[row] for row in one))
+            )
+    return TokenCounts(
+        real,
+        labels,
+        slots["literal"],
+        passes["literal"],
+        slots["packed"],
+        passes["packed"],
+        *heaviest[1:],
+        share,
+    )

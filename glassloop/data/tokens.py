@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Part = tuple[int | str, bool]  # a control token's id or a piece of text, and whether it is supervised
+Part = tuple[
+    int | str, bool
+]  # a control token's id or a piece of text, and whether it is supervised
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,12 @@ def make_codec(tokenizer: PreTrainedTokenizerBase) -> Codec:
     name = tokenizer.name_or_path
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"model.id = {name}: {type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json")
-    begin, end, unknown = (cast("int | None", getattr(tokenizer, f"{what}_token_id")) for what in ("bos", "eos", "unk"))
+        raise ValueError(
+            f"model.id = {name}: {type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json"
+        )
+    begin, end, unknown = (
+        cast("int | None", getattr(tokenizer, f"{what}_token_id")) for what in ("bos", "eos", "unk")
+    )
     if end is None:
         raise ValueError(
             f"model.id = {name}: its tokenizer has no end token, so no answer could end; choose a model that has one"
@@ -53,13 +59,18 @@ def make_codec(tokenizer: PreTrainedTokenizerBase) -> Codec:
     written = json.loads(backend.to_str())
     added = {token["content"]: token for token in written["added_tokens"]}
     # Runs of spaces or line breaks steer nothing, and the model knows them as text: they stay as they are.
-    blank = {text for text, token in added.items() if not token["special"] and not text.strip(" \t\n\r▁")}
+    blank = {
+        text for text, token in added.items() if not token["special"] and not text.strip(" \t\n\r▁")
+    }
     control = {text: token["id"] for text, token in added.items() if text not in blank}
     steps = {where: _steps(written, within=where) for where in (False, True)}
     opening = _plain(written, blank, steps[False])
     within = opening if steps[True] == steps[False] else _plain(written, blank, steps[True])
     ordered = sorted(control, key=len, reverse=True)
-    pattern = "|".join(r"\s*" * added[t]["lstrip"] + f"({re.escape(t)})" + r"\s*" * added[t]["rstrip"] for t in ordered)
+    pattern = "|".join(
+        r"\s*" * added[t]["lstrip"] + f"({re.escape(t)})" + r"\s*" * added[t]["rstrip"]
+        for t in ordered
+    )
     never_text = frozenset(control.values()) - ({unknown} - {begin, end})
     for text, token in control.items():
         if token in never_text and token in opening.encode(text, add_special_tokens=False).ids:
@@ -74,7 +85,11 @@ def _plain(written: dict[str, Any], keep: set[str], steps: dict[str, Any]) -> To
     """A copy of the tokenizer without control tokens, with other `steps` before its model and none behind it."""
     from tokenizers import Tokenizer
 
-    kept = {token["content"]: token["id"] for token in written["added_tokens"] if token["content"] in keep}
+    kept = {
+        token["content"]: token["id"]
+        for token in written["added_tokens"]
+        if token["content"] in keep
+    }
     plain = dict(written, added_tokens=[t for t in written["added_tokens"] if t["content"] in keep])
     plain.update(post_processor=None, truncation=None, padding=None, **steps)
     copy = Tokenizer.from_str(json.dumps(plain))
@@ -127,7 +142,9 @@ def literal(codec: Codec, text: str, supervised: bool = False) -> list[Part]:
     return [*parts, (text[end:], supervised)]
 
 
-def encode_rows(codec: Codec, rows: Sequence[Sequence[Part]], row_ids: Sequence[str]) -> list[tuple[list[int], list[bool]]]:
+def encode_rows(
+    codec: Codec, rows: Sequence[Sequence[Part]], row_ids: Sequence[str]
+) -> list[tuple[list[int], list[bool]]]:
     """Ids and supervision of each row of parts.
 
     Neighbouring text with equal supervision is joined first, so it is encoded as one text; where supervision changes, tokens end.
@@ -161,7 +178,12 @@ def encode_rows(codec: Codec, rows: Sequence[Sequence[Part]], row_ids: Sequence[
 def _join(parts: Sequence[Part]) -> list[Part]:
     joined: list[Part] = []
     for part, flag in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1][0], str) and joined[-1][1] == flag:
+        if (
+            isinstance(part, str)
+            and joined
+            and isinstance(joined[-1][0], str)
+            and joined[-1][1] == flag
+        ):
             joined[-1] = (joined[-1][0] + part, flag)
         elif part != "":
             joined.append((part, flag))

@@ -20,15 +20,27 @@ import glassloop
 
 ENV_SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-OPTIONAL_PACKAGES = ("triton", "unsloth", "unsloth_zoo", "trl", "flash-attn")  # those that are installed decide too
+OPTIONAL_PACKAGES = (
+    "triton",
+    "unsloth",
+    "unsloth_zoo",
+    "trl",
+    "flash-attn",
+)  # those that are installed decide too
 HIDDEN = "(hidden)"
 
 # names whose value is a secret: HF_TOKEN, WANDB_API_KEY, AWS_ACCESS_KEY_ID; not max_tokens, not TOKENIZERS_PARALLELISM
-_SECRET_NAME = re.compile(r"(^|[_.-])(token|key|apikey|secret|password|passwd|credentials?)([_-]id)?$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(^|[_.-])(token|key|apikey|secret|password|passwd|credentials?)([_-]id)?$", re.IGNORECASE
+)
 _SECRET_SHAPES = (
-    re.compile(r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|wandb_v\d_\w{16,})"),
+    re.compile(
+        r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|wandb_v\d_\w{16,})"
+    ),
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # user:password@ of an address
-    re.compile(r"(?<=[?&])((?:access_|api_)?(?:token|key|secret|signature|sig)=)[^&\s]+", re.IGNORECASE),
+    re.compile(
+        r"(?<=[?&])((?:access_|api_)?(?:token|key|secret|signature|sig)=)[^&\s]+", re.IGNORECASE
+    ),
 )
 
 
@@ -49,10 +61,14 @@ def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: package_version(name) for name in PACKAGES},
-        "optional_packages": {name: found for name in OPTIONAL_PACKAGES if (found := package_version(name))},
+        "optional_packages": {
+            name: found for name in OPTIONAL_PACKAGES if (found := package_version(name))
+        },
         "cuda": torch.version.cuda,  # what torch was built for; None for a CPU build
         "driver": nvidia_driver(),
-        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 2)} for gpu in gpus],
+        "gpus": [
+            {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 2)} for gpu in gpus
+        ],
         "command": command_line(sys.argv if argv is None else argv),
     }
 
@@ -74,12 +90,17 @@ def nvidia_driver() -> str | None:
 def git_commit(file: Path) -> dict[str, Any] | None:
     """The commit that `file` is checked out from, and whether tracked files differ from it. None for a file outside git."""
     git = ["git", "-C", str(file.parent)]
-    if _answer([*git, "ls-files", "--error-unmatch", file.name]) is None:  # installed inside another project's folder
+    if (
+        _answer([*git, "ls-files", "--error-unmatch", file.name]) is None
+    ):  # installed inside another project's folder
         return None
     commit = _answer([*git, "rev-parse", "HEAD"])
     if not commit:
         return None
-    return {"commit": commit, "changed": bool(_answer([*git, "status", "--porcelain", "--untracked-files=no"]))}
+    return {
+        "commit": commit,
+        "changed": bool(_answer([*git, "status", "--porcelain", "--untracked-files=no"])),
+    }
 
 
 def command_line(argv: Sequence[str]) -> list[str]:
@@ -104,13 +125,18 @@ def without_secrets(value: Any) -> Any:
     Hidden are values under a secret's name, values of environment variables with such a name, and strings that look like an
     access token or carry a password in an address.
     """
-    known = [text for name, text in os.environ.items() if _SECRET_NAME.search(name) and len(text) >= 8]
+    known = [
+        text for name, text in os.environ.items() if _SECRET_NAME.search(name) and len(text) >= 8
+    ]
     return _hide(value, sorted(known, key=len, reverse=True))
 
 
 def _hide(value: Any, known: list[str]) -> Any:
     if isinstance(value, dict):
-        return {k: HIDDEN if v is not None and _SECRET_NAME.search(str(k)) else _hide(v, known) for k, v in value.items()}
+        return {
+            k: HIDDEN if v is not None and _SECRET_NAME.search(str(k)) else _hide(v, known)
+            for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_hide(item, known) for item in value]
     if not isinstance(value, str):
@@ -124,7 +150,9 @@ def _hide(value: Any, known: list[str]) -> Any:
 def _answer(command: list[str]) -> str | None:
     """What a program prints; None where it is missing, fails or takes longer than 10 s."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

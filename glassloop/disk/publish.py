@@ -16,15 +16,25 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
-REPLACED = ".replaced"  # suffix of a folder that stood where a new one of the same name is being put
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator, no dot in front: it cannot leave its folder
+REPLACED = (
+    ".replaced"  # suffix of a folder that stood where a new one of the same name is being put
+)
+PLAIN_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*"
+)  # no separator, no dot in front: it cannot leave its folder
 
 
 class NotSaved(OSError):
     """The disk refused a folder. Nothing was published under its name and nothing older was removed, so a run may go on."""
 
 
-def publish(target: Path, contents: Mapping[str, bytes], *, limit: str, also: Callable[[Path], None] | None = None) -> None:
+def publish(
+    target: Path,
+    contents: Mapping[str, bytes],
+    *,
+    limit: str,
+    also: Callable[[Path], None] | None = None,
+) -> None:
     """Make the folder `target` of `contents` (file name -> bytes) and of what `also` writes into the folder that it is given.
 
     The last of `contents` is the last in the sums: a reader that requires it notices a list that was cut short. A folder that has
@@ -50,8 +60,13 @@ def publish(target: Path, contents: Mapping[str, bytes], *, limit: str, also: Ca
         for name, data in contents.items():
             _write(work / name, data)
         names = [*[path.name for path in others], *contents]
-        assert all(PLAIN_NAME.fullmatch(name) for name in names), f"names that could not be read back: {names}"
-        _write(work / SUMS, "".join(f"{_digest((work / name).read_bytes())}  {name}\n" for name in names).encode())
+        assert all(PLAIN_NAME.fullmatch(name) for name in names), (
+            f"names that could not be read back: {names}"
+        )
+        _write(
+            work / SUMS,
+            "".join(f"{_digest((work / name).read_bytes())}  {name}\n" for name in names).encode(),
+        )
         sync(work)
         if target.exists():
             aside = target.with_name(target.name + REPLACED)
@@ -96,7 +111,11 @@ def remove(folder: Path) -> None:
 
 def unfinished(parent: Path) -> list[Path]:
     """What processes left in `parent` that died while they wrote or removed a folder."""
-    return sorted(path for path in parent.glob(".*") if path.suffix in (".writing", ".removing") and path.is_dir())
+    return sorted(
+        path
+        for path in parent.glob(".*")
+        if path.suffix in (".writing", ".removing") and path.is_dir()
+    )
 
 
 def read(folder: Path, required: Collection[str], only: str | None = None) -> dict[str, bytes]:
@@ -109,18 +128,26 @@ def read(folder: Path, required: Collection[str], only: str | None = None) -> di
     sums = _bytes(folder / SUMS)
     for line in sums.decode("utf-8", "replace").split("\n")[:-1]:
         digest, _, name = line.partition("  ")
-        if not re.fullmatch("[0-9a-f]{64}", digest) or not PLAIN_NAME.fullmatch(name) or name in digests:
+        if (
+            not re.fullmatch("[0-9a-f]{64}", digest)
+            or not PLAIN_NAME.fullmatch(name)
+            or name in digests
+        ):
             raise ValueError(f"{SUMS} is corrupt at {line[:100]!r}")
         digests[name] = digest
     if not sums.endswith(b"\n"):
         raise ValueError(f"{SUMS} is cut short: it does not end with a line break")
     if missing := set(required) - digests.keys():
-        raise ValueError(f"{SUMS} is corrupt or cut short: it does not list {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{SUMS} is corrupt or cut short: it does not list {', '.join(sorted(missing))}"
+        )
     contents = {}
     for name in digests if only is None else [only]:
         data = _bytes(folder / name)
         if _digest(data) != digests[name]:
-            raise ValueError(f"{name} is corrupt or cut short: its {len(data)} bytes do not have the sum in {SUMS}")
+            raise ValueError(
+                f"{name} is corrupt or cut short: its {len(data)} bytes do not have the sum in {SUMS}"
+            )
         contents[name] = data
     return contents
 
@@ -137,7 +164,9 @@ def cure(error: OSError, limit: str) -> str:
         return f"free space there, lower {limit}, or set run.dir to another disk"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make the folder writable for this user, or set run.dir to one that is"
-    return "see whether the disk is healthy and the folder still there, or set run.dir to another one"
+    return (
+        "see whether the disk is healthy and the folder still there, or set run.dir to another one"
+    )
 
 
 def _write(path: Path, data: bytes) -> None:

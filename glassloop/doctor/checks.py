@@ -32,7 +32,12 @@ TESTED = {  # package: lowest and highest version that the tests ran with
     "datasets": ("4.7", "5.2"),
 }
 PINS = {
-    "unsloth": (("torch", "<", "2.15"), ("transformers", "<=", "5.17.0"), ("trl", "<=", "1.15.0"), ("datasets", "<", "5.0.0"))
+    "unsloth": (
+        ("torch", "<", "2.15"),
+        ("transformers", "<=", "5.17.0"),
+        ("trl", "<=", "1.15.0"),
+        ("datasets", "<", "5.0.0"),
+    )
 }
 DRIVERS = {12: (525, 60), 13: (580, 0)}  # CUDA's major version: the oldest driver that runs it
 
@@ -48,13 +53,27 @@ def check_versions(installed: Callable[[str], str | None] = package_version) -> 
     for name, (lowest, highest) in TESTED.items():
         version = installed(name)
         if version is None:
-            found.append(Finding(PROBLEM, name, "not installed", f"pip install 'glassloop' (or {name}>={lowest})"))
+            found.append(
+                Finding(
+                    PROBLEM, name, "not installed", f"pip install 'glassloop' (or {name}>={lowest})"
+                )
+            )
         elif numbers(version) < numbers(lowest):
-            found.append(Finding(PROBLEM, name, f"{version}: older than {lowest}", f"pip install '{name}>={lowest}'"))
+            found.append(
+                Finding(
+                    PROBLEM,
+                    name,
+                    f"{version}: older than {lowest}",
+                    f"pip install '{name}>={lowest}'",
+                )
+            )
         elif numbers(version)[: len(numbers(highest))] > numbers(highest):
             found.append(
                 Finding(
-                    NOTE, name, f"{version}: newer than the tested {lowest} to {highest}", "constraints.txt has tested versions"
+                    NOTE,
+                    name,
+                    f"{version}: newer than the tested {lowest} to {highest}",
+                    "constraints.txt has tested versions",
                 )
             )
         else:
@@ -72,18 +91,27 @@ def check_pins(installed: Callable[[str], str | None] = package_version) -> list
             found.append(Finding(OK, owner, f"not installed (2026.10 would need {wanted})"))
             continue
         broken = [
-            f"{name} {there}" for name, sign, bound in pins if (there := installed(name)) and not _within(there, sign, bound)
+            f"{name} {there}"
+            for name, sign, bound in pins
+            if (there := installed(name)) and not _within(there, sign, bound)
         ]
         if broken:
             cure = f"give {owner} an environment of its own, without constraints.txt"
-            found.append(Finding(PROBLEM, owner, f"{version} needs {wanted}, here are {', '.join(broken)}", cure))
+            found.append(
+                Finding(
+                    PROBLEM, owner, f"{version} needs {wanted}, here are {', '.join(broken)}", cure
+                )
+            )
         else:
             found.append(Finding(OK, owner, f"{version}; its pins hold ({wanted})"))
     return found
 
 
 def check_engine(
-    config: Config, *, on_cuda: bool, problems: Callable[..., Sequence[str]] = unsloth_checks.problems
+    config: Config,
+    *,
+    on_cuda: bool,
+    problems: Callable[..., Sequence[str]] = unsloth_checks.problems,
 ) -> list[Finding]:
     """Whether execution.engine can run here, where it is one that needs more than glassloop itself; which one it is, where that is chosen."""
     if config.execution.engine == "auto":
@@ -91,11 +119,22 @@ def check_engine(
     if config.execution.engine != "unsloth":
         return []
     found = [
-        Finding(PROBLEM, "engine", f"unsloth: {text}", f"{unsloth_checks.OWN_PLACE}; or execution.engine=peft")
+        Finding(
+            PROBLEM,
+            "engine",
+            f"unsloth: {text}",
+            f"{unsloth_checks.OWN_PLACE}; or execution.engine=peft",
+        )
         for text in problems(on_cuda=on_cuda)
         if text != unsloth_checks.OWN_PLACE
     ]
-    return found or [Finding(OK, "engine", "unsloth can be imported here; its base is compared with peft's when a run begins")]
+    return found or [
+        Finding(
+            OK,
+            "engine",
+            "unsloth can be imported here; its base is compared with peft's when a run begins",
+        )
+    ]
 
 
 def _within(version: str, sign: str, bound: str) -> bool:
@@ -118,11 +157,20 @@ def cuda_in(text: str) -> str | None:
     return built.group(1) if built else None
 
 
-def check_cards(config: Config, present: Sequence[Present], cuda: str | None, environ: Mapping[str, str]) -> list[Finding]:
+def check_cards(
+    config: Config, present: Sequence[Present], cuda: str | None, environ: Mapping[str, str]
+) -> list[Finding]:
     """Driver against torch's CUDA, bf16, number and kind of cards, memory that is free."""
     if not present:
         if cuda is None:
-            return [Finding(NOTE, "gpu", "none, and torch is a CPU build: runs are for trying things out", "")]
+            return [
+                Finding(
+                    NOTE,
+                    "gpu",
+                    "none, and torch is a CPU build: runs are for trying things out",
+                    "",
+                )
+            ]
         return [
             Finding(
                 NOTE,
@@ -134,24 +182,44 @@ def check_cards(config: Config, present: Sequence[Present], cuda: str | None, en
     names = ", ".join(card.name for card in present)
     if cuda is None:
         return [
-            Finding(PROBLEM, "gpu", f"{names}, but torch is a CPU build", "install torch from its CUDA index (pip install torch)")
+            Finding(
+                PROBLEM,
+                "gpu",
+                f"{names}, but torch is a CPU build",
+                "install torch from its CUDA index (pip install torch)",
+            )
         ]
     found = [Finding(OK, "gpu", f"{names}; torch for CUDA {cuda}")]
     least = DRIVERS.get(numbers(cuda)[0])
     driver = present[0].driver
     if least is not None and numbers(driver)[:2] < least:
         text = f"{driver} is older than {least[0]}.{least[1]:02}, which CUDA {cuda} needs"
-        found.append(Finding(PROBLEM, "driver", text, "update the driver, or install torch for an older CUDA"))
+        found.append(
+            Finding(
+                PROBLEM, "driver", text, "update the driver, or install torch for an older CUDA"
+            )
+        )
     else:
         found.append(Finding(OK, "driver", f"{driver} runs CUDA {cuda}"))
     hidden = environ.get("CUDA_VISIBLE_DEVICES")
-    visible = len(present) if hidden is None else len([part for part in hidden.split(",") if part.strip() not in ("", "-1")])
+    visible = (
+        len(present)
+        if hidden is None
+        else len([part for part in hidden.split(",") if part.strip() not in ("", "-1")])
+    )
     if hidden is not None:
-        found.append(Finding(NOTE, "gpu", f"CUDA_VISIBLE_DEVICES={hidden} leaves {visible} of {len(present)}"))
+        found.append(
+            Finding(
+                NOTE, "gpu", f"CUDA_VISIBLE_DEVICES={hidden} leaves {visible} of {len(present)}"
+            )
+        )
     if len({card.name for card in present}) > 1:
         found.append(
             Finding(
-                NOTE, "gpu", "cards of different kinds: every update waits for the slowest", "choose with CUDA_VISIBLE_DEVICES"
+                NOTE,
+                "gpu",
+                "cards of different kinds: every update waits for the slowest",
+                "choose with CUDA_VISIBLE_DEVICES",
             )
         )
     found += _precision(config, present)
@@ -159,19 +227,37 @@ def check_cards(config: Config, present: Sequence[Present], cuda: str | None, en
     if ranks is not None and ranks > visible and config.execution.backend != "gloo":
         text = f"batch.ranks = {ranks}, but {visible} GPUs are visible"
         found.append(
-            Finding(PROBLEM, "ranks", text, f"batch.ranks={max(visible, 1)}; rows an update stay with batch.rows_per_update")
+            Finding(
+                PROBLEM,
+                "ranks",
+                text,
+                f"batch.ranks={max(visible, 1)}; rows an update stay with batch.rows_per_update",
+            )
         )
     return found + _memory(config, present, ranks or max(visible, 1))
 
 
 def _precision(config: Config, present: Sequence[Present]) -> list[Finding]:
     asked = config.execution.precision
-    without = [card.name for card in present if card.capability is not None and card.capability < (8, 0)]
+    without = [
+        card.name for card in present if card.capability is not None and card.capability < (8, 0)
+    ]
     unknown = [card.name for card in present if card.capability is None]
     if asked == "bf16" and without:
-        return [Finding(PROBLEM, "bf16", f"{', '.join(without)} has no bf16 units", "execution.precision=fp16")]
+        return [
+            Finding(
+                PROBLEM,
+                "bf16",
+                f"{', '.join(without)} has no bf16 units",
+                "execution.precision=fp16",
+            )
+        ]
     if unknown:
-        return [Finding(NOTE, "bf16", f"nvidia-smi does not say whether {', '.join(unknown)} has bf16 units")]
+        return [
+            Finding(
+                NOTE, "bf16", f"nvidia-smi does not say whether {', '.join(unknown)} has bf16 units"
+            )
+        ]
     if asked == "fp16" and not without:
         return [
             Finding(
@@ -192,7 +278,13 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
     found = []
     for number, card in enumerate(present):
         if card.gpu is None:
-            found.append(Finding(NOTE, "memory", f"{card.name} is not in glassloop's table: nothing is predicted for it"))
+            found.append(
+                Finding(
+                    NOTE,
+                    "memory",
+                    f"{card.name} is not in glassloop's table: nothing is predicted for it",
+                )
+            )
             continue
         try:
             rows = config.batch.accumulation_for(ranks) * config.batch.size * ranks
@@ -202,24 +294,38 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
         if engine not in PROFILES:
             found.append(
                 Finding(
-                    NOTE, "memory", f"GPU {number}: what execution.engine={engine} needs is not modelled; preflight measures it"
+                    NOTE,
+                    "memory",
+                    f"GPU {number}: what execution.engine={engine} needs is not modelled; preflight measures it",
                 )
             )
             continue
         work = work_of(config, share=rows // ranks * config.data.max_tokens)
-        one = verdict(card.gpu, shapes, work, ranks=ranks, rows_per_update=rows, free_gib=card.free_gib, engine=engine)
-        text = (
-            f"GPU {number}: about {one.needed_gib:.1f} GiB needed for full rows, {card.free_gib:.1f} of {card.total_gib:.1f} free"
+        one = verdict(
+            card.gpu,
+            shapes,
+            work,
+            ranks=ranks,
+            rows_per_update=rows,
+            free_gib=card.free_gib,
+            engine=engine,
         )
+        text = f"GPU {number}: about {one.needed_gib:.1f} GiB needed for full rows, {card.free_gib:.1f} of {card.total_gib:.1f} free"
         text += f" ({one.tiers})" if one.tiers else ""
         if one.fits:
             found.append(Finding(OK, "memory", text))
         else:
-            found.append(Finding(PROBLEM, "memory", text, one.cure or "free the card, or lower data.max_tokens"))
+            found.append(
+                Finding(
+                    PROBLEM, "memory", text, one.cure or "free the card, or lower data.max_tokens"
+                )
+            )
     return found
 
 
-def check_disk(config: Config, environ: Mapping[str, str], free: Callable[[Path], int] | None = None) -> list[Finding]:
+def check_disk(
+    config: Config, environ: Mapping[str, str], free: Callable[[Path], int] | None = None
+) -> list[Finding]:
     """Room for the download, the quantised copy, checkpoints and capsules."""
     free = free or (lambda path: shutil.disk_usage(path).free)
     shapes, why = shapes_of(config.model.id)
@@ -227,13 +333,28 @@ def check_disk(config: Config, environ: Mapping[str, str], free: Callable[[Path]
         return [Finding(NOTE, "disk", f"sizes are not known: {why}")]
     n = shapes.lora_weights(config.lora.r, config.lora.targets)
     one = round((4 + disk_state_bytes(config.optimizer.name)) * n)
-    kept = config.checkpoint.keep + 1 + (config.data.heldout is not None)  # a new one is written before the oldest goes
+    kept = (
+        config.checkpoint.keep + 1 + (config.data.heldout is not None)
+    )  # a new one is written before the oldest goes
     run = kept * one + (round(config.record.capsules_gib * GIB) if config.record.capsules else 0)
-    cache = Path(config.model.cache_dir or environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop").expanduser()
-    base = sum(base_bytes(shapes, work_of(config)).values()) if config.model.quantization == "nf4" else 0
-    hub = Path(environ.get("HF_HUB_CACHE") or Path(environ.get("HF_HOME") or "~/.cache/huggingface") / "hub").expanduser()
+    cache = Path(
+        config.model.cache_dir or environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop"
+    ).expanduser()
+    base = (
+        sum(base_bytes(shapes, work_of(config)).values())
+        if config.model.quantization == "nf4"
+        else 0
+    )
+    hub = Path(
+        environ.get("HF_HUB_CACHE")
+        or Path(environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
+    ).expanduser()
     remote = config.model.id != "smollm2" and not Path(config.model.id).expanduser().is_dir()
-    there = any(hub.glob(f"models--{config.model.id.replace('/', '--')}/snapshots/*/*.safetensors")) if remote else True
+    there = (
+        any(hub.glob(f"models--{config.model.id.replace('/', '--')}/snapshots/*/*.safetensors"))
+        if remote
+        else True
+    )
     needs = [
         ("run.dir", Path(config.run.dir).expanduser(), run, "checkpoints and capsules"),
         ("model.cache_dir", cache, base, "the quantised base, made once"),
@@ -243,13 +364,26 @@ def check_disk(config: Config, environ: Mapping[str, str], free: Callable[[Path]
     for field, folder, needed, what in needs:
         if not needed:
             continue
-        place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        place = next(
+            parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()
+        )
         disk = place.stat().st_dev
         spoken[disk] = spoken.get(disk, 0) + needed  # what shares a disk adds up
-        shared = f", {spoken[disk] / GIB:.1f} with what else goes there" if spoken[disk] > needed else ""
-        text = f"{what}: {needed / GIB:.1f} GiB in {folder}{shared}; {free(place) / GIB:.1f} GiB free"
+        shared = (
+            f", {spoken[disk] / GIB:.1f} with what else goes there" if spoken[disk] > needed else ""
+        )
+        text = (
+            f"{what}: {needed / GIB:.1f} GiB in {folder}{shared}; {free(place) / GIB:.1f} GiB free"
+        )
         short = spoken[disk] > free(place)
-        found.append(Finding(PROBLEM if short else OK, "disk", text, f"make room, or move {field}" if short else ""))
+        found.append(
+            Finding(
+                PROBLEM if short else OK,
+                "disk",
+                text,
+                f"make room, or move {field}" if short else "",
+            )
+        )
     return found
 
 
@@ -259,11 +393,33 @@ def check_logins(config: Config, environ: Mapping[str, str]) -> list[Finding]:
 
     home = Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     token = Path(environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
-    has = bool(environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN") or (token.is_file() and token.stat().st_size))
-    text = "a token is there (not shown, not tried)" if has else "no token: public models and data sets only"
-    found = [Finding(OK if has else NOTE, "hub login", text, "" if has else "`hf auth login` for gated or private ones")]
+    has = bool(
+        environ.get("HF_TOKEN")
+        or environ.get("HUGGING_FACE_HUB_TOKEN")
+        or (token.is_file() and token.stat().st_size)
+    )
+    text = (
+        "a token is there (not shown, not tried)"
+        if has
+        else "no token: public models and data sets only"
+    )
+    found = [
+        Finding(
+            OK if has else NOTE,
+            "hub login",
+            text,
+            "" if has else "`hf auth login` for gated or private ones",
+        )
+    ]
     if environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        found.append(Finding(NOTE, "hub login", "HF_HUB_OFFLINE is set: nothing will be downloaded", "unset HF_HUB_OFFLINE"))
+        found.append(
+            Finding(
+                NOTE,
+                "hub login",
+                "HF_HUB_OFFLINE is set: nothing will be downloaded",
+                "unset HF_HUB_OFFLINE",
+            )
+        )
     try:
         check_tracking(config.tracking)
     except ValueError as error:

@@ -19,12 +19,23 @@ OWN_FILES = "give the launcher a file of accelerate_configs/ with --config_file"
 
 def default_config_file(environ: Mapping[str, str]) -> Path | None:
     """The file that `accelerate config` wrote, which every launch without --config_file obeys; None where there is none."""
-    cache = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = (
+        environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    )
     folder = Path(cache).expanduser() / "accelerate"
-    return next((file for name in ("default_config.yaml", "default_config.json") if (file := folder / name).is_file()), None)
+    return next(
+        (
+            file
+            for name in ("default_config.yaml", "default_config.json")
+            if (file := folder / name).is_file()
+        ),
+        None,
+    )
 
 
-def check_launcher(config: Config, environ: Mapping[str, str], file: Path | None = None) -> list[Finding]:
+def check_launcher(
+    config: Config, environ: Mapping[str, str], file: Path | None = None
+) -> list[Finding]:
     """What reaches a run through the launcher: a config file (`file`, else the default one) and ACCELERATE_* variables."""
     found = [
         Finding(
@@ -36,16 +47,27 @@ def check_launcher(config: Config, environ: Mapping[str, str], file: Path | None
     ]
     chosen = file or default_config_file(environ)
     if chosen is None:
-        found.append(Finding(OK, "launcher", "no default Accelerate config file that could interfere"))
+        found.append(
+            Finding(OK, "launcher", "no default Accelerate config file that could interfere")
+        )
     else:
-        found += _launch_file(config, chosen, "launch file" if file else "default Accelerate config (used without --config_file)")
+        found += _launch_file(
+            config,
+            chosen,
+            "launch file" if file else "default Accelerate config (used without --config_file)",
+        )
     if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
         text = f"ACCELERATE_DYNAMO_BACKEND={environ['ACCELERATE_DYNAMO_BACKEND']} would compile the model"
         found.append(Finding(PROBLEM, "launcher", text, "unset ACCELERATE_DYNAMO_BACKEND"))
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if environ.get(name, "false").lower() in ("1", "true", "yes"):
             found.append(
-                Finding(PROBLEM, "launcher", f"{name} is set: {REFUSED[name.removeprefix('ACCELERATE_USE_')]}", f"unset {name}")
+                Finding(
+                    PROBLEM,
+                    "launcher",
+                    f"{name} is set: {REFUSED[name.removeprefix('ACCELERATE_USE_')]}",
+                    f"unset {name}",
+                )
             )
     return found
 
@@ -56,29 +78,67 @@ def _launch_file(config: Config, path: Path, what: str) -> list[Finding]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return [Finding(PROBLEM, "launcher", f"{what} {path} cannot be read: {' '.join(str(error).split())[:200]}", OWN_FILES)]
+        return [
+            Finding(
+                PROBLEM,
+                "launcher",
+                f"{what} {path} cannot be read: {' '.join(str(error).split())[:200]}",
+                OWN_FILES,
+            )
+        ]
     if not isinstance(values, dict):
         return [Finding(PROBLEM, "launcher", f"{what} {path} holds no settings", OWN_FILES)]
     found = []
     kind = str(values.get("distributed_type", "NO")).upper()
     processes = values.get("num_processes", 1)
     if kind in REFUSED:
-        found.append(Finding(PROBLEM, "launcher", f"{what}: distributed_type {kind}: {REFUSED[kind]}", OWN_FILES))
+        found.append(
+            Finding(
+                PROBLEM, "launcher", f"{what}: distributed_type {kind}: {REFUSED[kind]}", OWN_FILES
+            )
+        )
     elif kind == "MULTI_CPU" or (kind == "NO" and isinstance(processes, int) and processes > 1):
-        found.append(Finding(PROBLEM, "launcher", f"{what}: {kind} with num_processes {processes} starts one process", OWN_FILES))
+        found.append(
+            Finding(
+                PROBLEM,
+                "launcher",
+                f"{what}: {kind} with num_processes {processes} starts one process",
+                OWN_FILES,
+            )
+        )
     elif kind not in ("NO", "MULTI_GPU"):
-        found.append(Finding(PROBLEM, "launcher", f"{what}: distributed_type {kind} has not been tried", OWN_FILES))
+        found.append(
+            Finding(
+                PROBLEM,
+                "launcher",
+                f"{what}: distributed_type {kind} has not been tried",
+                OWN_FILES,
+            )
+        )
     own = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[config.execution.precision]
-    mixed = {False: "no", True: "yes"}.get(values.get("mixed_precision"), values.get("mixed_precision"))  # type: ignore[call-overload]
+    mixed = {False: "no", True: "yes"}.get(
+        values.get("mixed_precision"), values.get("mixed_precision")
+    )  # type: ignore[call-overload]
     if mixed not in (None, own, "no"):
         text = f"{what}: mixed_precision {mixed} has no effect: execution.precision = {config.execution.precision} decides"
         found.append(Finding(NOTE, "launcher", text))
     if _holds(values, "gradient_accumulation_steps"):
         text = f"{what}: gradient_accumulation_steps has no effect: the loop accumulates itself"
         found.append(Finding(NOTE, "launcher", text, "batch.accumulation or batch.rows_per_update"))
-    backend = str(values.get("dynamo_backend") or (values.get("dynamo_config") or {}).get("dynamo_backend") or "NO").upper()
+    backend = str(
+        values.get("dynamo_backend")
+        or (values.get("dynamo_config") or {}).get("dynamo_backend")
+        or "NO"
+    ).upper()
     if backend != "NO":
-        found.append(Finding(PROBLEM, "launcher", f"{what}: dynamo_backend {backend} would compile the model", OWN_FILES))
+        found.append(
+            Finding(
+                PROBLEM,
+                "launcher",
+                f"{what}: dynamo_backend {backend} would compile the model",
+                OWN_FILES,
+            )
+        )
     if config.batch.ranks is not None and processes != config.batch.ranks:
         text = f"{what}: num_processes {processes}, batch.ranks = {config.batch.ranks}: such a start is refused"
         found.append(Finding(PROBLEM, "launcher", text, f"--num_processes {config.batch.ranks}"))
@@ -89,4 +149,6 @@ def _holds(values: Any, name: str) -> bool:
     """Whether a setting other than 1 stands anywhere in nested settings."""
     if not isinstance(values, dict):
         return False
-    return values.get(name, 1) not in (1, "1", "auto", None) or any(_holds(value, name) for value in values.values())
+    return values.get(name, 1) not in (1, "1", "auto", None) or any(
+        _holds(value, name) for value in values.values()
+    )

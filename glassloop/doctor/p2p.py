@@ -18,7 +18,10 @@ from pathlib import Path
 
 MIB = 4
 LIMIT_S = 30.0
-CURES = ({"NCCL_P2P_DISABLE": "1"}, {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"})  # tried in this order where it fails
+CURES = (
+    {"NCCL_P2P_DISABLE": "1"},
+    {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"},
+)  # tried in this order where it fails
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,19 @@ class Answer:
 
 
 def try_all_reduce(
-    backend: str = "nccl", *, ranks: int = 2, limit_s: float = LIMIT_S, environment: Mapping[str, str] | None = None
+    backend: str = "nccl",
+    *,
+    ranks: int = 2,
+    limit_s: float = LIMIT_S,
+    environment: Mapping[str, str] | None = None,
 ) -> Answer:
     """All-reduce 4 MiB between `ranks` processes and check the sum. They are killed when `limit_s` is over, whatever they wait for."""
     with tempfile.TemporaryDirectory(prefix="glassloop-p2p-") as folder:
         command = [sys.executable, "-m", "glassloop.doctor.p2p"]
         root = str(Path(__file__).resolve().parents[2])
-        paths = os.pathsep.join([root, *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])])
+        paths = os.pathsep.join(
+            [root, *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
+        )
         around = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
         started = time.monotonic()
         processes = []
@@ -47,7 +56,13 @@ def try_all_reduce(
                 with open(output, "w", encoding="utf-8") as handle:
                     words = [*command, str(rank), str(ranks), backend, str(Path(folder) / "store")]
                     processes.append(
-                        subprocess.Popen(words, stdout=handle, stderr=subprocess.STDOUT, env=around, start_new_session=True)
+                        subprocess.Popen(
+                            words,
+                            stdout=handle,
+                            stderr=subprocess.STDOUT,
+                            env=around,
+                            start_new_session=True,
+                        )
                     )
             while any(process.poll() is None for process in processes):
                 if any(process.poll() for process in processes):
@@ -58,7 +73,9 @@ def try_all_reduce(
         finally:
             for process in processes:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # a session of its own: nothing else is in the group
+                    os.killpg(
+                        process.pid, signal.SIGKILL
+                    )  # a session of its own: nothing else is in the group
                 process.wait()
         waited = time.monotonic() - started
         for process, output in zip(processes, outputs, strict=True):
@@ -73,7 +90,14 @@ def try_all_reduce(
 
 def find_cure(backend: str = "nccl", limit_s: float = LIMIT_S) -> dict[str, str] | None:
     """The first of CURES under which the all-reduce works; None where none helps."""
-    return next((cure for cure in CURES if try_all_reduce(backend, limit_s=limit_s, environment=cure).outcome == "ok"), None)
+    return next(
+        (
+            cure
+            for cure in CURES
+            if try_all_reduce(backend, limit_s=limit_s, environment=cure).outcome == "ok"
+        ),
+        None,
+    )
 
 
 def _one(rank: int, ranks: int, backend: str, store: str) -> None:

@@ -34,7 +34,9 @@ PLAIN = {  # fields of adapter_config.json that change what an adapter computes,
 }
 
 
-def attach_lora(hf: PreTrainedModel, lora: LoraConfig, *, seed: int, base_name: str, commit: str | None) -> peft.PeftModel:
+def attach_lora(
+    hf: PreTrainedModel, lora: LoraConfig, *, seed: int, base_name: str, commit: str | None
+) -> peft.PeftModel:
     """Wrap the base with fresh adapters: A uniform (Kaiming, a = sqrt 5), B zero, so that training starts at the base's own function.
 
     A is drawn on the CPU from a generator of its own, layer by layer: `seed` gives the same adapters on every rank and device.
@@ -86,7 +88,9 @@ def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
         )
 
 
-def load_adapter(model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_name: str, commit: str | None) -> None:
+def load_adapter(
+    model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_name: str, commit: str | None
+) -> None:
     """Put the weights of a saved PEFT LoRA adapter into the fresh ones.
 
     Raises ValueError naming model.init_adapter and every difference between its adapter_config.json and the run's config: kind, r,
@@ -104,10 +108,14 @@ def load_adapter(model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_n
             f"model.init_adapter = {folder}: adapter_config.json is not JSON ({error}): take an undamaged adapter"
         ) from error
     if not isinstance(saved, dict):
-        raise ValueError(f"model.init_adapter = {folder}: adapter_config.json holds no fields: take an undamaged adapter")
+        raise ValueError(
+            f"model.init_adapter = {folder}: adapter_config.json holds no fields: take an undamaged adapter"
+        )
     differences = adapter_differences(saved, lora, base_name=base_name, commit=commit)
     if differences:
-        raise ValueError(f"model.init_adapter = {folder} does not fit this run: {'; '.join(differences)}")
+        raise ValueError(
+            f"model.init_adapter = {folder} does not fit this run: {'; '.join(differences)}"
+        )
     if not (path / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"model.init_adapter = {folder} has no adapter_model.safetensors, and pickled weights (adapter_model.bin) are not read: "
@@ -120,7 +128,9 @@ def load_adapter(model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_n
             f"model.init_adapter = {folder}: its weights cannot be read ({error}): take an undamaged adapter"
         ) from error
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    odd = sorted(weights.keys() ^ expected.keys()) or sorted(n for n in weights if weights[n].shape != expected[n].shape)
+    odd = sorted(weights.keys() ^ expected.keys()) or sorted(
+        n for n in weights if weights[n].shape != expected[n].shape
+    )
     if odd:
         raise ValueError(
             f"model.init_adapter = {folder}: {len(odd)} tensors are missing, unknown or of another shape ({', '.join(odd[:3])})"
@@ -128,7 +138,9 @@ def load_adapter(model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_n
     peft.set_peft_model_state_dict(model, weights)
 
 
-def adapter_differences(saved: dict[str, Any], lora: LoraConfig, *, base_name: str, commit: str | None) -> list[str]:
+def adapter_differences(
+    saved: dict[str, Any], lora: LoraConfig, *, base_name: str, commit: str | None
+) -> list[str]:
     """What in a saved adapter_config.json contradicts the run's config, each as 'field: there, here'."""
     if saved.get("peft_type") != "LORA":
         return [f"peft_type is {saved.get('peft_type')}, only LORA is trained here"]
@@ -140,14 +152,20 @@ def adapter_differences(saved: dict[str, Any], lora: LoraConfig, *, base_name: s
         "lora.targets": (sorted(targets), sorted(lora.targets)),
     }
     differences = [
-        f"{field} is {there} in the adapter, {here} in the config" for field, (there, here) in fields.items() if there != here
+        f"{field} is {there} in the adapter, {here} in the config"
+        for field, (there, here) in fields.items()
+        if there != here
     ]
     saved_base = saved.get("base_model_name_or_path")
     if saved_base and saved_base != base_name:
         differences.append(f"it was trained on {saved_base}, model.id gives {base_name}")
     elif saved.get("revision") and commit and saved["revision"] != commit:
-        differences.append(f"it was trained on commit {saved['revision']}, model.revision gives {commit}")
+        differences.append(
+            f"it was trained on commit {saved['revision']}, model.revision gives {commit}"
+        )
     differences += [
-        f"{field} is {saved[field]}, not trained here" for field, plain in PLAIN.items() if (saved.get(field) or plain) != plain
+        f"{field} is {saved[field]}, not trained here"
+        for field, plain in PLAIN.items()
+        if (saved.get(field) or plain) != plain
     ]
     return differences

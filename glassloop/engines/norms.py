@@ -15,8 +15,15 @@ def fuse_norms(model: nn.Module) -> int:
     """
     fused = 0
     for module in model.modules():
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
+        weight, eps = (
+            getattr(module, "weight", None),
+            getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+        )
+        if (
+            not type(module).__name__.endswith("RMSNorm")
+            or not isinstance(weight, Tensor)
+            or not isinstance(eps, float)
+        ):
             continue
         if weight.ndim == 1 and _agrees(module, weight, eps):
             module.forward = _Fused(module.forward, weight, eps)
@@ -33,7 +40,9 @@ class _Fused:
     def __call__(self, x: Tensor) -> Tensor:  # (..., H)
         if x.dtype != self.weight.dtype:
             return self.own_forward(x)
-        with torch.autocast(x.device.type, enabled=False):  # autocast would compute, and return, fp32
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # autocast would compute, and return, fp32
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -41,4 +50,6 @@ class _Fused:
 def _agrees(module: nn.Module, weight: Tensor, eps: float) -> bool:
     x = torch.linspace(-2.0, 3.0, 2 * len(weight), device=weight.device).view(2, -1)  # (2, H)
     own, ours = module(x), F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return own.shape == ours.shape and torch.allclose(own.float(), ours, rtol=1e-2 if weight.dtype != torch.float32 else 1e-5)
+    return own.shape == ours.shape and torch.allclose(
+        own.float(), ours, rtol=1e-2 if weight.dtype != torch.float32 else 1e-5
+    )

@@ -81,7 +81,13 @@ def build_engine(
         from glassloop.engines import unsloth
 
         hf, report = unsloth.load_with_unsloth(
-            model, lora, load_tokenizer(model), checkpointing=checkpointing, seed=seed, longest_row=longest_row, **shared
+            model,
+            lora,
+            load_tokenizer(model),
+            checkpointing=checkpointing,
+            seed=seed,
+            longest_row=longest_row,
+            **shared,
         )
         only_on_cpu = unsloth.ON_CPU
     else:
@@ -116,7 +122,13 @@ def _unsloth_engine(hf: nn.Module, report: LoadReport) -> PeftEngine:
     """Unsloth's decoder under the reference's loss; see unsloth_engine.py."""
     from glassloop.engines import unsloth
 
-    return PeftEngine(hf, report, name="unsloth", packed_bounds=unsloth.packed_bounds, before_training_pass=unsloth.train_again)
+    return PeftEngine(
+        hf,
+        report,
+        name="unsloth",
+        packed_bounds=unsloth.packed_bounds,
+        before_training_pass=unsloth.train_again,
+    )
 
 
 class PeftEngine(nn.Module):
@@ -148,7 +160,9 @@ class PeftEngine(nn.Module):
         self._packing_checked = False
         # DistributedDataParallel would send rank 0's base over the others': half of it, since NF4's scales are no parameters.
         # Bases are compared instead. The name is DDP's own.
-        self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, p in self.named_parameters() if not p.requires_grad
+        ]
         self._ddp_params_and_buffers_to_ignore += [name for name, _ in self.named_buffers()]
 
     @property
@@ -165,11 +179,17 @@ class PeftEngine(nn.Module):
             hidden = self.hidden_states(p.input_ids, p.position_ids, p.lengths)  # (1, T, H)
         else:
             hidden = self.hidden_states(p.input_ids)  # (B, T, H)
-        assert hidden.shape[:2] == p.input_ids.shape, f"{self.name} cut a pass of {tuple(p.input_ids.shape)} places"
+        assert hidden.shape[:2] == p.input_ids.shape, (
+            f"{self.name} cut a pass of {tuple(p.input_ids.shape)} places"
+        )
         head = self.hf.get_base_model().get_output_embeddings()  # type: ignore[operator]
-        return token_loss_sums(hidden, head.weight, head.bias, p.targets, p.row_of, len(p.row_ids), places=p.places)
+        return token_loss_sums(
+            hidden, head.weight, head.bias, p.targets, p.row_of, len(p.row_ids), places=p.places
+        )
 
-    def hidden_states(self, input_ids: Tensor, positions: Tensor | None = None, lengths: tuple[int, ...] = ()) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, positions: Tensor | None = None, lengths: tuple[int, ...] = ()
+    ) -> Tensor:
         """(B, T, H): the decoder's output after its last norm. `positions` (1, T) and `lengths` are given for packed passes only.
 
         Padding is to the right: under causal attention no row's place sees it, so no mask is given and attention may take its fastest
@@ -183,7 +203,9 @@ class PeftEngine(nn.Module):
                 where |= self.packed_bounds(lengths)
             elif self.hf.config._attn_implementation == "flash_attention_2":  # type: ignore[union-attr]
                 ends = [0, *accumulate(lengths)]
-                bounds = torch.tensor(ends, dtype=torch.int32).to(input_ids.device, non_blocking=True)
+                bounds = torch.tensor(ends, dtype=torch.int32).to(
+                    input_ids.device, non_blocking=True
+                )
                 where |= {
                     "cu_seq_lens_q": bounds,
                     "cu_seq_lens_k": bounds,
@@ -206,15 +228,22 @@ class PeftEngine(nn.Module):
         cure = "set execution.layout=literal"
         device = next(self.parameters()).device
         size = self.hf.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        ids = torch.arange(3, 19, device=device).unsqueeze(0) % size  # (1, 16): rows of 9 and 7 tokens
+        ids = (
+            torch.arange(3, 19, device=device).unsqueeze(0) % size
+        )  # (1, 16): rows of 9 and 7 tokens
         other = torch.cat([ids[:, :9].flip(1), ids[:, 9:]], dim=1)
         positions = torch.tensor([[*range(9), *range(7)]], device=device)
         was_training = self.training
         self.eval()
         try:
-            packed, beside_other = (self.hidden_states(tokens, positions, (9, 7))[:, 9:].float() for tokens in (ids, other))
+            packed, beside_other = (
+                self.hidden_states(tokens, positions, (9, 7))[:, 9:].float()
+                for tokens in (ids, other)
+            )
         except TypeError as error:
-            raise ValueError(f"execution.layout = packed: {name} takes no position_ids ({error}): {cure}") from error
+            raise ValueError(
+                f"execution.layout = packed: {name} takes no position_ids ({error}): {cure}"
+            ) from error
         else:
             alone = self.hidden_states(ids[:, 9:]).float()
         finally:
@@ -238,6 +267,8 @@ def _recompute_layers(base: PreTrainedModel, model_id: str) -> None:
             f"execution.checkpointing = True: {type(base).__name__} ({model_id}) cannot recompute its layers: set it to false"
         )
     # transformers 5.2x renamed the method; the old name warns there
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable = (
+        getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
     base.disable_input_require_grads()  # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs

@@ -61,7 +61,9 @@ def import_unsloth() -> Any:
             warnings.filterwarnings("ignore", message=".*[Uu]nsloth should be imported before")
             return importlib.import_module("unsloth").FastLanguageModel
     except (ImportError, NotImplementedError, RuntimeError, AttributeError, OSError) as error:
-        raise ValueError(f"{REFUSED}: its import fails ({_short(error)}): mend its environment, {OTHER_ENGINE}") from error
+        raise ValueError(
+            f"{REFUSED}: its import fails ({_short(error)}): mend its environment, {OTHER_ENGINE}"
+        ) from error
 
 
 def load_with_unsloth(
@@ -90,7 +92,10 @@ def load_with_unsloth(
     with first():
         fast = import_unsloth()
     assert report.folder is not None
-    with random_numbers_kept(device), tempfile.TemporaryDirectory(prefix="glassloop-base-") as temporary:
+    with (
+        random_numbers_kept(device),
+        tempfile.TemporaryDirectory(prefix="glassloop-base-") as temporary,
+    ):
         folder = Path(temporary)
         fields = lay_out(folder, Path(report.folder), tokenizer)
         longest = rows_allowed(longest_row, fields)
@@ -138,7 +143,11 @@ def lay_out(folder: Path, weights: Path, tokenizer: PreTrainedTokenizerBase) -> 
     """
     tokenizer.save_pretrained(folder)
     for file in weights.iterdir():
-        if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json") or file.name in CONFIGS:
+        if (
+            file.suffix in (".safetensors", ".bin")
+            or file.name.endswith(".index.json")
+            or file.name in CONFIGS
+        ):
             (folder / file.name).symlink_to(file.resolve())
     return json.loads((weights / "config.json").read_text(encoding="utf-8"))
 
@@ -156,7 +165,9 @@ def rows_allowed(longest_row: int | None, fields: dict[str, Any]) -> int:
     return max(longest_row, min(SHORTEST, positions or SHORTEST))
 
 
-def put_back_pad_rows(base: nn.Module, files: Path, *tokenizers: PreTrainedTokenizerBase | None) -> None:
+def put_back_pad_rows(
+    base: nn.Module, files: Path, *tokenizers: PreTrainedTokenizerBase | None
+) -> None:
     """Give the embedding its files' rows of pad tokens again: Unsloth zeroes them, and the base would not be the one that other engines train on."""
     embedding = base.get_input_embeddings().weight  # type: ignore[operator]
     name = next(name for name, parameter in base.named_parameters() if parameter is embedding)
@@ -176,7 +187,10 @@ def _plain(tokenizer: Any) -> PreTrainedTokenizerBase | None:
 
 
 def check_same_base(
-    base: nn.Module, report: LoadReport, own_tokenizer: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase
+    base: nn.Module,
+    report: LoadReport,
+    own_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
     """Raise ValueError unless the base is, bit for bit, what `peft` would train on. Returns notes; the run's pad id goes into its config.
 
@@ -196,7 +210,9 @@ def check_same_base(
             holder.pad_token_id = ours  # type: ignore[union-attr]
     if theirs == ours:
         return []
-    return [f"Unsloth would pad with id {theirs}; this run pads with {ours}, as with other engines (padding is never a label)"]
+    return [
+        f"Unsloth would pad with id {theirs}; this run pads with {ours}, as with other engines (padding is never a label)"
+    ]
 
 
 def differing(base: nn.Module, folder: Path) -> str:
@@ -211,10 +227,18 @@ def differing(base: nn.Module, folder: Path) -> str:
                 if held is None:
                     odd.append(f"{name} is missing")
                 elif held.dtype != stored.dtype or held.shape != stored.shape:
-                    odd.append(f"{name} is {held.dtype} {tuple(held.shape)}, was {stored.dtype} {tuple(stored.shape)}")
-                elif not torch.equal(*(tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (held, stored))):
+                    odd.append(
+                        f"{name} is {held.dtype} {tuple(held.shape)}, was {stored.dtype} {tuple(stored.shape)}"
+                    )
+                elif not torch.equal(
+                    *(tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (held, stored))
+                ):
                     odd.append(f"{name} has other values")
-    odd += [f"{name} is not in the files" for name in here if name not in seen and name != "lm_head.weight"]
+    odd += [
+        f"{name} is not in the files"
+        for name in here
+        if name not in seen and name != "lm_head.weight"
+    ]
     if not odd:
         return "each tensor is equal to its file's: names or order differ"
     return "; ".join(odd[:3]) + (f"; and {len(odd) - 3} more" if len(odd) > 3 else "")
@@ -250,7 +274,9 @@ def explained(model: ModelConfig) -> Iterator[None]:
         OSError,
         AssertionError,
     ) as error:
-        raise ValueError(f"{REFUSED} cannot load model.id = {model.id} ({_short(error)}): set execution.engine=peft") from error
+        raise ValueError(
+            f"{REFUSED} cannot load model.id = {model.id} ({_short(error)}): set execution.engine=peft"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 
 TESTED = "2026.10.9"
-LIMITS = ("torch<2.15.0", "transformers<=5.17.0", "trl<=1.15.0", "datasets<5.0.0")  # of the tested version
+LIMITS = (
+    "torch<2.15.0",
+    "transformers<=5.17.0",
+    "trl<=1.15.0",
+    "datasets<5.0.0",
+)  # of the tested version
 # What its import needs; it asks for more (sentencepiece, diffusers, a server's packages), which training does without.
 DECIDING = (
     "torch",
@@ -44,7 +49,8 @@ def requirements_of(name: str) -> Sequence[str]:
 
 
 def conflicts(
-    installed: Callable[[str], str | None] = installed_version, requirements: Callable[[str], Sequence[str]] = requirements_of
+    installed: Callable[[str], str | None] = installed_version,
+    requirements: Callable[[str], Sequence[str]] = requirements_of,
 ) -> list[str]:
     """What keeps an installed Unsloth from being imported, a line each: package, version here, versions it admits, and the pip line."""
     found: dict[str, str] = {}
@@ -58,9 +64,15 @@ def conflicts(
             here, bounds = installed(name), match[2].replace(" ", "")
             cure = f"pip install '{name}{limits_of(bounds)}'"
             if here is None:
-                found[name] = f"{name} is not installed, {owner} {installed(owner)} needs it: {cure}"
-            elif broken := [bound for bound in bounds.split(",") if bound and not within(here, bound)]:
-                found[name] = f"{name} {here} is here, {owner} {installed(owner)} admits {name}{','.join(broken)}: {cure}"
+                found[name] = (
+                    f"{name} is not installed, {owner} {installed(owner)} needs it: {cure}"
+                )
+            elif broken := [
+                bound for bound in bounds.split(",") if bound and not within(here, bound)
+            ]:
+                found[name] = (
+                    f"{name} {here} is here, {owner} {installed(owner)} admits {name}{','.join(broken)}: {cure}"
+                )
     return list(found.values())
 
 
@@ -111,11 +123,15 @@ def problems(
     if found:
         found.append(OWN_PLACE)
     if not on_cuda:
-        found.append("it computes on GPUs only, and torch sees no CUDA device here (or the launch file asks for CPUs)")
+        found.append(
+            "it computes on GPUs only, and torch sees no CUDA device here (or the launch file asks for CPUs)"
+        )
     return found
 
 
 def check_unsloth(*, on_cuda: bool) -> None:
     """Raise ValueError naming all that keeps Unsloth from running here. Imports nothing."""
     if found := problems(on_cuda=on_cuda):
-        raise ValueError("execution.engine = unsloth cannot run here:\n  " + "\n  ".join([*found, OTHER_ENGINE]))
+        raise ValueError(
+            "execution.engine = unsloth cannot run here:\n  " + "\n  ".join([*found, OTHER_ENGINE])
+        )

@@ -104,16 +104,47 @@ def gather_reports(
         rows_of_ranks: how many rows each rank has in this window, known to all.
     """
     device = loss_sum.device
-    host = [whole, out_of_memory, stop, capture, passes, rows, supervised_tokens, real_tokens, slot_tokens, passes_s, peak_gib]
+    host = [
+        whole,
+        out_of_memory,
+        stop,
+        capture,
+        passes,
+        rows,
+        supervised_tokens,
+        real_tokens,
+        slot_tokens,
+        passes_s,
+        peak_gib,
+    ]
     losses = torch.zeros(max(rows_of_ranks), dtype=torch.float64, device=device)
     losses[: len(row_loss_sums)] = row_loss_sums
     scalars = torch.stack(
         [loss_sum.double(), grad_norm.double(), checksum.double(), largest_weight.double()]
     )  # checksum: < 2**48
-    values = torch.cat([torch.tensor(host, dtype=torch.float64, device=device), scalars, losses])  # (K,)
+    values = torch.cat(
+        [torch.tensor(host, dtype=torch.float64, device=device), scalars, losses]
+    )  # (K,)
     reports = []
     told = enumerate(_all_gather(values).tolist())
-    for rank, (w, oom, s, c, count, counted, n, real, slot, took, peak, loss, norm, check, largest, *row_losses) in told:
+    for rank, (
+        w,
+        oom,
+        s,
+        c,
+        count,
+        counted,
+        n,
+        real,
+        slot,
+        took,
+        peak,
+        loss,
+        norm,
+        check,
+        largest,
+        *row_losses,
+    ) in told:
         reports.append(
             RankReport(
                 whole=bool(w),
@@ -158,13 +189,20 @@ def first_difference(parts: Sequence[tuple[str, Tensor]], bit_sums: Tensor) -> s
     sums = _all_gather(bit_sums)  # (ranks, K)
     differing = (sums != sums[0]).any(dim=0).nonzero().flatten().tolist()
     if not differing:
-        return "every parameter has an equal sum of bits: the difference is in a table that they share"
+        return (
+            "every parameter has an equal sum of bits: the difference is in a table that they share"
+        )
     name, tensor = parts[differing[0]]
     values = _all_gather(tensor.contiguous())  # (ranks, entries)
     bits = values.view(torch.int32) if values.element_size() == 4 else values
     entries = (bits != bits[0]).any(dim=0).nonzero().flatten()
-    held = ", ".join(f"rank {rank}: {value:.9g}" for rank, value in enumerate(values[:, int(entries[0])].tolist()))
-    also = f"; {len(entries) - 1:,} more entries of it and {len(differing) - 1:,} more tensors differ"
+    held = ", ".join(
+        f"rank {rank}: {value:.9g}"
+        for rank, value in enumerate(values[:, int(entries[0])].tolist())
+    )
+    also = (
+        f"; {len(entries) - 1:,} more entries of it and {len(differing) - 1:,} more tensors differ"
+    )
     return f"{name}, entry {int(entries[0]):,} is the first ({held}){also}"
 
 
@@ -215,7 +253,11 @@ def all_or_none(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    mine = None if failure is None else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
+    mine = (
+        None
+        if failure is None
+        else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
+    )
     failures = gather_objects(mine)
     if failure is not None:
         raise failure
@@ -241,7 +283,9 @@ def one_first(is_first: bool) -> Iterator[None]:
             gather_objects(None)
 
 
-def in_turn(first: Callable[[], AbstractContextManager[Any]], action: Callable[[], T], what: str) -> T:
+def in_turn(
+    first: Callable[[], AbstractContextManager[Any]], action: Callable[[], T], what: str
+) -> T:
     """What `action` gives, done by one rank of a host before the others (`first`). Where it fails on a rank, every rank raises and none waits."""
     failure: Exception | None = None
     result: list[T] = []
@@ -261,7 +305,9 @@ def rank_cosine(norms: Sequence[float], total: float) -> float | None:
 
     From |sum g_r|^2 = sum |g_r|^2 + sum over pairs of 2 |g_r| |g_s| cos. None with one rank, or where fewer than two ranks have a gradient.
     """
-    products = sum(norms) ** 2 - sum(norm * norm for norm in norms)  # sum over ordered pairs of |g_r| |g_s|
+    products = sum(norms) ** 2 - sum(
+        norm * norm for norm in norms
+    )  # sum over ordered pairs of |g_r| |g_s|
     if len(norms) < 2 or products <= 0:
         return None
     return (total * total - sum(norm * norm for norm in norms)) / products

@@ -29,7 +29,9 @@ def token_loss_sums_reference(
         loss_sum () fp32, differentiable in hidden; row_loss_sums (rows,) fp32, detached. 0 where nothing is supervised.
     """
     logits = F.linear(hidden, weight, bias).float()  # (B, T, V)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")  # (B*T,)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )  # (B*T,)
     return losses.sum(), sums_by_row(losses.detach(), row_of.flatten(), rows)
 
 
@@ -68,11 +70,21 @@ def sums_by_row(losses: Tensor, owner: Tensor, rows: int) -> Tensor:
     A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to fp32, so a row's sum has, all but
     always, the same bits.
     """
-    return torch.zeros(rows, dtype=torch.float64, device=losses.device).index_add_(0, owner, losses.double()).float()
+    return (
+        torch.zeros(rows, dtype=torch.float64, device=losses.device)
+        .index_add_(0, owner, losses.double())
+        .float()
+    )
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, wants_grad: bool, chunk_tokens: int = CHUNK_TOKENS
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    wants_grad: bool,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of each place, (S,) fp32, and if wanted the gradient of its sum in hidden (S, H). labels: (S,) int64."""
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (S,)
@@ -100,7 +112,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Per-place cross-entropy. Only the gradient of a sum is supported: every place has the same incoming gradient."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int
+    ) -> Tensor:  # type: ignore[override]
         wants_grad = ctx.needs_input_grad[0]
         losses, grad_hidden = chunked_cross_entropy(
             hidden, weight, bias, labels, wants_grad=wants_grad, chunk_tokens=chunk_tokens

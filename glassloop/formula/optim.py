@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 256  # elements of one block of bitsandbytes' 8-bit states: no block holds parts of two tensors
+ALIGNMENT = (
+    256  # elements of one block of bitsandbytes' 8-bit states: no block holds parts of two tensors
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class FlatAdapters:
         offset = 0
         for name, p in self.parameters.items():
             if p.dtype != torch.float32:
-                raise ValueError(f"{name} is {p.dtype}: adapters are trained in fp32, or small steps are rounded away")
+                raise ValueError(
+                    f"{name} is {p.dtype}: adapters are trained in fp32, or small steps are rounded away"
+                )
             self.slices[name] = Slice(offset, tuple(p.shape))
             offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
         device = next(iter(self.parameters.values())).device
@@ -78,7 +82,9 @@ class FlatAdapters:
             if p.data_ptr() != place.of(self.flat.data).data_ptr():
                 raise RuntimeError(f"{name} left the flat buffer: something replaced its data")
             if p.grad is None or p.grad.data_ptr() != place.of(self.grad).data_ptr():
-                raise RuntimeError(f"the gradient of {name} left the flat buffer: something replaced or dropped it")
+                raise RuntimeError(
+                    f"the gradient of {name} left the flat buffer: something replaced or dropped it"
+                )
 
     def checksum(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """() int64 below 2**48 of adapters and optimizer state, exact in any order of adding; equal on replicas that agree."""
@@ -95,9 +101,16 @@ class FlatAdapters:
         for name, place in self.slices.items():
             found.append((name, place.of(self.flat.data).flatten()))
             for kind, tensor in tensors:
-                step = self.flat.numel() // max(tensor.numel(), 1)  # elements that one entry serves: 1, or a block's
+                step = self.flat.numel() // max(
+                    tensor.numel(), 1
+                )  # elements that one entry serves: 1, or a block's
                 if not kind.startswith("qmap"):  # constant tables of bitsandbytes
-                    found.append((f"{kind} of {name}", tensor[place.offset // step : -(-(place.offset + place.size) // step)]))
+                    found.append(
+                        (
+                            f"{kind} of {name}",
+                            tensor[place.offset // step : -(-(place.offset + place.size) // step)],
+                        )
+                    )
         return found
 
 
@@ -111,7 +124,11 @@ def bit_sum(tensor: Tensor) -> Tensor:
 
 def state_tensors(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[tuple[str, Tensor]]:
     """(kind, tensor) of an optimizer's state over the flat buffer, by kind; empty before its first step."""
-    return sorted((kind, value) for kind, value in optimizer.state.get(flat, {}).items() if isinstance(value, Tensor))
+    return sorted(
+        (kind, value)
+        for kind, value in optimizer.state.get(flat, {}).items()
+        if isinstance(value, Tensor)
+    )
 
 
 def l2_norm(flat: Tensor) -> Tensor:
@@ -120,14 +137,23 @@ def l2_norm(flat: Tensor) -> Tensor:
 
 
 def make_optimizer(
-    name: str, flat: nn.Parameter, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    name: str,
+    flat: nn.Parameter,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
     """The optimizer over the flat buffer: adamw_8bit, paged_adamw_8bit (bitsandbytes), adamw, sgd (torch)."""
     betas = (beta1, beta2)
     if name == "sgd":
         return torch.optim.SGD([flat], lr=lr, weight_decay=weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW([flat], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(
+            [flat], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+        )
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
     if name == "paged_adamw_8bit" and not flat.is_cuda:

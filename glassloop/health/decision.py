@@ -77,11 +77,18 @@ def decide(
     if left_out:
         return Decision("its window was left out on demand (resume.without_windows)", max_norm)
     if terms.n == 0:
-        return Decision(f"no supervised token in its {len(window.rows)} rows ({_names(batches, window.rows)})", max_norm)
+        return Decision(
+            f"no supervised token in its {len(window.rows)} rows ({_names(batches, window.rows)})",
+            max_norm,
+        )
     if reason := _nonfinite(batches, window, gate, broken_weight, terms):
         overflow = terms.scale != 1.0 and math.isfinite(gate.loss_sum) and broken_weight is None
         return Decision(
-            reason, max_norm, nonfinite=not overflow, overflow=overflow, ends=not overflow and stability.on_nonfinite == "stop"
+            reason,
+            max_norm,
+            nonfinite=not overflow,
+            overflow=overflow,
+            ends=not overflow and stability.on_nonfinite == "stop",
         )
     findings = detectors.look(signals_of(window, gate, terms))
     reactions = {reaction_to(finding.kind, stability) for finding in findings}
@@ -89,14 +96,18 @@ def decide(
     if "clip" in reactions and detectors.usual_norm is not None:
         max_norm = min(detectors.usual_norm, max_norm or math.inf)
     reason = (
-        f"{messages} (stability reaction: {'stop' if 'stop' in reactions else 'skip'})" if reactions & {"stop", "skip"} else None
+        f"{messages} (stability reaction: {'stop' if 'stop' in reactions else 'skip'})"
+        if reactions & {"stop", "skip"}
+        else None
     )
     return Decision(reason, max_norm, findings, ends="stop" in reactions)
 
 
 def signals_of(window: Window, gate: Gate, terms: Terms) -> Signals:
     """What the detectors look at."""
-    return Signals(window.update, terms.lr, len(window.rows), terms.n, gate.loss_sum / terms.n, terms.norm)
+    return Signals(
+        window.update, terms.lr, len(window.rows), terms.n, gate.loss_sum / terms.n, terms.norm
+    )
 
 
 def reaction_to(kind: str, stability: StabilityConfig) -> str:
@@ -109,7 +120,9 @@ def reaction_to(kind: str, stability: StabilityConfig) -> str:
     return reactions.get(kind, stability.on_spike)
 
 
-def _nonfinite(batches: Batches, window: Window, gate: Gate, broken_weight: str | None, terms: Terms) -> str | None:
+def _nonfinite(
+    batches: Batches, window: Window, gate: Gate, broken_weight: str | None, terms: Terms
+) -> str | None:
     """What is not finite, or None. It names rank, pass and rows."""
     if broken_weight is not None:
         return f"adapters are not finite before the update: {broken_weight} is the first"
@@ -120,12 +133,20 @@ def _nonfinite(batches: Batches, window: Window, gate: Gate, broken_weight: str 
         if not math.isfinite(loss)
     ]
     if bad:
-        return "loss is not finite: " + "; ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+        return (
+            "loss is not finite: "
+            + "; ".join(bad[:4])
+            + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+        )
     if math.isfinite(terms.norm):
         return None
     if terms.scale != 1.0:
-        return f"fp16 overflow at loss scale {terms.scale:g}: the gradient is not finite, the loss is"
-    ranks = [rank for rank, report in enumerate(gate.reports) if not math.isfinite(report.grad_norm)]
+        return (
+            f"fp16 overflow at loss scale {terms.scale:g}: the gradient is not finite, the loss is"
+        )
+    ranks = [
+        rank for rank, report in enumerate(gate.reports) if not math.isfinite(report.grad_norm)
+    ]
     rows = [row for rank in ranks for one in window.passes[rank] for row in one]
     return f"gradient is not finite on rank {', '.join(map(str, ranks))}, the loss is: rows {_names(batches, rows)}"
 
@@ -167,7 +188,9 @@ def describe(
         action="applied" if decision.reason is None else "skipped",
         reason=decision.reason,
         supervised_tokens=terms.n,
-        rank_loss_nats=tuple(r.loss_sum / r.supervised_tokens if r.supervised_tokens else None for r in reports),
+        rank_loss_nats=tuple(
+            r.loss_sum / r.supervised_tokens if r.supervised_tokens else None for r in reports
+        ),
         rank_supervised_tokens=tuple(r.supervised_tokens for r in reports),
         rank_real_tokens=tuple(r.real_tokens for r in reports),
         rank_slot_tokens=tuple(r.slot_tokens for r in reports),
@@ -178,7 +201,9 @@ def describe(
         update_s=finished - started,
         compute_s=computed - started,
         reduce_s=reduced - computed,
-        rank_peak_gib=tuple(r.peak_gib for r in reports) if any(r.peak_gib for r in reports) else None,
+        rank_peak_gib=tuple(r.peak_gib for r in reports)
+        if any(r.peak_gib for r in reports)
+        else None,
         optimizer_s=finished - reduced,
         noise_scale_tokens=noise,
         alarms=tuple(finding.kind for finding in decision.findings),

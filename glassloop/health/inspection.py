@@ -40,7 +40,9 @@ class Inspection:
     detectors: Detectors
     noise: NoiseScale = field(default_factory=NoiseScale)
     left_out: frozenset[int] = frozenset()  # windows taken out of the run on demand
-    half: tuple[Tensor, int] | None = None  # one rank: its gradient and supervised tokens half-way through a probed update
+    half: tuple[Tensor, int] | None = (
+        None  # one rank: its gradient and supervised tokens half-way through a probed update
+    )
 
     def probe_due(self, update: int) -> bool:
         every = self.record.probe_every_updates
@@ -49,9 +51,15 @@ class Inspection:
     def half_way(self, window: Window) -> int | None:
         """The pass after which a lone rank's gradient is read for the noise scale; None where nothing is read."""
         passes = next(iter(window.passes))
-        return len(passes) // 2 - 1 if len(window.passes) == 1 and len(passes) > 1 and self.probe_due(window.update) else None
+        return (
+            len(passes) // 2 - 1
+            if len(window.passes) == 1 and len(passes) > 1 and self.probe_due(window.update)
+            else None
+        )
 
-    def decide(self, batches: Batches, window: Window, gate: Gate, adapters: FlatAdapters, terms: Terms) -> Decision:
+    def decide(
+        self, batches: Batches, window: Window, gate: Gate, adapters: FlatAdapters, terms: Terms
+    ) -> Decision:
         """What becomes of the update; its numbers then belong to what later ones are compared with."""
         finite = all(math.isfinite(report.largest_weight) for report in gate.reports)
         decision = decide(
@@ -98,11 +106,17 @@ class Inspection:
             return "asked"
         if update != self.healthy_at or decision.reason is not None:
             return None
-        return None if self.detectors.above_in_a_row else "healthy"  # or a run that is diverging would be its own measure
+        return (
+            None if self.detectors.above_in_a_row else "healthy"
+        )  # or a run that is diverging would be its own measure
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, for a checkpoint."""
-        return {"detectors": self.detectors.state(), "noise": self.noise.state(), "left_out": sorted(self.left_out)}
+        return {
+            "detectors": self.detectors.state(),
+            "noise": self.noise.state(),
+            "left_out": sorted(self.left_out),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`; one of an older checkpoint may lack parts. Raises ValueError where it is malformed."""
@@ -113,7 +127,9 @@ class Inspection:
         self.left_out |= frozenset(state.get("left_out", ()))
 
 
-def make_inspection(config: Config, *, rows: int, rows_per_update: int, explicit: bool) -> Inspection:
+def make_inspection(
+    config: Config, *, rows: int, rows_per_update: int, explicit: bool
+) -> Inspection:
     """rows: of the training set. rows_per_update: of a whole window."""
     stability = config.stability
     return Inspection(
@@ -142,12 +158,18 @@ class Look:
     seconds: float
 
 
-def look_before_step(run: Run, window: Window, gate: Gate, decision: Decision, terms: Terms) -> Look:
+def look_before_step(
+    run: Run, window: Window, gate: Gate, decision: Decision, terms: Terms
+) -> Look:
     """Noise scale, probe and capsule of an update while `grad` is g * scale and the optimizer has not moved. All ranks take part."""
     started = time.perf_counter()
     inspection = run.inspection
     noise = inspection.note_noise(gate, run.adapters.grad, terms) if terms.n else None
-    before = read_before(run.adapters, terms.scale) if terms.n and inspection.probe_due(window.update) and run.rank == 0 else None
+    before = (
+        read_before(run.adapters, terms.scale)
+        if terms.n and inspection.probe_due(window.update) and run.rank == 0
+        else None
+    )
     why = inspection.capsule_reason(window.update, gate, decision) if terms.n else None
     if why is not None:
         keep_capsule(run, window, gate, why, terms)
@@ -159,7 +181,9 @@ def probe_of(run: Run, update: int, before: Before | None, applied: bool) -> Pro
     if before is None:
         return None
     scaling = run.config.lora.alpha / run.config.lora.r
-    return read_after(before, run.adapters, update=update, applied=applied, scaling=scaling, attempt=run.attempt)
+    return read_after(
+        before, run.adapters, update=update, applied=applied, scaling=scaling, attempt=run.attempt
+    )
 
 
 def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -> None:
@@ -201,7 +225,12 @@ def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -
         run.event(window.update, "warning", str(error))
         return
     if saved.path is not None:
-        run.event(window.update, "capsule", f"kept whole ({why}): {saved.path}", replay_command(run.folder, window.update))
+        run.event(
+            window.update,
+            "capsule",
+            f"kept whole ({why}): {saved.path}",
+            replay_command(run.folder, window.update),
+        )
     if saved.note is not None:
         run.event(window.update, "warning", saved.note)
 

@@ -29,7 +29,9 @@ from typing import Any
 DECAY = 0.95  # of the exponential means: the last 20 updates carry 64 % of the weight
 
 
-def estimates(part_norms: Sequence[float], part_tokens: Sequence[int], norm: float) -> tuple[float, float] | None:
+def estimates(
+    part_norms: Sequence[float], part_tokens: Sequence[int], norm: float
+) -> tuple[float, float] | None:
     """(tr(Sigma) of one token, |G|^2) from one update, both without bias; either may come out negative.
 
     Args:
@@ -39,11 +41,15 @@ def estimates(part_norms: Sequence[float], part_tokens: Sequence[int], norm: flo
 
     Returns None where fewer than two parts have tokens, or a number is not finite: the update says nothing.
     """
-    parts = [(share, tokens) for share, tokens in zip(part_norms, part_tokens, strict=True) if tokens > 0]
+    parts = [
+        (share, tokens) for share, tokens in zip(part_norms, part_tokens, strict=True) if tokens > 0
+    ]
     if len(parts) < 2 or not all(map(math.isfinite, (norm, *(share for share, _ in parts)))):
         return None
     n = sum(tokens for _, tokens in parts)  # N
-    within = (sum(n * n * share * share / tokens for share, tokens in parts) - n * norm * norm) / (len(parts) - 1)
+    within = (sum(n * n * share * share / tokens for share, tokens in parts) - n * norm * norm) / (
+        len(parts) - 1
+    )
     return within, norm * norm - within / n
 
 
@@ -53,9 +59,13 @@ class NoiseScale:
     def __init__(self, decay: float = DECAY) -> None:
         """decay: weight that the past keeps at each update, in [0, 1)."""
         if not 0 <= decay < 1:
-            raise ValueError(f"decay = {decay}: must be at least 0 and less than 1 (for example {DECAY})")
+            raise ValueError(
+                f"decay = {decay}: must be at least 0 and less than 1 (for example {DECAY})"
+            )
         self.decay = decay
-        self.within = 0.0  # sums with the same weights: their ratio needs no correction for the start at 0
+        self.within = (
+            0.0  # sums with the same weights: their ratio needs no correction for the start at 0
+        )
         self.squared = 0.0
         self.updates = 0  # that were counted
 
@@ -81,9 +91,17 @@ class NoiseScale:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`. Raises ValueError where it is malformed; nothing has changed then."""
         try:
-            within, squared, updates = float(state["within"]), float(state["squared"]), int(state["updates"])
+            within, squared, updates = (
+                float(state["within"]),
+                float(state["squared"]),
+                int(state["updates"]),
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"noise scale: state {state!r} is malformed ({error!r}); leave it out to start anew") from None
+            raise ValueError(
+                f"noise scale: state {state!r} is malformed ({error!r}); leave it out to start anew"
+            ) from None
         if not math.isfinite(within) or not math.isfinite(squared) or updates < 0:
-            raise ValueError(f"noise scale: state {state!r} is not finite; leave it out to start anew")
+            raise ValueError(
+                f"noise scale: state {state!r} is not finite; leave it out to start anew"
+            )
         self.within, self.squared, self.updates = within, squared, updates

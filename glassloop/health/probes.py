@@ -18,7 +18,9 @@ from torch import Tensor
 from glassloop.formula.optim import FlatAdapters
 from glassloop.record.records import ProbeRecord
 
-ELEMENTS = 2**22  # of adapters whose products are taken in one launch, from about five copies of them: 80 MiB
+ELEMENTS = (
+    2**22
+)  # of adapters whose products are taken in one launch, from about five copies of them: 80 MiB
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,28 @@ def read_before(adapters: FlatAdapters, scale: float) -> Before:
 
 
 def read_after(
-    before: Before, adapters: FlatAdapters, *, update: int, applied: bool, scaling: float, attempt: int
+    before: Before,
+    adapters: FlatAdapters,
+    *,
+    update: int,
+    applied: bool,
+    scaling: float,
+    attempt: int,
 ) -> ProbeRecord:
     """The probe of an update after its step. scaling: alpha / r. One read by the host."""
     names = tuple(map(short_name, adapters.slices))
-    pairs = [(i, j) for i, j in pairwise(range(len(names))) if names[i].endswith(".A") and names[j] == names[i][:-1] + "B"]
+    pairs = [
+        (i, j)
+        for i, j in pairwise(range(len(names)))
+        if names[i].endswith(".A") and names[j] == names[i][:-1] + "B"
+    ]
     rows = [before.grad_norms, before.weight_norms]
     if applied:
         step = adapters.flat.detach() - before.weights
         rows.append(_norms(adapters, step))
-        rows.append(_norms(adapters, step.eq_(0), 1))  # in place, 1 where nothing moved: the sum counts them
+        rows.append(
+            _norms(adapters, step.eq_(0), 1)
+        )  # in place, 1 where nothing moved: the sum counts them
         order, deltas = _delta_norms(adapters, before.weights, pairs)
         rows.append(deltas * scaling)
     widths = [len(row) for row in rows]
@@ -74,7 +88,9 @@ def read_after(
         else tuple(n / size for n, size in zip(unmoved_entries, sizes, strict=True)),
         modules=tuple(names[i][:-2] for i, _ in pairs),
         delta_norm=None if delta is None else tuple(delta),
-        all_update_to_weight=math.hypot(*update_norm) / whole if update_norm is not None and whole > 0 else None,
+        all_update_to_weight=math.hypot(*update_norm) / whole
+        if update_norm is not None and whole > 0
+        else None,
         all_unmoved_share=None if unmoved_entries is None else sum(unmoved_entries) / sum(sizes),
         attempt=attempt,
     )
@@ -100,7 +116,9 @@ def _norms(adapters: FlatAdapters, flat: Tensor, order: int = 2) -> Tensor:
     return torch.stack(torch._foreach_norm(views, order, torch.float64))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _delta_norms(adapters: FlatAdapters, before: Tensor, pairs: list[tuple[int, int]]) -> tuple[list[int], Tensor]:
+def _delta_norms(
+    adapters: FlatAdapters, before: Tensor, pairs: list[tuple[int, int]]
+) -> tuple[list[int], Tensor]:
     """|B'A' - BA| of every module, modules of the same shapes together: where each stands in `pairs`, and (K,) float64 in that order.
 
     From products of size (2R, 2R): B'A' - BA = [B', B' - B] [A' - A; A], and |XY|^2 = <X^T X, Y Y^T>.
@@ -116,9 +134,15 @@ def _delta_norms(adapters: FlatAdapters, before: Tensor, pairs: list[tuple[int, 
         together = max(1, ELEMENTS // size)
         for start in range(0, len(members), together):
             some = members[start : start + together]
-            a_places, b_places = zip(*((places[a], places[b]) for a, b in (pairs[index] for index in some)), strict=True)
-            a_new, a_old = (torch.stack([place.of(flat) for place in a_places]) for flat in (new, before))  # (K, R, in)
-            b_new, b_old = (torch.stack([place.of(flat) for place in b_places]) for flat in (new, before))  # (K, out, R)
+            a_places, b_places = zip(
+                *((places[a], places[b]) for a, b in (pairs[index] for index in some)), strict=True
+            )
+            a_new, a_old = (
+                torch.stack([place.of(flat) for place in a_places]) for flat in (new, before)
+            )  # (K, R, in)
+            b_new, b_old = (
+                torch.stack([place.of(flat) for place in b_places]) for flat in (new, before)
+            )  # (K, out, R)
             x = torch.cat([b_new, b_new - b_old], dim=2)  # (K, out, 2R)
             y = torch.cat([a_new - a_old, a_old], dim=1)  # (K, 2R, in)
             squares.append(((x.mT @ x).double() * (y @ y.mT).double()).sum(dim=(1, 2)))

@@ -34,11 +34,15 @@ from glassloop.stats import Forecast, fit, forecast
 Kind = Literal["norm_spike", "loss_spike", "vanishing_gradient", "no_learning", "diverged"]
 
 LEAST_ENTRIES = 8  # of the window before anything is compared with it: a line through fewer forecasts a bend of the curve badly
-NORM_FACTOR = 2.0  # a norm below this many times the forecast is no spike, however narrow the window
+NORM_FACTOR = (
+    2.0  # a norm below this many times the forecast is no spike, however narrow the window
+)
 LOSS_FACTOR = 1.5  # the same for the loss,
 LOSS_NATS = 0.1  # which must also lie this far above the forecast: near 0 a factor means little
 NEW_LEVEL_UPDATES = 5  # unusual updates in a row, applied all the same, that become the new window
-VANISHED = 0.01  # of the highest level of norm / loss that the run has had: the gradient has vanished
+VANISHED = (
+    0.01  # of the highest level of norm / loss that the run has had: the gradient has vanished
+)
 FELL = 0.1  # of the forecast, and improbable: the gradient has vanished at once
 VANISHING_UPDATES = 3  # in a row, for either
 LEAST_LOSS_NATS = 1e-3  # below it the loss counts as 0 and the gradient may be 0 as well
@@ -48,7 +52,9 @@ BEGAN_UPDATES = 2  # the first of those, in which adapters are still small: what
 DIVERGED = 1.5  # times the higher loss of them,
 LEAPT = 2.0  # or times the lower one, where the second update has leapt already, and at least LOSS_NATS above it,
 DIVERGED_UPDATES = 5  # for so many whole updates in a row: training has diverged
-LEAST_FALL = 0.05  # of the loss, over no_learning_updates: what a run that learns is expected to reach
+LEAST_FALL = (
+    0.05  # of the loss, over no_learning_updates: what a run that learns is expected to reach
+)
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,13 @@ class Detectors:
         self.low_in_a_row = 0
         self.highest = -math.inf  # level of log(norm / loss) over a window
         self.start: list[float] = []  # loss_nats of the first updates
-        self.above_in_a_row = 0  # whole updates up to now whose loss was above what the run began with
+        self.above_in_a_row = (
+            0  # whole updates up to now whose loss was above what the run began with
+        )
         self.above_since: int | None = None  # the first of them
-        self.losses: list[tuple[int, float]] = []  # (update, loss_nats) since warmup, or since the last finding of no_learning
+        self.losses: list[
+            tuple[int, float]
+        ] = []  # (update, loss_nats) since warmup, or since the last finding of no_learning
 
     def look(self, signals: Signals) -> tuple[Finding, ...]:
         """What is unusual about the update. Changes nothing."""
@@ -167,7 +177,11 @@ class Detectors:
         return math.sqrt(max(1.0, self.rows_per_update / signals.rows))
 
     def _spikes(self, signals: Signals) -> tuple[Finding | None, ...]:
-        return (self._norm_spike(signals), self._loss_spike(signals)) if len(self.window) >= LEAST_ENTRIES else ()
+        return (
+            (self._norm_spike(signals), self._loss_spike(signals))
+            if len(self.window) >= LEAST_ENTRIES
+            else ()
+        )
 
     def _norm_spike(self, signals: Signals) -> Finding | None:
         if signals.grad_norm == 0:
@@ -175,21 +189,46 @@ class Detectors:
         # Where noise makes up the gradient, its norm goes with 1 / sqrt(rows): that much a tail's may lie higher.
         widen = self._widen(signals)
         log_norm = math.log(signals.grad_norm / widen)
-        seen = forecast([e.update for e in self.window], [e.log_norm for e in self.window], signals.update, log_norm, widen)
+        seen = forecast(
+            [e.update for e in self.window],
+            [e.log_norm for e in self.window],
+            signals.update,
+            log_norm,
+            widen,
+        )
         if log_norm - seen.expected < math.log(NORM_FACTOR) or seen.above > self.false_alarm_rate:
             return None
-        return self._spike("norm_spike", f"gradient norm {signals.grad_norm:.4g}", signals.grad_norm, signals, seen)
+        return self._spike(
+            "norm_spike", f"gradient norm {signals.grad_norm:.4g}", signals.grad_norm, signals, seen
+        )
 
     def _loss_spike(self, signals: Signals) -> Finding | None:
         log_loss = entry_of(signals).log_loss
         widen = self._widen(signals)
-        seen = forecast([e.update for e in self.window], [e.log_loss for e in self.window], signals.update, log_loss, widen)
-        small = log_loss - seen.expected < math.log(LOSS_FACTOR) or signals.loss_nats - math.exp(seen.expected) < LOSS_NATS
+        seen = forecast(
+            [e.update for e in self.window],
+            [e.log_loss for e in self.window],
+            signals.update,
+            log_loss,
+            widen,
+        )
+        small = (
+            log_loss - seen.expected < math.log(LOSS_FACTOR)
+            or signals.loss_nats - math.exp(seen.expected) < LOSS_NATS
+        )
         if small or seen.above > self.false_alarm_rate:
             return None
-        return self._spike("loss_spike", f"loss {signals.loss_nats:.4g} nats a token", signals.loss_nats, signals, seen)
+        return self._spike(
+            "loss_spike",
+            f"loss {signals.loss_nats:.4g} nats a token",
+            signals.loss_nats,
+            signals,
+            seen,
+        )
 
-    def _spike(self, kind: Kind, what: str, value: float, signals: Signals, seen: Forecast) -> Finding:
+    def _spike(
+        self, kind: Kind, what: str, value: float, signals: Signals, seen: Forecast
+    ) -> Finding:
         usual, chance = math.exp(seen.expected), seen.above
         tail = (
             f"; a tail of {signals.rows} of {self.rows_per_update} rows, allowed for"
@@ -212,16 +251,26 @@ class Detectors:
 
     def _fell(self, signals: Signals) -> bool:
         """Norm / loss lies improbably far below the window's forecast. Over the loss, since a run that has learned its rows has no gradient."""
-        if signals.grad_norm == 0 or signals.update <= self.warmup_updates or len(self.window) < LEAST_ENTRIES:
+        if (
+            signals.grad_norm == 0
+            or signals.update <= self.warmup_updates
+            or len(self.window) < LEAST_ENTRIES
+        ):
             return False
         value = ratio(entry_of(signals))
-        seen = forecast([e.update for e in self.window], [ratio(e) for e in self.window], signals.update, value)
+        seen = forecast(
+            [e.update for e in self.window], [ratio(e) for e in self.window], signals.update, value
+        )
         return value - seen.expected < math.log(FELL) and seen.below < self.false_alarm_rate
 
     def _vanished(self, signals: Signals) -> bool:
         """Norm / loss lies far below the highest level the run has had, however slowly it came there."""
         after_warmup = signals.update > self.warmup_updates
-        return after_warmup and signals.grad_norm > 0 and ratio(entry_of(signals)) < self.highest + math.log(VANISHED)
+        return (
+            after_warmup
+            and signals.grad_norm > 0
+            and ratio(entry_of(signals)) < self.highest + math.log(VANISHED)
+        )
 
     def _vanishing(self, signals: Signals) -> Finding | None:
         """Told once, when it has lasted; a gradient of exactly 0 at once, in warmup too."""
@@ -229,7 +278,9 @@ class Detectors:
             if signals.loss_nats < LEAST_LOSS_NATS or self.low_in_a_row >= VANISHING_UPDATES:
                 return None
             message = f"the gradient is exactly 0 and the loss {signals.loss_nats:.4g} nats a token: nothing reaches the adapters"
-            return Finding("vanishing_gradient", message, {"value": 0.0, "loss_nats": signals.loss_nats})
+            return Finding(
+                "vanishing_gradient", message, {"value": 0.0, "loss_nats": signals.loss_nats}
+            )
         if signals.rows < self.rows_per_update or self.low_in_a_row != VANISHING_UPDATES - 1:
             return None
         if not self._fell(signals) and not self._vanished(signals):
@@ -240,7 +291,9 @@ class Detectors:
             f"far below the {usual:.4g} that the run has had at its highest for such a loss"
         )
         return Finding(
-            "vanishing_gradient", message, {"value": signals.grad_norm, "expected": usual, "loss_nats": signals.loss_nats}
+            "vanishing_gradient",
+            message,
+            {"value": signals.grad_norm, "expected": usual, "loss_nats": signals.loss_nats},
         )
 
     def _above(self, signals: Signals) -> bool:
@@ -260,7 +313,11 @@ class Detectors:
             f"far above the {began:.4g} that the run began with; training has diverged at lr = {signals.lr:.3g}, and a lower optimizer.lr or a "
             "longer warmup is the cure"
         )
-        return Finding("diverged", message, {"value": signals.loss_nats, "start_nats": began, "lr": signals.lr, "since": since})
+        return Finding(
+            "diverged",
+            message,
+            {"value": signals.loss_nats, "start_nats": began, "lr": signals.lr, "since": since},
+        )
 
     def _no_learning(self, signals: Signals) -> Finding | None:
         """The loss is shown to be flat, not merely not shown to fall: noise alone raises no alarm."""
@@ -275,19 +332,31 @@ class Detectors:
         start = math.fsum(self.start) / len(self.start)
         since_start = start - math.fsum(newer) / len(newer)
         start_error = line.sigma * math.sqrt(1 / len(self.start) + 1 / len(newer))
-        falls = fall > 0 or fall + 3 * error > LEAST_FALL * line.mean_y or since_start > start_error / 2
+        falls = (
+            fall > 0 or fall + 3 * error > LEAST_FALL * line.mean_y or since_start > start_error / 2
+        )
         if line.mean_y < LEARNED_NATS or falls:
             return None
         message = (
             f"the loss has not fallen over the {updates} updates to {signals.update}: by {fall:.3g} +- {error:.2g} nats at a mean of "
             f"{line.mean_y:.4g}, and it began at {start:.4g}, while lr was above 0 (now {signals.lr:.3g})"
         )
-        numbers = {"fall_nats": fall, "error_nats": error, "mean_nats": line.mean_y, "start_nats": start, "updates": updates}
+        numbers = {
+            "fall_nats": fall,
+            "error_nats": error,
+            "mean_nats": line.mean_y,
+            "start_nats": start,
+            "updates": updates,
+        }
         return Finding("no_learning", message, numbers)
 
     def _losses_with(self, signals: Signals) -> list[tuple[int, float]]:
         """The losses that no_learning looks at, this update's among them where it is a whole one that trains."""
-        if signals.update <= self.warmup_updates or signals.lr <= 0 or signals.rows < self.rows_per_update:
+        if (
+            signals.update <= self.warmup_updates
+            or signals.lr <= 0
+            or signals.rows < self.rows_per_update
+        ):
             return []
         return [*self.losses, (signals.update, signals.loss_nats)][-self.no_learning_updates :]
 
@@ -312,13 +381,20 @@ class Detectors:
             losses = [(int(update), _finite(loss)) for update, loss in state["losses"]]
             start = [_finite(loss) for loss in state["start"]]
             highest = -math.inf if state["highest"] is None else _finite(state["highest"])
-            low, above, since = int(state["low_in_a_row"]), int(state.get("above_in_a_row", 0)), state.get("above_since")
+            low, above, since = (
+                int(state["low_in_a_row"]),
+                int(state.get("above_in_a_row", 0)),
+                state.get("above_since"),
+            )
             since = int(since) if above and since is not None else None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"detectors: the saved state is malformed ({error!r}); leave it out to start their windows anew"
             ) from None
-        self.window, self.unusual = window[-self.window_updates :], unusual[-NEW_LEVEL_UPDATES + 1 :]
+        self.window, self.unusual = (
+            window[-self.window_updates :],
+            unusual[-NEW_LEVEL_UPDATES + 1 :],
+        )
         self.losses = losses[-self.no_learning_updates :]
         self.start, self.highest, self.low_in_a_row = start, highest, low
         self.above_in_a_row, self.above_since = above if since else 0, since
@@ -326,7 +402,11 @@ class Detectors:
 
 def entry_of(signals: Signals) -> Entry:
     """An update with a gradient, as the windows hold it."""
-    return Entry(signals.update, math.log(signals.grad_norm or 1.0), math.log(max(signals.loss_nats, LEAST_LOSS_NATS)))
+    return Entry(
+        signals.update,
+        math.log(signals.grad_norm or 1.0),
+        math.log(max(signals.loss_nats, LEAST_LOSS_NATS)),
+    )
 
 
 def ratio(entry: Entry) -> float:

@@ -27,7 +27,14 @@ from glassloop.data.templates import make_template
 from glassloop.disk.environment import environment
 from glassloop.disk.publish import make
 from glassloop.engines.peft import Engine, build_engine, load_tokenizer
-from glassloop.formula.dist import all_or_none, broadcast_from_rank_0, gather_objects, in_turn, one_first, require_same
+from glassloop.formula.dist import (
+    all_or_none,
+    broadcast_from_rank_0,
+    gather_objects,
+    in_turn,
+    one_first,
+    require_same,
+)
 from glassloop.formula.optim import FlatAdapters, LossScale, make_optimizer
 from glassloop.health.inspection import make_inspection
 from glassloop.loop.conditions import found_facts, planned_facts, target_shapes
@@ -86,13 +93,18 @@ def build_run(config: Config) -> Run:
     first = partial(one_first, accelerator.is_local_main_process)
     old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
     choice = engine_here(config, checkpoint, old_plan, first)
-    config, auto = with_engine(config, choice), in_words(config, choice)  # from here on, and on disk, the engine has its name
+    config, auto = (
+        with_engine(config, choice),
+        in_words(config, choice),
+    )  # from here on, and on disk, the engine has its name
     tokenizer, loaded = in_turn(first, read, "reading tokenizer and data")
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
     dataset = build_rows(loaded, template, config.data)
     plan = plan_of(config, len(dataset.train.rows), ranks)
     require_same(
-        "checkpoints to go on from", sums_of(checkpoint), "copy the run's folder of one host to the others, or name one with --at"
+        "checkpoints to go on from",
+        sums_of(checkpoint),
+        "copy the run's folder of one host to the others, or name one with --at",
     )
     done, tracker_ids = position(checkpoint, plan, config.resume.run)
     plan = with_past(plan, old_plan, done)
@@ -105,7 +117,11 @@ def build_run(config: Config) -> Run:
         two_passes_every=config.record.probe_every_updates,
     )
     rows_digest = hash_of(dataset)
-    require_same("training rows", rows_digest, "the ranks read different data or tokenizers; give every host the same files")
+    require_same(
+        "training rows",
+        rows_digest,
+        "the ranks read different data or tokenizers; give every host the same files",
+    )
 
     folder = run_folder(config)
     check_same_rows(old_plan, rows_digest, str(folder / "plan.json"))
@@ -119,7 +135,9 @@ def build_run(config: Config) -> Run:
         text=config.record.text,
         updates_done=done,
     )  # before the model: a login that does not work shows here
-    set_seed(config.seed + rank)  # dropout differs by rank; adapters and row order have seeds of their own
+    set_seed(
+        config.seed + rank
+    )  # dropout differs by rank; adapters and row order have seeds of their own
     engine = build_engine(
         config.model,
         config.lora,
@@ -132,26 +150,39 @@ def build_run(config: Config) -> Run:
         longest_row=config.data.max_tokens,
     )
     require_same(
-        "base weights", engine.report.checksum, "the ranks loaded different bases; clear the cache of one, or pin model.revision"
+        "base weights",
+        engine.report.checksum,
+        "the ranks loaded different bases; clear the cache of one, or pin model.revision",
     )
     loaded_gib = allocated_gib(device)
     adapters = FlatAdapters(engine.hf.named_parameters())
     broadcast_from_rank_0(adapters.flat.data)
-    prepared = accelerator.prepare_model(engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit")
+    prepared = accelerator.prepare_model(
+        engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit"
+    )
     # evaluation_mode: autocast, but no DistributedDataParallel
     model = engine.hf.config.to_dict()  # type: ignore[union-attr, operator]
     batches = replace(batches, pass_tokens=choose_pass_tokens(config, model, device, old_plan))
     shapes = target_shapes(engine.hf, config.lora.targets)
     contract = contract_of(
-        batches, rows_digest, planned_facts(config, ranks=plan.ranks, linear_shapes=shapes, on_cuda=device.type == "cuda")
+        batches,
+        rows_digest,
+        planned_facts(
+            config, ranks=plan.ranks, linear_shapes=shapes, on_cuda=device.type == "cuda"
+        ),
     )
     shared = contract.facts["devices"] == "shared"
-    contract.check_facts(found_facts(accelerator, engine, prepared, adapters, device=device, shared=shared))
+    contract.check_facts(
+        found_facts(accelerator, engine, prepared, adapters, device=device, shared=shared)
+    )
     run = Run(
         config=config,
         accelerator=accelerator,
         folder=folder,
-        header=(*header(config, batches, dataset, engine, adapters, device, auto), *(tracker.lines() if tracker else ())),
+        header=(
+            *header(config, batches, dataset, engine, adapters, device, auto),
+            *(tracker.lines() if tracker else ()),
+        ),
         plan=plan,
         contract=contract,
         batches=batches,
@@ -183,10 +214,18 @@ def build_run(config: Config) -> Run:
         ),
         first_update=done + 1,
         measured_gib={"load": loaded_gib, "adapters": allocated_gib(device)},
-        watchdog=Watchdog(folder, rank, ranks, timeout_s=config.execution.collective_timeout_s, asked_to_stop=lambda: stop.asked),
+        watchdog=Watchdog(
+            folder,
+            rank,
+            ranks,
+            timeout_s=config.execution.collective_timeout_s,
+            asked_to_stop=lambda: stop.asked,
+        ),
     )
     if config.resume.run is None:
-        check_no_run_in(folder)  # once more: another process may have begun one while this one loaded the model
+        check_no_run_in(
+            folder
+        )  # once more: another process may have begun one while this one loaded the model
     if rank == 0:
         observe(run, dataset, tracker)
     run.attempt = gather_objects(run.attempt)[0]
@@ -223,15 +262,26 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
     if config.resume.run is None:
         assert run.contract is not None
         write_json(folder / "plan.json", run.contract.as_dict())
-    started = {"launcher_pid": os.getppid(), "tracker_ids": tracker.tracker_ids() if tracker else {}}
+    started = {
+        "launcher_pid": os.getppid(),
+        "tracker_ids": tracker.tracker_ids() if tracker else {},
+    }
     write_json(folder / "env.json", environment(sys.argv) | started)
     if config.resume.run is None:
-        write_text(folder / "config.yaml", to_yaml(config))  # last: where it stands, there is a run to go on with
+        write_text(
+            folder / "config.yaml", to_yaml(config)
+        )  # last: where it stands, there is a run to go on with
     text = config.record.text
     by_id = {row.row_id: row for row in dataset.train.rows}
-    jsonl = JsonlObserver(folder, text, row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))))
+    jsonl = JsonlObserver(
+        folder,
+        text,
+        row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))),
+    )
     coming = range(run.first_update, run.plan.updates + 1)
-    again = [jsonl.evaluation_attempt(u) for u in ([0] if run.first_update == 1 else []) + list(coming)]
+    again = [
+        jsonl.evaluation_attempt(u) for u in ([0] if run.first_update == 1 else []) + list(coming)
+    ]
     run.attempt = max(*again, *(jsonl.attempt(u) for u in coming))
     run.sync_records = jsonl.sync
     run.observers = [jsonl, TerminalObserver(run.plan.updates, run.ranks, text=text)]
@@ -251,9 +301,15 @@ def rewrite_plan(run: Run, old: dict[str, Any]) -> None:
         return
     for name in ("plan.json", "config.yaml"):
         if (path := run.folder / name).exists():
-            write_text(path.with_stem(f"{path.stem}_{run.first_update - 1:06d}"), path.read_text(encoding="utf-8"))
+            write_text(
+                path.with_stem(f"{path.stem}_{run.first_update - 1:06d}"),
+                path.read_text(encoding="utf-8"),
+            )
     write_json(run.folder / "plan.json", new)
-    write_text(run.folder / "config.yaml", to_yaml(run.config.model_copy(update={"resume": ResumeConfig()})))
+    write_text(
+        run.folder / "config.yaml",
+        to_yaml(run.config.model_copy(update={"resume": ResumeConfig()})),
+    )
 
 
 def optimizer_of(config: Config, adapters: FlatAdapters) -> torch.optim.Optimizer:
@@ -279,14 +335,19 @@ def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Co
         supervised.append(batches.supervised_tokens(window))
         real.append(sum(len(batches.rows[row]) for row in window.rows))
     pass_tokens = batches.pass_tokens if batches.layout == "packed" else None
-    return Contract(batches.plan, tuple(rows), tuple(supervised), tuple(real), rows_digest, facts, pass_tokens)
+    return Contract(
+        batches.plan, tuple(rows), tuple(supervised), tuple(real), rows_digest, facts, pass_tokens
+    )
 
 
 def run_folder(config: Config) -> Path:
     """The run's folder, the same on every rank. Raises ValueError where a new run would write into an old one's."""
     if config.resume.run is not None:
         return Path(config.resume.run)
-    name = config.run.name or f"{config.preset or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    name = (
+        config.run.name
+        or f"{config.preset or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    )
     folder = Path(config.run.dir) / gather_objects(name)[0]
     check_no_run_in(folder)
     return folder
@@ -304,19 +365,33 @@ def hash_of(dataset: Dataset) -> str:
     """16 hex digits that differ where ids, tokens or labels of any training or held-out row differ."""
     digest = hashlib.sha256()
     for row in (*dataset.train.rows, *dataset.heldout.rows):
-        digest.update(row.row_id.encode() + array("i", row.input_ids).tobytes() + bytes(row.supervised))
+        digest.update(
+            row.row_id.encode() + array("i", row.input_ids).tobytes() + bytes(row.supervised)
+        )
     return digest.hexdigest()[:16]
 
 
 def header(
-    config: Config, batches: Batches, dataset: Dataset, engine: Engine, adapters: FlatAdapters, device: torch.device, auto: str
+    config: Config,
+    batches: Batches,
+    dataset: Dataset,
+    engine: Engine,
+    adapters: FlatAdapters,
+    device: torch.device,
+    auto: str,
 ) -> list[str]:
     """What a run says of itself before it begins: rows, what was asked, how it is executed, what is trained. auto: the engine's choice, in words."""
     execution = config.execution
     report = engine.report
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads a rank)"
+    hardware = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU ({torch.get_num_threads()} threads a rank)"
+    )
     overrides = (
-        f" (schedule.updates overrides epochs = {config.schedule.epochs:g})" if config.schedule.updates is not None else ""
+        f" (schedule.updates overrides epochs = {config.schedule.epochs:g})"
+        if config.schedule.updates is not None
+        else ""
     )
     asked, windows, updates = describe(batches.plan)
     layout = layout_of(config, batches, on_cuda=device.type == "cuda")
@@ -333,7 +408,11 @@ def header(
         *([f"engine    {auto}"] if auto else []),
         f"executed  {layout}; {execution.reduction} reduction, {batches.plan.ranks} x {hardware}; engine {execution.engine}, "
         f"{execution.precision}, activations {checkpointing}",
-        *([f"          {LOST_IN_BF16}"] if execution.engine == "peft" and execution.precision == "bf16" else []),
+        *(
+            [f"          {LOST_IN_BF16}"]
+            if execution.engine == "peft" and execution.precision == "bf16"
+            else []
+        ),
         f"trains    {adapters.trainable:,} parameters: W + ({config.lora.alpha:g}/{config.lora.r}) B A on {', '.join(config.lora.targets)}",
         *(f"          {line}" for line in audit_table(dtype_audit(engine.hf)).splitlines()),
     ]
@@ -343,5 +422,9 @@ def layout_of(config: Config, batches: Batches, *, on_cuda: bool) -> str:
     """How an update's rows are laid out, in words."""
     if batches.layout == "literal":
         return "literal, the micro-batches asked for"
-    chosen = f", chosen under memory.profile={config.memory.profile}" if on_cuda and chooses_passes(config) else ""
+    chosen = (
+        f", chosen under memory.profile={config.memory.profile}"
+        if on_cuda and chooses_passes(config)
+        else ""
+    )
     return f"packed, the same rows in passes of at most {batches.pass_tokens:,} tokens{chosen}"

@@ -21,7 +21,9 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STORED = {"nf4": "uint8"}  # quantised weights lie in bytes
 
 
-def planned_facts(config: Config, *, ranks: int, linear_shapes: list[tuple[int, int]], on_cuda: bool) -> dict[str, Any]:
+def planned_facts(
+    config: Config, *, ranks: int, linear_shapes: list[tuple[int, int]], on_cuda: bool
+) -> dict[str, Any]:
     """What the config asks for. linear_shapes: (in, out) of every linear layer that gets an adapter."""
     execution = config.execution
     dtype = DTYPES[execution.precision]
@@ -40,8 +42,12 @@ def planned_facts(config: Config, *, ranks: int, linear_shapes: list[tuple[int, 
         "compiler of the launcher": "NO",
         "gradients reduced by": "ddp" if execution.reduction == "ddp" and ranks > 1 else "the loop",
         "engine": execution.engine,
-        "attention": config.model.attention if execution.engine == "peft" else execution.engine,  # other engines bring their own
-        "trainable parameters": sum(config.lora.r * (inputs + outputs) for inputs, outputs in linear_shapes),
+        "attention": config.model.attention
+        if execution.engine == "peft"
+        else execution.engine,  # other engines bring their own
+        "trainable parameters": sum(
+            config.lora.r * (inputs + outputs) for inputs, outputs in linear_shapes
+        ),
         "dtype of adapters": "float32",
         "dtype of quantised weights": STORED.get(config.model.quantization),
         "dtype of embedding and head": dtype,
@@ -73,7 +79,9 @@ def found_facts(
         "collectives": dist.get_backend().split(":")[-1] if ranks > 1 else None,
         "mixed precision": accelerator.mixed_precision,
         "compiler of the launcher": accelerator.state.dynamo_plugin.backend.value,  # type: ignore[union-attr]
-        "gradients reduced by": "ddp" if isinstance(prepared, nn.parallel.DistributedDataParallel) else "the loop",
+        "gradients reduced by": "ddp"
+        if isinstance(prepared, nn.parallel.DistributedDataParallel)
+        else "the loop",
         "engine": engine.name,  # type: ignore[union-attr]
         "attention": engine.attention,  # type: ignore[union-attr]
         "trainable parameters": adapters.trainable,

@@ -64,7 +64,9 @@ class Answer:
     closed_think: bool  # the answer has </think>
     ended: bool  # by a stop token
     tokens: int  # of the answer, stop token included
-    base_answer: str | None = None  # what the model says without the adapter; None if it was not asked
+    base_answer: str | None = (
+        None  # what the model says without the adapter; None if it was not asked
+    )
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def evaluate(
         ValueError: no held-out row has a supervised token.
         RuntimeError: another rank failed. The failing rank raises its own error; none waits for it.
     """
-    assert not isinstance(engine, DistributedDataParallel), "evaluate() takes the engine itself, not its DDP wrapper"
+    assert not isinstance(engine, DistributedDataParallel), (
+        "evaluate() takes the engine itself, not its DDP wrapper"
+    )
     started = time.perf_counter()
     tokens = sum(row.supervised_tokens for row in rows)
     if tokens == 0:
@@ -125,7 +129,9 @@ def evaluate(
     my_rows, my_examples = rows[rank::ranks], examples[:generate_rows][rank::ranks]
 
     def losses() -> list[float]:
-        return row_losses(engine, my_rows, batch_size=batch_size, pad_id=pad_id, device=device, autocast=autocast)
+        return row_losses(
+            engine, my_rows, batch_size=batch_size, pad_id=pad_id, device=device, autocast=autocast
+        )
 
     def answers() -> list[Answer]:
         return answer_examples(
@@ -153,8 +159,14 @@ def evaluate(
     base = None
     if with_base:
         base_answers = _in_row_order([one.base_answers for one in shares])
-        base = scores(base_answers, loss_nats=math.fsum(loss for one in shares for loss in one.base_losses) / tokens)
-        all_answers = [replace(one, base_answer=other.answer) for one, other in zip(all_answers, base_answers, strict=True)]
+        base = scores(
+            base_answers,
+            loss_nats=math.fsum(loss for one in shares for loss in one.base_losses) / tokens,
+        )
+        all_answers = [
+            replace(one, base_answer=other.answer)
+            for one, other in zip(all_answers, base_answers, strict=True)
+        ]
     record = EvaluationRecord(
         update=update,
         loss_nats=loss_nats,
@@ -169,13 +181,21 @@ def evaluate(
 
 
 def row_losses(
-    engine: nn.Module, rows: Sequence[Row], *, batch_size: int, pad_id: int, device: torch.device, autocast: Autocast
+    engine: nn.Module,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    autocast: Autocast,
 ) -> list[float]:
     """Each row's cross-entropy in nats, summed over its supervised tokens, without dropout. This rank only."""
     sums = [torch.zeros(0, device=device)]
     with unchanged(engine, device), autocast():
         for start in range(0, len(rows), batch_size):
-            p = build_pass(rows[start : start + batch_size], packed=False, pad_id=pad_id, device=device)
+            p = build_pass(
+                rows[start : start + batch_size], packed=False, pad_id=pad_id, device=device
+            )
             _, row_loss_sums = engine(p)
             sums.append(row_loss_sums)  # (B,) fp32; read by the host once, below
     return torch.cat(sums).tolist()
@@ -267,7 +287,11 @@ def scores(answers: Sequence[Answer], *, loss_nats: float) -> dict[str, float | 
 
 
 def _answer(
-    example: Example, prompt: Sequence[int], ids: Sequence[int], stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    example: Example,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    stop_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Answer:
     ended = bool(ids) and ids[-1] in stop_ids
     text = _decode(tokenizer, ids[:-1] if ended else ids)
@@ -290,7 +314,9 @@ def _answer(
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def _in_row_order(parts: Sequence[Sequence[Answer]]) -> list[Answer]:

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROTARY_STATE = ("inv_freq", "max_seq_len_cached", "attention_scaling")  # "dynamic" rotary tables grow with the longest row seen
+ROTARY_STATE = (
+    "inv_freq",
+    "max_seq_len_cached",
+    "attention_scaling",
+)  # "dynamic" rotary tables grow with the longest row seen
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -29,7 +33,9 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     no_grad, not inference_mode: what a module makes in here and keeps (a table, a quantisation state) would be an inference
     tensor, and autograd refuses to save one in the next update. Next to the kernels the difference in time is nothing.
     """
-    repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False) and _on_cpu(m)]
+    repacking = [
+        m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False) and _on_cpu(m)
+    ]
     assert not repacking, (
         f"a pass without gradients would repack {len(repacking)} 4-bit layers for inference, and later updates would lose part "
         "of their gradient: set support_avx512bf16_for_cpu = False on each when the model is loaded"
@@ -49,7 +55,9 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             p.requires_grad_(wants_grad)
         for m, name, value in tables:
             setattr(m, name, value)
-    assert _random_state(device) == random_state, "evaluation drew random numbers: later dropout masks would be others"
+    assert _random_state(device) == random_state, (
+        "evaluation drew random numbers: later dropout masks would be others"
+    )
 
 
 def generate(
@@ -84,14 +92,21 @@ def generate(
     from transformers import GenerationConfig
 
     model = hf.get_base_model()
-    settings, positions = model.generation_config, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    settings, positions = (
+        model.generation_config,
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
     answers: list[tuple[int, ...]] = []
     try:
         with unchanged(hf, device), autocast():
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 width = max(len(prompt) for prompt in batch)
-                room = max_new_tokens if positions is None or width >= positions else min(max_new_tokens, positions - width)
+                room = (
+                    max_new_tokens
+                    if positions is None or width >= positions
+                    else min(max_new_tokens, positions - width)
+                )
                 model.generation_config = GenerationConfig(
                     do_sample=False,
                     num_beams=1,
@@ -116,7 +131,9 @@ def generate(
     return answers
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], width: int, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_padded(
+    prompts: Sequence[Sequence[int]], width: int, pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """ids (B, T) and mask (B, T), 1 at real tokens: every prompt ends in the last column, where generation begins."""
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]

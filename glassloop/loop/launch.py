@@ -32,7 +32,9 @@ REFUSED_LAUNCHES = {
 
 def on_cuda() -> bool:
     """Whether ranks compute on GPUs: there is one, and the launch file does not ask for CPUs."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true", "yes")
+    return torch.cuda.is_available() and os.environ.get(
+        "ACCELERATE_USE_CPU", "false"
+    ).lower() not in ("1", "true", "yes")
 
 
 def hush(rank: int) -> None:
@@ -53,7 +55,9 @@ def launch_command(ranks: int) -> str:
         name, processes = "single_gpu", ""
     else:
         name, processes = "ddp_2gpu", "" if ranks == 2 else f" --num_processes {ranks}"
-    return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} train_loop.py"
+    return (
+        f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} train_loop.py"
+    )
 
 
 def check_launch(config: Config) -> None:
@@ -78,13 +82,21 @@ def check_launch(config: Config) -> None:
         check_unsloth(on_cuda=on_cuda())
     if not on_cuda():
         if execution.precision == "fp16":
-            raise ValueError("execution.precision = fp16 needs a CUDA device: a CPU has no fp16 training; use fp32 or bf16")
+            raise ValueError(
+                "execution.precision = fp16 needs a CUDA device: a CPU has no fp16 training; use fp32 or bf16"
+            )
         if config.optimizer.name == "paged_adamw_8bit":
-            raise ValueError("optimizer.name = paged_adamw_8bit needs a CUDA device: use adamw_8bit")
+            raise ValueError(
+                "optimizer.name = paged_adamw_8bit needs a CUDA device: use adamw_8bit"
+            )
         if config.model.attention == "flash_attention_2":
             raise ValueError("model.attention = flash_attention_2 needs a CUDA device: use sdpa")
-    elif execution.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 units; use fp16")
+    elif execution.precision == "bf16" and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
+        raise ValueError(
+            f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 units; use fp16"
+        )
 
 
 def rejoin(backend: str, timeout: timedelta) -> None:
@@ -93,7 +105,11 @@ def rejoin(backend: str, timeout: timedelta) -> None:
     Its store still holds the addresses of the processes that died, and torch gives restarted ranks no others (2.13, static rendezvous).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+    if (
+        attempt == "0"
+        or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        or dist.is_initialized()
+    ):
         return
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if on_cuda():
@@ -102,7 +118,13 @@ def rejoin(backend: str, timeout: timedelta) -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, is_master=False, timeout=timeout)
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        ranks,
+        is_master=False,
+        timeout=timeout,
+    )
     own = PrefixStore(f"glassloop/attempt_{attempt}", store)
     dist.init_process_group(chosen, store=own, rank=rank, world_size=ranks, timeout=timeout)
 
@@ -123,8 +145,13 @@ def make_accelerator(config: Config) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     grow_segments()
-    backend, timeout = config.execution.backend, timedelta(seconds=config.execution.collective_timeout_s)
-    asked = None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend  # a lone process has no collectives to carry
+    backend, timeout = (
+        config.execution.backend,
+        timedelta(seconds=config.execution.collective_timeout_s),
+    )
+    asked = (
+        None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend
+    )  # a lone process has no collectives to carry
     process_group = InitProcessGroupKwargs(backend=asked, timeout=timeout)
     rejoin(backend, timeout)
     accelerator = Accelerator(
@@ -133,11 +160,16 @@ def make_accelerator(config: Config) -> Accelerator:
         gradient_accumulation_steps=1,  # the loop accumulates itself
         log_with=list(config.tracking.to) or None,
         project_dir=config.run.dir if config.tracking.to else None,
-        kwargs_handlers=[process_group, DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+        kwargs_handlers=[
+            process_group,
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False),
+        ],
     )
     kind = accelerator.distributed_type
     if kind in REFUSED_LAUNCHES:
-        raise ValueError(f"the launch file asks for {kind.value}: {REFUSED_LAUNCHES[kind]}. Use accelerate_configs/ddp_2gpu.yaml")
+        raise ValueError(
+            f"the launch file asks for {kind.value}: {REFUSED_LAUNCHES[kind]}. Use accelerate_configs/ddp_2gpu.yaml"
+        )
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
             f"the launch file asks for {kind.value}, which glassloop has not been tried on; use a file of accelerate_configs/"

@@ -35,12 +35,21 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
         return None
     packed = run.batches.layout == "packed"
     count, tokens = (1, sum(map(len, rows))) if packed else (len(rows), max(map(len, rows)))
-    work = replace(work_of(run.config), rows=count, tokens=tokens, supervised_tokens=sum(row.supervised_tokens for row in rows))
+    work = replace(
+        work_of(run.config),
+        rows=count,
+        tokens=tokens,
+        supervised_tokens=sum(row.supervised_tokens for row in rows),
+    )
     tiers = Tiers(**run.tiers) if run.tiers is not None else None
     try:
         card = torch.cuda.get_device_capability(run.device)
-        return ledger_of(shapes, replace(work, capability=card, tiers=tiers), run.config.execution.engine)
-    except ValueError:  # an engine or targets that the ledger has no terms for: the measurement stands alone
+        return ledger_of(
+            shapes, replace(work, capability=card, tiers=tiers), run.config.execution.engine
+        )
+    except (
+        ValueError
+    ):  # an engine or targets that the ledger has no terms for: the measurement stands alone
         return None
 
 
@@ -50,12 +59,21 @@ def memory_lines(run: Run, window: Window) -> list[str]:
         return []
     measured = run.measured_gib | {"peak": torch.cuda.max_memory_allocated(run.device) / GIB}
     ledger = ledger_of_pass(run, run.batches.share(window, run.rank))
-    predicted = {} if ledger is None else {phase: f"{size / GIB:.2f}" for phase, size in ledger.phases.items()}
-    pairs = [f"{phase} {predicted.get(phase, 'unknown')} / {value:.2f}" for phase, value in measured.items()]
+    predicted = (
+        {}
+        if ledger is None
+        else {phase: f"{size / GIB:.2f}" for phase, size in ledger.phases.items()}
+    )
+    pairs = [
+        f"{phase} {predicted.get(phase, 'unknown')} / {value:.2f}"
+        for phase, value in measured.items()
+    ]
     return [f"predicted / measured GiB: {', '.join(pairs)}"]
 
 
-def choose_pass_tokens(config: Config, model: Mapping[str, Any], device: torch.device, before: Mapping[str, Any]) -> int:
+def choose_pass_tokens(
+    config: Config, model: Mapping[str, Any], device: torch.device, before: Mapping[str, Any]
+) -> int:
     """Most tokens of a packed pass, the same on all ranks: as asked; else as plan.json has it; else what memory has room for.
 
     Args:
@@ -65,9 +83,15 @@ def choose_pass_tokens(config: Config, model: Mapping[str, Any], device: torch.d
     if not chooses_passes(config) or device.type != "cuda":
         return asked
     if before:
-        return int(before.get("pass_tokens") or asked)  # one from before passes were chosen goes on as it began
+        return int(
+            before.get("pass_tokens") or asked
+        )  # one from before passes were chosen goes on as it began
     free = torch.cuda.mem_get_info(device)[0] // ranks_on(device)
-    most = pass_tokens_for(config, shapes_from_config(dict(model), config.model.id), torch.cuda.memory_reserved(device) + free)
+    most = pass_tokens_for(
+        config,
+        shapes_from_config(dict(model), config.model.id),
+        torch.cuda.memory_reserved(device) + free,
+    )
     return min(gather_objects(most))
 
 
@@ -90,7 +114,9 @@ def spend_memory(run: Run) -> None:
     tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
     supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
     memory = run.config.memory
-    engine.use_tiers(replace(engine.tiers, held=0))  # what is held is given back before free memory is counted
+    engine.use_tiers(
+        replace(engine.tiers, held=0)
+    )  # what is held is given back before free memory is counted
     engine.host.most_tokens = tokens
     sizes = dict(tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
     found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.device))
@@ -102,7 +128,10 @@ def spend_memory(run: Run) -> None:
     else:
         found = replace(found, kept=kept, host=any(gather_objects(found.host)), held=held)
     use_tiers(run, found)
-    run.header = (*run.header, f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})")
+    run.header = (
+        *run.header,
+        f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})",
+    )
 
 
 def use_tiers(run: Run, tiers: Any) -> None:
@@ -116,10 +145,17 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
     if run.tiers is None or (run.tiers["kept"] <= 1 and not run.tiers["held"]):
         return False
     tiers = run.plain_engine.tiers
-    use_tiers(run, replace(tiers, held=0) if tiers.held else replace(tiers, kept=max(1, tiers.kept * 3 // 4)))
+    use_tiers(
+        run,
+        replace(tiers, held=0) if tiers.held else replace(tiers, kept=max(1, tiers.kept * 3 // 4)),
+    )
     torch.cuda.empty_cache()
     layers = len(run.plain_engine.layers)
-    run.event(update, "out_of_memory", f"{why}. From here on {describe(run.plain_engine.tiers, layers)}; rows, passes and g stay")
+    run.event(
+        update,
+        "out_of_memory",
+        f"{why}. From here on {describe(run.plain_engine.tiers, layers)}; rows, passes and g stay",
+    )
     return True
 
 
@@ -132,8 +168,12 @@ def cures(run: Run) -> str:
     if execution.layout == "packed":
         cures.append("a smaller execution.pass_tokens")
     elif batch.size > 1:
-        cures.append(f"batch.size={batch.size // 2} batch.rows_per_update={run.plan.rows_per_update}")
-    cures.append(f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out or cuts long rows")
+        cures.append(
+            f"batch.size={batch.size // 2} batch.rows_per_update={run.plan.rows_per_update}"
+        )
+    cures.append(
+        f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out or cuts long rows"
+    )
     return "; or ".join(cures)
 
 
@@ -151,9 +191,7 @@ def smaller_passes(run: Run, update: int, why: str) -> bool:
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     rows = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
-    message = (
-        f"{why}. From here on passes have half the rows ({rows} at most) and there are twice as many; rows an update, and g, stay"
-    )
+    message = f"{why}. From here on passes have half the rows ({rows} at most) and there are twice as many; rows an update, and g, stay"
     run.event(update, "out_of_memory", message)
     return True
 
@@ -174,7 +212,11 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
         run.event(run.first_update - 1, "memory", line)
     slots = max(report.slot_tokens for report in reports)
     peak = max(report.peak_gib for report in reports)
-    memory = f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.device).total_memory / 2**30:.1f}" if peak else ""
+    memory = (
+        f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.device).total_memory / 2**30:.1f}"
+        if peak
+        else ""
+    )
     run.event(
         run.first_update - 1,
         "preflight",

@@ -80,18 +80,25 @@ class Run:
         tuple[str, str], ...
     ] = ()  # kind and message of an event each: how a resumed run is not the one that was saved
     watchdog: Watchdog | None = None
-    measured_gib: dict[str, float] = field(default_factory=dict)  # of GPU memory, by phase of the ledger; empty without a GPU
+    measured_gib: dict[str, float] = field(
+        default_factory=dict
+    )  # of GPU memory, by phase of the ledger; empty without a GPU
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
     sync_records: Callable[[], None] = lambda: None  # forces what observers wrote to the disk
     contract: Contract | None = None  # None: in a replay, which is held to the record instead
-    tiers: dict[str, Any] | None = None  # what activations an engine that can choose keeps, and where
+    tiers: dict[str, Any] | None = (
+        None  # what activations an engine that can choose keeps, and where
+    )
     first_update: int = 1
     at: int = 0  # the update under way
     attempt: int = 1
     last_saved: int | None = None
     before: Position = field(init=False)  # the update under way
-    heldout_nats: tuple[int, float] = (0, math.inf)  # the newest held-out loss, and after how many updates it was taken
+    heldout_nats: tuple[int, float] = (
+        0,
+        math.inf,
+    )  # the newest held-out loss, and after how many updates it was taken
     best_heldout_nats: float = math.inf  # of the checkpoints so far
     base_scores: dict[str, float | None] | None = None
 
@@ -108,7 +115,9 @@ class Run:
             "attempt": self.attempt,
         }
 
-    def event(self, update: int, kind: str, message: str, command: str | None = None, **details: Any) -> None:
+    def event(
+        self, update: int, kind: str, message: str, command: str | None = None, **details: Any
+    ) -> None:
         """Tell every observer."""
         for observer in self.observers:
             observer.on_event(Event(update, kind, message, command, details, self.attempt))
@@ -119,19 +128,29 @@ class Run:
         if self.watchdog is not None:
             self.watchdog.start()
         for observer in self.observers:
-            observer.on_start(RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header))
+            observer.on_start(
+                RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header)
+            )
 
     def start(self) -> None:
         """Before the first update, evaluate and answer the samples."""
         done = self.first_update - 1
         left_out = ", ".join(map(str, sorted(self.inspection.left_out)))
-        again = f", after {done} updates" + (f", without the windows of updates {left_out}" if left_out else "")
+        again = f", after {done} updates" + (
+            f", without the windows of updates {left_out}" if left_out else ""
+        )
         resumed = self.config.resume.run is not None
-        self.event(done, "resumed" if resumed else "started", f"run folder {self.folder}" + (again if resumed else ""))
+        self.event(
+            done,
+            "resumed" if resumed else "started",
+            f"run folder {self.folder}" + (again if resumed else ""),
+        )
         for kind, message in self.changes:
             self.event(done, kind, message)
         if self.config.resume.at is not None:
-            self.save(done)  # again: it is the newest now, whatever later ones there are, and knows the windows that are left out
+            self.save(
+                done
+            )  # again: it is the newest now, whatever later ones there are, and knows the windows that are left out
         if done == 0:
             self.evaluate(0)
 
@@ -143,7 +162,9 @@ class Run:
         """By interval, at the end, and where an evaluation has just found the lowest held-out loss so far."""
         every = self.config.checkpoint.every_updates
         improved = self.heldout_nats[0] == update and self.heldout_nats[1] < self.best_heldout_nats
-        return update == self.plan.updates or (every is not None and update % every == 0) or improved
+        return (
+            update == self.plan.updates or (every is not None and update % every == 0) or improved
+        )
 
     def does(self, update: int, what: str) -> None:
         """Tell the watchdog."""
@@ -157,11 +178,19 @@ class Run:
     def remember(self, update: int) -> None:
         """Note what the coming update moves besides weights and optimizer."""
         self.at = update
-        self.before = Position(rng_state(self.device), self.scale.value, self.scale.finite_updates, self.inspection.state())
+        self.before = Position(
+            rng_state(self.device),
+            self.scale.value,
+            self.scale.finite_updates,
+            self.inspection.state(),
+        )
 
     def put_back(self) -> None:
         """Undo that, for an update that was not applied and will be done again."""
-        self.scale.value, self.scale.finite_updates = self.before.loss_scale, self.before.finite_updates
+        self.scale.value, self.scale.finite_updates = (
+            self.before.loss_scale,
+            self.before.finite_updates,
+        )
         self.inspection.restore(self.before.inspection)
         restore_rng(self.before.rng, self.device)
 
@@ -174,14 +203,25 @@ class Run:
                 observer.on_probe(outcome.probe)
         look = replay_command(self.folder, u)
         for one in decision.findings:
-            self.event(u, "alarm", f"{one.kind}: {one.message}", replay_of(one, self.folder, u), **one.details)
+            self.event(
+                u,
+                "alarm",
+                f"{one.kind}: {one.message}",
+                replay_of(one, self.folder, u),
+                **one.details,
+            )
         if decision.overflow or self.scale.value > self.before.loss_scale:
             change = f"loss scale {self.before.loss_scale:g} -> {self.scale.value:g}"
             self.event(u, "loss_scale", f"{change}: {record.reason or 'no overflow for a while'}")
         elif record.reason is not None:
             self.event(u, "skipped", f"update {u}: {record.reason}", look if decision.bad else None)
         elif decision.max_norm != self.config.optimizer.max_grad_norm:
-            self.event(u, "clipped", f"update {u} was clipped to the usual norm {decision.max_norm:.4g}", look)
+            self.event(
+                u,
+                "clipped",
+                f"update {u} was clipped to the usual norm {decision.max_norm:.4g}",
+                look,
+            )
 
     def evaluate(self, update: int) -> None:
         """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
@@ -216,7 +256,13 @@ class Run:
             self._tell(replace(record, base=self.base_scores))
         if update in (0, self.plan.updates) and settings.samples:
             if not answers and self.sample_examples:
-                answers = answer_together(self.plain_engine.hf, self.sample_examples, rank=self.rank, ranks=self.ranks, **shared)
+                answers = answer_together(
+                    self.plain_engine.hf,
+                    self.sample_examples,
+                    rank=self.rank,
+                    ranks=self.ranks,
+                    **shared,
+                )
             for answer in answers[: settings.samples]:
                 self._show(answer, update)
 
@@ -228,7 +274,14 @@ class Run:
     def _show(self, answer: Answer, update: int) -> None:
         base = update == 0 and self.config.model.init_adapter is None
         sample = SampleRecord(
-            update, answer.row_id, base, answer.prompt, answer.reference, answer.answer, answer.tokens, self.attempt
+            update,
+            answer.row_id,
+            base,
+            answer.prompt,
+            answer.reference,
+            answer.answer,
+            answer.tokens,
+            self.attempt,
         )
         for observer in self.observers:
             observer.on_sample(sample)
@@ -254,7 +307,11 @@ class Run:
                 finite_updates=self.scale.finite_updates,
                 heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
                 tracker_ids=self.tracker_ids(),
-                details={**self.inspection.state(), "halvings": self.batches.halvings, "tiers": self.tiers},
+                details={
+                    **self.inspection.state(),
+                    "halvings": self.batches.halvings,
+                    "tiers": self.tiers,
+                },
             )
             try:
                 self.sync_records()  # first: where a checkpoint stands, the records of its updates stand too
@@ -303,19 +360,34 @@ class Run:
     def stopped(self, update: int, why: str) -> int:
         """End on demand after `update` updates, with a checkpoint. Exit code 0, or 1 if it could not be saved."""
         saved = update == 0 or self.save(update)
-        self.event(update, "stopped", f"{why} ({self.stop.by or 'another rank'})", self.resume_command if update else None)
+        self.event(
+            update,
+            "stopped",
+            f"{why} ({self.stop.by or 'another rank'})",
+            self.resume_command if update else None,
+        )
         return 0 if saved else 1
 
     def failed(self, update: int, why: str | None, command: str) -> int:
         """End because update `update` could not be applied; the adapters as they were before it are saved. Exit code 1."""
         if update > 1:
             self.save(update - 1)
-        self.event(update, "failed", f"update {update} was not applied: {why}", command if update > 1 else None)
+        self.event(
+            update,
+            "failed",
+            f"update {update} was not applied: {why}",
+            command if update > 1 else None,
+        )
         return 1
 
     def broken(self, error: RuntimeError) -> int:
         """End because the run is not what it has to be: nothing is saved, since what is in memory cannot be trusted. Exit code 1."""
-        self.event(self.at, "failed", str(error), self.resume_command if self.last_saved or self.first_update > 1 else None)
+        self.event(
+            self.at,
+            "failed",
+            str(error),
+            self.resume_command if self.last_saved or self.first_update > 1 else None,
+        )
         return 1
 
     def refused(self, why: str) -> int:

@@ -17,9 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-PATIENCE_S = (
-    10.0  # from a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher kills after 30
-)
+PATIENCE_S = 10.0  # from a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher kills after 30
 TICK_S = 1.0
 
 
@@ -40,7 +38,9 @@ class Position:
         return self.doing != ENDED and self.host == socket.gethostname() and not _alive(self.pid)
 
     def __str__(self) -> str:
-        fate = f"process {self.pid} is gone" if self.gone else f"for {time.time() - self.since:.0f} s"
+        fate = (
+            f"process {self.pid} is gone" if self.gone else f"for {time.time() - self.since:.0f} s"
+        )
         return f"rank {self.rank}: update {self.update}, {self.doing} ({fate})"
 
 
@@ -99,7 +99,11 @@ class Watchdog:
         found = []
         for rank in range(self.ranks):
             try:
-                found.append(Position(**json.loads((self.folder / f"rank{rank}.json").read_text(encoding="utf-8"))))
+                found.append(
+                    Position(
+                        **json.loads((self.folder / f"rank{rank}.json").read_text(encoding="utf-8"))
+                    )
+                )
             except (OSError, ValueError, TypeError):
                 continue
         return found
@@ -117,7 +121,9 @@ class Watchdog:
             if time.monotonic() > until:
                 reason = str(error).partition("\n")[0]
                 told = f"rank {self.rank} could not hear from the others ({reason}): it ends, and nothing is saved. "
-                collective = self._now[1] == WAITS or any(library in str(error).lower() for library in ("gloo", "nccl", "c10d"))
+                collective = self._now[1] == WAITS or any(
+                    library in str(error).lower() for library in ("gloo", "nccl", "c10d")
+                )
                 return told + self._where(positions) if collective else None
             time.sleep(0.1)
         return None
@@ -134,7 +140,9 @@ class Watchdog:
             if gone_since is not None and time.monotonic() - gone_since >= self.patience_s:
                 self._end(self._message(positions))
             elif self.asked_to_stop() and waited >= self.patience_s:
-                self._end(f"rank {self.rank} was asked to end and waits in vain for the others. {self._where(positions)}")
+                self._end(
+                    f"rank {self.rank} was asked to end and waits in vain for the others. {self._where(positions)}"
+                )
             elif waited >= self.timeout_s:
                 self._end(
                     f"rank {self.rank} has waited {waited:.0f} s (execution.collective_timeout_s). {self._where(positions)}"
@@ -150,7 +158,11 @@ class Watchdog:
         return f"rank {gone} is gone: rank {self.rank} ends too, and nothing is saved. {self._where(positions)}"
 
     def _where(self, positions: list[Position]) -> str:
-        return "Last seen: " + "; ".join(map(str, positions)) + ". Go on from the last checkpoint with --resume"
+        return (
+            "Last seen: "
+            + "; ".join(map(str, positions))
+            + ". Go on from the last checkpoint with --resume"
+        )
 
     def _write(self) -> None:
         update, doing, since = self._now

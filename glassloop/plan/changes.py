@@ -47,7 +47,9 @@ def change(what: str, asked: StepPlan, other: StepPlan, *, rows_kept_by: str) ->
         ("ranks", asked.ranks, other.ranks),
         ("passes a rank and update", asked.accumulation, other.accumulation),
     ]
-    execution = [f"{name}: {before} -> {after}" for name, before, after in layout if before != after]
+    execution = [
+        f"{name}: {before} -> {after}" for name, before, after in layout if before != after
+    ]
     cure = rows_kept_by if asked.rows_per_update != other.rows_per_update else None
     return Change(what, tuple(math), tuple(execution), cure)
 
@@ -58,6 +60,8 @@ def lines_of(one: Change) -> list[str]:
         return [f"{one.what}: cannot be carried out: {one.refused}"]
     how = "; ".join(one.execution) or "nothing"
     if not one.math:
-        return [f"{one.what}: same rows in every update, same lr: the gradient is the same. Only: {how}"]
+        return [
+            f"{one.what}: same rows in every update, same lr: the gradient is the same. Only: {how}"
+        ]
     cure = f" Keep the rows of an update with {one.cure}" if one.cure else ""
     return [f"{one.what}: changes the math: {'; '.join(one.math)}.{cure}", f"  carried out: {how}"]

@@ -28,28 +28,56 @@ class Contract:
     supervised_tokens: tuple[int, ...]
     real_tokens: tuple[int, ...]
     rows_digest: str  # of ids, tokens and labels of all rows
-    facts: Mapping[str, Any]  # what holds for the whole run, planned: "world size", "precision of autocast", ...
-    pass_tokens: int | None = None  # most of a packed pass: a run that goes on packs as it began; None: literal
+    facts: Mapping[
+        str, Any
+    ]  # what holds for the whole run, planned: "world size", "precision of autocast", ...
+    pass_tokens: int | None = (
+        None  # most of a packed pass: a run that goes on packs as it began; None: literal
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for plan.json."""
-        counted = {"rows": self.rows, "supervised_tokens": self.supervised_tokens, "real_tokens": self.real_tokens}
-        whole = {"contract": dict(self.facts), "rows_digest": self.rows_digest, "pass_tokens": self.pass_tokens}
-        return {**self.step.as_dict(), "schema": SCHEMA, **whole, "by_update": {name: list(v) for name, v in counted.items()}}
+        counted = {
+            "rows": self.rows,
+            "supervised_tokens": self.supervised_tokens,
+            "real_tokens": self.real_tokens,
+        }
+        whole = {
+            "contract": dict(self.facts),
+            "rows_digest": self.rows_digest,
+            "pass_tokens": self.pass_tokens,
+        }
+        return {
+            **self.step.as_dict(),
+            "schema": SCHEMA,
+            **whole,
+            "by_update": {name: list(v) for name, v in counted.items()},
+        }
 
     def check_facts(self, found: Mapping[str, Any]) -> None:
         """Raise ContractBroken, before update 1, for what was found otherwise than planned. `found` has the same names as `facts`."""
         assert found.keys() == self.facts.keys(), found.keys() ^ self.facts.keys()
         broken = [
-            f"{name}: planned {self.facts[name]}, found {found[name]}" for name in self.facts if self.facts[name] != found[name]
+            f"{name}: planned {self.facts[name]}, found {found[name]}"
+            for name in self.facts
+            if self.facts[name] != found[name]
         ]
         if broken:
             cure = "a launcher's setting, a default Accelerate config file or a library changed it; glassloop doctor says which"
-            raise ContractBroken(f"the run is not the one that was planned ({'; '.join(broken)}): {cure}")
+            raise ContractBroken(
+                f"the run is not the one that was planned ({'; '.join(broken)}): {cure}"
+            )
 
-    def check_update(self, update: int, *, rows: int, supervised_tokens: int, real_tokens: int, lr: float) -> None:
+    def check_update(
+        self, update: int, *, rows: int, supervised_tokens: int, real_tokens: int, lr: float
+    ) -> None:
         """Raise ContractBroken, before anything is applied, where an update's counted rows and tokens, or its lr, are not the planned ones."""
-        counted = {"rows": rows, "supervised tokens": supervised_tokens, "real tokens": real_tokens, "lr": lr}
+        counted = {
+            "rows": rows,
+            "supervised tokens": supervised_tokens,
+            "real tokens": real_tokens,
+            "lr": lr,
+        }
         planned = (
             self.rows[update - 1],
             self.supervised_tokens[update - 1],

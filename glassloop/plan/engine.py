@@ -18,7 +18,9 @@ class Choice:
     why: str = ""
 
 
-def choose_engine(config: Config, model: Mapping[str, Any] | None, *, on_cuda: bool, lacking: str = "") -> Choice:
+def choose_engine(
+    config: Config, model: Mapping[str, Any] | None, *, on_cuda: bool, lacking: str = ""
+) -> Choice:
     """The engine of a run: the one that is named; under auto `fused` on CUDA wherever it carries out what is asked, else `peft`.
 
     Args:
@@ -32,7 +34,9 @@ def choose_engine(config: Config, model: Mapping[str, Any] | None, *, on_cuda: b
     if (beyond := config.beyond_fused()) is not None:
         what, why, _ = beyond
         return Choice("peft", f"{what}, {why}")
-    if config.model.trust_remote_code and "AutoModelForCausalLM" in ((model or {}).get("auto_map") or {}):
+    if config.model.trust_remote_code and "AutoModelForCausalLM" in (
+        (model or {}).get("auto_map") or {}
+    ):
         return Choice("peft", "the model brings Python code of its own, fused would not run it")
     if (problem := unsupported(model or {})) is not None:
         return Choice("peft", problem)
@@ -50,7 +54,9 @@ def with_engine(config: Config, choice: Choice) -> Config:
             f"memory.profile = {memory.profile} and memory.host_gib = {memory.host_gib:g} are for the engine fused, and execution.engine = auto "
             f"chose {choice.engine} ({choice.why}): leave them out, or change what keeps fused from it"
         )
-    return config.model_copy(update={"execution": config.execution.model_copy(update={"engine": choice.engine})})
+    return config.model_copy(
+        update={"execution": config.execution.model_copy(update={"engine": choice.engine})}
+    )
 
 
 def in_words(config: Config, choice: Choice) -> str:

@@ -20,7 +20,9 @@ def planned_engine(config: Config) -> tuple[Config, str]:
     if choice.engine == "peft":
         said += f" too ({choice.why})"
     elif model is None:
-        said += ", if it is a model that fused carries out (its config.json is not here); peft on a CPU"
+        said += (
+            ", if it is a model that fused carries out (its config.json is not here); peft on a CPU"
+        )
     else:
         said += ", peft on a CPU"
     return with_engine(config, choice), said

@@ -30,7 +30,14 @@ PARTS = {
     *(part for names in GROUPS.values() for name in names for part in name.split(".")),
 }  # of the names of quantised layers
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
-FIELDS = (*HONOURED, "use_sliding_window", "rope_parameters", "rope_scaling", "quantization_config", *SIZES)
+FIELDS = (
+    *HONOURED,
+    "use_sliding_window",
+    "rope_parameters",
+    "rope_scaling",
+    "quantization_config",
+    *SIZES,
+)
 
 
 def fields_of(config: Any) -> dict[str, Any]:
@@ -48,7 +55,11 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     """
     rotary = values.get("rope_parameters") or values.get("rope_scaling") or {}
     for name, honoured in HONOURED.items():
-        if name == "sliding_window" and values.get("model_type") == "qwen2" and not values.get("use_sliding_window"):
+        if (
+            name == "sliding_window"
+            and values.get("model_type") == "qwen2"
+            and not values.get("use_sliding_window")
+        ):
             continue  # its config.json names a width that is not used; transformers clears it
         value = values.get(name, rotary.get(name, honoured[0]))
         if value not in honoured:
@@ -68,7 +79,9 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
 
 def _inputs(values: Mapping[str, Any]) -> dict[str, int]:
     """Inputs of the linear layers, those that the values tell."""
-    found = {name: values[name] for name in ("hidden_size", "intermediate_size") if values.get(name)}
+    found = {
+        name: values[name] for name in ("hidden_size", "intermediate_size") if values.get(name)
+    }
     if values.get("head_dim") and values.get("num_attention_heads"):
         found["num_attention_heads x head_dim"] = values["num_attention_heads"] * values["head_dim"]
     return found

@@ -17,7 +17,9 @@ from glassloop.predict.roofline import fused_pass_time, pass_time, tokens_per_s
 from glassloop.predict.shapes import Shapes, shapes_of
 
 SCHEMA = 1
-TOKENIZER_BYTES = 130  # of tokenizer.json for each token of the vocabulary, about (Llama 3: 134, SmolLM2: 72)
+TOKENIZER_BYTES = (
+    130  # of tokenizer.json for each token of the vocabulary, about (Llama 3: 134, SmolLM2: 72)
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def look_ahead(
     config, planned = planned_engine(config)
     shapes, where = shapes_of(config.model.id)
     unknown = [] if shapes is not None else [f"memory, time and parameters: {where}"]
-    mean = row_tokens or (counts.real / plan.rows_trained if counts else float(config.data.max_tokens))
+    mean = row_tokens or (
+        counts.real / plan.rows_trained if counts else float(config.data.max_tokens)
+    )
     if shapes is None:
         return Outlook(
             config,
@@ -115,13 +119,23 @@ def look_ahead(
             tuple(unknown),
             planned,
         )
-    work = work_of(config, counts, counts.heaviest_share if counts else plan.size * plan.accumulation * config.data.max_tokens)
+    work = work_of(
+        config,
+        counts,
+        counts.heaviest_share if counts else plan.size * plan.accumulation * config.data.max_tokens,
+    )
     n = shapes.lora_weights(work.r, work.targets)
     engine = config.execution.engine
 
     def judged(gpu: Gpu, free_gib: float | None = None) -> Verdict:
         return verdict(
-            gpu, shapes, work, ranks=plan.ranks, rows_per_update=plan.rows_per_update, free_gib=free_gib, engine=engine
+            gpu,
+            shapes,
+            work,
+            ranks=plan.ranks,
+            rows_per_update=plan.rows_per_update,
+            free_gib=free_gib,
+            engine=engine,
         )
 
     known = engine in PROFILES
@@ -132,7 +146,9 @@ def look_ahead(
     verdicts = [judged(gpu) for name in PLANNED_FOR if known and (gpu := gpu_named(name))]
     for card in present if known else ():
         if card.gpu is None:
-            unknown.append(f"this machine's {card.name}: not in the table of cards, so nothing is said of it")
+            unknown.append(
+                f"this machine's {card.name}: not in the table of cards, so nothing is said of it"
+            )
         else:
             verdicts.append(judged(card.gpu, card.free_gib))
     usual = usual_budget(present, plan.ranks)
@@ -140,7 +156,9 @@ def look_ahead(
     if known:
         ledger, other, names, work = ledgers_of(shapes, work, engine, usual[1])
     if known and config.execution.precision == "fp32":
-        unknown.append("time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32")
+        unknown.append(
+            "time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32"
+        )
     return Outlook(
         config=config,
         machines=machines,
@@ -148,7 +166,8 @@ def look_ahead(
         rows_from=rows_from,
         shapes=shapes,
         trainable=n,
-        checkpoint_bytes=round(4 * n + disk_state_bytes(config.optimizer.name) * n) + TOKENIZER_BYTES * shapes.vocabulary,
+        checkpoint_bytes=round(4 * n + disk_state_bytes(config.optimizer.name) * n)
+        + TOKENIZER_BYTES * shapes.vocabulary,
         work=work,
         ledger=ledger,
         other_ledger=other,
@@ -160,7 +179,8 @@ def look_ahead(
         else tuple(
             time
             for one in verdicts[: len(PLANNED_FOR)]
-            if (time := card_time(config, plan, shapes, one.card, mean, counts, on_card=one)) is not None
+            if (time := card_time(config, plan, shapes, one.card, mean, counts, on_card=one))
+            is not None
         ),
         row_tokens=mean,
         tokens=counts,
@@ -185,7 +205,9 @@ def card_time(
 ) -> CardTime | None:
     """Predicted speed of one card over the run; None for a card without rates. on_card: what the engine `fused` keeps there."""
     packed = config.execution.layout == "packed"
-    padded = counts.literal_slots / counts.real if counts and not packed else 1.0  # padding is computed too
+    padded = (
+        counts.literal_slots / counts.real if counts and not packed else 1.0
+    )  # padding is computed too
     rows, passes = float(plan.size), float(plan.accumulation)
     if packed:
         limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
@@ -194,13 +216,18 @@ def card_time(
         rows = max(1.0, min(plan.rows_per_update / plan.ranks, limit / row_tokens))
         passes = plan.rows_per_update / plan.ranks / rows
     share = counts.supervised / counts.real if counts else 1.0
-    work: dict[str, Any] = dict(rows=rows * padded, row_tokens=row_tokens, supervised_share=share / padded)
+    work: dict[str, Any] = dict(
+        rows=rows * padded, row_tokens=row_tokens, supervised_share=share / padded
+    )
     work |= dict(r=config.lora.r, targets=config.lora.targets)
     if config.execution.engine == "fused":
         kept, held = (0, 0) if on_card is None else (on_card.kept or 0, on_card.held or 0)
         one = fused_pass_time(shapes, card, **work, kept=kept, held=held)
     else:
-        quantized, checkpointing = config.model.quantization == "nf4", config.execution.checkpointing
+        quantized, checkpointing = (
+            config.model.quantization == "nf4",
+            config.execution.checkpointing,
+        )
         one = pass_time(shapes, card, **work, quantized=quantized, checkpointing=checkpointing)
     if one is None:
         return None
@@ -225,13 +252,21 @@ def as_plain(outlook: Outlook) -> dict[str, Any]:
         "trainable_parameters": outlook.trainable,
         "checkpoint_bytes": outlook.checkpoint_bytes,
         "memory_bytes": None if outlook.ledger is None else outlook.ledger.phases,
-        "memory_terms": None if outlook.ledger is None else [vars(term) for term in outlook.ledger.terms],
+        "memory_terms": None
+        if outlook.ledger is None
+        else [vars(term) for term in outlook.ledger.terms],
         "memory_of": list(outlook.ledger_names),
-        "memory_bytes_other_base": None if fused or outlook.other_ledger is None else outlook.other_ledger.phases,
-        "memory_bytes_other_tiers": outlook.other_ledger.phases if fused and outlook.other_ledger is not None else None,
+        "memory_bytes_other_base": None
+        if fused or outlook.other_ledger is None
+        else outlook.other_ledger.phases,
+        "memory_bytes_other_tiers": outlook.other_ledger.phases
+        if fused and outlook.other_ledger is not None
+        else None,
         "cards": [vars(one) for one in outlook.verdicts],
         "time_predicted": [vars(one) for one in outlook.times],
         "row_tokens": outlook.row_tokens,
-        "tokens": None if tokens is None else {**vars(tokens), "padding_share": tokens.padding_share},
+        "tokens": None
+        if tokens is None
+        else {**vars(tokens), "padding_share": tokens.padding_share},
         "unknown": list(outlook.unknown),
     }

@@ -69,7 +69,9 @@ class StepPlan:
         """Rows of all updates together, each counted as often as it is trained on."""
         epochs, windows = divmod(self.updates, self.windows_per_epoch)
         of_an_epoch = self.rows - (self.tail_rows if self.tail == "drop" else 0)
-        return epochs * of_an_epoch + windows * self.rows_per_update  # only an epoch's last window can be a tail
+        return (
+            epochs * of_an_epoch + windows * self.rows_per_update
+        )  # only an epoch's last window can be a tail
 
     @property
     def times_trained(self) -> dict[int, int] | None:
@@ -121,7 +123,10 @@ def make_plan(
             f"schedule.warmup_updates = {warmup} is more than the {updates} updates of the run: "
             "the peak would never be reached; lower schedule.warmup_updates"
         )
-    lr = tuple(lr_at(u, updates=updates, warmup=warmup, peak=peak, kind=kind, first=first) for u in range(1, updates + 1))
+    lr = tuple(
+        lr_at(u, updates=updates, warmup=warmup, peak=peak, kind=kind, first=first)
+        for u in range(1, updates + 1)
+    )
     return StepPlan(rows, size, ranks, accumulation, full, left, tail, updates, lr)
 
 

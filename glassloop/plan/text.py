@@ -36,7 +36,12 @@ def wrapped(line: str) -> list[str]:
         return [line]
     indent = " " * (LABEL + (len(line[LABEL:]) - len(line[LABEL:].lstrip())) + 2)
     return textwrap.wrap(
-        line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        line,
+        WIDTH,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
     )
 
 
@@ -70,7 +75,11 @@ def epoch_sentence(plan: StepPlan) -> str:
 
 def _steps(outlook: Outlook) -> list[str]:
     plan, config = outlook.plan, outlook.config
-    per_machine = f", {plan.ranks // outlook.machines} on each of {outlook.machines} machines" if outlook.machines > 1 else ""
+    per_machine = (
+        f", {plan.ranks // outlook.machines} on each of {outlook.machines} machines"
+        if outlook.machines > 1
+        else ""
+    )
     packed = config.execution.layout == "packed"
     limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
     if chooses_passes(config) and outlook.work is not None:
@@ -79,25 +88,30 @@ def _steps(outlook: Outlook) -> list[str]:
         mean = outlook.tokens.packed_passes / plan.updates / plan.ranks
         how = f"packed, passes of at most {limit:,} tokens: {mean:.1f} passes a rank and update, not {plan.accumulation}"
     elif packed:
-        how = f"packed, the same rows in passes of at most {limit:,} tokens (--with-data counts them)"
+        how = (
+            f"packed, the same rows in passes of at most {limit:,} tokens (--with-data counts them)"
+        )
     else:
-        how = f"literal: {plan.accumulation} passes of {plan.size} rows on each of {plan.ranks} ranks"
+        how = (
+            f"literal: {plan.accumulation} passes of {plan.size} rows on each of {plan.ranks} ranks"
+        )
         if plan.tail_rows and plan.tail == "keep":
             chunks = -(-plan.tail_rows // plan.size)
-            how += (
-                f"; the tail's {plan.tail_rows} rows: {chunks} passes over the ranks, at most {-(-chunks // plan.ranks)} a rank"
-            )
+            how += f"; the tail's {plan.tail_rows} rows: {chunks} passes over the ranks, at most {-(-chunks // plan.ranks)} a rank"
     if plan.times_trained is None:
         seen = f"{plan.rows_trained:,} rows trained on in all; which rows tails leave out differs by epoch"
     else:
-        often = ", ".join(f"{rows:,} rows {_times(times)}" for times, rows in sorted(plan.times_trained.items(), reverse=True))
+        often = ", ".join(
+            f"{rows:,} rows {_times(times)}"
+            for times, rows in sorted(plan.times_trained.items(), reverse=True)
+        )
         seen = f"{plan.rows_trained:,} rows trained on in all: {often}"
     overrides = (
-        f" (schedule.updates overrides epochs = {config.schedule.epochs:g})" if config.schedule.updates is not None else ""
+        f" (schedule.updates overrides epochs = {config.schedule.epochs:g})"
+        if config.schedule.updates is not None
+        else ""
     )
-    asked = (
-        f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = {plan.rows_per_update} rows an update"
-    )
+    asked = f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = {plan.rows_per_update} rows an update"
     activations = "recomputed" if config.execution.checkpointing else "stored"
     if config.execution.engine == "fused" and config.execution.checkpointing:
         activations = f"kept as memory.profile={config.memory.profile} allows"
@@ -122,13 +136,23 @@ def _times(times: int) -> str:
 def shown_updates(updates: int, warmup_end: int) -> list[int]:
     """Updates whose lr the table shows: the warmup, about ten more, the last."""
     step = max(1, math.ceil((updates - warmup_end) / 10))
-    return sorted({*range(1, min(warmup_end, 6) + 1), warmup_end, *range(warmup_end, updates + 1, step), updates})
+    return sorted(
+        {
+            *range(1, min(warmup_end, 6) + 1),
+            warmup_end,
+            *range(warmup_end, updates + 1, step),
+            updates,
+        }
+    )
 
 
 def _lr(plan: StepPlan) -> list[str]:
     peak_at = plan.lr.index(max(plan.lr)) + 1
     cells = [f"{u:>4}: {plan.lr[u - 1]:.3e}" for u in shown_updates(plan.updates, peak_at)]
-    table = [f"{'lr' if start == 0 else '':<{LABEL}}" + "  ".join(cells[start : start + 5]) for start in range(0, len(cells), 5)]
+    table = [
+        f"{'lr' if start == 0 else '':<{LABEL}}" + "  ".join(cells[start : start + 5])
+        for start in range(0, len(cells), 5)
+    ]
     return [*table, *plot(plan.lr)]
 
 
@@ -138,11 +162,19 @@ def plot(values: Sequence[float]) -> list[str]:
     bounds = [round(i * len(values) / width) for i in range(width + 1)]
     columns = [max(values[start:end]) for start, end in pairwise(bounds)]
     top = max(values)
-    heights = [0 if top == 0 else max(int(value > 0), round(value / top * PLOT_HEIGHT)) for value in columns]
+    heights = [
+        0 if top == 0 else max(int(value > 0), round(value / top * PLOT_HEIGHT))
+        for value in columns
+    ]
     lines = []
     for level in range(PLOT_HEIGHT, 0, -1):
-        label = f"{top * level / PLOT_HEIGHT:.1e}" if level in (PLOT_HEIGHT, PLOT_HEIGHT // 2) else ""
-        lines.append(f"{label:>{LABEL - 1}} |" + "".join("*" if height >= level else " " for height in heights).rstrip())
+        label = (
+            f"{top * level / PLOT_HEIGHT:.1e}" if level in (PLOT_HEIGHT, PLOT_HEIGHT // 2) else ""
+        )
+        lines.append(
+            f"{label:>{LABEL - 1}} |"
+            + "".join("*" if height >= level else " " for height in heights).rstrip()
+        )
     last = str(len(values))
     axis = f"{'update':>{LABEL - 1}} +1" + last.rjust(max(len(last), width - 1))
     return [*lines, axis]
@@ -170,28 +202,55 @@ def _tokens(counts: TokenCounts, outlook: Outlook) -> list[str]:
         f"packed:  {counts.packed_slots:,} places in {counts.packed_passes:,} passes, no padding: {saved:.1%} fewer places",
         f"heaviest pass ({layout}): {counts.heaviest_rows} x {counts.heaviest_tokens:,} places, {counts.heaviest_supervised:,} supervised",
     ]
-    return [f"{'tokens' if number == 0 else '':<{LABEL}}{text}" for number, text in enumerate(texts)]
+    return [
+        f"{'tokens' if number == 0 else '':<{LABEL}}{text}" for number, text in enumerate(texts)
+    ]
 
 
 def _memory(outlook: Outlook) -> list[str]:
-    assert outlook.ledger is not None and outlook.other_ledger is not None and outlook.work is not None
+    assert (
+        outlook.ledger is not None and outlook.other_ledger is not None and outlook.work is not None
+    )
     work = outlook.work
     fused = outlook.config.execution.engine == "fused"
     asked, other = outlook.ledger_names
     per_phase = [outlook.ledger.phases, outlook.other_ledger.phases]
-    what = f"memory.profile: {asked}, and {other}" if fused else f"base in {asked} as asked, and in {other}"
+    what = (
+        f"memory.profile: {asked}, and {other}"
+        if fused
+        else f"base in {asked} as asked, and in {other}"
+    )
     lines = [
         f"{'memory':<{LABEL}}GiB of a GPU by phase, predicted; {what}; heaviest pass {work.rows} x {work.tokens:,}",
         f"{'':<{LABEL}}{'phase':<12}{asked:>10}{other:>10}",
     ]
-    lines += [f"{'':<{LABEL}}{phase:<12}" + "".join(f"{one[phase] / GIB:>10.2f}" for one in per_phase) for phase in per_phase[0]]
-    peak = max(outlook.ledger.phases, key=lambda phase: outlook.ledger.phases[phase] if phase != "peak" else 0)  # type: ignore[union-attr]
-    largest = sorted((term for term in outlook.ledger.terms if peak in term.phases), key=lambda term: -term.size_bytes)[:5]
+    lines += [
+        f"{'':<{LABEL}}{phase:<12}" + "".join(f"{one[phase] / GIB:>10.2f}" for one in per_phase)
+        for phase in per_phase[0]
+    ]
+    peak = max(
+        outlook.ledger.phases,
+        key=lambda phase: outlook.ledger.phases[phase] if phase != "peak" else 0,
+    )  # type: ignore[union-attr]
+    largest = sorted(
+        (term for term in outlook.ledger.terms if peak in term.phases),
+        key=lambda term: -term.size_bytes,
+    )[:5]
     lines.append(f"{'':<{LABEL}}most of the peak ({peak}):")
     lines += [f"{'':<{LABEL}}  {term.size_bytes / GIB:>7.2f}  {term.what}" for term in largest]
-    paged = round(2 * (outlook.trainable or 0) / 2**20) if work.optimizer == "paged_adamw_8bit" else 0
-    pinned = "at most memory.host_gib of layers' large tensors, and the embedding, both only under min" if fused else ""
-    host = f"{paged:,} MiB of paged optimizer state" if paged else pinned or "nothing pinned but a pass's ids"
+    paged = (
+        round(2 * (outlook.trainable or 0) / 2**20) if work.optimizer == "paged_adamw_8bit" else 0
+    )
+    pinned = (
+        "at most memory.host_gib of layers' large tensors, and the embedding, both only under min"
+        if fused
+        else ""
+    )
+    host = (
+        f"{paged:,} MiB of paged optimizer state"
+        if paged
+        else pinned or "nothing pinned but a pass's ids"
+    )
     return [*lines, f"{'':<{LABEL}}host memory beside libraries: {host}"]
 
 
@@ -205,7 +264,11 @@ def _cards(outlook: Outlook) -> list[str]:
     ]
     for one in outlook.verdicts:
         if one.fits:
-            passes = f", in passes of {one.pass_tokens:,} tokens" if chooses_passes(outlook.config) else ""
+            passes = (
+                f", in passes of {one.pass_tokens:,} tokens"
+                if chooses_passes(outlook.config)
+                else ""
+            )
             text = f"fits; {profile}: {one.tiers}{passes}" if one.tiers else "fits"
             text += f"; also {one.faster} ({one.faster_gib:.1f})" if one.faster else ""
         else:
@@ -215,7 +278,9 @@ def _cards(outlook: Outlook) -> list[str]:
                 else "does NOT fit, and no smaller pass does: lower data.max_tokens"
             )
         note = f"; {one.note}" if one.note else ""
-        lines.append(f"{'':<{LABEL}}{one.card:<9}{one.needed_gib:>6.1f} of {one.has_gib:>6.1f}  {text}{note}")
+        lines.append(
+            f"{'':<{LABEL}}{one.card:<9}{one.needed_gib:>6.1f} of {one.has_gib:>6.1f}  {text}{note}"
+        )
     return lines
 
 

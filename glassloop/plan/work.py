@@ -60,9 +60,15 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
     packed = config.execution.layout == "packed"
     limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
     if counts is not None:
-        rows, tokens, supervised = counts.heaviest_rows, counts.heaviest_tokens, counts.heaviest_supervised
+        rows, tokens, supervised = (
+            counts.heaviest_rows,
+            counts.heaviest_tokens,
+            counts.heaviest_supervised,
+        )
     else:
-        rows, tokens, supervised = (1, limit, None) if packed else (config.batch.size, config.data.max_tokens, None)
+        rows, tokens, supervised = (
+            (1, limit, None) if packed else (config.batch.size, config.data.max_tokens, None)
+        )
     return Work(
         rows=rows,
         tokens=tokens,
@@ -79,7 +85,9 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
         reduction=config.execution.reduction,
         profile=config.memory.profile,
         host_gib=config.memory.host_gib,
-        between=(config.data.max_tokens, max(share, config.data.max_tokens)) if share and chooses_passes(config) else None,
+        between=(config.data.max_tokens, max(share, config.data.max_tokens))
+        if share and chooses_passes(config)
+        else None,
     )
 
 
@@ -93,7 +101,9 @@ def usual_budget(present: Sequence[Present], ranks: int) -> tuple[str, int]:
     return gpu.key, budget_bytes(gpu.usable_gib, ranks)
 
 
-def ledgers_of(shapes: Shapes, work: Work, engine: str, usual: int) -> tuple[Ledger, Ledger, tuple[str, str], Work]:
+def ledgers_of(
+    shapes: Shapes, work: Work, engine: str, usual: int
+) -> tuple[Ledger, Ledger, tuple[str, str], Work]:
     """Memory as asked and another way, what the two are called, and the work as it was counted.
 
     The other: the base in its other form; for `fused` as little as it can do with, or, where that is asked, every layer kept whole.
@@ -104,7 +114,9 @@ def ledgers_of(shapes: Shapes, work: Work, engine: str, usual: int) -> tuple[Led
         names = ("NF4", work.precision) if work.quantization == "nf4" else (work.precision, "NF4")
         return ledger_of(shapes, work, engine), ledger_of(shapes, other, engine), names, work
     work = replace(with_tiers(shapes, work, usual), tiers=None)
-    least = ledger_of(shapes, with_tiers(shapes, replace(work, profile="min", checkpointing=True), usual), engine)
+    least = ledger_of(
+        shapes, with_tiers(shapes, replace(work, profile="min", checkpointing=True), usual), engine
+    )
     whole = ledger_of(shapes, replace(work, checkpointing=False), engine)
     if not work.checkpointing or work.profile == "fill":
         return whole, least, ("all kept", "min"), work

@@ -56,11 +56,22 @@ def needed_gib(shapes: Shapes, work: Work, ranks: int, engine: str = "peft") -> 
 
 
 def verdict(
-    gpu: Gpu, shapes: Shapes, work: Work, *, ranks: int, rows_per_update: int, free_gib: float | None = None, engine: str = "peft"
+    gpu: Gpu,
+    shapes: Shapes,
+    work: Work,
+    *,
+    ranks: int,
+    rows_per_update: int,
+    free_gib: float | None = None,
+    engine: str = "peft",
 ) -> Verdict:
     """Judge one card. `free_gib`: what nvidia-smi says is free now, of a card that is present (a context is not yet part of it)."""
     work = replace(work, capability=gpu.capability)
-    note = "" if gpu.has_bf16 or work.precision != "bf16" else "no bf16 units: execution.precision=fp16"
+    note = (
+        ""
+        if gpu.has_bf16 or work.precision != "bf16"
+        else "no bf16 units: execution.precision=fp16"
+    )
     has = gpu.usable_gib if free_gib is None else free_gib
 
     def carried_out(one: Work) -> Work:
@@ -74,12 +85,20 @@ def verdict(
     if engine == "fused":
         how = carried_out(work)
         tiers = tiers_of(shapes, how)
-        found = replace(found, kept=tiers.kept, held=tiers.held, pass_tokens=how.places, tiers=describe(tiers, shapes.layers))
+        found = replace(
+            found,
+            kept=tiers.kept,
+            held=tiers.held,
+            pass_tokens=how.places,
+            tiers=describe(tiers, shapes.layers),
+        )
         if found.fits:
             return _with_more(found, shapes, work, tiers, needs, carried_out)
         work = replace(how, tiers=None)
     kept = f"batch.rows_per_update={rows_per_update}"
-    for fields, smaller in smaller_settings(work, ranks=ranks, rows_per_update=rows_per_update) if asked > has else ():
+    for fields, smaller in (
+        smaller_settings(work, ranks=ranks, rows_per_update=rows_per_update) if asked > has else ()
+    ):
         needed = needs(smaller)
         if needed <= has:
             return replace(found, cure=fields, cure_gib=needed)
@@ -87,7 +106,9 @@ def verdict(
         stored, off = replace(work, checkpointing=False), "execution.checkpointing=false"
         for size in range(work.rows, 0, -1):
             needed = needs(replace(stored, rows=size, supervised_tokens=_share(work, size)))
-            if needed <= has and (size == work.rows or (not work.packed and rows_per_update % (size * ranks) == 0)):
+            if needed <= has and (
+                size == work.rows or (not work.packed and rows_per_update % (size * ranks) == 0)
+            ):
                 fields = off if size == work.rows else f"{off} batch.size={size} {kept}"
                 return replace(found, faster=fields, faster_gib=needed)
     return found
@@ -106,7 +127,11 @@ def _with_more(
     more = tiers_of(shapes, carried_out(filled)).kept
     if work.profile == "fill" or more <= tiers.kept or needs(filled) > found.has_gib:
         return found
-    return replace(found, faster=f"memory.profile=fill, {more} of {shapes.layers} layers kept", faster_gib=needs(filled))
+    return replace(
+        found,
+        faster=f"memory.profile=fill, {more} of {shapes.layers} layers kept",
+        faster_gib=needs(filled),
+    )
 
 
 def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequence[tuple[str, Work]]:
@@ -116,11 +141,23 @@ def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequenc
     """
     kept = f"batch.rows_per_update={rows_per_update}"
     if work.packed:
-        sizes = [(f"execution.pass_tokens={work.tokens // part}", replace(work, tokens=work.tokens // part)) for part in (2, 4)]
-    else:
-        smaller = [size for size in range(work.rows - 1, 0, -1) if rows_per_update % (size * ranks) == 0]
         sizes = [
-            (f"batch.size={size} {kept}", replace(work, rows=size, supervised_tokens=_share(work, size))) for size in smaller
+            (
+                f"execution.pass_tokens={work.tokens // part}",
+                replace(work, tokens=work.tokens // part),
+            )
+            for part in (2, 4)
+        ]
+    else:
+        smaller = [
+            size for size in range(work.rows - 1, 0, -1) if rows_per_update % (size * ranks) == 0
+        ]
+        sizes = [
+            (
+                f"batch.size={size} {kept}",
+                replace(work, rows=size, supervised_tokens=_share(work, size)),
+            )
+            for size in smaller
         ]
     found = list(sizes)
     if not work.checkpointing:
@@ -128,10 +165,15 @@ def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequenc
         found = [(on, replace(work, checkpointing=True)), *found]
         found += [(f"{fields} {on}", replace(other, checkpointing=True)) for fields, other in sizes]
     if work.quantization == "none":
-        as_nf4 = [("model.quantization=nf4", work), *((f"{fields} model.quantization=nf4", other) for fields, other in found)]
+        as_nf4 = [
+            ("model.quantization=nf4", work),
+            *((f"{fields} model.quantization=nf4", other) for fields, other in found),
+        ]
         found += [(fields, replace(other, quantization="nf4")) for fields, other in as_nf4]
     return found
 
 
 def _share(work: Work, rows: int) -> int | None:
-    return None if work.supervised_tokens is None else -(-work.supervised_tokens * rows // work.rows)
+    return (
+        None if work.supervised_tokens is None else -(-work.supervised_tokens * rows // work.rows)
+    )

@@ -37,7 +37,9 @@ class Flops:
         return self.linear + self.adapters + self.attention + self.head
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Flops(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 def flops_of(
@@ -68,14 +70,23 @@ def flops_of(
     adapters = (
         tokens * 2 * shapes.lora_weights(r, targets)
     )  # forward; as much for input gradients, and for the gradients of A and B
-    attention = shapes.layers * 2 * 2 * pairs * shapes.q_width  # two products, forward; backward, a gradient of each factor
+    attention = (
+        shapes.layers * 2 * 2 * pairs * shapes.q_width
+    )  # two products, forward; backward, a gradient of each factor
     skipped, skipped_adapters = _before_any_adapter(shapes, r, targets)
     again = linear + adapters + attention if checkpointing else 0
     if kept is not None:
         known = ("o_proj", "down_proj") if host else ("down_proj",)
-        again = linear + adapters + (0 if host else attention) - tokens * 2 * shapes.layers * _weights(shapes, r, targets, known)
+        again = (
+            linear
+            + adapters
+            + (0 if host else attention)
+            - tokens * 2 * shapes.layers * _weights(shapes, r, targets, known)
+        )
         again = again * (shapes.layers - kept) // shapes.layers
-        if kept == 0:  # the last layer's, which needs what follows attention at supervised places alone
+        if (
+            kept == 0
+        ):  # the last layer's, which needs what follows attention at supervised places alone
             after = ("gate_proj", "up_proj") if host else ("o_proj", "gate_proj", "up_proj")
             again -= (tokens - supervised) * 2 * _weights(shapes, r, targets, after)
     q, k, v = (name in targets for name in STAGES[0])
@@ -92,7 +103,10 @@ def flops_of(
 def _weights(shapes: Shapes, r: int, targets: Sequence[str], names: Sequence[str]) -> int:
     """Of these projections of a layer, adapters included."""
     widths = [(name, *shapes.projections[name]) for name in names]
-    return sum(inner * outer + (r * (inner + outer) if name in targets else 0) for name, inner, outer in widths)
+    return sum(
+        inner * outer + (r * (inner + outer) if name in targets else 0)
+        for name, inner, outer in widths
+    )
 
 
 def _before_any_adapter(shapes: Shapes, r: int, targets: Sequence[str]) -> tuple[int, int]:

@@ -52,7 +52,14 @@ GPUS = (
     Gpu("H100", ("H100 80GB HBM3",), 79.1, 989.4, 3.352, (9, 0)),
     Gpu("H200", ("H200",), 139.7, 989.4, 4.800, (9, 0)),
 )
-PLANNED_FOR = ("3090", "4090", "A100-40", "A100-80", "H100", "H200")  # cards that a plan shows without being asked
+PLANNED_FOR = (
+    "3090",
+    "4090",
+    "A100-40",
+    "A100-80",
+    "H100",
+    "H200",
+)  # cards that a plan shows without being asked
 
 
 def gpu_named(name: str) -> Gpu | None:
@@ -91,7 +98,9 @@ def gpus_present() -> tuple[Present, ...]:
     fields = "name,memory.total,memory.free,driver_version,compute_cap"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5, check=True).stdout
+        answer = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=5, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
     return parse_smi(answer)
@@ -104,6 +113,10 @@ def parse_smi(answer: str) -> tuple[Present, ...]:
         parts = [part.strip() for part in line.split(",")]
         if len(parts) == 5 and parts[1].isdigit() and parts[2].isdigit():
             major, dot, minor = parts[4].partition(".")
-            capability = (int(major), int(minor)) if dot and major.isdigit() and minor.isdigit() else None
-            found.append(Present(parts[0], int(parts[1]) / 1024, int(parts[2]) / 1024, parts[3], capability))
+            capability = (
+                (int(major), int(minor)) if dot and major.isdigit() and minor.isdigit() else None
+            )
+            found.append(
+                Present(parts[0], int(parts[1]) / 1024, int(parts[2]) / 1024, parts[3], capability)
+            )
     return tuple(found)

@@ -23,7 +23,9 @@ NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
 STATE_BLOCK = 256  # elements that share one scale in an 8-bit optimizer state
 STATE_BYTES = {  # of the optimizer's state, per trainable parameter, in GPU memory
     "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK),
-    "paged_adamw_8bit": 2 * 4 / STATE_BLOCK,  # the 8-bit moments lie in managed memory, their scales do not
+    "paged_adamw_8bit": 2
+    * 4
+    / STATE_BLOCK,  # the 8-bit moments lie in managed memory, their scales do not
     "adamw": 8.0,
     "sgd": 0.0,
 }
@@ -67,7 +69,11 @@ class Work:
 
     @property
     def supervised(self) -> int:
-        return self.places if self.supervised_tokens is None else min(self.supervised_tokens, self.places)
+        return (
+            self.places
+            if self.supervised_tokens is None
+            else min(self.supervised_tokens, self.places)
+        )
 
     @property
     def act(self) -> int:
@@ -94,7 +100,10 @@ class Ledger:
     @property
     def phases(self) -> dict[str, int]:
         """Phase -> bytes, in order, with "peak" last."""
-        sums = {phase: sum(term.size_bytes for term in self.terms if phase in term.phases) for phase in PHASES}
+        sums = {
+            phase: sum(term.size_bytes for term in self.terms if phase in term.phases)
+            for phase in PHASES
+        }
         return {**sums, "peak": max(sums.values())}
 
     @property
@@ -105,7 +114,9 @@ class Ledger:
 def ledger_of(shapes: Shapes, work: Work, engine: str = "peft") -> Ledger:
     """Bytes by phase for an engine that has a profile here. Raises ValueError for one that has none, or targets that are not there."""
     if engine not in PROFILES:
-        raise ValueError(f"execution.engine = {engine}: no memory profile; there is one for {', '.join(PROFILES)}")
+        raise ValueError(
+            f"execution.engine = {engine}: no memory profile; there is one for {', '.join(PROFILES)}"
+        )
     terms = (*resident(shapes, work), *PROFILES[engine](shapes, work))
     return Ledger(engine, tuple(term for term in terms if term.size_bytes))
 
@@ -114,11 +125,17 @@ def base_bytes(shapes: Shapes, work: Work) -> dict[str, int]:
     """The frozen base: linear weights, their scales, and what stays 16-bit (or fp32)."""
     n = shapes.linear_weights
     blocks = n // NF4_BLOCK
-    nested = blocks + 4 * -(-blocks // SCALE_BLOCK)  # one byte a scale, and a second-level fp32 scale for every 256
+    nested = blocks + 4 * -(
+        -blocks // SCALE_BLOCK
+    )  # one byte a scale, and a second-level fp32 scale for every 256
     linear = n // 2 if work.quantization == "nf4" else n * work.act
     scales = 0 if work.quantization != "nf4" else nested if work.double_quantization else 4 * blocks
     rest = shapes.embedding_weights + shapes.head_weights + shapes.norm_weights
-    return {"linear weights": linear, "their scales": scales, "embedding, head, norms": rest * work.act}
+    return {
+        "linear weights": linear,
+        "their scales": scales,
+        "embedding, head, norms": rest * work.act,
+    }
 
 
 def tiers_of(shapes: Shapes, work: Work) -> Tiers:
@@ -138,7 +155,11 @@ def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     n = shapes.lora_weights(work.r, work.targets)
     after_load = PHASES[1:]
     base = base_bytes(shapes, work)
-    moved = shapes.embedding_weights * work.act if work.tiers and work.tiers.host and not shapes.tied_head else 0
+    moved = (
+        shapes.embedding_weights * work.act
+        if work.tiers and work.tiers.host and not shapes.tied_head
+        else 0
+    )
     base["embedding, head, norms"] -= moved
     return (
         *(Term(what, size, PHASES) for what, size in base.items()),
@@ -157,19 +178,29 @@ def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     """transformers + PEFT + bitsandbytes."""
     a, places, hidden, layers = work.act, work.places, shapes.hidden, shapes.layers
     cast = work.precision != "fp32"  # autocast is on
-    adapters_16 = a * shapes.lora_weights(work.r, work.targets) if cast else 0  # autocast's copies, kept until the pass leaves it
+    adapters_16 = (
+        a * shapes.lora_weights(work.r, work.targets) if cast else 0
+    )  # autocast's copies, kept until the pass leaves it
     stored = stored_bytes(shapes, work)
     flows = ("forward", "logits", "backward")
     terms = [
         Term("ids, targets, positions and owners", 32 * places, flows),
         Term("cosines and sines", 2 * a * work.tokens * shapes.head_dim, flows),
         # A packed pass brings a block-diagonal mask: bool, and the kernel's own copy in the activations' type.
-        Term("mask of the packed pass", (1 + a) * work.tokens**2 if work.packed and work.attention == "sdpa" else 0, flows),
+        Term(
+            "mask of the packed pass",
+            (1 + a) * work.tokens**2 if work.packed and work.attention == "sdpa" else 0,
+            flows,
+        ),
         Term("inputs of all layers", layers * places * hidden * a, flows),
         Term("16-bit copies of the adapters", adapters_16, ("forward", "logits")),
         Term("forward: buffers of a layer", _forward_buffers(shapes, work), ("forward",)),
         Term("output of the last layer, and its norm's", 2 * places * hidden * a, ("logits",)),
-        Term("supervised places: hidden states and their gradient", 2 * work.supervised * hidden * a, ("logits",)),
+        Term(
+            "supervised places: hidden states and their gradient",
+            2 * work.supervised * hidden * a,
+            ("logits",),
+        ),
         Term("logits of a chunk", head_bytes(shapes, work), ("logits",)),
         Term("backward: gradient of a layer's output", places * hidden * a, ("backward",)),
         Term("backward: buffers of a layer", _backward_buffers(shapes, work), ("backward",)),
@@ -192,7 +223,10 @@ def stored_bytes(shapes: Shapes, work: Work) -> int:
     """
     hidden, inner, targets = shapes.hidden, shapes.intermediate, set(work.targets)
     copies = work.quantization == "none" and work.precision != "fp32"
-    into_attention, into_mlp = len(targets & {"q_proj", "k_proj", "v_proj"}), len(targets & {"gate_proj", "up_proj"})
+    into_attention, into_mlp = (
+        len(targets & {"q_proj", "k_proj", "v_proj"}),
+        len(targets & {"gate_proj", "up_proj"}),
+    )
     if not copies:  # the adapters share one normed input
         into_attention, into_mlp = min(into_attention, 1), min(into_mlp, 1)
     elements = (
@@ -207,7 +241,9 @@ def stored_bytes(shapes: Shapes, work: Work) -> int:
         + work.r * len(targets)  # x A^T
     )  # fmt: skip
     fp32 = 4 * shapes.heads + 2 * 4  # log-sum-exp, 1 / rms of two norms
-    scores = 6 * shapes.heads * work.tokens if work.attention == "eager" else 0  # softmax in fp32, and rounded
+    scores = (
+        6 * shapes.heads * work.tokens if work.attention == "eager" else 0
+    )  # softmax in fp32, and rounded
     return work.places * (elements * work.act + fp32 + scores)
 
 
@@ -239,7 +275,9 @@ def _forward_buffers(shapes: Shapes, work: Work) -> int:
     if work.checkpointing:
         adding = 4 * inner * a + x_fp32 * hidden
         multiplying = 2 * inner * a
-        return places * 2 * hidden * a + max(places * adding, places * multiplying + _dequantized(shapes, work, 2))
+        return places * 2 * hidden * a + max(
+            places * adding, places * multiplying + _dequantized(shapes, work, 2)
+        )
     adding = 3 * hidden * a + x_fp32 * inner + (inner * a if x_fp32 else 0)
     return max(places * adding, places * hidden * a + _dequantized(shapes, work, 2))
 
@@ -264,7 +302,9 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     one, chosen = sizes_of(shapes, work.r, work.targets, a), tiers_of(shapes, work)
     flows, run = ("forward", "logits", "backward"), PHASES[2:]
     recomputed = layers - chosen.kept
-    away = tiers.away_bytes(one, places) if chosen.host else 0  # of a layer, brought back from the host when it is at work
+    away = (
+        tiers.away_bytes(one, places) if chosen.host else 0
+    )  # of a layer, brought back from the host when it is at work
     stays = tiers.beside_away_bytes(one, places) if chosen.host else tiers.input_bytes(one, places)
     whole = tiers.kept_bytes(one, places)
     last = tiers.last_kept_bytes(one, places, work.supervised)
@@ -274,21 +314,51 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     computing = (middle, middle - last + tiers.input_bytes(one, places), 0)[min(chosen.kept, 2)]
     return (
         Term("adapters, rounded", (layers - chosen.held) * tiers.shadow_bytes(one), PHASES),
-        Term("adapters, rounded, of layers to be held", chosen.held * tiers.shadow_bytes(one), PHASES[:2]),
+        Term(
+            "adapters, rounded, of layers to be held",
+            chosen.held * tiers.shadow_bytes(one),
+            PHASES[:2],
+        ),
         Term("weights held in 16 bits", chosen.held * tiers.held_bytes(one), run),
-        Term("weights of the layer at work, 16 bits", tiers.scratch_bytes(one) if chosen.held < layers else 0, run),
+        Term(
+            "weights of the layer at work, 16 bits",
+            tiers.scratch_bytes(one) if chosen.held < layers else 0,
+            run,
+        ),
         Term("gradients of its adapters, fp32", tiers.product_bytes(one), run),
         Term("ids, targets, positions and owners", 32 * places, flows),
         Term("cosines and sines", 4 * places * shapes.head_dim, flows),
         Term(f"kept whole by {chosen.kept} layers", kept, flows),
-        Term(f"{'small parts' if chosen.host else 'inputs'} of {recomputed} layers", recomputed * stays, flows),
+        Term(
+            f"{'small parts' if chosen.host else 'inputs'} of {recomputed} layers",
+            recomputed * stays,
+            flows,
+        ),
         Term("large tensors on their way to and from the host", min(2, recomputed) * away, flows),
-        Term("forward: buffers of a layer", _fused_forward_buffers(shapes, work, one, chosen.kept), ("forward",)),
-        Term("output of the last layer", (1 + (chosen.kept == 0)) * a * work.supervised * hidden, ("logits",)),
-        Term("logits of a chunk, and supervised places", fused_head_bytes(shapes, work), ("logits",)),
+        Term(
+            "forward: buffers of a layer",
+            _fused_forward_buffers(shapes, work, one, chosen.kept),
+            ("forward",),
+        ),
+        Term(
+            "output of the last layer",
+            (1 + (chosen.kept == 0)) * a * work.supervised * hidden,
+            ("logits",),
+        ),
+        Term(
+            "logits of a chunk, and supervised places", fused_head_bytes(shapes, work), ("logits",)
+        ),
         Term("the layer that is computed again", computing, ("backward",)),
-        Term("backward: gradient of a layer's output", a * places * (hidden + max(one.o.rank, one.down.rank)), ("backward",)),
-        Term("backward: hidden states and gradients at supervised places", 2 * a * work.supervised * hidden, ("backward",)),
+        Term(
+            "backward: gradient of a layer's output",
+            a * places * (hidden + max(one.o.rank, one.down.rank)),
+            ("backward",),
+        ),
+        Term(
+            "backward: hidden states and gradients at supervised places",
+            2 * a * work.supervised * hidden,
+            ("backward",),
+        ),
         Term("backward: buffers of a layer", tiers.live_bytes(one, places), ("backward",)),
     )
 
@@ -299,10 +369,18 @@ def _fused_forward_buffers(shapes: Shapes, work: Work, one: Sizes, kept: int) ->
     product = shapes.intermediate + one.down.rank  # of gate and up
     whole, last = tiers.kept_bytes(one, places), tiers.last_kept_bytes(one, places, supervised)
     inputs = tiers.input_bytes(one, places)
-    before = a * places * (product + (2 + (kept <= 2)) * hidden) + (kept <= 1) * (whole - inputs) - (last if kept else inputs)
+    before = (
+        a * places * (product + (2 + (kept <= 2)) * hidden)
+        + (kept <= 1) * (whole - inputs)
+        - (last if kept else inputs)
+    )
     after_gate = a * supervised * (product + hidden)
     before_gate = a * places * (hidden + one.qkv.rank) - a * supervised * one.gate_up.rows
-    at_last = a * places * (1 + (kept <= 1)) * hidden + max(after_gate, before_gate) + (kept == 0) * (last - inputs)
+    at_last = (
+        a * places * (1 + (kept <= 1)) * hidden
+        + max(after_gate, before_gate)
+        + (kept == 0) * (last - inputs)
+    )
     return max(before, at_last)
 
 

@@ -89,7 +89,17 @@ FUSED_CHECKED = (
     Check("8 x 2,048 packed, all kept", "H100", 8, 2048, 1, 16581, kept=32, passes=1),
     Check("16 short rows packed, all kept", "H100", 16, 6787 / 16, 1, 16362, kept=32, passes=1),
     Check("the same, none kept", "H100", 16, 6787 / 16, 1, 12529, passes=1),
-    Check("2 short rows a pass, all kept", "H100", 2, 6787 / 16, 1, 5810, kept=32, passes=8, padded=1.23),
+    Check(
+        "2 short rows a pass, all kept",
+        "H100",
+        2,
+        6787 / 16,
+        1,
+        5810,
+        kept=32,
+        passes=8,
+        padded=1.23,
+    ),
 )
 CALIBRATED_ON = (CHECKED[1], FUSED_CHECKED[-1])  # the host's times come from them
 
@@ -114,15 +124,31 @@ def pass_time(
     efficiency = 0.95 if places >= 2048 else 0.8  # of the rate of large square products
     adapters = shapes.lora_weights(r, targets)
     head = shapes.embedding_weights
-    flop = 2 * places * (shapes.linear_weights * (2 + again) + head * 2 * supervised_share + adapters * (3 + again))
+    flop = (
+        2
+        * places
+        * (
+            shapes.linear_weights * (2 + again)
+            + head * 2 * supervised_share
+            + adapters * (3 + again)
+        )
+    )
     # Causal attention, forward: 2 products of (row_tokens / 2) x head_dim for every place and head, 2 FLOP each.
     attention = shapes.layers * 2 * row_tokens * shapes.q_width * places
-    attention_s = attention * (1 + again) / rates.attention + 2.5 * attention / rates.attention_backward
+    attention_s = (
+        attention * (1 + again) / rates.attention + 2.5 * attention / rates.attention_backward
+    )
     # Dequantisation reads 4 bits and writes 16 for each weight, and its scales on the way, once a product.
     dequantize = (NF4_BYTES + 2.25) * shapes.linear_weights * (2 + again) if quantized else 0.0
-    elementwise = elementwise_bytes(shapes, targets) * places * shapes.layers * (3 + again)  # backward counts twice
+    elementwise = (
+        elementwise_bytes(shapes, targets) * places * shapes.layers * (3 + again)
+    )  # backward counts twice
     logits = 8 * places * supervised_share * shapes.vocabulary
-    gpu = flop / (rates.matmul * efficiency) + attention_s + (dequantize + elementwise + logits) / rates.copy
+    gpu = (
+        flop / (rates.matmul * efficiency)
+        + attention_s
+        + (dequantize + elementwise + logits) / rates.copy
+    )
     return PassTime(gpu, HOST_S_PER_LAYER * shapes.layers * (2 + again) / 3)
 
 
@@ -144,27 +170,44 @@ def fused_pass_time(
         return None
     places, again = rows * row_tokens, 1 - kept / shapes.layers
     efficiency = 0.95 if places >= 2048 else 0.8
-    down = shapes.layers * shapes.intermediate * shapes.hidden  # its product is never computed again
+    down = (
+        shapes.layers * shapes.intermediate * shapes.hidden
+    )  # its product is never computed again
     adapters = shapes.lora_weights(r, targets)
-    products = shapes.linear_weights * 2 + (shapes.linear_weights - down) * again + adapters * (3 + again)
+    products = (
+        shapes.linear_weights * 2 + (shapes.linear_weights - down) * again + adapters * (3 + again)
+    )
     flop = 2 * places * (products + shapes.embedding_weights * 2 * supervised_share)
     attention = shapes.layers * 2 * row_tokens * shapes.q_width * places
-    attention_s = attention * (1 + again) / rates.attention + 2.5 * attention / rates.attention_backward
+    attention_s = (
+        attention * (1 + again) / rates.attention + 2.5 * attention / rates.attention_backward
+    )
     # In the backward pass a layer's weights are dequantised once, whether it is recomputed or not.
     dequantize = 2 * (NF4_BYTES + 2) * shapes.linear_weights * (1 - held / shapes.layers)
     # Bytes a place and layer: norms with their sums, rotary, attention's output copied, SwiGLU; without the last where it is recomputed.
-    rest, swiglu = 20 * shapes.hidden + 4 * (shapes.q_width + shapes.kv_width), 6 * shapes.intermediate
+    rest, swiglu = (
+        20 * shapes.hidden + 4 * (shapes.q_width + shapes.kv_width),
+        6 * shapes.intermediate,
+    )
     backward = 24 * shapes.hidden + 4 * (shapes.q_width + 2 * shapes.kv_width) + 2 * swiglu
     elementwise = (rest + swiglu + backward + rest * again) * places * shapes.layers
-    logits = 6 * places * supervised_share * shapes.vocabulary  # written once in 16 bits, read twice, written again
-    gpu = flop / (rates.matmul * efficiency) + attention_s + (dequantize + elementwise + logits) / rates.copy
+    logits = (
+        6 * places * supervised_share * shapes.vocabulary
+    )  # written once in 16 bits, read twice, written again
+    gpu = (
+        flop / (rates.matmul * efficiency)
+        + attention_s
+        + (dequantize + elementwise + logits) / rates.copy
+    )
     host = shapes.layers * (FUSED_HOST_S_PER_LAYER + FUSED_HOST_S_PER_RECOMPUTED * again)
     return PassTime(gpu, host)
 
 
 def elementwise_bytes(shapes: Shapes, targets: Sequence[str]) -> int:
     """Bytes that a layer's forward pass reads and writes for one place outside of matrix products."""
-    norms_and_residuals = 20 * shapes.hidden  # each norm reads and writes once, each residual sum reads twice and writes once
+    norms_and_residuals = (
+        20 * shapes.hidden
+    )  # each norm reads and writes once, each residual sum reads twice and writes once
     rope = 20 * (shapes.q_width + shapes.kv_width)
     swiglu = 10 * shapes.intermediate
     widths = [shapes.projections[target] for target in targets]
@@ -173,7 +216,9 @@ def elementwise_bytes(shapes: Shapes, targets: Sequence[str]) -> int:
     return norms_and_residuals + rope + swiglu + adapters
 
 
-def tokens_per_s(one: PassTime, *, rows: float, row_tokens: float, passes: float, ranks: int) -> float:
+def tokens_per_s(
+    one: PassTime, *, rows: float, row_tokens: float, passes: float, ranks: int
+) -> float:
     """Of all ranks together, over whole updates of `passes` passes a rank."""
     return ranks * passes * rows * row_tokens / (passes * one.seconds + OVERHEAD_S_PER_UPDATE)
 
@@ -189,7 +234,11 @@ def errors(engine: str = "peft") -> list[tuple[Check, float, float]]:
         else:
             one = pass_time(shapes, check.card, **work)
         assert one is not None
-        passes = check.passes or 8 // check.ranks  # 16 rows an update, 2 a pass; the full rows had 4
-        fast = tokens_per_s(one, rows=check.rows, row_tokens=check.row_tokens, passes=passes, ranks=check.ranks)
+        passes = (
+            check.passes or 8 // check.ranks
+        )  # 16 rows an update, 2 a pass; the full rows had 4
+        fast = tokens_per_s(
+            one, rows=check.rows, row_tokens=check.row_tokens, passes=passes, ranks=check.ranks
+        )
         found.append((check, fast, fast / check.measured_tokens_per_s - 1))
     return found

@@ -48,8 +48,18 @@ class Shapes:
     def projections(self) -> dict[str, tuple[int, int]]:
         """Name -> (in, out) of each linear layer of one decoder layer."""
         h, i = self.hidden, self.intermediate
-        attention = {"q_proj": (h, self.q_width), "k_proj": (h, self.kv_width), "v_proj": (h, self.kv_width)}
-        return {**attention, "o_proj": (self.q_width, h), "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+        attention = {
+            "q_proj": (h, self.q_width),
+            "k_proj": (h, self.kv_width),
+            "v_proj": (h, self.kv_width),
+        }
+        return {
+            **attention,
+            "o_proj": (self.q_width, h),
+            "gate_proj": (h, i),
+            "up_proj": (h, i),
+            "down_proj": (i, h),
+        }
 
     @property
     def linear_weights(self) -> int:
@@ -77,12 +87,16 @@ class Shapes:
     def lora_weights(self, r: int, targets: Sequence[str]) -> int:
         """Trainable parameters: r x (in + out) for each target of each layer. Raises ValueError for a target that is not there."""
         if unknown := [target for target in targets if target not in self.projections]:
-            raise ValueError(f"lora.targets = {', '.join(unknown)}: {self.name} has {', '.join(self.projections)}")
+            raise ValueError(
+                f"lora.targets = {', '.join(unknown)}: {self.name} has {', '.join(self.projections)}"
+            )
         return self.layers * sum(r * sum(self.projections[target]) for target in targets)
 
 
 KNOWN = {
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes("DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes(
+        "DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256
+    ),
     "smollm2": Shapes("SmolLM2-135M-Instruct", 30, 576, 1536, 9, 3, 64, 49152, tied_head=True),
     "random:llama-8b": Shapes("random-llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
     "random:tiny": Shapes("random-tiny", 2, 64, 192, 4, 2, 16, 512),
@@ -111,7 +125,12 @@ def config_values(model_id: str) -> dict[str, Any] | None:
     if not path.is_dir() and model_id in KNOWN:
         known = KNOWN[model_id]
         sizes = {"hidden_size": known.hidden, "intermediate_size": known.intermediate}
-        return {"model_type": "llama", **sizes, "num_attention_heads": known.heads, "head_dim": known.head_dim}
+        return {
+            "model_type": "llama",
+            **sizes,
+            "num_attention_heads": known.heads,
+            "head_dim": known.head_dim,
+        }
     file = path / "config.json" if path.is_dir() else _downloaded_config(model_id)
     with contextlib.suppress(OSError, ValueError):
         found = None if file is None else json.loads(file.read_text(encoding="utf-8"))
@@ -139,12 +158,20 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
             biased=_biased(values),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"model.id = {name}: its config.json lacks or garbles a size ({error!r})") from error
+        raise ValueError(
+            f"model.id = {name}: its config.json lacks or garbles a size ({error!r})"
+        ) from error
 
 
 def _biased(values: dict[str, Any]) -> tuple[str, ...]:
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-    found = attention if values.get("attention_bias") else attention[:3] if values["model_type"] == "qwen2" else ()
+    found = (
+        attention
+        if values.get("attention_bias")
+        else attention[:3]
+        if values["model_type"] == "qwen2"
+        else ()
+    )
     return (*found, *mlp) if values.get("mlp_bias") else found
 
 
@@ -157,7 +184,10 @@ def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
         return None, f"model.id = {model_id}: {file} holds no object"
     shapes = shapes_from_config(values, model_id.rstrip("/").rpartition("/")[2])
     if shapes is None:
-        return None, f"model.id = {model_id}: model_type {values.get('model_type')} is not one of {', '.join(FAMILIES)}"
+        return (
+            None,
+            f"model.id = {model_id}: model_type {values.get('model_type')} is not one of {', '.join(FAMILIES)}",
+        )
     return shapes, str(file)
 
 
@@ -166,6 +196,7 @@ def _downloaded_config(model_id: str) -> Path | None:
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     found = sorted(
-        hub.glob(f"models--{model_id.replace('/', '--')}/snapshots/*/config.json"), key=lambda file: file.stat().st_mtime
+        hub.glob(f"models--{model_id.replace('/', '--')}/snapshots/*/config.json"),
+        key=lambda file: file.stat().st_mtime,
     )
     return found[-1] if found else None

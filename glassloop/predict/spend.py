@@ -16,7 +16,11 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
     if work.between is not None:
         longest, share = work.between
         tokens = min(max(longest, pass_tokens_of(shapes, work, budget_bytes)), share)
-        supervised = None if work.supervised_tokens is None else -(-work.supervised_tokens * tokens // work.tokens)
+        supervised = (
+            None
+            if work.supervised_tokens is None
+            else -(-work.supervised_tokens * tokens // work.tokens)
+        )
         work = replace(work, tokens=tokens, supervised_tokens=supervised, between=None)
     if not work.checkpointing:
         return work
@@ -37,8 +41,17 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
 def resident_bytes(shapes: Shapes, work: Work) -> int:
     """What the engine `fused` holds between updates, before it spends memory on anything."""
     one = sizes_of(shapes, work.r, work.targets, work.act)
-    base = sum(term.size_bytes for term in resident(shapes, replace(work, tiers=None)) if "backward" in term.phases)
-    return base + shapes.layers * tiers.shadow_bytes(one) + tiers.scratch_bytes(one) + tiers.product_bytes(one)
+    base = sum(
+        term.size_bytes
+        for term in resident(shapes, replace(work, tiers=None))
+        if "backward" in term.phases
+    )
+    return (
+        base
+        + shapes.layers * tiers.shadow_bytes(one)
+        + tiers.scratch_bytes(one)
+        + tiers.product_bytes(one)
+    )
 
 
 def pass_tokens_of(shapes: Shapes, work: Work, budget_bytes: int) -> int:
@@ -49,7 +62,9 @@ def pass_tokens_of(shapes: Shapes, work: Work, budget_bytes: int) -> int:
     sizes = range(PASS_STEP, MOST_PASS_TOKENS + 1, PASS_STEP)
 
     def too_large(tokens: int) -> bool:
-        one = replace(work, rows=1, tokens=tokens, supervised_tokens=None, checkpointing=True, between=None)
+        one = replace(
+            work, rows=1, tokens=tokens, supervised_tokens=None, checkpointing=True, between=None
+        )
         return tiers_of(shapes, with_tiers(shapes, one, budget_bytes)).kept < shapes.layers
 
     return PASS_STEP * bisect_left(sizes, True, key=too_large)

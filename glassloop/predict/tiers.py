@@ -18,7 +18,9 @@ FRAGMENTATION = 0.03  # of the memory in use: what an allocator holds in pieces 
 SPARE_BYTES = 512 * 2**20  # for what is not counted: libraries' workspaces, evaluation
 ALIGNMENT = 16  # R is rounded up to it
 HEAD_CHUNK = 1024  # places whose logits are computed at a time
-MOST_PASS_TOKENS = 32768  # of a pass whose size is chosen: dequantisation and launches are about 1 % of it by then
+MOST_PASS_TOKENS = (
+    32768  # of a pass whose size is chosen: dequantisation and launches are about 1 % of it by then
+)
 PASS_STEP = 256  # tokens; a pass's size is a multiple, so that a few MiB more or less free give the same one
 
 
@@ -71,9 +73,15 @@ def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Si
     """A layer of these shapes with adapters of rank r on `targets`."""
 
     def group(*names: str) -> Group:
-        used = r * sum(name in targets for name in names) + any(name in shapes.biased for name in names)
+        used = r * sum(name in targets for name in names) + any(
+            name in shapes.biased for name in names
+        )
         inner = shapes.projections[names[0]][0]
-        return Group(sum(shapes.projections[name][1] for name in names), inner, -(-used // ALIGNMENT) * ALIGNMENT)
+        return Group(
+            sum(shapes.projections[name][1] for name in names),
+            inner,
+            -(-used // ALIGNMENT) * ALIGNMENT,
+        )
 
     return Sizes(
         group("q_proj", "k_proj", "v_proj"),
@@ -87,13 +95,18 @@ def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Si
 
 def kept_bytes(one: Sizes, tokens: int) -> int:
     """Of a layer that keeps all that backward needs: input, q, k, v, attention's output and log-sum-exp, middle, gate and up, narrow products."""
-    columns = 3 * one.qkv.columns + one.qkv.rows + one.gate_up.rows + 2 * one.gate_up.rank + one.qkv.rank
+    columns = (
+        3 * one.qkv.columns + one.qkv.rows + one.gate_up.rows + 2 * one.gate_up.rank + one.qkv.rank
+    )
     return tokens * (one.element * (columns + one.o.rank + one.down.rank) + 4 * one.heads)
 
 
 def last_kept_bytes(one: Sizes, tokens: int, places: int) -> int:
     """The same of the last layer, which computes what follows attention at supervised places alone."""
-    whole = one.element * (one.qkv.columns + one.qkv.rows + one.o.columns + one.qkv.rank) + 4 * one.heads
+    whole = (
+        one.element * (one.qkv.columns + one.qkv.rows + one.o.columns + one.qkv.rank)
+        + 4 * one.heads
+    )
     after = one.o.rank + one.qkv.columns + one.gate_up.rows + 2 * one.gate_up.rank + one.down.rank
     return tokens * whole + places * one.element * after
 
@@ -115,7 +128,9 @@ def beside_away_bytes(one: Sizes, tokens: int) -> int:
 
 def held_bytes(one: Sizes) -> int:
     """Of a layer's weights in 16 bits, adapters beside them."""
-    return sum(rows * columns * one.element for rows, columns in (group.folded for group in one.groups))
+    return sum(
+        rows * columns * one.element for rows, columns in (group.folded for group in one.groups)
+    )
 
 
 def live_bytes(one: Sizes, tokens: int) -> int:
@@ -123,7 +138,9 @@ def live_bytes(one: Sizes, tokens: int) -> int:
     hidden = one.qkv.columns
     normed = hidden + one.qkv.rank + one.gate_up.rank
     mlp = one.down.columns + 4 * hidden
-    attention = 2 * hidden + one.qkv.rows + 4 * one.o.columns  # as torch's flash kernel does; ours takes less
+    attention = (
+        2 * hidden + one.qkv.rows + 4 * one.o.columns
+    )  # as torch's flash kernel does; ours takes less
     return tokens * one.element * (normed + max(mlp, attention))
 
 
@@ -134,7 +151,9 @@ def shadow_bytes(one: Sizes) -> int:
 
 def scratch_bytes(one: Sizes) -> int:
     """Of the matrices that hold the weights of the layer at work: one for each shape of a group."""
-    return sum(rows * columns * one.element for rows, columns in {group.folded for group in one.groups})
+    return sum(
+        rows * columns * one.element for rows, columns in {group.folded for group in one.groups}
+    )
 
 
 def product_bytes(one: Sizes) -> int:
@@ -148,7 +167,15 @@ def head_bytes(vocabulary: int, hidden: int, places: int, element: int) -> int:
 
 
 def choose(
-    profile: str | float, one: Sizes, layers: int, *, tokens: int, used: int, free: int, head_bytes: int, host_bytes: int
+    profile: str | float,
+    one: Sizes,
+    layers: int,
+    *,
+    tokens: int,
+    used: int,
+    free: int,
+    head_bytes: int,
+    host_bytes: int,
 ) -> Tiers:
     """The tiers of a profile.
 
@@ -168,10 +195,18 @@ def choose(
     if profile == "min":  # one layer is kept or computed again: its memory is the same
         return Tiers(min(1, layers), fits_host)
     budget = used + free if profile == "fill" else min(used + free, int(float(profile) * GIB))
-    most = budget * (1 - FRAGMENTATION) - used - SPARE_BYTES - inputs - max(live_bytes(one, tokens), head_bytes)
+    most = (
+        budget * (1 - FRAGMENTATION)
+        - used
+        - SPARE_BYTES
+        - inputs
+        - max(live_bytes(one, tokens), head_bytes)
+    )
     more = kept_bytes(one, tokens) - input_bytes(one, tokens)
     if most >= layers * more:
-        return Tiers(layers, False, held=min(layers, int((most - layers * more) // held_bytes(one))))
+        return Tiers(
+            layers, False, held=min(layers, int((most - layers * more) // held_bytes(one)))
+        )
     kept = int(most // more)  # their memory is free when the first of the others is computed again
     return Tiers(kept, False) if kept >= 1 else Tiers(min(1, layers), fits_host)
 
@@ -180,7 +215,11 @@ def describe(tiers: Tiers, layers: int) -> str:
     """In words: "12 of 32 layers kept, inputs of the others on the GPU"."""
     told = [f"{tiers.kept} of {layers} layers kept"]
     if tiers.kept < layers:
-        told.append("inputs and attention of the others on the host" if tiers.host else "inputs of the others on the GPU")
+        told.append(
+            "inputs and attention of the others on the host"
+            if tiers.host
+            else "inputs of the others on the GPU"
+        )
     if tiers.held:
         told.append(f"weights of {tiers.held} held in 16 bits")
     return ", ".join(told)

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from glassloop.disk.publish import make, sync
-from glassloop.record.records import SCHEMA, EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord, to_json
+from glassloop.record.records import (
+    SCHEMA,
+    EvaluationRecord,
+    Event,
+    ProbeRecord,
+    RowRecord,
+    UpdateRecord,
+    to_json,
+)
 
 METRICS = "metrics.jsonl"  # one UpdateRecord a line
 ROWS = "rows.jsonl"  # one RowRecord a line, "text" beside it under record.text=full; not there under none
@@ -27,8 +35,18 @@ SAMPLES = "samples.jsonl"  # one SampleRecord a line; not there under record.tex
 
 TextPolicy = Literal["none", "ids", "full"]
 
-ID_KEYS = {"row_id", "row_ids", "rows"}  # keys of an event's details that hold ids of rows ("rows" may also be a count)
-TEXT_KEYS = {"text", "texts", "prompt", "answer", "expected"}  # keys of an event's details that hold their text
+ID_KEYS = {
+    "row_id",
+    "row_ids",
+    "rows",
+}  # keys of an event's details that hold ids of rows ("rows" may also be a count)
+TEXT_KEYS = {
+    "text",
+    "texts",
+    "prompt",
+    "answer",
+    "expected",
+}  # keys of an event's details that hold their text
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,9 @@ class JsonlObserver:
         ValueError: a file of the folder is damaged, or was written by a newer glassloop.
     """
 
-    def __init__(self, folder: Path, text: TextPolicy = "ids", row_text: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, text: TextPolicy = "ids", row_text: Callable[[str], str] | None = None
+    ) -> None:
         assert text != "full" or row_text is not None, "record.text=full needs row_text"
         self._text: TextPolicy = text
         self._row_text = row_text
@@ -100,7 +120,11 @@ class JsonlObserver:
         self._update_ids: list[str] = []  # rows of the last update, which its events may name
         for name in names:
             with _named(self._folder / name):
-                self._files[name] = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._files[name] = os.open(
+                    self._folder / name,
+                    os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
+                    0o666,
+                )
         with _named(self._folder):
             sync(self._folder)  # their names
 
@@ -122,7 +146,9 @@ class JsonlObserver:
             record = dataclasses.replace(record, reason=reason)
         elif rows:
             self._append(ROWS, [self._row_line(row) for row in rows])
-        self._append(METRICS, [to_json(record)])  # last: where it stands, the update's rows stand too
+        self._append(
+            METRICS, [to_json(record)]
+        )  # last: where it stands, the update's rows stand too
 
     def on_probe(self, record: ProbeRecord) -> None:
         self._append(PROBES, [to_json(record)])
@@ -155,7 +181,9 @@ class JsonlObserver:
 
     def _row_line(self, row: RowRecord) -> str:
         if self._text == "full" and self._row_text is not None:
-            return json.dumps(json.loads(to_json(row)) | {"text": self._row_text(row.row_id)}, ensure_ascii=False)
+            return json.dumps(
+                json.loads(to_json(row)) | {"text": self._row_text(row.row_id)}, ensure_ascii=False
+            )
         return to_json(row)
 
     def _append(self, name: str, lines: Iterable[str]) -> None:
@@ -201,12 +229,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line than the last is damaged, or a line's schema is newer than this glassloop's.
     """
-    *lines, tail = Path(path).read_bytes().split(b"\n")  # bytes: text may hold U+2028, where str.splitlines would cut
+    *lines, tail = (
+        Path(path).read_bytes().split(b"\n")
+    )  # bytes: text may hold U+2028, where str.splitlines would cut
     records = []
     for number, line in enumerate(lines, 1):
         if (record := _parse(line)) is None:
             if line.strip():
-                raise ValueError(f"{path}, line {number}: not a JSON object; the file was damaged or edited. Remove the line")
+                raise ValueError(
+                    f"{path}, line {number}: not a JSON object; the file was damaged or edited. Remove the line"
+                )
             continue
         records.append(record)
     if (record := _parse(tail)) is not None:  # only its line break is missing
@@ -285,12 +317,18 @@ def _named(path: Path):
         yield
     except OSError as error:
         cure = "free space or mend its permissions, then go on with --resume"
-        raise OSError(error.errno, f"{path} cannot be written ({error.strerror}): {cure}") from error
+        raise OSError(
+            error.errno, f"{path} cannot be written ({error.strerror}): {cure}"
+        ) from error
 
 
 def _without_keys(value: Any, keys: set[str]) -> Any:
     if isinstance(value, dict):  # a number, such as a count of rows, is no id and no text
-        return {k: _without_keys(v, keys) for k, v in value.items() if k not in keys or isinstance(v, int | float)}
+        return {
+            k: _without_keys(v, keys)
+            for k, v in value.items()
+            if k not in keys or isinstance(v, int | float)
+        }
     if isinstance(value, list | tuple):
         return [_without_keys(item, keys) for item in value]
     return value

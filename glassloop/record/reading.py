@@ -32,15 +32,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): name the folder of a run, or of one of its capsules") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}): name the folder of a run, or of one of its capsules"
+        ) from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no sections: name the folder of a run, or of one of its capsules")
+        raise ValueError(
+            f"{path} holds no sections: name the folder of a run, or of one of its capsules"
+        )
     return values
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
     """The recorded config with fields replaced ("model.id" -> text of its value), and free of what only says how a start goes on."""
-    plain: dict[str, Any] = {section: dict(v) if isinstance(v, dict) else v for section, v in values.items()}
+    plain: dict[str, Any] = {
+        section: dict(v) if isinstance(v, dict) else v for section, v in values.items()
+    }
     plain.pop("resume", None)
     plain["tracking"] = {}
     for name, value in overrides.items():
@@ -60,7 +66,9 @@ def trajectory(folder: Path, update: int) -> dict[int, Record]:
         by_update.setdefault(record["update"], {})[record["attempt"]] = record
     if update not in by_update:
         known = f"1 .. {max(by_update)}" if by_update else "none yet"
-        raise ValueError(f"--update {update} is not on record in {folder / METRICS}: it has {known}")
+        raise ValueError(
+            f"--update {update} is not on record in {folder / METRICS}: it has {known}"
+        )
     chain: dict[int, Record] = {}
     attempt = max(by_update[update])
     for u in range(update, 0, -1):
@@ -87,8 +95,14 @@ def number_of(value: Any) -> float | None:
 
 def usual(chain: Mapping[int, Record], update: int) -> tuple[float, float] | None:
     """Median loss (nats a token) and gradient norm of the last applied updates before `update`; None where fewer than 3 are on record."""
-    applied = [r for u, r in chain.items() if u < update and r["action"] == "applied"][-WINDOW_UPDATES:]
-    pairs = [(float(r["loss_nats"]), float(r["grad_norm_pre_clip"])) for r in applied if r["grad_norm_pre_clip"] is not None]
+    applied = [r for u, r in chain.items() if u < update and r["action"] == "applied"][
+        -WINDOW_UPDATES:
+    ]
+    pairs = [
+        (float(r["loss_nats"]), float(r["grad_norm_pre_clip"]))
+        for r in applied
+        if r["grad_norm_pre_clip"] is not None
+    ]
     pairs = [(loss, norm) for loss, norm in pairs if math.isfinite(loss) and math.isfinite(norm)]
     if len(pairs) < 3:
         return None

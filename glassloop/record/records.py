@@ -24,31 +24,45 @@ class UpdateRecord:
     epoch: int  # 0-based pass over the rows that the window belongs to
     rows: int  # rows of the window, over all ranks
     lr: float  # the learning rate that was applied
-    loss_nats: float | None  # global token mean: sum of loss / N; None where the window has no supervised token
-    grad_norm_pre_clip: float | None  # L2 norm of the whole gradient, unscaled, before clipping; None where there is none
+    loss_nats: (
+        float | None
+    )  # global token mean: sum of loss / N; None where the window has no supervised token
+    grad_norm_pre_clip: (
+        float | None
+    )  # L2 norm of the whole gradient, unscaled, before clipping; None where there is none
     clip_coef: float | None  # min(1, max_norm / norm); None without clipping or without a step
     action: str  # "applied" | "skipped"
     reason: str | None  # why it was skipped; None where it was applied
     supervised_tokens: int  # N of the formula, over all ranks
-    rank_loss_nats: tuple[float | None, ...]  # each rank's own token mean; None for a rank without supervised tokens
+    rank_loss_nats: tuple[
+        float | None, ...
+    ]  # each rank's own token mean; None for a rank without supervised tokens
     rank_supervised_tokens: tuple[int, ...]
     rank_real_tokens: tuple[int, ...]  # tokens of rows
     rank_slot_tokens: tuple[int, ...]  # places computed, padding included
     rank_passes: tuple[int, ...]  # forward + backward passes
-    rank_grad_norm: tuple[float, ...] | None  # of each rank's share of the sum, before reduction; None under ddp
-    rank_cosine: float | None  # mean cosine between ranks' shares, weighted by their norms; None under ddp or with one rank
+    rank_grad_norm: (
+        tuple[float, ...] | None
+    )  # of each rank's share of the sum, before reduction; None under ddp
+    rank_cosine: (
+        float | None
+    )  # mean cosine between ranks' shares, weighted by their norms; None under ddp or with one rank
     loss_scale: float | None  # fp16: the factor on the loss in this update; None otherwise
-    update_s: float  # wall time of the whole update on rank 0: data, passes, gate, reduction, optimizer
+    update_s: (
+        float  # wall time of the whole update on rank 0: data, passes, gate, reduction, optimizer
+    )
     compute_s: float  # rank 0: until its passes were done and the ranks' results were in hand
     reduce_s: float  # rank 0: summing gradients over ranks and taking the norm
-    rank_peak_gib: tuple[float, ...] | None  # largest allocation since the run began; None without a GPU
-    optimizer_s: float = (
-        0.0  # rank 0: clipping and the step; on a GPU until they were started: they end in the next update's compute_s
-    )
+    rank_peak_gib: (
+        tuple[float, ...] | None
+    )  # largest allocation since the run began; None without a GPU
+    optimizer_s: float = 0.0  # rank 0: clipping and the step; on a GPU until they were started: they end in the next update's compute_s
     noise_scale_tokens: float | None = (
         None  # gradient noise scale, smoothed, in supervised tokens; None where no parts tell (see noise.py)
     )
-    rank_passes_s: tuple[float, ...] | None = None  # each rank's passes alone; the rest of compute_s is waiting and the gate
+    rank_passes_s: tuple[float, ...] | None = (
+        None  # each rank's passes alone; the rest of compute_s is waiting and the gate
+    )
     alarms: tuple[str, ...] = ()  # kinds of what the detectors found; events.jsonl says more
     attempt: int = 1  # raised each time that a resumed run does the update again
     schema: int = SCHEMA
@@ -126,7 +140,9 @@ class EvaluationRecord:
     loss_nats: float  # token mean over all held-out rows and ranks
     rows: int
     supervised_tokens: int
-    scores: dict[str, float | None]  # see evaluation.py for names; None where a score has no rows to stand on
+    scores: dict[
+        str, float | None
+    ]  # see evaluation.py for names; None where a score has no rows to stand on
     base: dict[str, float | None] | None = None
     seconds: float = 0.0
     attempt: int = 1

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.record.observers import EVALUATIONS, EVENTS, METRICS, PROBES, ROWS, SAMPLES, read_jsonl
+from glassloop.record.observers import (
+    EVALUATIONS,
+    EVENTS,
+    METRICS,
+    PROBES,
+    ROWS,
+    SAMPLES,
+    read_jsonl,
+)
 
 ENDS = ("finished", "failed", "stopped")
-Record = dict[str, Any]  # a line of a run's file; "inf", "-inf", "nan" stand for numbers that are not finite
+Record = dict[
+    str, Any
+]  # a line of a run's file; "inf", "-inf", "nan" stand for numbers that are not finite
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,18 @@ def read_run(folder: Path) -> RunData:
     if not folder.is_dir():
         raise ValueError(f"RUN = {folder} is no folder: name a run's folder (runs/NAME)")
     if not any((folder / name).exists() for name in (METRICS, EVENTS, "config.yaml", "plan.json")):
-        raise ValueError(f"RUN = {folder} holds no run (no {METRICS}, no config.yaml): name a run's folder (runs/NAME)")
+        raise ValueError(
+            f"RUN = {folder} holds no run (no {METRICS}, no config.yaml): name a run's folder (runs/NAME)"
+        )
     updates, replaced = standing(_lines(folder / METRICS))
     attempts = {record["update"]: record["attempt"] for record in updates}
 
     def counted(name: str) -> list[Record]:
-        return [record for record in _lines(folder / name) if attempts.get(record["update"]) == record["attempt"]]
+        return [
+            record
+            for record in _lines(folder / name)
+            if attempts.get(record["update"]) == record["attempt"]
+        ]
 
     return RunData(
         folder=folder,

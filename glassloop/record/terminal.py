@@ -27,7 +27,12 @@ STYLES = {  # by kind of event
     **dict.fromkeys(("stopped", "failed"), "red"),
     "finished": "green",
 }
-NOT_SHOWN = {"answers", "reasoning_rows", "verdict_rows", "answer_tokens_median"}  # scores that evaluations.jsonl has room for
+NOT_SHOWN = {
+    "answers",
+    "reasoning_rows",
+    "verdict_rows",
+    "answer_tokens_median",
+}  # scores that evaluations.jsonl has room for
 JOINERS = "\u200c\u200d"  # parts of ordinary words and signs, though of a category that is escaped otherwise
 
 
@@ -67,7 +72,12 @@ class TerminalObserver:
     """
 
     def __init__(
-        self, updates: int, ranks: int, quiet: bool = False, text: TextPolicy = "ids", stream: TextIO | None = None
+        self,
+        updates: int,
+        ranks: int,
+        quiet: bool = False,
+        text: TextPolicy = "ids",
+        stream: TextIO | None = None,
     ) -> None:
         self._updates = updates
         self._ranks = ranks
@@ -89,7 +99,11 @@ class TerminalObserver:
     def on_start(self, info: RunInfo) -> None:
         self.header(info.lines)
         if self._fancy and not self._quiet:
-            columns = (TextColumn("{task.completed:.0f}/{task.total:.0f} updates"), BarColumn(), TextColumn("{task.description}"))
+            columns = (
+                TextColumn("{task.completed:.0f}/{task.total:.0f} updates"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+            )
             self._bar = Progress(*columns, console=self._console, refresh_per_second=2)
             self._bar.add_task("", total=self._updates, completed=info.updates_done)
             self._bar.start()
@@ -112,14 +126,19 @@ class TerminalObserver:
         self._print(f"[{record.update}/{self._updates}] {evaluation_line(record)}", "cyan")
 
     def on_event(self, event: Event) -> None:
-        self._print(f"[{event.update}/{self._updates}] {event.kind}: {event.message}", STYLES.get(event.kind, ""))
+        self._print(
+            f"[{event.update}/{self._updates}] {event.kind}: {event.message}",
+            STYLES.get(event.kind, ""),
+        )
         if event.command:
             self._print(f"    type: {event.command}")
 
     def on_sample(self, sample: SampleRecord) -> None:
         row = "a row" if self._text == "none" else sample.row_id
         who = "the base model" if sample.base else "the adapter"
-        self._print(f"[{sample.update}/{self._updates}] {who} answers {row} in {sample.answer_tokens:,} tokens:")
+        self._print(
+            f"[{sample.update}/{self._updates}] {who} answers {row} in {sample.answer_tokens:,} tokens:"
+        )
         if self._text == "full" and sample.prompt is not None:
             self._block(sample.prompt, "  > ")
         self._block(sample.answer, "  | ")
@@ -147,7 +166,11 @@ class TerminalObserver:
         now = time.monotonic()
         if self._since is None:
             self._since, self._first_s = now, record.update_s
-        seconds = (self._first_s + now - self._since) / (self._lines + 1) * (record.updates - record.update)
+        seconds = (
+            (self._first_s + now - self._since)
+            / (self._lines + 1)
+            * (record.updates - record.update)
+        )
         minutes, seconds = divmod(round(seconds), 60)
         return f"about {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
 
@@ -170,7 +193,13 @@ def update_line(record: UpdateRecord) -> str:
         f"{record.lr:.2e}",
         _fixed(record.loss_nats),
         "-" if record.grad_norm_pre_clip is None else f"{record.grad_norm_pre_clip:.4g}",
-        "-" if clip is None else "" if clip >= 1 else f"{clip:.4f}" if clip >= 0.001 else f"{clip:.0e}",
+        "-"
+        if clip is None
+        else ""
+        if clip >= 1
+        else f"{clip:.4f}"
+        if clip >= 0.001
+        else f"{clip:.0e}",
         str(record.rows),
         f"{record.supervised_tokens:,}/{record.real_tokens:,}",
         f"{record.real_tokens_per_s:,.0f}",
@@ -188,9 +217,12 @@ def update_line(record: UpdateRecord) -> str:
 def evaluation_line(record: EvaluationRecord) -> str:
     """Held-out loss and scores on one line, the base model's value in brackets where it is another. No score, no mention."""
     base = record.base or {}
-    scores = {"loss_nats": record.loss_nats} | {k: v for k, v in record.scores.items() if k != "loss_nats"}
+    scores = {"loss_nats": record.loss_nats} | {
+        k: v for k, v in record.scores.items() if k != "loss_nats"
+    }
     parts = [
-        f"{name} {_score(value)}" + (f" (base {_score(base[name])})" if base.get(name) not in (None, value) else "")
+        f"{name} {_score(value)}"
+        + (f" (base {_score(base[name])})" if base.get(name) not in (None, value) else "")
         for name, value in scores.items()
         if value is not None and name not in NOT_SHOWN
     ]
@@ -203,13 +235,18 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
     Characters that `encoding` does not have are escaped too.
     """
-    safe = (char if _harmless(char) else char.encode("unicode_escape").decode("ascii") for char in text)
+    safe = (
+        char if _harmless(char) else char.encode("unicode_escape").decode("ascii") for char in text
+    )
     return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def visible(text: str) -> str:
     """`text` with line breaks as ⏎ and what a terminal would obey or hide written as an escape."""
-    return "".join(char if char.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(char) or repr(char)[1:-1] for char in text)
+    return "".join(
+        char if char.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(char) or repr(char)[1:-1]
+        for char in text
+    )
 
 
 def _harmless(char: str) -> bool:

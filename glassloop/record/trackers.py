@@ -20,7 +20,14 @@ from urllib.parse import urlsplit
 
 from glassloop.config.config import TrackingConfig
 from glassloop.disk.environment import package_version, without_secrets
-from glassloop.record.observers import EVALUATIONS, METRICS, SAMPLES, RunInfo, SampleRecord, TextPolicy
+from glassloop.record.observers import (
+    EVALUATIONS,
+    METRICS,
+    SAMPLES,
+    RunInfo,
+    SampleRecord,
+    TextPolicy,
+)
 from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 if TYPE_CHECKING:
@@ -40,8 +47,12 @@ def check_tracking(tracking: TrackingConfig) -> None:
     """
     if not tracking.to:
         return
-    if not tracking.project.strip() or any(char in NOT_IN_NAMES or not char.isprintable() for char in tracking.project):
-        raise ValueError(f"tracking.project = {tracking.project!r}: must not be empty or hold any of {NOT_IN_NAMES}")
+    if not tracking.project.strip() or any(
+        char in NOT_IN_NAMES or not char.isprintable() for char in tracking.project
+    ):
+        raise ValueError(
+            f"tracking.project = {tracking.project!r}: must not be empty or hold any of {NOT_IN_NAMES}"
+        )
     for name in tracking.to:
         if not any(package_version(package) for package in PACKAGES[name]):
             raise ValueError(
@@ -66,14 +77,25 @@ def check_tracking(tracking: TrackingConfig) -> None:
 def has_wandb_login() -> bool:
     """Whether wandb would find a key where it looks for one; the key itself is neither kept nor checked."""
     settings = _wandb_settings()
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.get("api_key"):
+    if (
+        os.environ.get("WANDB_API_KEY")
+        or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+        or settings.get("api_key")
+    ):
         return True
     address = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or WANDB_HOST
-    places = [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path("~/.netrc"), Path("~/_netrc")]
+    places = (
+        [Path(os.environ["NETRC"])]
+        if os.environ.get("NETRC")
+        else [Path("~/.netrc"), Path("~/_netrc")]
+    )
     for path in (place.expanduser() for place in places):
         try:
             entry = netrc.netrc(path).authenticators(urlsplit(address).netloc)
-        except (OSError, netrc.NetrcParseError):  # missing, unreadable or malformed: wandb finds no key there either
+        except (
+            OSError,
+            netrc.NetrcParseError,
+        ):  # missing, unreadable or malformed: wandb finds no key there either
             continue
         if entry is not None and entry[2]:
             return True
@@ -85,7 +107,9 @@ def _wandb_settings() -> dict[str, str]:
     home = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read([home / "settings", Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"])
+        parser.read(
+            [home / "settings", Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"]
+        )
     except (configparser.Error, UnicodeDecodeError):
         return {}
     return dict(parser["default"]) if parser.has_section("default") else {}
@@ -100,7 +124,9 @@ class TrackerObserver:
         first_step: wandb's own step for the first values; None: wandb's choice.
     """
 
-    def __init__(self, trackers: Mapping[str, Any], text: TextPolicy = "ids", first_step: int | None = None) -> None:
+    def __init__(
+        self, trackers: Mapping[str, Any], text: TextPolicy = "ids", first_step: int | None = None
+    ) -> None:
         self._trackers = dict(trackers)
         self._text = text
         self._first_step = first_step
@@ -132,7 +158,10 @@ class TrackerObserver:
         if self._text != "full":
             return
         who = "base" if sample.base else "adapter"
-        self._log({f"samples/{who}/{sample.row_id}": f"{sample.prompt or ''}\n\n{sample.answer}"}, sample.update)
+        self._log(
+            {f"samples/{who}/{sample.row_id}": f"{sample.prompt or ''}\n\n{sample.answer}"},
+            sample.update,
+        )
 
     def on_event(self, event: Event) -> None:
         self._failed = self._failed or event.kind == "failed"
@@ -147,7 +176,9 @@ class TrackerObserver:
                     tracker.tracker.finish(exit_code=int(failed))
                 else:
                     tracker.finish()
-            except Exception as error:  # whatever a tracker does at its end, the trained adapter comes first
+            except (
+                Exception
+            ) as error:  # whatever a tracker does at its end, the trained adapter comes first
                 _warn(name, "closing", error)
 
     def _log(self, values: Mapping[str, float | int | str], update: int) -> None:
@@ -158,7 +189,9 @@ class TrackerObserver:
                     tracker.tracker.log({**values, "update": update}, step=step, commit=True)
                 else:
                     tracker.log(dict(values), step=update)
-            except Exception as error:  # network, disk or a bug there: metrics.jsonl has every value all the same
+            except (
+                Exception
+            ) as error:  # network, disk or a bug there: metrics.jsonl has every value all the same
                 del self._trackers[name]
                 _warn(name, f"update {update}", error)
 
@@ -190,7 +223,9 @@ def make_tracker_observer(
     if not tracking.to or not accelerator.is_main_process:
         return None
     asked = tuple(dict.fromkeys(tracking.to))
-    assert {str(name) for name in accelerator.log_with} == set(asked), "Accelerator(log_with=list(tracking.to), project_dir=...)"
+    assert {str(name) for name in accelerator.log_with} == set(asked), (
+        "Accelerator(log_with=list(tracking.to), project_dir=...)"
+    )
     accelerator.project_configuration.logging_dir = str(Path(folder) / "tensorboard")
     shown = without_secrets(dict(config_dict))
     resume_id = (resume_ids or {}).get("wandb")
@@ -206,14 +241,20 @@ def make_tracker_observer(
         run = trackers["wandb"].tracker
         run.define_metric("update")
         run.define_metric("*", step_metric="update")
-        if resume_id and tracking.wandb_mode == "offline":  # the earlier part is on this disk only: go on above its steps
+        if (
+            resume_id and tracking.wandb_mode == "offline"
+        ):  # the earlier part is on this disk only: go on above its steps
             first_step = _records_in(Path(folder)) + 1
     if "tensorboard" in trackers:
-        trackers["tensorboard"].log({"config": f"```\n{json.dumps(shown, indent=2)}\n```"}, step=updates_done)
+        trackers["tensorboard"].log(
+            {"config": f"```\n{json.dumps(shown, indent=2)}\n```"}, step=updates_done
+        )
     return TrackerObserver(trackers, text, first_step)
 
 
-def _wandb_arguments(tracking: TrackingConfig, config: Any, folder: Path, run_name: str, resume_id: str | None) -> dict[str, Any]:
+def _wandb_arguments(
+    tracking: TrackingConfig, config: Any, folder: Path, run_name: str, resume_id: str | None
+) -> dict[str, Any]:
     import wandb
 
     settings = wandb.Settings(
@@ -267,8 +308,12 @@ def update_metrics(record: UpdateRecord) -> dict[str, float | int]:
         values[f"rank{rank}/real_tokens"] = record.rank_real_tokens[rank]
         values[f"rank{rank}/slot_tokens"] = record.rank_slot_tokens[rank]
         values[f"rank{rank}/passes"] = record.rank_passes[rank]
-        values[f"rank{rank}/grad_norm"] = None if record.rank_grad_norm is None else record.rank_grad_norm[rank]
-        values[f"memory/rank{rank}_peak_gib"] = None if record.rank_peak_gib is None else record.rank_peak_gib[rank]
+        values[f"rank{rank}/grad_norm"] = (
+            None if record.rank_grad_norm is None else record.rank_grad_norm[rank]
+        )
+        values[f"memory/rank{rank}_peak_gib"] = (
+            None if record.rank_peak_gib is None else record.rank_peak_gib[rank]
+        )
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -284,7 +329,9 @@ def probe_metrics(record: ProbeRecord) -> dict[str, float]:
 
 def evaluation_metrics(record: EvaluationRecord) -> dict[str, float | int]:
     """An evaluation's values under heldout/, the model without adapter under heldout/base/."""
-    values: dict[str, float | int | None] = {f"heldout/{name}": value for name, value in record.scores.items()}
+    values: dict[str, float | int | None] = {
+        f"heldout/{name}": value for name, value in record.scores.items()
+    }
     values |= {f"heldout/base/{name}": value for name, value in (record.base or {}).items()}
     values |= {
         "heldout/loss_nats": record.loss_nats,
@@ -306,8 +353,15 @@ def _where(name: str, tracker: Any) -> str:
         return f"TensorBoard: tensorboard --logdir {tracker.logging_dir}"
     run = tracker.tracker
     offline = run.settings.mode == "offline"
-    return f"Weights & Biases, offline: wandb sync {Path(run.dir).parent}" if offline else f"Weights & Biases: {run.url}"
+    return (
+        f"Weights & Biases, offline: wandb sync {Path(run.dir).parent}"
+        if offline
+        else f"Weights & Biases: {run.url}"
+    )
 
 
 def _warn(name: str, when: str, error: Exception) -> None:
-    warnings.warn(f"{name} failed at {when} ({type(error).__name__}: {error}); metrics.jsonl has every value", stacklevel=3)
+    warnings.warn(
+        f"{name} failed at {when} ({type(error).__name__}: {error}); metrics.jsonl has every value",
+        stacklevel=3,
+    )

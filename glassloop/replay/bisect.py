@@ -43,7 +43,9 @@ class Part:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.grad_norm) and (self.loss_nats is None or math.isfinite(self.loss_nats))
+        return math.isfinite(self.grad_norm) and (
+            self.loss_nats is None or math.isfinite(self.loss_nats)
+        )
 
     @property
     def stands_out(self) -> bool:
@@ -71,7 +73,9 @@ class Bisection:
     one_pass: Part | None
     row: Part | None
     everything: bool  # not finite in every part: the rows are not to blame
-    healthy_rows: tuple[float, float] | None  # median loss a token (nats) and gradient norm of a healthy update's rows
+    healthy_rows: (
+        tuple[float, float] | None
+    )  # median loss a token (nats) and gradient norm of a healthy update's rows
     looked_at: str  # whose gradient and activations `matrices` and `layer` are of
     matrices: tuple[MatrixStat, ...]
     layer: LayerFinding | None
@@ -101,7 +105,9 @@ def bisect(scene: Scene, healthy: Scene | None) -> Bisection:
     assert token_part.row is not None
     if (part := row or (None if everything else one_pass)) is not None:
         looked_at = f"{part.name} alone"
-        rows_of_part = scene.window.passes[part.rank][part.index or 0] if part.row is None else (part.row,)
+        rows_of_part = (
+            scene.window.passes[part.rank][part.index or 0] if part.row is None else (part.row,)
+        )
         pieces, states = _window(scene, rows_of_part), (scene.state.rng_states[part.rank],)
     else:
         looked_at, pieces, states = "the whole update", scene.window, scene.state.rng_states
@@ -130,7 +136,9 @@ def _window(scene: Scene, rows: tuple[int, ...]) -> Window:
 
 def _rank_parts(scene: Scene, whole: Carried) -> tuple[Part, ...]:
     parts = [
-        Part(f"rank {rank}", rank, None, None, scene.rank_tokens(rank), whole.rank_losses[rank], norm)
+        Part(
+            f"rank {rank}", rank, None, None, scene.rank_tokens(rank), whole.rank_losses[rank], norm
+        )
         for rank, norm in enumerate(whole.rank_grad_norms)
     ]
     return with_factors(parts)
@@ -146,11 +154,15 @@ def _pass_parts(scene: Scene) -> tuple[Part, ...]:
             states = carried.rng_after
             tokens = sum(scene.rows[row].supervised_tokens for row in rows)
             name = f"rank {rank}, pass {index}" if scene.ranks > 1 else f"pass {index}"
-            parts.append(Part(name, rank, index, None, tokens, carried.rank_losses[0], carried.grad_norm))
+            parts.append(
+                Part(name, rank, index, None, tokens, carried.rank_losses[0], carried.grad_norm)
+            )
     return with_factors(parts)
 
 
-def row_parts(scene: Scene, only: tuple[int, int] | None, healthy: tuple[float, float] | None = None) -> tuple[Part, ...]:
+def row_parts(
+    scene: Scene, only: tuple[int, int] | None, healthy: tuple[float, float] | None = None
+) -> tuple[Part, ...]:
     """Each row alone, its share still divided by the update's N.
 
     Args:
@@ -161,11 +173,19 @@ def row_parts(scene: Scene, only: tuple[int, int] | None, healthy: tuple[float, 
     for rank, index, row in scene.places():
         if only is not None and (rank, index) != only:
             continue
-        carried = carry_out(run, _window(scene, (row,)), scene.supervised_tokens, (scene.state.rng_states[rank],))
+        carried = carry_out(
+            run, _window(scene, (row,)), scene.supervised_tokens, (scene.state.rng_states[rank],)
+        )
         tokens, loss = scene.rows[row].supervised_tokens, carried.rank_losses[0]
-        above = healthy is None or (loss or 0) >= LOSS_FACTOR * healthy[0] or carried.grad_norm >= NORM_FACTOR * healthy[1]
+        above = (
+            healthy is None
+            or (loss or 0) >= LOSS_FACTOR * healthy[0]
+            or carried.grad_norm >= NORM_FACTOR * healthy[1]
+        )
         name = scene.row_names[row]
-        parts.append(Part(name, rank, index, row, tokens, loss, carried.grad_norm, above_healthy=above))
+        parts.append(
+            Part(name, rank, index, row, tokens, loss, carried.grad_norm, above_healthy=above)
+        )
     return with_factors(parts)
 
 
@@ -218,7 +238,9 @@ def token_losses(run: Run, row: Row, *, packed: bool) -> tuple[TokenLoss, ...]:
     p = build_pass([row], packed=packed, pad_id=run.pad_id, device=run.device)
     places = len(row)
     counting = torch.arange(places, device=run.device).unsqueeze(0)  # (1, T)
-    _, losses = run.engine(replace(p, row_of=counting, row_ids=tuple(map(str, range(places)))))  # (T,)
+    _, losses = run.engine(
+        replace(p, row_of=counting, row_ids=tuple(map(str, range(places))))
+    )  # (T,)
     restore_rng(before, run.device)
     targets = p.targets[0].tolist()
     return tuple(

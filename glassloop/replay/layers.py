@@ -83,7 +83,11 @@ def inspect_layers(
     carry_out(run, window, scene.supervised_tokens, rng_states)
     matrices = compare(_norms(run), healthy_norms)
     outputs = _outputs(run, window, rng_states[0])
-    found = _not_finite(outputs, matrices) or _weights_off(matrices, healthy) or _outputs_off(outputs, healthy_outputs)
+    found = (
+        _not_finite(outputs, matrices)
+        or _weights_off(matrices, healthy)
+        or _outputs_off(outputs, healthy_outputs)
+    )
     return matrices, found or _gradients_off(matrices, healthy)
 
 
@@ -92,12 +96,21 @@ def _norms(run: Run) -> list[MatrixStat]:
     stats = []
     for name, place in run.adapters.slices.items():
         if (found := MATRIX.search(name)) is not None:
-            weight, grad = (l2_norm(place.of(flat)).item() for flat in (run.adapters.flat.data, run.adapters.grad))
-            stats.append(MatrixStat(int(found[1]), found[2], found[3], grad / run.scale.value, weight, None, None))
+            weight, grad = (
+                l2_norm(place.of(flat)).item()
+                for flat in (run.adapters.flat.data, run.adapters.grad)
+            )
+            stats.append(
+                MatrixStat(
+                    int(found[1]), found[2], found[3], grad / run.scale.value, weight, None, None
+                )
+            )
     return stats
 
 
-def compare(stats: Sequence[MatrixStat], healthy: Sequence[MatrixStat] | None) -> tuple[MatrixStat, ...]:
+def compare(
+    stats: Sequence[MatrixStat], healthy: Sequence[MatrixStat] | None
+) -> tuple[MatrixStat, ...]:
     """The stats with their factors.
 
     Over the healthy update's own, after division by what most matrices of that side grew by: B starts at 0 and grows in every layer, and
@@ -108,8 +121,12 @@ def compare(stats: Sequence[MatrixStat], healthy: Sequence[MatrixStat] | None) -
         return tuple(
             replace(
                 s,
-                weight_factor=_over(s.weight_norm, _middle([o.weight_norm for o in stats if _same_elsewhere(o, s)])),
-                grad_factor=_over(s.grad_norm, _middle([o.grad_norm for o in stats if _same_elsewhere(o, s)])),
+                weight_factor=_over(
+                    s.weight_norm, _middle([o.weight_norm for o in stats if _same_elsewhere(o, s)])
+                ),
+                grad_factor=_over(
+                    s.grad_norm, _middle([o.grad_norm for o in stats if _same_elsewhere(o, s)])
+                ),
             )
             for s in stats
         )
@@ -117,12 +134,17 @@ def compare(stats: Sequence[MatrixStat], healthy: Sequence[MatrixStat] | None) -
     grown = []
     for s in stats:
         h = before.get((s.layer, s.projection, s.side))
-        weight, grad = (None, None) if h is None else (_over(s.weight_norm, h.weight_norm), _over(s.grad_norm, h.grad_norm))
+        weight, grad = (
+            (None, None)
+            if h is None
+            else (_over(s.weight_norm, h.weight_norm), _over(s.grad_norm, h.grad_norm))
+        )
         grown.append(replace(s, weight_factor=weight, grad_factor=grad))
     result = []
     for s in grown:
         weight, grad = (
-            _most([getattr(o, field) for o in grown if o.side == s.side]) for field in ("weight_factor", "grad_factor")
+            _most([getattr(o, field) for o in grown if o.side == s.side])
+            for field in ("weight_factor", "grad_factor")
         )
         result.append(
             replace(
@@ -160,11 +182,17 @@ def _outputs(run: Run, window: Window, rng: dict[str, Any]) -> list[Output]:
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            tensors = [
+                t
+                for t in (output if isinstance(output, tuple) else (output,))
+                if isinstance(t, Tensor)
+            ]
             given = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
             if not tensors or not tensors[0].is_floating_point():
                 return
-            finite, input_finite = (all(bool(torch.isfinite(t).all()) for t in of) for of in (tensors, given))
+            finite, input_finite = (
+                all(bool(torch.isfinite(t).all()) for t in of) for of in (tensors, given)
+            )
             gain = None
             if given and finite and input_finite:
                 size = _rms(given[0])
@@ -185,7 +213,12 @@ def _outputs(run: Run, window: Window, rng: dict[str, Any]) -> list[Output]:
     try:
         restore_rng(next(fitting_rng([rng], run)), run.device)
         rows = next(one for rank in window.passes for one in rank)
-        p = build_pass([run.batches.rows[r] for r in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+        p = build_pass(
+            [run.batches.rows[r] for r in rows],
+            packed=window.packed,
+            pad_id=run.pad_id,
+            device=run.device,
+        )
         in_modules(run)(p)
     finally:
         for handle in handles:
@@ -227,12 +260,16 @@ def _not_finite(outputs: Sequence[Output], matrices: Sequence[MatrixStat]) -> La
         return LayerFinding("activation", output.module, _layer(output.module), place)
     bad = [m for m in matrices if not math.isfinite(m.weight_norm)]
     if bad:
-        return LayerFinding("weight", bad[0].name, bad[0].layer, f"the weights of {bad[0].name} are not finite")
+        return LayerFinding(
+            "weight", bad[0].name, bad[0].layer, f"the weights of {bad[0].name} are not finite"
+        )
     bad = [m for m in matrices if not math.isfinite(m.grad_norm)]
     if bad:
         last = max(bad, key=lambda m: m.layer)
         where = ", ".join(dict.fromkeys(m.projection for m in bad if m.layer == last.layer))
-        message = f"every output is finite; gradients are not, from layer {last.layer} ({where}) down"
+        message = (
+            f"every output is finite; gradients are not, from layer {last.layer} ({where}) down"
+        )
         return LayerFinding("gradient", f"layer {last.layer}", last.layer, message)
     return None
 
@@ -252,11 +289,17 @@ def _weights_off(matrices: Sequence[MatrixStat], healthy: Scene | None) -> Layer
 
 
 def _gradients_off(matrices: Sequence[MatrixStat], healthy: Scene | None) -> LayerFinding | None:
-    than = f"in the healthy update {healthy.update}" if healthy else "in the median of the other layers"
+    than = (
+        f"in the healthy update {healthy.update}"
+        if healthy
+        else "in the median of the other layers"
+    )
     return _off([(m, m.grad_factor) for m in matrices], "gradient", "gradients of", than)
 
 
-def _off(factors: Sequence[tuple[MatrixStat, float | None]], kind: str, what: str, than: str) -> LayerFinding | None:
+def _off(
+    factors: Sequence[tuple[MatrixStat, float | None]], kind: str, what: str, than: str
+) -> LayerFinding | None:
     """The layer of the matrix that is furthest above its reference, with all its projections that are off."""
     off = [(m, factor) for m, factor in factors if factor is not None and factor >= OFF]
     if not off:
@@ -267,8 +310,14 @@ def _off(factors: Sequence[tuple[MatrixStat, float | None]], kind: str, what: st
     names = ", ".join(f"{m.projection} {m.side}" for m in of_layer[:4])
     names += f" and {len(of_layer) - 4} more" if len(of_layer) > 4 else ""
     names = "all projections" if len(of_layer) == len(all_of_layer) else names
-    message = f"{what} layer {worst.layer} ({names}) are up to {factor:,.0f} times what they are {than}"
-    name = f"layer {worst.layer} {worst.projection}" if len({m.projection for m in of_layer}) == 1 else f"layer {worst.layer}"
+    message = (
+        f"{what} layer {worst.layer} ({names}) are up to {factor:,.0f} times what they are {than}"
+    )
+    name = (
+        f"layer {worst.layer} {worst.projection}"
+        if len({m.projection for m in of_layer}) == 1
+        else f"layer {worst.layer}"
+    )
     return LayerFinding(kind, name, worst.layer, message)
 
 
@@ -281,7 +330,11 @@ def _outputs_off(outputs: Sequence[Output], healthy: Sequence[Output]) -> LayerF
         if layer is None or output.gain is None or not output.adapted:
             continue
         others = [
-            o.gain for o in outputs if o.gain and o.module.endswith(f".{projection}") and _layer(o.module) not in (None, layer)
+            o.gain
+            for o in outputs
+            if o.gain
+            and o.module.endswith(f".{projection}")
+            and _layer(o.module) not in (None, layer)
         ]
         reference = before.get(output.module) or (median(others) if others else 0.0)
         factor = _over(output.gain, reference)

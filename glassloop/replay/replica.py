@@ -37,7 +37,14 @@ class State:
     loss_scale: float
 
 
-def make_parts(config: Config, accelerator: Accelerator | None, *, pad_id: int, rows: Sequence[Row], rank: int = 0) -> Run:
+def make_parts(
+    config: Config,
+    accelerator: Accelerator | None,
+    *,
+    pad_id: int,
+    rows: Sequence[Row],
+    rank: int = 0,
+) -> Run:
     """Model, adapters, optimizer and loss scale as the run had them, on this process's device and without what a run writes.
 
     Args:
@@ -45,7 +52,9 @@ def make_parts(config: Config, accelerator: Accelerator | None, *, pad_id: int, 
         rank: whose random numbers the parts leave behind, as in build_run.
     """
     execution = config.execution.model_copy(update={"reduction": "explicit"})
-    record = config.record.model_copy(update={"probe_every_updates": None})  # a probe would hold gradients back for nobody
+    record = config.record.model_copy(
+        update={"probe_every_updates": None}
+    )  # a probe would hold gradients back for nobody
     config = config.model_copy(update={"execution": execution, "record": record})
     if accelerator is None:
         accelerator = make_accelerator(config)
@@ -72,7 +81,9 @@ def make_parts(config: Config, accelerator: Accelerator | None, *, pad_id: int, 
         )
     prepared = engine
     if execution.precision != "fp32":
-        prepared = accelerator.prepare_model(engine, device_placement=False, evaluation_mode=True)  # autocast, as in the run
+        prepared = accelerator.prepare_model(
+            engine, device_placement=False, evaluation_mode=True
+        )  # autocast, as in the run
     adapters = FlatAdapters(engine.hf.named_parameters())
     stability = config.stability
     return Run(
@@ -80,8 +91,16 @@ def make_parts(config: Config, accelerator: Accelerator | None, *, pad_id: int, 
         accelerator=accelerator,
         folder=Path(),
         header=(),
-        plan=cast(StepPlan, None),  # a replay knows its lr, and has no schedule, template or samples
-        batches=Batches(tuple(rows), cast(StepPlan, None), config.seed, execution.layout, execution.pass_tokens or 0),
+        plan=cast(
+            StepPlan, None
+        ),  # a replay knows its lr, and has no schedule, template or samples
+        batches=Batches(
+            tuple(rows),
+            cast(StepPlan, None),
+            config.seed,
+            execution.layout,
+            execution.pass_tokens or 0,
+        ),
         heldout=(),
         heldout_examples=(),
         sample_examples=(),
@@ -91,18 +110,26 @@ def make_parts(config: Config, accelerator: Accelerator | None, *, pad_id: int, 
         tokenizer=cast(Any, None),
         adapters=adapters,
         optimizer=optimizer_of(config, adapters),
-        scale=LossScale(stability.initial_loss_scale, stability.loss_scale_growth_updates, enabled=execution.precision == "fp16"),
+        scale=LossScale(
+            stability.initial_loss_scale,
+            stability.loss_scale_growth_updates,
+            enabled=execution.precision == "fp16",
+        ),
         rank=0,
         ranks=1,
         device=device,
         pad_id=pad_id,
         stop=StopFlag(),
         capture=CaptureFlag(),
-        inspection=make_inspection(config, rows=len(rows), rows_per_update=max(1, len(rows)), explicit=True),
+        inspection=make_inspection(
+            config, rows=len(rows), rows_per_update=max(1, len(rows)), explicit=True
+        ),
     )
 
 
 def state_of(run: Run, rng_states: Sequence[dict[str, Any]]) -> State:
     """A copy of what the parts hold now."""
     moments = snapshots.optimizer_state(run.optimizer, run.adapters.flat)
-    return State(run.adapters.flat.detach().cpu().clone(), moments, tuple(rng_states), run.scale.value)
+    return State(
+        run.adapters.flat.detach().cpu().clone(), moments, tuple(rng_states), run.scale.value
+    )

@@ -23,7 +23,9 @@ from glassloop.replay.replica import State
 from glassloop.saved import state as snapshots
 
 ULP = 2.0**-23  # relative size of fp32's last bit
-FLOOR_FACTOR = 4  # a number reproduces if it is off by no more than this many times what two replays differ by
+FLOOR_FACTOR = (
+    4  # a number reproduces if it is off by no more than this many times what two replays differ by
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,19 @@ class Scene:
 
     def rank_tokens(self, rank: int) -> int:
         """Supervised tokens of one rank's rows."""
-        return sum(self.rows[row].supervised_tokens for one in self.window.passes[rank] for row in one)
+        return sum(
+            self.rows[row].supervised_tokens for one in self.window.passes[rank] for row in one
+        )
 
     def places(self) -> list[tuple[int, int, int]]:
         """(rank, pass, row) of every row, in the order of ranks and passes."""
         passes = self.window.passes
-        return [(rank, index, row) for rank, of in enumerate(passes) for index, one in enumerate(of) for row in one]
+        return [
+            (rank, index, row)
+            for rank, of in enumerate(passes)
+            for index, one in enumerate(of)
+            for row in one
+        ]
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ class Carried:
     grad_norm: float  # of g, unscaled, before clipping
     rank_losses: tuple[float | None, ...]  # token means; None for a rank without supervised tokens
     rank_grad_norms: tuple[float, ...]
-    row_losses: tuple[tuple[float, ...], ...]  # sums over tokens, by rank, in the order of its passes
+    row_losses: tuple[
+        tuple[float, ...], ...
+    ]  # sums over tokens, by rank, in the order of its passes
     rng_after: tuple[dict[str, Any], ...]  # by rank, after its passes
 
     @property
@@ -77,14 +88,18 @@ class Carried:
         return math.isfinite(self.loss_nats) and math.isfinite(self.grad_norm)
 
 
-def enter(scene: Scene, run: Run | None = None, moments: tuple[dict[str, Tensor], Any] | None = None) -> Run:
+def enter(
+    scene: Scene, run: Run | None = None, moments: tuple[dict[str, Tensor], Any] | None = None
+) -> Run:
     """Put the parts into the state before the update, and return them.
 
     Args:
         run: other parts for the same update. moments: their optimizer's state, where it is not the run's optimizer.
     """
     run = run or scene.run
-    built = snapshots.built_optimizer_state(run.optimizer, run.adapters.flat, *(moments or scene.state.moments))
+    built = snapshots.built_optimizer_state(
+        run.optimizer, run.adapters.flat, *(moments or scene.state.moments)
+    )
     with torch.no_grad():
         run.adapters.flat.copy_(scene.state.flat)
     snapshots.set_optimizer_state(run.optimizer, run.adapters.flat, built)
@@ -121,11 +136,16 @@ def carry_out(run: Run, window: Window, n: int, rng_states: Sequence[dict[str, A
             total = run.adapters.grad.clone() if total is None else total.add_(run.adapters.grad)
     if total is not None:
         run.adapters.grad.copy_(total)
-    tokens = [sum(run.batches.rows[row].supervised_tokens for one in of for row in one) for of in window.passes]
+    tokens = [
+        sum(run.batches.rows[row].supervised_tokens for one in of for row in one)
+        for of in window.passes
+    ]
     return Carried(
         loss_nats=sum(losses) / n,
         grad_norm=l2_norm(run.adapters.grad).item() / run.scale.value,
-        rank_losses=tuple(loss / count if count else None for loss, count in zip(losses, tokens, strict=True)),
+        rank_losses=tuple(
+            loss / count if count else None for loss, count in zip(losses, tokens, strict=True)
+        ),
         rank_grad_norms=tuple(norms),
         row_losses=tuple(row_losses),
         rng_after=tuple(rng_after),
@@ -152,7 +172,9 @@ def loss_now(run: Run, window: Window, n: int, rng_states: Sequence[dict[str, An
         snapshots.restore_rng(rng, run.device)
         for rows in passes:
             chosen = [run.batches.rows[row] for row in rows]
-            loss_sum, _ = run.engine(build_pass(chosen, packed=window.packed, pad_id=run.pad_id, device=run.device))
+            loss_sum, _ = run.engine(
+                build_pass(chosen, packed=window.packed, pad_id=run.pad_id, device=run.device)
+            )
             total += loss_sum.double().item()
     return total / n
 
@@ -273,5 +295,8 @@ def recorded_numbers(
         found |= {f"norm of rank {rank}": value for rank, value in enumerate(rank_norms or ())}
     if row_losses:
         places = scene.places()
-        found |= {f"loss of {scene.row_names[row]}": value for (_, _, row), value in zip(places, row_losses, strict=True)}
+        found |= {
+            f"loss of {scene.row_names[row]}": value
+            for (_, _, row), value in zip(places, row_losses, strict=True)
+        }
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -45,7 +45,12 @@ class OnTheWay:
 
 
 def rerun(
-    folder: Path, chain: Mapping[int, Record], config: Config, overrides: Mapping[str, str], say: Say, notes: list[str]
+    folder: Path,
+    chain: Mapping[int, Record],
+    config: Config,
+    overrides: Mapping[str, str],
+    say: Say,
+    notes: list[str],
 ) -> tuple[Scene, tuple[OnTheWay, ...]]:
     """The scene of the last update of `chain`, and the updates that were carried out to get there.
 
@@ -58,23 +63,41 @@ def rerun(
     update = max(chain)
     record = chain[update]
     if not record["supervised_tokens"]:
-        raise ValueError(f"--update {update} has no supervised token and computed nothing: {record['reason']}")
+        raise ValueError(
+            f"--update {update} has no supervised token and computed nothing: {record['reason']}"
+        )
     ranks = len(record["rank_passes"])
     rows, pad_id, digest = load_rows(config)
     lines = row_records(folder)
     plan = plan_of(config, len(rows), ranks)
     chosen = read_plan(folder).get("pass_tokens") if chooses_passes(config) else None
     pass_tokens = chosen or pass_tokens_for(config, None, None)
-    batches = Batches(rows, plan, config.seed, config.execution.layout, pass_tokens, config.record.probe_every_updates)
-    windows = {u: window_of(batches, chain[u], lines.get((u, chain[u]["attempt"]), [])) for u in chain}
+    batches = Batches(
+        rows,
+        plan,
+        config.seed,
+        config.execution.layout,
+        pass_tokens,
+        config.record.probe_every_updates,
+    )
+    windows = {
+        u: window_of(batches, chain[u], lines.get((u, chain[u]["attempt"]), [])) for u in chain
+    }
     notes += _other_rows(folder, digest)
     run = make_parts(config, None, pad_id=pad_id, rows=rows)
     run.batches = batches
     done, rng_states, origin = _start(folder, chain, run, ranks, overrides, notes)
     if missing := [u for u in range(done + 1, update) if u not in chain]:
-        raise ValueError(f"{folder} has no record of update {missing[0]}, which lies between {origin} and update {update}")
+        raise ValueError(
+            f"{folder} has no record of update {missing[0]}, which lies between {origin} and update {update}"
+        )
     say(
-        f"from {origin}" + (f"; updates {done + 1} to {update - 1} are carried out again on the way" if done < update - 1 else "")
+        f"from {origin}"
+        + (
+            f"; updates {done + 1} to {update - 1} are carried out again on the way"
+            if done < update - 1
+            else ""
+        )
     )
     on_the_way = []
     for u in range(done + 1, update):
@@ -89,8 +112,12 @@ def rerun(
         loss, norm = number_of(chain[u]["loss_nats"]), number_of(chain[u]["grad_norm_pre_clip"])
         assert loss is not None
         assert norm is not None
-        on_the_way.append(OnTheWay(u, relative(carried.loss_nats, loss), relative(carried.grad_norm, norm)))
-        say(f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm {carried.grad_norm:.6f}; {_off(on_the_way[-1])}")
+        on_the_way.append(
+            OnTheWay(u, relative(carried.loss_nats, loss), relative(carried.grad_norm, norm))
+        )
+        say(
+            f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm {carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
+        )
     run.scale.value = number_of(record["loss_scale"]) or 1.0
     none = config.record.text == "none"
     scene = Scene(
@@ -106,11 +133,19 @@ def rerun(
         origin=origin,
         updates_rerun=len(on_the_way),
     )
-    row_losses = [float(line["loss_sum_nats"]) for line in lines.get((update, record["attempt"]), [])]
+    row_losses = [
+        float(line["loss_sum_nats"]) for line in lines.get((update, record["attempt"]), [])
+    ]
     rank_losses = [number_of(value) for value in record["rank_loss_nats"]]
-    rank_norms = None if record["rank_grad_norm"] is None else [float(value) for value in record["rank_grad_norm"]]
+    rank_norms = (
+        None
+        if record["rank_grad_norm"] is None
+        else [float(value) for value in record["rank_grad_norm"]]
+    )
     loss, norm = number_of(record["loss_nats"]), number_of(record["grad_norm_pre_clip"])
-    return replace(scene, recorded=recorded_numbers(scene, loss, norm, rank_losses, rank_norms, row_losses)), tuple(on_the_way)
+    return replace(
+        scene, recorded=recorded_numbers(scene, loss, norm, rank_losses, rank_norms, row_losses)
+    ), tuple(on_the_way)
 
 
 def _off(one: OnTheWay) -> str:
@@ -119,7 +154,12 @@ def _off(one: OnTheWay) -> str:
 
 
 def _start(
-    folder: Path, chain: Mapping[int, Record], run: Run, ranks: int, overrides: Mapping[str, str], notes: list[str]
+    folder: Path,
+    chain: Mapping[int, Record],
+    run: Run,
+    ranks: int,
+    overrides: Mapping[str, str],
+    notes: list[str],
 ) -> tuple[int, tuple[dict[str, Any], ...], str]:
     """Put the parts where the nearest earlier checkpoint has them. Returns updates done, each rank's random numbers, and the place's name."""
     update, base_hash = max(chain), run.plain_engine.report.base_hash
@@ -149,7 +189,11 @@ def _start(
             notes.append(f"{error}; an earlier one is taken")
             continue
         return saved.update, tuple(states), f"checkpoint {path}"
-    return 0, tuple(_first_rng(run, ranks)), "the beginning (fresh adapters are a function of the seed)"
+    return (
+        0,
+        tuple(_first_rng(run, ranks)),
+        "the beginning (fresh adapters are a function of the seed)",
+    )
 
 
 def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Path, Saved]]:
@@ -196,7 +240,9 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
                     f"the data have changed: row {line['row_id']} of update {u} had {was[0]} tokens, {was[1]} supervised, "
                     f"and now {is_now}: {cure}"
                 )
-        passes: list[list[list[int]]] = [[[] for _ in range(count)] for count in record["rank_passes"]]
+        passes: list[list[list[int]]] = [
+            [[] for _ in range(count)] for count in record["rank_passes"]
+        ]
         for line in lines:
             of_rank = passes[line["rank"]]
             of_rank.extend([] for _ in range(line["micro_batch"] + 1 - len(of_rank)))
@@ -215,18 +261,30 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
 
 def _with_as_many_passes(batches: Batches, record: Record) -> Window:
     """The window in the record's number of passes: a run that ran out of memory goes on in halves of its passes."""
-    windows = [replace(batches, halvings=halvings).window(record["update"]) for halvings in range(MOST_HALVINGS)]
-    return next((w for w in windows if [len(passes) for passes in w.passes] == list(record["rank_passes"])), windows[0])
+    windows = [
+        replace(batches, halvings=halvings).window(record["update"])
+        for halvings in range(MOST_HALVINGS)
+    ]
+    return next(
+        (w for w in windows if [len(passes) for passes in w.passes] == list(record["rank_passes"])),
+        windows[0],
+    )
 
 
 def _other_rows(folder: Path, digest: str) -> list[str]:
     """A note where plan.json says that the run began with other rows."""
     try:
-        saved = json.loads((folder / "plan.json").read_text(encoding="utf-8")).get("rows_digest", digest)
+        saved = json.loads((folder / "plan.json").read_text(encoding="utf-8")).get(
+            "rows_digest", digest
+        )
     except (OSError, ValueError, AttributeError):
         return []
     return (
-        [] if saved == digest else [f"the data have changed: {folder / 'plan.json'} has rows_digest {saved}, now it is {digest}"]
+        []
+        if saved == digest
+        else [
+            f"the data have changed: {folder / 'plan.json'} has rows_digest {saved}, now it is {digest}"
+        ]
     )
 
 

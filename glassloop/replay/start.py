@@ -47,14 +47,18 @@ class Opened:
     scene: Scene
     config: Config
     text: str  # record.text
-    usual: tuple[float, float] | None  # loss in nats a token and gradient norm of sound updates; None where none are known
+    usual: (
+        tuple[float, float] | None
+    )  # loss in nats a token and gradient norm of sound updates; None where none are known
     usual_from: str  # where these come from, for people
     healthy: Scene | None  # of the healthy capsule, over the same parts
     on_the_way: tuple[OnTheWay, ...]
     notes: tuple[str, ...]  # what differs from the surroundings of the run
 
 
-def open_scene(where: Path, update: int | None, overrides: Mapping[str, str], say: Say = lambda _line: None) -> Opened:
+def open_scene(
+    where: Path, update: int | None, overrides: Mapping[str, str], say: Say = lambda _line: None
+) -> Opened:
     """Everything that a replay of `update` needs.
 
     Args:
@@ -80,7 +84,9 @@ def open_scene(where: Path, update: int | None, overrides: Mapping[str, str], sa
             )
     else:
         if update is None:
-            raise ValueError(f"--update is missing: which update of {where} is to be replayed? {_capsules_of(where)}")
+            raise ValueError(
+                f"--update is missing: which update of {where} is to be replayed? {_capsules_of(where)}"
+            )
         capsule = _own_capsule(where, update, notes)
     if capsule is not None:
         return _from_capsule(capsule, run_folder, overrides, notes)
@@ -90,8 +96,16 @@ def open_scene(where: Path, update: int | None, overrides: Mapping[str, str], sa
 
 
 def _capsules_of(folder: Path) -> str:
-    held = [f"{facts.update} ({facts.why})" for path in find_capsules(folder / "capsules") if (facts := _facts(path))]
-    return f"Capsules hold {', '.join(held)}; any other is re-run" if held else "No capsule was kept; any update can be re-run"
+    held = [
+        f"{facts.update} ({facts.why})"
+        for path in find_capsules(folder / "capsules")
+        if (facts := _facts(path))
+    ]
+    return (
+        f"Capsules hold {', '.join(held)}; any other is re-run"
+        if held
+        else "No capsule was kept; any update can be re-run"
+    )
 
 
 def _facts(path: Path) -> CapsuleFacts | None:
@@ -120,19 +134,31 @@ def _own_capsule(folder: Path, update: int, notes: list[str]) -> Capsule | None:
     return capsule
 
 
-def _from_capsule(capsule: Capsule, folder: Path | None, overrides: Mapping[str, str], notes: list[str]) -> Opened:
+def _from_capsule(
+    capsule: Capsule, folder: Path | None, overrides: Mapping[str, str], notes: list[str]
+) -> Opened:
     facts = capsule.facts
     config = with_overrides(facts.config, overrides)
     if not torch.cuda.is_available() and facts.versions.get("threads", "").isdigit():
-        torch.set_num_threads(max(1, int(facts.versions["threads"])))  # sums are split among threads: the bits depend on it
+        torch.set_num_threads(
+            max(1, int(facts.versions["threads"]))
+        )  # sums are split among threads: the bits depend on it
     rows = _rows_of(facts, config)
     run = make_parts(config, None, pad_id=facts.pad_id, rows=tuple(rows.values()))
     _check_base(run, facts.base_hash, f"capsule {capsule.path}")
     scene = _capsule_scene(capsule, run, rows, config.record.text)
     here = versions(run.device)
-    notes += [f"made with {name} {was}, here {here[name]}" for name, was in facts.versions.items() if here.get(name, was) != was]
+    notes += [
+        f"made with {name} {was}, here {here[name]}"
+        for name, was in facts.versions.items()
+        if here.get(name, was) != was
+    ]
     healthy = _healthy(capsule.path.parent, facts, run, config, notes)
-    known = usual(trajectory(folder, facts.update), facts.update) if folder and _on_record(folder, facts) else None
+    known = (
+        usual(trajectory(folder, facts.update), facts.update)
+        if folder and _on_record(folder, facts)
+        else None
+    )
     usual_from = "medians of the applied updates before it"
     if known is None and healthy is not None:
         known = healthy.recorded["loss"], healthy.recorded["gradient norm"]
@@ -147,9 +173,15 @@ def _on_record(folder: Path, facts: CapsuleFacts) -> bool:
         return False
 
 
-def _healthy(folder: Path, facts: CapsuleFacts, run: Run, config: Config, notes: list[str]) -> Scene | None:
+def _healthy(
+    folder: Path, facts: CapsuleFacts, run: Run, config: Config, notes: list[str]
+) -> Scene | None:
     """The newest healthy capsule beside this one that fits the same parts."""
-    known = [(other.serial, path) for path in find_capsules(folder) if (other := _facts(path)) and other.why == "healthy"]
+    known = [
+        (other.serial, path)
+        for path in find_capsules(folder)
+        if (other := _facts(path)) and other.why == "healthy"
+    ]
     for _, path in sorted(known, reverse=True):
         try:
             capsule = read_capsule(path)
@@ -167,7 +199,9 @@ def _capsule_scene(capsule: Capsule, run: Run, rows: Mapping[int, Row], text: st
     restore_capsule(capsule, adapters=run.adapters, optimizer=run.optimizer)
     run.scale.value = facts.loss_scale
     index = {number: place for place, number in enumerate(rows)}
-    passes = tuple(tuple(tuple(index[number] for number in one) for one in rank) for rank in facts.passes)
+    passes = tuple(
+        tuple(tuple(index[number] for number in one) for one in rank) for rank in facts.passes
+    )
     order = tuple(row for rank in passes for one in rank for row in one)
     window = Window(facts.update, facts.epoch, order, passes, facts.packed)
     names = tuple(row.row_id if text != "none" else f"row {number}" for number, row in rows.items())
@@ -185,11 +219,17 @@ def _capsule_scene(capsule: Capsule, run: Run, rows: Mapping[int, Row], text: st
     )
     expected = facts.expected
     rank_losses = [
-        total / tokens if (tokens := scene.rank_tokens(rank)) else None for rank, total in enumerate(expected.rank_loss_sums)
+        total / tokens if (tokens := scene.rank_tokens(rank)) else None
+        for rank, total in enumerate(expected.rank_loss_sums)
     ]
     row_losses = [loss for losses in expected.row_loss_sums for loss in losses]
     numbers = recorded_numbers(
-        scene, expected.loss_nats, expected.grad_norm_pre_clip, rank_losses, expected.rank_grad_norms, row_losses
+        scene,
+        expected.loss_nats,
+        expected.grad_norm_pre_clip,
+        rank_losses,
+        expected.rank_grad_norms,
+        row_losses,
     )
     return replace(scene, recorded=numbers)
 
@@ -219,7 +259,9 @@ def _check_base(run: Run, base_hash: str, owner: str) -> None:
         )
 
 
-def _from_run(folder: Path, update: int, overrides: Mapping[str, str], say: Say, notes: list[str]) -> Opened:
+def _from_run(
+    folder: Path, update: int, overrides: Mapping[str, str], say: Say, notes: list[str]
+) -> Opened:
     values = read_config(folder)
     config = with_overrides(values, overrides)
     chain = trajectory(folder, update)
@@ -232,7 +274,16 @@ def _from_run(folder: Path, update: int, overrides: Mapping[str, str], say: Say,
             healthy = _healthy(path.parent, replace(facts, update=update), scene.run, config, notes)
             break
     usual_from = "medians of the applied updates before it"
-    return Opened(scene, config, config.record.text, usual(chain, update), usual_from, healthy, on_the_way, tuple(notes))
+    return Opened(
+        scene,
+        config,
+        config.record.text,
+        usual(chain, update),
+        usual_from,
+        healthy,
+        on_the_way,
+        tuple(notes),
+    )
 
 
 def _other_packages(folder: Path) -> list[str]:
@@ -243,5 +294,7 @@ def _other_packages(folder: Path) -> list[str]:
         return []
     here = {name: package_version(name) for name in PACKAGES}
     return [
-        f"made with {name} {saved[name]}, here {here[name]}" for name in PACKAGES if saved.get(name, here[name]) != here[name]
+        f"made with {name} {saved[name]}, here {here[name]}"
+        for name in PACKAGES
+        if saved.get(name, here[name]) != here[name]
     ]

@@ -28,7 +28,8 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     return [
         "  "
         + "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(w) if i < left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]
@@ -38,7 +39,12 @@ def wrapped(label: str, text: str) -> list[str]:
     """`label   text`, continued under the text."""
     first, others = f"{label:<10}", " " * 10
     lines = textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False, break_long_words=False
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_on_hyphens=False,
+        break_long_words=False,
     )
     return lines or [label]
 
@@ -58,7 +64,10 @@ def opening(opened: Opened) -> list[str]:
         f"{len(scene.window.rows)} rows, {scene.supervised_tokens:,} supervised tokens, {passes} passes on {ranks}; lr {scene.lr:.3g}",
     )
     if opened.usual is not None:
-        lines += wrapped("usual", f"loss {opened.usual[0]:.4f}, gradient norm {opened.usual[1]:.4g} ({opened.usual_from})")
+        lines += wrapped(
+            "usual",
+            f"loss {opened.usual[0]:.4f}, gradient norm {opened.usual[1]:.4g} ({opened.usual_from})",
+        )
     for note in opened.notes:
         lines += wrapped("note", note)
     return lines
@@ -66,34 +75,77 @@ def opening(opened: Opened) -> list[str]:
 
 def reproduction(opened: Opened, done: Reproduction) -> list[str]:
     lines = ["", "Against the record"]
-    shown = [c for c in done.compared if not c.name.startswith("loss of ") or c.name.startswith("loss of rank ")]
+    shown = [
+        c
+        for c in done.compared
+        if not c.name.startswith("loss of ") or c.name.startswith("loss of rank ")
+    ]
     rows = [c for c in done.compared if c not in shown]
-    body = [[c.name, number(c.recorded, 9), number(c.replayed, 9), off(c.off), off(c.allowed)] for c in shown]
+    body = [
+        [c.name, number(c.recorded, 9), number(c.replayed, 9), off(c.off), off(c.allowed)]
+        for c in shown
+    ]
     if rows:
         worst = max(rows, key=lambda c: c.off)
         name = f"{len(rows)} row losses, worst: {worst.name.removeprefix('loss of ')}"
-        body.append([name, number(worst.recorded, 9), number(worst.replayed, 9), off(worst.off), off(worst.allowed)])
+        body.append(
+            [
+                name,
+                number(worst.recorded, 9),
+                number(worst.replayed, 9),
+                off(worst.off),
+                off(worst.allowed),
+            ]
+        )
     lines += table(["", "recorded", "replayed", "off", "allowed"], body)
     floors = f"loss {off(done.loss_floor)}, gradient norm {off(done.norm_floor)}, gradient {off(done.grad_floor)}"
     return [*lines, f"  noise floor, two replays apart: {floors}"]
 
 
-def bisection(opened: Opened, found: Bisection, decode: Callable[[list[int]], str] | None) -> list[str]:
+def bisection(
+    opened: Opened, found: Bisection, decode: Callable[[list[int]], str] | None
+) -> list[str]:
     lines: list[str] = []
     if len(found.ranks) > 1:
-        lines += ["", "By rank; factors are over the median of the others", *parts(found.ranks, found.rank)]
+        lines += [
+            "",
+            "By rank; factors are over the median of the others",
+            *parts(found.ranks, found.rank),
+        ]
     if len(found.passes) > 1:
-        lines += ["", "By pass; factors are over the median of the others", *parts(found.passes, found.one_pass)]
-    lines += ["", "By row, each alone; factors are over the median of the others", *parts(found.rows, found.row)]
+        lines += [
+            "",
+            "By pass; factors are over the median of the others",
+            *parts(found.passes, found.one_pass),
+        ]
+    lines += [
+        "",
+        "By row, each alone; factors are over the median of the others",
+        *parts(found.rows, found.row),
+    ]
     if opened.healthy is not None and found.healthy_rows is not None:
         loss, norm = map(number, found.healthy_rows)
-        lines += [f"    median row of the healthy update {opened.healthy.update}: loss {loss} a token, gradient norm {norm}"]
-    than = f"the healthy update {opened.healthy.update}" if opened.healthy else "the other layers' median"
-    lines += ["", f"By adapter matrix, of {found.looked_at}; factors are over {than}", *matrices(found.matrices)]
+        lines += [
+            f"    median row of the healthy update {opened.healthy.update}: loss {loss} a token, gradient norm {norm}"
+        ]
+    than = (
+        f"the healthy update {opened.healthy.update}"
+        if opened.healthy
+        else "the other layers' median"
+    )
+    lines += [
+        "",
+        f"By adapter matrix, of {found.looked_at}; factors are over {than}",
+        *matrices(found.matrices),
+    ]
     if found.layer is not None:
         lines += wrapped("  layer", found.layer.message)
     if found.tokens:
-        lines += ["", f"Tokens of {found.token_row}, supervised places only", *tokens(found.tokens, decode, opened.text)]
+        lines += [
+            "",
+            f"Tokens of {found.token_row}, supervised places only",
+            *tokens(found.tokens, decode, opened.text),
+        ]
     return lines
 
 
@@ -113,18 +165,28 @@ def parts(of: Sequence[Part], suspect: Part | None) -> list[str]:
         for part in ordered[:MOST_LINES]
     ]
     lines = table(["", "tokens", "loss/token", "x", "grad norm", "x", "share"], body)
-    return lines + ([f"    and {len(ordered) - MOST_LINES} more"] if len(ordered) > MOST_LINES else [])
+    return lines + (
+        [f"    and {len(ordered) - MOST_LINES} more"] if len(ordered) > MOST_LINES else []
+    )
 
 
 def matrices(stats: Sequence[MatrixStat]) -> list[str]:
     """The furthest from what they are compared with first."""
     ordered = sorted(stats, key=lambda s: (-_trouble(s), s.layer))
     body = [
-        [s.name, number(s.weight_norm), factor(s.weight_factor), number(s.grad_norm), factor(s.grad_factor)]
+        [
+            s.name,
+            number(s.weight_norm),
+            factor(s.weight_factor),
+            number(s.grad_norm),
+            factor(s.grad_factor),
+        ]
         for s in ordered[:MOST_LINES]
     ]
     lines = table(["", "weight norm", "x", "grad norm", "x"], body)
-    return lines + ([f"    and {len(ordered) - MOST_LINES} more"] if len(ordered) > MOST_LINES else [])
+    return lines + (
+        [f"    and {len(ordered) - MOST_LINES} more"] if len(ordered) > MOST_LINES else []
+    )
 
 
 def _trouble(s: MatrixStat) -> float:
@@ -134,7 +196,9 @@ def _trouble(s: MatrixStat) -> float:
     return max(factors, default=0.0)
 
 
-def tokens(of: Sequence[TokenLoss], decode: Callable[[list[int]], str] | None, policy: str) -> list[str]:
+def tokens(
+    of: Sequence[TokenLoss], decode: Callable[[list[int]], str] | None, policy: str
+) -> list[str]:
     """The worst places, then those around the very worst in order. Text only under record.text = full, no ids under none."""
 
     def line(token: TokenLoss, mark: str = "  ") -> list[str]:
@@ -145,21 +209,32 @@ def tokens(of: Sequence[TokenLoss], decode: Callable[[list[int]], str] | None, p
             cells.append(visible(decode([token.token_id]))[:40])
         return cells
 
-    heading = ["  place", "loss", *(["token id"] if policy != "none" else []), *(["text"] if decode is not None else [])]
-    ordered = sorted(of, key=lambda t: t.loss_nats if math.isfinite(t.loss_nats) else math.inf, reverse=True)
+    heading = [
+        "  place",
+        "loss",
+        *(["token id"] if policy != "none" else []),
+        *(["text"] if decode is not None else []),
+    ]
+    ordered = sorted(
+        of, key=lambda t: t.loss_nats if math.isfinite(t.loss_nats) else math.inf, reverse=True
+    )
     worst = of.index(ordered[0])
     near = of[max(0, worst - AROUND) : worst + AROUND + 1]
     lines = ["  worst first", *table(heading, [line(token) for token in ordered[:MOST_LINES]])]
     if len(of) > MOST_LINES or len(near) > 1:
         lines += [f"  around place {ordered[0].position}, in order"]
-        lines += table(heading, [line(token, "> " if token is ordered[0] else "  ") for token in near])
+        lines += table(
+            heading, [line(token, "> " if token is ordered[0] else "  ") for token in near]
+        )
     return lines
 
 
 def trials(opened: Opened, done: Trials) -> list[str]:
     body = [
         [
-            trial.name if not trial.note or trial.note.startswith("not tried") else f"{trial.name} ({trial.note})",
+            trial.name
+            if not trial.note or trial.note.startswith("not tried")
+            else f"{trial.name} ({trial.note})",
             number(trial.loss_nats),
             number(trial.grad_norm),
             number(trial.clip_coef),
@@ -171,14 +246,18 @@ def trials(opened: Opened, done: Trials) -> list[str]:
         if not trial.note.startswith("not tried")
     ]
     lines = ["", "With one thing changed at a time"]
-    lines += table(["", "loss", "grad norm", "clip", "|change|", "loss after", "gradient off"], body)
+    lines += table(
+        ["", "loss", "grad norm", "clip", "|change|", "loss after", "gradient off"], body
+    )
     for trial in done.trials:
         if trial.note.startswith("not tried"):
             lines += wrapped("", f"{trial.name}: {trial.note}")
     return lines
 
 
-def conclusion(opened: Opened, done: Reproduction, found: Bisection | None, trials: Trials | None) -> str:
+def conclusion(
+    opened: Opened, done: Reproduction, found: Bisection | None, trials: Trials | None
+) -> str:
     """One sentence: whether it reproduces, then what stands out, then the verdict of the trials."""
     said = [_reproduces(opened, done)]
     if found is not None:
@@ -213,7 +292,9 @@ def _stands_out(found: Bisection) -> str:
     if found.row is not None:
         part = found.row
         amount = (
-            "not finite" if not part.finite else f"norm {factor(part.norm_factor)}, loss {factor(part.loss_factor)} the median"
+            "not finite"
+            if not part.finite
+            else f"norm {factor(part.norm_factor)}, loss {factor(part.loss_factor)} the median"
         )
         said = f"row {part.name.removeprefix('row ')} (rank {part.rank}, pass {part.index}) stands out: {amount}"
     return f"{said}; {found.layer.name} is off" if found.layer is not None else said
@@ -232,4 +313,10 @@ def off(value: float) -> str:
 def factor(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.1f}x" if math.isfinite(value) and value < 100 else f"{value:,.0f}x" if math.isfinite(value) else str(value)
+    return (
+        f"{value:,.1f}x"
+        if math.isfinite(value) and value < 100
+        else f"{value:,.0f}x"
+        if math.isfinite(value)
+        else str(value)
+    )

@@ -32,12 +32,27 @@ from glassloop.formula.optim import l2_norm, make_optimizer
 from glassloop.loop.run import Run
 from glassloop.replay.bisect import Bisection
 from glassloop.replay.replica import make_parts
-from glassloop.replay.reproduce import Scene, carry_out, clip_of, enter, loss_now, relative_distance, replayed, step
+from glassloop.replay.reproduce import (
+    Scene,
+    carry_out,
+    clip_of,
+    enter,
+    loss_now,
+    relative_distance,
+    replayed,
+    step,
+)
 
 NORM_RANGE = 3.0
 LOSS_RANGE = 1.5
 RISE = 0.05
-AS_IT_WAS, WITHOUT_ROW, FP32, EAGER, PEFT = "as it was", "without the worst row", "fp32", "eager attention", "peft engine"
+AS_IT_WAS, WITHOUT_ROW, FP32, EAGER, PEFT = (
+    "as it was",
+    "without the worst row",
+    "fp32",
+    "eager attention",
+    "peft engine",
+)
 ADAMW, FRESH_ADAMW, HALF_LR = "32-bit AdamW", "32-bit AdamW, fresh moments", "half the lr"
 
 
@@ -82,10 +97,18 @@ class Trials:
     verdict: Verdict
 
 
-def try_out(scene: Scene, config: Config, found: Bisection, usual: tuple[float, float] | None, noise_floor: float) -> Trials:
+def try_out(
+    scene: Scene,
+    config: Config,
+    found: Bisection,
+    usual: tuple[float, float] | None,
+    noise_floor: float,
+) -> Trials:
     """Carry the update out in every way, then judge. `usual`: loss and norm of sound updates. `noise_floor`: relative, of loss and norm."""
     replayed(scene)
-    grad = scene.run.adapters.grad / scene.run.scale.value  # g of the update as it was, before clipping
+    grad = (
+        scene.run.adapters.grad / scene.run.scale.value
+    )  # g of the update as it was, before clipping
     slower = replace(scene, lr=scene.lr / 2)
     trials = [
         _attempt(AS_IT_WAS, scene, enter(scene), grad),
@@ -95,15 +118,25 @@ def try_out(scene: Scene, config: Config, found: Bisection, usual: tuple[float, 
     trials += _adamw(scene, config, grad)
     trials += _other_engines(scene, config, grad)
     enter(scene)
-    return Trials(tuple(trials), judge({trial.name: trial for trial in trials}, found, usual, noise_floor))
+    return Trials(
+        tuple(trials), judge({trial.name: trial for trial in trials}, found, usual, noise_floor)
+    )
 
 
-def _attempt(name: str, scene: Scene, run: Run, grad: Tensor, window: Window | None = None, note: str = "") -> Trial:
+def _attempt(
+    name: str, scene: Scene, run: Run, grad: Tensor, window: Window | None = None, note: str = ""
+) -> Trial:
     """The update in parts that `enter` has put right: gradient, step, and the loss after it. Nothing is applied that is not finite."""
     window = window or scene.window
-    n = sum(scene.rows[row].supervised_tokens for one in window.passes for rows in one for row in rows)
+    n = sum(
+        scene.rows[row].supervised_tokens for one in window.passes for rows in one for row in rows
+    )
     carried = carry_out(run, window, n, scene.state.rng_states)
-    off = None if window is not scene.window else relative_distance(run.adapters.grad / run.scale.value, grad)
+    off = (
+        None
+        if window is not scene.window
+        else relative_distance(run.adapters.grad / run.scale.value, grad)
+    )
     if not carried.finite:
         return Trial(name, carried.loss_nats, carried.grad_norm, grad_off=off, note=note)
     clip = clip_of(scene, carried.grad_norm)
@@ -119,15 +152,22 @@ def _without_row(scene: Scene, found: Bisection, grad: Tensor) -> Trial:
     if len(scene.window.rows) < 2 or scene.supervised_tokens == scene.rows[row].supervised_tokens:
         return Trial(WITHOUT_ROW, note="not tried: no other row has supervised tokens")
     passes = tuple(
-        tuple(left for one in rank if (left := tuple(other for other in one if other != row))) for rank in scene.window.passes
+        tuple(left for one in rank if (left := tuple(other for other in one if other != row)))
+        for rank in scene.window.passes
     )
-    window = replace(scene.window, rows=tuple(other for other in scene.window.rows if other != row), passes=passes)
+    window = replace(
+        scene.window,
+        rows=tuple(other for other in scene.window.rows if other != row),
+        passes=passes,
+    )
     return _attempt(WITHOUT_ROW, scene, enter(scene), grad, window, scene.row_names[row])
 
 
 def worst_row(found: Bisection) -> int:
     """Index of the row that stands out, else of the one with the largest share of the gradient."""
-    part = found.row or max(found.rows, key=lambda part: math.inf if not part.finite else part.grad_norm)
+    part = found.row or max(
+        found.rows, key=lambda part: math.inf if not part.finite else part.grad_norm
+    )
     assert part.row is not None
     return part.row
 
@@ -148,7 +188,9 @@ def _adamw(scene: Scene, config: Config, grad: Tensor) -> Iterator[Trial]:
         yield _with_adamw(FRESH_ADAMW, scene, config, ({}, fresh), grad)
 
 
-def _with_adamw(name: str, scene: Scene, config: Config, moments: tuple[dict[str, Tensor], Any], grad: Tensor) -> Trial:
+def _with_adamw(
+    name: str, scene: Scene, config: Config, moments: tuple[dict[str, Tensor], Any], grad: Tensor
+) -> Trial:
     asked = config.optimizer
     optimizer = make_optimizer(
         "adamw",
@@ -184,34 +226,60 @@ def as_32_bit(moments: tuple[dict[str, Tensor], Any]) -> tuple[dict[str, Tensor]
 def _other_engines(scene: Scene, config: Config, grad: Tensor) -> Iterator[Trial]:
     """fp32, eager attention and the reference engine: each needs a model of its own, which is dropped before the next is built."""
     execution, model = config.execution, config.model
-    sdpa = model.model_copy(update={"attention": "sdpa"}) if model.attention == "flash_attention_2" else model
+    sdpa = (
+        model.model_copy(update={"attention": "sdpa"})
+        if model.attention == "flash_attention_2"
+        else model
+    )
     variants = {
-        FP32: (execution.precision == "fp32", {"execution": execution.model_copy(update={"precision": "fp32"}), "model": sdpa}),
-        EAGER: (model.attention == "eager", {"model": model.model_copy(update={"attention": "eager"})}),
-        PEFT: (execution.engine == "peft", {"execution": execution.model_copy(update={"engine": "peft"})}),
+        FP32: (
+            execution.precision == "fp32",
+            {"execution": execution.model_copy(update={"precision": "fp32"}), "model": sdpa},
+        ),
+        EAGER: (
+            model.attention == "eager",
+            {"model": model.model_copy(update={"attention": "eager"})},
+        ),
+        PEFT: (
+            execution.engine == "peft",
+            {"execution": execution.model_copy(update={"engine": "peft"})},
+        ),
     }
     for name, (used, changed) in variants.items():
         if used:
             yield Trial(name, note="not tried: the run used it")
             continue
         try:
-            run = make_parts(config.model_copy(update=changed), scene.run.accelerator, pad_id=scene.run.pad_id, rows=scene.rows)
+            run = make_parts(
+                config.model_copy(update=changed),
+                scene.run.accelerator,
+                pad_id=scene.run.pad_id,
+                rows=scene.rows,
+            )
             yield _attempt(name, scene, enter(scene, run), grad)
         except (ValueError, torch.OutOfMemoryError) as error:
             yield Trial(name, note=f"not tried: {str(error).splitlines()[0]}")
 
 
-def judge(trials: dict[str, Trial], found: Bisection, usual: tuple[float, float] | None, noise_floor: float) -> Verdict:
+def judge(
+    trials: dict[str, Trial],
+    found: Bisection,
+    usual: tuple[float, float] | None,
+    noise_floor: float,
+) -> Verdict:
     """The verdict by the rules above; pure, on what the trials gave."""
     base = trials[AS_IT_WAS]
     if not _sound(base, base, usual, found):
         return _judge_gradient(trials, found, usual)
     if base.rise <= max(RISE, 4 * noise_floor):
         return Verdict(
-            "unresolved", "nothing is out of the usual range, and the step lowers the loss of its rows as a step should"
+            "unresolved",
+            "nothing is out of the usual range, and the step lowers the loss of its rows as a step should",
         )
     for name in (ADAMW, FRESH_ADAMW):
-        if (trial := trials[name]).loss_after_nats is not None and trial.rise <= max(RISE, 4 * noise_floor):
+        if (trial := trials[name]).loss_after_nats is not None and trial.rise <= max(
+            RISE, 4 * noise_floor
+        ):
             return Verdict(
                 "optimizer",
                 f"gradient and loss are sound, the step raises the loss by {_share(base.rise)}; {name}: {_share(trial.rise)}",
@@ -222,17 +290,26 @@ def judge(trials: dict[str, Trial], found: Bisection, usual: tuple[float, float]
             "lr",
             f"gradient and loss are sound, the step raises the loss by {_share(base.rise)}; at half the lr: {_share(half.rise)}",
         )
-    return Verdict("unresolved", f"the step raises the loss of its rows by {_share(base.rise)}, and no change to it helps")
+    return Verdict(
+        "unresolved",
+        f"the step raises the loss of its rows by {_share(base.rise)}, and no change to it helps",
+    )
 
 
-def _judge_gradient(trials: dict[str, Trial], found: Bisection, usual: tuple[float, float] | None) -> Verdict:
+def _judge_gradient(
+    trials: dict[str, Trial], found: Bisection, usual: tuple[float, float] | None
+) -> Verdict:
     base = trials[AS_IT_WAS]
     for name, kind in ((FP32, "precision"), (EAGER, "engine"), (PEFT, "engine")):
         if _cured(trials[name], base, usual):
-            return Verdict(kind, f"{_numbers(base)} as it was, {_numbers(trials[name])} with {name}")
+            return Verdict(
+                kind, f"{_numbers(base)} as it was, {_numbers(trials[name])} with {name}"
+            )
     without = trials[WITHOUT_ROW]
     if _cured(without, base, usual) and found.row is not None:
-        return Verdict("data", f"{_numbers(base)} as it was, {_numbers(without)} without {without.note}")
+        return Verdict(
+            "data", f"{_numbers(base)} as it was, {_numbers(without)} without {without.note}"
+        )
     if found.everything:
         where = f": {found.layer.message}" if found.layer else ""
         return Verdict("unresolved", f"every row is affected, in every trial{where}")
@@ -243,7 +320,10 @@ def _judge_gradient(trials: dict[str, Trial], found: Bisection, usual: tuple[flo
     if usual is not None and median(losses) > LOSS_RANGE * usual[0]:
         why = f"most rows lie above the usual loss of {usual[0]:.4g}: earlier updates had moved the adapters there"
         return Verdict("unresolved", why, earlier=True)
-    return Verdict("unresolved", f"{_numbers(base)} as it was, and no trial brings that back into the usual range")
+    return Verdict(
+        "unresolved",
+        f"{_numbers(base)} as it was, and no trial brings that back into the usual range",
+    )
 
 
 def _sound(trial: Trial, base: Trial, usual: tuple[float, float] | None, found: Bisection) -> bool:
@@ -266,7 +346,10 @@ def _cured(trial: Trial, base: Trial, usual: tuple[float, float] | None) -> bool
         return False
     if not base.finite or base.loss_nats is None or base.grad_norm is None:
         return True
-    return base.grad_norm >= NORM_RANGE * trial.grad_norm or base.loss_nats >= LOSS_RANGE * trial.loss_nats
+    return (
+        base.grad_norm >= NORM_RANGE * trial.grad_norm
+        or base.loss_nats >= LOSS_RANGE * trial.loss_nats
+    )
 
 
 def _numbers(trial: Trial) -> str:

@@ -23,7 +23,10 @@ def column(values: Iterable[Any]) -> dict[str, Any]:
     """{"f32": base64, "nan": [index, ...]}: about 7 digits. None is absent; "inf" and "-inf" stay what they are."""
     numbers = [number(value) for value in values]
     array = np.array([math.nan if value is None else value for value in numbers], dtype="<f4")
-    return {"f32": _base64(array), "nan": [i for i, value in enumerate(numbers) if value is not None and math.isnan(value)]}
+    return {
+        "f32": _base64(array),
+        "nan": [i for i, value in enumerate(numbers) if value is not None and math.isnan(value)],
+    }
 
 
 def whole_numbers(values: Sequence[int], kind: str) -> dict[str, str]:
@@ -54,7 +57,9 @@ def heat(values: Sequence[Sequence[Any] | None], rows: int) -> dict[str, Any] | 
     grid[exists & ~np.isfinite(grid)] = math.inf
     edges = np.linspace(0, len(values), min(len(values), HEAT_COLUMNS) + 1).round().astype(int)
     spans = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
-    joined = np.full((rows, len(spans)), -1.0)  # -1: absent; norms, ratios and shares are never negative
+    joined = np.full(
+        (rows, len(spans)), -1.0
+    )  # -1: absent; norms, ratios and shares are never negative
     filled = np.where(exists, grid, -1.0)
     for i, (first, after) in enumerate(spans):
         joined[:, i] = filled[:, first:after].max(axis=1)
@@ -66,11 +71,20 @@ def heat(values: Sequence[Sequence[Any] | None], rows: int) -> dict[str, Any] | 
     inside = (joined > 0) & np.isfinite(joined)
     span = math.log(high) - math.log(low)
     share = (
-        (np.log(joined, where=inside, out=np.zeros_like(joined)) - math.log(low)) / span if span > 0 else np.zeros_like(joined)
+        (np.log(joined, where=inside, out=np.zeros_like(joined)) - math.log(low)) / span
+        if span > 0
+        else np.zeros_like(joined)
     )
     codes[inside] = np.rint(FIRST_STEP + share[inside] * (LAST_STEP - FIRST_STEP)).astype("<u2")
     bins = [[first, after - 1] for first, after in spans]
-    return {"rows": rows, "columns": len(spans), "low": low, "high": high, "codes": _base64(codes), "bins": bins}
+    return {
+        "rows": rows,
+        "columns": len(spans),
+        "low": low,
+        "high": high,
+        "codes": _base64(codes),
+        "bins": bins,
+    }
 
 
 def _base64(array: np.ndarray) -> str:

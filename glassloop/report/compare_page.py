@@ -28,7 +28,10 @@ def comparison_payload(found: Comparison) -> dict[str, Any]:
             "side": side.label,
             "seed": setting(run.config, "seed"),
             "update": [record["update"] for record in run.updates],
-            "columns": {name: column(record[field] for record in run.updates) for name, field in CURVES.items()},
+            "columns": {
+                name: column(record[field] for record in run.updates)
+                for name, field in CURVES.items()
+            },
             "heldout": [[one["update"], number(one["loss_nats"])] for one in run.evaluations],
             "epochs": _epochs(run),
             "score": score,
@@ -52,7 +55,10 @@ def comparison_payload(found: Comparison) -> dict[str, Any]:
     ]
     for run in runs:  # a number that is not finite has no place in JSON
         run["heldout"] = [
-            [update, loss if loss is not None and loss == loss and abs(loss) != float("inf") else None]
+            [
+                update,
+                loss if loss is not None and loss == loss and abs(loss) != float("inf") else None,
+            ]
             for update, loss in run["heldout"]
         ]
         score = run["score"]
@@ -67,11 +73,18 @@ def comparison_payload(found: Comparison) -> dict[str, Any]:
         "measure": found.measure,
         "floor": found.floor,
         "floor_from": found.floor_from,
-        "differences": [[name, [None if one is None else str(one) for one in values]] for name, values in found.differences],
+        "differences": [
+            [name, [None if one is None else str(one) for one in values]]
+            for name, values in found.differences
+        ],
     }
 
 
 def _epochs(run: RunData) -> list[list[int]]:
     """[first update, epoch] of each epoch after the first."""
     pairs = zip(run.updates, run.updates[1:], strict=False)
-    return [[after["update"], after["epoch"]] for before, after in pairs if after["epoch"] != before["epoch"]]
+    return [
+        [after["update"], after["epoch"]]
+        for before, after in pairs
+        if after["epoch"] != before["epoch"]
+    ]

@@ -19,11 +19,24 @@ def render(found: Comparison) -> RenderableType:
     """Tables and sentences, for a rich Console. Texts of a run are shown as they are, never as markup."""
     parts: list[RenderableType] = [_runs(found), _differences(found)]
     parts.append(Text(f"\nnoise floor  {found.floor:.2g} relative, {found.floor_from}"))
-    for pair, side in zip(found.pairs, found.sides[1:] or found.sides * len(found.pairs), strict=False):
-        names = f"{found.sides[0].label} and {side.label}" if len(found.sides) > 1 else f"{pair.a.name} and {pair.b.name}"
-        parts.append(Text(f"\n{names}: {pair.a.name} beside {pair.b.name}, {pair.compared:,} updates in common", style="bold"))
+    for pair, side in zip(
+        found.pairs, found.sides[1:] or found.sides * len(found.pairs), strict=False
+    ):
+        names = (
+            f"{found.sides[0].label} and {side.label}"
+            if len(found.sides) > 1
+            else f"{pair.a.name} and {pair.b.name}"
+        )
+        parts.append(
+            Text(
+                f"\n{names}: {pair.a.name} beside {pair.b.name}, {pair.compared:,} updates in common",
+                style="bold",
+            )
+        )
         parts += [Text(f"  {line}") for line in parting_lines(pair)]
-        style = "green" if pair.verdict.endswith("lower") or pair.verdict == "the same" else "yellow"
+        style = (
+            "green" if pair.verdict.endswith("lower") or pair.verdict == "the same" else "yellow"
+        )
         parts.append(Text(f"  verdict on {found.measure}: {pair.verdict}", style=f"bold {style}"))
         parts.append(Text(f"  {pair.why}"))
     return Group(*parts)
@@ -61,19 +74,27 @@ def value(one: Any) -> str:
 def console() -> Console:
     """Wide enough for tables when the output is no terminal."""
     plain = Console(highlight=False, markup=False, emoji=False)
-    return plain if plain.is_terminal else Console(highlight=False, markup=False, emoji=False, width=120)
+    return (
+        plain
+        if plain.is_terminal
+        else Console(highlight=False, markup=False, emoji=False, width=120)
+    )
 
 
 def tokens_per_s(run: RunData) -> float | None:
     """Real tokens a second over all ranks, median of the updates after the first."""
-    speeds = sorted(sum(r["rank_real_tokens"]) / r["update_s"] for r in run.updates[1:] if r["update_s"] > 0)
+    speeds = sorted(
+        sum(r["rank_real_tokens"]) / r["update_s"] for r in run.updates[1:] if r["update_s"] > 0
+    )
     return speeds[len(speeds) // 2] if speeds else None
 
 
 def _runs(found: Comparison) -> Table:
     table = Table(show_edge=False, pad_edge=False)
     for name in ("side", "run", "seed", "updates", "last loss", "real tok/s", found.measure):
-        table.add_column(name, justify="left" if name in ("side", "run") else "right", overflow="fold")
+        table.add_column(
+            name, justify="left" if name in ("side", "run") else "right", overflow="fold"
+        )
     for side, scores in zip(found.sides, found.scores, strict=True):
         for run, score in zip(side.runs, scores, strict=True):
             speed = tokens_per_s(run)
@@ -92,7 +113,9 @@ def _runs(found: Comparison) -> Table:
 
 def _differences(found: Comparison) -> RenderableType:
     if not found.differences:
-        return Text("\nNothing was asked differently: config, versions, code and hardware are the same.")
+        return Text(
+            "\nNothing was asked differently: config, versions, code and hardware are the same."
+        )
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("field")
     for run in found.runs:
@@ -100,4 +123,8 @@ def _differences(found: Comparison) -> RenderableType:
     for name, values in found.differences[:MOST_DIFFERENCES]:
         table.add_row(Text(name), *(Text("-" if one is None else str(one)) for one in values))
     more = len(found.differences) - MOST_DIFFERENCES
-    return Group(Text("\nAsked differently", style="bold"), table, *([Text(f"and {more} more")] if more > 0 else []))
+    return Group(
+        Text("\nAsked differently", style="bold"),
+        table,
+        *([Text(f"and {more} more")] if more > 0 else []),
+    )

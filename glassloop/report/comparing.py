@@ -55,7 +55,9 @@ class Pair:
     same_seed: bool
     compared: int  # updates that both have
     went_in: Parting | None  # first difference of what an update was given: rows, tokens, lr
-    came_out: Parting | None  # first difference of what it made of them: loss, norm, clipping, reaction
+    came_out: (
+        Parting | None
+    )  # first difference of what it made of them: loss, norm, clipping, reaction
     verdict: str  # "A is lower" | "B is lower" | "not resolved" | "the same"
     why: str
 
@@ -65,7 +67,9 @@ class Comparison:
     """What `glassloop compare` shows."""
 
     sides: tuple[Side, ...]
-    differences: tuple[tuple[str, tuple[Any, ...]], ...]  # field and its value in each run, in the order of the sides
+    differences: tuple[
+        tuple[str, tuple[Any, ...]], ...
+    ]  # field and its value in each run, in the order of the sides
     measure: str  # what verdicts rest on, in words
     scores: tuple[tuple[float | None, ...], ...]  # by side, then run
     floor: float
@@ -83,7 +87,9 @@ def compare(runs: Sequence[RunData], floor: float | None = None) -> Comparison:
         raise ValueError(f"glassloop compare needs at least two runs, and got {len(runs)}")
     for run in runs:
         if not run.updates:
-            raise ValueError(f"{run.folder} has no update on record yet, so there is nothing to compare")
+            raise ValueError(
+                f"{run.folder} has no update on record yet, so there is nothing to compare"
+            )
     sides = sides_of(runs)
     ordered = [run for side in sides for run in side.runs]
     measure, scores = measured(sides)
@@ -94,15 +100,21 @@ def compare(runs: Sequence[RunData], floor: float | None = None) -> Comparison:
     if len(sides) == 1:
         pairs = tuple(_same_side(sides[0].runs[0], other, used) for other in sides[0].runs[1:])
     else:
-        pairs = tuple(_pair(sides[0], side, used, scores[0], scores[i]) for i, side in enumerate(sides) if i)
-    return Comparison(tuple(sides), tuple(differences(ordered)), measure, scores, used, source, pairs)
+        pairs = tuple(
+            _pair(sides[0], side, used, scores[0], scores[i]) for i, side in enumerate(sides) if i
+        )
+    return Comparison(
+        tuple(sides), tuple(differences(ordered)), measure, scores, used, source, pairs
+    )
 
 
 def sides_of(runs: Sequence[RunData]) -> list[Side]:
     """Runs by what was asked of them and of what code, in the order in which they were given."""
     groups: dict[str, list[RunData]] = {}
     for run in runs:
-        groups.setdefault(repr(sorted(_asked(run).items(), key=lambda pair: pair[0])), []).append(run)
+        groups.setdefault(repr(sorted(_asked(run).items(), key=lambda pair: pair[0])), []).append(
+            run
+        )
     names = [chr(65 + i) if i < 26 else f"side {i + 1}" for i in range(len(groups))]
     return [Side(name, tuple(group)) for name, group in zip(names, groups.values(), strict=True)]
 
@@ -124,7 +136,12 @@ def measured(sides: Sequence[Side]) -> tuple[str, tuple[tuple[float | None, ...]
     common = set.intersection(*({one["update"] for one in run.evaluations} for run in runs))
     if common and max(common) > 0:
         update = max(common)
-        values = {id(run): number(next(one["loss_nats"] for one in run.evaluations if one["update"] == update)) for run in runs}
+        values = {
+            id(run): number(
+                next(one["loss_nats"] for one in run.evaluations if one["update"] == update)
+            )
+            for run in runs
+        }
         words = f"held-out loss after update {update}, nats a token"
     else:
         last = min(run.updates[-1]["update"] for run in runs)
@@ -137,13 +154,17 @@ def measured(sides: Sequence[Side]) -> tuple[str, tuple[tuple[float | None, ...]
 def floor_of(sides: Sequence[Side]) -> tuple[float, str]:
     """Relative noise floor, and where it comes from: repeats (same side, same seed) where there are any."""
     repeats = []
-    for side in sides if len(sides) > 1 else ():  # of one side alone, whether they differ is what is asked
+    for side in (
+        sides if len(sides) > 1 else ()
+    ):  # of one side alone, whether they differ is what is asked
         for i, a in enumerate(side.runs):
             for b in side.runs[i + 1 :]:
                 if setting(a.config, "seed") == setting(b.config, "seed"):
                     repeats.append((a, b, _largest_difference(a, b)))
     measured_by = [(off, a, b) for a, b, off in repeats if off is not None]
-    precisions = {setting(run.config, "execution.precision", "bf16") for side in sides for run in side.runs}
+    precisions = {
+        setting(run.config, "execution.precision", "bf16") for side in sides for run in side.runs
+    }
     assumed = max(FLOORS.get(precision, OTHER_FLOOR) for precision in precisions)
     if measured_by:
         off, a, b = max(measured_by, key=lambda one: one[0])
@@ -152,8 +173,13 @@ def floor_of(sides: Sequence[Side]) -> tuple[float, str]:
                 assumed,
                 f"assumed: the repeats {a.name} and {b.name} part by {off:.0%}, which is no noise (glassloop compare {a.folder} {b.folder})",
             )
-        return max(REPEATS * off, 1e-9), f"{REPEATS:g} times the largest difference of the repeats {a.name} and {b.name}"
-    return assumed, f"assumed for {', '.join(sorted(map(str, precisions)))}; two runs of one seed on a side would measure it"
+        return max(
+            REPEATS * off, 1e-9
+        ), f"{REPEATS:g} times the largest difference of the repeats {a.name} and {b.name}"
+    return (
+        assumed,
+        f"assumed for {', '.join(sorted(map(str, precisions)))}; two runs of one seed on a side would measure it",
+    )
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
@@ -166,7 +192,13 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return difference, students_quantile(0.975, degrees) * math.sqrt(va + vb)
 
 
-def _pair(first: Side, other: Side, floor: float, scores_a: Sequence[float | None], scores_b: Sequence[float | None]) -> Pair:
+def _pair(
+    first: Side,
+    other: Side,
+    floor: float,
+    scores_a: Sequence[float | None],
+    scores_b: Sequence[float | None],
+) -> Pair:
     a, b, same_seed = _partners(first, other)
     compared, went_in, came_out = first_partings(a, b, floor)
     verdict, why = _verdict(first, other, scores_a, scores_b, went_in or came_out, compared)
@@ -225,7 +257,10 @@ def _verdict(
     if len(a) < len(scores_a) or len(b) < len(scores_b):
         return "not resolved", "a run has no finite value to judge by"
     if parting is None and len(a) == len(b) == 1:
-        return "the same", f"no recorded number of {compared:,} updates differs beyond the noise floor"
+        return (
+            "the same",
+            f"no recorded number of {compared:,} updates differs beyond the noise floor",
+        )
     if first.seeds < 2 or other.seeds < 2:
         few = " and ".join(side.label for side in (first, other) if side.seeds < 2)
         apart = f"{first.label} {statistics.fmean(a):.5g}, {other.label} {statistics.fmean(b):.5g}"
@@ -234,12 +269,13 @@ def _verdict(
             f"one seed on side {few}, so nothing tells how far seeds alone part ({apart}); run each side with more seeds: seed=1, seed=2, ...",
         )
     difference, half = welch(a, b)
-    words = (
-        f"{other.label} - {first.label} = {difference:+.4g}, 95 % interval {difference - half:+.4g} to {difference + half:+.4g}"
-    )
+    words = f"{other.label} - {first.label} = {difference:+.4g}, 95 % interval {difference - half:+.4g} to {difference + half:+.4g}"
     count = f"{len(a)} and {len(b)} runs"
     if abs(difference) <= half:
-        return "not resolved", f"the difference lies within the spread of the seeds: {words} ({count})"
+        return (
+            "not resolved",
+            f"the difference lies within the spread of the seeds: {words} ({count})",
+        )
     lower = other.label if difference < 0 else first.label
     return f"{lower} is lower", f"beyond the spread of the seeds: {words} ({count})"
 
@@ -247,14 +283,26 @@ def _verdict(
 def _asked(run: RunData) -> dict[str, Any]:
     """What makes a run of another side: config but the seed, ranks, versions, code and hardware."""
     everything = _everything(run)
-    return {name: value for name, value in everything.items() if name != "seed" and not name.startswith(NO_MATTER)}
+    return {
+        name: value
+        for name, value in everything.items()
+        if name != "seed" and not name.startswith(NO_MATTER)
+    }
 
 
 def _everything(run: RunData) -> dict[str, Any]:
     env = flat(run.env)
-    kept = {name: env[name] for name in env if name.startswith("packages.") or name in ("git.commit", "cuda", "driver", "python")}
+    kept = {
+        name: env[name]
+        for name in env
+        if name.startswith("packages.") or name in ("git.commit", "cuda", "driver", "python")
+    }
     gpus = (run.env or {}).get("gpus")
-    hardware = {"gpus": [gpu.get("name") if isinstance(gpu, dict) else gpu for gpu in gpus]} if gpus else {}
+    hardware = (
+        {"gpus": [gpu.get("name") if isinstance(gpu, dict) else gpu for gpu in gpus]}
+        if gpus
+        else {}
+    )
     return flat(run.config) | {"ranks": run.ranks} | kept | hardware
 
 

@@ -19,7 +19,10 @@ from typing import Any
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("uplot.css", "page.css")
 SHARED = ("uplot.js", "data.js", "charts.js")
-SCRIPTS = {"run": (*SHARED, "heat.js", "figures.js", "detail.js", "tables.js", "page.js"), "compare": (*SHARED, "compare.js")}
+SCRIPTS = {
+    "run": (*SHARED, "heat.js", "figures.js", "detail.js", "tables.js", "page.js"),
+    "compare": (*SHARED, "compare.js"),
+}
 PICKER = "<!-- picker -->\n"  # stands in a body for picker.html; a run's page has one of its own, with buttons for marks
 BODIES = {"run": "page.html", "compare": "compare.html"}
 
@@ -52,11 +55,23 @@ def whole_page(data: dict[str, Any], body: Path, scripts: Sequence[Path]) -> str
         *(f"<style>{style}</style>" for style in styles),
     ]
     inner = [
-        body.read_text(encoding="utf-8").replace(PICKER, (ASSETS / "picker.html").read_text(encoding="utf-8")),
+        body.read_text(encoding="utf-8").replace(
+            PICKER, (ASSETS / "picker.html").read_text(encoding="utf-8")
+        ),
         f'<script type="application/json" id="data">{as_data(data)}</script>',
         *(f"<script>{text}</script>" for text in texts),
     ]
-    lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *inner, "</body>", "</html>"]
+    lines = [
+        "<!doctype html>",
+        '<html lang="en">',
+        "<head>",
+        *head,
+        "</head>",
+        "<body>",
+        *inner,
+        "</body>",
+        "</html>",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -65,7 +80,9 @@ def as_data(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":  # none of them stands outside of a string in JSON
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate becomes the JSON escape that it came from
+    return text.encode("utf-8", "backslashreplace").decode(
+        "utf-8"
+    )  # a lone surrogate becomes the JSON escape that it came from
 
 
 def _hash(text: str) -> str:

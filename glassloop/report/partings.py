@@ -9,7 +9,11 @@ from typing import Any
 
 from glassloop.record.run_folder import RunData, number
 
-GOES_IN = ("learning rate", "rows", "supervised tokens")  # of an update; everything else comes out of it
+GOES_IN = (
+    "learning rate",
+    "rows",
+    "supervised tokens",
+)  # of an update; everything else comes out of it
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,9 @@ class Parting:
     off: float | None  # relative difference; None for what is no number
 
 
-def first_partings(a: RunData, b: RunData, floor: float) -> tuple[int, Parting | None, Parting | None]:
+def first_partings(
+    a: RunData, b: RunData, floor: float
+) -> tuple[int, Parting | None, Parting | None]:
     """(updates that both have, first difference of what went in, of what came out). Ranks are compared where both runs have equally many."""
     of_b = {record["update"]: record for record in b.updates}
     rows_a, rows_b = _rows_by_rank(a), _rows_by_rank(b)
@@ -38,26 +44,59 @@ def first_partings(a: RunData, b: RunData, floor: float) -> tuple[int, Parting |
         for rank, name, x, y in _in_order(one, two, rows_a.get(update), rows_b.get(update)):
             off = relative_difference(x, y)
             if (name in GOES_IN) not in first and (off is None or off > floor):
-                first[name in GOES_IN] = Parting(update, rank, name, x, y, off if off is None or math.isfinite(off) else None)
+                first[name in GOES_IN] = Parting(
+                    update, rank, name, x, y, off if off is None or math.isfinite(off) else None
+                )
     return compared, first.get(True), first.get(False)
 
 
-def _in_order(one: dict[str, Any], two: dict[str, Any], rows_a: Any, rows_b: Any) -> list[tuple[int | None, str, Any, Any]]:
+def _in_order(
+    one: dict[str, Any], two: dict[str, Any], rows_a: Any, rows_b: Any
+) -> list[tuple[int | None, str, Any, Any]]:
     """(rank, quantity, value in one, value in two) of an update, causes before effects."""
-    pairs: list[tuple[int | None, str, Any, Any]] = [(None, "learning rate", number(one["lr"]), number(two["lr"]))]
-    ranks = range(len(one["rank_loss_nats"])) if len(one["rank_loss_nats"]) == len(two["rank_loss_nats"]) else range(0)
+    pairs: list[tuple[int | None, str, Any, Any]] = [
+        (None, "learning rate", number(one["lr"]), number(two["lr"]))
+    ]
+    ranks = (
+        range(len(one["rank_loss_nats"]))
+        if len(one["rank_loss_nats"]) == len(two["rank_loss_nats"])
+        else range(0)
+    )
     if rows_a is not None and rows_b is not None:
         if ranks:
             pairs += [(r, "rows", _ids(rows_a.get(r)), _ids(rows_b.get(r))) for r in ranks]
         else:
-            whole_a, whole_b = (_ids([row_id for ids in rows.values() for row_id in ids]) for rows in (rows_a, rows_b))
+            whole_a, whole_b = (
+                _ids([row_id for ids in rows.values() for row_id in ids])
+                for rows in (rows_a, rows_b)
+            )
             pairs.append((None, "rows", whole_a, whole_b))
-    pairs.append((None, "supervised tokens", float(one["supervised_tokens"]), float(two["supervised_tokens"])))
-    pairs += [(r, "loss", number(one["rank_loss_nats"][r]), number(two["rank_loss_nats"][r])) for r in ranks]
+    pairs.append(
+        (
+            None,
+            "supervised tokens",
+            float(one["supervised_tokens"]),
+            float(two["supervised_tokens"]),
+        )
+    )
+    pairs += [
+        (r, "loss", number(one["rank_loss_nats"][r]), number(two["rank_loss_nats"][r]))
+        for r in ranks
+    ]
     pairs.append((None, "loss", number(one["loss_nats"]), number(two["loss_nats"])))
     if one.get("rank_grad_norm") and two.get("rank_grad_norm"):
-        pairs += [(r, "gradient norm", number(one["rank_grad_norm"][r]), number(two["rank_grad_norm"][r])) for r in ranks]
-    pairs.append((None, "gradient norm", number(one["grad_norm_pre_clip"]), number(two["grad_norm_pre_clip"])))
+        pairs += [
+            (r, "gradient norm", number(one["rank_grad_norm"][r]), number(two["rank_grad_norm"][r]))
+            for r in ranks
+        ]
+    pairs.append(
+        (
+            None,
+            "gradient norm",
+            number(one["grad_norm_pre_clip"]),
+            number(two["grad_norm_pre_clip"]),
+        )
+    )
     pairs.append((None, "clip coefficient", number(one["clip_coef"]), number(two["clip_coef"])))
     pairs.append((None, "what was done", one["action"], two["action"]))
     return pairs
@@ -65,7 +104,9 @@ def _in_order(one: dict[str, Any], two: dict[str, Any], rows_a: Any, rows_b: Any
 
 def relative_difference(x: Any, y: Any) -> float | None:
     """Relative difference of two numbers; None where they are no numbers and differ."""
-    if x == y or (isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y)):
+    if x == y or (
+        isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y)
+    ):
         return 0.0
     if not isinstance(x, float) or not isinstance(y, float):
         return None

@@ -66,20 +66,34 @@ def payload(run: RunData, *, text: bool = True) -> dict[str, Any]:
         "planned": run.planned_updates,
         "summary": as_objects(summarise(run)),
         "update": [record["update"] for record in updates],
-        "columns": {name: column(record.get(field) for record in updates) for name, field in SCALARS.items()},
+        "columns": {
+            name: column(record.get(field) for record in updates) for name, field in SCALARS.items()
+        },
         "by_rank": {
             name: [column(_of_rank(record, field, r) for record in updates) for r in range(ranks)]
             for name, field in BY_RANK.items()
         },
-        "skipped": {record["update"]: record["reason"] for record in updates if record["action"] == "skipped"},
-        "alarms": {record["update"]: record["alarms"] for record in updates if record.get("alarms")},
+        "skipped": {
+            record["update"]: record["reason"]
+            for record in updates
+            if record["action"] == "skipped"
+        },
+        "alarms": {
+            record["update"]: record["alarms"] for record in updates if record.get("alarms")
+        },
         "replaced": [
-            {name: record[name] for name in ("update", "attempt", "action", "loss_nats", "grad_norm_pre_clip")}
+            {
+                name: record[name]
+                for name in ("update", "attempt", "action", "loss_nats", "grad_norm_pre_clip")
+            }
             for record in run.replaced[:500]
         ],
         "plan": _plan(run),
         "evaluations": run.evaluations,
-        "events": [{name: event.get(name) for name in ("update", "kind", "message", "command")} for event in run.events],
+        "events": [
+            {name: event.get(name) for name in ("update", "kind", "message", "command")}
+            for event in run.events
+        ],
         "probes": _probes(run.probes),
         "rows": _rows(run.rows),
         "texts": _texts(run.rows),
@@ -98,9 +112,16 @@ def memory(events: list[Record]) -> dict[str, Any] | None:
     card = None
     for event in events:
         if event["kind"] == "memory":
-            for phase, predicted, measured in re.findall(r"([a-z]+) ([\d.]+|unknown) / ([\d.]+)", event["message"]):
-                phases[phase] = [None if predicted == "unknown" else float(predicted), float(measured)]
-        if event["kind"] == "preflight" and (total := re.search(r"peak [\d.]+ GiB of ([\d.]+)", event["message"])):
+            for phase, predicted, measured in re.findall(
+                r"([a-z]+) ([\d.]+|unknown) / ([\d.]+)", event["message"]
+            ):
+                phases[phase] = [
+                    None if predicted == "unknown" else float(predicted),
+                    float(measured),
+                ]
+        if event["kind"] == "preflight" and (
+            total := re.search(r"peak [\d.]+ GiB of ([\d.]+)", event["message"])
+        ):
             card = float(total[1])
     return {"phases": phases, "card": card} if phases or card else None
 
@@ -116,13 +137,31 @@ def without_text(run: RunData) -> RunData:
     pattern = re.compile(rf"(?<!\w)({any_id})(?!\w)") if any_id else None
 
     def cleaned(text: str | None) -> str | None:
-        return text if text is None or pattern is None else pattern.sub(lambda found: alias[found[1]], text)
+        return (
+            text
+            if text is None or pattern is None
+            else pattern.sub(lambda found: alias[found[1]], text)
+        )
 
     def event_of(record: Record) -> Record:
         # details may hold ids of rows that have no record; under_policy finds them by their key
-        event = Event(record["update"], record["kind"], record["message"], record.get("command"), record.get("details") or {})
-        clean = under_policy(replace(event, message=cleaned(event.message) or "", command=cleaned(event.command)), "none")
-        return {**record, "message": clean.message, "command": clean.command, "details": clean.details}
+        event = Event(
+            record["update"],
+            record["kind"],
+            record["message"],
+            record.get("command"),
+            record.get("details") or {},
+        )
+        clean = under_policy(
+            replace(event, message=cleaned(event.message) or "", command=cleaned(event.command)),
+            "none",
+        )
+        return {
+            **record,
+            "message": clean.message,
+            "command": clean.command,
+            "details": clean.details,
+        }
 
     rows = [{**row, "row_id": alias[row["row_id"]]} for row in run.rows]
     for row in rows:
@@ -130,7 +169,11 @@ def without_text(run: RunData) -> RunData:
     config = run.config
     if config and setting(config, "data.system"):
         config = {**config, "data": {**config["data"], "system": "(left out)"}}
-    env = {name: value for name, value in run.env.items() if name != "command"} if run.env else run.env
+    env = (
+        {name: value for name, value in run.env.items() if name != "command"}
+        if run.env
+        else run.env
+    )
     return replace(
         run,
         updates=[{**record, "reason": cleaned(record["reason"])} for record in run.updates],
@@ -157,7 +200,11 @@ def _plan(run: RunData) -> dict[str, Any] | None:
     if plan is None:
         return None
     by_update = plan.get("by_update") or {}
-    scalars = {name: value for name, value in plan.items() if isinstance(value, int | float | str) and name != "schema"}
+    scalars = {
+        name: value
+        for name, value in plan.items()
+        if isinstance(value, int | float | str) and name != "schema"
+    }
     return {
         "lr": column(plan.get("lr") or []),
         "rows": column(by_update.get("rows") or []),
@@ -173,7 +220,9 @@ def _probes(probes: list[Record]) -> dict[str, Any] | None:
         return None
     names, modules = probes[-1]["matrices"], probes[-1]["modules"]
     probes = [probe for probe in probes if probe["matrices"] == names]
-    maps = {name: heat([probe.get(name) for probe in probes], len(names)) for name in MATRIX_QUANTITIES}
+    maps = {
+        name: heat([probe.get(name) for probe in probes], len(names)) for name in MATRIX_QUANTITIES
+    }
     return {
         "update": [probe["update"] for probe in probes],
         "matrices": names,
@@ -216,8 +265,16 @@ def worst_rows(rows: list[Record]) -> list[dict[str, Any]]:
         seen["times"] += 1
         seen["last_nats"] = nats if math.isfinite(nats) else None
         if rank > seen["key"]:
-            seen |= {"key": rank, "update": row["update"], "rank": row["rank"], "micro_batch": row["micro_batch"]}
-            seen |= {"worst_nats": nats if math.isfinite(nats) else None, "supervised": row["supervised_tokens"]}
+            seen |= {
+                "key": rank,
+                "update": row["update"],
+                "rank": row["rank"],
+                "micro_batch": row["micro_batch"],
+            }
+            seen |= {
+                "worst_nats": nats if math.isfinite(nats) else None,
+                "supervised": row["supervised_tokens"],
+            }
     first = sorted(worst.values(), key=lambda one: one["key"], reverse=True)[:WORST_ROWS]
     return [{name: value for name, value in one.items() if name != "key"} for one in first]
 
@@ -247,7 +304,10 @@ def _samples(samples: list[Record]) -> list[dict[str, Any]]:
             "id": row_id,
             "prompt": found[-1]["prompt"],
             "expected": found[-1]["expected"],
-            "answers": [{name: one[name] for name in names} for one in (found[0], *found[-1:][: len(found) - 1])],
+            "answers": [
+                {name: one[name] for name in names}
+                for one in (found[0], *found[-1:][: len(found) - 1])
+            ],
         }
         for row_id, found in by_row.items()
     ]
@@ -255,4 +315,6 @@ def _samples(samples: list[Record]) -> list[dict[str, Any]]:
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
     """Sorts "train:9" before "train:10"."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)
+    ]

@@ -10,24 +10,46 @@ from typing import Any
 
 from glassloop.record.run_folder import RunData, number, setting
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa3f86", "#8a6d00", "#3d8fc4", "#5b5b5b", "#7a4a1f")  # those of the page
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#aa3f86",
+    "#8a6d00",
+    "#3d8fc4",
+    "#5b5b5b",
+    "#7a4a1f",
+)  # those of the page
 
 
 def write_png(run: RunData, path: Path) -> None:
     """Loss, gradient norm, learning rate and tokens by update. Raises ValueError where matplotlib is missing or no update is on record."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"--png {path} needs matplotlib, which is not installed: pip install 'glassloop[report]'")
+        raise ValueError(
+            f"--png {path} needs matplotlib, which is not installed: pip install 'glassloop[report]'"
+        )
     if not run.updates:
-        raise ValueError(f"--png {path}: {run.folder} has no update on record yet, so there is no curve to draw")
+        raise ValueError(
+            f"--png {path}: {run.folder} has no update on record yet, so there is no curve to draw"
+        )
     figure_module: Any = importlib.import_module("matplotlib.figure")
     figure = figure_module.Figure(figsize=(10, 8), layout="constrained")
     loss, norm, lr, tokens = figure.subplots(2, 2).ravel()
     updates = [record["update"] for record in run.updates]
 
-    def draw(axes: Any, values: list[Any], name: str, colour: int, width: float = 1.0, style: str = "-") -> None:
+    def draw(
+        axes: Any, values: list[Any], name: str, colour: int, width: float = 1.0, style: str = "-"
+    ) -> None:
         numbers = [math.nan if value is None else float(value) for value in values]
         if any(map(math.isfinite, numbers)):
-            axes.plot(updates, numbers, style, label=name, color=COLOURS[colour % len(COLOURS)], linewidth=width)
+            axes.plot(
+                updates,
+                numbers,
+                style,
+                label=name,
+                color=COLOURS[colour % len(COLOURS)],
+                linewidth=width,
+            )
 
     for axes, field, own, title in (
         (loss, "loss_nats", "rank_loss_nats", "Loss, nats per supervised token"),
@@ -35,7 +57,14 @@ def write_png(run: RunData, path: Path) -> None:
     ):
         for rank in range(run.ranks if run.ranks > 1 else 0):
             shares = [record.get(own) for record in run.updates]
-            draw(axes, [None if share is None else share[rank] for share in shares], f"rank {rank}", rank + 1, 0.8, "--")
+            draw(
+                axes,
+                [None if share is None else share[rank] for share in shares],
+                f"rank {rank}",
+                rank + 1,
+                0.8,
+                "--",
+            )
         draw(axes, [record[field] for record in run.updates], "all ranks", 0, 2.0)
         axes.set_title(title)
     points = [(one["update"], number(one["loss_nats"])) for one in run.evaluations]
@@ -46,15 +75,30 @@ def write_png(run: RunData, path: Path) -> None:
         norm.axhline(limit, color="#565f6a", linestyle=":", label=f"clipped above {limit:g}")
     draw(lr, [record["lr"] for record in run.updates], "applied", 0, 1.6)
     lr.set_title("Learning rate, as applied")
-    draw(tokens, [sum(record["rank_slot_tokens"]) for record in run.updates], "slots, padding included", 6, 1.0, ":")
+    draw(
+        tokens,
+        [sum(record["rank_slot_tokens"]) for record in run.updates],
+        "slots, padding included",
+        6,
+        1.0,
+        ":",
+    )
     draw(tokens, [sum(record["rank_real_tokens"]) for record in run.updates], "real", 0, 1.4)
-    draw(tokens, [record["supervised_tokens"] for record in run.updates], "supervised", 2, 1.4, "--")
+    draw(
+        tokens, [record["supervised_tokens"] for record in run.updates], "supervised", 2, 1.4, "--"
+    )
     tokens.set_title("Tokens an update, all ranks")
     for axes in (loss, norm):
-        values = [value for line in axes.get_lines() for value in line.get_ydata() if math.isfinite(value)]
+        values = [
+            value for line in axes.get_lines() for value in line.get_ydata() if math.isfinite(value)
+        ]
         if values and min(values) > 0 and max(values) / min(values) > 8:  # as on the page
             axes.set_yscale("log")
-    marked = [record["update"] for record in run.updates if record.get("alarms") or record["action"] == "skipped"]
+    marked = [
+        record["update"]
+        for record in run.updates
+        if record.get("alarms") or record["action"] == "skipped"
+    ]
     for axes in (loss, norm, lr, tokens):
         axes.set_xlabel("update")
         axes.grid(color="#e6e9ed")

@@ -47,7 +47,11 @@ def summarise(run: RunData) -> list[Say]:
         ended = how_it_ended(run)
         return [
             ended,
-            Say("learned", "unknown", "No update is on record yet, so there is nothing to say of learning or stability."),
+            Say(
+                "learned",
+                "unknown",
+                "No update is on record yet, so there is nothing to say of learning or stability.",
+            ),
         ]
     stable = was_it_stable(run)
     calm = all(one.verdict == "good" for one in stable)
@@ -60,24 +64,39 @@ def how_it_ended(run: RunData) -> Say:
     done = run.updates[-1]["update"] if run.updates else 0
     applied = sum(record["action"] == "applied" for record in run.updates)
     count = f"{done:,} of {run.planned_updates:,} updates done, {applied:,} of them applied"
-    again = f"; {_times(len(run.replaced), 'was', 'were')} done again after a resume" if run.replaced else ""
+    again = (
+        f"; {_times(len(run.replaced), 'was', 'were')} done again after a resume"
+        if run.replaced
+        else ""
+    )
     end = run.end
     if end is None:
         return Say(
-            "ended", "look", f"No end is on record: the run is still going, or it was broken off. {count}{again}.", done or None
+            "ended",
+            "look",
+            f"No end is on record: the run is still going, or it was broken off. {count}{again}.",
+            done or None,
         )
     if end["kind"] == "finished":
         return Say("ended", "good", f"The run finished: {count}{again}.")
     how = "was stopped on demand" if end["kind"] == "stopped" else "failed"
     verdict = "look" if end["kind"] == "stopped" else "bad"
-    return Say("ended", verdict, f"The run {how}: {end['message']}. {count}{again}.", end["update"] or None, end["command"])
+    return Say(
+        "ended",
+        verdict,
+        f"The run {how}: {end['message']}. {count}{again}.",
+        end["update"] or None,
+        end["command"],
+    )
 
 
 def did_it_learn(run: RunData) -> list[Say]:
     """From held-out rows where there are any; from the training loss otherwise, which repeated rows lower by themselves."""
     said = []
     scored = [(record["update"], number(record["loss_nats"])) for record in run.evaluations]
-    heldout = [(update, loss) for update, loss in scored if loss is not None and math.isfinite(loss)]
+    heldout = [
+        (update, loss) for update, loss in scored if loss is not None and math.isfinite(loss)
+    ]
     if len(heldout) >= 2:
         said.append(_heldout(heldout, run.evaluations[-1]))
         said += _scores(run.evaluations)
@@ -116,10 +135,16 @@ def was_it_stable(run: RunData) -> list[Say]:
     norms = [
         norm
         for record in run.updates
-        if record["action"] == "applied" and (norm := number(record["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
+        if record["action"] == "applied"
+        and (norm := number(record["grad_norm_pre_clip"])) is not None
+        and math.isfinite(norm)
     ]
     if not said:
-        calm = f": the gradient norm stayed between {min(norms):.3g} and {max(norms):.3g} before clipping" if norms else ""
+        calm = (
+            f": the gradient norm stayed between {min(norms):.3g} and {max(norms):.3g} before clipping"
+            if norms
+            else ""
+        )
         said.append(Say("stable", "good", f"Every update was applied and no detector spoke{calm}."))
     clips = [record["clip_coef"] for record in run.updates if record["clip_coef"] is not None]
     clipped = sum(value < 1 for value in clips)
@@ -138,7 +163,14 @@ def was_it_stable(run: RunData) -> list[Say]:
 
 def what_to_look_at(run: RunData) -> list[Say]:
     """At most MOST_TO_LOOK_AT places that stand out, with the command to type; things that were said already are left out."""
-    found = [*_worst_row(run), *_largest_norm(run), *_padding(run), *_slowest(run), *_unmoved(run), *_warnings(run)]
+    found = [
+        *_worst_row(run),
+        *_largest_norm(run),
+        *_padding(run),
+        *_slowest(run),
+        *_unmoved(run),
+        *_warnings(run),
+    ]
     return found[:MOST_TO_LOOK_AT]
 
 
@@ -156,7 +188,12 @@ def _heldout(heldout: list[tuple[int, float]], last_record: Record) -> Say:
     rows = f"on {last_record['rows']:,} held-out rows ({last_record['supervised_tokens']:,} supervised tokens)"
     change = f"from {first:.4g} nats a token after update {first_update} to {last:.4g} after update {last_update}, {rows}"
     if last >= first:
-        return Say("learned", "bad", f"It did not learn what it was asked: held-out loss went {change}.", last_update)
+        return Say(
+            "learned",
+            "bad",
+            f"It did not learn what it was asked: held-out loss went {change}.",
+            last_update,
+        )
     if best < last and (last - best) > 0.05 * (first - best):
         return Say(
             "learned",
@@ -165,7 +202,12 @@ def _heldout(heldout: list[tuple[int, float]], last_record: Record) -> Say:
             "checkpoints/best.json names the checkpoint to use.",
             best_update,
         )
-    return Say("learned", "good", f"It learned: held-out loss fell {change} ({(first - last) / first:.0%} lower).", last_update)
+    return Say(
+        "learned",
+        "good",
+        f"It learned: held-out loss fell {change} ({(first - last) / first:.0%} lower).",
+        last_update,
+    )
 
 
 def _scores(evaluations: list[Record]) -> list[Say]:
@@ -193,24 +235,36 @@ def _training_loss(run: RunData, *, alone: bool) -> Say:
     losses = [
         loss
         for record in run.updates
-        if record["action"] == "applied" and (loss := number(record["loss_nats"])) is not None and math.isfinite(loss)
+        if record["action"] == "applied"
+        and (loss := number(record["loss_nats"])) is not None
+        and math.isfinite(loss)
     ]
     if len(losses) < 6:
         return Say(
-            "learned", "unknown", f"{_times(len(losses), 'update', 'updates')} with a loss: too few to tell a trend from scatter."
+            "learned",
+            "unknown",
+            f"{_times(len(losses), 'update', 'updates')} with a loss: too few to tell a trend from scatter.",
         )
     first, last, error = trend(losses)
     passes = run.updates[-1]["epoch"] + 1
     repeated = f" Rows were seen up to {passes} times, which alone lowers it." if passes > 1 else ""
-    without = " No rows were held out, so this is no proof that it learned more than these rows." if alone else ""
+    without = (
+        " No rows were held out, so this is no proof that it learned more than these rows."
+        if alone
+        else ""
+    )
     moved = f"from {first:.4g} to {last:.4g} nats a token (first and last fifth of the updates)"
     if abs(first - last) <= 2 * error:
         return Say(
-            "learned", "look", f"Training loss did not move beyond its scatter: {moved}, give or take {2 * error:.2g}.{without}"
+            "learned",
+            "look",
+            f"Training loss did not move beyond its scatter: {moved}, give or take {2 * error:.2g}.{without}",
         )
     if last > first:
         return Say("learned", "bad", f"Training loss rose {moved}.{without}")
-    return Say("learned", "look" if alone else "good", f"Training loss fell {moved}.{repeated}{without}")
+    return Say(
+        "learned", "look" if alone else "good", f"Training loss fell {moved}.{repeated}{without}"
+    )
 
 
 def _worst_row(run: RunData) -> list[Say]:
@@ -230,7 +284,15 @@ def _worst_row(run: RunData) -> list[Say]:
         return []
     factor, loss, row = worst
     said = f"Row {row['row_id']} cost {loss:.3g} nats a token at update {row['update']}, {factor:.1f} times the middle of its window."
-    return [Say("look", "look", said, row["update"], f"glassloop replay {run.folder} --update {row['update']} --bisect")]
+    return [
+        Say(
+            "look",
+            "look",
+            said,
+            row["update"],
+            f"glassloop replay {run.folder} --update {row['update']} --bisect",
+        )
+    ]
 
 
 def _largest_norm(run: RunData) -> list[Say]:
@@ -238,7 +300,9 @@ def _largest_norm(run: RunData) -> list[Say]:
     norms = [
         (norm, record["update"])
         for record in run.updates
-        if not record.get("alarms") and (norm := number(record["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
+        if not record.get("alarms")
+        and (norm := number(record["grad_norm_pre_clip"])) is not None
+        and math.isfinite(norm)
     ]
     if len(norms) < 4:
         return []
@@ -246,10 +310,16 @@ def _largest_norm(run: RunData) -> list[Say]:
     norm, update = max(norms)
     if middle <= 0 or norm < 3 * middle:
         return []
-    said = (
-        f"The gradient norm of update {update} was {norm:.3g}, {norm / middle:.1f} times the middle of the run, without an alarm."
-    )
-    return [Say("look", "look", said, update, f"glassloop replay {run.folder} --update {update} --bisect")]
+    said = f"The gradient norm of update {update} was {norm:.3g}, {norm / middle:.1f} times the middle of the run, without an alarm."
+    return [
+        Say(
+            "look",
+            "look",
+            said,
+            update,
+            f"glassloop replay {run.folder} --update {update} --bisect",
+        )
+    ]
 
 
 def _padding(run: RunData) -> list[Say]:
@@ -293,7 +363,13 @@ def _unmoved(run: RunData) -> list[Say]:
 def _warnings(run: RunData) -> list[Say]:
     kinds = ("warning", "out_of_memory")
     return [
-        Say("look", "look", f"{event['message'].rstrip('.')}.", event["update"] or None, event["command"])
+        Say(
+            "look",
+            "look",
+            f"{event['message'].rstrip('.')}.",
+            event["update"] or None,
+            event["command"],
+        )
         for event in run.events
         if event["kind"] in kinds
     ]

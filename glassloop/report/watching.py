@@ -21,7 +21,13 @@ from glassloop.record.terminal import STYLES, printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT = 5.0  # times the usual time of an update without a new one: worth a word
-NOT_SHOWN = ("started", "preflight", "memory", "capsule", "checkpoint")  # kinds of events; of checkpoints the last is
+NOT_SHOWN = (
+    "started",
+    "preflight",
+    "memory",
+    "capsule",
+    "checkpoint",
+)  # kinds of events; of checkpoints the last is
 LABEL = 12  # columns before a curve
 
 
@@ -67,7 +73,11 @@ class Watched:
 
     def refresh(self) -> None:
         """Reads what has been added since the last call."""
-        for name, kept in ((METRICS, self.updates), (EVENTS, self.events), (EVALUATIONS, self.evaluations)):
+        for name, kept in (
+            (METRICS, self.updates),
+            (EVENTS, self.events),
+            (EVALUATIONS, self.evaluations),
+        ):
             records, anew = self._tails[name].new()
             if anew:
                 kept.clear()
@@ -88,14 +98,20 @@ class Watched:
     def silent_s(self) -> float | None:
         """Seconds since metrics.jsonl last grew; None before the first update."""
         try:
-            return max(0.0, time.time() - (self.folder / METRICS).stat().st_mtime) if self.updates else None
+            return (
+                max(0.0, time.time() - (self.folder / METRICS).stat().st_mtime)
+                if self.updates
+                else None
+            )
         except FileNotFoundError:
             return None
 
     def ranks(self) -> list[dict[str, Any]]:
         """What each rank says that it does; nothing where there is one rank only."""
         found = []
-        for path in sorted((self.folder / "ranks").glob("rank*.json"), key=lambda one: (len(one.name), one.name)):
+        for path in sorted(
+            (self.folder / "ranks").glob("rank*.json"), key=lambda one: (len(one.name), one.name)
+        ):
             position = _parsed(path.read_bytes()) if path.exists() else None
             if position is not None:
                 found.append(position)
@@ -115,12 +131,16 @@ class Screen:
 def screen(watched: Watched, width: int, height: int) -> RenderableType:
     """State, curves, the last updates, the last events; older ones give way where there is no room."""
     curves = _curves(watched, width) if watched.updates else []
-    ranks = [] if watched.end is not None else [_rank_line(one, width) for one in watched.ranks()[:8]]
+    ranks = (
+        [] if watched.end is not None else [_rank_line(one, width) for one in watched.ranks()[:8]]
+    )
     saved = [event for event in watched.events if event["kind"] == "checkpoint"][-1:]
     events = [event for event in watched.events if event["kind"] not in NOT_SHOWN or event in saved]
     room = height - 2 - len(curves) - len(ranks)
     noticed = _events(events, max(1, min(len(events), room // 3)), width)
-    room -= sum(1 if isinstance(line, Text) and line.no_wrap else 2 for line in noticed) + 1  # the table's heading
+    room -= (
+        sum(1 if isinstance(line, Text) and line.no_wrap else 2 for line in noticed) + 1
+    )  # the table's heading
     table = [_updates(watched.updates[-room:])] if watched.updates and room > 0 else []
     parts: list[RenderableType] = [_state(watched, width), *curves, *table, *ranks, *noticed]
     return Group(*parts)
@@ -139,7 +159,13 @@ def sparkline(values: Sequence[float | None], width: int, *, largest: bool = Fal
     for first, after in pairwise(edges):
         known = [value for value in values[first:after] if value is not None]
         broken = any(not math.isfinite(value) for value in known)
-        cells.append(math.nan if broken else (max(known) if largest else statistics.fmean(known)) if known else None)
+        cells.append(
+            math.nan
+            if broken
+            else (max(known) if largest else statistics.fmean(known))
+            if known
+            else None
+        )
     sound = [cell for cell in cells if cell is not None and math.isfinite(cell)]
     low, high = (min(sound), max(sound)) if sound else (0.0, 0.0)
     most = sorted(sound)[int(0.9 * (len(sound) - 1))] if sound else 0.0
@@ -158,7 +184,11 @@ def sparkline(values: Sequence[float | None], width: int, *, largest: bool = Fal
 
 def _state(watched: Watched, width: int) -> RenderableType:
     end, done = watched.end, watched.updates[-1]["update"] if watched.updates else 0
-    usual = statistics.median(record["update_s"] for record in watched.updates[-20:]) if watched.updates else None
+    usual = (
+        statistics.median(record["update_s"] for record in watched.updates[-20:])
+        if watched.updates
+        else None
+    )
     if end is not None:
         style = {"finished": "green", "stopped": "yellow"}.get(end["kind"], "red")
         words = end["kind"] if end["kind"] == "finished" else f"{end['kind']}: {end['message']}"
@@ -179,7 +209,11 @@ def _state(watched: Watched, width: int) -> RenderableType:
     )
     share = done / watched.planned if watched.planned else 0.0
     filled = int(share * (width - 8))
-    bar = Text("━" * filled, style=style) + Text("─" * (width - 8 - filled), style="dim") + Text(f" {share:4.0%}")
+    bar = (
+        Text("━" * filled, style=style)
+        + Text("─" * (width - 8 - filled), style="dim")
+        + Text(f" {share:4.0%}")
+    )
     line = Text(printable(head), style="bold") + Text(printable(words), style=style)
     line.no_wrap, line.overflow = True, "ellipsis"
     return Group(line, bar)
@@ -189,25 +223,39 @@ def _curves(watched: Watched, width: int) -> list[RenderableType]:
     room = max(10, width - LABEL - 12)
     last = watched.updates[-1]
     lines: list[RenderableType] = []
-    for label, name, largest in (("loss nats", "loss_nats", False), ("norm", "grad_norm_pre_clip", True), ("lr", "lr", False)):
+    for label, name, largest in (
+        ("loss nats", "loss_nats", False),
+        ("norm", "grad_norm_pre_clip", True),
+        ("lr", "lr", False),
+    ):
         values = [number(record[name]) for record in watched.updates]
-        line = Text(f"{label:<{LABEL}}") + Text(sparkline(values, room, largest=largest), style="cyan")
+        line = Text(f"{label:<{LABEL}}") + Text(
+            sparkline(values, room, largest=largest), style="cyan"
+        )
         lines.append(line + Text(f"  {_value(values[-1])}"))
     if watched.evaluations:
         first, newest = watched.evaluations[0], watched.evaluations[-1]
-        text = (
-            f"after update {newest['update']}: {_value(number(newest['loss_nats']))}, first {_value(number(first['loss_nats']))}"
-        )
+        text = f"after update {newest['update']}: {_value(number(newest['loss_nats']))}, first {_value(number(first['loss_nats']))}"
         lines.append(Text(f"{'held-out':<{LABEL}}{text}", no_wrap=True, overflow="ellipsis"))
     speed = sum(last["rank_real_tokens"]) / last["update_s"] if last["update_s"] > 0 else None
     peak = max(last["rank_peak_gib"]) if last.get("rank_peak_gib") else None
-    padding = 1 - sum(last["rank_real_tokens"]) / sum(last["rank_slot_tokens"]) if sum(last["rank_slot_tokens"]) else None
+    padding = (
+        1 - sum(last["rank_real_tokens"]) / sum(last["rank_slot_tokens"])
+        if sum(last["rank_slot_tokens"])
+        else None
+    )
     facts = [
         "" if speed is None else f"{speed:,.0f} real tokens/s, all ranks",
         "" if padding is None else f"{padding:.0%} padding",
         "" if peak is None else f"peak {peak:.2f} GiB",
     ]
-    lines.append(Text(f"{'last update':<{LABEL}}{', '.join(filter(None, facts))}", overflow="ellipsis", no_wrap=True))
+    lines.append(
+        Text(
+            f"{'last update':<{LABEL}}{', '.join(filter(None, facts))}",
+            overflow="ellipsis",
+            no_wrap=True,
+        )
+    )
     return lines
 
 
@@ -226,7 +274,11 @@ def _updates(records: Sequence[Record]) -> Table:
             f"{record['lr']:.2e}",
             _value(number(record["loss_nats"])),
             _value(number(record["grad_norm_pre_clip"])),
-            "-" if record["clip_coef"] is None else "" if record["clip_coef"] >= 1 else f"{record['clip_coef']:.3f}",
+            "-"
+            if record["clip_coef"] is None
+            else ""
+            if record["clip_coef"] >= 1
+            else f"{record['clip_coef']:.3f}",
             f"{record['supervised_tokens']:,}",
             f"{record['update_s']:.2f}",
             printable(note),
@@ -245,7 +297,9 @@ def _events(events: Sequence[Record], most: int, width: int) -> list[RenderableT
     lines: list[RenderableType] = []
     for event in events[-most:]:
         text = printable(f"[{event['update']}] {event['kind']}: {event['message']}")
-        lines.append(Text(text, style=STYLES.get(event["kind"], ""), no_wrap=True, overflow="ellipsis"))
+        lines.append(
+            Text(text, style=STYLES.get(event["kind"], ""), no_wrap=True, overflow="ellipsis")
+        )
     last = next((event for event in reversed(events) if event["command"]), None)
     if last is not None:
         lines.append(Text(printable(f"type: {last['command']}"), style="bold", overflow="fold"))
@@ -258,7 +312,9 @@ def _value(value: float | None) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+    )
 
 
 def _parsed(line: bytes) -> Record | None:

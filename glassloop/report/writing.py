@@ -28,7 +28,10 @@ def report_at_the_end(folder: Path) -> None:
         if not (folder / "events.jsonl").exists():  # refused before it had a folder
             return
         path = write_report(folder)
-        print(f"report {path} ({path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)", flush=True)
+        print(
+            f"report {path} ({path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)",
+            flush=True,
+        )
     except Exception as error:  # a fault of the page must not become one of the run
         line = f"report of {folder} not written: {type(error).__name__}: {error}\n    type: glassloop report {folder}"
         print(line, file=sys.stderr, flush=True)

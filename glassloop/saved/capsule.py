@@ -34,7 +34,15 @@ from glassloop.disk.publish import NotSaved as CapsuleNotSaved
 from glassloop.formula.dist import Gate
 from glassloop.formula.optim import FlatAdapters
 from glassloop.saved import state as snapshots
-from glassloop.saved.capsule_facts import CapsuleFacts, Expected, facts_from, from_json, plain_facts, row_digest, to_json
+from glassloop.saved.capsule_facts import (
+    CapsuleFacts,
+    Expected,
+    facts_from,
+    from_json,
+    plain_facts,
+    row_digest,
+    to_json,
+)
 from glassloop.saved.state import adapter_matrices, flat_from
 
 __all__ = ["Capsule", "CapsuleFacts", "CapsuleNotSaved", "CapsuleSaved", "Expected"]
@@ -122,7 +130,9 @@ def facts_of(
             loss_nats=gate.loss_sum / n if n else None,
             grad_norm_pre_clip=norm if n else None,
             rank_loss_sums=tuple(report.loss_sum for report in reports),
-            rank_grad_norms=tuple(report.grad_norm / scale for report in reports) if explicit and n else None,
+            rank_grad_norms=tuple(report.grad_norm / scale for report in reports)
+            if explicit and n
+            else None,
             row_loss_sums=tuple(report.row_loss_sums for report in reports),
         ),
     )
@@ -161,8 +171,12 @@ def save_capsule(
     Raises:
         CapsuleNotSaved: names the folder, what the disk said, and the cure. Nothing was published and nothing was removed.
     """
-    assert len(rng_states) == facts.world_size == len(facts.passes), f"{len(rng_states)} states for {facts.world_size} ranks"
-    known = {path: other for path in find_capsules(folder) if (other := _facts_or_none(path)) is not None}
+    assert len(rng_states) == facts.world_size == len(facts.passes), (
+        f"{len(rng_states)} states for {facts.world_size} ranks"
+    )
+    known = {
+        path: other for path in find_capsules(folder) if (other := _facts_or_none(path)) is not None
+    }
     serial = 1 + max((other.serial for other in known.values()), default=0)
     digests = {number: row_digest(row) for number, row in facts.rows.items()}
     facts = dataclasses.replace(facts, digests=digests, serial=serial)
@@ -193,15 +207,21 @@ def save_capsule(
         folders.sweep(folder)
     except OSError as error:
         return CapsuleSaved(
-            target, note=f"{target} is kept, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}"
+            target,
+            note=f"{target} is kept, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",
         )
     return CapsuleSaved(target, tuple(removed))
 
 
-def _with_room(known: Mapping[Path, CapsuleFacts], sizes: Mapping[Path, int], keep: int, most_gib: float) -> list[Path]:
+def _with_room(
+    known: Mapping[Path, CapsuleFacts], sizes: Mapping[Path, int], keep: int, most_gib: float
+) -> list[Path]:
     """The capsules that stay: in the order of their claim, as many as number and size allow."""
     newest_first = sorted(known, key=lambda path: known[path].serial, reverse=True)
-    bad, healthy = ([p for p in newest_first if test(known[p])] for test in (lambda f: f.bad, lambda f: f.why == "healthy"))
+    bad, healthy = (
+        [p for p in newest_first if test(known[p])]
+        for test in (lambda f: f.bad, lambda f: f.why == "healthy")
+    )
     asked = [path for path in newest_first if known[path].why == "asked"]
     kept: list[Path] = []
     room = most_gib * 2**30
@@ -214,7 +234,9 @@ def _with_room(known: Mapping[Path, CapsuleFacts], sizes: Mapping[Path, int], ke
 
 def find_capsules(folder: Path) -> list[Path]:
     """Published capsules of a run's capsules folder, by name; their files are not looked at."""
-    return sorted(path for path in folder.glob("update_*") if PUBLISHED.fullmatch(path.name) and path.is_dir())
+    return sorted(
+        path for path in folder.glob("update_*") if PUBLISHED.fullmatch(path.name) and path.is_dir()
+    )
 
 
 def read_facts(path: Path) -> CapsuleFacts:
@@ -222,7 +244,9 @@ def read_facts(path: Path) -> CapsuleFacts:
     try:
         return facts_from(folders.read(path, REQUIRED, only=FACTS)[FACTS], FACTS)
     except ValueError as error:
-        raise ValueError(f"capsule {path} cannot be read: {error}. Take another capsule, or an undamaged copy") from error
+        raise ValueError(
+            f"capsule {path} cannot be read: {error}. Take another capsule, or an undamaged copy"
+        ) from error
 
 
 def read_capsule(path: Path) -> Capsule:
@@ -230,16 +254,27 @@ def read_capsule(path: Path) -> Capsule:
     try:
         contents = folders.read(path, REQUIRED)
         facts = facts_from(contents[FACTS], FACTS)
-        if missing := {f"rng_rank{rank}.json" for rank in range(facts.world_size)} - contents.keys():
+        if (
+            missing := {f"rng_rank{rank}.json" for rank in range(facts.world_size)}
+            - contents.keys()
+        ):
             raise ValueError(f"{folders.SUMS} does not list {', '.join(sorted(missing))}")
         matrices, tensors = (_parsed(contents, name) for name in (ADAPTER, OPTIMIZER))
-        states = tuple(_parsed(contents, f"rng_rank{rank}.json") for rank in range(facts.world_size))
-        return Capsule(path, facts, matrices, (tensors, _parsed(contents, "optimizer.json")), states)
+        states = tuple(
+            _parsed(contents, f"rng_rank{rank}.json") for rank in range(facts.world_size)
+        )
+        return Capsule(
+            path, facts, matrices, (tensors, _parsed(contents, "optimizer.json")), states
+        )
     except ValueError as error:
-        raise ValueError(f"capsule {path} cannot be read: {error}. Take another capsule, or an undamaged copy") from error
+        raise ValueError(
+            f"capsule {path} cannot be read: {error}. Take another capsule, or an undamaged copy"
+        ) from error
 
 
-def restore_capsule(capsule: Capsule, *, adapters: FlatAdapters, optimizer: torch.optim.Optimizer) -> None:
+def restore_capsule(
+    capsule: Capsule, *, adapters: FlatAdapters, optimizer: torch.optim.Optimizer
+) -> None:
     """Set adapters and optimizer to what they were before the update; everything is checked before anything is changed.
 
     Raises ValueError naming the capsule and the matrix or field that does not fit. Random numbers are each rank's own: see rng_states.
@@ -249,7 +284,9 @@ def restore_capsule(capsule: Capsule, *, adapters: FlatAdapters, optimizer: torc
         moments = snapshots.built_optimizer_state(optimizer, adapters.flat, *capsule.moments)
     except ValueError as error:
         cure = "build the model and optimizer that capsule.json's config asks for"
-        raise ValueError(f"capsule {capsule.path} does not fit this model: {error}; {cure}") from error
+        raise ValueError(
+            f"capsule {capsule.path} does not fit this model: {error}; {cure}"
+        ) from error
     with torch.no_grad():
         adapters.flat.copy_(flat)
     snapshots.set_optimizer_state(optimizer, adapters.flat, moments)

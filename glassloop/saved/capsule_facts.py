@@ -48,10 +48,14 @@ class CapsuleFacts:
     base_hash: str
     config: dict[str, Any]  # the whole config
     versions: dict[str, str]
-    passes: tuple[tuple[tuple[int, ...], ...], ...]  # [rank][pass][row]: numbers of rows in the training set
+    passes: tuple[
+        tuple[tuple[int, ...], ...], ...
+    ]  # [rank][pass][row]: numbers of rows in the training set
     rows: Mapping[int, Row]  # number -> row; empty in a capsule that was read and carries no tokens
     expected: Expected
-    digests: Mapping[int, str] = field(default_factory=dict)  # number -> row_digest(row); save_capsule makes them
+    digests: Mapping[int, str] = field(
+        default_factory=dict
+    )  # number -> row_digest(row); save_capsule makes them
     serial: int = 0  # given by save_capsule: the last one saved has the highest
     schema: int = SCHEMA
 
@@ -62,7 +66,9 @@ class CapsuleFacts:
 
 def row_digest(row: Row) -> str:
     """16 hex digits that differ where tokens or labels differ."""
-    return hashlib.sha256(array("i", row.input_ids).tobytes() + bytes(row.supervised)).hexdigest()[:16]
+    return hashlib.sha256(array("i", row.input_ids).tobytes() + bytes(row.supervised)).hexdigest()[
+        :16
+    ]
 
 
 def to_json(value: Any) -> bytes:
@@ -88,12 +94,22 @@ def plain_facts(facts: CapsuleFacts, text: str) -> dict[str, Any]:
         plain: dict[str, Any] = {"number": number, "digest": facts.digests[number]}
         if text != "none":
             runs = [len(list(run)) for _, run in itertools.groupby(row.supervised)]
-            plain |= {"row_id": row.row_id, "input_ids": list(row.input_ids), "supervised_runs": runs}
+            plain |= {
+                "row_id": row.row_id,
+                "input_ids": list(row.input_ids),
+                "supervised_runs": runs,
+            }
         rows.append(plain)
     plain_facts = {
-        f.name: getattr(facts, f.name) for f in dataclasses.fields(facts) if f.name not in ("rows", "digests", "expected")
+        f.name: getattr(facts, f.name)
+        for f in dataclasses.fields(facts)
+        if f.name not in ("rows", "digests", "expected")
     }
-    return {**plain_facts, "rows": rows, "expected": finite_or_text(dataclasses.asdict(facts.expected))}
+    return {
+        **plain_facts,
+        "rows": rows,
+        "expected": finite_or_text(dataclasses.asdict(facts.expected)),
+    }
 
 
 def finite_or_text(value: Any) -> Any:
@@ -109,7 +125,9 @@ def facts_from(data: bytes, name: str) -> CapsuleFacts:
     """The facts in the bytes of the file `name`; raises ValueError naming the field that is missing, unknown or cannot be true."""
     plain = from_json(data, name)
     if isinstance(plain, dict) and _whole(plain.get("schema")) and plain["schema"] > SCHEMA:
-        raise ValueError(f"{name} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one")
+        raise ValueError(
+            f"{name} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one"
+        )
     try:
         return _checked(plain)
     except ValueError as error:
@@ -169,7 +187,10 @@ CHECKS = {  # field of capsule.json -> what it has to be
     "supervised_tokens": COUNT,
     "loss_scale": ("a number above 0", lambda value: _real(value) and value > 0),
     "finite_updates": COUNT,
-    "max_grad_norm": ("null or a number above 0", lambda value: value is None or (_real(value) and value > 0)),
+    "max_grad_norm": (
+        "null or a number above 0",
+        lambda value: value is None or (_real(value) and value > 0),
+    ),
     "packed": ("true or false", lambda value: isinstance(value, bool)),
     "pad_id": COUNT,
     "base_hash": TEXT,
@@ -196,9 +217,15 @@ def _rows(plain: list[dict[str, Any]]) -> tuple[dict[int, Row], dict[int, str]]:
         row_id: Any = item.get("row_id")
         ids: Any = item.get("input_ids")
         runs: Any = item.get("supervised_runs")
-        right = isinstance(row_id, str) and _lists(ids, _token) and _lists(runs, lambda run: _whole(run, 1))
+        right = (
+            isinstance(row_id, str)
+            and _lists(ids, _token)
+            and _lists(runs, lambda run: _whole(run, 1))
+        )
         if not right or not ids or sum(runs) != len(ids):
-            raise ValueError(f"rows[{place}] (number {number}) has no sound row_id, input_ids and supervised_runs")
+            raise ValueError(
+                f"rows[{place}] (number {number}) has no sound row_id, input_ids and supervised_runs"
+            )
         supervised = tuple(index % 2 == 1 for index, run in enumerate(runs) for _ in range(run))
         rows[number] = Row(row_id, tuple(ids), supervised)
         if row_digest(rows[number]) != digest:
@@ -208,7 +235,9 @@ def _rows(plain: list[dict[str, Any]]) -> tuple[dict[int, Row], dict[int, str]]:
     return rows, digests
 
 
-def _check_passes(passes: tuple[tuple[tuple[int, ...], ...], ...], digests: Mapping[int, str], world_size: int) -> None:
+def _check_passes(
+    passes: tuple[tuple[tuple[int, ...], ...], ...], digests: Mapping[int, str], world_size: int
+) -> None:
     if len(passes) != world_size:
         raise ValueError(f"passes of {len(passes)} ranks, world_size is {world_size}")
     if sorted(row for rank in passes for one in rank for row in one) != sorted(digests):
@@ -221,16 +250,23 @@ def _expected(plain: dict[str, Any], passes: tuple[tuple[tuple[int, ...], ...], 
         norms = plain["rank_grad_norms"]
         expected = Expected(
             loss_nats=None if plain["loss_nats"] is None else float(plain["loss_nats"]),
-            grad_norm_pre_clip=None if plain["grad_norm_pre_clip"] is None else float(plain["grad_norm_pre_clip"]),
+            grad_norm_pre_clip=None
+            if plain["grad_norm_pre_clip"] is None
+            else float(plain["grad_norm_pre_clip"]),
             rank_loss_sums=tuple(map(float, plain["rank_loss_sums"])),
             rank_grad_norms=None if norms is None else tuple(map(float, norms)),
             row_loss_sums=tuple(tuple(map(float, rows)) for rows in plain["row_loss_sums"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected: {error!r}") from error
-    of_ranks = [len(expected.rank_loss_sums), len(expected.row_loss_sums), len(expected.rank_grad_norms or passes)]
+    of_ranks = [
+        len(expected.rank_loss_sums),
+        len(expected.row_loss_sums),
+        len(expected.rank_grad_norms or passes),
+    ]
     if of_ranks != [ranks] * 3 or any(
-        len(r) not in (0, sum(map(len, p))) for r, p in zip(expected.row_loss_sums, passes, strict=True)
+        len(r) not in (0, sum(map(len, p)))
+        for r, p in zip(expected.row_loss_sums, passes, strict=True)
     ):
         raise ValueError("expected has not one number for each rank and row")
     return expected

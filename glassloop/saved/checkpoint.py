@@ -53,8 +53,21 @@ ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors"
 REQUIRED = (ADAPTER, "adapter_config.json", OPTIMIZER, "optimizer.json", STATE)
 LIMIT = "checkpoint.keep"  # the config field that says how many are kept
 PUBLISHED = re.compile(rf"update_\d{{6,}}({re.escape(REPLACED)})?")
-MATH = ("seed", "model", "lora", "data", "batch", "schedule", "optimizer")  # parts of a config that say what an update computes
-FREE = ("model.cache_dir", "model.init_adapter", "model.trust_remote_code", "batch.ranks")  # fields in them that do not
+MATH = (
+    "seed",
+    "model",
+    "lora",
+    "data",
+    "batch",
+    "schedule",
+    "optimizer",
+)  # parts of a config that say what an update computes
+FREE = (
+    "model.cache_dir",
+    "model.init_adapter",
+    "model.trust_remote_code",
+    "batch.ranks",
+)  # fields in them that do not
 
 
 @dataclass(frozen=True)
@@ -71,9 +84,13 @@ class State:
     attempt: int = 1  # of the updates that this process does, as in their records
     loss_scale: float = 1.0  # fp16: factor on the next update's loss
     finite_updates: int = 0  # fp16: finite updates in a row since the factor last changed
-    heldout_loss_nats: float | None = None  # of these very weights, token mean; None where not measured or not finite
+    heldout_loss_nats: float | None = (
+        None  # of these very weights, token mean; None where not measured or not finite
+    )
     tracker_ids: dict[str, str] = field(default_factory=dict)  # tracker -> id of its run
-    details: dict[str, Any] = field(default_factory=dict)  # what other parts keep: detector windows, passes, memory tiers
+    details: dict[str, Any] = field(
+        default_factory=dict
+    )  # what other parts keep: detector windows, passes, memory tiers
     serial: int = 0  # given by save_checkpoint: one more than any other in the folder has, so the last one saved is the newest
     schema: int = SCHEMA
 
@@ -114,13 +131,21 @@ def save_checkpoint(
     Raises:
         CheckpointNotSaved: names the folder, what the disk said, and the cure. Nothing was published and nothing was removed.
     """
-    assert len(rng_states) == state.world_size, f"{len(rng_states)} states of random numbers for {state.world_size} ranks"
+    assert len(rng_states) == state.world_size, (
+        f"{len(rng_states)} states of random numbers for {state.world_size} ranks"
+    )
     if state.heldout_loss_nats is not None and not math.isfinite(state.heldout_loss_nats):
         state = dataclasses.replace(state, heldout_loss_nats=None)
-    state = dataclasses.replace(state, serial=1 + max((other.serial for other in _newest_first(folder).values()), default=0))
+    state = dataclasses.replace(
+        state, serial=1 + max((other.serial for other in _newest_first(folder).values()), default=0)
+    )
     matrices = snapshots.adapter_matrices(adapters)
     described = peft_model.peft_config["default"].to_dict()
-    described |= {"base_model_name_or_path": base_id, "revision": base_revision, "inference_mode": True}
+    described |= {
+        "base_model_name_or_path": base_id,
+        "revision": base_revision,
+        "inference_mode": True,
+    }
     tensors, values = snapshots.optimizer_state(optimizer, adapters.flat)
     contents = {
         ADAPTER: safetensors.torch.save(matrices, metadata={"format": "pt"}),
@@ -131,13 +156,20 @@ def save_checkpoint(
         STATE: _json(dataclasses.asdict(state)),
     }
     target = folder / f"update_{state.update:06d}"
-    folders.publish(target, contents, limit=LIMIT, also=lambda work: _save_tokenizer(work, tokenizer, chat_template))
+    folders.publish(
+        target,
+        contents,
+        limit=LIMIT,
+        also=lambda work: _save_tokenizer(work, tokenizer, chat_template),
+    )
     return _tidy(folder, target, keep)
 
 
 def _json(value: Any) -> bytes:
     """Sets (PEFT has some) become sorted lists."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=sorted) + "\n").encode()
+    return (
+        json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=sorted) + "\n"
+    ).encode()
 
 
 def _save_tokenizer(work: Path, tokenizer: Any, chat_template: str) -> None:
@@ -145,7 +177,9 @@ def _save_tokenizer(work: Path, tokenizer: Any, chat_template: str) -> None:
     try:
         tokenizer.save_pretrained(work)
     except Exception as error:
-        found = re.search(r"os error (\d+)", str(error))  # the library tokenizers raises a plain Exception where the disk refuses
+        found = re.search(
+            r"os error (\d+)", str(error)
+        )  # the library tokenizers raises a plain Exception where the disk refuses
         if isinstance(error, OSError) or found is None:
             raise
         raise OSError(int(found[1]), str(error)) from error
@@ -163,13 +197,18 @@ def _tidy(folder: Path, published: Path, keep: int) -> Saved:
     try:
         if best is not None:
             pointer = {"schema": SCHEMA, "folder": best.name, "update": known[best].update}
-            folders.replace_file(folder / "best.json", _json(pointer | {"heldout_loss_nats": known[best].heldout_loss_nats}))
+            folders.replace_file(
+                folder / "best.json",
+                _json(pointer | {"heldout_loss_nats": known[best].heldout_loss_nats}),
+            )
         for path in [path for path in known if path not in kept]:
             folders.remove(path)
             removed.append(path)
         folders.sweep(folder)
     except OSError as error:
-        notes = (f"{published} is saved, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",)
+        notes = (
+            f"{published} is saved, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",
+        )
     return Saved(published, best, tuple(removed), notes)
 
 
@@ -178,7 +217,11 @@ def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
     folder = run / "checkpoints"
     known = _newest_first(folder)
     notes = [f"{path} was never finished: ignored" for path in folders.unfinished(folder)]
-    unknown = [path for path in sorted(folder.glob("update_*")) if PUBLISHED.fullmatch(path.name) and path not in known]
+    unknown = [
+        path
+        for path in sorted(folder.glob("update_*"))
+        if PUBLISHED.fullmatch(path.name) and path not in known
+    ]
     for path in [*unknown, *known]:
         try:
             _state(folders.read(path, REQUIRED))
@@ -208,7 +251,10 @@ def _newest_first(folder: Path) -> dict[Path, State]:
                 known[path] = read_state(path)
             except ValueError:
                 continue  # last_checkpoint names it
-    return {path: known[path] for path in sorted(known, key=lambda path: known[path].serial, reverse=True)}
+    return {
+        path: known[path]
+        for path in sorted(known, key=lambda path: known[path].serial, reverse=True)
+    }
 
 
 def _current(known: dict[Path, State]) -> list[Path]:
@@ -217,7 +263,11 @@ def _current(known: dict[Path, State]) -> list[Path]:
 
 
 def _best(known: dict[Path, State]) -> Path | None:
-    losses = {path: loss for path in _current(known) if (loss := known[path].heldout_loss_nats) is not None}
+    losses = {
+        path: loss
+        for path in _current(known)
+        if (loss := known[path].heldout_loss_nats) is not None
+    }
     return min(losses, key=lambda path: losses[path], default=None)
 
 
@@ -249,14 +299,37 @@ def load_checkpoint(
     try:
         contents = folders.read(path, REQUIRED)
         state = _state(contents)
-        _check_same_run(state, path, state.world_size if reshape else world_size, base_hash, config, allow_changed)
-        if missing := {f"rng_rank{other}.json" for other in range(state.world_size)} - contents.keys():
-            raise ValueError(f"{folders.SUMS} is corrupt: it does not list {', '.join(sorted(missing))}")
+        _check_same_run(
+            state,
+            path,
+            state.world_size if reshape else world_size,
+            base_hash,
+            config,
+            allow_changed,
+        )
+        if (
+            missing := {f"rng_rank{other}.json" for other in range(state.world_size)}
+            - contents.keys()
+        ):
+            raise ValueError(
+                f"{folders.SUMS} is corrupt: it does not list {', '.join(sorted(missing))}"
+            )
         device = adapters.flat.device
         known = rank if rank < state.world_size else 0
-        rng = _parsed(contents, f"rng_rank{known}.json", lambda data: snapshots.checked_rng(json.loads(data), device))
-        flat = _parsed(contents, ADAPTER, lambda data: snapshots.flat_from(safetensors.torch.load(data), adapters))
-        tensors, plain = _parsed(contents, OPTIMIZER, safetensors.torch.load), _parsed(contents, "optimizer.json", json.loads)
+        rng = _parsed(
+            contents,
+            f"rng_rank{known}.json",
+            lambda data: snapshots.checked_rng(json.loads(data), device),
+        )
+        flat = _parsed(
+            contents,
+            ADAPTER,
+            lambda data: snapshots.flat_from(safetensors.torch.load(data), adapters),
+        )
+        tensors, plain = (
+            _parsed(contents, OPTIMIZER, safetensors.torch.load),
+            _parsed(contents, "optimizer.json", json.loads),
+        )
         moments = snapshots.built_optimizer_state(optimizer, adapters.flat, tensors, plain)
     except ValueError as error:
         raise ValueError(f"checkpoint {path} cannot be restored on rank {rank}: {error}") from error
@@ -274,21 +347,38 @@ def config_changes(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, 
     def leaves(tree: Any, name: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {name: list(tree) if isinstance(tree, tuple) else tree}
-        return {k: leaf for key, branch in tree.items() for k, leaf in leaves(branch, f"{name}.{key}".lstrip(".")).items()}
+        return {
+            k: leaf
+            for key, branch in tree.items()
+            for k, leaf in leaves(branch, f"{name}.{key}".lstrip(".")).items()
+        }
 
     old, new = leaves(saved), leaves(present)
-    return {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}
+    return {
+        name: (old.get(name), new.get(name))
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    }
 
 
 def _check_same_run(
-    state: State, path: Path, world_size: int, base_hash: str, config: dict[str, Any], allow_changed: Collection[str]
+    state: State,
+    path: Path,
+    world_size: int,
+    base_hash: str,
+    config: dict[str, Any],
+    allow_changed: Collection[str],
 ) -> None:
     if state.world_size != world_size:
         cure = f"start {state.world_size} (accelerate launch --num_processes {state.world_size}), or go on with {world_size}: --resume.reshape"
-        raise ValueError(f"it was saved by {state.world_size} ranks, this run has {world_size}: {cure}")
+        raise ValueError(
+            f"it was saved by {state.world_size} ranks, this run has {world_size}: {cure}"
+        )
     if state.base_hash != base_hash:
         cure = "set model.id, model.revision and model.quantization to those of the saved run"
-        raise ValueError(f"it was made on the base {state.base_hash}, this run has the base {base_hash}: {cure}")
+        raise ValueError(
+            f"it was made on the base {state.base_hash}, this run has the base {base_hash}: {cure}"
+        )
     wrong = [
         f"{name} was {old!r} and now is {new!r}"
         for name, (old, new) in config_changes(state.config, config).items()
@@ -312,14 +402,20 @@ def _state(contents: dict[str, bytes]) -> State:
     if not isinstance(plain, dict) or not isinstance(plain.get("schema"), int):
         raise ValueError(f"{STATE} is malformed: it says no schema")
     if plain["schema"] > SCHEMA:
-        raise ValueError(f"{STATE} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one")
+        raise ValueError(
+            f"{STATE} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one"
+        )
     fields = {f.name: f for f in dataclasses.fields(State)}
-    needed = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    needed = {
+        name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING
+    }
     if odd := (needed - plain.keys()) | (plain.keys() - fields.keys()):
         raise ValueError(f"{STATE} is malformed: missing or unknown: {', '.join(sorted(odd))}")
     kinds = {"int": int, "float": (int, float), "str": str, "dict": dict}
     for name, value in plain.items():
         kind, _, rest = str(fields[name].type).partition(" ")
-        if not isinstance(value, kinds[kind.partition("[")[0]]) and not (value is None and rest == "| None"):
+        if not isinstance(value, kinds[kind.partition("[")[0]]) and not (
+            value is None and rest == "| None"
+        ):
             raise ValueError(f"{STATE} is malformed: {name} is {value!r}")
     return State(**plain)

@@ -23,7 +23,11 @@ def after_restart(config: Config) -> Config:
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return config
-    folder = Path(config.resume.run) if config.resume.run is not None else _begun_by(os.getppid(), Path(config.run.dir))
+    folder = (
+        Path(config.resume.run)
+        if config.resume.run is not None
+        else _begun_by(os.getppid(), Path(config.run.dir))
+    )
     if folder is None:
         return config
     at = None if last_checkpoint(folder)[0] is not None else 0
@@ -72,7 +76,10 @@ def sums_of(checkpoint: Path | None) -> str:
 
 def checkpoint_at(folder: Path, update: int) -> Path | None:
     """The run's checkpoint after `update` updates; None for 0, the run's beginning. Raises ValueError, with those that there are."""
-    found = {path: read_state(path).update for path in sorted((folder / "checkpoints").glob("update_*[0-9]"))}
+    found = {
+        path: read_state(path).update
+        for path in sorted((folder / "checkpoints").glob("update_*[0-9]"))
+    }
     for path, done in found.items():
         if done == update:
             return path
@@ -84,7 +91,9 @@ def checkpoint_at(folder: Path, update: int) -> Path | None:
     )
 
 
-def position(checkpoint: Path | None, plan: StepPlan, run: str | None) -> tuple[int, dict[str, str]]:
+def position(
+    checkpoint: Path | None, plan: StepPlan, run: str | None
+) -> tuple[int, dict[str, str]]:
     """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded.
 
     A run that begins again (--at 0) has no checkpoint to tell its trackers by; env.json names them.
@@ -116,7 +125,9 @@ def reshaped(config: Config, saved: State, ranks: int) -> Config:
     """
     before = BatchConfig.model_validate(saved.config["batch"])
     rows = before.size * saved.world_size * before.accumulation_for(saved.world_size)
-    batch = config.batch.model_copy(update={"rows_per_update": rows, "accumulation": None, "ranks": None})
+    batch = config.batch.model_copy(
+        update={"rows_per_update": rows, "accumulation": None, "ranks": None}
+    )
     batch.accumulation_for(ranks)
     return config.model_copy(update={"batch": batch})
 
@@ -149,18 +160,30 @@ def _reshaping(ranks: int, plan: StepPlan) -> str:
         f"goes on with {plan.ranks} rank{'s' if plan.ranks > 1 else ''} instead of {ranks}: the same {plan.rows_per_update} rows an update in the "
         f"same order, as {plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches. No longer bit for bit what {ranks} would do: "
         "losses and gradients are summed in another order (last bits), and dropout draws other numbers, since rows move between ranks"
-        + (f"; ranks {ranks} to {plan.ranks - 1} begin with random numbers of their own" if plan.ranks > ranks else "")
+        + (
+            f"; ranks {ranks} to {plan.ranks - 1} begin with random numbers of their own"
+            if plan.ranks > ranks
+            else ""
+        )
     )
 
 
 def _lengthening(schedule: ScheduleConfig, saved: State, updates: int, plan: StepPlan) -> str:
     """What a longer schedule does to the learning rate of the coming updates."""
     done, peak = saved.update, float(saved.config["optimizer"]["lr"])
-    known = {"warmup": schedule.warmup_updates, "peak": peak, "kind": schedule.kind, "first": schedule.first}
+    known = {
+        "warmup": schedule.warmup_updates,
+        "peak": peak,
+        "kind": schedule.kind,
+        "first": schedule.first,
+    }
     coming = sorted(
-        {done + 1, (done + updates + 1) // 2, updates, updates + 1, plan.updates} & set(range(done + 1, plan.updates + 1))
+        {done + 1, (done + updates + 1) // 2, updates, updates + 1, plan.updates}
+        & set(range(done + 1, plan.updates + 1))
     )
-    was = {u: f"{lr_at(u, updates=updates, **known):.3g}" if u <= updates else "none" for u in coming}
+    was = {
+        u: f"{lr_at(u, updates=updates, **known):.3g}" if u <= updates else "none" for u in coming
+    }
     table = ", ".join(f"lr({u}) was {was[u]}, is {plan.lr[u - 1]:.3g}" for u in coming)
     last = f"; update {done} had {plan.lr[done - 1]:.3g}" if done else ""
     effect = "" if schedule.kind == "constant" else ", so the learning rate falls later"

@@ -16,7 +16,15 @@ from torch import Tensor
 from glassloop.formula.optim import FlatAdapters
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
-MALFORMED = (ValueError, KeyError, TypeError, IndexError, RuntimeError, OverflowError, AttributeError)  # what odd JSON can raise
+MALFORMED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    RuntimeError,
+    OverflowError,
+    AttributeError,
+)  # what odd JSON can raise
 
 
 def saved_name(name: str) -> str:
@@ -35,27 +43,45 @@ def flat_from(matrices: dict[str, Tensor], adapters: FlatAdapters) -> Tensor:
     flat = torch.zeros(adapters.flat.shape)
     wanted = {saved_name(name): place for name, place in adapters.slices.items()}
     if odd := wanted.keys() ^ matrices.keys():
-        raise ValueError(f"it and this model do not have the same matrices: {', '.join(sorted(odd)[:3])}")
+        raise ValueError(
+            f"it and this model do not have the same matrices: {', '.join(sorted(odd)[:3])}"
+        )
     for name, place in wanted.items():
         matrix = matrices[name]
         if tuple(matrix.shape) != place.shape or matrix.dtype != flat.dtype:
-            raise ValueError(f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model {place.shape} {flat.dtype}")
+            raise ValueError(
+                f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model {place.shape} {flat.dtype}"
+            )
         place.of(flat).copy_(matrix)
     return flat
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, flat: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The flat parameter's state: tensors on the CPU, byte for byte, and plain values with the optimizer's name."""
     if flat.is_cuda:
-        torch.cuda.synchronize(flat.device)  # paged states lie in memory that the GPU may still be writing
+        torch.cuda.synchronize(
+            flat.device
+        )  # paged states lie in memory that the GPU may still be writing
     state = dict(optimizer.state.get(flat, {}))
-    tensors = {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value.detach().cpu().clone()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
     values = {name: value for name, value in state.items() if name not in tensors}
     _check_tensors(optimizer, flat, tensors)
-    return tensors, {"optimizer": type(optimizer).__name__, "elements": flat.numel(), "values": values}
+    return tensors, {
+        "optimizer": type(optimizer).__name__,
+        "elements": flat.numel(),
+        "values": values,
+    }
 
 
-def built_optimizer_state(optimizer: Any, flat: Tensor, tensors: dict[str, Tensor], plain: Any) -> dict[str, Any]:
+def built_optimizer_state(
+    optimizer: Any, flat: Tensor, tensors: dict[str, Tensor], plain: Any
+) -> dict[str, Any]:
     """What optimizer.state[flat] has to be; the optimizer is not changed. One that finds its state there makes none of its own.
 
     Raises:
@@ -65,39 +91,59 @@ def built_optimizer_state(optimizer: Any, flat: Tensor, tensors: dict[str, Tenso
         raise ValueError("malformed optimizer state: it holds no values")
     for name, here in (("optimizer", type(optimizer).__name__), ("elements", flat.numel())):
         if plain.get(name) != here:
-            raise ValueError(f"the optimizer state has {name} = {plain.get(name)!r}, this run has {here!r}")
+            raise ValueError(
+                f"the optimizer state has {name} = {plain.get(name)!r}, this run has {here!r}"
+            )
     _check_tensors(optimizer, flat, tensors)
     built = dict(plain["values"])
     if "state1" in tensors and not isinstance(built.get("step"), int):
         raise ValueError(f"malformed optimizer state: step is {built.get('step')!r}")
-    on_device = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable")
+    on_device = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get(
+        "capturable"
+    )
     for name, tensor in tensors.items():
         if name in ("state1", "state2") and getattr(optimizer, "is_paged", False):
-            built[name] = optimizer.get_state_buffer(flat, dtype=tensor.dtype)  # managed memory: only bitsandbytes allocates it
+            built[name] = optimizer.get_state_buffer(
+                flat, dtype=tensor.dtype
+            )  # managed memory: only bitsandbytes allocates it
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)  # the GPU is filling it with zeros
             built[name].copy_(tensor)
         else:
-            built[name] = tensor.to("cpu" if name == "step" and not on_device else flat.device, copy=True)
+            built[name] = tensor.to(
+                "cpu" if name == "step" and not on_device else flat.device, copy=True
+            )
     return built
 
 
-def set_optimizer_state(optimizer: torch.optim.Optimizer, flat: Tensor, built: dict[str, Any]) -> None:
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, flat: Tensor, built: dict[str, Any]
+) -> None:
     optimizer.state.pop(flat, None)
     if built:  # empty before the first step
         optimizer.state[flat] = built
 
 
-def _check_tensors(optimizer: torch.optim.Optimizer, flat: Tensor, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(
+    optimizer: torch.optim.Optimizer, flat: Tensor, tensors: dict[str, Tensor]
+) -> None:
     """Raise ValueError where these are not the optimizer's tensors over `flat`; none at all are right before its first step."""
     wanted = _wanted_tensors(type(optimizer).__name__, flat.numel(), eight_bit="qmap1" in tensors)
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if found and found != wanted:
-        odd = ", ".join(sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)))
-        raise ValueError(f"the optimizer state does not fit {type(optimizer).__name__} over {flat.numel()} elements: {odd}")
+        odd = ", ".join(
+            sorted(
+                name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+            )
+        )
+        raise ValueError(
+            f"the optimizer state does not fit {type(optimizer).__name__} over {flat.numel()} elements: {odd}"
+        )
 
 
-def _wanted_tensors(kind: str, size: int, eight_bit: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _wanted_tensors(
+    kind: str, size: int, eight_bit: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name -> dtype and shape of the tensors that an optimizer keeps once it has stepped."""
     fp32, full, blocks = torch.float32, (size,), (-(-size // BLOCK),)
     if kind == "SGD":
@@ -105,7 +151,9 @@ def _wanted_tensors(kind: str, size: int, eight_bit: bool) -> dict[str, tuple[to
     if kind == "AdamW":
         return {"exp_avg": (fp32, full), "exp_avg_sq": (fp32, full), "step": (fp32, ())}
     if kind not in ("AdamW8bit", "PagedAdamW8bit"):
-        raise ValueError(f"nothing is known of the state of the optimizer {kind}: use adamw_8bit, paged_adamw_8bit, adamw or sgd")
+        raise ValueError(
+            f"nothing is known of the state of the optimizer {kind}: use adamw_8bit, paged_adamw_8bit, adamw or sgd"
+        )
     if not eight_bit:  # bitsandbytes keeps parameters of less than 4096 elements so
         return {"state1": (fp32, full), "state2": (fp32, full)}
     parts = {"state": (torch.uint8, full), "absmax": (fp32, blocks), "qmap": (fp32, (256,))}
@@ -121,7 +169,9 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes().hex() if device.type == "cuda" else None,
+        "cuda": torch.cuda.get_rng_state(device).numpy().tobytes().hex()
+        if device.type == "cuda"
+        else None,
     }
 
 
@@ -134,7 +184,11 @@ def checked_rng(state: Any, device: torch.device) -> dict[str, Any]:
     """The state in the generators' own types, tried on spare generators; raises ValueError."""
     try:
         version, internal, gauss = state["python"]
-        checked = {"python": (version, tuple(internal), gauss), "numpy": tuple(state["numpy"]), "torch": _octets(state["torch"])}
+        checked = {
+            "python": (version, tuple(internal), gauss),
+            "numpy": tuple(state["numpy"]),
+            "torch": _octets(state["torch"]),
+        }
         random.Random().setstate(checked["python"])
         numpy.random.RandomState().set_state(checked["numpy"])
         torch.Generator().set_state(checked["torch"])
@@ -145,7 +199,9 @@ def checked_rng(state: Any, device: torch.device) -> dict[str, Any]:
     except MALFORMED as error:
         raise ValueError(f"malformed state of random numbers: {error}") from error
     if saved_on != device.type:
-        raise ValueError(f"the random numbers are those of a run on {saved_on}, this rank runs on {device.type}")
+        raise ValueError(
+            f"the random numbers are those of a run on {saved_on}, this rank runs on {device.type}"
+        )
     return checked
 
 

@@ -56,7 +56,11 @@ def seeds(value: Any, bad: Complaint) -> tuple[int, ...]:
         and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value)
     )
     if not sound or len(set(value)) < len(value):
-        raise bad("seeds", value, "a list of different whole numbers, such as [1, 2, 3]; a verdict needs two or more")
+        raise bad(
+            "seeds",
+            value,
+            "a list of different whole numbers, such as [1, 2, 3]; a verdict needs two or more",
+        )
     return tuple(value)
 
 
@@ -87,7 +91,12 @@ def number(values: Mapping[str, Any], key: str, place: str, bad: Complaint) -> f
 
 
 def one_of(
-    values: Mapping[str, Any], key: str, names: Sequence[str], default: str | None, bad: Complaint, place: str = ""
+    values: Mapping[str, Any],
+    key: str,
+    names: Sequence[str],
+    default: str | None,
+    bad: Complaint,
+    place: str = "",
 ) -> str | None:
     value = values.get(key, default)
     if value is not None and value not in names:

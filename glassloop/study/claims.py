@@ -49,15 +49,21 @@ def read_claim(item: Any, place_in_list: int, axes: Axes, bad: Complaint) -> Cla
         raise bad(place, item, f"fields {', '.join(CLAIM_KEYS)}")
     for key in item:
         if key not in CLAIM_KEYS:
-            raise bad(f"{place}.{key}", item[key], f"no field of a claim; {near(str(key), CLAIM_KEYS)}")
+            raise bad(
+                f"{place}.{key}", item[key], f"no field of a claim; {near(str(key), CLAIM_KEYS)}"
+            )
     if not isinstance(item.get("says"), str):
         raise bad(f"{place}.says", item.get("says"), "the claim in words")
     quantity = item.get("quantity")
     if quantity not in QUANTITIES:
-        raise bad(f"{place}.quantity", quantity, f"not measured; {near(str(quantity), tuple(QUANTITIES))}")
+        raise bad(
+            f"{place}.quantity", quantity, f"not measured; {near(str(quantity), tuple(QUANTITIES))}"
+        )
     expect = one_of(item, "expect", ("higher", "lower", "about"), None, bad, place)
     if expect is None:
-        raise bad(f"{place}.expect", None, "higher, lower or about: what the claim says of the difference")
+        raise bad(
+            f"{place}.expect", None, "higher, lower or about: what the claim says of the difference"
+        )
     cell = _selected(item.get("cell"), f"{place}.cell", axes, bad)
     against = item.get("against")
     if not (isinstance(against, int | float) and not isinstance(against, bool)):
@@ -76,17 +82,29 @@ def read_claim(item: Any, place_in_list: int, axes: Axes, bad: Complaint) -> Cla
             "needs value, the difference that is claimed, and within, how far from it still agrees (above 0)",
         )
     if numbers["by"] < 0:
-        raise bad(f"{place}.by", item["by"], "the least difference worth the claim: 0 or more, whichever direction is expected")
+        raise bad(
+            f"{place}.by",
+            item["by"],
+            "the least difference worth the claim: 0 or more, whichever direction is expected",
+        )
     scale = one_of(item, "scale", ("absolute", "share"), "absolute", bad, place)
     return Claim(item["says"], str(quantity), cell, against, str(scale), expect, **numbers)
 
 
 def _selected(value: Any, place: str, axes: Axes, bad: Complaint) -> dict[str, str]:
     if not isinstance(value, dict) or not value:
-        raise bad(place, value, f"which cells: an axis and its setting, of {', '.join(axis for axis, _ in axes)}")
+        raise bad(
+            place,
+            value,
+            f"which cells: an axis and its setting, of {', '.join(axis for axis, _ in axes)}",
+        )
     labels = {axis: [setting.label for setting in settings] for axis, settings in axes}
     for axis, label in value.items():
         if word(label) not in labels.get(axis, ()):
-            there = f"there are {', '.join(labels[axis])}" if axis in labels else f"no such axis; there are {', '.join(labels)}"
+            there = (
+                f"there are {', '.join(labels[axis])}"
+                if axis in labels
+                else f"no such axis; there are {', '.join(labels)}"
+            )
             raise bad(f"{place}.{axis}", label, there)
     return {axis: word(label) for axis, label in value.items()}

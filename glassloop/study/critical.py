@@ -59,9 +59,15 @@ def critical_of(groups: Sequence[Group], equal: str | None) -> list[Critical]:
     """One for each setting of the other axes that has a result."""
     others: dict[str, list[Group]] = {}
     for group in groups:
-        rest = ", ".join(f"{axis} = {label}" for axis, label in group.settings.items() if axis != AXIS)
+        rest = ", ".join(
+            f"{axis} = {label}" for axis, label in group.settings.items() if axis != AXIS
+        )
         others.setdefault(rest, []).append(group)
-    return [found for rest, of_rest in others.items() if (found := _of_setting(rest, of_rest, equal)) is not None]
+    return [
+        found
+        for rest, of_rest in others.items()
+        if (found := _of_setting(rest, of_rest, equal)) is not None
+    ]
 
 
 def line_ratio(points: Sequence[tuple[float, float]]) -> float | None:
@@ -69,7 +75,9 @@ def line_ratio(points: Sequence[tuple[float, float]]) -> float | None:
     if len({x for x, _ in points}) < 3:
         return None
     mean_x, mean_y = statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum(
+        (x - mean_x) ** 2 for x, _ in points
+    )
     intercept = mean_y - slope * mean_x
     return slope / intercept if slope > 0 and intercept > 0 else None
 
@@ -79,7 +87,10 @@ def agreement(predicted: Mapping[int, float], shown: Mapping[int, float]) -> tup
     both = [seed for seed in predicted if seed in shown]
     if len(both) < 2:
         few = f"{len(both)} seed{'' if len(both) == 1 else 's'} with both numbers"
-        return UNRESOLVED, f"{few} (a line that does not rise, or whose intercept is not above 0, gives none)"
+        return (
+            UNRESOLVED,
+            f"{few} (a line that does not rise, or whose intercept is not above 0, gives none)",
+        )
     mean, half = interval([math.log(predicted[seed] / shown[seed]) for seed in both])
     low, high = math.exp(mean - half), math.exp(mean + half)
     words = f"predicted / shown = {math.exp(mean):.3g}, 95 % interval {low:.3g} to {high:.3g}, {len(both)} seeds"
@@ -93,8 +104,12 @@ def as_plain(found: Critical) -> dict[str, Any]:
     return {
         "setting": found.setting,
         "micro_tokens": found.micro_tokens,
-        "predicted_tokens_by_accumulation": {str(key): value for key, value in found.predicted_by_cell.items()},
-        "predicted_accumulation": {str(key): value / found.micro_tokens for key, value in found.predicted_by_cell.items()},
+        "predicted_tokens_by_accumulation": {
+            str(key): value for key, value in found.predicted_by_cell.items()
+        },
+        "predicted_accumulation": {
+            str(key): value / found.micro_tokens for key, value in found.predicted_by_cell.items()
+        },
         "compared": [
             {
                 "by": one.by,
@@ -113,7 +128,9 @@ def as_plain(found: Critical) -> dict[str, Any]:
 
 def lines(found: Critical) -> list[str]:
     """For people."""
-    said = [f"{found.setting or 'all cells'}: {found.micro_tokens:,.0f} supervised tokens a micro-batch"]
+    said = [
+        f"{found.setting or 'all cells'}: {found.micro_tokens:,.0f} supervised tokens a micro-batch"
+    ]
     for accumulation, tokens in found.predicted_by_cell.items():
         said.append(
             f"predicted from the runs with accumulation {accumulation}: {tokens:,.0f} tokens = accumulation {tokens / found.micro_tokens:.3g}"
@@ -131,50 +148,84 @@ def _of_setting(setting: str, groups: Sequence[Group], equal: str | None) -> Cri
     if not results:
         return None
     micro = statistics.fmean(
-        _tokens(result.run) / int(result.cell.settings[AXIS]) for result in results if result.run is not None
+        _tokens(result.run) / int(result.cell.settings[AXIS])
+        for result in results
+        if result.run is not None
     )
     by_cell = {
-        int(group.settings[AXIS]): spread.mean for group in groups if (spread := group.spread("noise_scale")).mean is not None
+        int(group.settings[AXIS]): spread.mean
+        for group in groups
+        if (spread := group.spread("noise_scale")).mean is not None
     }
     seeds = sorted({result.cell.seed for result in results})
     predicted, norms, losses = {}, {}, {}
     for seed in seeds:
         of_seed = [result for result in results if result.cell.seed == seed]
-        known = [value for result in of_seed if (value := result.values.get("noise_scale")) is not None and value > 0]
+        known = [
+            value
+            for result in of_seed
+            if (value := result.values.get("noise_scale")) is not None and value > 0
+        ]
         if known:
             predicted[seed] = statistics.geometric_mean(known)
-        if (by_norms := line_ratio([point for result in of_seed if (point := _norm_point(result)) is not None])) is not None:
+        if (
+            by_norms := line_ratio(
+                [point for result in of_seed if (point := _norm_point(result)) is not None]
+            )
+        ) is not None:
             norms[seed] = by_norms
-        if (by_loss := line_ratio([point for result in of_seed if (point := _loss_point(result)) is not None])) is not None:
+        if (
+            by_loss := line_ratio(
+                [point for result in of_seed if (point := _loss_point(result)) is not None]
+            )
+        ) is not None:
             losses[seed] = by_loss
     compared = [Compared("by norms", predicted, norms, *agreement(predicted, norms))]
     if equal == "updates":
         compared.append(Compared("by loss", predicted, losses, *agreement(predicted, losses)))
     named = {key: value for key, value in by_cell.items() if value is not None}
-    return Critical(setting, micro, named, tuple(compared), _equal_rows(groups) if equal == "rows_seen" else None)
+    return Critical(
+        setting,
+        micro,
+        named,
+        tuple(compared),
+        _equal_rows(groups) if equal == "rows_seen" else None,
+    )
 
 
 def _equal_rows(groups: Sequence[Group]) -> str:
     """The largest accumulation whose held-out loss is not shown to lie above that of the accumulation with the lowest mean."""
     losses = {int(group.settings[AXIS]): group.spread("heldout_loss").by_seed for group in groups}
-    means = {key: statistics.fmean(values.values()) for key, values in losses.items() if len(values) > 1}
+    means = {
+        key: statistics.fmean(values.values()) for key, values in losses.items() if len(values) > 1
+    }
     if len(means) < 2:
         return "not resolved: fewer than two accumulations have two seeds with a held-out loss"
     best = min(means, key=lambda key: means[key])
     alike = [best]
     for key in means:
-        apart = [losses[key][seed] - losses[best][seed] for seed in losses[key] if seed in losses[best]]
+        apart = [
+            losses[key][seed] - losses[best][seed] for seed in losses[key] if seed in losses[best]
+        ]
         if key != best and len(apart) > 1:
             mean, half = interval(apart)
             alike += [key] if mean - half <= 0 else []
     worse = sorted(key for key in means if key not in alike)
-    more = f"; shown to be worse: {', '.join(map(str, worse))}" if worse else "; none is shown to be worse"
+    more = (
+        f"; shown to be worse: {', '.join(map(str, worse))}"
+        if worse
+        else "; none is shown to be worse"
+    )
     return f"accumulation {best} has the lowest held-out loss ({means[best]:.4g}), and up to {max(alike)} none is shown to lie above it{more}"
 
 
 def _second_half(run: RunData) -> list[dict[str, Any]]:
     """Sound updates of the half in which the prediction was made."""
-    return [one for one in run.updates if one["update"] > run.planned_updates / 2 and one["action"] == "applied"]
+    return [
+        one
+        for one in run.updates
+        if one["update"] > run.planned_updates / 2 and one["action"] == "applied"
+    ]
 
 
 def _tokens(run: RunData) -> float:
@@ -189,7 +240,14 @@ def _norm_point(result: CellResult) -> tuple[float, float] | None:
     records = [one for one in _second_half(result.run) if one["supervised_tokens"]]
     norms = [number(one["grad_norm_pre_clip"]) for one in records]
     squares = [norm * norm for norm in norms if norm is not None and math.isfinite(norm)]
-    return (statistics.fmean(1 / one["supervised_tokens"] for one in records), statistics.fmean(squares)) if squares else None
+    return (
+        (
+            statistics.fmean(1 / one["supervised_tokens"] for one in records),
+            statistics.fmean(squares),
+        )
+        if squares
+        else None
+    )
 
 
 def _loss_point(result: CellResult) -> tuple[float, float] | None:

@@ -49,7 +49,10 @@ def where_to_look(run: RunData) -> tuple[int, str]:
     Without any of them the one with the largest gradient norm.
     """
     found = [
-        (max(1, int(event["details"]["since"]) - 1), "the step after which the loss stood far above its start")
+        (
+            max(1, int(event["details"]["since"]) - 1),
+            "the step after which the loss stood far above its start",
+        )
         for event in _told_to_diverge(run)
     ]
     found += [
@@ -66,15 +69,23 @@ def where_to_look(run: RunData) -> tuple[int, str]:
         for one in run.updates
         if (norm := number(one["grad_norm_pre_clip"])) is not None and math.isfinite(norm)
     ]
-    return (int(max(norms)[1]), "the largest gradient norm; no alarm was raised") if norms else (1, "no norm is on record")
+    return (
+        (int(max(norms)[1]), "the largest gradient norm; no alarm was raised")
+        if norms
+        else (1, "no norm is on record")
+    )
 
 
 def _told_to_diverge(run: RunData) -> list[dict[str, Any]]:
     """Alarms of the detector `diverged`."""
-    return [event for event in run.events if event["kind"] == "alarm" and "since" in event["details"]]
+    return [
+        event for event in run.events if event["kind"] == "alarm" and "since" in event["details"]
+    ]
 
 
-def bisect(one: Divergence, out: Path, environment: dict[str, str], timeout_s: float = BISECT_TIMEOUT_S) -> str:
+def bisect(
+    one: Divergence, out: Path, environment: dict[str, str], timeout_s: float = BISECT_TIMEOUT_S
+) -> str:
     """Run the command of a divergence and keep what it printed beside the study; an answer that is there already is not asked for again."""
     path = _file(out, one.cell)
     if path.exists():
@@ -82,7 +93,12 @@ def bisect(one: Divergence, out: Path, environment: dict[str, str], timeout_s: f
     words = [sys.executable, "-m", "glassloop.cli", *one.command.split()[1:]]
     try:
         done = subprocess.run(
-            words, env=os.environ | environment, capture_output=True, text=True, errors="replace", timeout=timeout_s
+            words,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
         return f"no answer after {timeout_s:g} s: {one.command}"

@@ -21,7 +21,12 @@ from glassloop.study.text import columns_of
 from glassloop.study.verdicts import as_plain
 
 OWN = Path(__file__).parent / "assets"
-CURVES = {"loss": "loss_nats", "norm": "grad_norm_pre_clip", "noise": "noise_scale_tokens", "lr": "lr"}
+CURVES = {
+    "loss": "loss_nats",
+    "norm": "grad_norm_pre_clip",
+    "noise": "noise_scale_tokens",
+    "lr": "lr",
+}
 
 
 def payload(answers: Answers) -> dict[str, Any]:
@@ -40,7 +45,11 @@ def payload(answers: Answers) -> dict[str, Any]:
         "glassloop": glassloop.__version__,
         "places": [place_line(one) for one in environments_of(answers.results)],
         "quantities": {
-            name: {"measure": QUANTITIES[name].measure, "unit": QUANTITIES[name].unit, "words": QUANTITIES[name].words}
+            name: {
+                "measure": QUANTITIES[name].measure,
+                "unit": QUANTITIES[name].unit,
+                "words": QUANTITIES[name].words,
+            }
             for name in columns_of(study, groups)
         },
         "groups": [
@@ -49,7 +58,9 @@ def payload(answers: Answers) -> dict[str, Any]:
                 "finished": group.finished,
                 "values": {name: _values(group, name) for name in columns_of(study, groups)},
                 "curves": _curves(group),
-                "heldout": _mean_points([result.heldout_curve for result in group.results if result.run is not None]),
+                "heldout": _mean_points(
+                    [result.heldout_curve for result in group.results if result.run is not None]
+                ),
             }
             for group in groups
         ],
@@ -62,7 +73,11 @@ def payload(answers: Answers) -> dict[str, Any]:
             for phase, (predicted, measured) in first.phases.items()
         ],
         "diverged": [vars(one) for one in answers.diverged],
-        "missing": [[one.cell.name, one.why] for one in answers.results if one.kind not in ("done", "diverged")],
+        "missing": [
+            [one.cell.name, one.why]
+            for one in answers.results
+            if one.kind not in ("done", "diverged")
+        ],
         "beside": max((one.beside or 0 for one in answers.results), default=0),
     }
 
@@ -70,14 +85,23 @@ def payload(answers: Answers) -> dict[str, Any]:
 def place_line(place: Mapping[str, Any]) -> str:
     """One of results.environments_of in a line: card, torch, commit."""
     gpus = [gpu["name"] for gpu in place.get("gpus") or []]
-    commit, torch = (place.get("git") or {}).get("commit"), (place.get("packages") or {}).get("torch")
-    parts = [", ".join(gpus) or "CPU", f"torch {torch}", f"commit {commit[:10]}" if commit else "no commit"]
+    commit, torch = (
+        (place.get("git") or {}).get("commit"),
+        (place.get("packages") or {}).get("torch"),
+    )
+    parts = [
+        ", ".join(gpus) or "CPU",
+        f"torch {torch}",
+        f"commit {commit[:10]}" if commit else "no commit",
+    ]
     return f"{place['cells']} cells on {'; '.join(parts)}"
 
 
 def page(data: dict[str, Any]) -> str:
     """The whole file."""
-    return whole_page(data, OWN / "study.html", [*(ASSETS / name for name in SHARED), OWN / "study.js"])
+    return whole_page(
+        data, OWN / "study.html", [*(ASSETS / name for name in SHARED), OWN / "study.js"]
+    )
 
 
 def _values(group: Group, name: str) -> dict[str, Any]:
@@ -91,7 +115,10 @@ def _curves(group: Group) -> dict[str, Any]:
     runs = [result.run for result in group.results if result.run is not None]
     last = max((run.updates[-1]["update"] for run in runs if run.updates), default=0)
     updates = list(range(1, last + 1))
-    return {"update": updates, **{name: column(_mean_curve(runs, field, updates)) for name, field in CURVES.items()}}
+    return {
+        "update": updates,
+        **{name: column(_mean_curve(runs, field, updates)) for name, field in CURVES.items()},
+    }
 
 
 def _mean_curve(runs: Sequence[RunData], field: str, updates: Sequence[int]) -> list[float | None]:
@@ -99,7 +126,13 @@ def _mean_curve(runs: Sequence[RunData], field: str, updates: Sequence[int]) -> 
     found: list[float | None] = []
     for update in updates:
         values = [value for table in tables if (value := table.get(update)) is not None]
-        found.append(statistics.fmean(values) if values and all(map(math.isfinite, values)) else math.inf if values else None)
+        found.append(
+            statistics.fmean(values)
+            if values and all(map(math.isfinite, values))
+            else math.inf
+            if values
+            else None
+        )
     return found
 
 

@@ -33,7 +33,11 @@ def _heldout(run: RunData) -> list[float]:
 
 def heldout_loss(run: RunData) -> float | None:
     last = run.evaluations[-1] if run.evaluations else None
-    return number(last["loss_nats"]) if last is not None and last["update"] == run.planned_updates else None
+    return (
+        number(last["loss_nats"])
+        if last is not None and last["update"] == run.planned_updates
+        else None
+    )
 
 
 def heldout_gain(run: RunData) -> float | None:
@@ -48,8 +52,14 @@ def heldout_rise(run: RunData) -> float | None:
 
 def train_loss(run: RunData) -> float | None:
     """Mean of the last fifth of the updates, weighted by their tokens."""
-    losses = [(number(one["loss_nats"]), one["supervised_tokens"]) for one in run.updates if one["loss_nats"] is not None]
-    last = [(loss, tokens) for loss, tokens in losses[-max(1, len(losses) // 5) :] if loss is not None]
+    losses = [
+        (number(one["loss_nats"]), one["supervised_tokens"])
+        for one in run.updates
+        if one["loss_nats"] is not None
+    ]
+    last = [
+        (loss, tokens) for loss, tokens in losses[-max(1, len(losses) // 5) :] if loss is not None
+    ]
     tokens = sum(count for _, count in last)
     return sum(loss * count for loss, count in last) / tokens if tokens else None
 
@@ -62,8 +72,16 @@ def overfit_gap(run: RunData) -> float | None:
 def _norms(run: RunData) -> list[tuple[int, float]]:
     """(update, norm before clipping) of the sound updates after warmup."""
     warmup = int(setting(run.config, "schedule.warmup_updates", 0))
-    found = [(one["update"], number(one["grad_norm_pre_clip"])) for one in run.updates if one["update"] > warmup]
-    return [(update, norm) for update, norm in found if norm is not None and math.isfinite(norm) and norm > 0]
+    found = [
+        (one["update"], number(one["grad_norm_pre_clip"]))
+        for one in run.updates
+        if one["update"] > warmup
+    ]
+    return [
+        (update, norm)
+        for update, norm in found
+        if norm is not None and math.isfinite(norm) and norm > 0
+    ]
 
 
 def norm_median(run: RunData) -> float | None:
@@ -81,11 +99,19 @@ def norm_scatter(run: RunData) -> float | None:
 
 def norm_peak(run: RunData) -> float | None:
     norms = _norms(run)
-    return max(norm for _, norm in norms) / statistics.median(norm for _, norm in norms) if norms else None
+    return (
+        max(norm for _, norm in norms) / statistics.median(norm for _, norm in norms)
+        if norms
+        else None
+    )
 
 
 def spikes(run: RunData) -> float | None:
-    return float(sum(bool(SPIKES & set(one.get("alarms") or ())) for one in run.updates)) if run.updates else None
+    return (
+        float(sum(bool(SPIKES & set(one.get("alarms") or ())) for one in run.updates))
+        if run.updates
+        else None
+    )
 
 
 def clip_share(run: RunData) -> float | None:
@@ -122,7 +148,9 @@ def diverged(run: RunData) -> float | None:
     if not run.updates:
         return None
     first, last = number(run.updates[0]["loss_nats"]), train_loss(run)
-    return float(first_bad(run) is not None or last is None or first is None or not last <= RAISED * first)
+    return float(
+        first_bad(run) is not None or last is None or first is None or not last <= RAISED * first
+    )
 
 
 def _phase(name: str) -> Callable[[RunData], float | None]:
@@ -145,25 +173,56 @@ def update_s(run: RunData) -> float | None:
 
 
 def rows_seen(run: RunData) -> float | None:
-    return float(sum(one["rows"] for one in run.updates if one["action"] == "applied")) if run.updates else None
+    return (
+        float(sum(one["rows"] for one in run.updates if one["action"] == "applied"))
+        if run.updates
+        else None
+    )
 
 
 QUANTITIES = {
-    "heldout_loss": Quantity("loss", "nats a token", "held-out loss after the last update", heldout_loss),
-    "heldout_gain": Quantity("loss", "nats a token", "how far held-out loss fell from the base's", heldout_gain),
-    "heldout_rise": Quantity("loss", "nats a token", "held-out loss at the end above its lowest in the run", heldout_rise),
-    "train_loss": Quantity("loss", "nats a token", "training loss of the last fifth of the updates", train_loss),
-    "overfit_gap": Quantity("loss", "nats a token", "held-out loss less training loss, at the end", overfit_gap),
-    "norm_median": Quantity("stability", "L2, before clipping", "middle gradient norm after warmup", norm_median),
-    "norm_scatter": Quantity("stability", "of the logarithm", "scatter of the gradient norm around its trend", norm_scatter),
-    "norm_peak": Quantity("stability", "times", "largest gradient norm over the middle one", norm_peak),
+    "heldout_loss": Quantity(
+        "loss", "nats a token", "held-out loss after the last update", heldout_loss
+    ),
+    "heldout_gain": Quantity(
+        "loss", "nats a token", "how far held-out loss fell from the base's", heldout_gain
+    ),
+    "heldout_rise": Quantity(
+        "loss", "nats a token", "held-out loss at the end above its lowest in the run", heldout_rise
+    ),
+    "train_loss": Quantity(
+        "loss", "nats a token", "training loss of the last fifth of the updates", train_loss
+    ),
+    "overfit_gap": Quantity(
+        "loss", "nats a token", "held-out loss less training loss, at the end", overfit_gap
+    ),
+    "norm_median": Quantity(
+        "stability", "L2, before clipping", "middle gradient norm after warmup", norm_median
+    ),
+    "norm_scatter": Quantity(
+        "stability",
+        "of the logarithm",
+        "scatter of the gradient norm around its trend",
+        norm_scatter,
+    ),
+    "norm_peak": Quantity(
+        "stability", "times", "largest gradient norm over the middle one", norm_peak
+    ),
     "spikes": Quantity("stability", "updates", "alarms for norm or loss", spikes),
     "clip_share": Quantity("stability", "share", "updates that were clipped", clip_share),
-    "noise_scale": Quantity("stability", "supervised tokens", "gradient noise scale, second half", noise_scale),
-    "update_ratio": Quantity("stability", "ratio", "update / weight of all adapters, middle", update_ratio),
-    "diverged": Quantity("stability", "0 or 1", "not finite, or training loss ended 10 % above its start", diverged),
+    "noise_scale": Quantity(
+        "stability", "supervised tokens", "gradient noise scale, second half", noise_scale
+    ),
+    "update_ratio": Quantity(
+        "stability", "ratio", "update / weight of all adapters, middle", update_ratio
+    ),
+    "diverged": Quantity(
+        "stability", "0 or 1", "not finite, or training loss ended 10 % above its start", diverged
+    ),
     "load_gib": Quantity("memory", "GiB", "GPU memory once the base is loaded", _phase("load")),
-    "adapters_gib": Quantity("memory", "GiB", "GPU memory with adapters and their gradients", _phase("adapters")),
+    "adapters_gib": Quantity(
+        "memory", "GiB", "GPU memory with adapters and their gradients", _phase("adapters")
+    ),
     "peak_gib": Quantity("memory", "GiB", "largest GPU allocation of the run", peak_gib),
     "update_s": Quantity("time", "s", "middle time of an update", update_s),
     "tokens_per_s": Quantity("time", "real tokens/s", "real tokens a second, middle", tokens_per_s),

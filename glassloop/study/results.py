@@ -16,7 +16,9 @@ from glassloop.study.quantities import QUANTITIES, measured
 from glassloop.study.running import State, attempts, run_folder, state_of
 from glassloop.study.spec import Cell
 
-OF_ONE_RUN = frozenset({"schema", "started", "command", "launcher_pid", "tracker_ids"})  # of env.json: no part of where it ran
+OF_ONE_RUN = frozenset(
+    {"schema", "started", "command", "launcher_pid", "tracker_ids"}
+)  # of env.json: no part of where it ran
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,11 @@ class CellResult:
 
     @property
     def heldout_curve(self) -> list[tuple[int, float]]:
-        return [] if self.run is None else [(one["update"], float(one["loss_nats"])) for one in self.run.evaluations]
+        return (
+            []
+            if self.run is None
+            else [(one["update"], float(one["loss_nats"])) for one in self.run.evaluations]
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,13 @@ class Group:
 
     def spread(self, quantity: str) -> Spread:
         values = {result.cell.seed: result.values.get(quantity) for result in self.results}
-        return Spread({seed: value for seed, value in values.items() if value is not None and math.isfinite(value)})
+        return Spread(
+            {
+                seed: value
+                for seed, value in values.items()
+                if value is not None and math.isfinite(value)
+            }
+        )
 
     @property
     def finished(self) -> int:
@@ -94,8 +106,16 @@ def read_results(cells: Sequence[Cell], out: Path) -> list[CellResult]:
 def _why_none(state: State, attempt: Mapping[str, Any] | None) -> str:
     """Why a cell has no result: what its folder says, and how it ended last."""
     folder = state.why or ("not run yet" if attempt is None else "no run's folder")
-    said = " ".join((attempt or {}).get("said", "").split())[-300:] if attempt and attempt["said"] else ""
-    return folder if attempt is None else f"{folder}; ended with exit code {attempt['exit_code']}: {said}"
+    said = (
+        " ".join((attempt or {}).get("said", "").split())[-300:]
+        if attempt and attempt["said"]
+        else ""
+    )
+    return (
+        folder
+        if attempt is None
+        else f"{folder}; ended with exit code {attempt['exit_code']}: {said}"
+    )
 
 
 def groups_of(results: Sequence[CellResult]) -> list[Group]:
@@ -113,7 +133,9 @@ def environments_of(results: Sequence[CellResult]) -> list[dict[str, Any]]:
     places: dict[str, dict[str, Any]] = {}
     for result in results:
         if result.run is not None and result.run.env:
-            place = {name: value for name, value in result.run.env.items() if name not in OF_ONE_RUN}
+            place = {
+                name: value for name, value in result.run.env.items() if name not in OF_ONE_RUN
+            }
             places.setdefault(json.dumps(place, sort_keys=True), place | {"cells": 0})["cells"] += 1
     return list(places.values())
 
@@ -122,7 +144,9 @@ def as_plain(results: Sequence[CellResult], groups: Sequence[Group], out: Path) 
     """Plain JSON of places, cells and settings; a number that is not finite is text."""
     return {
         "environments": environments_of(results),
-        "quantities": {name: {"unit": one.unit, "words": one.words} for name, one in QUANTITIES.items()},
+        "quantities": {
+            name: {"unit": one.unit, "words": one.words} for name, one in QUANTITIES.items()
+        },
         "cells": [
             {
                 "cell": result.cell.name,
@@ -132,7 +156,10 @@ def as_plain(results: Sequence[CellResult], groups: Sequence[Group], out: Path) 
                 "why": result.why,
                 "beside": result.beside,
                 "values": {name: plain(value) for name, value in result.values.items()},
-                "memory_gib": {phase: {"predicted": pair[0], "measured": pair[1]} for phase, pair in result.phases.items()},
+                "memory_gib": {
+                    phase: {"predicted": pair[0], "measured": pair[1]}
+                    for phase, pair in result.phases.items()
+                },
                 "run": str(run_folder(result.cell, out)),
             }
             for result in results
@@ -143,7 +170,11 @@ def as_plain(results: Sequence[CellResult], groups: Sequence[Group], out: Path) 
                 "settings": dict(group.settings),
                 "seeds": group.finished,
                 "values": {
-                    name: {"mean": spread.mean, "deviation": spread.deviation, "seeds": len(spread.by_seed)}
+                    name: {
+                        "mean": spread.mean,
+                        "deviation": spread.deviation,
+                        "seeds": len(spread.by_seed),
+                    }
                     for name in QUANTITIES
                     if (spread := group.spread(name)).by_seed
                 },

@@ -81,7 +81,9 @@ def state_of(cell: Cell, out: Path) -> State:
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if differing:
         name = differing[0]
-        return State("other", f"{name} = {theirs.get(name)}, and {ours.get(name)} is asked now", run)
+        return State(
+            "other", f"{name} = {theirs.get(name)}, and {ours.get(name)} is asked now", run
+        )
     end = run.end["kind"] if run.end else None
     if end == "finished" and run.updates and run.updates[-1]["update"] == run.planned_updates:
         return State("done", run=run)
@@ -120,7 +122,9 @@ def run_cells(
         say(f"{len(cells) - len(waiting)} of {len(cells)} cells are done already")
     slots = _slots(cells, parallel)
     known = [
-        line["seconds"] for line in attempts(out) if line["exit_code"] == 0 and line["cell"] in {cell.name for cell in cells}
+        line["seconds"]
+        for line in attempts(out)
+        if line["exit_code"] == 0 and line["cell"] in {cell.name for cell in cells}
     ]
     going: list[Going] = []
     failed: dict[str, str] = {}
@@ -135,8 +139,12 @@ def run_cells(
                 known += [one.seconds] if why is None else []
                 if why is not None:
                     failed[one.cell.name] = why
-                say(f"[{done}/{total}] {one.cell.name}: {why or 'done'} ({one.seconds:.0f} s, {one.beside} beside each other)")
-            free = [slot for slot in slots if slots.count(slot) > sum(one.slot == slot for one in going)]
+                say(
+                    f"[{done}/{total}] {one.cell.name}: {why or 'done'} ({one.seconds:.0f} s, {one.beside} beside each other)"
+                )
+            free = [
+                slot for slot in slots if slots.count(slot) > sum(one.slot == slot for one in going)
+            ]
             left_s = float("inf") if deadline is None else deadline - time.monotonic()
             if waiting and left_s < max(known, default=0.0):
                 failed |= {cell.name: f"not begun: {left_s:.0f} s were left" for cell in waiting}
@@ -144,7 +152,9 @@ def run_cells(
             elif waiting and free:
                 cell = waiting.pop(0)
                 slot = min(free, key=lambda one: sum(other.slot == one for other in going))
-                if (lock := _locked(cell, out)) is None:  # a cell that outlived an earlier study; others first
+                if (
+                    lock := _locked(cell, out)
+                ) is None:  # a cell that outlived an earlier study; others first
                     waiting.append(cell)
                 elif not again and state_of(cell, out).finished:  # it has ended meanwhile
                     os.close(lock)
@@ -186,7 +196,11 @@ def command(cell: Cell, out: Path) -> list[str]:
 def environment(slot: tuple[str, ...], parallel: int) -> dict[str, str]:
     """This process's environment for a cell: no other launcher's variables, the cell's own devices, and this very glassloop."""
     left_out = (*LAUNCHER_VARIABLES, "ACCELERATE_MIXED_PRECISION")
-    kept = {name: value for name, value in os.environ.items() if name not in left_out and not name.startswith("TORCHELASTIC_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in left_out and not name.startswith("TORCHELASTIC_")
+    }
     here = str(Path(glassloop.__file__).resolve().parents[1])
     threads = str(max(1, (os.cpu_count() or 1) // parallel))
     kept = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"} | kept
@@ -221,7 +235,9 @@ def _done_before(cell: Cell, out: Path, again: bool) -> bool:
     return state.finished
 
 
-def _begin(cell: Cell, out: Path, slot: tuple[str, ...], beside: int, lock: int, parallel: int) -> Going:
+def _begin(
+    cell: Cell, out: Path, slot: tuple[str, ...], beside: int, lock: int, parallel: int
+) -> Going:
     folder = run_folder(cell, out)
     if folder.exists():  # begun and not ended, or to be done again
         shutil.rmtree(folder)
@@ -247,7 +263,11 @@ def _after(one: Going, out: Path, timeout_s: float) -> str | None:
     said = log.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
     why = None
     if not state.finished:
-        ended = f"it took longer than {timeout_s:g} s" if one.told and one.seconds > timeout_s else f"exit code {code}"
+        ended = (
+            f"it took longer than {timeout_s:g} s"
+            if one.told and one.seconds > timeout_s
+            else f"exit code {code}"
+        )
         ended = "ended: no time was left" if one.told and one.seconds <= timeout_s else ended
         why = f"failed ({ended}): {' '.join(said.split())[-300:]}"
     line = {
@@ -261,7 +281,9 @@ def _after(one: Going, out: Path, timeout_s: float) -> str | None:
     }
     with open(out / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if state.finished:  # a study needs the records, and adapters of dozens of cells would fill a disk
+    if (
+        state.finished
+    ):  # a study needs the records, and adapters of dozens of cells would fill a disk
         shutil.rmtree(run_folder(one.cell, out) / "checkpoints", ignore_errors=True)
     return why
 
@@ -273,9 +295,15 @@ def _slots(cells: Sequence[Cell], parallel: int) -> list[tuple[str, ...]]:
     names = [str(place) for place in range(len(gpus_present()))]
     if visible is not None:
         names = [name for name in visible.split(",") if name] if names else []
-    sets = [tuple(names[place : place + ranks]) for place in range(0, len(names), ranks) if place + ranks <= len(names)]
+    sets = [
+        tuple(names[place : place + ranks])
+        for place in range(0, len(names), ranks)
+        if place + ranks <= len(names)
+    ]
     if names and not sets:
-        raise StudyError(f"batch.ranks = {ranks}, but {len(names)} GPUs are visible: ask for fewer ranks")
+        raise StudyError(
+            f"batch.ranks = {ranks}, but {len(names)} GPUs are visible: ask for fewer ranks"
+        )
     return [one for one in sets or [()] for _ in range(parallel)]
 
 

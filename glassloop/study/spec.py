@@ -30,7 +30,19 @@ import yaml
 
 from glassloop.config.arguments import field_names, parse
 from glassloop.config.config import Config
-from glassloop.study.checks import Complaint, StudyError, flag, listed, measures, near, one_of, seeds, text, whole, word
+from glassloop.study.checks import (
+    Complaint,
+    StudyError,
+    flag,
+    listed,
+    measures,
+    near,
+    one_of,
+    seeds,
+    text,
+    whole,
+    word,
+)
 from glassloop.study.claims import Axes, Claim, Setting, read_claim
 
 # What a cell is asked beside its base, unless the base or the command line says otherwise: nothing that costs time or disk and tells a study nothing.
@@ -57,7 +69,10 @@ KEYS = (
     "critical",
     "bisect",
 )
-PAIR = ("batch.accumulation", "batch.rows_per_update")  # two names of one thing: the later word replaces the earlier
+PAIR = (
+    "batch.accumulation",
+    "batch.rows_per_update",
+)  # two names of one thing: the later word replaces the earlier
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -97,11 +112,15 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StudyError(f"{path}: {error.strerror}; name a study's YAML file, such as studies/rank.yaml") from None
+        raise StudyError(
+            f"{path}: {error.strerror}; name a study's YAML file, such as studies/rank.yaml"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise StudyError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
-        raise StudyError(f"{path}: expected fields such as `axes:`, found {type(values).__name__}; see studies/ for examples")
+        raise StudyError(
+            f"{path}: expected fields such as `axes:`, found {type(values).__name__}; see studies/ for examples"
+        )
     bad = Complaint(str(path))
     for key in values:
         if key not in KEYS:
@@ -122,7 +141,10 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         parallel=whole(values, "parallel", 1, bad),
         measure=measures(values.get("measure", ["loss", "stability", "memory"]), bad),
         timeout_s=float(whole(values, "timeout_s", 3600, bad)),
-        claims=tuple(read_claim(item, place, axes, bad) for place, item in enumerate(listed(values, "claims", bad), 1)),
+        claims=tuple(
+            read_claim(item, place, axes, bad)
+            for place, item in enumerate(listed(values, "claims", bad), 1)
+        ),
         critical=flag(values, "critical", bad),
         bisect=flag(values, "bisect", bad),
     )
@@ -133,7 +155,11 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             "cells beside each other slow each other down; leave `time` out of measure, or set it to 1",
         )
     if study.critical and "batch.accumulation" not in dict(axes):
-        raise bad("critical", True, "it compares accumulations: give axes a list batch.accumulation, or leave it out")
+        raise bad(
+            "critical",
+            True,
+            "it compares accumulations: give axes a list batch.accumulation, or leave it out",
+        )
     return study
 
 
@@ -144,14 +170,23 @@ def cells_of(study: Study, out: Path) -> list[Cell]:
     for seed in study.seeds:
         for chosen in itertools.product(*(settings for _, settings in study.axes)):
             fields = [pair for setting in chosen for pair in setting.fields]
-            labels = {axis: setting.label for (axis, _), setting in zip(study.axes, chosen, strict=True)}
+            labels = {
+                axis: setting.label for (axis, _), setting in zip(study.axes, chosen, strict=True)
+            }
             group = "-".join(_short(axis, label) for axis, label in labels.items()) or "base"
             name = f"{group}-seed{seed}"
             if not PLAIN.fullmatch(name) or any(name == cell.name for cell in found):
-                raise StudyError(f"{study.file}: axes: two cells would be called {name}; give the settings names of their own")
+                raise StudyError(
+                    f"{study.file}: axes: two cells would be called {name}; give the settings names of their own"
+                )
             of_cell = [
                 f"{field}={value}"
-                for field, value in [*fields, ("seed", str(seed)), ("run.dir", str(out / "cells")), ("run.name", name)]
+                for field, value in [
+                    *fields,
+                    ("seed", str(seed)),
+                    ("run.dir", str(out / "cells")),
+                    ("run.name", name),
+                ]
             ]
             words = [*_without_pair(study.words, [field for field, _ in fields]), *of_cell]
             config = _parsed(study, words, f"cell {name}")
@@ -181,7 +216,9 @@ def _equalised(study: Study, base: Config, config: Config, name: str) -> list[st
         return []
     words = []
     if config.schedule.warmup_updates:
-        words.append(f"schedule.warmup_updates={max(1, round(config.schedule.warmup_updates * asked / ours))}")
+        words.append(
+            f"schedule.warmup_updates={max(1, round(config.schedule.warmup_updates * asked / ours))}"
+        )
     if config.schedule.updates is not None:
         updates, left = divmod(config.schedule.updates * asked, ours)
         if left or not updates:
@@ -202,18 +239,40 @@ def _parsed(study: Study, words: Sequence[str], what: str) -> Config:
 
 def _words(base: Any, overrides: Sequence[str], axes: Axes, bad: Complaint) -> tuple[str, ...]:
     in_base = base.split() if isinstance(base, str) else base if isinstance(base, list) else []
-    if base is not None and not (isinstance(base, str | list) and all(isinstance(one, str) for one in in_base)):
-        raise bad("base", base, "words as train_loop.py takes them: a preset, then section.field=VALUE")
-    preset = in_base[:1] if in_base and "=" not in in_base[0] and not in_base[0].startswith("-") else []
-    on_axes = {field: axis for axis, settings in axes for setting in settings for field, _ in setting.fields} | {"seed": "seeds"}
+    if base is not None and not (
+        isinstance(base, str | list) and all(isinstance(one, str) for one in in_base)
+    ):
+        raise bad(
+            "base", base, "words as train_loop.py takes them: a preset, then section.field=VALUE"
+        )
+    preset = (
+        in_base[:1] if in_base and "=" not in in_base[0] and not in_base[0].startswith("-") else []
+    )
+    on_axes = {
+        field: axis
+        for axis, settings in axes
+        for setting in settings
+        for field, _ in setting.fields
+    } | {"seed": "seeds"}
     for given in [*in_base, *overrides]:
-        name, where = given.removeprefix("--").partition("=")[0], "base" if given in in_base else "command line"
-        if name in on_axes and (where == "command line" or name == "seed"):  # in base it is what `equal` starts from
-            raise bad(where, given, f"every cell has a value of its own: {on_axes[name]} says which")
+        name, where = (
+            given.removeprefix("--").partition("=")[0],
+            "base" if given in in_base else "command line",
+        )
+        if name in on_axes and (
+            where == "command line" or name == "seed"
+        ):  # in base it is what `equal` starts from
+            raise bad(
+                where, given, f"every cell has a value of its own: {on_axes[name]} says which"
+            )
         if name.startswith(("run.", "resume.")) or given in ("-h", "--help", "--print_config"):
             raise bad(where, given, "a study names its cells' folders itself: leave it out")
     words = [*CELL_WORDS, *in_base[len(preset) :]]
-    return (*preset, *_without_pair(words, [given.removeprefix("--").partition("=")[0] for given in overrides]), *overrides)
+    return (
+        *preset,
+        *_without_pair(words, [given.removeprefix("--").partition("=")[0] for given in overrides]),
+        *overrides,
+    )
 
 
 def _without_pair(words: Sequence[str], fields: Sequence[str]) -> list[str]:
@@ -225,23 +284,42 @@ def _without_pair(words: Sequence[str], fields: Sequence[str]) -> list[str]:
 
 def _axes(values: Any, bad: Complaint) -> Axes:
     if not isinstance(values, dict) or not values:
-        raise bad("axes", values, "what is varied: a field of the config with a list of values, such as lora.r: [8, 16, 32]")
+        raise bad(
+            "axes",
+            values,
+            "what is varied: a field of the config with a list of values, such as lora.r: [8, 16, 32]",
+        )
     known, found = field_names(), []
     for axis, given in values.items():
         place = f"axes.{axis}"
         if isinstance(given, list) and given:
             if axis not in known:
-                raise bad(place, given, f"{axis} is no field of the config; {near(str(axis), known)}")
+                raise bad(
+                    place, given, f"{axis} is no field of the config; {near(str(axis), known)}"
+                )
             settings = [Setting(word(value), ((axis, word(value)),)) for value in given]
-        elif isinstance(given, dict) and given and all(isinstance(fields, dict) for fields in given.values()):
+        elif (
+            isinstance(given, dict)
+            and given
+            and all(isinstance(fields, dict) for fields in given.values())
+        ):
             for label, fields in given.items():
                 if unknown := [field for field in fields if field not in known]:
                     raise bad(
-                        f"{place}.{label}", fields, f"{unknown[0]} is no field of the config; {near(str(unknown[0]), known)}"
+                        f"{place}.{label}",
+                        fields,
+                        f"{unknown[0]} is no field of the config; {near(str(unknown[0]), known)}",
                     )
-            settings = [Setting(word(label), tuple((f, word(v)) for f, v in fields.items())) for label, fields in given.items()]
+            settings = [
+                Setting(word(label), tuple((f, word(v)) for f, v in fields.items()))
+                for label, fields in given.items()
+            ]
         else:
-            raise bad(place, given, "a list of values of a field, or settings such as {r8: {lora.r: 8, lora.alpha: 8}}")
+            raise bad(
+                place,
+                given,
+                "a list of values of a field, or settings such as {r8: {lora.r: 8, lora.alpha: 8}}",
+            )
         if len({setting.label for setting in settings}) < len(settings):
             raise bad(place, given, "a value stands there twice; leave one out")
         found.append((str(axis), tuple(settings)))

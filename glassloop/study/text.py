@@ -46,30 +46,46 @@ def columns_of(study: Study, groups: Sequence[Group]) -> list[str]:
     return [
         name
         for name, one in QUANTITIES.items()
-        if (one.measure in study.measure or name in claimed) and any(group.spread(name).by_seed for group in groups)
+        if (one.measure in study.measure or name in claimed)
+        and any(group.spread(name).by_seed for group in groups)
     ]
 
 
 def render(answers: Answers) -> RenderableType:
     """Tables by measure and sentences, for a rich Console."""
-    parts: list[RenderableType] = [Text(f"\n{answers.study.name}: {answers.study.question}", style="bold")]
+    parts: list[RenderableType] = [
+        Text(f"\n{answers.study.name}: {answers.study.question}", style="bold")
+    ]
     shown = columns_of(answers.study, answers.groups)
     for measure in ("loss", "stability", "memory", "time"):
         if names := [name for name in shown if QUANTITIES[name].measure == measure]:
-            parts += [Text(f"\n{measure}: mean, and standard deviation over seeds"), _table(answers.groups, names)]
+            parts += [
+                Text(f"\n{measure}: mean, and standard deviation over seeds"),
+                _table(answers.groups, names),
+            ]
     for result in answers.results:
         if result.kind in ("partial", "absent", "other"):
             parts.append(Text(f"  no result: {result.cell.name}: {result.why}", style="yellow"))
     if answers.judged:
         parts.append(Text("\nclaims", style="bold"))
     for one in answers.judged:
-        parts.append(Text(f"  {one.verdict}: {one.claim.says}", style=f"bold {STYLES.get(one.verdict, 'yellow')}"))
+        parts.append(
+            Text(
+                f"  {one.verdict}: {one.claim.says}",
+                style=f"bold {STYLES.get(one.verdict, 'yellow')}",
+            )
+        )
         parts.append(Text(f"    {one.claim.quantity}: {one.why}"))
     for found in answers.critical:
-        parts += [Text("\ncritical accumulation", style="bold"), *(Text(f"  {line}") for line in lines(found))]
+        parts += [
+            Text("\ncritical accumulation", style="bold"),
+            *(Text(f"  {line}") for line in lines(found)),
+        ]
     for one in answers.diverged:
         parts.append(Text(f"\ndiverged: {one.cell}, update {one.update}, {one.why}"))
-        parts.append(Text(f"  {one.command}", no_wrap=True, overflow="ignore"))  # whole, to be copied
+        parts.append(
+            Text(f"  {one.command}", no_wrap=True, overflow="ignore")
+        )  # whole, to be copied
         if one.answer:
             parts += [Text(f"    {line}") for line in one.answer.strip().splitlines()[-12:]]
     if answers.study.cannot_say:
@@ -91,6 +107,10 @@ def _table(groups: Sequence[Group], names: Sequence[str]) -> Table:
     for name in names:
         table.add_column(SHORT[name], justify="right", overflow="fold")
     for group in groups:
-        cells = [group.name, f"{group.finished}/{len(group.results)}", *(spread_text(group.spread(name)) for name in names)]
+        cells = [
+            group.name,
+            f"{group.finished}/{len(group.results)}",
+            *(spread_text(group.spread(name)) for name in names),
+        ]
         table.add_row(*map(Text, cells))
     return table

@@ -57,18 +57,26 @@ def judge(claim: Claim, groups: Sequence[Group], seeds: Sequence[int]) -> Judged
     without: list[int] = []
     for seed in seeds:
         value = _value(claim.quantity, claim.cell, groups, seed)
-        against = claim.against if isinstance(claim.against, float | int) else _value(claim.quantity, claim.against, groups, seed)
+        against = (
+            claim.against
+            if isinstance(claim.against, float | int)
+            else _value(claim.quantity, claim.against, groups, seed)
+        )
         if value is None or against is None or (claim.scale == "share" and against == 0):
             without.append(seed)
             continue
         difference = (value - against) / (abs(against) if claim.scale == "share" else 1.0)
         pairs.append(Pair(seed, value, float(against), difference))
     verdict, why, found = decide(claim, [pair.difference for pair in pairs])
-    missing = f"; without a finite value of both: seed {', '.join(map(str, without))}" if without else ""
+    missing = (
+        f"; without a finite value of both: seed {', '.join(map(str, without))}" if without else ""
+    )
     return Judged(claim, verdict, why + missing, tuple(pairs), *(found or (None, None, None)))
 
 
-def decide(claim: Claim, differences: Sequence[float]) -> tuple[str, str, tuple[float, float, float] | None]:
+def decide(
+    claim: Claim, differences: Sequence[float]
+) -> tuple[str, str, tuple[float, float, float] | None]:
     """(verdict, reason in words, (mean, low, high)) of the seeds' differences."""
     if len(differences) < 2:
         alone = f" ({told(claim, differences[0])})" if differences else ""
@@ -97,7 +105,9 @@ def decide(claim: Claim, differences: Sequence[float]) -> tuple[str, str, tuple[
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) of two differences or more."""
     n = len(differences)
-    return statistics.fmean(differences), students_quantile(SHARE, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return statistics.fmean(differences), students_quantile(SHARE, n - 1) * statistics.stdev(
+        differences
+    ) / math.sqrt(n)
 
 
 def told(claim: Claim, difference: float) -> str:
@@ -127,9 +137,15 @@ def as_plain(judged: Judged) -> dict[str, Any]:
     }
 
 
-def _value(quantity: str, selected: Mapping[str, str], groups: Sequence[Group], seed: int) -> float | None:
+def _value(
+    quantity: str, selected: Mapping[str, str], groups: Sequence[Group], seed: int
+) -> float | None:
     """Mean over the groups that the selection leaves open; None where one of them lacks the seed or its value is not finite."""
-    chosen = [group for group in groups if all(group.settings.get(axis) == label for axis, label in selected.items())]
+    chosen = [
+        group
+        for group in groups
+        if all(group.settings.get(axis) == label for axis, label in selected.items())
+    ]
     values = [group.spread(quantity).by_seed.get(seed) for group in chosen]
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known and len(known) == len(values) else None

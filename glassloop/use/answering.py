@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
 CLOSE = "</think>"
 OPEN = "<think>"
-NOT_APPLIED = ("typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "bad_words_ids", "num_beams", "penalty_alpha")
+NOT_APPLIED = (
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "num_beams",
+    "penalty_alpha",
+)
 NEUTRAL = {"typical_p": 1.0, "num_beams": 1}
 
 
@@ -36,7 +44,9 @@ class Sampling:
     """How the next token is chosen. temperature 0: the most likely one, and the rest but the penalty has no effect."""
 
     temperature: float = 0.0
-    top_p: float | None = None  # keep the fewest most likely tokens that together have this probability
+    top_p: float | None = (
+        None  # keep the fewest most likely tokens that together have this probability
+    )
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -47,7 +57,9 @@ class Sampling:
             if value is not None and not low < value <= high:
                 raise ValueError(f"{name} = {value}: it must lie above {low} and not above {high}")
         if not 0 <= self.temperature <= 100:
-            raise ValueError(f"temperature = {self.temperature}: it must lie between 0 (the most likely token) and 100")
+            raise ValueError(
+                f"temperature = {self.temperature}: it must lie between 0 (the most likely token) and 100"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k}: it must be 1 or more")
 
@@ -55,7 +67,11 @@ class Sampling:
         """For people."""
         if not self.temperature:
             return "greedy"
-        rest = [f"{name} {value:g}" for name in ("top_p", "top_k", "min_p") if (value := getattr(self, name)) is not None]
+        rest = [
+            f"{name} {value:g}"
+            for name in ("top_p", "top_k", "min_p")
+            if (value := getattr(self, name)) is not None
+        ]
         return ", ".join([f"temperature {self.temperature:g}", *rest])
 
 
@@ -65,8 +81,16 @@ def sampling_of(settings: Any) -> tuple[Sampling, list[str]]:
     transformers adds a top_k of 50 where the settings have none; that is not done here.
     """
     given = settings.to_dict() if settings is not None else {}
-    odd = [f"{name} = {given[name]}" for name in NOT_APPLIED if given.get(name) not in (None, 0, NEUTRAL.get(name))]
-    notes = [f"generation_config.json asks for {', '.join(odd)}, which is not applied here"] if odd else []
+    odd = [
+        f"{name} = {given[name]}"
+        for name in NOT_APPLIED
+        if given.get(name) not in (None, 0, NEUTRAL.get(name))
+    ]
+    notes = (
+        [f"generation_config.json asks for {', '.join(odd)}, which is not applied here"]
+        if odd
+        else []
+    )
     penalty = given.get("repetition_penalty")
     sampling = Sampling(repetition_penalty=None if penalty in (None, 1.0) else float(penalty))
     if given.get("do_sample"):
@@ -92,15 +116,27 @@ class GumbelNoise:
     """Logits processor that turns the most likely token into a draw. Stands last."""
 
     def __init__(self, seed: int, first: int, count: int) -> None:
-        self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + first + row) % 2**63) for row in range(count)]
+        self.generators = [
+            torch.Generator().manual_seed((seed * 1_000_003 + first + row) % 2**63)
+            for row in range(count)
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # scores (B, V)
-        uniform = torch.stack([torch.rand(scores.shape[-1], generator=one, dtype=torch.float64) for one in self.generators])
-        noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))  # (B, V), float64: fp32's steps near 1 would cut off the tail
+        uniform = torch.stack(
+            [
+                torch.rand(scores.shape[-1], generator=one, dtype=torch.float64)
+                for one in self.generators
+            ]
+        )
+        noise = -torch.log(
+            -torch.log(uniform.clamp(min=1e-300))
+        )  # (B, V), float64: fp32's steps near 1 would cut off the tail
         return torch.log_softmax(scores.double(), -1) + noise.to(scores.device)
 
 
-def processors_of(sampling: Sampling, seed: int, number: int = 0) -> Callable[[int, int], list[Any]]:
+def processors_of(
+    sampling: Sampling, seed: int, number: int = 0
+) -> Callable[[int, int], list[Any]]:
     """For generate(): what stands between the model's logits and the choice. `number`: that of the first prompt."""
     from transformers.generation import logits_process as hf
 
@@ -116,7 +152,10 @@ def processors_of(sampling: Sampling, seed: int, number: int = 0) -> Callable[[i
             shared.append(hf.TopPLogitsWarper(sampling.top_p))
         if sampling.min_p is not None:
             shared.append(hf.MinPLogitsWarper(sampling.min_p))
-    return lambda first, count: [*shared, *([GumbelNoise(seed, number + first, count)] if sampling.temperature else [])]
+    return lambda first, count: [
+        *shared,
+        *([GumbelNoise(seed, number + first, count)] if sampling.temperature else []),
+    ]
 
 
 @dataclass(frozen=True)
@@ -161,7 +200,9 @@ class Splitter:
             self._add(pieces, "reasoning", reasoning.rstrip())
             self.inside, self.begun = False, False
         if self.inside and not last:
-            keep = next((n for n in range(len(CLOSE) - 1, 0, -1) if self.held.endswith(CLOSE[:n])), 0)
+            keep = next(
+                (n for n in range(len(CLOSE) - 1, 0, -1) if self.held.endswith(CLOSE[:n])), 0
+            )
             out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         else:
             out, self.held = self.held, ""
@@ -180,10 +221,20 @@ class TextStream:
     """A streamer for generate() with one prompt: calls `write(kind, text)` with whole characters as they come."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], opened: bool, write: Callable[[str, str], None]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        opened: bool,
+        write: Callable[[str, str], None],
     ):
         self.tokenizer, self.stop_ids, self.write = tokenizer, set(stop_ids), write
-        self.splitter, self.ids, self.shown, self.prompt_seen, self.stopped = Splitter(opened), [], "", False, False
+        self.splitter, self.ids, self.shown, self.prompt_seen, self.stopped = (
+            Splitter(opened),
+            [],
+            "",
+            False,
+            False,
+        )
 
     def put(self, value: Tensor) -> None:
         if not self.prompt_seen:  # transformers gives the prompt first
@@ -208,7 +259,9 @@ class TextStream:
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text with every special token visible."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def opens_think(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> bool:
@@ -270,6 +323,8 @@ def answer(
     replies = []
     for ids, inside in zip(generated, opened, strict=True):
         ended = bool(ids) and ids[-1] in stop_ids
-        reasoning, said, closed = split_reasoning(decoded(tokenizer, ids[:-1] if ended else ids), inside)
+        reasoning, said, closed = split_reasoning(
+            decoded(tokenizer, ids[:-1] if ended else ids), inside
+        )
         replies.append(Reply(reasoning, said, closed, ended, len(ids)))
     return replies

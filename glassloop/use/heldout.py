@@ -50,24 +50,36 @@ def rows_of(
         raise ValueError("--columns names the columns of --data: give --data too")
     if source is None and split is None:
         if data.heldout is None:
-            raise ValueError(f"{trained.checkpoint}: the run held no rows out (data.heldout): {cure}")
+            raise ValueError(
+                f"{trained.checkpoint}: the run held no rows out (data.heldout): {cure}"
+            )
         loaded = _loaded(data, trained.config.seed, f"or {cure}")
-        part, name, notes = build_rows(loaded, template, data).heldout, f"held-out rows of {loaded.heldout_source}", []
+        part, name, notes = (
+            build_rows(loaded, template, data).heldout,
+            f"held-out rows of {loaded.heldout_source}",
+            [],
+        )
     else:
         changed: dict[str, Any] = {
             "source": source or data.source,
             "split": split or ("train" if source else data.split),
             "revision": None if source else data.revision,
-            "columns": data.columns.model_copy(update={role: name or None for role, name in (columns or {}).items()}),
+            "columns": data.columns.model_copy(
+                update={role: name or None for role, name in (columns or {}).items()}
+            ),
         }
-        other = with_data(trained, **changed, heldout=None, heldout_rows=None, rows=None).config.data
+        other = with_data(
+            trained, **changed, heldout=None, heldout_rows=None, rows=None
+        ).config.data
         fits = f"--data is read in the run's format ({data.format}) and columns: here --columns ROLE=NAME renames one; or name another file"
         loaded = _loaded(other, trained.config.seed, fits if source else "name another --split")
         dataset: Dataset = build_rows(loaded, template, other)
         part, name, notes = dataset.train, f"rows of {loaded.source}", []
         notes += _seen_in_training(trained, loaded)
         if part.dropped:
-            notes.append(f"{len(part.dropped)} rows are longer than data.max_tokens = {other.max_tokens} and were left out")
+            notes.append(
+                f"{len(part.dropped)} rows are longer than data.max_tokens = {other.max_tokens} and were left out"
+            )
     taken = slice(rows)
     if not part.rows:
         raise ValueError(f"{name}: no row is left to measure on: {cure}")
@@ -84,12 +96,17 @@ def _loaded(data: DataConfig, seed: int, cure: str) -> Loaded:
 def _seen_in_training(trained: Trained, loaded: Loaded) -> list[str]:
     """Whether these rows ask what a training row asked."""
     try:
-        learned = {key(example) for example in load_examples(trained.config.data, trained.config.seed).train}
+        learned = {
+            key(example)
+            for example in load_examples(trained.config.data, trained.config.seed).train
+        }
     except ValueError as error:
         return [f"not checked against the training rows, which cannot be read: {error}"]
     seen = sum(key(example) in learned for example in loaded.train)
     return (
-        [f"{seen} of {len(loaded.train)} rows ask exactly what a training row asked: scores on them measure memory"]
+        [
+            f"{seen} of {len(loaded.train)} rows ask exactly what a training row asked: scores on them measure memory"
+        ]
         if seen
         else []
     )

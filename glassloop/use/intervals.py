@@ -31,7 +31,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def bootstrap(rows: int, statistic: Callable[[Sequence[int]], float | None], seed: int = 0) -> Interval | None:
+def bootstrap(
+    rows: int, statistic: Callable[[Sequence[int]], float | None], seed: int = 0
+) -> Interval | None:
     """95 % percentile interval of `statistic`, a function of the row numbers drawn (Efron 1979). Paired where it looks at two systems per row.
 
     None with fewer than two rows, where all draws have one value, or where more than one in twenty has none.
@@ -41,6 +43,8 @@ def bootstrap(rows: int, statistic: Callable[[Sequence[int]], float | None], see
     drawn = random.Random(seed)
     values = [statistic(drawn.choices(range(rows), k=rows)) for _ in range(RESAMPLES)]
     known = sorted(value for value in values if value is not None)
-    if len(known) < 0.95 * RESAMPLES or known[0] == known[-1]:  # all draws alike: nothing is known of the spread
+    if (
+        len(known) < 0.95 * RESAMPLES or known[0] == known[-1]
+    ):  # all draws alike: nothing is known of the spread
         return None
     return known[math.floor(0.025 * (len(known) - 1))], known[math.ceil(0.975 * (len(known) - 1))]

@@ -78,11 +78,18 @@ def measure(
     """
     tokens = tuple(row.supervised_tokens for row in rows)
     if not sum(tokens):
-        raise ValueError(f"none of the {len(rows)} rows has a supervised token, so there is no loss: take other rows")
+        raise ValueError(
+            f"none of the {len(rows)} rows has a supervised token, so there is no loss: take other rows"
+        )
     pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
-    shared: dict[str, Any] = dict(batch_size=batch_size, pad_id=pad_id, device=loaded.device, autocast=loaded.autocast)
+    shared: dict[str, Any] = dict(
+        batch_size=batch_size, pad_id=pad_id, device=loaded.device, autocast=loaded.autocast
+    )
     mine: dict[str, tuple[list[float], list[Answer]]] = {}
-    with all_or_none("evaluation") if ranks > 1 else nullcontext(), unchanged(loaded.engine, loaded.device):
+    with (
+        all_or_none("evaluation") if ranks > 1 else nullcontext(),
+        unchanged(loaded.engine, loaded.device),
+    ):
         for side in SIDES:
             with loaded.hf.disable_adapter() if side == "base" else nullcontext():
                 losses = row_losses(loaded.engine, rows[rank::ranks], **shared)
@@ -119,8 +126,17 @@ def _undealt(parts: Sequence[Sequence[Any]]) -> list[Any]:
 def report_of(measured: Measured, seed: int = 0) -> Report:
     """Scores with 95 % intervals; differences are paired by row."""
     tokens = measured.tokens
-    found = [_bootstrapped("loss_nats", lambda side, drawn: _token_mean(measured.losses[side], tokens, drawn), len(tokens), seed)]
-    judged = {side: [one for one in measured.answers[side] if one.label is not None] for side in SIDES}
+    found = [
+        _bootstrapped(
+            "loss_nats",
+            lambda side, drawn: _token_mean(measured.losses[side], tokens, drawn),
+            len(tokens),
+            seed,
+        )
+    ]
+    judged = {
+        side: [one for one in measured.answers[side] if one.label is not None] for side in SIDES
+    }
     verdicts = len(judged["adapter"])
     if verdicts:
         found += _verdict_scores(judged, verdicts, seed)
@@ -128,10 +144,14 @@ def report_of(measured: Measured, seed: int = 0) -> Report:
     for side in SIDES:
         loss = math.fsum(measured.losses[side]) / sum(tokens)
         counts[side] = scores(measured.answers[side], loss_nats=loss)
-    return Report(len(tokens), sum(tokens), len(measured.answers["adapter"]), verdicts, tuple(found), counts)
+    return Report(
+        len(tokens), sum(tokens), len(measured.answers["adapter"]), verdicts, tuple(found), counts
+    )
 
 
-def _token_mean(losses: Sequence[float], tokens: Sequence[int], drawn: Sequence[int]) -> float | None:
+def _token_mean(
+    losses: Sequence[float], tokens: Sequence[int], drawn: Sequence[int]
+) -> float | None:
     total = sum(tokens[i] for i in drawn)
     return math.fsum(losses[i] for i in drawn) / total if total else None
 
@@ -146,7 +166,10 @@ def _bootstrapped(name: str, statistic: Any, rows: int, seed: int) -> Score:
     return Score(
         name,
         {side: statistic(side, range(rows)) for side in SIDES},
-        {side: bootstrap(rows, lambda drawn, side=side: statistic(side, drawn), seed) for side in SIDES},
+        {
+            side: bootstrap(rows, lambda drawn, side=side: statistic(side, drawn), seed)
+            for side in SIDES
+        },
         bootstrap(rows, difference, seed),
     )
 
@@ -165,10 +188,20 @@ def _verdict_scores(judged: dict[str, list[Answer]], rows: int, seed: int) -> li
 
         def difference(drawn: Sequence[int]) -> float | None:
             pairs = [drawn_of([judged[side][i] for i in drawn]) for side in SIDES]
-            return None if not all(of for _, of in pairs) else pairs[1][0] / pairs[1][1] - pairs[0][0] / pairs[0][1]
+            return (
+                None
+                if not all(of for _, of in pairs)
+                else pairs[1][0] / pairs[1][1] - pairs[0][0] / pairs[0][1]
+            )
 
         p = mcnemar(only["base"], only["adapter"]) if name == "accuracy" else None
-        return Score(name, values, {side: wilson(*counts[side]) for side in SIDES}, bootstrap(rows, difference, seed), p)
+        return Score(
+            name,
+            values,
+            {side: wilson(*counts[side]) for side in SIDES},
+            bootstrap(rows, difference, seed),
+            p,
+        )
 
     def hits(answers: Sequence[Answer]) -> int:
         return sum(one.verdict == one.label == "scam" for one in answers)
@@ -185,7 +218,9 @@ def _verdict_scores(judged: dict[str, list[Answer]], rows: int, seed: int) -> li
         return 2 * hits(some) / whole if whole else None
 
     return [
-        counted("accuracy", lambda some: (sum(one.verdict == one.label for one in some), len(some))),
+        counted(
+            "accuracy", lambda some: (sum(one.verdict == one.label for one in some), len(some))
+        ),
         counted("precision", lambda some: (hits(some), alarms(some))),
         counted("recall", lambda some: (hits(some), scams(some))),
         _bootstrapped("f1", f1, rows, seed),

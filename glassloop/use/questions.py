@@ -16,7 +16,10 @@ def questions_of(words: list[str], file: Path | None, stdin: bytes | None) -> li
     Raises:
         ValueError: there is no question, or a file that cannot be read; names it, the line and the cure.
     """
-    found = [readable(stdin, "stdin").strip() if word == "-" and stdin is not None else word for word in words]
+    found = [
+        readable(stdin, "stdin").strip() if word == "-" and stdin is not None else word
+        for word in words
+    ]
     if file is not None:
         found += from_file(file)
     elif not words and stdin is not None and stdin.strip():
@@ -24,7 +27,9 @@ def questions_of(words: list[str], file: Path | None, stdin: bytes | None) -> li
     if empty := [place for place, question in enumerate(found, 1) if not question.strip()]:
         raise ValueError(f"question {empty[0]} is empty: write it out, or leave it out")
     if not found:
-        raise ValueError('no question: glassloop generate RUN "question", --file FILE, text on stdin, or --chat')
+        raise ValueError(
+            'no question: glassloop generate RUN "question", --file FILE, text on stdin, or --chat'
+        )
     return found
 
 
@@ -32,8 +37,14 @@ def from_file(path: Path) -> list[str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"--file {path} cannot be read ({error.strerror}): name a file of questions") from error
-    lines = [(number, line) for number, line in enumerate(readable(data, f"--file {path}").splitlines(), 1) if line.strip()]
+        raise ValueError(
+            f"--file {path} cannot be read ({error.strerror}): name a file of questions"
+        ) from error
+    lines = [
+        (number, line)
+        for number, line in enumerate(readable(data, f"--file {path}").splitlines(), 1)
+        if line.strip()
+    ]
     if not lines:
         raise ValueError(f"--file {path} holds no question: write one a line")
     if path.suffix.lower() != ".jsonl":
@@ -45,7 +56,9 @@ def _from_json(line: str, where: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}): one JSON string or object a line") from error
+        raise ValueError(
+            f"{where} is not JSON ({error}): one JSON string or object a line"
+        ) from error
     if isinstance(value, dict):
         value = next((value[key] for key in KEYS if key in value), None)
     if not isinstance(value, str):

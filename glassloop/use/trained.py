@@ -28,7 +28,14 @@ from glassloop.disk import publish as folders
 from glassloop.engines.peft import PeftEngine, build_engine
 from glassloop.formula.optim import FlatAdapters
 from glassloop.record.reading import with_overrides
-from glassloop.saved.checkpoint import ADAPTER, REQUIRED, State, best_checkpoint, last_checkpoint, read_state
+from glassloop.saved.checkpoint import (
+    ADAPTER,
+    REQUIRED,
+    State,
+    best_checkpoint,
+    last_checkpoint,
+    read_state,
+)
 from glassloop.saved.state import flat_from
 
 if TYPE_CHECKING:
@@ -59,7 +66,9 @@ class Trained:
         return self.config.lora.alpha / self.config.lora.r
 
 
-def open_trained(where: Path, at: int | None = None, overrides: Mapping[str, str] | None = None) -> Trained:
+def open_trained(
+    where: Path, at: int | None = None, overrides: Mapping[str, str] | None = None
+) -> Trained:
     """Find and check the checkpoint that `where` means.
 
     Args:
@@ -71,11 +80,15 @@ def open_trained(where: Path, at: int | None = None, overrides: Mapping[str, str
         ValueError: no folder, no run, no whole checkpoint; names the folder and the cure.
     """
     if not where.is_dir():
-        raise ValueError(f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its checkpoints")
+        raise ValueError(
+            f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its checkpoints"
+        )
     notes: list[str] = []
     if (where / "state.json").is_file():
         if at is not None:
-            raise ValueError(f"--at {at}: RUN = {where} is a checkpoint already; leave --at out, or name the run's folder")
+            raise ValueError(
+                f"--at {at}: RUN = {where} is a checkpoint already; leave --at out, or name the run's folder"
+            )
         path, why = where, "the one named"
     else:
         path, why = _choose(where, at, notes)
@@ -95,7 +108,11 @@ def open_trained(where: Path, at: int | None = None, overrides: Mapping[str, str
 
 def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
     if not (where / "checkpoints").is_dir():
-        what = "holds no checkpoint yet" if (where / "config.yaml").is_file() else "is neither a run's folder nor a checkpoint's"
+        what = (
+            "holds no checkpoint yet"
+            if (where / "config.yaml").is_file()
+            else "is neither a run's folder nor a checkpoint's"
+        )
         if (where / "adapter_config.json").is_file():
             what = "is an adapter, but no checkpoint of glassloop (it has no state.json, which says its data, template and base)"
         if (where / "glassloop_merge.json").is_file():
@@ -106,8 +123,13 @@ def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
     if at is not None:
         path = where / "checkpoints" / f"update_{at:06d}"
         if not path.is_dir():
-            held = sorted(p.name.removeprefix("update_").lstrip("0") or "0" for p in path.parent.glob("update_*"))
-            raise ValueError(f"--at {at}: {where} has no checkpoint after {at} updates; it has {', '.join(held) or 'none'}")
+            held = sorted(
+                p.name.removeprefix("update_").lstrip("0") or "0"
+                for p in path.parent.glob("update_*")
+            )
+            raise ValueError(
+                f"--at {at}: {where} has no checkpoint after {at} updates; it has {', '.join(held) or 'none'}"
+            )
         return path, "the one asked for"
     last, passed_over = last_checkpoint(where)
     notes += passed_over
@@ -129,7 +151,9 @@ def whole_checkpoint(path: Path) -> list[str]:
     try:
         return list(folders.read(path, REQUIRED))
     except ValueError as error:
-        raise ValueError(f"checkpoint {path} is not whole: {error}; take another checkpoint of the run (--at N)") from error
+        raise ValueError(
+            f"checkpoint {path} is not whole: {error}; take another checkpoint of the run (--at N)"
+        ) from error
 
 
 def load_tokenizer_of(trained: Trained) -> PreTrainedTokenizerBase:
@@ -141,7 +165,9 @@ def load_tokenizer_of(trained: Trained) -> PreTrainedTokenizerBase:
             str(trained.checkpoint), trust_remote_code=trained.config.model.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {trained.checkpoint}: its tokenizer cannot be loaded ({str(error)[:200]})") from error
+        raise ValueError(
+            f"checkpoint {trained.checkpoint}: its tokenizer cannot be loaded ({str(error)[:200]})"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -211,16 +237,22 @@ def load(
         precision = "fp32"
         notes.append("the run computed in fp16, which a CPU has not: fp32 here")
     if config.execution.engine != "peft":
-        notes.append(f"trained by engine {config.execution.engine}; answers and numbers here are the reference engine's")
+        notes.append(
+            f"trained by engine {config.execution.engine}; answers and numbers here are the reference engine's"
+        )
     model = config.model.model_copy(update={"init_adapter": None})
-    shared: dict[str, Any] = dict(precision=precision, checkpointing=False, seed=config.seed, device=device, first=first)
+    shared: dict[str, Any] = dict(
+        precision=precision, checkpointing=False, seed=config.seed, device=device, first=first
+    )
     engine = build_engine(model, config.lora, **shared)
     assert isinstance(engine, PeftEngine)
     check_base(trained, engine.report.base_hash)
     put_adapter(trained, engine)
     engine.eval()
     dtype = DTYPES[precision]
-    autocast = nullcontext if precision == "fp32" else partial(torch.autocast, device.type, dtype=dtype)
+    autocast = (
+        nullcontext if precision == "fp32" else partial(torch.autocast, device.type, dtype=dtype)
+    )
     return Loaded(engine, device, autocast, precision, (*engine.report.notes, *notes))
 
 
@@ -249,7 +281,9 @@ def put_adapter(trained: Trained, engine: PeftEngine) -> None:
     try:
         flat = flat_from(weights, adapters)
     except ValueError as error:
-        raise ValueError(f"checkpoint {trained.checkpoint} does not fit this base: {error}") from error
+        raise ValueError(
+            f"checkpoint {trained.checkpoint} does not fit this base: {error}"
+        ) from error
     with torch.no_grad():
         adapters.flat.copy_(flat)
 
@@ -278,4 +312,6 @@ def adapter_config(trained: Trained) -> dict[str, Any]:
         found = json.loads((trained.checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
-    raise ValueError(f"checkpoint {trained.checkpoint}: adapter_config.json holds no fields: take another checkpoint")
+    raise ValueError(
+        f"checkpoint {trained.checkpoint}: adapter_config.json holds no fields: take another checkpoint"
+    )

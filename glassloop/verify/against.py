@@ -9,7 +9,12 @@ from typing import Any
 
 SCHEMA = 1  # of the JSON
 # Largest relative move that rounding explains: an order above what layouts of one version differ by (8-bit states amplify it).
-ROUNDING = {"sgd loss_nats": 2e-6, "sgd grad_norm": 5e-6, "adamw_8bit loss_nats": 1e-5, "adamw_8bit grad_norm": 1e-4}
+ROUNDING = {
+    "sgd loss_nats": 2e-6,
+    "sgd grad_norm": 5e-6,
+    "adamw_8bit loss_nats": 1e-5,
+    "adamw_8bit grad_norm": 1e-4,
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,13 @@ def read(path: Path) -> dict[str, Any]:
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--against {path} is not JSON ({error}): give a file that `glassloop verify --json` wrote") from None
+        raise ValueError(
+            f"--against {path} is not JSON ({error}): give a file that `glassloop verify --json` wrote"
+        ) from None
     if not isinstance(old, dict) or "fingerprint" not in old:
-        raise ValueError(f"--against {path} holds no fingerprint: give a file that `glassloop verify --json` wrote")
+        raise ValueError(
+            f"--against {path} holds no fingerprint: give a file that `glassloop verify --json` wrote"
+        )
     return old
 
 
@@ -44,7 +53,12 @@ def require_comparable(old: dict[str, Any], problem: str, path: Path) -> None:
         )
 
 
-def moves(old: dict[str, list[float | None]], new: dict[str, list[float | None]], *, shared_only: bool = False) -> list[Move]:
+def moves(
+    old: dict[str, list[float | None]],
+    new: dict[str, list[float | None]],
+    *,
+    shared_only: bool = False,
+) -> list[Move]:
     """Every number of two fingerprints that differs at all, in order. `shared_only`: leave out what one of them did not compute."""
     found = []
     for series in dict.fromkeys([*old, *new]):
@@ -56,8 +70,21 @@ def moves(old: dict[str, list[float | None]], new: dict[str, list[float | None]]
             a, b = (values[place] if place < len(values) else None for values in (before, after))
             if a == b:
                 continue
-            relative = abs(b - a) / abs(a) if isinstance(a, float) and isinstance(b, float) and a != 0 else None
-            found.append(Move(f"{series} update {place + 1}", a, b, relative, mark, relative is None or not relative <= mark))
+            relative = (
+                abs(b - a) / abs(a)
+                if isinstance(a, float) and isinstance(b, float) and a != 0
+                else None
+            )
+            found.append(
+                Move(
+                    f"{series} update {place + 1}",
+                    a,
+                    b,
+                    relative,
+                    mark,
+                    relative is None or not relative <= mark,
+                )
+            )
     return found
 
 
@@ -68,12 +95,24 @@ def lines(found: list[Move], total: int, old: dict[str, Any], new: dict[str, Any
         for name in dict.fromkeys([*old["versions"], *new["versions"]])
         if old["versions"].get(name) != new["versions"].get(name)
     ]
-    said = [f"against   {', '.join(changed) or 'the same versions'}; {old['device']} then, {new['device']} now"]
+    said = [
+        f"against   {', '.join(changed) or 'the same versions'}; {old['device']} then, {new['device']} now"
+    ]
     beyond = [move for move in found if move.beyond_rounding]
     for move in beyond:
-        by = "is missing on one side" if move.relative is None else f"moved by {move.relative:.1e} (rounding: {move.mark:.0e})"
+        by = (
+            "is missing on one side"
+            if move.relative is None
+            else f"moved by {move.relative:.1e} (rounding: {move.mark:.0e})"
+        )
         said.append(f"{move.name}: {move.old!r} -> {move.new!r} {by}")
-    within = max((m for m in found if not m.beyond_rounding), key=lambda m: (m.relative or 0.0) / m.mark, default=None)
+    within = max(
+        (m for m in found if not m.beyond_rounding),
+        key=lambda m: (m.relative or 0.0) / m.mark,
+        default=None,
+    )
     largest = "" if within is None else f", at most by {within.relative:.1e} ({within.name})"
-    said.append(f"{len(beyond)} of {total} numbers moved beyond rounding; {len(found) - len(beyond)} within it{largest}")
+    said.append(
+        f"{len(beyond)} of {total} numbers moved beyond rounding; {len(found) - len(beyond)} within it{largest}"
+    )
     return said

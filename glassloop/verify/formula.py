@@ -25,7 +25,15 @@ from glassloop.data.rows import IGNORE, Row
 from glassloop.formula.optim import Slice
 from glassloop.loop.run import Run
 from glassloop.verify.members import Place, Trace
-from glassloop.verify.problem import LORA_ALPHA, LORA_R, PEAK_LR, TASKS, UPDATES, WARMUP_UPDATES, Task
+from glassloop.verify.problem import (
+    LORA_ALPHA,
+    LORA_R,
+    PEAK_LR,
+    TASKS,
+    UPDATES,
+    WARMUP_UPDATES,
+    Task,
+)
 
 
 def train_by_formula(name: str, optimizer: str, place: Place, example: Run) -> Trace:
@@ -51,7 +59,11 @@ def train_by_formula(name: str, optimizer: str, place: Place, example: Run) -> T
             g = g * min(1.0, task.max_grad_norm / norm)
         if u == 1:
             trace.grad = g.clone()
-        step(g, PEAK_LR[optimizer] * min(u / WARMUP_UPDATES, (UPDATES - u + 1) / (UPDATES - WARMUP_UPDATES + 1)))
+        step(
+            g,
+            PEAK_LR[optimizer]
+            * min(u / WARMUP_UPDATES, (UPDATES - u + 1) / (UPDATES - WARMUP_UPDATES + 1)),
+        )
         trace.losses.append(loss)
         trace.norms.append(norm)
     trace.change = flat.detach() - first
@@ -85,7 +97,10 @@ def gradient(
 def row_loss_sum(model: torch.nn.Module, row: Row, device: torch.device) -> Tensor:
     """Summed cross-entropy of one row in nats: transformers' mean times the number of labels."""
     ids = torch.tensor([row.input_ids], device=device)
-    labels = torch.tensor([[i if s else IGNORE for i, s in zip(row.input_ids, row.supervised, strict=True)]], device=device)
+    labels = torch.tensor(
+        [[i if s else IGNORE for i, s in zip(row.input_ids, row.supervised, strict=True)]],
+        device=device,
+    )
     return model(input_ids=ids, labels=labels, use_cache=False).loss * sum(row.supervised)
 
 
@@ -100,7 +115,9 @@ def plain_model(task: Task, place: Place, device: torch.device) -> Any:
             bnb_4bit_compute_dtype=torch.float32,
         )
     base = AutoModelForCausalLM.from_pretrained(place.model, **settings)
-    lora = LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=LORA_R, lora_alpha=LORA_ALPHA, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"
+    )
     return get_peft_model(base, lora).train()
 
 

@@ -19,7 +19,16 @@ from glassloop.config.sections import ENGINES
 from glassloop.health.decision import Outcome
 from glassloop.loop.build import build_run
 from glassloop.loop.run import Run
-from glassloop.verify.problem import LORA_ALPHA, LORA_R, MAX_TOKENS, PEAK_LR, TASKS, UPDATES, WARMUP_UPDATES, harden
+from glassloop.verify.problem import (
+    LORA_ALPHA,
+    LORA_R,
+    MAX_TOKENS,
+    PEAK_LR,
+    TASKS,
+    UPDATES,
+    WARMUP_UPDATES,
+    harden,
+)
 
 OPTIMIZERS = ("sgd", "adamw_8bit")
 
@@ -57,7 +66,13 @@ SHAPES = {
     "2x4x1 ddp": Shape(2, 4, 1, reduction="ddp"),
     "2x2x2 ddp packed": Shape(2, 2, 2, reduction="ddp", layout="packed"),
 }
-CLIPPED = ("1x1x8", "1x2x4 packed", "2x2x2", "2x2x2 packed", "2x2x2 ddp")  # shapes of the task with clipping
+CLIPPED = (
+    "1x1x8",
+    "1x2x4 packed",
+    "2x2x2",
+    "2x2x2 packed",
+    "2x2x2 ddp",
+)  # shapes of the task with clipping
 REFERENCE_ENGINE = "peft"
 REFERENCE_SHAPE = "1x1x8"
 
@@ -86,7 +101,9 @@ def engines() -> tuple[str, ...]:
 
 def can(engine: str, task: str, shape: str) -> bool:
     """Whether a config admits it: fused has NF4 weights only, and writes gradients where DDP would not look."""
-    return engine != "fused" or (TASKS[task].quantization == "nf4" and SHAPES[shape].reduction == "explicit")
+    return engine != "fused" or (
+        TASKS[task].quantization == "nf4" and SHAPES[shape].reduction == "explicit"
+    )
 
 
 def members() -> list[Member]:
@@ -121,7 +138,9 @@ class Trace:
     """What an optimizer's updates left behind."""
 
     change: Tensor | None = None  # (N,) fp32: adapters after the last update minus before the first
-    grad: Tensor | None = None  # (N,) fp32: the flat gradient that update 1 applied, at equal weights
+    grad: Tensor | None = (
+        None  # (N,) fp32: the flat gradient that update 1 applied, at equal weights
+    )
     losses: list[float | None] = field(default_factory=list)  # nats a token, by update
     norms: list[float | None] = field(default_factory=list)  # of g before clipping, by update
     stopped_by: str | None = None  # why the updates ended early: what the loop's own guard said
@@ -134,10 +153,19 @@ def config_of(member: Member, optimizer: str, place: Place, name: str) -> Config
         {
             "model": {"id": str(place.model), "quantization": task.quantization},
             "lora": {"r": LORA_R, "alpha": LORA_ALPHA},
-            "data": {"source": str(place.rows), "template": "chat", "max_tokens": MAX_TOKENS, "too_long": "cut"},
+            "data": {
+                "source": str(place.rows),
+                "template": "chat",
+                "max_tokens": MAX_TOKENS,
+                "too_long": "cut",
+            },
             "batch": {"size": shape.size, "accumulation": shape.accumulation, "ranks": shape.ranks},
             "schedule": {"updates": UPDATES, "warmup_updates": WARMUP_UPDATES},
-            "optimizer": {"name": optimizer, "lr": PEAK_LR[optimizer], "max_grad_norm": task.max_grad_norm},
+            "optimizer": {
+                "name": optimizer,
+                "lr": PEAK_LR[optimizer],
+                "max_grad_norm": task.max_grad_norm,
+            },
             "execution": {
                 "engine": member.engine,
                 "layout": shape.layout,
@@ -177,7 +205,12 @@ def carry_out(run: Run, update: Callable[[Run, int], Outcome | None]) -> Trace:
     return trace
 
 
-def train(member: Member, optimizer: str, place: Place, update: Callable[[Run, int], Outcome | None] | None = None) -> Trace:
+def train(
+    member: Member,
+    optimizer: str,
+    place: Place,
+    update: Callable[[Run, int], Outcome | None] | None = None,
+) -> Trace:
     """Build the member's run on hard rows and carry its updates out. Raises ValueError where the config or build refuses it."""
     words = f"{member.name} {optimizer} {getattr(update, '__name__', '')}".strip()
     run = build_run(config_of(member, optimizer, place, words.replace(" ", "-")))

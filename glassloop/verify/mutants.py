@@ -109,8 +109,12 @@ def tail_as_if_full(run: Run, u: int) -> Outcome | None:
 
 def labels_shifted_twice(run: Run, u: int) -> Outcome | None:
     def call(p: Pass) -> tuple[Tensor, Tensor]:
-        targets = torch.cat([p.targets[:, 1:], torch.full_like(p.targets[:, :1], IGNORE)], dim=1)  # (B, T)
-        return engine(replace(p, targets=targets, places=(targets.flatten() != IGNORE).nonzero().squeeze(1)))
+        targets = torch.cat(
+            [p.targets[:, 1:], torch.full_like(p.targets[:, :1], IGNORE)], dim=1
+        )  # (B, T)
+        return engine(
+            replace(p, targets=targets, places=(targets.flatten() != IGNORE).nonzero().squeeze(1))
+        )
 
     engine = run.engine
     with exchanged(run, "engine", Around(engine, call)):
@@ -120,7 +124,9 @@ def labels_shifted_twice(run: Run, u: int) -> Outcome | None:
 def clipping_per_micro_batch(run: Run, u: int) -> Outcome | None:
     def call(p: Pass) -> tuple[Tensor, Tensor]:
         most = run.config.optimizer.max_grad_norm
-        norm = torch.linalg.vector_norm(run.adapters.grad)  # of what earlier micro-batches have left
+        norm = torch.linalg.vector_norm(
+            run.adapters.grad
+        )  # of what earlier micro-batches have left
         if most is not None and norm > most:
             run.adapters.grad.mul_(most / norm)
         return engine(p)

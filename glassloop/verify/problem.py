@@ -41,7 +41,24 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = ["a", "caller", "asks", "for", "the", "code", "and", "nobody", "can", "check", "it", "so", "we", "hang", "up", "now"]
+WORDS = [
+    "a",
+    "caller",
+    "asks",
+    "for",
+    "the",
+    "code",
+    "and",
+    "nobody",
+    "can",
+    "check",
+    "it",
+    "so",
+    "we",
+    "hang",
+    "up",
+    "now",
+]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -116,20 +133,35 @@ def write_model(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(LLAMA))
     safetensors.numpy.save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={text: place for place, text in enumerate([*SPECIALS, *letters])}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={text: place for place, text in enumerate([*SPECIALS, *letters])}, merges=[]
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIALS))
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    names = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names})
+    )
     return folder
 
 
 def _weights() -> dict[str, numpy.ndarray]:
     hidden, wide, vocabulary = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["vocab_size"]
     keys = LLAMA["num_key_value_heads"] * LLAMA["head_dim"]
-    shapes = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden), "model.norm": (hidden,)}
+    shapes = {
+        "model.embed_tokens": (vocabulary, hidden),
+        "lm_head": (vocabulary, hidden),
+        "model.norm": (hidden,),
+    }
     for layer in range(LLAMA["num_hidden_layers"]):
         shapes |= {
             f"model.layers.{layer}.{name}": shape
@@ -146,14 +178,20 @@ def _weights() -> dict[str, numpy.ndarray]:
             }.items()
         }
     # Uniform of half width sqrt(3) s has standard deviation s; norms lie about 1.
-    return {f"{name}.weight": drawn(name, shape, 0.173) + numpy.float32(len(shape) == 1) for name, shape in shapes.items()}
+    return {
+        f"{name}.weight": drawn(name, shape, 0.173) + numpy.float32(len(shape) == 1)
+        for name, shape in shapes.items()
+    }
 
 
 def write_rows(path: Path) -> Path:
     """Write a jsonl file of ragged prompts and completions; some are longer than MAX_TOKENS and will be cut. Returns the path."""
     generator = random.Random(5)
     lines = [
-        {"prompt": " ".join(generator.choices(WORDS, k=low)), "completion": " ".join(generator.choices(WORDS, k=high))}
+        {
+            "prompt": " ".join(generator.choices(WORDS, k=low)),
+            "completion": " ".join(generator.choices(WORDS, k=high)),
+        }
         for low, high in ((generator.randint(1, 18), generator.randint(1, 9)) for _ in range(ROWS))
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -183,5 +221,7 @@ def harden(run: Run) -> None:
     run.batches = replace(run.batches, rows=tuple(rows))
     contract = getattr(run, "contract", None)
     if contract is not None:  # the run is held to the labels that it has now
-        counted = (run.batches.supervised_tokens(run.batches.window(u)) for u in range(1, UPDATES + 1))
+        counted = (
+            run.batches.supervised_tokens(run.batches.window(u)) for u in range(1, UPDATES + 1)
+        )
         run.contract = replace(contract, supervised_tokens=tuple(counted))

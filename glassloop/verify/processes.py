@@ -22,7 +22,15 @@ from pathlib import Path
 import glassloop
 
 MARK = "@verify "  # begins a line by which a worker says what it does
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 STUCK = "stuck_"  # begins the name of a file in which a worker notes where it has been for long
 SAY_EVERY_S = 4.0
 WORKER = "glassloop.verify.worker"
@@ -30,7 +38,9 @@ WORKER = "glassloop.verify.worker"
 
 def say_progress(text: str) -> None:
     """In a worker: tell the watching process that we live, and what comes next ("": nothing new)."""
-    os.write(1, f"{MARK}{os.getpid()} {text}\n".encode())  # one write, so that lines of two processes stay apart
+    os.write(
+        1, f"{MARK}{os.getpid()} {text}\n".encode()
+    )  # one write, so that lines of two processes stay apart
 
 
 class PartFailed(RuntimeError):
@@ -53,7 +63,14 @@ class Part:
 def parts(folder: Path, device: str, gpus: int) -> list[Part]:
     """The two parts on `device` = cpu | cuda. With `gpus` = 1 both ranks of the second share it (over gloo)."""
     (folder / "launch.yaml").write_text(launch_file(device))
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml"), "--module")
+    launcher = (
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(folder / "launch.yaml"),
+        "--module",
+    )
     ours = environment(folder)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(max(gpus, 1))))
     if device == "cpu":
@@ -62,7 +79,9 @@ def parts(folder: Path, device: str, gpus: int) -> list[Part]:
         alone = ours | {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
         both = ours | {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:2])}
     if gpus == 1:
-        both = both | {"ACCELERATE_BYPASS_DEVICE_MAP": "true"}  # or DDP is told that rank r has GPU r
+        both = both | {
+            "ACCELERATE_BYPASS_DEVICE_MAP": "true"
+        }  # or DDP is told that rank r has GPU r
     return [
         Part("one process", (sys.executable, "-m", WORKER, str(folder)), alone),
         Part("two processes", (*launcher, WORKER, str(folder)), both),
@@ -105,7 +124,9 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def run_parts(chosen: Sequence[Part], *, patience_s: float, say: Callable[[str], None], cwd: Path) -> None:
+def run_parts(
+    chosen: Sequence[Part], *, patience_s: float, say: Callable[[str], None], cwd: Path
+) -> None:
     """Run all parts at once and wait for them.
 
     Args:
@@ -152,9 +173,13 @@ class Watched:
         self.part, self.cwd = part, cwd
         self.heard = time.monotonic()
         self.doing = "starting"
-        self.workers: set[int] = set()  # process ids: a launcher gives its ranks sessions of their own
+        self.workers: set[int] = (
+            set()
+        )  # process ids: a launcher gives its ranks sessions of their own
         self.output: deque[str] = deque(maxlen=30)
-        self.raised: list[str] = []  # lines that end a Python traceback: a launcher's own follow and push them out of `output`
+        self.raised: list[
+            str
+        ] = []  # lines that end a Python traceback: a launcher's own follow and push them out of `output`
         self.process = subprocess.Popen(
             part.command,
             env=part.environment,
@@ -192,11 +217,19 @@ class Watched:
         while not lines.empty():
             one, line = lines.get()
             one.take(line)
-        raised = "What it raised:\n" + "\n".join(f"  {line}" for line in self.raised) + "\n" if self.raised else ""
-        words = f"(it was at: {self.doing}). {raised}Its last lines:\n" + "\n".join(f"  {line}" for line in self.output)
+        raised = (
+            "What it raised:\n" + "\n".join(f"  {line}" for line in self.raised) + "\n"
+            if self.raised
+            else ""
+        )
+        words = f"(it was at: {self.doing}). {raised}Its last lines:\n" + "\n".join(
+            f"  {line}" for line in self.output
+        )
         for note in sorted(self.cwd.glob(f"{STUCK}*")):
             if lines_of := note.read_text().splitlines()[-MOST_STACK_LINES:]:
-                words += f"\n{note.stem.removeprefix(STUCK)} was for long at:\n" + "\n".join(f"  {line}" for line in lines_of)
+                words += f"\n{note.stem.removeprefix(STUCK)} was for long at:\n" + "\n".join(
+                    f"  {line}" for line in lines_of
+                )
         return words
 
     def end(self) -> None:
@@ -204,7 +237,9 @@ class Watched:
         if (code := self.process.poll()) is not None and code >= 0:
             return  # it ended by itself, and a launcher that does has ended its ranks
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)  # a launcher passes it on to ranks that have not spoken yet
+            self.process.send_signal(
+                signal.SIGTERM
+            )  # a launcher passes it on to ranks that have not spoken yet
         for pid in self.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -61,9 +61,17 @@ def judge(folder: Path) -> tuple[list[Verdict], dict[str, list[float | None]], d
     jobs = [facts for one in read for facts in one["jobs"]]
     tasks = [facts["task"] for facts in jobs if facts["kind"] == "formula"]
     chosen = [facts for facts in jobs if facts["kind"] != "formula"]
-    chosen.sort(key=lambda facts: (facts["kind"] == "mutant", facts["kind"] == "member" and tasks.index(facts["task"])))
+    chosen.sort(
+        key=lambda facts: (
+            facts["kind"] == "mutant",
+            facts["kind"] == "member" and tasks.index(facts["task"]),
+        )
+    )
     fingerprint = {
-        f"{facts['task']} {name}": series for facts in jobs if facts["fingerprint"] for name, series in facts["series"].items()
+        f"{facts['task']} {name}": series
+        for facts in jobs
+        if facts["fingerprint"]
+        for name, series in facts["series"].items()
     }
     return [_verdict(facts, folder) for facts in chosen], fingerprint, read[0]["environment"]
 
@@ -72,11 +80,18 @@ def _verdict(facts: dict[str, Any], folder: Path) -> Verdict:
     """Compare what a job left with what the formula left."""
     kind, stopped, left_out = facts["kind"], facts["stopped_by"], facts["left_out"]
     mine, formula = (
-        safetensors.numpy.load_file(folder / f"{name}.safetensors") for name in (facts["name"], f"{facts['task']} formula")
+        safetensors.numpy.load_file(folder / f"{name}.safetensors")
+        for name in (facts["name"], f"{facts['task']} formula")
     )
-    distances = {what: distance(mine[what], formula[what]) for what in MARKS if what in mine and what in formula}
+    distances = {
+        what: distance(mine[what], formula[what])
+        for what in MARKS
+        if what in mine and what in formula
+    }
     whole = kind == "mutant" or set(distances) == set(MARKS)
-    agrees = stopped is None and whole and all(value <= MARKS[what] for what, value in distances.items())
+    agrees = (
+        stopped is None and whole and all(value <= MARKS[what] for what, value in distances.items())
+    )
     good = left_out is not None or (agrees if kind == "member" else not agrees)
     return Verdict(kind, facts["name"], facts["fault"], distances, stopped, left_out, good)
 
@@ -94,7 +109,10 @@ def table(verdicts: list[Verdict]) -> list[str]:
     for kind in ("member", "mutant"):
         chosen = [v for v in verdicts if v.kind == kind]
         if chosen:
-            lines += [*([""] if lines else []), f"{kind:<{width}}  compared    difference   mark  verdict"]
+            lines += [
+                *([""] if lines else []),
+                f"{kind:<{width}}  compared    difference   mark  verdict",
+            ]
         for v in chosen:
             lines.append(f"{v.name:<{width}}  {_compared(v)}  {_word(v)}")
             if v.left_out is not None:
@@ -116,7 +134,12 @@ def _compared(v: Verdict) -> str:
 def _word(v: Verdict) -> str:
     if v.left_out is not None:
         return "left out"
-    words = {("member", True): "ok", ("member", False): "DIFFERS", ("mutant", True): "caught", ("mutant", False): "MISSED"}
+    words = {
+        ("member", True): "ok",
+        ("member", False): "DIFFERS",
+        ("mutant", True): "caught",
+        ("mutant", False): "MISSED",
+    }
     return words[v.kind, v.good]
 
 

@@ -22,7 +22,16 @@ from glassloop.disk.environment import environment
 from glassloop.formula.dist import gather_objects, leave
 from glassloop.loop.build import build_run
 from glassloop.verify.formula import train_by_formula
-from glassloop.verify.members import OPTIMIZERS, REFERENCE_ENGINE, Place, Trace, config_of, members, reference_of, train
+from glassloop.verify.members import (
+    OPTIMIZERS,
+    REFERENCE_ENGINE,
+    Place,
+    Trace,
+    config_of,
+    members,
+    reference_of,
+    train,
+)
 from glassloop.verify.mutants import MUTANTS
 from glassloop.verify.problem import TASKS, harden
 from glassloop.verify.processes import STUCK, say_progress
@@ -46,20 +55,30 @@ def main(folder: Path) -> None:
     torch.set_float32_matmul_precision("highest")  # no TF32; there are no convolutions
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     asked = json.loads((folder / "asked.json").read_text())
-    place = Place(folder, folder / "model", folder / "rows.jsonl", asked["backend"], asked["collective_timeout_s"])
+    place = Place(
+        folder,
+        folder / "model",
+        folder / "rows.jsonl",
+        asked["backend"],
+        asked["collective_timeout_s"],
+    )
     jobs = jobs_of(ranks, place, asked["only"])
     results = []
     stuck = (folder / f"{STUCK}{ranks}_ranks_{rank}.txt").open("w")
     for number, job in enumerate(jobs, start=1):
         if rank == 0:
             say_progress(f"{number} of {len(jobs)}: {job.name}")
-        faulthandler.dump_traceback_later(0.8 * asked["collective_timeout_s"], file=stuck)  # replaces the last job's
+        faulthandler.dump_traceback_later(
+            0.8 * asked["collective_timeout_s"], file=stuck
+        )  # replaces the last job's
         facts, tensors = attempt(job)
         results.append(facts)
         if rank == 0:
             safetensors.torch.save_file(tensors, folder / f"{job.name}.safetensors")
     if rank == 0:
-        (folder / f"results_{ranks}.json").write_text(json.dumps({"environment": environment(), "jobs": results}))
+        (folder / f"results_{ranks}.json").write_text(
+            json.dumps({"environment": environment(), "jobs": results})
+        )
     faulthandler.cancel_dump_traceback_later()
     leave()
 
@@ -68,7 +87,10 @@ def jobs_of(ranks: int, place: Place, only: str) -> list[Job]:
     """Everything for `ranks` processes; `only` chooses members and mutants whose name holds it. The formula always takes part."""
     jobs = []
     if ranks == 1:
-        jobs += [Job("formula", f"{task} formula", task, lambda task=task: formula(task, place)) for task in TASKS]
+        jobs += [
+            Job("formula", f"{task} formula", task, lambda task=task: formula(task, place))
+            for task in TASKS
+        ]
     for member in members():
         if member.ranks == ranks and only in member.name:
             jobs.append(
@@ -92,7 +114,9 @@ def formula(task: str, place: Place) -> dict[str, Trace]:
     """The task by formula.py, on the rows and first adapters of its reference member."""
     traces = {}
     for optimizer in OPTIMIZERS:
-        example = build_run(config_of(reference_of(task), optimizer, place, f"{task}-{optimizer}-formula"))
+        example = build_run(
+            config_of(reference_of(task), optimizer, place, f"{task}-{optimizer}-formula")
+        )
         harden(example)
         example.close_observers()
         traces[optimizer] = train_by_formula(task, optimizer, place, example)
@@ -104,14 +128,19 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
     Raises RuntimeError where the ranks do not agree on whether it could be carried out.
     """
-    facts: dict[str, Any] = {name: value for name, value in vars(job).items() if name not in ("run", "optional")}
+    facts: dict[str, Any] = {
+        name: value for name, value in vars(job).items() if name not in ("run", "optional")
+    }
     facts |= {"stopped_by": None, "left_out": None, "series": {}}
     tensors: dict[str, torch.Tensor] = {}
     failure = None
     try:
         for optimizer, trace in job.run().items():
             facts["stopped_by"] = facts["stopped_by"] or trace.stopped_by
-            facts["series"] |= {f"{optimizer} loss_nats": trace.losses, f"{optimizer} grad_norm": trace.norms}
+            facts["series"] |= {
+                f"{optimizer} loss_nats": trace.losses,
+                f"{optimizer} grad_norm": trace.norms,
+            }
             found = {"gradient": trace.grad, optimizer: trace.change}
             tensors |= {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
     except Exception as error:  # whatever it is, it is what there is to say of this job
@@ -121,7 +150,9 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         )  # an engine that is absent, or not for this shape
         facts["left_out" if refused else "stopped_by"] = failure
     if len(set(gather_objects(failure is None))) > 1:
-        raise RuntimeError(f"{job.name} could be carried out on some ranks only: {failure or 'it failed on another'}")
+        raise RuntimeError(
+            f"{job.name} could be carried out on some ranks only: {failure or 'it failed on another'}"
+        )
     return facts, tensors
 
 

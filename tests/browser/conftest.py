@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @dataclass
@@ -19,7 +21,9 @@ class Opened:
     """A page that is ready, and everything that it did on the way."""
 
     page: Any
-    complaints: list[str] = field(default_factory=list)  # console errors and warnings, refusals of the policy, exceptions
+    complaints: list[str] = field(
+        default_factory=list
+    )  # console errors and warnings, refusals of the policy, exceptions
     requests: list[str] = field(default_factory=list)  # but the file itself
 
     def js(self, expression: str) -> Any:
@@ -33,7 +37,9 @@ class Opened:
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'glassloop[test]'")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install 'glassloop[test]'"
+    )
     with sync_api.sync_playwright() as playwright:
         sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium has none for root
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
@@ -51,10 +57,20 @@ def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
         pages.append(page)
         watched = Opened(page)
         page.on(
-            "console", lambda message: watched.complaints.append(message.text) if message.type in ("error", "warning") else None
+            "console",
+            lambda message: (
+                watched.complaints.append(message.text)
+                if message.type in ("error", "warning")
+                else None
+            ),
         )
         page.on("pageerror", lambda error: watched.complaints.append(str(error)))
-        page.on("request", lambda request: watched.requests.append(request.url) if request.url != path.as_uri() else None)
+        page.on(
+            "request",
+            lambda request: (
+                watched.requests.append(request.url) if request.url != path.as_uri() else None
+            ),
+        )
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready]", timeout=20_000, state="attached")
         return watched

@@ -22,9 +22,15 @@ def test_it_is_drawn_says_the_verdict_and_follows_a_selection(open_page, tmp_pat
     for name in ("loss", "heldout", "norm", "off-loss", "off-norm", "lr", "time"):
         assert opened.page.locator(f"#{name} .plot canvas").count() == 1, name
     verdict = opened.text("#verdicts")
-    assert "not resolved" in verdict and "one seed on side A" in verdict and "parts at update" in verdict
+    assert (
+        "not resolved" in verdict
+        and "one seed on side A" in verdict
+        and "parts at update" in verdict
+    )
     assert "optimizer.lr" in opened.text("#difference-list")
-    assert opened.page.locator("main b", has_text="1").locator("visible=true").count() == 0, "a name stays text"
+    assert opened.page.locator("main b", has_text="1").locator("visible=true").count() == 0, (
+        "a name stays text"
+    )
     opened.page.locator("#slider").fill(str(SPIKE))
     opened.page.keyboard.press("ArrowRight")
     assert opened.js("board.chosen") == SPIKE + 1

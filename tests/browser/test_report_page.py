@@ -11,7 +11,19 @@ from made_runs import BROKEN, EVIL, SPIKE, write_run
 from glassloop.report.writing import write_report
 
 OpenPage = Callable[..., object]
-FIGURES = ("loss", "norm", "clip", "lr", "cosine", "noise", "ratio", "unmoved", "tokens", "padding", "time")
+FIGURES = (
+    "loss",
+    "norm",
+    "clip",
+    "lr",
+    "cosine",
+    "noise",
+    "ratio",
+    "unmoved",
+    "tokens",
+    "padding",
+    "time",
+)
 INK = """id => { const c = document.querySelector(`#${id} .plot canvas`), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
                let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n }"""  # pixels that are drawn on
 
@@ -44,7 +56,9 @@ def opened(open_page, report: Path):
 
 def select(opened, update: int) -> None:
     """By the slider, as a person would drag it."""
-    opened.page.locator("#slider").fill(str(update))  # the page begins with update 0, so place and update are alike
+    opened.page.locator("#slider").fill(
+        str(update)
+    )  # the page begins with update 0, so place and update are alike
 
 
 def test_every_panel_is_drawn_and_nothing_complains(opened) -> None:
@@ -69,13 +83,19 @@ def test_the_policy_refuses_what_the_page_does_not_hold(opened) -> None:
            setTimeout(() => done(null), 500) })"""
     )
     assert refused == "script-src-elem"
-    assert opened.js("fetch('data:text/plain,x').then(() => 'loaded', () => 'refused')") == "refused"
+    assert (
+        opened.js("fetch('data:text/plain,x').then(() => 'loaded', () => 'refused')") == "refused"
+    )
     assert opened.js("window.hacked") is None
 
 
 def test_the_summary_says_what_happened(opened) -> None:
     said = opened.text("#said")
-    assert "It learned" in said and f"first update {BROKEN}" in said and f"first at update {SPIKE}" in said
+    assert (
+        "It learned" in said
+        and f"first update {BROKEN}" in said
+        and f"first at update {SPIKE}" in said
+    )
     assert "train:evil cost" in said
 
 
@@ -92,7 +112,9 @@ def test_a_selected_update_is_followed_by_every_panel(opened) -> None:
         assert f"update {update}:" in opened.text("#heat .readout")
         assert opened.js("board.chosen") == update
         for name in FIGURES:
-            assert f"update {update}:" in opened.page.locator(f"#{name} .plot").get_attribute("aria-label"), name
+            assert f"update {update}:" in opened.page.locator(f"#{name} .plot").get_attribute(
+                "aria-label"
+            ), name
     assert opened.page.locator("#evaluation-list tr.now").first.inner_text().startswith("20")
 
 
@@ -117,7 +139,9 @@ def test_a_mark_opens_the_detail_with_the_command_to_type(opened) -> None:
     assert f"--update {SPIKE} --bisect" in opened.text("#detail")
     opened.page.locator("#mark-after").click()
     detail = opened.text("#detail")
-    assert opened.js("board.chosen") == BROKEN and "Not applied" in detail and "not a number" in detail
+    assert (
+        opened.js("board.chosen") == BROKEN and "Not applied" in detail and "not a number" in detail
+    )
     assert f"--update {BROKEN} --bisect" in detail
 
 
@@ -128,9 +152,17 @@ def test_the_time_of_an_update_is_told_apart(opened) -> None:
         told
         == "compute 1 s, wait for other ranks 0.2500 s, gate 0.3500 s, reduce 0.2000 s, optimizer 0.1000 s, the rest 0.1000 s"
     )
-    widths = opened.js("[...document.querySelectorAll('#detail .strip span')].map(e => e.getBoundingClientRect().width)")
-    assert [width / sum(widths) for width in widths] == pytest.approx([0.5, 0.125, 0.175, 0.1, 0.05, 0.05], abs=0.002)
-    assert [row.split()[-2:] for row in opened.text("#detail").splitlines() if row.startswith("rank ") and row[5].isdigit()] == [
+    widths = opened.js(
+        "[...document.querySelectorAll('#detail .strip span')].map(e => e.getBoundingClientRect().width)"
+    )
+    assert [width / sum(widths) for width in widths] == pytest.approx(
+        [0.5, 0.125, 0.175, 0.1, 0.05, 0.05], abs=0.002
+    )
+    assert [
+        row.split()[-2:]
+        for row in opened.text("#detail").splitlines()
+        if row.startswith("rank ") and row[5].isdigit()
+    ] == [
         ["1", "0.2500"],
         ["1.250", "0"],
     ]
@@ -141,7 +173,15 @@ def test_the_keyboard_is_enough(opened) -> None:
     opened.page.locator("#loss .plot").focus()
     outline = opened.js("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid", "the focus is seen"
-    for key, update in (("ArrowRight", 11), ("ArrowLeft", 10), ("n", 11), ("n", SPIKE), ("p", 11), ("End", 40), ("Home", 0)):
+    for key, update in (
+        ("ArrowRight", 11),
+        ("ArrowLeft", 10),
+        ("n", 11),
+        ("n", SPIKE),
+        ("p", 11),
+        ("End", 40),
+        ("Home", 0),
+    ):
         opened.page.keyboard.press(key)
         assert opened.js("board.chosen") == update, key
     canvas = opened.page.locator("#heat canvas[role=img]").first
@@ -161,7 +201,10 @@ def test_a_row_with_markup_stays_text(opened) -> None:
     assert EVIL in opened.js("document.getElementById('worst').textContent")
     assert EVIL in opened.js("document.getElementById('answers').textContent")
     assert opened.js("window.hacked") is None
-    assert opened.page.locator("main img").count() == 0 and opened.page.locator("main b", has_text="bold").count() == 0
+    assert (
+        opened.page.locator("main img").count() == 0
+        and opened.page.locator("main b", has_text="bold").count() == 0
+    )
 
 
 def test_what_does_not_exist_is_absent_and_never_0(opened) -> None:
@@ -192,11 +235,14 @@ def test_it_fits_1000_pixels_and_paper(opened) -> None:
     opened.js("dispatchEvent(new Event('beforeprint'))")
     assert opened.js("document.documentElement.dataset.theme") == "light"
     assert (
-        opened.js("Math.max(...[...document.querySelectorAll('.panel')].map(e => e.getBoundingClientRect().width))") <= 703
+        opened.js(
+            "Math.max(...[...document.querySelectorAll('.panel')].map(e => e.getBoundingClientRect().width))"
+        )
+        <= 703
     )  # A4 less margins
-    assert opened.js("[...document.querySelectorAll('.scroll')].every(e => e.scrollHeight <= e.clientHeight + 1)"), (
-        "paper does not scroll"
-    )
+    assert opened.js(
+        "[...document.querySelectorAll('.scroll')].every(e => e.scrollHeight <= e.clientHeight + 1)"
+    ), "paper does not scroll"
     opened.js("dispatchEvent(new Event('afterprint'))")
     assert opened.page.pdf(format="A4")[:4] == b"%PDF"
 
@@ -204,16 +250,31 @@ def test_it_fits_1000_pixels_and_paper(opened) -> None:
 def test_without_text_nothing_of_a_row_is_left(open_page, tmp_path: Path) -> None:
     path = write_report(write_run(tmp_path / "planted"), tmp_path / "shared.html", text=False)
     raw = path.read_text(encoding="utf-8")
-    for secret in ("hacked", "train:", "asks for a code", "adapter says", "Is it a scam", "Secret system"):
+    for secret in (
+        "hacked",
+        "train:",
+        "asks for a code",
+        "adapter says",
+        "Is it a scam",
+        "Secret system",
+    ):
         assert secret not in raw, secret
     opened = open_page(path)
     assert "left out" in opened.text("#answers") and opened.complaints == []
 
 
 @pytest.mark.parametrize(
-    "made", [{"updates": 0}, {"updates": 1, "ranks": 1}, {"updates": 4, "end": None, "text": "none"}, {"updates": 6, "ranks": 8}]
+    "made",
+    [
+        {"updates": 0},
+        {"updates": 1, "ranks": 1},
+        {"updates": 4, "end": None, "text": "none"},
+        {"updates": 6, "ranks": 8},
+    ],
 )
-def test_a_run_that_has_hardly_begun_or_many_ranks_is_shown_too(open_page, tmp_path: Path, made: dict) -> None:
+def test_a_run_that_has_hardly_begun_or_many_ranks_is_shown_too(
+    open_page, tmp_path: Path, made: dict
+) -> None:
     folder = write_run(tmp_path / "run", faults=False, **made)
     if not made["updates"]:
         (folder / "evaluations.jsonl").unlink()
@@ -225,7 +286,9 @@ def test_a_run_that_has_hardly_begun_or_many_ranks_is_shown_too(open_page, tmp_p
 
 
 def test_5000_updates_of_448_matrices_are_small_and_quick(open_page, tmp_path: Path) -> None:
-    path = write_report(write_run(tmp_path / "big", updates=5000, layers=32, probe_every=5, rows=600))
+    path = write_report(
+        write_run(tmp_path / "big", updates=5000, layers=32, probe_every=5, rows=600)
+    )
     assert path.stat().st_size < 15e6
     opened = open_page(path)
     assert opened.complaints == []

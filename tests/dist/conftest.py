@@ -34,7 +34,9 @@ class Verified:
 def run_verify(*arguments: str, root: Path = ROOT) -> Verified:
     """The command as a user starts it, with the glassloop that lies in `root`."""
     env = environment(PYTHONPATH=str(root))
-    done = subprocess.run([*VERIFY, *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [*VERIFY, *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=500
+    )
     return Verified(done.returncode, done.stdout, done.stderr)
 
 

@@ -12,7 +12,9 @@ from launching import HERE, launch, write_rows
 @pytest.fixture(scope="module")
 def alarms(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict:
     folder = tmp_path_factory.mktemp("alarms")
-    launch(HERE / "alarms.py", str(folder), str(tiny_llama), str(write_rows(folder / "rows.jsonl", 21)))
+    launch(
+        HERE / "alarms.py", str(folder), str(tiny_llama), str(write_rows(folder / "rows.jsonl", 21))
+    )
     return json.loads((folder / "alarms.json").read_text())
 
 
@@ -45,7 +47,10 @@ def test_a_row_of_50_times_its_loss_on_rank_1_is_an_alarm_and_the_reaction_is_ta
 def test_a_replica_nudged_in_one_entry_stops_the_run_and_is_named_with_both_values(alarms):
     result = both(alarms, "replica_nudged")
     held = ", ".join(f"rank {rank}: {value:.9g}" for rank, value in enumerate(result["held"]))
-    assert f"no longer equal before update 3: {result['name']}, entry 5 is the first ({held})" in result["error"]
+    assert (
+        f"no longer equal before update 3: {result['name']}, entry 5 is the first ({held})"
+        in result["error"]
+    )
 
 
 def test_one_bit_of_an_optimizer_state_stops_the_run_and_is_named(alarms):
@@ -62,17 +67,29 @@ def test_replicas_that_part_in_the_last_step_are_not_saved(alarms):
 def test_an_adapter_that_is_not_finite_is_named(alarms):
     result = both(alarms, "adapters_not_finite")
     assert (result["action"], result["nonfinite"]) == ("skipped", True)
-    assert result["reason"] == "adapters are not finite before the update: layers.0.self_attn.q_proj.A is the first"
+    assert (
+        result["reason"]
+        == "adapters are not finite before the update: layers.0.self_attn.q_proj.A is the first"
+    )
 
 
 def test_an_update_that_is_not_finite_is_kept_whole_with_the_random_numbers_of_all_ranks(alarms):
     result = both(alarms, "nonfinite_is_kept_whole")
     assert (result["why"], result["ranks"]) == ("nonfinite", 2)
-    assert {"adapter_before.safetensors", "optimizer.safetensors", "rng_rank0.json", "rng_rank1.json"} <= set(result["files"])
+    assert {
+        "adapter_before.safetensors",
+        "optimizer.safetensors",
+        "rng_rank0.json",
+        "rng_rank1.json",
+    } <= set(result["files"])
 
 
 def test_updates_are_captured_by_number_by_a_signal_to_one_rank_and_once_as_healthy(alarms):
-    assert both(alarms, "captured_by_number_and_by_signal") == ["update_000002", "update_000003", "update_000004"]
+    assert both(alarms, "captured_by_number_and_by_signal") == [
+        "update_000002",
+        "update_000003",
+        "update_000004",
+    ]
 
 
 def test_probes_and_capsules_change_no_bit(alarms):
@@ -84,7 +101,11 @@ def test_probes_and_capsules_change_no_bit(alarms):
 def test_at_update_1_the_gradient_of_A_is_0_and_B_has_no_ratio(alarms):
     first, second = both(alarms, "probes_change_nothing")["probes"][:2]
     for name, grad, ratio, moved in zip(
-        first["matrices"], first["grad_norm"], first["update_to_weight"], first["unmoved_share"], strict=True
+        first["matrices"],
+        first["grad_norm"],
+        first["update_to_weight"],
+        first["unmoved_share"],
+        strict=True,
     ):
         if name.endswith(".A"):
             assert grad == 0.0
@@ -102,7 +123,9 @@ def test_the_noise_scale_comes_from_ranks_and_is_unknown_under_ddp(alarms):
     assert result["ddp"] is None
 
 
-def test_going_back_repeats_the_run_bit_for_bit_and_without_a_window_only_that_one_is_left_out(alarms):
+def test_going_back_repeats_the_run_bit_for_bit_and_without_a_window_only_that_one_is_left_out(
+    alarms,
+):
     result = both(alarms, "gone_back")
     assert (result["code"], result["same_code"], result["without_code"]) == (0, 0, 0)
     assert result["same"] is True

@@ -12,7 +12,12 @@ from launching import HERE, ROOT, TWO_CPUS, launch, write_rows
 @pytest.fixture(scope="module")
 def contracts(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict:
     folder = tmp_path_factory.mktemp("contracts")
-    launch(HERE / "contracts.py", str(folder), str(tiny_llama), str(write_rows(folder / "rows.jsonl", 21)))
+    launch(
+        HERE / "contracts.py",
+        str(folder),
+        str(tiny_llama),
+        str(write_rows(folder / "rows.jsonl", 21)),
+    )
     return json.loads((folder / "contracts.json").read_text())
 
 
@@ -44,15 +49,26 @@ def test_the_plan_of_a_whole_run_is_its_ledger(contracts):
     assert result["planned"] == result["counted"]
     assert result["planned"]["rows"] == [8, 8, 5, 8, 8, 5]
     assert result["facts"]["processes"] == 2
-    assert result["facts"]["trainable parameters"] == 8192  # 4 x (in + out) of seven projections in two layers
+    assert (
+        result["facts"]["trainable parameters"] == 8192
+    )  # 4 x (in + out) of seven projections in two layers
 
 
 def test_a_rank_without_memory_makes_both_go_on_with_the_same_rows_in_smaller_passes(contracts):
     result = both(contracts, "out_of_memory")
     smaller = result["smaller"]
     assert smaller["code"] == 0
-    assert [(rows, action) for _, rows, action, _, _ in smaller["updates"]] == [(rows, "applied") for rows, _ in result["plain"]]
-    assert [passes for _, _, _, passes, _ in smaller["updates"]] == [[2, 2], [4, 4], [3, 2], [4, 4], [4, 4], [3, 2]]
+    assert [(rows, action) for _, rows, action, _, _ in smaller["updates"]] == [
+        (rows, "applied") for rows, _ in result["plain"]
+    ]
+    assert [passes for _, _, _, passes, _ in smaller["updates"]] == [
+        [2, 2],
+        [4, 4],
+        [3, 2],
+        [4, 4],
+        [4, 4],
+        [3, 2],
+    ]
     for (_, _, _, _, loss), (_, expected) in zip(smaller["updates"], result["plain"], strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)
     (message,) = [message for kind, message in smaller["events"] if kind == "out_of_memory"]
@@ -71,7 +87,12 @@ def test_the_preflight_computes_the_heaviest_pass_and_changes_nothing(contracts)
     result = both(contracts, "preflights")["sound"]
     assert (result["error"], result["unchanged"]) == (None, True)
     slots = 2 * result["longest"][0]
-    assert result["events"] == [["preflight", f"the heaviest pass of each rank ({slots} slot tokens at most) fits and is finite"]]
+    assert result["events"] == [
+        [
+            "preflight",
+            f"the heaviest pass of each rank ({slots} slot tokens at most) fits and is finite",
+        ]
+    ]
 
 
 def test_the_preflight_refuses_what_is_not_finite_and_names_the_rows(contracts):
@@ -90,7 +111,9 @@ def test_the_preflight_finds_passes_that_fit_or_says_what_would(contracts):
 
 
 def test_a_run_does_not_go_on_with_other_rows(contracts):
-    assert "the rows are not those that the run began with" in both(contracts, "other_rows_on_resume")
+    assert "the rows are not those that the run began with" in both(
+        contracts, "other_rows_on_resume"
+    )
 
 
 def test_a_compiler_that_arrives_through_the_launcher_is_refused(tmp_path: Path, tiny_llama: Path):

@@ -18,7 +18,9 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[
     return {**json.loads((folder / "damaged.json").read_text()), "output": output}
 
 
-def test_each_file_that_one_rank_finds_damaged_is_refused_by_both_which_name_rank_and_file(damaged: dict[str, Any]) -> None:
+def test_each_file_that_one_rank_finds_damaged_is_refused_by_both_which_name_rank_and_file(
+    damaged: dict[str, Any],
+) -> None:
     assert len(damaged["each file"]) == 5
     for name, said in damaged["each file"].items():
         assert f"{name} is corrupt or cut short" in said[0]
@@ -37,4 +39,10 @@ def test_what_another_rank_refuses_is_printed_once(damaged: dict[str, Any]) -> N
     assert damaged["output"].count("refused: ") == 1
     assert "rank 1: ValueError: checkpoint" in damaged["output"]
     assert "optimizer.safetensors is corrupt or cut short" in damaged["output"]
-    assert "Traceback" not in damaged["output"].partition("ChildFailedError")[0].partition("refused: ")[2].partition("\n")[0]
+    assert (
+        "Traceback"
+        not in damaged["output"]
+        .partition("ChildFailedError")[0]
+        .partition("refused: ")[2]
+        .partition("\n")[0]
+    )

@@ -17,7 +17,11 @@ MEMBERS = [member.name for member in members() if member.engine == "peft"]
 def distances(verified) -> dict[str, dict[str, float]]:
     """L2 distance to the formula, relative to it, by member and by what was compared."""
     assert verified.stdout, verified.stderr[-6000:]
-    return {verdict["name"]: verdict["distances"] for verdict in verified.output["verdicts"] if verdict["kind"] == "member"}
+    return {
+        verdict["name"]: verdict["distances"]
+        for verdict in verified.output["verdicts"]
+        if verdict["kind"] == "member"
+    }
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -37,8 +41,16 @@ def test_five_updates_of_8_bit_adamw_make_the_same_change(distances, member):
 
 def test_the_class_holds_every_layout_on_one_rank_and_two_with_both_reductions_and_bases():
     ways = {(s.ranks, s.layout, s.reduction, s.recomputed) for s in SHAPES.values()}
-    assert {(ranks, "literal", "explicit", recomputed) for ranks in (1, 2) for recomputed in (False, True)} <= ways
-    assert {(1, "packed", "explicit", False), (2, "packed", "explicit", False), (2, "packed", "ddp", False)} <= ways
+    assert {
+        (ranks, "literal", "explicit", recomputed)
+        for ranks in (1, 2)
+        for recomputed in (False, True)
+    } <= ways
+    assert {
+        (1, "packed", "explicit", False),
+        (2, "packed", "explicit", False),
+        (2, "packed", "ddp", False),
+    } <= ways
     assert {(2, "literal", "ddp", recomputed) for recomputed in (False, True)} <= ways
     assert any(shape.pass_tokens for shape in SHAPES.values()), "packed in small passes"
     assert {task.quantization for task in TASKS.values()} == {"nf4", "none"}

@@ -18,7 +18,12 @@ ROWS = 21
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict:
     folder = tmp_path_factory.mktemp("faults")
-    launch(HERE / "faults.py", str(folder), str(tiny_llama), str(write_rows(folder / "rows.jsonl", ROWS)))
+    launch(
+        HERE / "faults.py",
+        str(folder),
+        str(tiny_llama),
+        str(write_rows(folder / "rows.jsonl", ROWS)),
+    )
     return json.loads((folder / "faults.json").read_text())
 
 
@@ -26,14 +31,19 @@ def both(faults: dict, check: str):
     """What a check returned, once it is known that both ranks returned the same."""
     first, second = faults[check]
     for result in (first, second):
-        for time in [key for key in result if str(key).endswith("_s")] if isinstance(result, dict) else ():
+        for time in (
+            [key for key in result if str(key).endswith("_s")] if isinstance(result, dict) else ()
+        ):
             del result[time]
     assert first == second
     return first
 
 
 def test_two_ranks_apply_the_schedule_of_one(faults):
-    closed_form = [lr_at(u, updates=60, warmup=5, peak=1e-2, kind="linear", first="peak_over_warmup") for u in range(1, 61)]
+    closed_form = [
+        lr_at(u, updates=60, warmup=5, peak=1e-2, kind="linear", first="peak_over_warmup")
+        for u in range(1, 61)
+    ]
     assert both(faults, "learning_rates_of_60_updates") == closed_form
     assert closed_form[58] > 0
 
@@ -86,7 +96,11 @@ def test_a_stop_asked_of_one_rank_gives_the_update_up_on_both(faults):
 
 def test_a_window_without_labels_is_skipped_named_and_nobody_hangs(faults):
     result = both(faults, "nothing_supervised")
-    assert (result["action"], result["loss_nats"], result["grad_norm_pre_clip"]) == ("skipped", None, None)
+    assert (result["action"], result["loss_nats"], result["grad_norm_pre_clip"]) == (
+        "skipped",
+        None,
+        None,
+    )
     assert "no supervised token in its 8 rows (train:" in result["reason"]
     assert result["unchanged"]
     assert result["next"] == "applied"
@@ -111,7 +125,9 @@ def test_the_cosine_and_norms_of_ranks_add_up_to_the_whole(faults):
     result = both(faults, "clipping")
     a, b = result["rank_norms"]
     whole = result["norms"]["None"][0]
-    assert math.sqrt(a * a + b * b + 2 * a * b * result["rank_cosine"]) == pytest.approx(whole, rel=1e-5)
+    assert math.sqrt(a * a + b * b + 2 * a * b * result["rank_cosine"]) == pytest.approx(
+        whole, rel=1e-5
+    )
 
 
 def test_evaluating_and_generating_between_updates_changes_no_bit(faults):
@@ -122,5 +138,7 @@ def test_every_row_is_trained_once_an_epoch_on_both_ranks(faults):
     result = both(faults, "ledger")
     for epoch in (result["seen"][:3], result["seen"][3:]):
         assert [len(window) for window in epoch] == [8, 8, 5]
-        assert Counter(row for window in epoch for row in window) == Counter(f"train:{i}" for i in range(ROWS))
+        assert Counter(row for window in epoch for row in window) == Counter(
+            f"train:{i}" for i in range(ROWS)
+        )
     assert all(result["ranks"])

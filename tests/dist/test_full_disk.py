@@ -29,16 +29,23 @@ def words(tmp_path: Path, tiny_llama: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run_on(size: str, words: list[str], tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
+def run_on(
+    size: str, words: list[str], tmp_path: Path
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     """A run on a disk of that size; what was on it in the end lies in the folder."""
-    if shutil.which("unshare") is None or subprocess.run([*APART, "mount -t tmpfs x /mnt"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*APART, "mount -t tmpfs x /mnt"], capture_output=True).returncode
+    ):
         pytest.skip("mounting a disk needs unshare and the right to mount")
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
     command = [*APART, MOUNT, size, str(disk), sys.executable, str(ROOT / "train_loop.py"), *words]
     env = environment(DISK=str(disk), KEPT=str(kept))
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200), kept / "full"
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    ), kept / "full"
 
 
 def published(folder: Path) -> list[str]:
@@ -62,12 +69,18 @@ def test_a_run_on_a_full_disk_keeps_its_checkpoints_and_goes_on_or_stops(
     refusals = [event["message"] for event in events if event["kind"] == "warning"]
     assert "No space left on device" in refusals[0]
     assert "free space there, lower checkpoint.keep" in refusals[0]
-    updates = [json.loads(line)["update"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [
+        json.loads(line)["update"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert updates == list(range(1, (done or 2 * len(kept) + 2) + 1))
 
 
-def test_a_disk_that_takes_no_line_more_ends_the_run_with_a_message(words: list[str], tmp_path: Path) -> None:
-    ended, folder = run_on("40k", [*words, "checkpoint.every_updates=null", "record.probe_every_updates=1"], tmp_path)
+def test_a_disk_that_takes_no_line_more_ends_the_run_with_a_message(
+    words: list[str], tmp_path: Path
+) -> None:
+    ended, folder = run_on(
+        "40k", [*words, "checkpoint.every_updates=null", "record.probe_every_updates=1"], tmp_path
+    )
     assert ended.returncode == 1, ended.stderr[-3000:]
     assert "Traceback" not in ended.stderr
     assert "jsonl cannot be written (No space left on device): free space" in ended.stderr

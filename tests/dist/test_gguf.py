@@ -20,7 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SOURCE = os.environ.get("GLASSLOOP_LLAMA_CPP")
-QUESTIONS = ("Who calls?", "Is this a scam? The caller asks for gift cards.", "Name a colour.", "What is 12 + 30?")
+QUESTIONS = (
+    "Who calls?",
+    "Is this a scam? The caller asks for gift cards.",
+    "Name a colour.",
+    "What is 12 + 30?",
+)
 NEW_TOKENS = 16
 
 
@@ -34,15 +39,27 @@ def test_llama_cpp_says_what_transformers_says(tmp_path):
     converter = Path(SOURCE) / "convert_hf_to_gguf.py"
     gguf = tmp_path / "model.gguf"
     paths = os.pathsep.join([str(Path(SOURCE) / "gguf-py"), os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, str(converter), str(folder), "--outfile", str(gguf), "--outtype", "f32"]
-    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    words = [
+        sys.executable,
+        str(converter),
+        str(folder),
+        "--outfile",
+        str(gguf),
+        "--outtype",
+        "f32",
+    ]
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     import llama_cpp
 
     server = llama_cpp.Llama(model_path=str(gguf), n_ctx=512, verbose=False, n_threads=1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert read_json(folder / "tokenizer_config.json").get("add_bos_token", False) == adds_bos(tokenizer)
+    assert read_json(folder / "tokenizer_config.json").get("add_bos_token", False) == adds_bos(
+        tokenizer
+    )
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -50,11 +67,14 @@ def test_llama_cpp_says_what_transformers_says(tmp_path):
         assert server.tokenize(str(text).encode(), add_bos=adds_bos(tokenizer), special=True) == ids
         given = torch.tensor([ids])
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=2
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=2,
         )
-        wanted = model.generate(input_ids=given, attention_mask=torch.ones_like(given), generation_config=settings)[
-            0, len(ids) :
-        ].tolist()
+        wanted = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), generation_config=settings
+        )[0, len(ids) :].tolist()
         server.reset()
         found = []
         for token in server.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):

@@ -42,7 +42,12 @@ for _ in range(600):
 
 def launch(name: str, script: Path) -> list[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launcher, "--config_file", str(ROOT / "accelerate_configs" / f"{name}.yaml"), str(script)]
+    return [
+        *launcher,
+        "--config_file",
+        str(ROOT / "accelerate_configs" / f"{name}.yaml"),
+        str(script),
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -52,20 +57,41 @@ def environment() -> dict[str, str]:
 def test_two_ranks_on_a_cpu(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS, encoding="utf-8")
-    ran = subprocess.run(launch("cpu_2proc", script), env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        launch("cpu_2proc", script),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr
-    seen = sorted((json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")), key=lambda rank: rank["rank"])
-    same = {"ranks": 2, "sum": 2.0, "backend": "gloo", "device": "cpu", "precision": "no", "cuda": 0}
+    seen = sorted(
+        (json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")),
+        key=lambda rank: rank["rank"],
+    )
+    same = {
+        "ranks": 2,
+        "sum": 2.0,
+        "backend": "gloo",
+        "device": "cpu",
+        "precision": "no",
+        "cuda": 0,
+    }
     assert seen == [{"rank": 0, **same}, {"rank": 1, **same}]
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("single_gpu", 1), ("cpu_2proc", 2)])
-def test_a_signal_to_the_launcher_reaches_the_ranks_and_is_waited_for(name: str, ranks: int, tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_reaches_the_ranks_and_is_waited_for(
+    name: str, ranks: int, tmp_path: Path
+) -> None:
     script = tmp_path / "waits.py"
     script.write_text(WAITS_FOR_A_SIGNAL, encoding="utf-8")
     output = tmp_path / "output"
     with output.open("w") as file:
-        process = subprocess.Popen(launch(name, script), env=environment(), stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            launch(name, script), env=environment(), stdout=file, stderr=subprocess.STDOUT
+        )
     try:
         deadline = time.monotonic() + 90
         while output.read_text().count("ready") < ranks and time.monotonic() < deadline:

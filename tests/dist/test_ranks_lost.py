@@ -42,14 +42,21 @@ def updates(folder: Path) -> int:
 def pid_of_rank(folder: Path, rank: int, after_updates: int) -> int:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if updates(folder) >= after_updates and (path := folder / "ranks" / f"rank{rank}.json").exists():
+        if (
+            updates(folder) >= after_updates
+            and (path := folder / "ranks" / f"rank{rank}.json").exists()
+        ):
             return json.loads(path.read_text())["pid"]
         time.sleep(0.05)
     raise AssertionError("the run did not get there")
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted((folder / "checkpoints").rglob("*")) if path.is_file()}
+    return {
+        str(path): path.read_bytes()
+        for path in sorted((folder / "checkpoints").rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_a_killed_rank_ends_the_other_one_which_names_it(words, tmp_path):
@@ -64,7 +71,9 @@ def test_a_killed_rank_ends_the_other_one_which_names_it(words, tmp_path):
     assert "rank 1 is gone: rank 0 ends too, and nothing is saved" in output
     assert f"process {pid} is gone" in output
     saved = checkpoints(folder)
-    last = max(json.loads(data)["update"] for name, data in saved.items() if name.endswith("state.json"))
+    last = max(
+        json.loads(data)["update"] for name, data in saved.items() if name.endswith("state.json")
+    )
     assert last % 5 == 0  # a periodic one: nothing was saved on the way out
     launch(
         TRAIN,
@@ -88,7 +97,9 @@ def test_a_hanging_rank_is_given_up_with_the_position_of_each(words):
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
-            if time.monotonic() > deadline - 30:  # the launcher now waits for the stopped rank, which it cannot end otherwise
+            if (
+                time.monotonic() > deadline - 30
+            ):  # the launcher now waits for the stopped rank, which it cannot end otherwise
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         output, _ = process.communicate(timeout=60)
@@ -102,7 +113,9 @@ def test_a_hanging_rank_is_given_up_with_the_position_of_each(words):
 
 def test_with_max_restarts_the_run_goes_on_by_itself(words):
     folder = Path(words[-1][8:]) / "restarted"
-    short = [word if not word.startswith("schedule.updates") else "schedule.updates=60" for word in words]
+    short = [
+        word if not word.startswith("schedule.updates") else "schedule.updates=60" for word in words
+    ]
     process = start(short, "restarted", "--max_restarts", "1")
     pid = pid_of_rank(folder, 1, after_updates=12)
     os.kill(pid, signal.SIGKILL)
@@ -112,11 +125,15 @@ def test_with_max_restarts_the_run_goes_on_by_itself(words):
     last = {line["update"]: line["attempt"] for line in lines}
     assert sorted(last) == list(range(1, 61))
     assert (last[1], last[60]) == (1, 2)  # what came after the last checkpoint was done again
-    events = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()
+    ]
     assert events.count("resumed") == 1
 
 
-@pytest.mark.parametrize("to_all", [True, False], ids=["as SLURM, to all processes", "to the launcher alone"])
+@pytest.mark.parametrize(
+    "to_all", [True, False], ids=["as SLURM, to all processes", "to the launcher alone"]
+)
 def test_a_termination_signal_saves_a_checkpoint_of_what_is_done(words, to_all):
     folder = Path(words[-1][8:]) / f"terminated{to_all}"
     process = start([*words, "checkpoint.every_updates=null"], folder.name)
@@ -128,5 +145,9 @@ def test_a_termination_signal_saves_a_checkpoint_of_what_is_done(words, to_all):
     event = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()][-1]
     assert event["kind"] == "stopped"
     assert "SIGTERM" in event["message"]
-    (saved,) = [json.loads(data)["update"] for name, data in checkpoints(folder).items() if name.endswith("state.json")]
+    (saved,) = [
+        json.loads(data)["update"]
+        for name, data in checkpoints(folder).items()
+        if name.endswith("state.json")
+    ]
     assert saved == updates(folder) >= 6

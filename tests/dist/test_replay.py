@@ -23,7 +23,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
         weights["model.embed_tokens.weight"][511] = math.nan
 
     model = spoiled_base(sure_base(tiny_llama, folder / "sure"), folder / "model", spoil)
-    launch(HERE / "replaying.py", str(folder), str(model), str(write_rows(folder / "rows.jsonl", 21)))
+    launch(
+        HERE / "replaying.py", str(folder), str(model), str(write_rows(folder / "rows.jsonl", 21))
+    )
     return folder / "runs"
 
 
@@ -47,7 +49,9 @@ def replayed(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, An
         ("ddp", 1, "the beginning"),
     ],
 )
-def test_an_update_of_two_ranks_comes_back_bit_for_bit_on_one_process(runs, capsys, run, update, origin):
+def test_an_update_of_two_ranks_comes_back_bit_for_bit_on_one_process(
+    runs, capsys, run, update, origin
+):
     found = replayed(capsys, runs / run, "--update", update)
     assert origin in found["origin"]
     assert found["bit_for_bit"]
@@ -57,7 +61,9 @@ def test_an_update_of_two_ranks_comes_back_bit_for_bit_on_one_process(runs, caps
     assert ("norm of rank 1" in names) == (run != "ddp")
 
 
-def test_a_row_on_rank_1_that_costs_50_times_the_others_is_found_there_and_is_the_cause(runs, capsys):
+def test_a_row_on_rank_1_that_costs_50_times_the_others_is_found_there_and_is_the_cause(
+    runs, capsys
+):
     found = replayed(capsys, runs / "row", "--update", 4, "--bisect", "--try")
     walk = found["bisection"]
     assert found["bit_for_bit"]
@@ -73,8 +79,13 @@ def test_a_nan_on_rank_1_only_is_found_at_its_row_module_and_place(runs, capsys)
     found = replayed(capsys, runs / "nan", "--update", 4, "--bisect", "--try")
     walk = found["bisection"]
     assert found["bit_for_bit"]
-    assert [one["recorded"] for one in found["compared"] if one["name"] == "loss of rank 1"] == ["nan"]
+    assert [one["recorded"] for one in found["compared"] if one["name"] == "loss of rank 1"] == [
+        "nan"
+    ]
     assert walk["rank"]["name"] == "rank 1"
     assert walk["row"]["name"] == "row:nan"
-    assert walk["layer"]["message"] == "embed_tokens is the first module whose output is not finite, first at place 10"
+    assert (
+        walk["layer"]["message"]
+        == "embed_tokens is the first module whose output is not finite, first at place 10"
+    )
     assert found["trials"]["verdict"]["kind"] == "data"

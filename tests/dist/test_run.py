@@ -45,10 +45,20 @@ def whole(words: list[str]) -> Path:
 
 def test_a_run_leaves_the_folder_that_the_readme_promises(whole):
     names = {path.name for path in whole.iterdir()}
-    assert {"config.yaml", "env.json", "plan.json", "metrics.jsonl", "rows.jsonl", "events.jsonl", "samples.jsonl"} <= names
+    assert {
+        "config.yaml",
+        "env.json",
+        "plan.json",
+        "metrics.jsonl",
+        "rows.jsonl",
+        "events.jsonl",
+        "samples.jsonl",
+    } <= names
     assert [record["update"] for record in lines(whole, "metrics.jsonl")] == list(range(1, 25))
     assert [record["update"] for record in lines(whole, "evaluations.jsonl")] == [0, 10, 20, 24]
-    assert {"update_000010", "update_000020", "update_000024"} <= {path.name for path in (whole / "checkpoints").iterdir()}
+    assert {"update_000010", "update_000020", "update_000024"} <= {
+        path.name for path in (whole / "checkpoints").iterdir()
+    }
     assert {sample["update"] for sample in lines(whole, "samples.jsonl")} == {0, 24}
 
 
@@ -76,7 +86,11 @@ def test_the_rows_on_record_are_the_rows_of_the_plan(whole):
     rows = lines(whole, "rows.jsonl")
     per_epoch = plan["windows_per_epoch"]
     for epoch in range(24 // per_epoch):
-        seen = [row["row_id"] for row in rows if epoch * per_epoch < row["update"] <= (epoch + 1) * per_epoch]
+        seen = [
+            row["row_id"]
+            for row in rows
+            if epoch * per_epoch < row["update"] <= (epoch + 1) * per_epoch
+        ]
         assert len(seen) == len(set(seen)) == plan["rows"]
 
 
@@ -89,7 +103,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(whole, words):
     )  # fmt: skip
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6):
+    while time.monotonic() < deadline and not (
+        metrics.exists() and len(metrics.read_text().splitlines()) >= 6
+    ):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=100)
@@ -102,7 +118,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(whole, words):
     for name in ("metrics.jsonl", "rows.jsonl", "evaluations.jsonl"):
         ours, theirs = lines(folder, name), lines(whole, name)
         for record in (*ours, *theirs):
-            for key in [key for key in record if key.endswith("_s") or key in ("attempt", "seconds", "base")]:
+            for key in [
+                key for key in record if key.endswith("_s") or key in ("attempt", "seconds", "base")
+            ]:
                 del record[key]
         assert ours == theirs, name
     final = "checkpoints/update_000024/adapter_model.safetensors"
@@ -123,7 +141,9 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
         "schedule.updates=30",
         "execution.preflight=false",
     ]
-    once = lambda *more: subprocess.run([*alone, *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)  # noqa: E731
+    once = lambda *more: subprocess.run(
+        [*alone, *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+    )  # noqa: E731
     refused = once()
     assert refused.returncode == 2
     assert "it was saved by 2 ranks, this run has 1: start 2" in refused.stderr
@@ -133,9 +153,16 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
     assert "goes on with 1 rank instead of 2: the same 4 rows an update" in told["reshaped"]
     assert "No longer bit for bit" in told["reshaped"]
     assert "trains 30 updates instead of 24" in told["longer"]
-    old, new = (json.loads((folder / name).read_text()) for name in ("plan_000020.json", "plan.json"))
+    old, new = (
+        json.loads((folder / name).read_text()) for name in ("plan_000020.json", "plan.json")
+    )
     assert old == json.loads((whole / "plan.json").read_text())
-    assert (new["updates"], new["ranks"], new["accumulation"], new["rows_per_update"]) == (30, 1, 4, 4)
+    assert (new["updates"], new["ranks"], new["accumulation"], new["rows_per_update"]) == (
+        30,
+        1,
+        4,
+        4,
+    )
     assert new["lr"][:20] == old["lr"][:20]
     assert f"lr(21) was {old['lr'][20]:.3g}, is {new['lr'][20]:.3g}" in told["longer"]
     rows = {
@@ -144,10 +171,20 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
     }
     done_again = sorted(pair for pair in rows[folder] if pair[0] <= 24)
     assert done_again == sorted(pair for pair in rows[whole] if pair[0] > 20)
-    losses = {run: {r["update"]: r["loss_nats"] for r in lines(run, "metrics.jsonl")} for run in (whole, folder)}
+    losses = {
+        run: {r["update"]: r["loss_nats"] for r in lines(run, "metrics.jsonl")}
+        for run in (whole, folder)
+    }
     assert losses[folder][21] == pytest.approx(losses[whole][21], rel=1e-5)
     assert sorted(losses[folder]) == list(range(1, 31))
-    again = subprocess.run([*alone[:4], "--at", "30"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    again = subprocess.run(
+        [*alone[:4], "--at", "30"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert "has done all of its 30 updates" in again.stderr  # config.yaml says what the run is now
 
 
@@ -161,7 +198,14 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
 )
 def test_what_cannot_run_is_refused_before_a_model_is_loaded(words, extra, said, tmp_path):
     output = launch(
-        TRAIN, *words, *extra, expect=1, HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="", NETRC=str(tmp_path / "none")
+        TRAIN,
+        *words,
+        *extra,
+        expect=1,
+        HOME=str(tmp_path),
+        WANDB_API_KEY="",
+        WANDB_MODE="",
+        NETRC=str(tmp_path / "none"),
     )
     assert said in output
     assert output.count("refused:") == 1
@@ -171,13 +215,30 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(words, extra, said,
 def test_two_ranks_make_one_tracked_run_without_secrets(words, tmp_path):
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")
-    extra = ["tracking.to=wandb,tensorboard", "tracking.wandb_mode=offline", "schedule.updates=3", "data.heldout=null"]
-    plain = [word for word in words if not word.startswith(("data.heldout", "evaluation.every", "schedule.updates"))]
+    extra = [
+        "tracking.to=wandb,tensorboard",
+        "tracking.wandb_mode=offline",
+        "schedule.updates=3",
+        "data.heldout=null",
+    ]
+    plain = [
+        word
+        for word in words
+        if not word.startswith(("data.heldout", "evaluation.every", "schedule.updates"))
+    ]
     secret = "0123456789abcdef0123456789abcdef01234567"
     launch(
-        TRAIN, *plain, *extra, f"run.dir={tmp_path}", "run.name=tracked", "evaluation.every_updates=null", WANDB_API_KEY=secret
+        TRAIN,
+        *plain,
+        *extra,
+        f"run.dir={tmp_path}",
+        "run.name=tracked",
+        "evaluation.every_updates=null",
+        WANDB_API_KEY=secret,
     )
     folder = tmp_path / "tracked"
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
-    assert not any(secret.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert not any(
+        secret.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    )

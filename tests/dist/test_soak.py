@@ -17,9 +17,18 @@ ALL = bool(os.environ.get("GLASSLOOP_SOAK"))
 SAMPLE = ["--every", "23", "--random", "4", "--launched", "0"]
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 37)
-    command = [sys.executable, str(HERE / "soak.py"), str(tmp_path), str(tiny_llama), str(rows), *([] if ALL else SAMPLE)]
+    command = [
+        sys.executable,
+        str(HERE / "soak.py"),
+        str(tmp_path),
+        str(tiny_llama),
+        str(rows),
+        *([] if ALL else SAMPLE),
+    ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=3600)
     counts = re.search(r"^kills: (\d+) .*$", done.stderr, re.M)
     assert done.returncode == 0 and counts, done.stderr[-6000:]

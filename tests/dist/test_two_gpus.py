@@ -45,7 +45,9 @@ def record(update: int, **changed: Any) -> dict[str, Any]:
     return plain | changed
 
 
-def write(folder: Path, records: list[dict[str, Any]], rows: dict[int, list[str]] | None = None) -> Path:
+def write(
+    folder: Path, records: list[dict[str, Any]], rows: dict[int, list[str]] | None = None
+) -> Path:
     """A run's folder as far as comparisons read it."""
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
@@ -70,7 +72,12 @@ def test_two_ranks_one_rank_a_kill_and_a_resume_in_one_command(tmp_path: Path) -
     # The peers' interpreter is none: their part fails, and the others do not care.
     command += ["--python", "trl=/nowhere/python", "--python", "unsloth=/nowhere/python"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=290
+        command,
+        cwd=tmp_path,
+        env=environment(PYTHON=sys.executable),
+        capture_output=True,
+        text=True,
+        timeout=290,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     told = json.loads(out.read_text())
@@ -81,27 +88,51 @@ def test_two_ranks_one_rank_a_kill_and_a_resume_in_one_command(tmp_path: Path) -
         "trl under DDP": "failed", "unsloth under DDP": "failed",
     }, done.stdout  # fmt: skip
     parts = {title: one["numbers"] for title, one in told["parts"].items()}
-    assert parts["the recipe, peft"]["updates"] == 5 and 0 < parts["the recipe, peft"]["reduce_share"] < 1
+    assert (
+        parts["the recipe, peft"]["updates"] == 5
+        and 0 < parts["the recipe, peft"]["reduce_share"] < 1
+    )
     one = parts["one rank, same losses"]
-    assert one["updates_compared"] == 3 and one["loss_off_worst"] < 1e-5 and one["other_rows_in_updates"] == []
+    assert (
+        one["updates_compared"] == 3
+        and one["loss_off_worst"] < 1e-5
+        and one["other_rows_in_updates"] == []
+    )
     two, alone = parts["engine fused, first update"], parts["engine fused, one rank"]
     assert (two["beside"], two["updates_compared"], two["ranks"]) == ("peft", 1, 2)
-    assert (alone["beside"], alone["updates_compared"], alone["ranks"]) == ("fused", 3, 1) and alone["loss_off_worst"] < 1e-5
+    assert (alone["beside"], alone["updates_compared"], alone["ranks"]) == (
+        "fused",
+        3,
+        1,
+    ) and alone["loss_off_worst"] < 1e-5
     killed = parts["one rank killed"]
     assert (
-        killed["exit_code"] not in (0, None) and killed["rank_ended_s"] < 15 and killed["checkpoint_after"][0] == "update_000004"
+        killed["exit_code"] not in (0, None)
+        and killed["rank_ended_s"] < 15
+        and killed["checkpoint_after"][0] == "update_000004"
     )
-    assert parts["exact resume"]["done_again"] == list(range(5, 13)) and parts["exact resume"]["differing"] == []
+    assert (
+        parts["exact resume"]["done_again"] == list(range(5, 13))
+        and parts["exact resume"]["differing"] == []
+    )
     machine = told["machine"]
-    assert machine["nccl_environment"] == {"NCCL_NVLS_ENABLE": "0"} and machine["all_reduce_4_mib"]["outcome"] == "ok"
+    assert (
+        machine["nccl_environment"] == {"NCCL_NVLS_ENABLE": "0"}
+        and machine["all_reduce_4_mib"]["outcome"] == "ok"
+    )
     assert "send back" in done.stdout and done.stdout.count("held      exact resume") == 2
     # The rows are as long as the workload's: what the run counted is what was made.
     lengths = told["rows"]["tokens"]
-    updates = [json.loads(line) for line in (tmp_path / "work/runs/peft/metrics.jsonl").read_text().splitlines()]
+    updates = [
+        json.loads(line)
+        for line in (tmp_path / "work/runs/peft/metrics.jsonl").read_text().splitlines()
+    ]
     assert 231 * 16 <= sum(updates[0]["rank_real_tokens"]) <= 647 * 16 and 400 < lengths / 600 < 470
 
 
-def test_it_refuses_what_it_cannot_do(two: Any, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_it_refuses_what_it_cannot_do(
+    two: Any, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     assert two.two_gpus.main(["--parts", "peft,other"]) == 2
     assert "--parts other: there are peft, one_rank" in capsys.readouterr().err
     assert two.two_gpus.main(["--model", "someone/model"]) == 2
@@ -110,15 +141,22 @@ def test_it_refuses_what_it_cannot_do(two: Any, capsys: pytest.CaptureFixture, t
     assert "it holds runs already" in capsys.readouterr().err
 
 
-def test_rows_are_as_long_as_the_workloads_under_the_tokenizer_of_random_models(two: Any, tmp_path: Path) -> None:
+def test_rows_are_as_long_as_the_workloads_under_the_tokenizer_of_random_models(
+    two: Any, tmp_path: Path
+) -> None:
     from glassloop.base.random import CHAT_TEMPLATE, _tokenizer
 
     lengths = two.two_gpus_runs.write_rows(tmp_path / "rows.jsonl", "scam-v1", 5)
     tokenizer = _tokenizer(512)
     assert tokenizer.chat_template == CHAT_TEMPLATE
-    for line, length in zip((tmp_path / "rows.jsonl").read_text().splitlines(), lengths, strict=True):
+    for line, length in zip(
+        (tmp_path / "rows.jsonl").read_text().splitlines(), lengths, strict=True
+    ):
         row = json.loads(line)
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        turns = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
         assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == length
 
@@ -140,10 +178,22 @@ def test_a_part_that_raises_or_comes_too_late_is_its_own_failure(
     kept: list[int] = []
     asked, last = two.two_gpus_parts.Asked(), time.monotonic() + 2.4
     found = script.run_stages(
-        place_in(two, tmp_path), asked, ["breaks", "waits", "late"], last, lambda found: kept.append(len(found))
+        place_in(two, tmp_path),
+        asked,
+        ["breaks", "waits", "late"],
+        last,
+        lambda found: kept.append(len(found)),
     )
-    assert {name: one["verdict"] for name, one in found.items()} == {"breaks": "failed", "waits": "held", "late": "failed"}
-    assert "KeyError" in found["breaks"]["why"] and "no time was left" in found["late"]["why"] and kept == [2, 3]
+    assert {name: one["verdict"] for name, one in found.items()} == {
+        "breaks": "failed",
+        "waits": "held",
+        "late": "failed",
+    }
+    assert (
+        "KeyError" in found["breaks"]["why"]
+        and "no time was left" in found["late"]["why"]
+        and kept == [2, 3]
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +202,9 @@ def test_a_part_that_raises_or_comes_too_late_is_its_own_failure(
      ({"supervised_tokens": 51}, None, "missed"), ({"lr": 2e-4}, None, "missed"), ({}, {1: ["row:1"], 2: ["row:7"]}, "missed"),
      ({"loss_nats": "nan"}, None, "missed")],
 )  # fmt: skip
-def test_another_way_is_held_to_the_same_rows_and_losses(two, tmp_path, monkeypatch, changed, rows, verdict) -> None:
+def test_another_way_is_held_to_the_same_rows_and_losses(
+    two, tmp_path, monkeypatch, changed, rows, verdict
+) -> None:
     timed = {
         "update_s": 1.0,
         "compute_s": 0.9,
@@ -172,16 +224,23 @@ def test_another_way_is_held_to_the_same_rows_and_losses(two, tmp_path, monkeypa
 
     monkeypatch.setattr(two.two_gpus_runs, "train", lambda *_, **__: Ended())
     monkeypatch.setattr(two.two_gpus_runs, "end", lambda *_: None)
-    found = two.two_gpus_parts.ddp(place_in(two, tmp_path), two.two_gpus_parts.Asked(updates=3, first=2), time.monotonic() + 5)
+    found = two.two_gpus_parts.ddp(
+        place_in(two, tmp_path), two.two_gpus_parts.Asked(updates=3, first=2), time.monotonic() + 5
+    )
     assert [one.verdict for one in found.values()] == [verdict]
 
 
 def test_a_resume_is_exact_or_it_is_missed(two: Any, tmp_path: Path) -> None:
     same = two.two_gpus_parts._same_again
     whole = write(tmp_path / "whole", [record(update) for update in (1, 2, 3)])
-    again = write(tmp_path / "again", [record(1), record(2), record(2, attempt=2), record(3, attempt=2)])
+    again = write(
+        tmp_path / "again", [record(1), record(2), record(2, attempt=2), record(3, attempt=2)]
+    )
     assert same(again, whole, 0, None).verdict == "held"
-    other = write(tmp_path / "other", [record(1), record(2, attempt=2), record(3, attempt=2, loss_nats=2.0 + 1e-15)])
+    other = write(
+        tmp_path / "other",
+        [record(1), record(2, attempt=2), record(3, attempt=2, loss_nats=2.0 + 1e-15)],
+    )
     assert same(other, whole, 0, None).numbers["differing"] == [3]
     short = write(tmp_path / "short", [record(1), record(2, attempt=2)])
     assert same(short, whole, 0, None).numbers["differing"] == [3]
@@ -192,7 +251,11 @@ def test_a_checkpoint_that_was_touched_is_seen(two: Any, tmp_path: Path) -> None
     folder.mkdir(parents=True)
     (folder / "a.bin").write_bytes(b"12")
     before = two.two_gpus_runs.checkpoint(tmp_path)
-    assert before is not None and before[0] == "update_000004" and two.two_gpus_runs.checkpoint(tmp_path) == before
+    assert (
+        before is not None
+        and before[0] == "update_000004"
+        and two.two_gpus_runs.checkpoint(tmp_path) == before
+    )
     (folder / "a.bin").write_bytes(b"13")
     assert two.two_gpus_runs.checkpoint(tmp_path) != before
 
@@ -213,14 +276,23 @@ def test_scaling_has_marks_on_cards_and_says_what_is_too_good(two: Any, tmp_path
     cards = two.two_gpus_runs.Place("cuda", "random:llama-8b", tmp_path, ("0", "1"))
     scaling = two.two_gpus_speed._scaling
     rates = {"held": 191.0, "missed": 189.0}
-    assert {name: scaling(cards, [line(1, 100.0), line(2, rate)], "peft", "full-v1").verdict for name, rate in rates.items()} == {
+    assert {
+        name: scaling(cards, [line(1, 100.0), line(2, rate)], "peft", "full-v1").verdict
+        for name, rate in rates.items()
+    } == {
         "held": "held",
         "missed": "missed",
     }
-    slightly, far = (scaling(cards, [line(1, 100.0), line(2, rate)], "peft", "full-v1") for rate in (202.0, 220.0))
+    slightly, far = (
+        scaling(cards, [line(1, 100.0), line(2, rate)], "peft", "full-v1")
+        for rate in (202.0, 220.0)
+    )
     assert "above 100 %" in slightly.why and (slightly.verdict, far.verdict) == ("held", "failed")
     assert scaling(cards, [line(1, 100.0)], "peft", "full-v1").verdict == "failed"
-    assert scaling(cards, [line(1, 100.0), line(2, 200.0, within=False)], "peft", "full-v1").verdict == "missed"
+    assert (
+        scaling(cards, [line(1, 100.0), line(2, 200.0, within=False)], "peft", "full-v1").verdict
+        == "missed"
+    )
 
 
 def test_what_a_command_has_started_ends_with_it(two: Any, tmp_path: Path) -> None:
@@ -236,8 +308,15 @@ def test_what_a_command_has_started_ends_with_it(two: Any, tmp_path: Path) -> No
     runs.end(one)
     assert one.process.poll() is not None and one not in runs.RUNNING
     stat, until = Path(f"/proc/{child}/stat"), time.monotonic() + 10
-    while time.monotonic() < until and stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+    while (
+        time.monotonic() < until
+        and stat.exists()
+        and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    ):
         time.sleep(0.05)
-    lives = runs.tree(child).get(child) == known[child] and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    lives = (
+        runs.tree(child).get(child) == known[child]
+        and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    )
     runs.kill({child: known[child]})
     assert not lives

@@ -16,7 +16,9 @@ from launching import LAUNCH, ROOT, environment, write_rows
 
 HOSTS = (f"glass{os.getpid()}a", f"glass{os.getpid()}b")  # two test runs on one machine do not meet
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
-TIMEOUT_S = 12  # execution.collective_timeout_s: from the cut to the end, besides 10 s for the launcher
+TIMEOUT_S = (
+    12  # execution.collective_timeout_s: from the cut to the end, besides 10 s for the launcher
+)
 
 
 def ip(*words: str) -> bool:
@@ -31,11 +33,28 @@ def hosts() -> Iterator[None]:
     try:
         made = all(ip("netns", "add", host) for host in HOSTS)
         made = made and ip(
-            "link", "add", "glass0", "netns", HOSTS[0], "type", "veth", "peer", "name", "glass1", "netns", HOSTS[1]
+            "link",
+            "add",
+            "glass0",
+            "netns",
+            HOSTS[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "glass1",
+            "netns",
+            HOSTS[1],
         )
         for number, host in enumerate(HOSTS):
-            made = made and ip("-n", host, "addr", "add", f"{ADDRESSES[number]}/24", "dev", f"glass{number}")
-            made = made and ip("-n", host, "link", "set", "lo", "up") and ip("-n", host, "link", "set", f"glass{number}", "up")
+            made = made and ip(
+                "-n", host, "addr", "add", f"{ADDRESSES[number]}/24", "dev", f"glass{number}"
+            )
+            made = (
+                made
+                and ip("-n", host, "link", "set", "lo", "up")
+                and ip("-n", host, "link", "set", f"glass{number}", "up")
+            )
         if not made:
             pytest.skip("network namespaces are not permitted here")
         yield
@@ -49,7 +68,9 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> list[st
     folder = tmp_path_factory.mktemp("hosts")
     rows = write_rows(folder / "rows.jsonl", 37)
     config = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
-    (folder / "cpu.yaml").write_text(yaml.safe_dump({**config, "use_cpu": True, "gpu_ids": "-1,-1"}))
+    (folder / "cpu.yaml").write_text(
+        yaml.safe_dump({**config, "use_cpu": True, "gpu_ids": "-1,-1"})
+    )
     return [
         str(folder / "cpu.yaml"), f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "lora.r=4",
         "batch.size=1", "batch.accumulation=2", "execution.precision=fp32", "evaluation.samples=0", "checkpoint.every_updates=5",
@@ -57,7 +78,9 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> list[st
     ]  # fmt: skip
 
 
-def start(words: list[str], number: int, port: int, folder: Path, *more: str) -> subprocess.Popen[str]:
+def start(
+    words: list[str], number: int, port: int, folder: Path, *more: str
+) -> subprocess.Popen[str]:
     """The launch of one host, as a user types it there."""
     config, *fields = words
     place = [
@@ -70,30 +93,71 @@ def start(words: list[str], number: int, port: int, folder: Path, *more: str) ->
         "--main_process_port",
         str(port),
     ]
-    command = [*LAUNCH, config, *place, str(ROOT / "train_loop.py"), *fields, f"run.dir={folder / HOSTS[number]}", *more]
-    apart = ["ip", "netns", "exec", HOSTS[number], "unshare", "--uts", "sh", "-c", f'hostname {HOSTS[number]} && exec "$@"', "sh"]
+    command = [
+        *LAUNCH,
+        config,
+        *place,
+        str(ROOT / "train_loop.py"),
+        *fields,
+        f"run.dir={folder / HOSTS[number]}",
+        *more,
+    ]
+    apart = [
+        "ip",
+        "netns",
+        "exec",
+        HOSTS[number],
+        "unshare",
+        "--uts",
+        "sh",
+        "-c",
+        f'hostname {HOSTS[number]} && exec "$@"',
+        "sh",
+    ]
     env = environment(GLOO_SOCKET_IFNAME=f"glass{number}")
-    return subprocess.Popen([*apart, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*apart, *command],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_two_hosts_train_one_run(hosts: None, words: list[str], tmp_path: Path) -> None:
-    both = [start(words, number, 29511, tmp_path, "run.name=both", "schedule.updates=8") for number in (0, 1)]
+    both = [
+        start(words, number, 29511, tmp_path, "run.name=both", "schedule.updates=8")
+        for number in (0, 1)
+    ]
     outputs = [process.communicate(timeout=200)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    records = [json.loads(line) for line in (tmp_path / HOSTS[0] / "both/metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / HOSTS[0] / "both/metrics.jsonl").read_text().splitlines()
+    ]
     assert [record["update"] for record in records] == list(range(1, 9))
     assert all(len(record["rank_loss_nats"]) == 2 for record in records)
     assert "1 rows x 2 ranks x 2 micro-batches = 4 rows an update" in outputs[0]
-    assert not (tmp_path / HOSTS[1] / "both/metrics.jsonl").exists()  # rank 0's host keeps the record
+    assert not (
+        tmp_path / HOSTS[1] / "both/metrics.jsonl"
+    ).exists()  # rank 0's host keeps the record
 
 
-def test_hosts_that_are_cut_off_end_and_say_so(hosts: None, words: list[str], tmp_path: Path) -> None:
-    both = [start(words, number, 29512, tmp_path, "run.name=cut", "schedule.updates=4000") for number in (0, 1)]
+def test_hosts_that_are_cut_off_end_and_say_so(
+    hosts: None, words: list[str], tmp_path: Path
+) -> None:
+    both = [
+        start(words, number, 29512, tmp_path, "run.name=cut", "schedule.updates=4000")
+        for number in (0, 1)
+    ]
     metrics = tmp_path / HOSTS[0] / "cut/metrics.jsonl"
     try:
         deadline = time.monotonic() + 120
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 8):
-            assert time.monotonic() < deadline and all(process.poll() is None for process in both), "the run did not get there"
+            assert time.monotonic() < deadline and all(
+                process.poll() is None for process in both
+            ), "the run did not get there"
             time.sleep(0.1)
         assert ip("-n", HOSTS[1], "link", "set", "glass1", "down")
         cut = time.monotonic()
@@ -104,8 +168,13 @@ def test_hosts_that_are_cut_off_end_and_say_so(hosts: None, words: list[str], tm
             process.kill()
     assert all(process.returncode != 0 for process in both)
     for rank, output in enumerate(outputs):
-        assert f"rank {rank} could not hear from the others" in output or f"rank {rank} has waited" in output, output[-3000:]
+        assert (
+            f"rank {rank} could not hear from the others" in output
+            or f"rank {rank} has waited" in output
+        ), output[-3000:]
         assert "Go on from the last checkpoint with --resume" in output
     assert took_s < TIMEOUT_S + 20
     saved = sorted(path.name for path in (tmp_path / HOSTS[0] / "cut/checkpoints").glob("update_*"))
-    assert saved and all(int(name[-6:]) % 5 == 0 for name in saved)  # nothing was saved on the way out
+    assert saved and all(
+        int(name[-6:]) % 5 == 0 for name in saved
+    )  # nothing was saved on the way out

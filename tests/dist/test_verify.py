@@ -44,7 +44,9 @@ def test_a_sound_tree_passes(verified):
     output = verified.output
     assert output["good"] is True
     assert [v["name"] for v in output["verdicts"] if not v["good"]] == []
-    assert re.search(r"(\d+) of \1 members agree with the formula, 8 of 8 mutants are caught", verified.stderr)
+    assert re.search(
+        r"(\d+) of \1 members agree with the formula, 8 of 8 mutants are caught", verified.stderr
+    )
     assert re.search(r"two processes \d+ of \d+: ", verified.stderr), "progress"
 
 
@@ -77,13 +79,21 @@ def test_the_json_says_where_it_ran_and_has_every_loss_and_norm_with_all_digits(
     assert output["marks"] == {"gradient": 1e-6, "sgd": 2e-6, "adamw_8bit": 1e-3} == MARKS
     series = output["fingerprint"]
     kinds = ("sgd loss_nats", "sgd grad_norm", "adamw_8bit loss_nats", "adamw_8bit grad_norm")
-    assert set(series) == {f"{task} {kind}" for task in ("nf4", "plain", "clipped") for kind in kinds}
-    assert all(len(numbers) == 5 and all(math.isfinite(n) and n > 0 for n in numbers) for numbers in series.values())
+    assert set(series) == {
+        f"{task} {kind}" for task in ("nf4", "plain", "clipped") for kind in kinds
+    }
+    assert all(
+        len(numbers) == 5 and all(math.isfinite(n) and n > 0 for n in numbers)
+        for numbers in series.values()
+    )
     assert any(len(repr(n)) >= 16 for numbers in series.values() for n in numbers)
 
 
 def test_the_table_has_a_line_for_each_within_100_columns(verified):
-    verdicts = [Verdict(**{k: v for k, v in one.items() if k != "worst"}) for one in verified.output["verdicts"]]
+    verdicts = [
+        Verdict(**{k: v for k, v in one.items() if k != "worst"})
+        for one in verified.output["verdicts"]
+    ]
     lines = results.table(verdicts)
     assert max(map(len, lines)) <= 100
     for verdict in verdicts:
@@ -91,20 +101,31 @@ def test_the_table_has_a_line_for_each_within_100_columns(verified):
         assert line.endswith("ok" if verdict.kind == "member" else "caught")
 
 
-def test_a_fault_that_all_members_share_is_seen_and_the_moved_numbers_are_named(verified, verify_command, tmp_path):
+def test_a_fault_that_all_members_share_is_seen_and_the_moved_numbers_are_named(
+    verified, verify_command, tmp_path
+):
     """Labels shifted twice, planted in a copy of this tree: the members still agree with each other, but not with the formula."""
     copy = tmp_path / "tree"
-    shutil.copytree(ROOT / "glassloop", copy / "glassloop", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "glassloop", copy / "glassloop", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(ROOT / "train_loop.py", copy)
     with (copy / "glassloop" / "batches.py").open("a") as file:
-        file.write("\n\n_shifted_once = targets\n\n\ndef targets(row):\n    return (*_shifted_once(row)[1:], IGNORE)\n")
+        file.write(
+            "\n\n_shifted_once = targets\n\n\ndef targets(row):\n    return (*_shifted_once(row)[1:], IGNORE)\n"
+        )
     old = tmp_path / "old.json"
     old.write_text(verified.stdout)
-    faulty = verify_command("--json", "--only", "plain peft 1x1x8", "--against", str(old), root=copy)
+    faulty = verify_command(
+        "--json", "--only", "plain peft 1x1x8", "--against", str(old), root=copy
+    )
     assert faulty.code == 1, faulty.stderr[-6000:]
     output = faulty.output
     assert output["good"] is False
-    assert [v["name"] for v in output["verdicts"]] == ["plain peft 1x1x8", "plain peft 1x1x8 recomputed"]
+    assert [v["name"] for v in output["verdicts"]] == [
+        "plain peft 1x1x8",
+        "plain peft 1x1x8 recomputed",
+    ]
     for verdict in output["verdicts"]:
         assert not verdict["good"]
         assert verdict["distances"]["gradient"] > 0.1
@@ -116,7 +137,10 @@ def test_a_fault_that_all_members_share_is_seen_and_the_moved_numbers_are_named(
 
 
 def numbers(**change: float) -> dict[str, list[float | None]]:
-    series: dict[str, list[float | None]] = {"nf4 sgd loss_nats": [2.0, 3.0], "nf4 sgd grad_norm": [1.0, 0.5]}
+    series: dict[str, list[float | None]] = {
+        "nf4 sgd loss_nats": [2.0, 3.0],
+        "nf4 sgd grad_norm": [1.0, 0.5],
+    }
     for name, value in change.items():
         series["nf4 sgd " + name][1] = value
     return series
@@ -127,7 +151,11 @@ def test_against_tells_rounding_from_more():
     (small,) = against.moves(numbers(), numbers(loss_nats=3.0 * (1 + 1e-7)))
     (large,) = against.moves(numbers(), numbers(loss_nats=3.0 * (1 + 1e-4)))
     (bad,) = against.moves(numbers(), numbers(grad_norm=math.nan))
-    assert (small.beyond_rounding, large.beyond_rounding, bad.beyond_rounding) == (False, True, True)
+    assert (small.beyond_rounding, large.beyond_rounding, bad.beyond_rounding) == (
+        False,
+        True,
+        True,
+    )
     assert large.name == "nf4 sgd loss_nats update 2" and large.relative == pytest.approx(1e-4)
     gone = against.moves(numbers(), {"nf4 sgd loss_nats": [2.0, 3.0]})
     assert [(move.name, move.new, move.beyond_rounding) for move in gone] == [
@@ -135,8 +163,13 @@ def test_against_tells_rounding_from_more():
         ("nf4 sgd grad_norm update 2", None, True),
     ]
     facts = {"versions": {"torch": "2.11.0"}, "device": "cpu"}
-    said = "\n".join(against.lines([small, large], 4, facts, {"versions": {"torch": "2.13.0"}, "device": "cpu"}))
-    assert "torch 2.11.0 -> 2.13.0" in said and "nf4 sgd loss_nats update 2: 3.0 -> 3.0003 moved by 1.0e-04" in said
+    said = "\n".join(
+        against.lines([small, large], 4, facts, {"versions": {"torch": "2.13.0"}, "device": "cpu"})
+    )
+    assert (
+        "torch 2.11.0 -> 2.13.0" in said
+        and "nf4 sgd loss_nats update 2: 3.0 -> 3.0003 moved by 1.0e-04" in said
+    )
     assert "1 of 4 numbers moved beyond rounding" in said
 
 
@@ -145,10 +178,15 @@ def test_against_tells_rounding_from_more():
     [
         ("{", "is not JSON"),
         ("[]", "holds no fingerprint"),
-        (json.dumps({"schema": against.SCHEMA, "problem": "another", "fingerprint": {}}), "make it anew"),
+        (
+            json.dumps({"schema": against.SCHEMA, "problem": "another", "fingerprint": {}}),
+            "make it anew",
+        ),
     ],
 )
-def test_a_file_that_cannot_be_compared_is_refused_before_anything_starts(text, complaint, tmp_path):
+def test_a_file_that_cannot_be_compared_is_refused_before_anything_starts(
+    text, complaint, tmp_path
+):
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=complaint):
@@ -172,8 +210,20 @@ def verdict_of(kind: str, facts: dict, mine: dict, tmp_path: Path) -> Verdict:
 
     save("plain formula", {what: [1.0, 1.0] for what in MARKS})
     save("job", mine)
-    job = {"kind": kind, "name": "job", "task": "plain", "fault": None, "fingerprint": False, "series": {}}
-    formula = job | {"kind": "formula", "name": "plain formula", "stopped_by": None, "left_out": None}
+    job = {
+        "kind": kind,
+        "name": "job",
+        "task": "plain",
+        "fault": None,
+        "fingerprint": False,
+        "series": {},
+    }
+    formula = job | {
+        "kind": "formula",
+        "name": "plain formula",
+        "stopped_by": None,
+        "left_out": None,
+    }
     jobs = [formula, job | {"stopped_by": None, "left_out": None} | facts]
     (tmp_path / "results_1.json").write_text(json.dumps({"environment": {}, "jobs": jobs}))
     ((verdict,), _, _) = results.judge(tmp_path)
@@ -213,9 +263,13 @@ def test_an_engine_that_is_not_installed_is_left_out_and_said_so(tmp_path):
     assert "unsloth" in facts["left_out"] and facts["stopped_by"] is None
     verdict = verdict_of("member", {"left_out": facts["left_out"]}, {}, tmp_path)
     assert "left out" in results.table([verdict])[1]
-    assert "0 of 0 members" in results.summary([verdict], 1.0) and "1 left out" in results.summary([verdict], 1.0)
+    assert "0 of 0 members" in results.summary([verdict], 1.0) and "1 left out" in results.summary(
+        [verdict], 1.0
+    )
     needed, _ = attempt(Job("member", "nf4 peft 1x1x8", "nf4", refuse))
-    assert needed["left_out"] is None and "unsloth" in needed["stopped_by"], "the reference engine cannot be left out"
+    assert needed["left_out"] is None and "unsloth" in needed["stopped_by"], (
+        "the reference engine cannot be left out"
+    )
 
 
 def test_engines_are_those_of_the_config():
@@ -230,7 +284,10 @@ def test_a_process_that_dies_ends_the_command_with_its_last_words(tmp_path):
     code = f"import os; os.write(1, b'{MARK}' + str(os.getpid()).encode() + b' 3 of 9: a member\\n'); print('out of luck'); raise SystemExit(7)"
     waits = part("import time; time.sleep(100)")
     started = time.monotonic()
-    with pytest.raises(PartFailed, match=r"one process ended with exit code 7 \(it was at: 3 of 9: a member\)(?s:.*)out of luck"):
+    with pytest.raises(
+        PartFailed,
+        match=r"one process ended with exit code 7 \(it was at: 3 of 9: a member\)(?s:.*)out of luck",
+    ):
         run_parts([part(code), waits], patience_s=60, say=print, cwd=tmp_path)
     assert time.monotonic() - started < 30, "the other part is ended too"
 
@@ -252,7 +309,9 @@ def test_processes_that_hang_are_ended_within_the_stated_time(tmp_path):
     script.write_text(HANGS)
     hangs = Part("two processes", (sys.executable, str(script)), dict(os.environ))
     started = time.monotonic()
-    with pytest.raises(PartFailed, match=r"has said nothing for 2 s and was ended \(it was at: 1 of 2: hangs\)"):
+    with pytest.raises(
+        PartFailed, match=r"has said nothing for 2 s and was ended \(it was at: 1 of 2: hangs\)"
+    ):
         run_parts([hangs], patience_s=2, say=print, cwd=tmp_path)
     assert time.monotonic() - started < 60
     pid = int((tmp_path / "rank.pid").read_text())
@@ -290,9 +349,18 @@ def test_a_signal_ends_the_processes_and_removes_the_folder(tmp_path, monkeypatc
 def test_the_oldest_versions_tried_are_the_lower_bounds_of_setup_cfg():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    asked = [Requirement(line) for line in setup["options"]["install_requires"].splitlines() if line]
+    asked = [
+        Requirement(line) for line in setup["options"]["install_requires"].splitlines() if line
+    ]
     text = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
-    pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text, re.M)}
+    pins = {
+        canonicalize_name(name): version
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text, re.M)
+    }
     for requirement in asked:
-        (bound,) = [specifier.version for specifier in requirement.specifier if specifier.operator == ">="]
-        assert (pins[canonicalize_name(requirement.name)] + ".").startswith(bound + "."), requirement
+        (bound,) = [
+            specifier.version for specifier in requirement.specifier if specifier.operator == ">="
+        ]
+        assert (pins[canonicalize_name(requirement.name)] + ".").startswith(bound + "."), (
+            requirement
+        )

@@ -24,17 +24,28 @@ def test_nf4_weights_have_bitsandbytes_bits(rows, nested):
     torch.manual_seed(0)
     modules = []
     for height in rows:
-        module = bnb.nn.Linear4bit(4096, height, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+        module = bnb.nn.Linear4bit(
+            4096, height, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+        )
         weight = torch.randn(height, 4096, device="cuda", dtype=torch.bfloat16) * 0.02
-        module.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested).to("cuda")
+        module.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=nested
+        ).to("cuda")
         modules.append(module)
-    truth = torch.cat([bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in modules])
+    truth = torch.cat(
+        [bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in modules]
+    )
     packed = pack(modules, ["w"] * len(rows))
-    right, below = torch.randn(len(truth), 48, device="cuda").bfloat16(), torch.randn(48, 4096, device="cuda").bfloat16()
+    right, below = (
+        torch.randn(len(truth), 48, device="cuda").bfloat16(),
+        torch.randn(48, 4096, device="cuda").bfloat16(),
+    )
     out = torch.zeros(len(truth) + 48, 4096 + 48, device="cuda", dtype=torch.bfloat16)
     dequantise(packed, right, below, out)
     assert torch.equal(out[: len(truth), :4096], truth)
-    assert torch.equal(out[: len(truth), 4096:], right) and torch.equal(out[len(truth) :, :4096], below)
+    assert torch.equal(out[: len(truth), 4096:], right) and torch.equal(
+        out[len(truth) :, :4096], below
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +60,9 @@ def test_nf4_weights_have_bitsandbytes_bits(rows, nested):
     ],
 )
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(HEADS, KEY_HEADS, SIZE), (6, 2, 64)])
-def test_attention_and_its_gradient_before_rotation_are_near_fp64(lengths, kernel, heads, key_heads, size):
+def test_attention_and_its_gradient_before_rotation_are_near_fp64(
+    lengths, kernel, heads, key_heads, size
+):
     """Heads lie in one wide matrix, as they do in a layer, and so do their gradients."""
     from glassloop.engines.fused import attention as a
     from glassloop.engines.fused.attention_work import TILES
@@ -63,12 +76,19 @@ def test_attention_and_its_gradient_before_rotation_are_near_fp64(lengths, kerne
     grad = torch.randn(tokens, heads, size, device="cuda").bfloat16()
     parts = wide.split([heads * size, key_heads * size, key_heads * size], dim=1)
     q, k, v = (t.unflatten(1, (-1, size)) for t in parts)
-    cos, sin = angles(torch.arange(tokens, device="cuda"), torch.rand(size // 2, device="cuda"), 1.0)
+    cos, sin = angles(
+        torch.arange(tokens, device="cuda"), torch.rand(size // 2, device="cuda"), 1.0
+    )
     bounds = a.Bounds.for_kernel(kernel, lengths, wide.device, TILES[size])
     found = []
     for _ in range(2):
         kept = a.attention(q, k, v, bounds)
-        found.append((kept.out, a.attention_backward(grad, q, k, v, kept, bounds, cos, sin, room=48)[:, :width]))
+        found.append(
+            (
+                kept.out,
+                a.attention_backward(grad, q, k, v, kept, bounds, cos, sin, room=48)[:, :width],
+            )
+        )
     if kernel == "triton":
         assert all(torch.equal(one, again) for one, again in zip(*found, strict=True))
     exact = [t.double() for t in (grad, q, k, v)]
@@ -77,19 +97,28 @@ def test_attention_and_its_gradient_before_rotation_are_near_fp64(lengths, kerne
     truth = a.attention_backward(*exact, out, plain, cos, sin)
     assert found[0][0].shape == out.out.shape and off(found[0][0], out.out) < 8e-3
     widths = [t.shape[1] for t in parts]
-    for one, slope in zip(found[0][1].split(widths, dim=1), truth.split(widths, dim=1), strict=True):
+    for one, slope in zip(
+        found[0][1].split(widths, dim=1), truth.split(widths, dim=1), strict=True
+    ):
         assert off(one, slope) < 8e-3
 
 
 @pytest.mark.parametrize(
     ("lengths", "size", "kernel"),
-    [((300, 17), 128, "triton"), ((1024, 1024), 128, "cudnn"), ((1024, 1000), 64, "triton"), ((300, 17), 96, "flash")],
+    [
+        ((300, 17), 128, "triton"),
+        ((1024, 1024), 128, "cudnn"),
+        ((1024, 1000), 64, "triton"),
+        ((300, 17), 96, "flash"),
+    ],
 )
 def test_attentions_kernel_is_chosen_by_card_lengths_and_head_size(lengths, size, kernel):
     from glassloop.engines.fused.attention import choose_kernel
 
     hopper = torch.cuda.get_device_capability()[0] == 9
-    assert choose_kernel(lengths, torch.device("cuda"), torch.bfloat16, size) == (kernel if hopper else "flash")
+    assert choose_kernel(lengths, torch.device("cuda"), torch.bfloat16, size) == (
+        kernel if hopper else "flash"
+    )
     torch.use_deterministic_algorithms(True)
     try:
         known = "flash" if size == 96 or not hopper else "triton"
@@ -102,7 +131,10 @@ def test_cross_entropy_is_near_fp64():
     from glassloop.engines.fused.loss import cross_entropy_
 
     torch.manual_seed(0)
-    logits, labels = (4 * torch.randn(300, 128256, device="cuda")).bfloat16(), torch.randint(128256, (300,), device="cuda")
+    logits, labels = (
+        (4 * torch.randn(300, 128256, device="cuda")).bfloat16(),
+        torch.randint(128256, (300,), device="cuda"),
+    )
     wide = logits.double().requires_grad_()
     truth = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
     (slope,) = torch.autograd.grad(truth.sum(), wide)
@@ -132,14 +164,24 @@ def test_bf16_is_not_further_from_fp32_than_the_reference_engines_bf16(run_of):
     slices = run.adapters.slices
     for kind in ("", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         names = [name for name in slices if kind in name]
-        truth, peft, fused = (torch.cat([slices[n].of(grads[g]).flatten() for n in names]) for g in ("truth", "peft", "fused"))
-        assert off(fused, truth) <= 1.2 * off(peft, truth), (kind, off(fused, truth), off(peft, truth))
+        truth, peft, fused = (
+            torch.cat([slices[n].of(grads[g]).flatten() for n in names])
+            for g in ("truth", "peft", "fused")
+        )
+        assert off(fused, truth) <= 1.2 * off(peft, truth), (
+            kind,
+            off(fused, truth),
+            off(peft, truth),
+        )
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2"])
 @pytest.mark.parametrize("layout", ["literal", "packed"])
 def test_fp32_gradient_is_the_reference_engines(run_of, request, layout, family):
-    how = {"optimizer": {"max_grad_norm": None}, "model": {"id": str(request.getfixturevalue(family))}}
+    how = {
+        "optimizer": {"max_grad_norm": None},
+        "model": {"id": str(request.getfixturevalue(family))},
+    }
     grads = [
         gradient(run_of(execution={"precision": "fp32", "engine": engine, "layout": layout}, **how))
         for engine in ("peft", "fused")
@@ -188,11 +230,17 @@ def test_passes_of_many_lengths_leave_no_memory_reserved_in_vain():
     torch.cuda.empty_cache()
     before, held = torch.cuda.memory_reserved(), []
     torch.cuda.reset_peak_memory_stats()
-    for step in range(24):  # as layers of a pass do: many blocks, larger and smaller from pass to pass
+    for step in range(
+        24
+    ):  # as layers of a pass do: many blocks, larger and smaller from pass to pass
         size = (96 + 37 * step % 64) * 2**18
-        held = [torch.empty(size * part, dtype=torch.uint8, device="cuda") for part in (1, 3, 2, 7) * 6]
+        held = [
+            torch.empty(size * part, dtype=torch.uint8, device="cuda") for part in (1, 3, 2, 7) * 6
+        ]
         held.clear()
-    assert torch.cuda.max_memory_reserved() - before < 1.15 * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+    assert torch.cuda.max_memory_reserved() - before < 1.15 * (
+        torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    )
 
 
 def test_a_run_learns_as_the_reference_engine_does(run_of):

@@ -36,9 +36,13 @@ def carried_out(run, updates: int) -> Path:
     return run.folder
 
 
-def test_an_activation_beyond_fp16_is_named_and_the_verdict_is_precision(run_of, tiny_llama, tmp_path, capsys):
+def test_an_activation_beyond_fp16_is_named_and_the_verdict_is_precision(
+    run_of, tiny_llama, tmp_path, capsys
+):
     def mute(weights: dict[str, torch.Tensor]) -> None:
-        weights["model.layers.1.mlp.down_proj.weight"][:, 5] = 0  # what channel 5 holds does not matter, unless it is infinite
+        weights["model.layers.1.mlp.down_proj.weight"][:, 5] = (
+            0  # what channel 5 holds does not matter, unless it is infinite
+        )
 
     model = spoiled_base(tiny_llama, tmp_path / "model", mute)
     run = run_of(
@@ -63,7 +67,11 @@ def test_an_activation_beyond_fp16_is_named_and_the_verdict_is_precision(run_of,
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_an_nf4_update_in_bf16_comes_back_within_the_noise_floor(run_of, capsys, deterministic):
-    run = run_of(lora={"dropout": 0.1}, record={"capture_updates": [4]}, execution={"deterministic": deterministic})
+    run = run_of(
+        lora={"dropout": 0.1},
+        record={"capture_updates": [4]},
+        execution={"deterministic": deterministic},
+    )
     folder = carried_out(run, 5)
     try:
         for update in (4, 5):  # from a capsule, and from the beginning

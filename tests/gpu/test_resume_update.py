@@ -21,7 +21,9 @@ from glassloop.saved import state as snapshots
 
 ON_CPU = bool(os.environ.get("GLASSLOOP_RESUME_ON_CPU"))
 CUDA = torch.cuda.is_available() and not ON_CPU
-pytestmark = pytest.mark.skipif(not (CUDA or ON_CPU), reason="needs a CUDA device, or GLASSLOOP_RESUME_ON_CPU=1")
+pytestmark = pytest.mark.skipif(
+    not (CUDA or ON_CPU), reason="needs a CUDA device, or GLASSLOOP_RESUME_ON_CPU=1"
+)
 GPU_ONLY = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 BEFORE, AFTER = 4, 3  # updates before the save, and after it
 
@@ -40,7 +42,9 @@ def updates(run: Any, first: int, last: int) -> list[tuple[Any, Any, str]]:
         outcome = update_once(run, u)
         assert outcome is not None
         run.tell(outcome)
-        numbers.append((outcome.record.loss_nats, outcome.record.grad_norm_pre_clip, outcome.record.action))
+        numbers.append(
+            (outcome.record.loss_nats, outcome.record.grad_norm_pre_clip, outcome.record.action)
+        )
     return numbers
 
 
@@ -73,7 +77,9 @@ def resumed(folder: Path) -> Any:
     ],
 )
 @pytest.mark.parametrize("layout", ["literal", "packed"])
-def test_a_resumed_update_is_the_uninterrupted_one_bit_for_bit(run_of: Any, optimizer: str, precision: str, layout: str) -> None:
+def test_a_resumed_update_is_the_uninterrupted_one_bit_for_bit(
+    run_of: Any, optimizer: str, precision: str, layout: str
+) -> None:
     run = run_of(
         model={"quantization": "nf4"},
         lora={"r": 16, "alpha": 16, "dropout": 0.1},
@@ -111,7 +117,9 @@ def test_a_resumed_update_is_the_uninterrupted_one_bit_for_bit(run_of: Any, opti
     again.close_observers()
 
 
-def test_a_resumed_update_without_deterministic_mode_has_the_same_rows_and_stays_within_rounding(run_of: Any) -> None:
+def test_a_resumed_update_without_deterministic_mode_has_the_same_rows_and_stays_within_rounding(
+    run_of: Any,
+) -> None:
     """The noise floor: what two runs of the same updates differ by. Printed, for the docs."""
     run = run_of(
         model={"quantization": "nf4"},
@@ -127,10 +135,15 @@ def test_a_resumed_update_without_deterministic_mode_has_the_same_rows_and_stays
     found = updates(again, BEFORE + 1, BEFORE + AFTER)
     again.close_observers()
     off = max(
-        abs(a / b - 1) for ours, theirs in zip(found, expected, strict=True) for a, b in zip(ours[:2], theirs[:2], strict=True)
+        abs(a / b - 1)
+        for ours, theirs in zip(found, expected, strict=True)
+        for a, b in zip(ours[:2], theirs[:2], strict=True)
     )
     print(f"\nlosses and norms of {AFTER} resumed updates are off by at most {off:.1e}, relative")
     assert off < 2e-2
     lines = read_jsonl(run.folder / "rows.jsonl")
-    by_attempt = {a: [(x["update"], x["row_id"]) for x in lines if x["attempt"] == a and x["update"] > BEFORE] for a in (1, 2)}
+    by_attempt = {
+        a: [(x["update"], x["row_id"]) for x in lines if x["attempt"] == a and x["update"] > BEFORE]
+        for a in (1, 2)
+    }
     assert by_attempt[1] == by_attempt[2]

@@ -40,20 +40,32 @@ def test_a_restored_optimizer_goes_on_byte_for_byte(name: str) -> None:
     update(flat, optimizer, 3)
 
     fresh = optimizer_over(name, again)  # has not stepped: it has no state of its own yet
-    built = snapshots.built_optimizer_state(fresh, again, safetensors.torch.load(data), json.loads(text))
+    built = snapshots.built_optimizer_state(
+        fresh, again, safetensors.torch.load(data), json.loads(text)
+    )
     snapshots.set_optimizer_state(fresh, again, built)
     restored, _ = snapshots.optimizer_state(fresh, again)
     assert restored.keys() == tensors.keys()
-    assert all(torch.equal(restored[key].view(-1).view(torch.uint8), tensors[key].view(-1).view(torch.uint8)) for key in tensors)
+    assert all(
+        torch.equal(
+            restored[key].view(-1).view(torch.uint8), tensors[key].view(-1).view(torch.uint8)
+        )
+        for key in tensors
+    )
     snapshots.restore_rng(rng, device)
     update(again, fresh, 3)
     assert torch.equal(again, flat)
-    after, expected = snapshots.optimizer_state(fresh, again)[0], snapshots.optimizer_state(optimizer, flat)[0]
+    after, expected = (
+        snapshots.optimizer_state(fresh, again)[0],
+        snapshots.optimizer_state(optimizer, flat)[0],
+    )
     assert all(torch.equal(after[key], expected[key]) for key in expected)
     for key, value in optimizer.state[flat].items():
         if isinstance(value, torch.Tensor):
             assert fresh.state[again][key].device == value.device
-            assert getattr(fresh.state[again][key], "is_paged", False) == getattr(value, "is_paged", False)
+            assert getattr(fresh.state[again][key], "is_paged", False) == getattr(
+                value, "is_paged", False
+            )
     if name == "paged_adamw_8bit":
         assert fresh.state[again]["state1"].is_paged
 
@@ -62,5 +74,7 @@ def test_random_numbers_of_another_kind_of_device_are_refused() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     cpu = torch.device("cpu")
     for saved, present in ((cpu, device), (device, cpu)):
-        with pytest.raises(ValueError, match=f"a run on {saved.type}, this rank runs on {present.type}"):
+        with pytest.raises(
+            ValueError, match=f"a run on {saved.type}, this rank runs on {present.type}"
+        ):
             snapshots.restore_rng(snapshots.rng_state(saved), present)

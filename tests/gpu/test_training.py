@@ -20,14 +20,20 @@ def test_an_fp16_overflow_is_skipped_recorded_and_halves_the_scale(run_of):
     run = run_of(execution={"precision": "fp16"}, stability={"initial_loss_scale": 2.0**40})
     before = run.adapters.flat.detach().clone()
     first = update(run, 1)
-    assert (first.record.action, first.record.loss_scale, first.decision.nonfinite) == ("skipped", 2.0**40, False)
+    assert (first.record.action, first.record.loss_scale, first.decision.nonfinite) == (
+        "skipped",
+        2.0**40,
+        False,
+    )
     assert "fp16 overflow" in first.record.reason
     assert first.record.lr == run.plan.lr[0]
     assert torch.equal(before, run.adapters.flat)
     assert not run.optimizer.state[run.adapters.flat]  # its own count has not moved
     records = [update(run, u).record for u in range(2, 60)]
     skipped = [record for record in records if record.action == "skipped"]
-    assert [record.loss_scale for record in skipped] == [2.0 ** (39 - i) for i in range(len(skipped))]
+    assert [record.loss_scale for record in skipped] == [
+        2.0 ** (39 - i) for i in range(len(skipped))
+    ]
     assert records[-1].action == "applied"
     assert records[-1].loss_nats < first.record.loss_nats
 
@@ -36,7 +42,9 @@ def test_fp16_and_bf16_give_the_gradient_of_fp32_within_their_rounding(run_of):
     grads = {}
     for precision in ("fp32", "bf16", "fp16"):
         run = run_of(
-            execution={"precision": precision}, optimizer={"max_grad_norm": None}, stability={"initial_loss_scale": 1024.0}
+            execution={"precision": precision},
+            optimizer={"max_grad_norm": None},
+            stability={"initial_loss_scale": 1024.0},
         )
         assert update(run, 1).record.action == "applied"
         grads[precision] = run.adapters.grad.double()

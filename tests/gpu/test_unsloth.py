@@ -14,7 +14,9 @@ import torch
 from glassloop.engines import unsloth_checks
 
 PROBLEMS = unsloth_checks.problems(on_cuda=torch.cuda.is_available())
-pytestmark = pytest.mark.skipif(bool(PROBLEMS), reason="execution.engine=unsloth cannot run here: " + "; ".join(PROBLEMS))
+pytestmark = pytest.mark.skipif(
+    bool(PROBLEMS), reason="execution.engine=unsloth cannot run here: " + "; ".join(PROBLEMS)
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE = (2e-3, 5e-2)  # of loss and gradient norm in bf16, as the benchmark holds engines to
@@ -63,21 +65,37 @@ def update(run, u: int):
     return outcome.record
 
 
-EXECUTIONS = ({}, {"checkpointing": False}, {"layout": "packed", "pass_tokens": 384}, {"precision": "fp16"})
+EXECUTIONS = (
+    {},
+    {"checkpointing": False},
+    {"layout": "packed", "pass_tokens": 384},
+    {"precision": "fp16"},
+)
 REFERENCES: list = []  # of each execution the reference engine's record, gradient and row sums; last a run and its update 4
 
 
 def first_update(wide_run, engine: str, execution: dict):
     """Record, gradient and row sums of update 1, from adapters whose B is not 0, which would hide what A does."""
-    run = wide_run(engine, execution=execution, stability={"initial_loss_scale": 1024.0}, optimizer={"max_grad_norm": None})
+    run = wide_run(
+        engine,
+        execution=execution,
+        stability={"initial_loss_scale": 1024.0},
+        optimizer={"max_grad_norm": None},
+    )
     with torch.no_grad():
         for name, p in run.adapters.parameters.items():
             if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.02)
+                p.copy_(
+                    torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.02
+                )
     outcome = __import__("train_loop").update_once(run, 1)
     run.adapters.check_views()
     assert outcome is not None and outcome.record.action == "applied"
-    return outcome.record, run.adapters.grad.double().cpu(), torch.tensor([row.loss_sum_nats for row in outcome.rows])
+    return (
+        outcome.record,
+        run.adapters.grad.double().cpu(),
+        torch.tensor([row.loss_sum_nats for row in outcome.rows]),
+    )
 
 
 @pytest.fixture
@@ -98,7 +116,10 @@ def test_update_1_has_the_references_loss_norm_gradient_and_row_sums(wide_run, r
     assert ours.grad_norm_pre_clip == pytest.approx(theirs.grad_norm_pre_clip, rel=NOISE[1])
     assert float((mine - reference).norm() / reference.norm()) < 0.1
     assert torch.allclose(our_rows, their_rows, rtol=1e-2)
-    assert (ours.supervised_tokens, ours.real_tokens) == (theirs.supervised_tokens, theirs.real_tokens)
+    assert (ours.supervised_tokens, ours.real_tokens) == (
+        theirs.supervised_tokens,
+        theirs.real_tokens,
+    )
 
 
 def test_the_reference_is_refused_where_unsloth_has_patched_the_process(wide_run, references):
@@ -120,14 +141,16 @@ def saved_at_3(wide_run, engine: str):
 
 
 def same(found, expected) -> bool:
-    return found.loss_nats == pytest.approx(expected.loss_nats, rel=NOISE[0]) and found.grad_norm_pre_clip == pytest.approx(
-        expected.grad_norm_pre_clip, rel=NOISE[1]
-    )
+    return found.loss_nats == pytest.approx(
+        expected.loss_nats, rel=NOISE[0]
+    ) and found.grad_norm_pre_clip == pytest.approx(expected.grad_norm_pre_clip, rel=NOISE[1])
 
 
 def test_a_checkpoint_of_the_reference_goes_on_in_unsloth(wide_run, references):
     first, expected = references[-1]
-    run = wide_run("unsloth", resume={"run": str(first.folder)}, data={"source": first.config.data.source})
+    run = wide_run(
+        "unsloth", resume={"run": str(first.folder)}, data={"source": first.config.data.source}
+    )
     assert run.first_update == 4 and run.plain_engine.name == "unsloth"
     assert same(update(run, 4), expected)
     run.close_observers()
@@ -137,7 +160,13 @@ def test_a_checkpoint_of_unsloth_goes_on_in_the_reference(wide_run, references):
     """In a process of its own: unsloth has patched this one."""
     first, expected = saved_at_3(wide_run, "unsloth")
     folder = Path(first.folder)
-    command = [sys.executable, str(ROOT / "train_loop.py"), "--resume", str(folder), "execution.engine=peft"]
+    command = [
+        sys.executable,
+        str(ROOT / "train_loop.py"),
+        "--resume",
+        str(folder),
+        "execution.engine=peft",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -150,7 +179,9 @@ def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide
     run = wide_run("unsloth")
     update(run, 1)
     decoder = run.plain_engine.hf.get_base_model().get_decoder()
-    before = [bool(getattr(module, "gradient_checkpointing", False)) for module in decoder.modules()]
+    before = [
+        bool(getattr(module, "gradient_checkpointing", False)) for module in decoder.modules()
+    ]
     assert any(before)
     answers = generate(
         run.plain_engine.hf, [[1, 5, 9], [1, 7]], stop_ids=(2,), pad_id=0, batch_size=2, max_new_tokens=8, device=run.device,
@@ -158,7 +189,9 @@ def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide
     )  # fmt: skip
     assert all(answers)
     update(run, 2)
-    assert [bool(getattr(module, "gradient_checkpointing", False)) for module in decoder.modules()] == before
+    assert [
+        bool(getattr(module, "gradient_checkpointing", False)) for module in decoder.modules()
+    ] == before
     run.adapters.check_views()
 
 

@@ -32,7 +32,9 @@ def spiked(run, at: int = SPIKE_AT) -> None:
         if row in p.row_ids and run.now == at:
             factor = torch.tensor([50.0 if one == row else 1.0 for one in p.row_ids])
             labels = (p.targets != -100).sum(dim=1)
-            return loss * float((rows * factor * labels).sum() / (rows * labels).sum()), rows * factor
+            return loss * float(
+                (rows * factor * labels).sum() / (rows * labels).sum()
+            ), rows * factor
         return loss, rows
 
     run.engine = call
@@ -65,7 +67,11 @@ def spike(reaction: str) -> dict:
             "usual": before_norm,
             "ends": outcome.decision.ends,
             "unchanged": state(run) == before,
-            "events": [(event["kind"], event["message"], event["command"]) for event in events if event["update"] == SPIKE_AT],
+            "events": [
+                (event["kind"], event["message"], event["command"])
+                for event in events
+                if event["update"] == SPIKE_AT
+            ],
             "capsules": sorted(path.name for path in (run.folder / "capsules").glob("*")),
         }
     )[0]
@@ -122,7 +128,11 @@ def adapters_not_finite() -> dict:
     update_once(run, 1)
     run.adapters.flat.data[0] = float("nan")
     outcome = update_once(run, 2)
-    return {"action": outcome.record.action, "reason": outcome.record.reason, "nonfinite": outcome.decision.nonfinite}
+    return {
+        "action": outcome.record.action,
+        "reason": outcome.record.reason,
+        "nonfinite": outcome.decision.nonfinite,
+    }
 
 
 def nonfinite_is_kept_whole() -> dict:
@@ -146,7 +156,9 @@ def captured_by_number_and_by_signal() -> dict:
     if run.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
     updates(run, 4, 5)
-    names = sorted(path.name for path in (run.folder / "capsules").glob("*")) if run.rank == 0 else None
+    names = (
+        sorted(path.name for path in (run.folder / "capsules").glob("*")) if run.rank == 0 else None
+    )
     return gather_objects(names)[0]
 
 
@@ -167,7 +179,10 @@ def noise_scale() -> dict:
     run = run_of("noise")
     outcomes = [updates(run, u, u) for u in range(1, 4)]
     ddp = run_of("noise-ddp", execution={"reduction": "ddp"})
-    return {"explicit": [o.record.noise_scale_tokens for o in outcomes], "ddp": updates(ddp, 1, 1).record.noise_scale_tokens}
+    return {
+        "explicit": [o.record.noise_scale_tokens for o in outcomes],
+        "ddp": updates(ddp, 1, 1).record.noise_scale_tokens,
+    }
 
 
 def gone_back() -> dict:
@@ -184,14 +199,22 @@ def gone_back() -> dict:
         again.close_observers()
         results[name] = trained(again) == whole
     lines = read_jsonl(run.folder / "metrics.jsonl") if run.rank == 0 else []
-    last = [(line["update"], line["action"], line["reason"], line["lr"]) for line in lines if line["attempt"] == 3]
-    kept = json.loads((run.folder / "checkpoints" / "update_000006" / "state.json").read_text())["details"]["left_out"]
+    last = [
+        (line["update"], line["action"], line["reason"], line["lr"])
+        for line in lines
+        if line["attempt"] == 3
+    ]
+    kept = json.loads((run.folder / "checkpoints" / "update_000006" / "state.json").read_text())[
+        "details"
+    ]["left_out"]
     return results | gather_objects({"last": last, "lr": list(run.plan.lr), "left_out": kept})[0]
 
 
 def trained(run) -> list[float]:
     """All adapters; the padding between them is nobody's and is not kept."""
-    return torch.cat([place.of(run.adapters.flat.detach()).flatten() for place in run.adapters.slices.values()]).tolist()
+    return torch.cat(
+        [place.of(run.adapters.flat.detach()).flatten() for place in run.adapters.slices.values()]
+    ).tolist()
 
 
 def going_back_is_refused() -> list[str]:

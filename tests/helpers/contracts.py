@@ -40,14 +40,18 @@ def pass_changed(change):
 
     def apply(run) -> None:
         if run.rank == 1:
-            train_loop.build_pass = lambda rows, **settings: REAL_BUILD_PASS(change(rows), **settings)
+            train_loop.build_pass = lambda rows, **settings: REAL_BUILD_PASS(
+                change(rows), **settings
+            )
 
     return apply
 
 
 def unlabelled(row: Row) -> Row:
     first = row.supervised.index(True)
-    return Row(row.row_id, row.input_ids, tuple(s and i != first for i, s in enumerate(row.supervised)))
+    return Row(
+        row.row_id, row.input_ids, tuple(s and i != first for i, s in enumerate(row.supervised))
+    )
 
 
 def row_lost() -> dict:
@@ -65,7 +69,12 @@ def label_lost() -> dict:
 def token_lost() -> dict:
     return broken_at(
         run_of("token"),
-        pass_changed(lambda rows: [Row(rows[0].row_id, rows[0].input_ids[1:], rows[0].supervised[1:]), *rows[1:]]),
+        pass_changed(
+            lambda rows: [
+                Row(rows[0].row_id, rows[0].input_ids[1:], rows[0].supervised[1:]),
+                *rows[1:],
+            ]
+        ),
     )
 
 
@@ -133,8 +142,13 @@ def memory_runs_out(name: str, **execution) -> dict:
     run.close_observers()
     lines = read_jsonl(run.folder / "metrics.jsonl") if run.rank == 0 else []
     events = read_jsonl(run.folder / "events.jsonl") if run.rank == 0 else []
-    told = [(line["update"], line["rows"], line["action"], line["rank_passes"], line["loss_nats"]) for line in lines]
-    return {"code": code} | gather_objects({"updates": told, "events": [(e["kind"], e["message"]) for e in events]})[0]
+    told = [
+        (line["update"], line["rows"], line["action"], line["rank_passes"], line["loss_nats"])
+        for line in lines
+    ]
+    return {"code": code} | gather_objects(
+        {"updates": told, "events": [(e["kind"], e["message"]) for e in events]}
+    )[0]
 
 
 def out_of_memory() -> dict:
@@ -189,7 +203,9 @@ def exhausted(above: int):
 
 
 def preflights() -> dict:
-    nan = lambda run: poisoned(run, 1, 0, lambda loss, rows: (loss * float("nan"), rows * float("nan")))  # noqa: E731
+    nan = lambda run: poisoned(
+        run, 1, 0, lambda loss, rows: (loss * float("nan"), rows * float("nan"))
+    )  # noqa: E731
     return {
         "sound": preflight("sound", lambda run: None),
         "nan": preflight("pre-nan", nan),
@@ -220,7 +236,17 @@ def other_rows_on_resume() -> str | None:
     return None
 
 
-CHECKS = [row_lost, row_twice, label_lost, token_lost, other_lr, plan_and_ledger, out_of_memory, preflights, other_rows_on_resume]
+CHECKS = [
+    row_lost,
+    row_twice,
+    label_lost,
+    token_lost,
+    other_lr,
+    plan_and_ledger,
+    out_of_memory,
+    preflights,
+    other_rows_on_resume,
+]
 
 if __name__ == "__main__":
     results = {check.__name__: gather_objects(check()) for check in CHECKS}

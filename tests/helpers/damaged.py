@@ -19,7 +19,13 @@ from glassloop.loop.build import build_run
 from train_loop import main, update_once
 
 RANK = int(os.environ["RANK"])
-NAMES = ("adapter_model.safetensors", "optimizer.safetensors", "optimizer.json", "rng_rank0.json", "rng_rank1.json")
+NAMES = (
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "optimizer.json",
+    "rng_rank0.json",
+    "rng_rank1.json",
+)
 # not state.json: it is looked at before the ranks meet, and a process that refuses there simply ends
 
 

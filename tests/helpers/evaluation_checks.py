@@ -34,7 +34,15 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class ToyEngine(nn.Module):
     """A two-layer Llama with LoRA, 4-bit where asked, that keeps to the engine's contract."""
 
-    def __init__(self, *, four_bit: bool = False, dropout: float = 0.1, checkpointing: bool = True, seed: int = 0, **config: Any):
+    def __init__(
+        self,
+        *,
+        four_bit: bool = False,
+        dropout: float = 0.1,
+        checkpointing: bool = True,
+        seed: int = 0,
+        **config: Any,
+    ):
         super().__init__()
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
@@ -58,17 +66,30 @@ class ToyEngine(nn.Module):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.hf: Any = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=4, lora_dropout=dropout, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+            model,
+            LoraConfig(
+                r=4,
+                lora_alpha=4,
+                lora_dropout=dropout,
+                target_modules=PROJECTIONS,
+                task_type="CAUSAL_LM",
+            ),
         )
         for name, p in self.hf.named_parameters():
             if "lora_B" in name:
-                nn.init.normal_(p, std=0.3)  # zero at the start of training; here adapter and base shall differ
+                nn.init.normal_(
+                    p, std=0.3
+                )  # zero at the start of training; here adapter and base shall differ
         self.train()
 
     def forward(self, p: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         model = self.hf.get_base_model()
-        hidden = model.model(input_ids=p.input_ids, position_ids=p.position_ids, use_cache=False).last_hidden_state
-        return token_loss_sums(hidden, model.lm_head.weight, None, p.targets, p.row_of, len(p.row_ids), places=p.places)
+        hidden = model.model(
+            input_ids=p.input_ids, position_ids=p.position_ids, use_cache=False
+        ).last_hidden_state
+        return token_loss_sums(
+            hidden, model.lm_head.weight, None, p.targets, p.row_of, len(p.row_ids), places=p.places
+        )
 
 
 def to_four_bit(model: nn.Module) -> None:
@@ -77,7 +98,11 @@ def to_four_bit(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if name in PROJECTIONS:
                 layer = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+                    child.in_features,
+                    child.out_features,
+                    bias=False,
+                    compute_dtype=torch.float32,
+                    quant_type="nf4",
                 )
                 layer.load_state_dict({"weight": child.weight.data})
                 setattr(parent, name, layer.to("cpu"))
@@ -100,7 +125,9 @@ class NeverStops(ToyTemplate):
 
 
 class ToyTokenizer:
-    def decode(self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+    def decode(
+        self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
         assert not skip_special_tokens
         assert not clean_up_tokenization_spaces
         words = {2: "</think>", 3: "\nverdict:scam\n", 4: "\nverdict:honest\n"}
@@ -124,14 +151,19 @@ def toy_examples(count: int) -> tuple[Example, ...]:
     return tuple(
         Example(
             f"toy:{index}",
-            (Turn("user", f"question {index}"), Turn("assistant", f"answer {index}", "because" if index % 3 else None)),
+            (
+                Turn("user", f"question {index}"),
+                Turn("assistant", f"answer {index}", "because" if index % 3 else None),
+            ),
             label=("scam", "honest", None)[index % 3 if index % 4 else 2],
         )
         for index in range(count)
     )
 
 
-def run_evaluation(engine: nn.Module, rows: tuple[Row, ...], *, rank: int = 0, ranks: int = 1, **changes: Any):
+def run_evaluation(
+    engine: nn.Module, rows: tuple[Row, ...], *, rank: int = 0, ranks: int = 1, **changes: Any
+):
     arguments: dict[str, Any] = {
         "template": ToyTemplate(),
         "tokenizer": ToyTokenizer(),
@@ -165,14 +197,24 @@ def answer_toys(engine: ToyEngine, count: int, *, rank: int = 0, ranks: int = 1)
 
 
 def train(
-    engine: nn.Module, updates: int, *, rank: int = 0, ranks: int = 1, between: Any = None, autocast: Any = nullcontext
+    engine: nn.Module,
+    updates: int,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    between: Any = None,
+    autocast: Any = nullcontext,
 ) -> torch.Tensor:
     """Flat adapters after some updates of two micro-batches a rank. `between(update)` runs before, amid and after each."""
     adapters = FlatAdapters(engine.named_parameters())
-    optimizer = make_optimizer("adamw", adapters.flat, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+    optimizer = make_optimizer(
+        "adamw", adapters.flat, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01
+    )
     torch.manual_seed(11)  # dropout masks: the same with and without evaluation
     for update in range(1, updates + 1):
-        rows = [row for row in toy_rows(8 * ranks, seed=update) if row.supervised_tokens][: 4 * ranks]
+        rows = [row for row in toy_rows(8 * ranks, seed=update) if row.supervised_tokens][
+            : 4 * ranks
+        ]
         tokens = sum(row.supervised_tokens for row in rows)
         adapters.zero_grad()
         for micro_batch in range(2):
@@ -200,19 +242,32 @@ def check_two_ranks_find_what_one_process_finds(rank: int, ranks: int) -> None:
     engine = ToyEngine()
     for count in range(1, 10):
         rows = toy_rows(count)
-        for batch_size in (1, 2):  # of one row, no padding comes in and the sums must agree to the last bit
+        for batch_size in (
+            1,
+            2,
+        ):  # of one row, no padding comes in and the sums must agree to the last bit
             alone, answers_alone = run_evaluation(engine, rows, batch_size=batch_size)
-            shared, answers_shared = run_evaluation(engine, rows, rank=rank, ranks=ranks, batch_size=batch_size)
+            shared, answers_shared = run_evaluation(
+                engine, rows, rank=rank, ranks=ranks, batch_size=batch_size
+            )
             assert answers_shared == answers_alone
             assert len(answers_alone) == count
             assert alone.base is not None
             assert shared.base is not None
             bound = 0.0 if batch_size == 1 else 1e-6
             for one, other in ((alone.scores, shared.scores), (alone.base, shared.base)):
-                assert {**one, "loss_nats": None} == {**other, "loss_nats": None}, (count, one, other)
+                assert {**one, "loss_nats": None} == {**other, "loss_nats": None}, (
+                    count,
+                    one,
+                    other,
+                )
                 assert one["loss_nats"] is not None
                 assert other["loss_nats"] is not None
-                assert abs(one["loss_nats"] - other["loss_nats"]) <= bound * one["loss_nats"], (count, one, other)
+                assert abs(one["loss_nats"] - other["loss_nats"]) <= bound * one["loss_nats"], (
+                    count,
+                    one,
+                    other,
+                )
             assert (alone.rows, alone.supervised_tokens) == (shared.rows, shared.supervised_tokens)
             records: list[Any] = [None] * ranks
             torch.distributed.all_gather_object(records, without_seconds(shared))
@@ -226,9 +281,20 @@ def check_uneven_answers_end(rank: int, ranks: int) -> None:
         stop_ids = tuple(range(VOCABULARY)) if rank == 0 else ()
 
     for count in (1, 2, 5):
-        _, answers = run_evaluation(ToyEngine(), toy_rows(count), rank=rank, ranks=ranks, template=Uneven(), max_new_tokens=24)
-        assert [one.tokens for one in answers] == [1 if index % ranks == 0 else 24 for index in range(count)]
-    record, answers = run_evaluation(ToyEngine(), toy_rows(5), rank=rank, ranks=ranks, generate_rows=1)
+        _, answers = run_evaluation(
+            ToyEngine(),
+            toy_rows(count),
+            rank=rank,
+            ranks=ranks,
+            template=Uneven(),
+            max_new_tokens=24,
+        )
+        assert [one.tokens for one in answers] == [
+            1 if index % ranks == 0 else 24 for index in range(count)
+        ]
+    record, answers = run_evaluation(
+        ToyEngine(), toy_rows(5), rank=rank, ranks=ranks, generate_rows=1
+    )
     assert len(answers) == 1
     assert record.scores["answers"] == 1
 
@@ -236,7 +302,10 @@ def check_uneven_answers_end(rank: int, ranks: int) -> None:
 def check_answers_alone_come_in_the_order_of_their_rows(rank: int, ranks: int) -> None:
     engine = ToyEngine()
     for count in (0, 1, 5):
-        alone, together = answer_toys(engine, count), answer_toys(engine, count, rank=rank, ranks=ranks)
+        alone, together = (
+            answer_toys(engine, count),
+            answer_toys(engine, count, rank=rank, ranks=ranks),
+        )
         assert together == alone
         assert [one.row_id for one in alone] == [f"toy:{index}" for index in range(count)]
 
@@ -244,7 +313,9 @@ def check_answers_alone_come_in_the_order_of_their_rows(rank: int, ranks: int) -
 def check_a_failure_on_one_rank_ends_all(rank: int, ranks: int) -> None:
     engine = ToyEngine()
     if rank == ranks - 1:
-        engine.hf.get_base_model().lm_head.register_forward_hook(_fail)  # only generation runs the head as a module
+        engine.hf.get_base_model().lm_head.register_forward_hook(
+            _fail
+        )  # only generation runs the head as a module
     for call in (
         lambda: run_evaluation(engine, toy_rows(4), rank=rank, ranks=ranks),
         lambda: answer_toys(engine, 4, rank=rank, ranks=ranks),
@@ -266,7 +337,11 @@ def check_training_does_not_notice(rank: int, ranks: int) -> None:
     plain = train(bystander, 3, rank=rank, ranks=ranks)
     engine = ToyEngine(four_bit=True)
     watched = train(
-        engine, 3, rank=rank, ranks=ranks, between=lambda _: run_evaluation(engine, toy_rows(3), rank=rank, ranks=ranks)
+        engine,
+        3,
+        rank=rank,
+        ranks=ranks,
+        between=lambda _: run_evaluation(engine, toy_rows(3), rank=rank, ranks=ranks),
     )
     assert torch.equal(plain, watched), (plain - watched).abs().max()
 

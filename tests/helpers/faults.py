@@ -19,7 +19,9 @@ from train_loop import update_once
 
 
 def learning_rates_of_60_updates():
-    run = run_of("lr", schedule={"updates": 60, "warmup_updates": 5}, batch={"size": 1, "accumulation": 1})
+    run = run_of(
+        "lr", schedule={"updates": 60, "warmup_updates": 5}, batch={"size": 1, "accumulation": 1}
+    )
     return [update_once(run, u).record.lr for u in range(1, 61)]
 
 
@@ -27,10 +29,23 @@ def nan_on_rank_1():
     run = run_of("nan")
     update_once(run, 1)
     before = state(run)
-    poisoned(run, 1, 1, lambda loss, rows: (loss * float("nan"), rows * torch.tensor([1.0] * (len(rows) - 1) + [float("nan")])))
+    poisoned(
+        run,
+        1,
+        1,
+        lambda loss, rows: (
+            loss * float("nan"),
+            rows * torch.tensor([1.0] * (len(rows) - 1) + [float("nan")]),
+        ),
+    )
     outcome = update_once(run, 2)
     row = run.batches.share(run.batches.window(2), 1)[-1].row_id
-    return {**asdict(outcome.record), "unchanged": state(run) == before, "row": row, "nonfinite": outcome.decision.nonfinite}
+    return {
+        **asdict(outcome.record),
+        "unchanged": state(run) == before,
+        "row": row,
+        "nonfinite": outcome.decision.nonfinite,
+    }
 
 
 def infinite_gradient_on_rank_1():
@@ -46,7 +61,11 @@ def infinite_gradient_on_rank_1():
 
     run.engine = call
     outcome = update_once(run, 1)
-    return {"action": outcome.record.action, "reason": outcome.record.reason, "unchanged": state(run) == before}
+    return {
+        "action": outcome.record.action,
+        "reason": outcome.record.reason,
+        "unchanged": state(run) == before,
+    }
 
 
 def losses_of_unequal_ranks():
@@ -56,14 +75,21 @@ def losses_of_unequal_ranks():
 
     def call(p):
         loss, rows = engine(p)
-        per_row = torch.tensor([float((p.targets[p.row_of == i] != -100).sum()) for i in range(len(rows))])
+        per_row = torch.tensor(
+            [float((p.targets[p.row_of == i] != -100).sum()) for i in range(len(rows))]
+        )
         constant = per_row * (1.0 if run.rank == 0 else 3.0)
         return loss * 0 + constant.sum(), constant
 
     run.engine = call
     record = update_once(run, 1).record
     n = record.rank_supervised_tokens
-    return {"logged": record.loss_nats, "mean": (n[0] + 3 * n[1]) / sum(n), "ranks": record.rank_loss_nats, "tokens": n}
+    return {
+        "logged": record.loss_nats,
+        "mean": (n[0] + 3 * n[1]) / sum(n),
+        "ranks": record.rank_loss_nats,
+        "tokens": n,
+    }
 
 
 def out_of_memory_on_rank_1():
@@ -110,12 +136,19 @@ def stop_asked_on_rank_1():
 def nothing_supervised():
     run = run_of("none")
     empty = set(run.batches.window(2).rows)
-    rows = tuple(Row(r.row_id, r.input_ids, (False,) * len(r)) if i in empty else r for i, r in enumerate(run.batches.rows))
+    rows = tuple(
+        Row(r.row_id, r.input_ids, (False,) * len(r)) if i in empty else r
+        for i, r in enumerate(run.batches.rows)
+    )
     run.batches = replace(run.batches, rows=rows)
     update_once(run, 1)
     before = state(run)
     outcome = update_once(run, 2)
-    return {**asdict(outcome.record), "unchanged": state(run) == before, "next": update_once(run, 3).record.action}
+    return {
+        **asdict(outcome.record),
+        "unchanged": state(run) == before,
+        "next": update_once(run, 3).record.action,
+    }
 
 
 def unwrapped_forward():
@@ -146,7 +179,11 @@ def clipping():
     for max_norm in (None, 1e-3):
         run = run_of(f"clip{max_norm}", optimizer={"max_grad_norm": max_norm, "name": "sgd"})
         record = update_once(run, 1).record
-        norms[str(max_norm)] = (record.grad_norm_pre_clip, record.clip_coef, run.adapters.grad.double().norm().item())
+        norms[str(max_norm)] = (
+            record.grad_norm_pre_clip,
+            record.clip_coef,
+            run.adapters.grad.double().norm().item(),
+        )
         ranks = record.rank_grad_norm
         cosine = record.rank_cosine
     return {"norms": norms, "rank_norms": ranks, "rank_cosine": cosine}
@@ -156,7 +193,11 @@ def evaluation_in_between():
     """Weights after three updates, with and without evaluation and generation between them."""
     states = []
     for name, evaluate in (("plain", False), ("evaluated", True)):
-        run = run_of(name, data={"heldout": 0.2}, evaluation={"generate_rows": 3, "max_new_tokens": 5, "samples": 0})
+        run = run_of(
+            name,
+            data={"heldout": 0.2},
+            evaluation={"generate_rows": 3, "max_new_tokens": 5, "samples": 0},
+        )
         for u in range(1, 4):
             if evaluate:
                 run.evaluate(u)
@@ -168,7 +209,10 @@ def evaluation_in_between():
 def ledger():
     """Rows that were consumed, by update, against the plan; two epochs with a tail."""
     run = run_of("ledger")
-    seen = [[(r.rank, r.row_id, r.supervised_tokens) for r in update_once(run, u).rows] for u in range(1, 7)]
+    seen = [
+        [(r.rank, r.row_id, r.supervised_tokens) for r in update_once(run, u).rows]
+        for u in range(1, 7)
+    ]
     return {
         "seen": [sorted(r for _, r, _ in rows) for rows in seen],
         "ranks": [{rank for rank, _, _ in rows} == {0, 1} for rows in seen],

@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Sequence
 
-ACTION = re.compile(r'\{\{((?:"(?:\\.|[^"\\])*"|[^"])*?)\}\}', re.DOTALL)  # }} within quotes ends nothing
+ACTION = re.compile(
+    r'\{\{((?:"(?:\\.|[^"\\])*"|[^"])*?)\}\}', re.DOTALL
+)  # }} within quotes ends nothing
 
 
 def render(template: str, messages: Sequence[dict[str, str]]) -> str:

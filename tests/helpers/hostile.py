@@ -36,7 +36,9 @@ class Place:
     run: Any  # two updates done, a checkpoint and a capsule saved
 
 
-Case = tuple[str, Callable[[Place], str]]  # what is given -> what became of it, unless it is refused with a ValueError
+Case = tuple[
+    str, Callable[[Place], str]
+]  # what is given -> what became of it, unless it is refused with a ValueError
 
 
 def outcome(case: Case, place: Place) -> str:
@@ -45,13 +47,28 @@ def outcome(case: Case, place: Place) -> str:
         text = f"taken: {case[1](place)}"
     except ValueError as error:
         text = f"refused: {error}"
-    text = re.sub(r"cannot be read: .*; the file is", "cannot be read: (what the library says); the file is", text)
+    text = re.sub(
+        r"cannot be read: .*; the file is",
+        "cannot be read: (what the library says); the file is",
+        text,
+    )
     text = re.sub(r"(malformed|does not fit): (?!.*was \d).*", r"\1: (what the library says)", text)
     text = re.sub(r"[0-9a-f]{64}", "(sum)", text.replace(os.getcwd(), "(this folder)"))
     for path in (place.run.folder, place.folder, place.model):
         text = text.replace(f"{path}/", "").replace(str(path), path.name)
-    text = re.sub(r"is not readable YAML: .*", "is not readable YAML: (what the library says)", text, flags=re.DOTALL)
-    return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;").replace("update_000002", "update_N").strip()
+    text = re.sub(
+        r"is not readable YAML: .*",
+        "is not readable YAML: (what the library says)",
+        text,
+        flags=re.DOTALL,
+    )
+    return (
+        text.replace("\n", " ")
+        .replace("|", "\\|")
+        .replace("<", "&lt;")
+        .replace("update_000002", "update_N")
+        .strip()
+    )
 
 
 def data(name: str, content: bytes, **fields: Any) -> Callable[[Place], str]:
@@ -64,9 +81,17 @@ def data(name: str, content: bytes, **fields: Any) -> Callable[[Place], str]:
         loaded = load_examples(settings, 0)
         rows = build_rows(loaded, make_template(settings, place.tokenizer, loaded.train), settings)
         controls = {place.tokenizer.eos_token_id, place.tokenizer.bos_token_id}
-        count = sum(token in controls for row in rows.train.rows for token in row.input_ids) / len(rows.train.rows)
-        said = [re.sub(r"^training *", "", line.strip()) for line in summary(rows, settings) if "rows kept" in line]
-        skipped = "".join(f", {count} skipped ({reason})" for reason, count in loaded.skipped.items())
+        count = sum(token in controls for row in rows.train.rows for token in row.input_ids) / len(
+            rows.train.rows
+        )
+        said = [
+            re.sub(r"^training *", "", line.strip())
+            for line in summary(rows, settings)
+            if "rows kept" in line
+        ]
+        skipped = "".join(
+            f", {count} skipped ({reason})" for reason, count in loaded.skipped.items()
+        )
         return f"{said[0]}{skipped}; {count:g} begin and end tokens a row"
 
     return gets
@@ -89,7 +114,9 @@ def saved(kind: str, change: Callable[[Path, Place], None]) -> Callable[[Place],
             return str(read_capsule(path).facts.update)
         run = place.run
         known = {"base_hash": run.plain_engine.report.base_hash, "config": as_dict(run.config)}
-        state = load_checkpoint(path, adapters=run.adapters, optimizer=run.optimizer, rank=0, world_size=1, **known)
+        state = load_checkpoint(
+            path, adapters=run.adapters, optimizer=run.optimizer, rank=0, world_size=1, **known
+        )
         return f"update {state.update}"
 
     return gets
@@ -103,7 +130,10 @@ def put(name: str, content: bytes) -> Callable[[Path, Place], None]:
 
         (path / name).write_bytes(content)
         sums = re.sub(
-            rf"^\w+  {re.escape(name)}$", f"{hashlib.sha256(content).hexdigest()}  {name}", (path / SUMS).read_text(), flags=re.M
+            rf"^\w+  {re.escape(name)}$",
+            f"{hashlib.sha256(content).hexdigest()}  {name}",
+            (path / SUMS).read_text(),
+            flags=re.M,
         )
         (path / SUMS).write_text(sums)
 
@@ -134,7 +164,10 @@ def base(change: Callable[[Path], None]) -> Callable[[Place], str]:
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(place.model, path)
         change(path)
-        values = {**as_dict(place.run.config), "run": {"dir": str(place.folder), "name": "base-run"}}
+        values = {
+            **as_dict(place.run.config),
+            "run": {"dir": str(place.folder), "name": "base-run"},
+        }
         values["model"] = {**values["model"], "id": str(path)}
         build_run(from_values(values)).close()
         return "it runs"
@@ -145,7 +178,9 @@ def base(change: Callable[[Path], None]) -> Callable[[Place], str]:
 def own_code(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     named = {"AutoConfig": "harm.Harm", "AutoModelForCausalLM": "harm.Harm"}
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "harm", "auto_map": named}))
+    (path / "config.json").write_text(
+        json.dumps({**config, "model_type": "harm", "auto_map": named})
+    )
     (path / "harm.py").write_text("raise SystemExit('this ran')\n")
 
 
@@ -163,9 +198,15 @@ def adapter(files: dict[str, bytes]) -> Callable[[Place], str]:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         source = next((place.run.folder / "checkpoints").glob("update_*"))
-        for name, content in {"adapter_config.json": (source / "adapter_config.json").read_bytes(), **files}.items():
+        for name, content in {
+            "adapter_config.json": (source / "adapter_config.json").read_bytes(),
+            **files,
+        }.items():
             (path / name).write_bytes(content)
-        values = {**as_dict(place.run.config), "run": {"dir": str(place.folder), "name": "adapter-run"}}
+        values = {
+            **as_dict(place.run.config),
+            "run": {"dir": str(place.folder), "name": "adapter-run"},
+        }
         values["model"] = {**values["model"], "init_adapter": str(path)}
         build_run(from_values(values)).close()
         return "it runs"
@@ -188,7 +229,9 @@ def words(*given: str) -> Callable[[Place], str]:
 
 def sections() -> Iterator[tuple[str, list[Case]]]:
     marks = "</s><|assistant|>yes<s>"
-    huge = lines({"prompt": "yes?", "completion": "word " * 200_000}, {"prompt": "a", "completion": "b"})
+    huge = lines(
+        {"prompt": "yes?", "completion": "word " * 200_000}, {"prompt": "a", "completion": "b"}
+    )
     yield (
         "Rows",
         [
@@ -209,32 +252,73 @@ def sections() -> Iterator[tuple[str, list[Case]]]:
             ("a json file of 100,000 brackets", data("a.json", b"[" * 100_000)),
             ("a json list that holds null", data("a.json", b"[null, " + GOOD + b"]")),
             ("columns that fit no format", data("a.jsonl", lines({"who": "a", "what": "b"}))),
-            ("a number where text is wanted", data("a.jsonl", lines({"prompt": 5, "completion": "x"}))),
+            (
+                "a number where text is wanted",
+                data("a.jsonl", lines({"prompt": 5, "completion": "x"})),
+            ),
             ("a NUL byte in csv", data("a.csv", b"prompt,completion\nx\0,y\n")),
-            ("a NUL character in a json string", data("a.jsonl", lines({"prompt": "x\0", "completion": "y"}))),
+            (
+                "a NUL character in a json string",
+                data("a.jsonl", lines({"prompt": "x\0", "completion": "y"})),
+            ),
             ("broken UTF-8", data("a.jsonl", b'{"prompt": "\xc3", "completion": "y"}\n')),
             ("UTF-16", data("a.csv", "prompt,completion\nx,y".encode("utf-16"))),
-            ("half of a surrogate pair", data("a.jsonl", b'{"prompt": "\\ud800", "completion": "y"}\n')),
-            ("an empty answer among others", data("a.jsonl", lines({"prompt": "a", "completion": " "}) + GOOD)),
+            (
+                "half of a surrogate pair",
+                data("a.jsonl", b'{"prompt": "\\ud800", "completion": "y"}\n'),
+            ),
+            (
+                "an empty answer among others",
+                data("a.jsonl", lines({"prompt": "a", "completion": " "}) + GOOD),
+            ),
             ("a row of a million characters, too_long = drop", data("a.jsonl", huge)),
-            ("a row of a million characters, too_long = cut", data("a.jsonl", huge, too_long="cut")),
-            ("control tokens as text in question and answer", data("a.jsonl", lines({"prompt": marks, "completion": marks}))),
-            ("the same row without them", data("a.jsonl", lines({"prompt": "yes", "completion": "yes"}))),
-            ("a file that is not there", lambda place: str(load_examples(DataConfig(source=str(place.folder / "none.csv")), 0))),
+            (
+                "a row of a million characters, too_long = cut",
+                data("a.jsonl", huge, too_long="cut"),
+            ),
+            (
+                "control tokens as text in question and answer",
+                data("a.jsonl", lines({"prompt": marks, "completion": marks})),
+            ),
+            (
+                "the same row without them",
+                data("a.jsonl", lines({"prompt": "yes", "completion": "yes"})),
+            ),
+            (
+                "a file that is not there",
+                lambda place: str(
+                    load_examples(DataConfig(source=str(place.folder / "none.csv")), 0)
+                ),
+            ),
         ],
     )
     yield (
         "Checkpoints and capsules",
         [
-            ("a pickle with a right sum as adapter", saved("checkpoints", put("adapter_model.safetensors", HARM))),
-            ("a pickle with a right sum as optimizer state", saved("checkpoints", put("optimizer.safetensors", HARM))),
-            ("a pickle with a right sum in a capsule", saved("capsules", put("adapter_before.safetensors", HARM))),
+            (
+                "a pickle with a right sum as adapter",
+                saved("checkpoints", put("adapter_model.safetensors", HARM)),
+            ),
+            (
+                "a pickle with a right sum as optimizer state",
+                saved("checkpoints", put("optimizer.safetensors", HARM)),
+            ),
+            (
+                "a pickle with a right sum in a capsule",
+                saved("capsules", put("adapter_before.safetensors", HARM)),
+            ),
             (
                 "a path out of the checkpoint in its sums",
                 saved("checkpoints", renamed_in_sums("rng_rank0.json", "../../config.yaml")),
             ),
-            ("an absolute path in its sums", saved("checkpoints", renamed_in_sums("rng_rank0.json", "/etc/passwd"))),
-            ("a path out of a capsule in its sums", saved("capsules", renamed_in_sums("rng_rank0.json", "../../config.yaml"))),
+            (
+                "an absolute path in its sums",
+                saved("checkpoints", renamed_in_sums("rng_rank0.json", "/etc/passwd")),
+            ),
+            (
+                "a path out of a capsule in its sums",
+                saved("capsules", renamed_in_sums("rng_rank0.json", "../../config.yaml")),
+            ),
             ("a link in place of a checkpoint's file", saved("checkpoints", linked("state.json"))),
             ("a link in place of a capsule's file", saved("capsules", linked("capsule.json"))),
         ],
@@ -245,15 +329,24 @@ def sections() -> Iterator[tuple[str, list[Case]]]:
             ("a model that brings its own Python code", base(own_code)),
             ("a model whose weights are a harmful pickle", base(pickled_base)),
             ("an adapter as a pickle (adapter_model.bin)", adapter({"adapter_model.bin": HARM})),
-            ("a pickle called adapter_model.safetensors", adapter({"adapter_model.safetensors": HARM})),
+            (
+                "a pickle called adapter_model.safetensors",
+                adapter({"adapter_model.safetensors": HARM}),
+            ),
             ("an adapter_config.json that is a list", adapter({"adapter_config.json": b"[]"})),
-            ("an adapter_config.json in broken UTF-8", adapter({"adapter_config.json": b'{"r": "\xc3"}'})),
+            (
+                "an adapter_config.json in broken UTF-8",
+                adapter({"adapter_config.json": b'{"r": "\xc3"}'}),
+            ),
         ],
     )
     yield (
         "Configs",
         [
-            ("a YAML file that makes a Python object", config(b"optimizer: !!python/object/apply:os.getcwd []\n")),
+            (
+                "a YAML file that makes a Python object",
+                config(b"optimizer: !!python/object/apply:os.getcwd []\n"),
+            ),
             ("a YAML file in broken UTF-8", config(b"optimizer:\n  lr: \xc3\n")),
             ("a YAML file that is a list", config(b"- 1\n")),
             ("a section that is a number", config(b"optimizer: 5\n")),

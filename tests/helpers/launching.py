@@ -18,12 +18,22 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a launched process: offline, one thread a rank, glassloop importable."""
     paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": paths,
+    }
     return {**os.environ, **quiet, **extra}
 
 
 def launch(
-    script: str | Path, *arguments: str, expect: int = 0, timeout_s: int = 300, config_file: Path = TWO_CPUS, **env: str
+    script: str | Path,
+    *arguments: str,
+    expect: int = 0,
+    timeout_s: int = 300,
+    config_file: Path = TWO_CPUS,
+    **env: str,
 ) -> str:
     """Run `script` on two ranks; returns what it printed. Fails the test, with the output, on another exit code than `expect`."""
     done = subprocess.run(
@@ -35,13 +45,17 @@ def launch(
         timeout=timeout_s,
     )
     output = done.stdout + done.stderr
-    assert done.returncode == expect, f"exit code {done.returncode}, expected {expect}:\n{output[-6000:]}"
+    assert done.returncode == expect, (
+        f"exit code {done.returncode}, expected {expect}:\n{output[-6000:]}"
+    )
     return output
 
 
 def write_rows(path: Path, rows: int) -> Path:
     """A jsonl file of prompts and completions of 1 to 14 and 1 to 9 words; the same at each call."""
-    words = ("the caller asks for a code and the receiver hangs up because nothing can be checked today").split()  # noqa: SIM905
+    words = (
+        "the caller asks for a code and the receiver hangs up because nothing can be checked today"
+    ).split()  # noqa: SIM905
     drawn = random.Random(5)
     lines = [
         {

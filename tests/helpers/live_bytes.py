@@ -53,10 +53,14 @@ class Live(TorchDispatchMode):
 def peaks(engine, adapters: FlatAdapters, p: Pass, *, autocast: bool) -> dict[str, int]:
     """Peak bytes of forward, logits and backward of a pass, beside the base and the flat buffers."""
     with as_on_a_gpu():
-        live = Live([*engine.parameters(), *engine.buffers(), adapters.flat, adapters.grad, *vars_of(p)])
+        live = Live(
+            [*engine.parameters(), *engine.buffers(), adapters.flat, adapters.grad, *vars_of(p)]
+        )
         found: dict[str, int] = {}
         decoder = engine.hf.get_base_model().get_decoder()
-        hook = decoder.register_forward_hook(lambda *_: found.__setitem__("forward", live.take_peak()))
+        hook = decoder.register_forward_hook(
+            lambda *_: found.__setitem__("forward", live.take_peak())
+        )
         with live:
             with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
                 loss_sum, _ = engine(p)
@@ -79,11 +83,15 @@ def as_on_a_gpu() -> Iterator[None]:
         patch.object(
             bitsandbytes,
             "matmul_4bit",
-            lambda a, b, quant_state, bias=None, out=None: _Matmul4bit.apply(a, b.detach(), quant_state),
+            lambda a, b, quant_state, bias=None, out=None: _Matmul4bit.apply(
+                a, b.detach(), quant_state
+            ),
         ),
         patch.object(norms._Fused, "__call__", lambda self, x: _Norm.apply(x, self.weight)),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
-        patch.object(torch, "is_autocast_enabled", lambda device="cpu": asked("cpu")),  # PEFT asks for a GPU's
+        patch.object(
+            torch, "is_autocast_enabled", lambda device="cpu": asked("cpu")
+        ),  # PEFT asks for a GPU's
     ):
         yield
 
@@ -120,7 +128,11 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         batch, heads, tokens, width = q.shape
-        out = torch.empty(batch, tokens, heads, width, dtype=q.dtype).copy_(q.transpose(1, 2)).transpose(1, 2)
+        out = (
+            torch.empty(batch, tokens, heads, width, dtype=q.dtype)
+            .copy_(q.transpose(1, 2))
+            .transpose(1, 2)
+        )
         ctx.save_for_backward(q, k, v, out, torch.empty(batch, heads, tokens))
         return out
 
@@ -137,7 +149,9 @@ class _Flash(torch.autograd.Function):
 
 
 def _sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    assert attn_mask is None and (enable_gqa or q.shape[1] == k.shape[1]), "this pass would not take the flash kernel"
+    assert attn_mask is None and (enable_gqa or q.shape[1] == k.shape[1]), (
+        "this pass would not take the flash kernel"
+    )
     return _Flash.apply(q, k, v)
 
 
@@ -146,10 +160,32 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
     from glassloop.engines.fused import engine as whole
 
     with fused_as_on_a_gpu():
-        held = [t for one in engine.layers for linear in one.linears for t in (linear.a, linear.b, *vars_of(linear.packed))]
-        held += [linear.held for one in engine.layers for linear in one.linears if linear.held is not None]
-        held += [*engine.scratch.matrices.values(), *(t for pair in engine.scratch.sums.values() for t in pair)]
-        live = Live([*engine.parameters(), *engine.buffers(), adapters.flat, adapters.grad, *vars_of(p), *held])
+        held = [
+            t
+            for one in engine.layers
+            for linear in one.linears
+            for t in (linear.a, linear.b, *vars_of(linear.packed))
+        ]
+        held += [
+            linear.held
+            for one in engine.layers
+            for linear in one.linears
+            if linear.held is not None
+        ]
+        held += [
+            *engine.scratch.matrices.values(),
+            *(t for pair in engine.scratch.sums.values() for t in pair),
+        ]
+        live = Live(
+            [
+                *engine.parameters(),
+                *engine.buffers(),
+                adapters.flat,
+                adapters.grad,
+                *vars_of(p),
+                *held,
+            ]
+        )
         found: dict[str, int] = {}
         loss = whole.head_loss
 
@@ -178,9 +214,13 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         return x if y is None else torch.empty(x.shape, dtype=x.dtype)
 
     def attend(q, k, v, bounds):
-        return attention.Kept(torch.empty(q.shape, dtype=q.dtype), (torch.empty(q.shape[1], q.shape[0]),))
+        return attention.Kept(
+            torch.empty(q.shape, dtype=q.dtype), (torch.empty(q.shape[1], q.shape[0]),)
+        )
 
-    def attend_back(grad, q, k, v, kept, bounds, cos, sin, *, room):  # torch's flash kernel, which takes the most
+    def attend_back(
+        grad, q, k, v, kept, bounds, cos, sin, *, room
+    ):  # torch's flash kernel, which takes the most
         sums = torch.empty(q.shape)
         wide = [torch.empty(q.shape, dtype=q.dtype) for _ in range(2)]
         found = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
@@ -194,7 +234,14 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         return losses, grad
 
     with (
-        patch.multiple(layer, add_norm=add_norm, norm_backward=nothing, rotate=nothing, swiglu=nothing, swiglu_backward=nothing),
+        patch.multiple(
+            layer,
+            add_norm=add_norm,
+            norm_backward=nothing,
+            rotate=nothing,
+            swiglu=nothing,
+            swiglu_backward=nothing,
+        ),
         patch.multiple(layer, attention=attend, attention_backward=attend_back),
         patch.multiple(engine, add_norm=add_norm, norm_backward=nothing, head_loss=head_loss),
         patch.multiple(linear, dequantise=nothing, product_fp32=nothing),

@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 
 Names = dict[str, "Node"]
-CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")  # of os; a look at the folder follows each
+CALLS = (
+    "fsync",
+    "rename",
+    "replace",
+    "mkdir",
+    "rmdir",
+    "unlink",
+)  # of os; a look at the folder follows each
 
 
 @dataclass(eq=False)
@@ -42,7 +49,9 @@ class Crash:
         """Lay out, below `target`, what `draw` chooses of each node's past."""
         self._leave(self.top, target, draw)
 
-    def _leave(self, node: Node, target: Path, draw: Callable[[Node, tuple[Any, ...]], Any]) -> None:
+    def _leave(
+        self, node: Node, target: Path, draw: Callable[[Node, tuple[Any, ...]], Any]
+    ) -> None:
         past = self.root.get(node, ()) or ({} if node.folder else b"",)
         if node.folder:
             target.mkdir(parents=True, exist_ok=True)
@@ -86,7 +95,9 @@ class LossyDisk:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.known: dict[int, Node] = {}  # by inode; a number that comes back after its file went is another node
+        self.known: dict[
+            int, Node
+        ] = {}  # by inode; a number that comes back after its file went is another node
         self.crashes: list[Crash] = []
         self.trace: list[tuple[str, str]] = []  # (call, path below root)
         self.top = self._look(root)
@@ -114,7 +125,9 @@ class LossyDisk:
                     del synced.past[:-1]
                 told = f"{name} {Path(place).relative_to(self.root)}"
                 self.trace.append((name, told.partition(" ")[2]))
-                self.crashes.append(Crash(len(self.trace), told, {n: tuple(n.past) for n in self._all()}, self.top))
+                self.crashes.append(
+                    Crash(len(self.trace), told, {n: tuple(n.past) for n in self._all()}, self.top)
+                )
             return result
 
         return call
@@ -131,7 +144,11 @@ class LossyDisk:
         if seen is not None:
             seen.add(number)
         node = self.known.setdefault(number, Node(path.is_dir()))
-        now = {inner.name: self._look(inner, seen) for inner in path.iterdir()} if node.folder else path.read_bytes()
+        now = (
+            {inner.name: self._look(inner, seen) for inner in path.iterdir()}
+            if node.folder
+            else path.read_bytes()
+        )
         if not node.past and not node.folder:
             node.past.append(b"")  # a file begins empty
         elif not node.past:
@@ -154,7 +171,11 @@ class LossyDisk:
     @staticmethod
     def _place(place: Any, dir_fd: int | None) -> str | None:
         try:
-            path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else os.fspath(place)
+            path = (
+                os.readlink(f"/proc/self/fd/{place}")
+                if isinstance(place, int)
+                else os.fspath(place)
+            )
             above = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
         except OSError:
             return None

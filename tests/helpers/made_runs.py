@@ -8,10 +8,20 @@ import math
 import random
 from pathlib import Path
 
-from glassloop.record.observers import JsonlObserver, SampleRecord, TextPolicy, write_json, write_text
+from glassloop.record.observers import (
+    JsonlObserver,
+    SampleRecord,
+    TextPolicy,
+    write_json,
+    write_text,
+)
 from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
-SPIKE, BROKEN, REDONE = 24, 31, 12  # the loss leaps; the loss is not a number and nothing is applied; done twice, after a resume
+SPIKE, BROKEN, REDONE = (
+    24,
+    31,
+    12,
+)  # the loss leaps; the loss is not a number and nothing is applied; done twice, after a resume
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><b>&amp; bold</b>"
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -19,11 +29,22 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 def matrices(layers: int) -> tuple[str, ...]:
     """Short names of a model's adapter matrices."""
     parts = [f"{'self_attn' if p in 'qkvo' else 'mlp'}.{p}_proj" for p in PROJECTIONS]
-    return tuple(f"layers.{layer}.{part}.{side}" for layer in range(layers) for part in parts for side in "AB")
+    return tuple(
+        f"layers.{layer}.{part}.{side}"
+        for layer in range(layers)
+        for part in parts
+        for side in "AB"
+    )
 
 
 def update_record(
-    update: int, updates: int, ranks: int = 2, *, drawn: random.Random, lr: float = 2e-4, level: float = 1.0
+    update: int,
+    updates: int,
+    ranks: int = 2,
+    *,
+    drawn: random.Random,
+    lr: float = 2e-4,
+    level: float = 1.0,
 ) -> UpdateRecord:
     """A sound update whose loss falls; `level` multiplies loss and norm."""
     loss = level * (1.5 + 2 * math.exp(-3 * update / updates) + 0.05 * drawn.gauss(0, 1))
@@ -61,7 +82,9 @@ def update_record(
 def probe_record(update: int, names: tuple[str, ...], *, drawn: random.Random) -> ProbeRecord:
     """Norms of every matrix; in update 1 B is 0, so that A has no gradient and B no ratio."""
     fresh = update == 1
-    grads = tuple(0.0 if fresh and name.endswith("A") else math.exp(drawn.gauss(-3, 1)) for name in names)
+    grads = tuple(
+        0.0 if fresh and name.endswith("A") else math.exp(drawn.gauss(-3, 1)) for name in names
+    )
     weights = tuple(0.0 if fresh and name.endswith("B") else 1 + drawn.random() for name in names)
     steps = tuple(0.001 * (1 + drawn.random()) for _ in names)
     return ProbeRecord(
@@ -80,7 +103,9 @@ def probe_record(update: int, names: tuple[str, ...], *, drawn: random.Random) -
     )
 
 
-def rows_of(record: UpdateRecord, rows: int, *, drawn: random.Random, last: str = "") -> tuple[RowRecord, ...]:
+def rows_of(
+    record: UpdateRecord, rows: int, *, drawn: random.Random, last: str = ""
+) -> tuple[RowRecord, ...]:
     """Two micro-batches of two rows on each rank."""
     made = []
     for rank in range(len(record.rank_passes)):
@@ -88,9 +113,13 @@ def rows_of(record: UpdateRecord, rows: int, *, drawn: random.Random, last: str 
             loss = (record.loss_nats or 0.0) * 25 * (1 + 0.1 * drawn.random())
             row_id = f"train:{(record.update * 8 + rank * 4 + place) % rows}"
             real = 128 if place % 2 else 72 + (10 * rank if place == 0 else 0)
-            made.append(RowRecord(record.update, rank, place // 2, row_id, loss, 25, real, record.attempt))
+            made.append(
+                RowRecord(record.update, rank, place // 2, row_id, loss, 25, real, record.attempt)
+            )
     if last:
-        made[-1] = dataclasses.replace(made[-1], row_id=last, loss_sum_nats=made[-1].loss_sum_nats * 6)
+        made[-1] = dataclasses.replace(
+            made[-1], row_id=last, loss_sum_nats=made[-1].loss_sum_nats * 6
+        )
     return tuple(made)
 
 
@@ -129,14 +158,30 @@ def write_run(
     records = [update_record(u, updates, ranks, drawn=drawn, lr=lr) for u in range(1, updates + 1)]
     if offset:
         records = [
-            dataclasses.replace(r, loss_nats=r.loss_nats + offset) if r.update >= from_update and r.loss_nats else r
+            dataclasses.replace(r, loss_nats=r.loss_nats + offset)
+            if r.update >= from_update and r.loss_nats
+            else r
             for r in records
         ]
-    plan = {"rows": rows, "ranks": ranks, "updates": updates, "size": 2, "accumulation": 2, "lr": [r.lr for r in records]}
-    by_update = {"rows": [r.rows for r in records], "supervised_tokens": [r.supervised_tokens for r in records]}
+    plan = {
+        "rows": rows,
+        "ranks": ranks,
+        "updates": updates,
+        "size": 2,
+        "accumulation": 2,
+        "lr": [r.lr for r in records],
+    }
+    by_update = {
+        "rows": [r.rows for r in records],
+        "supervised_tokens": [r.supervised_tokens for r in records],
+    }
     write_json(
         folder / "plan.json",
-        plan | {"by_update": by_update | {"real_tokens": [r.real_tokens for r in records]}, "contract": {"engine": "peft"}},
+        plan
+        | {
+            "by_update": by_update | {"real_tokens": [r.real_tokens for r in records]},
+            "contract": {"engine": "peft"},
+        },
     )
     write_json(
         folder / "env.json",
@@ -151,7 +196,9 @@ def write_run(
     jsonl = JsonlObserver(folder, text, row_text=texts.__getitem__)
     jsonl.on_event(Event(0, "started", f"run folder {folder}"))
     _evaluation(jsonl, 0, 3.6)
-    jsonl.on_sample(SampleRecord(0, "train:1", True, "Is it a scam?", "Yes.", "base says nothing", 4))
+    jsonl.on_sample(
+        SampleRecord(0, "train:1", True, "Is it a scam?", "Yes.", "base says nothing", 4)
+    )
     names = matrices(layers)
     for record in records:
         update, evil = record.update, ""
@@ -172,18 +219,41 @@ def write_run(
             evil = "train:evil"
         if faults and update == REDONE:
             jsonl.on_update(_louder(record, 3.0), rows_of(record, rows, drawn=drawn))
-            jsonl.on_event(Event(update - 1, "resumed", f"run folder {folder}, after {update - 1} updates", attempt=2))
+            jsonl.on_event(
+                Event(
+                    update - 1,
+                    "resumed",
+                    f"run folder {folder}, after {update - 1} updates",
+                    attempt=2,
+                )
+            )
             record = dataclasses.replace(record, attempt=2)
-        jsonl.on_update(record, rows_of(record, rows, drawn=drawn, last=evil) if text != "none" else ())
+        jsonl.on_update(
+            record, rows_of(record, rows, drawn=drawn, last=evil) if text != "none" else ()
+        )
         if update == 1 or update % probe_every == 0:
-            jsonl.on_probe(dataclasses.replace(probe_record(update, names, drawn=drawn), attempt=record.attempt))
+            jsonl.on_probe(
+                dataclasses.replace(
+                    probe_record(update, names, drawn=drawn), attempt=record.attempt
+                )
+            )
         if faults and update == SPIKE:
-            jsonl.on_event(Event(update, "alarm", "loss_spike: loss leapt, row train:evil", command, {"value": 12.0}))
+            jsonl.on_event(
+                Event(
+                    update,
+                    "alarm",
+                    "loss_spike: loss leapt, row train:evil",
+                    command,
+                    {"value": 12.0},
+                )
+            )
         if faults and update == BROKEN:
             jsonl.on_event(Event(update, "skipped", f"update {update}: {record.reason}", command))
         if update % max(1, updates // 4) == 0:
             _evaluation(jsonl, update, 1.6 + 2 * math.exp(-3 * update / updates) + offset)
-    jsonl.on_sample(SampleRecord(updates, "train:1", False, "Is it a scam?", "Yes.", f"adapter says {EVIL}", 6))
+    jsonl.on_sample(
+        SampleRecord(updates, "train:1", False, "Is it a scam?", "Yes.", f"adapter says {EVIL}", 6)
+    )
     if end:
         jsonl.on_event(Event(updates, end, f"run folder {folder}"))
     jsonl.close()
@@ -202,5 +272,14 @@ def _louder(record: UpdateRecord, factor: float) -> UpdateRecord:
 
 
 def _evaluation(jsonl: JsonlObserver, update: int, loss: float) -> None:
-    scores = {"loss_nats": loss, "answers": 40, "accuracy": 0.5 + 0.3 * (update > 0), "precision": None}
-    jsonl.on_evaluation(EvaluationRecord(update, loss, 40, 900, scores, scores | {"loss_nats": 3.6, "accuracy": 0.5}, 1.5))
+    scores = {
+        "loss_nats": loss,
+        "answers": 40,
+        "accuracy": 0.5 + 0.3 * (update > 0),
+        "precision": None,
+    }
+    jsonl.on_evaluation(
+        EvaluationRecord(
+            update, loss, 40, 900, scores, scores | {"loss_nats": 3.6, "accuracy": 0.5}, 1.5
+        )
+    )

@@ -17,10 +17,15 @@ from glassloop.loop.build import build_run
 from glassloop.loop.run import Run
 from train_loop import update_once
 
-ROWS, UPDATES = 8, 4  # every window holds all rows; the fault is in update 4, the healthy capsule is of update 2
+ROWS, UPDATES = (
+    8,
+    4,
+)  # every window holds all rows; the fault is in update 4, the healthy capsule is of update 2
 
 
-def spoiled_base(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def spoiled_base(
+    model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> Path:
     """A copy of a model's folder with `change` made to its weights."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
@@ -39,7 +44,9 @@ def sure_base(model: Path, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def continuations(model: Path, *, worst: bool = False, rows: int = ROWS, start: int = 40) -> tuple[Row, ...]:
+def continuations(
+    model: Path, *, worst: bool = False, rows: int = ROWS, start: int = 40
+) -> tuple[Row, ...]:
     """Rows of 20 tokens that the model continues itself, or, `worst`, with the token that it expects least each time."""
     hf = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     made = []
@@ -48,7 +55,9 @@ def continuations(model: Path, *, worst: bool = False, rows: int = ROWS, start: 
         while len(ids) < 20:
             logits = hf(torch.tensor([ids])).logits[0, -1]
             ids.append(int(logits.argmin() if worst else logits.argmax()))
-        made.append(Row(f"row:{'bad' if worst else index}", tuple(ids), (False,) * 4 + (True,) * 16))
+        made.append(
+            Row(f"row:{'bad' if worst else index}", tuple(ids), (False,) * 4 + (True,) * 16)
+        )
     return tuple(made)
 
 

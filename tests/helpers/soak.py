@@ -36,7 +36,16 @@ from glassloop.saved.checkpoint import last_checkpoint, read_state
 
 UPDATES = 4
 LONGEST_S = 120  # of a fork; a run takes two seconds, and one that hangs is killed by a signal that counts as a wrong end
-CALLS = ("write", "fsync", "ftruncate", "rename", "replace", "mkdir", "rmdir", "unlink")  # of os; and writes of open files
+CALLS = (
+    "write",
+    "fsync",
+    "ftruncate",
+    "rename",
+    "replace",
+    "mkdir",
+    "rmdir",
+    "unlink",
+)  # of os; and writes of open files
 Kill = tuple[int, bool]  # before which call; whether a write has written half of its bytes by then
 
 
@@ -72,7 +81,11 @@ class Disk:
 
     def inside(self, place: Any, dir_fd: int | None = None) -> bool:
         try:
-            path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else os.fspath(place)
+            path = (
+                os.readlink(f"/proc/self/fd/{place}")
+                if isinstance(place, int)
+                else os.fspath(place)
+            )
             folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
         except OSError:
             return False
@@ -82,7 +95,9 @@ class Disk:
         def call(*arguments: Any, **named: Any) -> Any:
             if self.inside(arguments[0], named.get("dir_fd")):
                 data = arguments[1] if name == "write" else b""
-                self.reached(name, (lambda: genuine(arguments[0], data[: len(data) // 2])) if data else None)
+                self.reached(
+                    name, (lambda: genuine(arguments[0], data[: len(data) // 2])) if data else None
+                )
             return genuine(*arguments, **named)
 
         return call
@@ -98,7 +113,9 @@ class Written:
         self.disk, self.file = disk, file
 
     def write(self, data: Any) -> int:
-        self.disk.reached("write", lambda: (self.file.write(data[: len(data) // 2]), self.file.flush()))
+        self.disk.reached(
+            "write", lambda: (self.file.write(data[: len(data) // 2]), self.file.flush())
+        )
         return self.file.write(data)
 
     def __enter__(self) -> Written:
@@ -114,7 +131,9 @@ class Written:
         return getattr(self.file, name)
 
 
-def forked(argv: list[str], log: Path, root: Path, kill: Kill | None = None, after_s: float | None = None) -> int | None:
+def forked(
+    argv: list[str], log: Path, root: Path, kill: Kill | None = None, after_s: float | None = None
+) -> int | None:
     """Exit code of the command in a fork of this process; None where it was killed, as `kill` or `after_s` say."""
     child = os.fork()
     if child == 0:
@@ -139,7 +158,11 @@ def forked(argv: list[str], log: Path, root: Path, kill: Kill | None = None, aft
         time.sleep(after_s)
         os.kill(child, signal.SIGKILL)  # a child that has ended stays there until it is waited for
     status = os.waitpid(child, 0)[1]
-    return None if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else os.waitstatus_to_exitcode(status)
+    return (
+        None
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        else os.waitstatus_to_exitcode(status)
+    )
 
 
 def goes_on(words: list[str], folder: Path) -> list[str] | None:
@@ -149,7 +172,9 @@ def goes_on(words: list[str], folder: Path) -> list[str] | None:
     checkpoint, _ = last_checkpoint(folder)
     if checkpoint is None:
         return ["--resume", str(folder), "--at", "0"]
-    done = json.loads((folder / "plan.json").read_text())["updates"] == read_state(checkpoint).update
+    done = (
+        json.loads((folder / "plan.json").read_text())["updates"] == read_state(checkpoint).update
+    )
     return None if done else ["--resume", str(folder)]
 
 
@@ -163,7 +188,11 @@ def end_of(folder: Path) -> dict[str, Any]:
             last[line["update"]] = max(last[line["update"]], line["attempt"])
         timed = ("seconds", "attempt", "base")  # base scores are measured once a process
         end[name] = [
-            {key: value for key, value in line.items() if not key.endswith("_s") and key not in timed}
+            {
+                key: value
+                for key, value in line.items()
+                if not key.endswith("_s") and key not in timed
+            }
             for line in lines
             if line["attempt"] == last[line["update"]]
         ]
@@ -173,7 +202,14 @@ def end_of(folder: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors" or path.name.startswith(("rng_", "optimizer")):
             end[path.name] = path.read_bytes()
     state = read_state(checkpoint)
-    end["state"] = (state.update, state.epoch, state.loss_scale, state.finite_updates, state.heldout_loss_nats, state.details)
+    end["state"] = (
+        state.update,
+        state.epoch,
+        state.loss_scale,
+        state.finite_updates,
+        state.heldout_loss_nats,
+        state.details,
+    )
     for capsule in find_capsules(folder / "capsules"):
         read_capsule(capsule)
     return end
@@ -191,13 +227,17 @@ class Soak:
         """A run that nobody kills, in this process, and one in a fork, which must be alike. Returns the calls of the second."""
         assert train_loop.main([*self.words, "run.name=warm"]) == 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(True)
         self.whole = end_of(self.work / "runs/warm")
         folder = self.work / "runs/whole"
-        assert forked([*self.words, "run.name=whole"], self.log, self.work) == 0, self.log.read_text()[-3000:]
+        assert forked([*self.words, "run.name=whole"], self.log, self.work) == 0, (
+            self.log.read_text()[-3000:]
+        )
         self.compare(folder, "not killed")
         kinds = self.log.with_suffix(".calls").read_text().split("\n")
         self.writes = [place for place, kind in enumerate(kinds) if kind == "write"]
@@ -259,11 +299,15 @@ class Soak:
                     time.sleep(drawn.uniform(3, 11))
                     ranks = ranks_of(process.pid)
                     victims = ranks[:1] if drawn.random() < 0.25 else [process.pid, *ranks]
-                    killed_one = bool(ranks) and process.poll() is None and all(map(killed, victims))
+                    killed_one = (
+                        bool(ranks) and process.poll() is None and all(map(killed, victims))
+                    )
                     self.kills["launched, two ranks"] += killed_one
                 code = process.wait()
                 if code != 0 and not killed_one:
-                    self.wrong.append(f"launched run {run}: {' '.join(argv[:4])} ended with {code} ({self.log})")
+                    self.wrong.append(
+                        f"launched run {run}: {' '.join(argv[:4])} ended with {code} ({self.log})"
+                    )
                     break
                 argv = goes_on(words, folder)
             self.compare(folder, f"launched run {run}")
@@ -271,13 +315,18 @@ class Soak:
     def launch(self, argv: list[str]) -> subprocess.Popen[bytes]:
         command = [*LAUNCH, str(TWO_CPUS), str(ROOT / "train_loop.py"), *argv]
         with self.log.open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, stdout=log, stderr=log)
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment(), start_new_session=True, stdout=log, stderr=log
+            )
 
 
 def ranks_of(launcher: int) -> list[int]:
     """The launcher's processes."""
     try:
-        return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -299,9 +348,18 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=usual)
     asked = parser.parse_args()
     tqdm.tqdm.monitor_interval = 0  # no thread that a fork would lose
-    tqdm.tqdm.set_lock(threading.RLock())  # its own one lies in memory that forks share: a killed one would keep it for ever
-    os.environ.update({"HF_DATASETS_CACHE": str(asked.folder / "datasets"), "GLASSLOOP_CACHE": str(asked.folder / "cache")})
-    soak = Soak(asked.folder.resolve(), words_of(asked.model, asked.rows, asked.folder.resolve() / "runs"))
+    tqdm.tqdm.set_lock(
+        threading.RLock()
+    )  # its own one lies in memory that forks share: a killed one would keep it for ever
+    os.environ.update(
+        {
+            "HF_DATASETS_CACHE": str(asked.folder / "datasets"),
+            "GLASSLOOP_CACHE": str(asked.folder / "cache"),
+        }
+    )
+    soak = Soak(
+        asked.folder.resolve(), words_of(asked.model, asked.rows, asked.folder.resolve() / "runs")
+    )
     began = time.monotonic()
     calls = soak.reference()
     one_run_s = time.monotonic() - began
@@ -312,9 +370,15 @@ def main() -> int:
     soak.at_random(asked.random, one_run_s / 3)
     if asked.launched:
         soak.launched(asked.launched)
-    print(f"\na run makes {calls} calls that change the disk, {len(soak.writes)} of them writes", file=sys.stderr)
+    print(
+        f"\na run makes {calls} calls that change the disk, {len(soak.writes)} of them writes",
+        file=sys.stderr,
+    )
     counts = ", ".join(f"{count} {how}" for how, count in soak.kills.items())
-    print(f"kills: {soak.kills.total()} ({counts}); {len(soak.wrong)} came to another end", file=sys.stderr)
+    print(
+        f"kills: {soak.kills.total()} ({counts}); {len(soak.wrong)} came to another end",
+        file=sys.stderr,
+    )
     for line in soak.wrong:
         print(line, file=sys.stderr)
     return 1 if soak.wrong else 0

@@ -55,14 +55,21 @@ class FastLanguageModel:
         hf.for_training = types.MethodType(for_training, hf)
         return hf
 '''
-REQUIRES = ("torch<2.15.0,>=2.4.0", "datasets!=4.0.*,<6.0.0,>=3.4.1", "transformers!=5.0.0,<=9.0.0,>=4.52.4", "nosuchthing>=1")
+REQUIRES = (
+    "torch<2.15.0,>=2.4.0",
+    "datasets!=4.0.*,<6.0.0,>=3.4.1",
+    "transformers!=5.0.0,<=9.0.0,>=4.52.4",
+    "nosuchthing>=1",
+)
 
 
 def write_stand_in(folder: Path, requires: tuple[str, ...] = REQUIRES) -> Path:
     """Put the package and its metadata into `folder`, to be put on sys.path."""
     for name in ("unsloth", "unsloth_zoo"):
         (folder / name).mkdir(parents=True)
-        (folder / name / "__init__.py").write_text(PACKAGE if name == "unsloth" else "", encoding="utf-8")
+        (folder / name / "__init__.py").write_text(
+            PACKAGE if name == "unsloth" else "", encoding="utf-8"
+        )
         about = folder / f"{name}-2026.10.9.dist-info"
         about.mkdir()
         lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 2026.10.9"]

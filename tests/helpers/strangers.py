@@ -41,12 +41,23 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
     from glassloop.loop.build import build_run, contract_of
     from train_loop import update_once
 
-    optimizer = {"name": "adamw", "lr": LR, "weight_decay": WEIGHT_DECAY, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
+    optimizer = {
+        "name": "adamw",
+        "lr": LR,
+        "weight_decay": WEIGHT_DECAY,
+        "beta1": BETA1,
+        "beta2": BETA2,
+        "eps": EPS,
+    }
     config = from_values(
         {
             "model": {"id": model, "quantization": "none"},
             "lora": {"r": R, "alpha": ALPHA, "targets": TARGETS},
-            "data": {"source": str(write_rows(folder / "rows.jsonl", ROWS)), "template": "chat", "max_tokens": 96},
+            "data": {
+                "source": str(write_rows(folder / "rows.jsonl", ROWS)),
+                "template": "chat",
+                "max_tokens": 96,
+            },
             "batch": {"size": SIZE, "accumulation": ACCUMULATION},
             "schedule": {"updates": UPDATES, "kind": "constant", "warmup_updates": 0},
             "optimizer": {**optimizer, "max_grad_norm": MAX_GRAD_NORM},
@@ -64,19 +75,33 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
     rows = list(run.batches.rows)
     for place, labels in [*((place, 0) for place in UNLABELLED), (ONE_LABEL, 1)]:
         row = rows[order[place]]
-        rows[order[place]] = replace(row, supervised=tuple(t >= len(row) - labels for t in range(len(row))))
+        rows[order[place]] = replace(
+            row, supervised=tuple(t >= len(row) - labels for t in range(len(row)))
+        )
     run.batches = replace(run.batches, rows=tuple(rows))
     run.contract = contract_of(run.batches, run.contract.rows_digest, run.contract.facts)
     problem = [
-        {"input_ids": row.input_ids, "labels": [i if s else -100 for i, s in zip(row.input_ids, row.supervised, strict=True)]}
+        {
+            "input_ids": row.input_ids,
+            "labels": [
+                i if s else -100 for i, s in zip(row.input_ids, row.supervised, strict=True)
+            ],
+        }
         for row in (rows[index] for index in order)
     ]
     (folder / "problem.json").write_text(json.dumps(problem))
     safetensors.torch.save_file(trained(run.plain_engine.hf), folder / "start.safetensors")
 
-    records = [outcome.record for u in range(1, UPDATES + 1) if (outcome := update_once(run, u)) is not None]
+    records = [
+        outcome.record
+        for u in range(1, UPDATES + 1)
+        if (outcome := update_once(run, u)) is not None
+    ]
     run.close()
-    updates = [{"loss": r.loss_nats, "grad_norm": r.grad_norm_pre_clip, "clip": r.clip_coef} for r in records]
+    updates = [
+        {"loss": r.loss_nats, "grad_norm": r.grad_norm_pre_clip, "clip": r.clip_coef}
+        for r in records
+    ]
     return updates, trained(run.plain_engine.hf)
 
 
@@ -84,7 +109,9 @@ def with_a_plain_loop(folder: Path, model: str) -> tuple[Updates, Adapters]:
     """The formula in ten lines: one row a pass, so there is no padding, and nothing to average."""
     hf, rows = lora_model(folder, model), json.loads((folder / "problem.json").read_text())
     parameters = [p for p in hf.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=WEIGHT_DECAY
+    )
     updates: Updates = []
     for first in range(0, len(rows), SIZE * ACCUMULATION):
         window = rows[first : first + SIZE * ACCUMULATION]
@@ -92,7 +119,9 @@ def with_a_plain_loop(folder: Path, model: str) -> tuple[Updates, Adapters]:
         loss = torch.zeros(())
         for row in window:
             logits = hf(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]  # (T - 1, V)
-            loss_sum = F.cross_entropy(logits, torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="sum")
+            loss_sum = F.cross_entropy(
+                logits, torch.tensor(row["labels"][1:]), ignore_index=-100, reduction="sum"
+            )
             (loss_sum / n).backward()
             loss += loss_sum.detach() / n
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in parameters))
@@ -109,9 +138,17 @@ def with_transformers(folder: Path, model: str) -> tuple[Updates, Adapters]:
     from datasets import Dataset
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    hf, rows = lora_model(folder, model), Dataset.from_list(json.loads((folder / "problem.json").read_text()))
+    hf, rows = (
+        lora_model(folder, model),
+        Dataset.from_list(json.loads((folder / "problem.json").read_text())),
+    )
     collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model), padding=True)
-    trainer = Trainer(model=hf, args=TrainingArguments(**trainer_settings(folder)), train_dataset=rows, data_collator=collator)
+    trainer = Trainer(
+        model=hf,
+        args=TrainingArguments(**trainer_settings(folder)),
+        train_dataset=rows,
+        data_collator=collator,
+    )
     trainer.train()
     return logged(trainer), trained(hf)
 
@@ -122,10 +159,18 @@ def with_trl(folder: Path, model: str) -> tuple[Updates, Adapters]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    hf, rows = lora_model(folder, model), Dataset.from_list(json.loads((folder / "problem.json").read_text()))
+    hf, rows = (
+        lora_model(folder, model),
+        Dataset.from_list(json.loads((folder / "problem.json").read_text())),
+    )
     # A max_length would also drop the rows without labels, and every window after them would hold other rows.
     config = SFTConfig(**trainer_settings(folder), max_length=None)
-    trainer = SFTTrainer(model=hf, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model))
+    trainer = SFTTrainer(
+        model=hf,
+        args=config,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
     trainer.train()
     return logged(trainer), trained(hf)
 
@@ -136,7 +181,9 @@ def lora_model(folder: Path, model: str):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    lora = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=R, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"
+    )
     hf = peft.get_peft_model(base, lora)
     start = safetensors.torch.load_file(folder / "start.safetensors")
     parameters = {name: p for name, p in hf.named_parameters() if p.requires_grad}
@@ -176,7 +223,11 @@ def trainer_settings(folder: Path) -> dict:
 
 def logged(trainer) -> Updates:
     """What a Trainer logged of each update. Its state keeps the numbers whole; only the lines it prints are rounded."""
-    return [{"loss": e["loss"], "grad_norm": e["grad_norm"]} for e in trainer.state.log_history if "loss" in e]
+    return [
+        {"loss": e["loss"], "grad_norm": e["grad_norm"]}
+        for e in trainer.state.log_history
+        if "loss" in e
+    ]
 
 
 def trained(hf) -> Adapters:
@@ -184,7 +235,12 @@ def trained(hf) -> Adapters:
     return {name: p.detach().clone() for name, p in hf.named_parameters() if p.requires_grad}
 
 
-HANDS = {"glassloop": with_glassloop, "plain": with_a_plain_loop, "transformers": with_transformers, "trl": with_trl}
+HANDS = {
+    "glassloop": with_glassloop,
+    "plain": with_a_plain_loop,
+    "transformers": with_transformers,
+    "trl": with_trl,
+}
 
 if __name__ == "__main__":
     where, model_folder = Path(sys.argv[1]), sys.argv[2]

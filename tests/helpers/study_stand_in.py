@@ -56,9 +56,18 @@ def cell(words: list[str]) -> int:
     updates = config.schedule.updates or 8
     # rank 8 ends 0.1 below rank 4, give or take 0.001; seeds lie 1 apart
     offset = seed - (0.1 if r == 8 else 0.0) + 0.001 * (seed % 2) * (r == 8)
-    made = Path(config.run.dir).parent / "made" / folder.name  # then moved: a run's folder has its own config from the beginning
+    made = (
+        Path(config.run.dir).parent / "made" / folder.name
+    )  # then moved: a run's folder has its own config from the beginning
     write_run(
-        made, updates=40 if r == 66 else updates, ranks=1, seed=seed, faults=r == 66, end=None, offset=offset, from_update=99
+        made,
+        updates=40 if r == 66 else updates,
+        ranks=1,
+        seed=seed,
+        faults=r == 66,
+        end=None,
+        offset=offset,
+        from_update=99,
     )
     write_text(made / "config.yaml", to_yaml(from_values(config.model_dump(mode="json"))))
     (made / "checkpoints" / "update_000008").mkdir(parents=True)

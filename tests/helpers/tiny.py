@@ -44,7 +44,10 @@ def poisoned(run: Run, rank: int, at_pass: int, change) -> None:
 
 def state(run: Run) -> str:
     """Bits of adapters and optimizer, to compare before and after."""
-    tensors = [run.adapters.flat.detach(), *(v for v in run.optimizer.state[run.adapters.flat].values() if torch.is_tensor(v))]
+    tensors = [
+        run.adapters.flat.detach(),
+        *(v for v in run.optimizer.state[run.adapters.flat].values() if torch.is_tensor(v)),
+    ]
     return " ".join(str(hash(t.numpy().tobytes())) for t in tensors) + str(
         [v for v in run.optimizer.state[run.adapters.flat].values() if not torch.is_tensor(v)]
     )

@@ -81,4 +81,9 @@ def signed_anew(checkpoint: Path) -> None:
     """Sums of a checkpoint's files as they are now, so that what is wrong inside one has to be found inside."""
     sums = checkpoint / "SHA256SUMS"
     names = [line.split()[1] for line in sums.read_text().splitlines()]
-    sums.write_text("".join(f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n" for name in names))
+    sums.write_text(
+        "".join(
+            f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n"
+            for name in names
+        )
+    )

@@ -40,11 +40,17 @@ class Bounds:
         return max(self.lengths)
 
     @staticmethod
-    def of(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, head_size: int) -> Bounds:
-        return Bounds.for_kernel(choose_kernel(lengths, device, dtype, head_size), lengths, device, TILES.get(head_size))
+    def of(
+        lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, head_size: int
+    ) -> Bounds:
+        return Bounds.for_kernel(
+            choose_kernel(lengths, device, dtype, head_size), lengths, device, TILES.get(head_size)
+        )
 
     @staticmethod
-    def for_kernel(kernel: str, lengths: tuple[int, ...], device: torch.device, tiles: Tiles | None = None) -> Bounds:
+    def for_kernel(
+        kernel: str, lengths: tuple[int, ...], device: torch.device, tiles: Tiles | None = None
+    ) -> Bounds:
         """`tiles`: what "triton" is cut by. All goes to the device in one copy that nothing waits for."""
         tables = programs(lengths, tiles) if kernel == "triton" and tiles is not None else []
         tables.append([0, *accumulate(lengths)])
@@ -52,16 +58,26 @@ class Bounds:
         if device.type == "cuda":
             numbers = numbers.pin_memory()
         *blocks, ends = numbers.to(device, non_blocking=True).split([len(one) for one in tables])
-        work = Work(tiles, *(one.view(-1, 4) for one in blocks)) if tiles is not None and blocks else None
+        work = (
+            Work(tiles, *(one.view(-1, 4) for one in blocks))
+            if tiles is not None and blocks
+            else None
+        )
         return Bounds(lengths, ends, kernel, work)
 
 
-def choose_kernel(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+def choose_kernel(
+    lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, head_size: int
+) -> str:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "reference"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "flash"
-    if len(set(lengths)) == 1 and lengths[0] >= LONG_ROWS and not torch.are_deterministic_algorithms_enabled():
+    if (
+        len(set(lengths)) == 1
+        and lengths[0] >= LONG_ROWS
+        and not torch.are_deterministic_algorithms_enabled()
+    ):
         return "cudnn"
     return "triton" if head_size in TILES else "flash"
 
@@ -87,13 +103,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Kept:
         return Kept(out, tuple(rest[:3]))
     if bounds.kernel == "cudnn":
         heads = [by_heads(t, len(bounds.lengths)) for t in (q, k, v)]
-        out, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads, None, True, 0.0, True, False, scale=scale)
+        out, *rest = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *heads, None, True, 0.0, True, False, scale=scale
+        )
         return Kept(by_tokens(out), tuple(rest[:7]))
     return Kept(attention_reference(q, k, v, bounds), ())
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, bounds: Bounds, cos: Tensor, sin: Tensor, *, room: int = 0
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Kept,
+    bounds: Bounds,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    room: int = 0,
 ) -> Tensor:
     """Gradients of q and k as they were before `rotate` turned them, and of v, side by side: (T, (heads + 2 key heads) * D + room).
 
@@ -107,7 +134,18 @@ def attention_backward(
     queries, keys = q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]
     if bounds.work is not None:
         into = q.new_empty(len(q), queries + 2 * keys + room)
-        attention_triton.backward(grad, q, k, v, kept.out, kept.rest[0], cos, sin, bounds.work, into[:, : queries + 2 * keys])
+        attention_triton.backward(
+            grad,
+            q,
+            k,
+            v,
+            kept.out,
+            kept.rest[0],
+            cos,
+            sin,
+            bounds.work,
+            into[:, : queries + 2 * keys],
+        )
         return into
     dq, dk, dv = _gradients(grad, q, k, v, kept, bounds)
     into = q.new_empty(len(q), queries + 2 * keys + room)
@@ -117,19 +155,46 @@ def attention_backward(
     return into
 
 
-def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, bounds: Bounds
+) -> tuple[Tensor, Tensor, Tensor]:
     """In q, k, v as they are, each in its shape."""
     scale, longest = q.shape[-1] ** -0.5, bounds.longest
     if bounds.kernel == "flash":
         lse, state, unused = kept.rest
         return torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, kept.out, lse, bounds.ends, bounds.ends, longest, longest, 0.0, True, state, unused, scale=scale
+            grad,
+            q,
+            k,
+            v,
+            kept.out,
+            lse,
+            bounds.ends,
+            bounds.ends,
+            longest,
+            longest,
+            0.0,
+            True,
+            state,
+            unused,
+            scale=scale,
         )
     if bounds.kernel == "cudnn":
         lse, ends_q, ends_k, longest_q, longest_k, seed, offset = kept.rest
         heads = [by_heads(t, len(bounds.lengths)) for t in (grad, q, k, v, kept.out)]
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *heads, lse, seed, offset, None, ends_q, ends_k, longest_q, longest_k, 0.0, True, scale=scale
+            *heads,
+            lse,
+            seed,
+            offset,
+            None,
+            ends_q,
+            ends_k,
+            longest_q,
+            longest_k,
+            0.0,
+            True,
+            scale=scale,
         )
         dq, dk, dv = (by_tokens(t) for t in found)
         return dq, dk, dv
@@ -150,12 +215,20 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tens
     """(T, heads, D): each row by itself."""
     outs = []
     for start, end in pairwise([0, *accumulate(bounds.lengths)]):
-        one, two, three = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # (1, heads, length, D)
-        outs.append(F.scaled_dot_product_attention(one, two, three, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+        one, two, three = (
+            t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v)
+        )  # (1, heads, length, D)
+        outs.append(
+            F.scaled_dot_product_attention(one, two, three, is_causal=True, enable_gqa=True)[
+                0
+            ].transpose(0, 1)
+        )
     return torch.cat(outs)
 
 
-def attention_backward_reference(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward_reference(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_(True) for t in (q, k, v)]
         out = attention_reference(leaves[0], leaves[1], leaves[2], bounds)

@@ -37,7 +37,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor
         q: (T, heads, D), D a power of 2 from 16 up. k, v: (T, key heads, D). Any row stride.
     """
     tokens, heads, size = _checked(q, k, v)
-    out, lse, tile = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=torch.float32), work.tiles.forward
+    out, lse, tile = (
+        q.new_empty(q.shape),
+        q.new_empty(heads, tokens, dtype=torch.float32),
+        work.tiles.forward,
+    )
     _forward[(heads, len(work.forward))](
         q, k, v, out, lse, work.forward, tokens, q.stride(0), k.stride(0), v.stride(0), size**-0.5 * math.log2(math.e),
         GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
@@ -47,7 +51,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, work: Work, into: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    work: Work,
+    into: Tensor,
 ) -> None:
     """Write the gradients of q and k before they were turned, and of v, to `into` (T, (heads + 2 key heads) * D), any row stride.
 
@@ -77,7 +90,15 @@ def gradient_of_queries(
 
 
 def gradient_of_keys(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor, cos: Tensor, sin: Tensor, work: Work, into: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    work: Work,
+    into: Tensor,
 ) -> None:
     """The other columns of `into`: of k, then of v."""
     tokens, heads, size = _checked(q, k, v, grad)
@@ -108,10 +129,14 @@ def _rows(base, stride, place, length, D: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _store_turned_back(tile, cos, sin, to, stride, place, length, OWN: tl.constexpr, D: tl.constexpr):
+def _store_turned_back(
+    tile, cos, sin, to, stride, place, length, OWN: tl.constexpr, D: tl.constexpr
+):
     """Turn (OWN, D) the other way round than positions did and write it. All pointers are the row's."""
     HALF: tl.constexpr = D // 2
-    first, second = tl.split(tl.permute(tl.reshape(tile, (OWN, 2, HALF)), (0, 2, 1)))  # (OWN, D / 2)
+    first, second = tl.split(
+        tl.permute(tl.reshape(tile, (OWN, 2, HALF)), (0, 2, 1))
+    )  # (OWN, D / 2)
     column, inside = tl.arange(0, HALF)[None, :], (place < length)[:, None]
     c = tl.load(cos + place[:, None] * HALF + column, mask=inside, other=0.0)
     s = tl.load(sin + place[:, None] * HALF + column, mask=inside, other=0.0)
@@ -135,7 +160,11 @@ def _attend(
     p = tl.exp2(scores * scale - above[:, None])
     shrink = tl.exp2(top - above)
     values = _rows(v, v_stride, key, length, D, MASKED)
-    return tl.dot(p.to(values.dtype), values, mixed * shrink[:, None]), total * shrink + tl.sum(p, 1), above
+    return (
+        tl.dot(p.to(values.dtype), values, mixed * shrink[:, None]),
+        total * shrink + tl.sum(p, 1),
+        above,
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -150,16 +179,50 @@ def _forward(
     k += start * k_stride + head // GROUP * D
     v += start * v_stride + head // GROUP * D
     mixed, total = tl.zeros((OWN, D), tl.float32), tl.zeros((OWN,), tl.float32)
-    top = tl.full((OWN,), float("-inf"), tl.float32)  # finite after the first step: every query sees the row's first key
+    top = tl.full(
+        (OWN,), float("-inf"), tl.float32
+    )  # finite after the first step: every query sees the row's first key
     diagonal = first // STEP * STEP if SPLIT else 0
     for key in range(0, diagonal, STEP):
         mixed, total, top = _attend(
-            mixed, total, top, q_rows, k, v, k_stride, v_stride, query, key, length, scale, D, STEP, False
+            mixed,
+            total,
+            top,
+            q_rows,
+            k,
+            v,
+            k_stride,
+            v_stride,
+            query,
+            key,
+            length,
+            scale,
+            D,
+            STEP,
+            False,
         )
     for key in range(diagonal, tl.minimum(first + OWN, length), STEP):
-        mixed, total, top = _attend(mixed, total, top, q_rows, k, v, k_stride, v_stride, query, key, length, scale, D, STEP, True)
+        mixed, total, top = _attend(
+            mixed,
+            total,
+            top,
+            q_rows,
+            k,
+            v,
+            k_stride,
+            v_stride,
+            query,
+            key,
+            length,
+            scale,
+            D,
+            STEP,
+            True,
+        )
     inside = query < length
-    at = out + start * heads * D + head * D + query[:, None] * (heads * D) + tl.arange(0, D)[None, :]
+    at = (
+        out + start * heads * D + head * D + query[:, None] * (heads * D) + tl.arange(0, D)[None, :]
+    )
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + head * tokens + start + query, top + tl.log2(total), mask=inside)
 
@@ -171,7 +234,10 @@ def _to_queries(
 ):  # fmt: skip
     """One step of `_queries`: keys from `first` on."""
     key = first + tl.arange(0, STEP)
-    keys, values = _rows(k, k_stride, key, length, D, MASKED), _rows(v, v_stride, key, length, D, MASKED)
+    keys, values = (
+        _rows(k, k_stride, key, length, D, MASKED),
+        _rows(v, v_stride, key, length, D, MASKED),
+    )
     p = tl.exp2(tl.dot(q, tl.trans(keys)) * scale - lse[:, None])  # (OWN, STEP)
     if MASKED:
         p = tl.where(key[None, :] <= query[:, None], p, 0.0)
@@ -201,9 +267,43 @@ def _queries(
     dq = tl.zeros((OWN, D), tl.float32)
     diagonal = first // STEP * STEP if SPLIT else 0
     for key in range(0, diagonal, STEP):
-        dq = _to_queries(dq, q_rows, grads, log, delta, k, v, k_stride, v_stride, query, key, length, scale_2, D, STEP, False)
+        dq = _to_queries(
+            dq,
+            q_rows,
+            grads,
+            log,
+            delta,
+            k,
+            v,
+            k_stride,
+            v_stride,
+            query,
+            key,
+            length,
+            scale_2,
+            D,
+            STEP,
+            False,
+        )
     for key in range(diagonal, tl.minimum(first + OWN, length), STEP):
-        dq = _to_queries(dq, q_rows, grads, log, delta, k, v, k_stride, v_stride, query, key, length, scale_2, D, STEP, True)
+        dq = _to_queries(
+            dq,
+            q_rows,
+            grads,
+            log,
+            delta,
+            k,
+            v,
+            k_stride,
+            v_stride,
+            query,
+            key,
+            length,
+            scale_2,
+            D,
+            STEP,
+            True,
+        )
     half = start * (D // 2)
     to = into + start * into_stride + head * D
     _store_turned_back(dq * scale, cos + half, sin + half, to, into_stride, query, length, OWN, D)
@@ -217,8 +317,15 @@ def _to_keys(
     """One step of `_keys`: queries of a head from `first` on. Beyond the row's end grad and delta are 0, and so is what they add."""
     query = first + tl.arange(0, STEP)
     inside = query < length
-    queries, grads = _rows(q, q_stride, query, length, D, True), _rows(grad, grad_stride, query, length, D, True)
-    known = tl.load(sums + query[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=inside[:, None], other=0.0)
+    queries, grads = (
+        _rows(q, q_stride, query, length, D, True),
+        _rows(grad, grad_stride, query, length, D, True),
+    )
+    known = tl.load(
+        sums + query[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :],
+        mask=inside[:, None],
+        other=0.0,
+    )
     known, _ = tl.split(tl.reshape(known, (STEP, WIDTH // 2, 2)))
     lse, delta = tl.split(known)  # (STEP,)
     p = tl.exp2(tl.dot(k, tl.trans(queries)) * scale - lse[None, :])  # (OWN, STEP), keys by queries

@@ -62,7 +62,10 @@ def programs(lengths: tuple[int, ...], tiles: Tiles) -> list[list[int]]:
 def _heaviest_first(lengths: tuple[int, ...], own: int, *, to_the_end: bool = False) -> list[int]:
     found, start = [], 0
     for length in lengths:
-        found += [(length - first if to_the_end else first, (start, length, first, 0)) for first in range(0, length, own)]
+        found += [
+            (length - first if to_the_end else first, (start, length, first, 0))
+            for first in range(0, length, own)
+        ]
         start += length
     found.sort(key=lambda one: one[0], reverse=True)
     return [number for _, entry in found for number in entry]

@@ -88,7 +88,9 @@ def pack(modules: list[Any], names: list[str]) -> Packed:
             f"execution.engine = fused: {', '.join(names)} are quantised in different ways: set execution.engine=peft"
         )
     if nested and any(state.state2.blocksize != 256 for state in states):
-        raise ValueError(f"execution.engine = fused: {names[0]} has another block of absmax than 256: set execution.engine=peft")
+        raise ValueError(
+            f"execution.engine = fused: {names[0]} has another block of absmax than 256: set execution.engine=peft"
+        )
     none = first.code.new_zeros(0)
     packed = Packed(
         codes=torch.cat([module.weight.data.view(torch.uint8).reshape(-1) for module in modules]),
@@ -110,7 +112,9 @@ def pack(modules: list[Any], names: list[str]) -> Packed:
         state.absmax = packed.absmax[blocks].view(state.absmax.shape)
         if nested:
             before = packed.scales_before(member)
-            state.state2.absmax = packed.scales[before : before + state.state2.absmax.numel()].view(state.state2.absmax.shape)
+            state.state2.absmax = packed.scales[before : before + state.state2.absmax.numel()].view(
+                state.state2.absmax.shape
+            )
         start += size
     return packed
 
@@ -125,8 +129,13 @@ def dequantise_reference(packed: Packed, right: Tensor, below: Tensor, out: Tens
         for member, height in enumerate(packed.rows):
             count = height * packed.columns // packed.blocksize
             before = packed.scales_before(member)
-            scales = packed.scales[before : before + -(-count // 256)].repeat_interleave(256)[:count]
-            parts.append(packed.table[packed.absmax[start : start + count].long()] * scales + packed.offsets[member])
+            scales = packed.scales[before : before + -(-count // 256)].repeat_interleave(256)[
+                :count
+            ]
+            parts.append(
+                packed.table[packed.absmax[start : start + count].long()] * scales
+                + packed.offsets[member]
+            )
             start += count
         absmax = torch.cat(parts)
     values = packed.levels[codes.long()].view(-1, packed.blocksize) * absmax.unsqueeze(1)
@@ -202,7 +211,9 @@ def _dequantise(
     BLOCKS: tl.constexpr = WEIGHTS // BLOCKSIZE
     if row >= rows:  # under the weights
         column = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)
-        value = tl.load(below + (row - rows).to(tl.int64) * columns + column, mask=column < columns, other=0.0)
+        value = tl.load(
+            below + (row - rows).to(tl.int64) * columns + column, mask=column < columns, other=0.0
+        )
         tl.store(out + row.to(tl.int64) * stride + column, value, mask=column < columns)
         return
     if tl.program_id(1) == 0:  # to their right
@@ -212,14 +223,24 @@ def _dequantise(
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)  # within the row
     blocks_of_a_row = columns // BLOCKSIZE
     there = block < blocks_of_a_row
-    size = tl.load(absmax + row.to(tl.int64) * blocks_of_a_row + block, mask=there, other=0)  # once a block, not once a byte
+    size = tl.load(
+        absmax + row.to(tl.int64) * blocks_of_a_row + block, mask=there, other=0
+    )  # once a block, not once a byte
     if NESTED:
         member = (row >= second).to(tl.int32) + (row >= third).to(tl.int32)
         start = tl.where(member == 2, third, tl.where(member == 1, second, 0))
         before = tl.where(member == 2, before_third, tl.where(member == 1, before_second, 0))
-        scale = tl.load(scales + before + ((row - start) * blocks_of_a_row + block) // 256, mask=there, other=0.0)
-        size = tl.load(table + size.to(tl.int32), mask=there, other=0.0) * scale + tl.load(offsets + member)
-    byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]  # (BLOCKS, BLOCKSIZE / 2), within the row
+        scale = tl.load(
+            scales + before + ((row - start) * blocks_of_a_row + block) // 256,
+            mask=there,
+            other=0.0,
+        )
+        size = tl.load(table + size.to(tl.int32), mask=there, other=0.0) * scale + tl.load(
+            offsets + member
+        )
+    byte = (
+        block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    )  # (BLOCKS, BLOCKSIZE / 2), within the row
     code = tl.load(codes + row.to(tl.int64) * (columns // 2) + byte, mask=there[:, None], other=0)
     high = tl.load(levels + (code >> 4).to(tl.int32)) * size[:, None]
     low = tl.load(levels + (code & 15).to(tl.int32)) * size[:, None]

@@ -58,8 +58,15 @@ class FusedEngine(nn.Module):
         self.head = base.get_output_embeddings().weight  # (V, H)
         check_supported(base.config, base, self.embedding.dtype)
         decoder = base.model
-        self.norm, self.rotary, self.eps = decoder.norm.weight, decoder.rotary_emb, base.config.rms_norm_eps
-        self.layers = [build_layer(one, base.config, self.embedding.dtype, index) for index, one in enumerate(decoder.layers)]
+        self.norm, self.rotary, self.eps = (
+            decoder.norm.weight,
+            decoder.rotary_emb,
+            base.config.rms_norm_eps,
+        )
+        self.layers = [
+            build_layer(one, base.config, self.embedding.dtype, index)
+            for index, one in enumerate(decoder.layers)
+        ]
         self.scratch = Scratch()
         self.tiers = Tiers(len(self.layers) if keep else 0, host=False)
         self.host = HostRoom(len(self.layers), self.embedding.device)
@@ -68,7 +75,9 @@ class FusedEngine(nn.Module):
         self.places: list[int] = []
         self.inward: Moves | None = None
         self.outward: list[Moves] = []
-        self._ddp_params_and_buffers_to_ignore: list[str] = []  # explicit reduction only: DDP would reduce zeros
+        self._ddp_params_and_buffers_to_ignore: list[
+            str
+        ] = []  # explicit reduction only: DDP would reduce zeros
 
     def use_tiers(self, tiers: Tiers) -> None:
         """From the next pass on. An embedding that has gone to the host stays there."""
@@ -81,7 +90,13 @@ class FusedEngine(nn.Module):
         self.inward, self.outward = None, []  # and what knew of it would keep its memory
 
     def choose_tiers(
-        self, profile: str | float, *, tokens: int, supervised_tokens: int, host_gib: float, sharing: int = 1
+        self,
+        profile: str | float,
+        *,
+        tokens: int,
+        supervised_tokens: int,
+        host_gib: float,
+        sharing: int = 1,
     ) -> Tiers:
         """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what is free now; on a CPU everything is kept.
 
@@ -134,7 +149,9 @@ class FusedEngine(nn.Module):
             keep = index >= recomputed if training else None
             away = training and tiers.host and index < recomputed
             places = p.places if last else None
-            x, y, kept = layers.forward(one, x, y, where, keep=keep, keep_attended=away, places=places)
+            x, y, kept = layers.forward(
+                one, x, y, where, keep=keep, keep_attended=away, places=places
+            )
             if away:
                 assert kept is not None
                 kept, large = layers.part(kept)
@@ -151,10 +168,19 @@ class FusedEngine(nn.Module):
 
     def run_backward(self, state: State, grad: Tensor) -> None:
         """Add the gradient of `grad` x loss sum to the adapters' own."""
-        room, hidden = max(linear.rank for one in self.layers for linear in (one.o, one.down)), state.end.shape[1]
-        out = torch.zeros(len(state.end), hidden + room, dtype=state.end.dtype, device=state.end.device)
-        norm_backward(state.grad_normed * grad.to(out.dtype), state.end, self.norm, self.eps, out[:, :hidden])
-        recomputed = len(self.layers) - state.tiers.kept if state.tiers.host else 0  # layers that left theirs on the host
+        room, hidden = (
+            max(linear.rank for one in self.layers for linear in (one.o, one.down)),
+            state.end.shape[1],
+        )
+        out = torch.zeros(
+            len(state.end), hidden + room, dtype=state.end.dtype, device=state.end.device
+        )
+        norm_backward(
+            state.grad_normed * grad.to(out.dtype), state.end, self.norm, self.eps, out[:, :hidden]
+        )
+        recomputed = (
+            len(self.layers) - state.tiers.kept if state.tiers.host else 0
+        )  # layers that left theirs on the host
         for index in reversed(range(len(self.layers))):
             saved = state.saved.pop()
             if index < recomputed:
@@ -168,12 +194,21 @@ class FusedEngine(nn.Module):
         """Round the adapters as they are now, and know where their gradients add up: both may have moved since the last pass."""
         self.scratch.forget()
         places = [p.data_ptr() for p in self.trained]
-        places += [p.grad.data_ptr() for p in self.trained if p.grad is not None] if training else []
+        places += (
+            [p.grad.data_ptr() for p in self.trained if p.grad is not None] if training else []
+        )
         if places != self.places:
             linears = [one.linears for one in self.layers]
-            self.inward = Moves([move for four in linears for linear in four for move in linear.inward()])
+            self.inward = Moves(
+                [move for four in linears for linear in four for move in linear.inward()]
+            )
             self.outward = (
-                [Moves([m for linear in four for m in linear.outward(self.scratch)]) for four in linears] if training else []
+                [
+                    Moves([m for linear in four for m in linear.outward(self.scratch)])
+                    for four in linears
+                ]
+                if training
+                else []
             )
             self.places = places
         assert self.inward is not None
@@ -188,8 +223,12 @@ class FusedEngine(nn.Module):
         """Bounds and angles of a pass. A padded row counts with its padding, to its right, which causal attention keeps from its tokens."""
         rows, width = p.input_ids.shape
         lengths = p.lengths if p.packed else (width,) * rows
-        bounds = Bounds.of(lengths, p.input_ids.device, self.embedding.dtype, self.layers[0].head_size)
-        cos, sin = angles(p.position_ids.flatten(), self.rotary.inv_freq, self.rotary.attention_scaling)
+        bounds = Bounds.of(
+            lengths, p.input_ids.device, self.embedding.dtype, self.layers[0].head_size
+        )
+        cos, sin = angles(
+            p.position_ids.flatten(), self.rotary.inv_freq, self.rotary.attention_scaling
+        )
         return Where(bounds, cos, sin, self.scratch)
 
 
@@ -216,8 +255,13 @@ def build_layer(module: Any, config: Any, dtype: torch.dtype, index: int) -> Lay
     groups = {}
     for group, names in GROUPS.items():
         found = [module.get_submodule(name) for name in names]
-        packed = pack([getattr(one, "base_layer", one) for one in found], [f"layer {index} {name}" for name in names])
-        groups[group] = Linear(group, packed, tuple(_adapter(one) for one in found), dtype, _bias(found))
+        packed = pack(
+            [getattr(one, "base_layer", one) for one in found],
+            [f"layer {index} {name}" for name in names],
+        )
+        groups[group] = Linear(
+            group, packed, tuple(_adapter(one) for one in found), dtype, _bias(found)
+        )
     return Layer(
         **groups,
         norm_in=module.input_layernorm.weight,
@@ -235,7 +279,12 @@ def _bias(modules: list[Any]) -> Tensor | None:
     if all(one.bias is None for one in layers):
         return None
     return torch.cat(
-        [one.weight.new_zeros(one.out_features, dtype=torch.float32) if one.bias is None else one.bias.data for one in layers]
+        [
+            one.weight.new_zeros(one.out_features, dtype=torch.float32)
+            if one.bias is None
+            else one.bias.data
+            for one in layers
+        ]
     )
 
 
@@ -243,4 +292,6 @@ def _adapter(module: Any) -> Adapter | None:
     if not hasattr(module, "lora_A"):
         return None
     name = module.active_adapters[0]
-    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+    return Adapter(
+        module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+    )

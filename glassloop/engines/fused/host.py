@@ -28,7 +28,9 @@ def on_host(weight: Tensor) -> Tensor:
     """The same values as a tensor of the same device whose bytes lie in pinned host memory: for one that is read a few rows at a time."""
     if not weight.is_cuda:
         return weight
-    return torch.as_tensor(_Visible(weight.cpu().pin_memory()), device=weight.device).view(weight.dtype)
+    return torch.as_tensor(_Visible(weight.cpu().pin_memory()), device=weight.device).view(
+        weight.dtype
+    )
 
 
 class HostRoom:
@@ -52,7 +54,10 @@ class HostRoom:
         if not self.rooms or self.rooms[0].shape[1] < tokens:
             self.rooms.clear()  # freed first
             shapes = [(self.layers, max(tokens, self.most_tokens), width) for width in widths]
-            self.rooms = [torch.empty(shape, dtype=dtype, pin_memory=self.stream is not None) for shape in shapes]
+            self.rooms = [
+                torch.empty(shape, dtype=dtype, pin_memory=self.stream is not None)
+                for shape in shapes
+            ]
         self.going.clear()
         self.coming.clear()
 
@@ -73,14 +78,24 @@ class HostRoom:
         if index in self.coming:
             return
         self._settle(0)
-        places = [room[index, :length] for room, length in zip(self.rooms, self.lengths[index], strict=True)]
-        tensors = [torch.empty(place.shape, dtype=place.dtype, device=self.device) for place in places]
+        places = [
+            room[index, :length]
+            for room, length in zip(self.rooms, self.lengths[index], strict=True)
+        ]
+        tensors = [
+            torch.empty(place.shape, dtype=place.dtype, device=self.device) for place in places
+        ]
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # what was in that memory may still be read
+            self.stream.wait_stream(
+                torch.cuda.current_stream(self.device)
+            )  # what was in that memory may still be read
         with torch.cuda.stream(self.stream):
             for one, place in zip(tensors, places, strict=True):
                 one.copy_(place, non_blocking=True)
-        self.coming[index] = tensors, self.stream.record_event() if self.stream is not None else None
+        self.coming[index] = (
+            tensors,
+            self.stream.record_event() if self.stream is not None else None,
+        )
 
     def take(self, index: int) -> list[Tensor]:
         """A layer's tensors, when they have come."""

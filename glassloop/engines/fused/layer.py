@@ -58,7 +58,11 @@ class Layer:
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (T, heads, D), (T, key heads, D) twice of (T, N)."""
-        sizes = [self.heads * self.head_size, self.key_heads * self.head_size, self.key_heads * self.head_size]
+        sizes = [
+            self.heads * self.head_size,
+            self.key_heads * self.head_size,
+            self.key_heads * self.head_size,
+        ]
         q, k, v = qkv.split(sizes, dim=1)
         return tuple(t.unflatten(1, (-1, self.head_size)) for t in (q, k, v))  # type: ignore[return-value]
 
@@ -105,7 +109,9 @@ class Saved:
     narrow_down: Tensor  # (T, R)
     middle: Middle | None  # None: to be computed again
     attended: Attended | None  # None: this too, or it is part of `middle`
-    places: Tensor | None  # (S,) int64: where the output was wanted; the middle's gate and what follows have S rows then
+    places: (
+        Tensor | None
+    )  # (S,) int64: where the output was wanted; the middle's gate and what follows have S rows then
 
 
 def part(saved: Saved) -> tuple[Saved, tuple[Tensor, Tensor, Tensor]]:
@@ -113,7 +119,9 @@ def part(saved: Saved) -> tuple[Saved, tuple[Tensor, Tensor, Tensor]]:
     assert saved.attended is not None
     kept, none = saved.attended.kept, saved.x.new_empty(0)
     large = saved.x, kept.out.flatten(1), saved.attended.mid
-    return replace(saved, x=none, attended=replace(saved.attended, kept=replace(kept, out=none), mid=none)), large
+    return replace(
+        saved, x=none, attended=replace(saved.attended, kept=replace(kept, out=none), mid=none)
+    ), large
 
 
 def join(layer: Layer, saved: Saved, large: Sequence[Tensor]) -> Saved:
@@ -125,7 +133,12 @@ def join(layer: Layer, saved: Saved, large: Sequence[Tensor]) -> Saved:
 
 
 def first_half(
-    layer: Layer, x: Tensor, y: Tensor | None, where: Where, places: Tensor | None, known: Attended | None = None
+    layer: Layer,
+    x: Tensor,
+    y: Tensor | None,
+    where: Where,
+    places: Tensor | None,
+    known: Attended | None = None,
 ) -> tuple[Tensor, Middle]:
     """Everything up to the gate, after attention for `places` alone. Returns x + y (T, H) and what lies between. `known`: not to be computed."""
     tokens, hidden = x.shape
@@ -147,9 +160,13 @@ def first_half(
     normed_mid = layer.gate_up.input(len(mid))
     mid = add_norm(mid, y, layer.norm_mid, layer.eps, normed_mid[:, :hidden])
     gate_up = layer.gate_up.output(len(mid))
-    layer.gate_up.forward(normed_mid, where.scratch.weights(layer.gate_up), out=gate_up[:, : layer.gate_up.rows])
+    layer.gate_up.forward(
+        normed_mid, where.scratch.weights(layer.gate_up), out=gate_up[:, : layer.gate_up.rows]
+    )
     narrow_gate_up = layer.gate_up.narrow(normed_mid)
-    return x, Middle(qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up, normed_x, normed_mid)
+    return x, Middle(
+        qkv, kept, mid, gate_up, narrow_qkv, narrow_o, narrow_gate_up, normed_x, normed_mid
+    )
 
 
 def chosen(t: Tensor, places: Tensor | None) -> Tensor:
@@ -191,10 +208,16 @@ def forward(
     if keep is None:
         return middle.mid, y, None
     attended = Attended(middle.kept, middle.mid, middle.narrow_o) if keep_attended else None
-    return middle.mid, y, Saved(x, layer.down.narrow(product), middle if keep else None, attended, places)
+    return (
+        middle.mid,
+        y,
+        Saved(x, layer.down.narrow(product), middle if keep else None, attended, places),
+    )
 
 
-def normed_again(linear: Linear, known: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normed_again(
+    linear: Linear, known: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> Tensor:
     """(T, H): norm(x) as `linear` read it, in a matrix of the same strides, so that products have the same bits whether it is `known` or not."""
     if known is None:
         known = linear.input(len(x))
@@ -216,7 +239,9 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     out = grad[:, : hidden + down.rank]
     down.fold(out)
     product = down.input_gradient(out, weights(down))  # (T, I), of silu(gate) * up
-    swiglu_backward(product, middle.gate_up[:, : gate_up.rows])  # now product is that itself, and gate_up its own gradient
+    swiglu_backward(
+        product, middle.gate_up[:, : gate_up.rows]
+    )  # now product is that itself, and gate_up its own gradient
     down.accumulate(out, product, saved.narrow_down, where.scratch)
     del product
 
@@ -229,14 +254,20 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     out = grad[:, : hidden + o.rank]
     o.fold(out)
     o.accumulate(out, chosen(middle.kept.out.flatten(1), places), middle.narrow_o, where.scratch)
-    inner = spread(o.input_gradient(out, weights(o)), places, len(x)).unflatten(1, (-1, layer.head_size))
+    inner = spread(o.input_gradient(out, weights(o)), places, len(x)).unflatten(
+        1, (-1, layer.head_size)
+    )
     parts = layer.split(middle.qkv)
-    out = attention_backward(inner, *parts, middle.kept, where.bounds, where.cos, where.sin, room=qkv.rank)  # (T, N + R)
+    out = attention_backward(
+        inner, *parts, middle.kept, where.bounds, where.cos, where.sin, room=qkv.rank
+    )  # (T, N + R)
 
     grad = spread(grad, places, len(x))
     normed = normed_again(qkv, middle.normed_x, x, layer.norm_in, layer.eps)
     qkv.fold(out)
     qkv.accumulate(out, normed, middle.narrow_qkv, where.scratch)
     if not first:
-        norm_backward(qkv.input_gradient(out, weights(qkv)), x, layer.norm_in, layer.eps, grad[:, :hidden])
+        norm_backward(
+            qkv.input_gradient(out, weights(qkv)), x, layer.norm_in, layer.eps, grad[:, :hidden]
+        )
     return grad

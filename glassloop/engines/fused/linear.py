@@ -60,7 +60,9 @@ class Linear:
         self.rank = -(-(self.adapted + (bias is not None)) // ALIGNMENT) * ALIGNMENT
         device = packed.codes.device
         self.a = torch.zeros(self.rank, self.columns, dtype=dtype, device=device)  # s A, rounded
-        self.b = torch.zeros(self.rows, self.rank, dtype=dtype, device=device)  # B, rounded, block-diagonal, and the bias
+        self.b = torch.zeros(
+            self.rows, self.rank, dtype=dtype, device=device
+        )  # B, rounded, block-diagonal, and the bias
         if bias is not None:
             self.b[:, self.adapted].copy_(bias)
         self.held: Tensor | None = (
@@ -72,7 +74,11 @@ class Linear:
         if self.held is None:
             held = self.a.new_empty(self.rows + self.rank, self.columns + self.rank)
             dequantise(self.packed, self.b, self.a, held)
-            self.held, self.a, self.b = held, held[self.rows :, : self.columns], held[: self.rows, self.columns :]
+            self.held, self.a, self.b = (
+                held,
+                held[self.rows :, : self.columns],
+                held[: self.rows, self.columns :],
+            )
 
     def release(self) -> None:
         """Dequantise at each use again."""
@@ -103,7 +109,9 @@ class Linear:
         grad_a, grad_b = scratch.products(self)
         found = []
         for adapter, rows, columns in self.places():
-            assert adapter.a.grad is not None and adapter.b.grad is not None, "the adapters have no gradient to add to"
+            assert adapter.a.grad is not None and adapter.b.grad is not None, (
+                "the adapters have no gradient to add to"
+            )
             found.append(Move(grad_a[columns], adapter.a.grad, adapter.scaling))
             found.append(Move(grad_b[rows, columns], adapter.b.grad))
         return found

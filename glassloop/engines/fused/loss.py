@@ -28,10 +28,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
 def cross_entropy_reference_(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
     wide = logits.float()
     losses.copy_(torch.nn.functional.cross_entropy(wide, labels, reduction="none"))
-    logits.copy_(wide.softmax(1).scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(losses).unsqueeze(1)))
+    logits.copy_(
+        wide.softmax(1).scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(losses).unsqueeze(1))
+    )
 
 
-def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+def head_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """Losses (S,) fp32 of hidden (S, H) under the head (V, H), and if wanted the gradient of their sum in hidden, in its dtype."""
     if not hidden.is_cuda:
         return chunked_cross_entropy(hidden, weight, None, labels, wants_grad=wants_grad)
@@ -53,7 +57,9 @@ def _cross_entropy(logits, labels, losses, stride, size, BLOCK: tl.constexpr):
     start = logits + row * stride
     column = tl.arange(0, BLOCK)
     label = tl.load(labels + row)
-    picked = tl.load(start + label).to(tl.float32)  # before anything is overwritten: the sums below keep the threads together
+    picked = tl.load(start + label).to(
+        tl.float32
+    )  # before anything is overwritten: the sums below keep the threads together
     peak = float("-inf")
     total = 0.0
     for block in range(tl.cdiv(size, BLOCK)):

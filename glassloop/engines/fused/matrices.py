@@ -34,7 +34,10 @@ class Moves:
 
     def __init__(self, moves: list[Move]):
         assert len({(one.source.dtype, one.to.dtype) for one in moves}) <= 1
-        assert all(one.source.shape == one.to.shape and one.source.stride(1) == one.to.stride(1) == 1 for one in moves)
+        assert all(
+            one.source.shape == one.to.shape and one.source.stride(1) == one.to.stride(1) == 1
+            for one in moves
+        )
         self.moves = moves
         self.table: Tensor | None = None
 
@@ -61,9 +64,13 @@ class Moves:
                 for one in self.moves
             ]
             self.table = torch.tensor(rows, dtype=torch.int64).to(first.to.device)  # (moves, 6)
-            self.scalings = torch.tensor([one.scaling for one in self.moves], dtype=torch.float32).to(first.to.device)
+            self.scalings = torch.tensor(
+                [one.scaling for one in self.moves], dtype=torch.float32
+            ).to(first.to.device)
             self.grid = (len(rows), triton.cdiv(max(one.to.numel() for one in self.moves), BLOCK))
-        _move[self.grid](self.table, self.scalings, first.source, first.to, ADD=add, BLOCK=BLOCK, num_warps=4)
+        _move[self.grid](
+            self.table, self.scalings, first.source, first.to, ADD=add, BLOCK=BLOCK, num_warps=4
+        )
 
 
 @triton.jit
@@ -77,7 +84,9 @@ def _move(table, scalings, kind_of_source, kind_of_target, ADD: tl.constexpr, BL
         source = tl.load(row).to(tl.pointer_type(kind_of_source.dtype.element_ty))
         target = tl.load(row + 1).to(tl.pointer_type(kind_of_target.dtype.element_ty))
         at, column = place // columns, place % columns
-        value = tl.load(source + at * tl.load(row + 4) + column, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(source + at * tl.load(row + 4) + column, mask=inside, other=0.0).to(
+            tl.float32
+        )
         value *= tl.load(scalings + tl.program_id(0))
         to = target + at * tl.load(row + 5) + column
         if ADD:

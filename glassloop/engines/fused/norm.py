@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 
-def add_norm_reference(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+def add_norm_reference(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor
+) -> Tensor:
     """Write weight * s / rms(s) to `out` (T, H), any row stride, where s = x + y; returns s (T, H), which is x itself without y."""
     s = x if y is None else (x.float() + y.float()).to(x.dtype)
     wide = s.float()
@@ -21,7 +23,9 @@ def add_norm_reference(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, 
     return s
 
 
-def norm_backward_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float, into: Tensor) -> None:
+def norm_backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, into: Tensor
+) -> None:
     """Add the gradient in x (T, H) of weight * x / rms(x) to `into` (T, H), any row stride. grad: (T, H) of the norm's output."""
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (T, 1)
@@ -80,7 +84,9 @@ def _add_norm(
 
 
 @triton.jit
-def _norm_backward(grad, x, weight, into, grad_stride, x_stride, into_stride, width, eps, BLOCK: tl.constexpr):
+def _norm_backward(
+    grad, x, weight, into, grad_stride, x_stride, into_stride, width, eps, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width

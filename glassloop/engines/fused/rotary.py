@@ -16,12 +16,16 @@ def angles(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple[Tens
     return turned.cos() * scaling, turned.sin() * scaling
 
 
-def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:
+def rotate_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False
+) -> None:
     """Turn each head of x (T, heads * D) by its position and write to `out` (T, heads * D), which may be x; `back`: the other way (its gradient)."""
     half = cos.shape[1]
     first, second = x.float().view(len(x), -1, 2, half).unbind(2)  # (T, heads, D / 2)
     c, s = cos.unsqueeze(1), (-sin if back else sin).unsqueeze(1)
-    turned = torch.stack([first * c - second * s, second * c + first * s], dim=2)  # (T, heads, 2, D / 2)
+    turned = torch.stack(
+        [first * c - second * s, second * c + first * s], dim=2
+    )  # (T, heads, 2, D / 2)
     out.copy_(turned.reshape(len(x), -1))
 
 

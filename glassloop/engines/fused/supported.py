@@ -21,7 +21,9 @@ def check_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> None:
     if (problem := unsupported(fields_of(config))) is not None:
         raise ValueError(f"execution.engine = fused: {problem}: {CURE}")
     if type(base).__module__.startswith("transformers_modules"):
-        raise ValueError(f"execution.engine = fused: the model brings Python code of its own, which it would not run: {CURE}")
+        raise ValueError(
+            f"execution.engine = fused: the model brings Python code of its own, which it would not run: {CURE}"
+        )
     if dtype == torch.float16:
         raise ValueError(
             "execution.engine = fused has no fp16 backward pass: set execution.precision=bf16, or execution.engine=peft"
@@ -50,4 +52,6 @@ def check_adapter(name: str, module: nn.Module) -> None:
             f"execution.engine = fused: lora.dropout = {getattr(dropout, 'p', dropout)} is not carried out: set it to 0, or {CURE}"
         )
     if module.lora_B[active[0]].bias is not None or getattr(module, "use_dora", {}).get(active[0]):  # type: ignore[index, union-attr]
-        raise ValueError(f"execution.engine = fused: {name} has an adapter with a bias, or DoRA: {CURE}")
+        raise ValueError(
+            f"execution.engine = fused: {name} has an adapter with a bias, or DoRA: {CURE}"
+        )

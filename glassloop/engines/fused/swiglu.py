@@ -23,7 +23,9 @@ def swiglu_backward_reference(grad: Tensor, gate_up: Tensor) -> None:
     gate, up = gate_up.float().chunk(2, dim=1)
     share, wide = torch.sigmoid(gate), grad.float()
     product = gate * share * up
-    gate_up.copy_(torch.cat([wide * up * share * (1 + gate * (1 - share)), wide * gate * share], dim=1))
+    gate_up.copy_(
+        torch.cat([wide * up * share * (1 + gate * (1 - share)), wide * gate * share], dim=1)
+    )
     grad.copy_(product)
 
 
@@ -39,7 +41,9 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> None:
 
 def swiglu_triton(gate_up: Tensor, out: Tensor) -> None:
     rows, width = out.shape
-    _swiglu[(rows, triton.cdiv(width, BLOCK))](gate_up, out, gate_up.stride(0), out.stride(0), width, BLOCK=BLOCK, num_warps=4)
+    _swiglu[(rows, triton.cdiv(width, BLOCK))](
+        gate_up, out, gate_up.stride(0), out.stride(0), width, BLOCK=BLOCK, num_warps=4
+    )
 
 
 def swiglu_backward_triton(grad: Tensor, gate_up: Tensor) -> None:
@@ -56,7 +60,11 @@ def _swiglu(gate_up, out, stride, out_stride, width, BLOCK: tl.constexpr):
     inside = column < width
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row * out_stride + column,
+        (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit

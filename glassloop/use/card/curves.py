@@ -13,14 +13,19 @@ Point = tuple[float, float]
 def svg(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Point]]]]]) -> str:
     """Panels side by side: (title, [(name of a line, points)]). Points that are not finite are left out."""
     wide = (WIDTH - LEFT - 16 - GAP * (len(panels) - 1)) / len(panels)
-    body = "".join(_panel(title, lines, LEFT + i * (wide + GAP), wide) for i, (title, lines) in enumerate(panels))
+    body = "".join(
+        _panel(title, lines, LEFT + i * (wide + GAP), wide)
+        for i, (title, lines) in enumerate(panels)
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>{body}</svg>\n'
     )
 
 
-def _panel(title: str, lines: Sequence[tuple[str, Sequence[Point]]], left: float, wide: float) -> str:
+def _panel(
+    title: str, lines: Sequence[tuple[str, Sequence[Point]]], left: float, wide: float
+) -> str:
     lines = [(name, [p for p in points if all(map(math.isfinite, p))]) for name, points in lines]
     every = [p for _, points in lines for p in points]
     high = HEIGHT - TOP - 40
@@ -47,6 +52,11 @@ def _panel(title: str, lines: Sequence[tuple[str, Sequence[Point]]], left: float
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
         out += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
         if i or len(points) < 30:
-            out += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in map(at, points))
-        out += f'<text x="{left + i * 110:.1f}" y="{HEIGHT - 6}" fill="{colour}">{escape(name)}</text>'
+            out += "".join(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>'
+                for x, y in map(at, points)
+            )
+        out += (
+            f'<text x="{left + i * 110:.1f}" y="{HEIGHT - 6}" fill="{colour}">{escape(name)}</text>'
+        )
     return out

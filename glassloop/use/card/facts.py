@@ -59,7 +59,9 @@ def facts_of(
     """
     saved = adapter_config(trained)
     name = str(saved.get("base_model_name_or_path") or trained.config.model.id)
-    found = base_id or (SMOLLM2 if trained.config.model.id == "smollm2" else name if is_hub_id(name) else None)
+    found = base_id or (
+        SMOLLM2 if trained.config.model.id == "smollm2" else name if is_hub_id(name) else None
+    )
     source = trained.config.data.source
     data_id = source if is_hub_id(source) else None
     data_name = {"sample": "glassloop's own sample of invented phone calls"}.get(
@@ -100,9 +102,13 @@ def newest_evaluation(trained: Trained) -> dict[str, Any] | None:
         try:
             one = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): remove it, and run glassloop evaluate again") from error
+            raise ValueError(
+                f"{path} is not JSON ({error}): remove it, and run glassloop evaluate again"
+            ) from error
         if isinstance(one, dict) and one.get("adapter") == wanted:
-            found.append((bool(one.get("own_heldout")), int(one.get("answered", 0)), path.name, one))
+            found.append(
+                (bool(one.get("own_heldout")), int(one.get("answered", 0)), path.name, one)
+            )
     return max(found, key=lambda entry: entry[:3])[3] if found else None
 
 
@@ -131,6 +137,12 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, "pt") as file:
                 held = set(file.keys())
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"--merged {folder}: {path.name} is missing or cut short ({error}): merge again") from error
-        if lost := sorted(name for name, place in files.items() if place == path and name not in held):
-            raise ValueError(f"--merged {folder}: {path.name} lacks {lost[0]} ({len(lost)} such tensors): merge again")
+            raise ValueError(
+                f"--merged {folder}: {path.name} is missing or cut short ({error}): merge again"
+            ) from error
+        if lost := sorted(
+            name for name, place in files.items() if place == path and name not in held
+        ):
+            raise ValueError(
+                f"--merged {folder}: {path.name} lacks {lost[0]} ({len(lost)} such tensors): merge again"
+            )

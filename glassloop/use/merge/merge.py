@@ -37,10 +37,14 @@ def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, Pair]:
         if ".lora_A." in name:
             partner = adapter.get(name.replace(".lora_A.", ".lora_B."))
             if partner is None:
-                raise ValueError(f"the adapter has {name} without its lora_B: take an undamaged checkpoint")
+                raise ValueError(
+                    f"the adapter has {name} without its lora_B: take an undamaged checkpoint"
+                )
             pairs[name.removeprefix(PREFIX).replace(".lora_A", "")] = Pair(tensor, partner)
     if 2 * len(pairs) != len(adapter):
-        raise ValueError(f"the adapter has {len(adapter)} tensors, of which {2 * len(pairs)} are pairs of lora_A and lora_B")
+        raise ValueError(
+            f"the adapter has {len(adapter)} tensors, of which {2 * len(pairs)} are pairs of lora_A and lora_B"
+        )
     return pairs
 
 
@@ -82,11 +86,20 @@ def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
     if len(groups) == 1:
         return [Shard("model.safetensors", tuple(groups[0]), sizes[0])]
     of = len(groups)
-    return [Shard(f"model-{i:05d}-of-{of:05d}.safetensors", tuple(names), sizes[i - 1]) for i, names in enumerate(groups, 1)]
+    return [
+        Shard(f"model-{i:05d}-of-{of:05d}.safetensors", tuple(names), sizes[i - 1])
+        for i, names in enumerate(groups, 1)
+    ]
 
 
 def write_merged(
-    weights: Weights, pairs: Mapping[str, Pair], scale: float, out: Path, *, dtype: torch.dtype, most_bytes: int
+    weights: Weights,
+    pairs: Mapping[str, Pair],
+    scale: float,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    most_bytes: int,
 ) -> Iterator[tuple[Shard, int]]:
     """Write all shards and their index into `out`; yields each shard and its merged weights when it is written.
 
@@ -108,15 +121,21 @@ def write_merged(
             stored = weights.get(name)
             kept = sixteen_bit(stored.dtype, dtype)
             pair = pairs.get(name)
-            tensors[name] = (merged(stored, pair, scale, kept) if pair else stored.to(kept)).contiguous()
+            tensors[name] = (
+                merged(stored, pair, scale, kept) if pair else stored.to(kept)
+            ).contiguous()
         try:
             save_file(tensors, out / shard.file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
-            raise ValueError(f"{out / shard.file} cannot be written ({error}): make room, or name another disk") from error
+            raise ValueError(
+                f"{out / shard.file} cannot be written ({error}): make room, or name another disk"
+            ) from error
         changed = sum(name in pairs for name in shard.names)
         del tensors
         yield shard, changed
     if len(shards) > 1:
         places = {name: shard.file for shard in shards for name in shard.names}
         total = sum(shard.bytes for shard in shards)
-        (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")
+        (out / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n"
+        )

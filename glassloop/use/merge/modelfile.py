@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 # Ollama's parameter -> field of generation_config.json and its neutral value. Each is written, since Ollama's own defaults
 # (temperature 0.8, top_k 40, top_p 0.9, repeat_penalty 1.1; its docs/modelfile.md) would stand in for what is left out.
-SAMPLING = {"temperature": ("temperature", 1), "top_p": ("top_p", 1), "top_k": ("top_k", 0), "min_p": ("min_p", 0)}
+SAMPLING = {
+    "temperature": ("temperature", 1),
+    "top_p": ("top_p", 1),
+    "top_k": ("top_k", 0),
+    "min_p": ("min_p", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,20 @@ class Pieces:
 
     def go(self) -> str:
         """As a Go template over Ollama's .Messages."""
-        has_system = '{{ $first := index .Messages 0 }}{{ if ne $first.Role "system" }}' + quoted(self.default) + "{{ end }}"
-        kinds = [("system", self.system), ("user", self.user), *([("assistant", self.assistant)] if self.assistant else [])]
-        cases = [f'eq .Role "{role}" }}}}{quoted(before)}{{{{ .Content }}}}{quoted(after)}' for role, (before, after) in kinds]
+        has_system = (
+            '{{ $first := index .Messages 0 }}{{ if ne $first.Role "system" }}'
+            + quoted(self.default)
+            + "{{ end }}"
+        )
+        kinds = [
+            ("system", self.system),
+            ("user", self.user),
+            *([("assistant", self.assistant)] if self.assistant else []),
+        ]
+        cases = [
+            f'eq .Role "{role}" }}}}{quoted(before)}{{{{ .Content }}}}{quoted(after)}'
+            for role, (before, after) in kinds
+        ]
         body = "{{ if " + "{{ else if ".join(cases) + "{{ end }}"
         return has_system + "{{ range .Messages }}" + body + "{{ end }}" + quoted(self.prompt)
 
@@ -56,7 +72,9 @@ def quoted(text: str) -> str:
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    )
 
 
 def _mark(n: int) -> str:
@@ -66,7 +84,9 @@ def _mark(n: int) -> str:
 def _between(tokenizer: Any, roles: Sequence[str]) -> list[str] | None:
     """Text before, between and after marked contents; None where the template refuses these roles or loses a content."""
     try:
-        text = render_chat(tokenizer, [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)])
+        text = render_chat(
+            tokenizer, [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
+        )
     except Exception:  # a template raises what it likes
         return None
     parts = []
@@ -80,12 +100,20 @@ def _between(tokenizer: Any, roles: Sequence[str]) -> list[str] | None:
 
 def _common(texts: Sequence[str]) -> str:
     """The longest beginning that all have."""
-    return "".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
+    return "".join(
+        column[0]
+        for column in itertools.takewhile(
+            lambda column: len(set(column)) == 1, zip(*texts, strict=False)
+        )
+    )
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The pieces of the tokenizer's chat template. Raises ValueError where it is not made of pieces."""
-    alone, led, talk = (_between(tokenizer, roles.split()) for roles in ("user", "system user", "user assistant user"))
+    alone, led, talk = (
+        _between(tokenizer, roles.split())
+        for roles in ("user", "system user", "user assistant user")
+    )
     refusal = "the chat template cannot be written as Ollama's: serve it with vLLM, or write TEMPLATE by hand"
     if alone is None:
         raise ValueError(f"{refusal} (it refuses a single question)")
@@ -107,11 +135,20 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
         assistant=(talk[1].removeprefix(user_after), front(talk[2])) if talk else None,
         prompt=prompt,
     )
-    probes = [["user"], *([["system", "user"]] if led else []), *([["user", "assistant", "user"]] if talk else [])]
+    probes = [
+        ["user"],
+        *([["system", "user"]] if led else []),
+        *([["user", "assistant", "user"]] if talk else []),
+    ]
     if led and talk:
-        probes += [["system", "user", "assistant", "user"], ["user", "assistant", "user", "assistant", "user"]]
+        probes += [
+            ["system", "user", "assistant", "user"],
+            ["user", "assistant", "user", "assistant", "user"],
+        ]
     for roles in probes:
-        messages = [{"role": role, "content": f"{role} says\nthis {i}"} for i, role in enumerate(roles)]
+        messages = [
+            {"role": role, "content": f"{role} says\nthis {i}"} for i, role in enumerate(roles)
+        ]
         wanted = render_chat(tokenizer, messages)
         if pieces.render(messages) != wanted:
             raise ValueError(f"{refusal} (it writes {' '.join(roles)} otherwise than from pieces)")
@@ -123,11 +160,18 @@ def without_bos(pieces: Pieces, bos: str | None) -> Pieces:
     if not bos:
         return pieces
     system = (pieces.system[0].removeprefix(bos), pieces.system[1])
-    return Pieces(system, pieces.default.removeprefix(bos), pieces.user, pieces.assistant, pieces.prompt)
+    return Pieces(
+        system, pieces.default.removeprefix(bos), pieces.user, pieces.assistant, pieces.prompt
+    )
 
 
 def modelfile(
-    tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], *, adds_bos: bool, source: str, context: int
+    tokenizer: PreTrainedTokenizerBase,
+    generation: dict[str, Any],
+    *,
+    adds_bos: bool,
+    source: str,
+    context: int,
 ) -> str:
     """The Modelfile's text.
 
@@ -141,14 +185,21 @@ def modelfile(
         pieces = without_bos(pieces, tokenizer.bos_token)  # type: ignore[arg-type]
     template = pieces.go()
     if '"""' in template:
-        raise ValueError('the chat template holds """, which a Modelfile cannot: serve it with vLLM')
+        raise ValueError(
+            'the chat template holds """, which a Modelfile cannot: serve it with vLLM'
+        )
     stops = generation.get("eos_token_id")
     stops = [] if stops is None else [stops] if isinstance(stops, int) else stops
     lines = [f"FROM {source}", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(stop), ensure_ascii=False)}" for stop in stops]
+    lines += [
+        f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(stop), ensure_ascii=False)}"
+        for stop in stops
+    ]
     if generation.get("do_sample"):
         for name, (field, neutral) in SAMPLING.items():
-            lines.append(f"PARAMETER {name} {neutral if generation.get(field) is None else generation[field]}")
+            lines.append(
+                f"PARAMETER {name} {neutral if generation.get(field) is None else generation[field]}"
+            )
     else:
         lines.append("PARAMETER temperature 0")
     lines.append(f"PARAMETER repeat_penalty {generation.get('repetition_penalty') or 1}")

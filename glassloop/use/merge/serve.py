@@ -12,12 +12,30 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-
 
 def vllm_merged(folder: str, name: str, *, context: int, opens_think: bool) -> str:
     """Chat template, stops and sampling are read from the folder."""
-    words = ["vllm", "serve", folder, "--served-model-name", name, "--max-model-len", str(context), "--generation-config", folder]
+    words = [
+        "vllm",
+        "serve",
+        folder,
+        "--served-model-name",
+        name,
+        "--max-model-len",
+        str(context),
+        "--generation-config",
+        folder,
+    ]
     return shlex.join([*words, *(["--reasoning-parser", "deepseek_r1"] if opens_think else [])])
 
 
 def vllm_adapter(
-    base: str, revision: str | None, adapter: str, name: str, *, r: int, nf4: bool, context: int, opens_think: bool
+    base: str,
+    revision: str | None,
+    adapter: str,
+    name: str,
+    *,
+    r: int,
+    nf4: bool,
+    context: int,
+    opens_think: bool,
 ) -> str:
     """The base as it was trained on, the adapter as a LoRA module; the chat template is the adapter's. Raises ValueError for r > 512.
 
@@ -25,7 +43,9 @@ def vllm_adapter(
     """
     rank = next((one for one in VLLM_RANKS if one >= r), None)
     if rank is None:
-        raise ValueError(f"lora.r = {r}: vLLM serves adapters up to r = {VLLM_RANKS[-1]}: merge instead")
+        raise ValueError(
+            f"lora.r = {r}: vLLM serves adapters up to r = {VLLM_RANKS[-1]}: merge instead"
+        )
     words = [
         "vllm",
         "serve",
@@ -79,7 +99,9 @@ def commands(
     """
     name = out.name
     shared: dict[str, Any] = dict(context=context, opens_think=opens_think)
-    beside = "the adapter beside its base on vLLM" + (", in NF4 as trained (without --quantization: in 16 bits)" if nf4 else "")
+    beside = "the adapter beside its base on vLLM" + (
+        ", in NF4 as trained (without --quantization: in 16 bits)" if nf4 else ""
+    )
     try:
         adapter = vllm_adapter(base, revision, str(checkpoint), name, r=r, nf4=nf4, **shared)
     except ValueError as error:
@@ -92,5 +114,6 @@ def commands(
         "# a request",
         request(name, generation),
         "# Ollama",
-        no_ollama or f"cd {shlex.quote(str(out))} && ollama create {shlex.quote(name)} -f Modelfile",
+        no_ollama
+        or f"cd {shlex.quote(str(out))} && ollama create {shlex.quote(name)} -f Modelfile",
     ]

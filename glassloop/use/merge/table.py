@@ -42,7 +42,12 @@ class Line:
 
 
 @torch.no_grad()
-def look(model: Any, rows: Sequence[Row], device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> Seen:
+def look(
+    model: Any,
+    rows: Sequence[Row],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Seen:
     """Row by row, without padding. `model`: a causal LM of transformers, with or without adapters."""
     losses, best = [], []
     for row in rows:
@@ -52,20 +57,34 @@ def look(model: Any, rows: Sequence[Row], device: torch.device, autocast: Callab
             continue
         ids = torch.tensor([row.input_ids], device=device)
         with autocast():
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, places]  # (S, H)
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[
+                0, places
+            ]  # (S, H)
         head = model.get_output_embeddings()
         for start in range(0, len(places), PLACES):
             part = slice(start, start + PLACES)
             with autocast():
                 logits = head(hidden[part]).float()  # (S, V)
-            losses.append(torch.nn.functional.cross_entropy(logits, wanted[places[part]], reduction="none").double().cpu())
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, wanted[places[part]], reduction="none")
+                .double()
+                .cpu()
+            )
             best.append(logits.argmax(-1).cpu())
     if not losses:
-        raise ValueError("no row has a supervised token, so there is nothing to compare: take other rows (--data), or --no-table")
+        raise ValueError(
+            "no row has a supervised token, so there is nothing to compare: take other rows (--data), or --no-table"
+        )
     return Seen(float(torch.cat(losses).mean()), torch.cat(best))
 
 
-def look_at_folder(folder: Path, rows: Sequence[Row], device: torch.device, dtype: torch.dtype, trust_code: bool = False) -> Seen:
+def look_at_folder(
+    folder: Path,
+    rows: Sequence[Row],
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_code: bool = False,
+) -> Seen:
     """Of a saved model, loaded as anybody would load it, and dropped again."""
     from transformers import AutoModelForCausalLM
 

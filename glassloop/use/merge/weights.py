@@ -41,7 +41,9 @@ class Weights:
                 with safe_open(path, "pt") as file:
                     found |= dict.fromkeys(file.keys(), path)
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise ValueError(f"{self.folder}: its weights cannot be read ({error}): take a complete folder") from error
+            raise ValueError(
+                f"{self.folder}: its weights cannot be read ({error}): take a complete folder"
+            ) from error
         if not found:
             raise ValueError(
                 f"{self.folder} has no *.safetensors: weights in pickled files (*.bin) are not merged; load the model in transformers "
@@ -75,7 +77,11 @@ class Weights:
         return dequantised(self._stored(name), self._parts(name)).to(self.compute)
 
     def _parts(self, name: str) -> dict[str, Any]:
-        return {part.removeprefix("."): self._stored(name + part) for part in PARTS if name + part in self.files}
+        return {
+            part.removeprefix("."): self._stored(name + part)
+            for part in PARTS
+            if name + part in self.files
+        }
 
     def _stored(self, name: str) -> Tensor:
         try:
@@ -97,4 +103,6 @@ def dequantised(packed: Tensor, parts: dict[str, Any]) -> Tensor:
 
 
 def _torn(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read ({error}): it is missing, cut short or no safetensors file; fetch the base again")
+    return ValueError(
+        f"{path} cannot be read ({error}): it is missing, cut short or no safetensors file; fetch the base again"
+    )

@@ -54,7 +54,9 @@ def test_dtype_audit_counts_every_parameter(engine_of: EngineOf, folder: Path) -
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_base_has_the_dtype_asked_for(engine_of: EngineOf, tiny_llama: Path, precision: str) -> None:
+def test_base_has_the_dtype_asked_for(
+    engine_of: EngineOf, tiny_llama: Path, precision: str
+) -> None:
     engine = engine_of(tiny_llama, precision=precision, quantization="nf4")
     wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
     for group in dtype_audit(engine.hf):
@@ -68,11 +70,16 @@ def test_base_has_the_dtype_asked_for(engine_of: EngineOf, tiny_llama: Path, pre
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-def test_trainables_in_16_bits_are_refused(engine_of: EngineOf, tiny_llama: Path, precision: str) -> None:
+def test_trainables_in_16_bits_are_refused(
+    engine_of: EngineOf, tiny_llama: Path, precision: str
+) -> None:
     engine = engine_of(tiny_llama, precision=precision)
     name, parameter = next((n, p) for n, p in engine.hf.named_parameters() if "lora_B" in n)
     parameter.data = parameter.data.to(torch.float16)
-    with pytest.raises(ValueError, match=rf"{name} trains in torch.float16, but execution.precision = {precision} needs fp32"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} trains in torch.float16, but execution.precision = {precision} needs fp32",
+    ):
         check_dtypes(engine.hf, precision)
 
 
@@ -84,7 +91,9 @@ def test_fp32_copies_of_base_weights_are_refused(engine_of: EngineOf, tiny_llama
         layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.float()
     check_dtypes(engine.hf, "bf16")  # norms may be fp32
     base.get_output_embeddings().weight.data = base.get_output_embeddings().weight.data.float()
-    with pytest.raises(ValueError, match=r"lm_head.weight \(head\) is fp32 although execution.precision = bf16"):
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight \(head\) is fp32 although execution.precision = bf16"
+    ):
         check_dtypes(engine.hf, "bf16")
     check_dtypes(engine.hf, "fp32")
 
@@ -92,7 +101,9 @@ def test_fp32_copies_of_base_weights_are_refused(engine_of: EngineOf, tiny_llama
 def test_model_on_another_device_is_refused(engine_of: EngineOf, tiny_llama: Path) -> None:
     engine = engine_of(tiny_llama)
     check_devices(engine.hf, CPU)
-    with pytest.raises(ValueError, match="lies on cpu, but this rank owns cuda:1: device_map='auto' splits"):
+    with pytest.raises(
+        ValueError, match="lies on cpu, but this rank owns cuda:1: device_map='auto' splits"
+    ):
         check_devices(engine.hf, torch.device("cuda", 1))
     norm = engine.hf.get_base_model().get_decoder().norm  # type: ignore[operator]
     norm.weight = torch.nn.Parameter(norm.weight.to("meta"), requires_grad=False)
@@ -100,7 +111,9 @@ def test_model_on_another_device_is_refused(engine_of: EngineOf, tiny_llama: Pat
         check_devices(engine.hf, CPU)
 
 
-def test_base_checksum_sees_one_changed_byte_in_any_tensor(engine_of: EngineOf, folder: Path) -> None:
+def test_base_checksum_sees_one_changed_byte_in_any_tensor(
+    engine_of: EngineOf, folder: Path
+) -> None:
     engine = engine_of(folder, quantization="nf4", precision="bf16")
     clean = base_checksum(engine.hf)
     assert clean == engine.report.checksum, "wrapping in adapters changes it"
@@ -150,9 +163,12 @@ def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625)]
+    ("field", "value"),
+    [("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625)],
 )
-def test_factors_between_head_and_logits_are_refused_by_name(tiny_llama: Path, field: str, value: float) -> None:
+def test_factors_between_head_and_logits_are_refused_by_name(
+    tiny_llama: Path, field: str, value: float
+) -> None:
     hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
     setattr(hf.config, field, 1.0)
     check_plain_head(hf, CPU, "org/base")
@@ -161,7 +177,9 @@ def test_factors_between_head_and_logits_are_refused_by_name(tiny_llama: Path, f
         check_plain_head(hf, CPU, "org/base")
 
 
-def test_factor_without_a_known_name_is_found_by_its_effect(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factor_without_a_known_name_is_found_by_its_effect(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
     real = hf.forward
 
@@ -171,7 +189,9 @@ def test_factor_without_a_known_name_is_found_by_its_effect(tiny_llama: Path, mo
         return output
 
     monkeypatch.setattr(hf, "forward", scaled)
-    with pytest.raises(ValueError, match=r"the logits of LlamaForCausalLM are not head\(decoder\(x\)\)"):
+    with pytest.raises(
+        ValueError, match=r"the logits of LlamaForCausalLM are not head\(decoder\(x\)\)"
+    ):
         check_plain_head(hf, CPU, "org/base")
 
 
@@ -186,8 +206,9 @@ def test_a_base_with_numbers_that_are_not_finite_is_refused_with_model_and_weigh
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "spoiled")
     with pytest.raises(ValueError, match="take an undamaged copy of the model") as error:
         engine_of(tmp_path / "spoiled", quantization=quantization, precision="bf16")
-    assert f"model.id = {tmp_path / 'spoiled'} holds infinite or NaN numbers in model.layers.1.mlp.up_proj.weight" in str(
-        error.value
+    assert (
+        f"model.id = {tmp_path / 'spoiled'} holds infinite or NaN numbers in model.layers.1.mlp.up_proj.weight"
+        in str(error.value)
     )
 
 
@@ -195,7 +216,8 @@ def test_logits_that_overflow_are_told_from_damaged_weights(tiny_llama: Path) ->
     hf = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16)
     hf.lm_head.weight.data.fill_(6e4)
     with pytest.raises(
-        ValueError, match=r"model\.id = org/base computes logits .* in float16: set execution\.precision=bf16 or fp32"
+        ValueError,
+        match=r"model\.id = org/base computes logits .* in float16: set execution\.precision=bf16 or fp32",
     ):
         check_plain_head(hf, CPU, "org/base")
 
@@ -210,7 +232,10 @@ def test_a_model_of_patched_classes_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), Linear(2, 2))
     check_unpatched(model, "peft")
     Linear.__module__ = "unsloth.models.llama"
-    with pytest.raises(ValueError, match=r"execution.engine = peft: 1 is unsloth.models.llama's.*start a process of its own"):
+    with pytest.raises(
+        ValueError,
+        match=r"execution.engine = peft: 1 is unsloth.models.llama's.*start a process of its own",
+    ):
         check_unpatched(model, "peft")
     Linear.__module__ = __name__
     Linear.forward = lambda self, x: x  # type: ignore[assignment, method-assign]

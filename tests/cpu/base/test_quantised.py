@@ -31,13 +31,17 @@ CPU = torch.device("cpu")
 COMMIT = "c0ffee" * 6 + "abcd"
 
 
-def load(folder: Path | str, cache_dir: Path, *, precision: str = "bf16", **model: object) -> tuple[PreTrainedModel, LoadReport]:
+def load(
+    folder: Path | str, cache_dir: Path, *, precision: str = "bf16", **model: object
+) -> tuple[PreTrainedModel, LoadReport]:
     config = ModelConfig(id=str(folder), cache_dir=str(cache_dir), **model)  # type: ignore[arg-type]
     return load_base(config, precision=precision, device=CPU, first=contextlib.nullcontext)
 
 
 def copies(cache_dir: Path) -> list[Path]:
-    return sorted(path for path in (cache_dir / "quantized").iterdir() if not path.name.startswith("."))
+    return sorted(
+        path for path in (cache_dir / "quantized").iterdir() if not path.name.startswith(".")
+    )
 
 
 # --- the quantised copy
@@ -45,28 +49,40 @@ def copies(cache_dir: Path) -> list[Path]:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("double", [True, False])
-def test_copy_is_byte_equal_to_quantising_again(tiny_qwen2: Path, tmp_path: Path, precision: str, double: bool) -> None:
+def test_copy_is_byte_equal_to_quantising_again(
+    tiny_qwen2: Path, tmp_path: Path, precision: str, double: bool
+) -> None:
     first, report = load(tiny_qwen2, tmp_path, precision=precision, double_quantization=double)
     second, again = load(tiny_qwen2, tmp_path, precision=precision, double_quantization=double)
     assert (report.from_cache, again.from_cache) == (False, True)
     dtype = base_cache.DTYPES[precision]
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
     )
-    direct = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=dtype, quantization_config=settings, device_map={"": "cpu"})
+    direct = AutoModelForCausalLM.from_pretrained(
+        tiny_qwen2, dtype=dtype, quantization_config=settings, device_map={"": "cpu"}
+    )
     expected = direct.state_dict()
     assert any("absmax" in name for name in expected)
     for hf in (first, second):
         state = hf.state_dict()
         assert state.keys() == expected.keys()
-        assert all(state[name].dtype == expected[name].dtype and torch.equal(state[name], expected[name]) for name in state)
+        assert all(
+            state[name].dtype == expected[name].dtype and torch.equal(state[name], expected[name])
+            for name in state
+        )
     assert report.checksum == again.checksum == base_checksum(direct)
     ids = torch.tensor([[1, 7, 8, 9]])
     with torch.no_grad():
         assert torch.equal(first(ids).logits, second(ids).logits)
 
 
-def test_ranks_read_what_the_first_one_made(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_read_what_the_first_one_made(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Quantised once, inside the context in which one rank goes first; every rank loads the same copy."""
     inside = []
     quantised = []
@@ -104,20 +120,32 @@ def test_the_first_rank_of_a_second_host_writes_the_copy_too(
     assert load(tiny_llama, tmp_path)[1].from_cache
 
 
-def test_every_setting_that_decides_the_bytes_has_its_own_copy(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_that_decides_the_bytes_has_its_own_copy(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = ModelConfig()
     names = {
         copy_name("o/m", "h", model, torch.bfloat16, "cpu"),
         copy_name("o/m", "other", model, torch.bfloat16, "cpu"),
-        copy_name("o/m", "h", model.model_copy(update={"double_quantization": False}), torch.bfloat16, "cpu"),
+        copy_name(
+            "o/m",
+            "h",
+            model.model_copy(update={"double_quantization": False}),
+            torch.bfloat16,
+            "cpu",
+        ),
         copy_name("o/m", "h", model, torch.float16, "cpu"),
         copy_name("o/m", "h", model, torch.bfloat16, "cuda"),
     }
-    assert copy_name("elsewhere/m", "h", model, torch.bfloat16, "cpu") in names, "the name decides no byte"
+    assert copy_name("elsewhere/m", "h", model, torch.bfloat16, "cpu") in names, (
+        "the name decides no byte"
+    )
     monkeypatch.setattr(base_cache, "version", lambda package: "0.51.0")
     names.add(copy_name("o/m", "h", model, torch.bfloat16, "cpu"))
     monkeypatch.setattr(base_cache, "version", lambda package: "0.51.7")
-    assert copy_name("o/m", "h", model, torch.bfloat16, "cpu") in names, "a patch release of bitsandbytes decides no byte"
+    assert copy_name("o/m", "h", model, torch.bfloat16, "cpu") in names, (
+        "a patch release of bitsandbytes decides no byte"
+    )
     assert len(names) == 6
 
 
@@ -150,20 +178,33 @@ def test_damage_anywhere_in_a_copy_is_found_and_named(
     damaged = rf"the quantised copy of model.id = .* is damaged .*: delete the folder {copy}"
     files = sorted(copy.iterdir())
     assert {"config.json", "model.safetensors", MANIFEST} <= {file.name for file in files}
-    assert (json.loads((copy / MANIFEST).read_text())["files"]["model.safetensors"]["sha256"] is not None) == weights_hashed
+    assert (
+        json.loads((copy / MANIFEST).read_text())["files"]["model.safetensors"]["sha256"]
+        is not None
+    ) == weights_hashed
     for file in files:
         whole = file.read_bytes()
-        places = [rng.randrange(len(whole)) for _ in range(25 if file.suffix == ".safetensors" else 2)]
+        places = [
+            rng.randrange(len(whole)) for _ in range(25 if file.suffix == ".safetensors" else 2)
+        ]
         # also within the JSON that describes the tensors
-        places += [rng.randrange(8, 2000) for _ in range(10)] if file.suffix == ".safetensors" else []
-        harmless = (whole.index(b'"name"'), whole.index(b'"checksum"')) if file.name == MANIFEST else (0, 0)
+        places += (
+            [rng.randrange(8, 2000) for _ in range(10)] if file.suffix == ".safetensors" else []
+        )
+        harmless = (
+            (whole.index(b'"name"'), whole.index(b'"checksum"'))
+            if file.name == MANIFEST
+            else (0, 0)
+        )
         for place in places:
             if harmless[0] <= place < harmless[1]:
                 continue  # name, commit and hash are there for people
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
             with pytest.raises(ValueError, match=damaged):
                 load(tiny_llama, tmp_path)
-        if file.suffix == ".safetensors":  # a tensor of another name: transformers would draw the missing one at random
+        if (
+            file.suffix == ".safetensors"
+        ):  # a tensor of another name: transformers would draw the missing one at random
             file.write_bytes(whole.replace(b'"model.norm.weight"', b'"model.norm.weighs"'))
             with pytest.raises(ValueError, match=damaged):
                 load(tiny_llama, tmp_path)
@@ -194,14 +235,20 @@ def test_a_launch_that_dies_while_quantising_leaves_no_copy(
     assert not load(tiny_llama, tmp_path)[1].from_cache
 
 
-def test_too_little_disk_space_names_the_field(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_names_the_field(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"model.cache_dir: the quantised base needs .* GiB free: make room"):
+    with pytest.raises(
+        ValueError, match=r"model.cache_dir: the quantised base needs .* GiB free: make room"
+    ):
         load(tiny_llama, tmp_path)
     assert list((tmp_path / "quantized").iterdir()) == []
 
 
-def test_generation_settings_come_along_as_they_are(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_settings_come_along_as_they_are(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some repositories hold settings that transformers (all of them before 5.2x) refuses to save."""
     real = GenerationConfig.save_pretrained
 
@@ -211,7 +258,9 @@ def test_generation_settings_come_along_as_they_are(tiny_llama: Path, tmp_path: 
 
     monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
-    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": [2, 5]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": [2, 5]})
+    )
     for _ in range(2):
         hf, _ = load(folder, tmp_path)
         assert hf.generation_config is not None
@@ -232,9 +281,14 @@ def test_unquantised_base_is_read_where_it_lies(tiny_llama: Path, tmp_path: Path
 # --- what does not load as asked
 
 
-def test_repository_that_comes_quantised_keeps_its_own_weights(tiny_llama: Path, tmp_path: Path) -> None:
+def test_repository_that_comes_quantised_keeps_its_own_weights(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype=torch.float16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=torch.float16,
     )
     direct = AutoModelForCausalLM.from_pretrained(
         tiny_llama, dtype=torch.bfloat16, quantization_config=settings, device_map={"": "cpu"}
@@ -249,7 +303,9 @@ def test_repository_that_comes_quantised_keeps_its_own_weights(tiny_llama: Path,
         "its compute dtype float16 is replaced by bfloat16",
     )
     assert not (tmp_path / "quantized").exists()
-    with pytest.raises(ValueError, match=r"comes quantised as NF4, but model.quantization = none: set it to nf4"):
+    with pytest.raises(
+        ValueError, match=r"comes quantised as NF4, but model.quantization = none: set it to nf4"
+    ):
         load(tmp_path / "base", tmp_path, quantization="none")
 
 
@@ -257,18 +313,28 @@ def test_repository_that_comes_quantised_keeps_its_own_weights(tiny_llama: Path,
     ("own", "kind"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+            "fp4",
+        ),
     ],
 )
-def test_repository_quantised_in_another_way_is_refused(tiny_llama: Path, tmp_path: Path, own: dict, kind: str) -> None:
+def test_repository_quantised_in_another_way_is_refused(
+    tiny_llama: Path, tmp_path: Path, own: dict, kind: str
+) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
-    with pytest.raises(ValueError, match=rf"comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised"):
+    with pytest.raises(
+        ValueError,
+        match=rf"comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised",
+    ):
         load(folder, tmp_path)
 
 
-def test_missing_weights_are_refused_instead_of_drawn_at_random(tiny_llama: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_refused_instead_of_drawn_at_random(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
@@ -276,19 +342,28 @@ def test_missing_weights_are_refused_instead_of_drawn_at_random(tiny_llama: Path
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for quantization in ("none", "nf4"):
-        with pytest.raises(ValueError, match=r"1 weights are missing .*model.layers.1.mlp.up_proj.weight"):
+        with pytest.raises(
+            ValueError, match=r"1 weights are missing .*model.layers.1.mlp.up_proj.weight"
+        ):
             load(folder, tmp_path, quantization=quantization)
 
 
-def test_model_with_code_of_its_own_runs_only_when_told_to(tiny_llama: Path, tmp_path: Path) -> None:
+def test_model_with_code_of_its_own_runs_only_when_told_to(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     code = "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
     code += "class OwnConfig(LlamaConfig):\n    model_type = 'own_kind'\n\n\nclass OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     (folder / "own.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own_kind", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    config |= {
+        "model_type": "own_kind",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"model.id = .*Python code of its own.*set model.trust_remote_code=true"):
+    with pytest.raises(
+        ValueError, match=r"model.id = .*Python code of its own.*set model.trust_remote_code=true"
+    ):
         load(folder, tmp_path)
     for quantization in ("none", "nf4", "nf4"):
         hf, report = load(folder, tmp_path, trust_remote_code=True, quantization=quantization)
@@ -300,8 +375,13 @@ def test_other_kinds_of_model_are_refused(tiny_llama: Path, tmp_path: Path) -> N
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     for kind in ("vit", "not_yet_invented"):
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "architectures": ["X"]}))
-        with pytest.raises(ValueError, match=r"model.id = .* knows no causal language model of its kind .*update transformers"):
+        (folder / "config.json").write_text(
+            json.dumps(config | {"model_type": kind, "architectures": ["X"]})
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"model.id = .* knows no causal language model of its kind .*update transformers",
+        ):
             load(folder, tmp_path)
 
 
@@ -313,27 +393,48 @@ def test_torn_weights_of_a_local_folder_name_model_id(tiny_llama: Path, tmp_path
         load(folder, tmp_path)
 
 
-def test_flash_attention_that_is_not_there_names_the_field(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"flash_attention_2 has no fp32: set model.attention=sdpa"):
+def test_flash_attention_that_is_not_there_names_the_field(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"flash_attention_2 has no fp32: set model.attention=sdpa"
+    ):
         load(tiny_llama, tmp_path, attention="flash_attention_2", precision="fp32")
     load(tiny_llama, tmp_path)  # a copy that is there must not hide it
-    with pytest.raises(ValueError, match=r"model.attention = flash_attention_2 cannot run here .*set model.attention=sdpa"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.attention = flash_attention_2 cannot run here .*set model.attention=sdpa",
+    ):
         load(tiny_llama, tmp_path, attention="flash_attention_2")
 
 
 def test_full_disk_is_not_called_a_bad_model_id() -> None:
-    with pytest.raises(OSError, match="No space left") as caught, base_source.loading_errors(ModelConfig()):
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        base_source.loading_errors(ModelConfig()),
+    ):
         raise OSError(28, "No space left on device")
     assert not isinstance(caught.value, ValueError)
 
 
-def test_config_of_another_shape_than_the_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_config_of_another_shape_than_the_weights_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "base"
     LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
     ).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     for quantization in ("none", "nf4"):
-        with pytest.raises(ValueError, match=rf"model.id = {folder}.*(mismatch|in config.json: take .* fits its weights)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"model.id = {folder}.*(mismatch|in config.json: take .* fits its weights)",
+        ):
             load(folder, tmp_path, quantization=quantization)

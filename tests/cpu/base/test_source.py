@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 COMMIT = "c0ffee" * 6 + "abcd"
 
 
-def load(folder: Path | str, cache_dir: Path, *, precision: str = "bf16", **model: object) -> tuple[PreTrainedModel, LoadReport]:
+def load(
+    folder: Path | str, cache_dir: Path, *, precision: str = "bf16", **model: object
+) -> tuple[PreTrainedModel, LoadReport]:
     config = ModelConfig(id=str(folder), cache_dir=str(cache_dir), **model)  # type: ignore[arg-type]
     return load_base(config, precision=precision, device=CPU, first=contextlib.nullcontext)
 
@@ -35,7 +37,9 @@ def load(folder: Path | str, cache_dir: Path, *, precision: str = "bf16", **mode
 # --- the cache's folders
 
 
-def test_cache_is_the_field_else_the_variable_else_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_the_field_else_the_variable_else_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GLASSLOOP_CACHE", str(tmp_path / "variable"))
     assert cache.cache_root(str(tmp_path / "field")) == tmp_path / "field"
@@ -72,7 +76,11 @@ def test_two_writers_publish_one_whole_folder(tmp_path: Path) -> None:
 
 
 def test_what_dead_writers_left_is_cleared_away_in_time(tmp_path: Path) -> None:
-    for name, age_s in ((".made.old", 2 * cache.ABANDONED_S), (".made.young", 60.0), (".other.old", 2 * cache.ABANDONED_S)):
+    for name, age_s in (
+        (".made.old", 2 * cache.ABANDONED_S),
+        (".made.young", 60.0),
+        (".other.old", 2 * cache.ABANDONED_S),
+    ):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age_s, time.time() - age_s))
     with cache.published(tmp_path / "made"):
@@ -90,7 +98,9 @@ def test_local_base_is_hashed_once_and_again_when_it_changes(
     source = resolve_source(ModelConfig(id=str(folder)))
     read = []
     real = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda handle, kind: read.append(handle.name) or real(handle, kind))
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda handle, kind: read.append(handle.name) or real(handle, kind)
+    )
     first = base_hash(source, memo)
     assert {Path(name).name for name in read} == {"config.json", "model.safetensors"}
     assert base_hash(source, memo) == first
@@ -107,16 +117,24 @@ def test_local_base_is_hashed_once_and_again_when_it_changes(
     (folder / "tokenizer.json").write_text("{}")
     changed = base_hash(source, memo)
     moved = Path(shutil.move(folder, tmp_path / "moved"))
-    assert base_hash(resolve_source(ModelConfig(id=str(moved))), memo) == changed, "the folder's name is no part of it"
+    assert base_hash(resolve_source(ModelConfig(id=str(moved))), memo) == changed, (
+        "the folder's name is no part of it"
+    )
 
 
 def test_safetensors_are_preferred_to_bin(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no weights \(\*.safetensors or \*.bin\)"):
         base_source.base_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    assert [file.name for file in base_source.base_files(tmp_path)] == ["config.json", "pytorch_model.bin"]
+    assert [file.name for file in base_source.base_files(tmp_path)] == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
     (tmp_path / "model.safetensors").touch()
-    assert [file.name for file in base_source.base_files(tmp_path)] == ["config.json", "model.safetensors"]
+    assert [file.name for file in base_source.base_files(tmp_path)] == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 # --- the hub
@@ -162,7 +180,9 @@ def test_branch_becomes_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["v1", "main"]
 
 
-def test_downloaded_copy_serves_while_the_hub_is_out_of_reach(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_copy_serves_while_the_hub_is_out_of_reach(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer(monkeypatch, ConnectionError("no route"))
     source = resolve_source(ModelConfig(id="owner/tiny"))
     assert (source.name, source.commit, source.folder) == (
@@ -172,14 +192,23 @@ def test_downloaded_copy_serves_while_the_hub_is_out_of_reach(hub: Path, tmp_pat
     )
     _, report = load("owner/tiny", tmp_path / "cache")
     assert (report.name, report.commit) == ("owner/tiny", COMMIT)
-    assert report.notes == (f"the hub cannot be reached: using the downloaded copy of owner/tiny, commit {COMMIT}",)
-    with pytest.raises(ValueError, match=r"model.id = owner/other \(revision main\) is not on this machine, .*no route"):
+    assert report.notes == (
+        f"the hub cannot be reached: using the downloaded copy of owner/tiny, commit {COMMIT}",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"model.id = owner/other \(revision main\) is not on this machine, .*no route",
+    ):
         resolve_source(ModelConfig(id="owner/other"))
-    with pytest.raises(ValueError, match=r"model.id = owner/tiny \(revision v2\) is not on this machine"):
+    with pytest.raises(
+        ValueError, match=r"model.id = owner/tiny \(revision v2\) is not on this machine"
+    ):
         resolve_source(ModelConfig(id="owner/tiny", revision="v2"))
 
 
-def test_quantised_copy_is_the_same_with_and_without_the_hub(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_copy_is_the_same_with_and_without_the_hub(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And once it is there, the original weights are not needed."""
     answer(monkeypatch, ConnectionError("no route"))
     made = load("owner/tiny", tmp_path / "cache")[1]
@@ -189,18 +218,29 @@ def test_quantised_copy_is_the_same_with_and_without_the_hub(hub: Path, tmp_path
     source = resolve_source(ModelConfig(id="owner/tiny"))
     assert base_hash(source, tmp_path / "memo.json") == made.base_hash
     answer(monkeypatch, COMMIT[::-1])
-    assert base_hash(resolve_source(ModelConfig(id="owner/tiny")), tmp_path / "memo.json") != made.base_hash
+    assert (
+        base_hash(resolve_source(ModelConfig(id="owner/tiny")), tmp_path / "memo.json")
+        != made.base_hash
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError, r"model.id = owner/tiny is neither a folder nor a model on the hub: check the spelling"),
-        (RevisionNotFoundError, r"model.revision = v1 does not exist in owner/tiny: give a commit, tag or branch"),
+        (
+            RepositoryNotFoundError,
+            r"model.id = owner/tiny is neither a folder nor a model on the hub: check the spelling",
+        ),
+        (
+            RevisionNotFoundError,
+            r"model.revision = v1 does not exist in owner/tiny: give a commit, tag or branch",
+        ),
         (GatedRepoError, r"model.id = owner/tiny is gated: accept its licence .*hf auth login"),
     ],
 )
-def test_hub_errors_name_the_field(monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str) -> None:
+def test_hub_errors_name_the_field(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str
+) -> None:
     answer(monkeypatch, error.__new__(error))
     with pytest.raises(ValueError, match=message):
         resolve_source(ModelConfig(id="owner/tiny", revision="v1"))
@@ -219,4 +259,6 @@ def test_local_folders_that_cannot_be_are_refused(
     tiny_llama: Path, tmp_path: Path, name: str, revision: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_source(ModelConfig(id=name.format(folder=tiny_llama, empty=tmp_path), revision=revision))
+        resolve_source(
+            ModelConfig(id=name.format(folder=tiny_llama, empty=tmp_path), revision=revision)
+        )

@@ -17,11 +17,26 @@ BEGIN = 1000.0  # microseconds
 
 
 def event(name: str, category: str, start: float, length: float, thread: int = 1) -> dict[str, Any]:
-    return {"ph": "X", "name": name, "cat": category, "ts": BEGIN + start, "dur": length, "pid": 1, "tid": thread}
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": category,
+        "ts": BEGIN + start,
+        "dur": length,
+        "pid": 1,
+        "tid": thread,
+    }
 
 
 def memory(when: float, size: int, device: int = 1) -> dict[str, Any]:
-    args = {"Device Type": device, "Device Id": 0, "Total Allocated": size, "Total Reserved": size, "Bytes": 1, "Addr": 1}
+    args = {
+        "Device Type": device,
+        "Device Id": 0,
+        "Total Allocated": size,
+        "Total Reserved": size,
+        "Bytes": 1,
+        "Addr": 1,
+    }
     return {"ph": "i", "name": "[memory]", "ts": BEGIN + when, "pid": 1, "tid": 1, "args": args}
 
 
@@ -43,7 +58,15 @@ DEVICE = [
     event("void cutlass::Kernel2<sm80_gemm>", "kernel", 902, 50, 7),
     event("outside", "kernel", 2000, 100, 7),
 ]
-ON_GPU = [WINDOW, *HOST, *DEVICE, memory(10, 3 << 30), memory(400, 5 << 30), memory(600, 4 << 30), memory(20, 9 << 30, device=0)]
+ON_GPU = [
+    WINDOW,
+    *HOST,
+    *DEVICE,
+    memory(10, 3 << 30),
+    memory(400, 5 << 30),
+    memory(600, 4 << 30),
+    memory(20, 9 << 30, device=0),
+]
 
 
 def test_busy_time_is_the_union_of_kernels() -> None:
@@ -57,26 +80,41 @@ def test_busy_time_is_the_union_of_kernels() -> None:
 
 def test_gaps_name_what_the_host_was_in() -> None:
     found = summary.gaps(summary.parse_trace(ON_GPU))
-    assert [(gap.start, gap.length) for gap in found] == [(600, 200), (0, 50), (952, 48)]  # 900 to 902 is no gap
+    assert [(gap.start, gap.length) for gap in found] == [
+        (600, 200),
+        (0, 50),
+        (952, 48),
+    ]  # 900 to 902 is no gap
     longest, first, last = found
     assert (longest.host, longest.before, longest.after) == (
         "aten::nonzero",
         "ncclDevKernel_AllReduce",
         "Memcpy DtoH (Device -> Pinned)",
     )
-    assert (first.host, first.before) == ("aten::add", "the update's begin")  # the innermost, on whatever thread
+    assert (first.host, first.before) == (
+        "aten::add",
+        "the update's begin",
+    )  # the innermost, on whatever thread
     assert (last.host, last.after) == ("cudaStreamSynchronize", "the update's end")
     text = "\n".join(summary.page(summary.parse_trace(ON_GPU), ["what"]))
     assert "3 gaps of 5 us or more, 0.3 ms together" in text
-    assert "| 0.20 | 0.6 | aten::nonzero | ncclDevKernel_AllReduce | Memcpy DtoH (Device -> Pinned) |" in text
+    assert (
+        "| 0.20 | 0.6 | aten::nonzero | ncclDevKernel_AllReduce | Memcpy DtoH (Device -> Pinned) |"
+        in text
+    )
 
 
 def test_kernels_are_ranked_and_told_by_kind() -> None:
     text = "\n".join(summary.page(summary.parse_trace(ON_GPU), ["what"]))
-    assert text.index("| 0.45 | 60.0% | 2 | cutlass::Kernel2") < text.index("| 0.10 | 13.3% | 1 | flash_fwd_kernel<a/b>")
+    assert text.index("| 0.45 | 60.0% | 2 | cutlass::Kernel2") < text.index(
+        "| 0.10 | 13.3% | 1 | flash_fwd_kernel<a/b>"
+    )
     assert "By kind: matrix products 60%, attention 13%, communication 13%, copies 13%." in text
     assert summary.kind_of("kDequantizeBlockwise") == "dequantise"
-    assert summary.kind_of("void at::native::vectorized_elementwise_kernel<4>") == "elementwise and other"
+    assert (
+        summary.kind_of("void at::native::vectorized_elementwise_kernel<4>")
+        == "elementwise and other"
+    )
 
 
 def test_memory_is_drawn_with_its_peak() -> None:
@@ -86,7 +124,9 @@ def test_memory_is_drawn_with_its_peak() -> None:
     assert len(rows) == summary.HEIGHT
     top, bottom = rows[0].partition("|")[2], rows[-1].partition("|")[2]
     assert bottom == "#" * summary.COLUMNS
-    assert top.index("#") == 28 and top.rindex("#") == 43  # 400 to 600 of 1000 microseconds, in columns
+    assert (
+        top.index("#") == 28 and top.rindex("#") == 43
+    )  # 400 to 600 of 1000 microseconds, in columns
     assert max(map(len, lines)) <= 150 and len(lines) <= 60
 
 
@@ -97,7 +137,9 @@ def test_without_kernels_operators_are_ranked_by_their_own_time() -> None:
         "aten::mm": (250, 1), "aten::empty": (50, 1), "aten::nonzero": (290, 1), "aten::add": (100, 1),
     }  # fmt: skip
     text = "\n".join(summary.page(trace, ["what"]))
-    assert "operators busy: 0.6 ms (59%)" in text and "Top operators" in text and "By kind" not in text
+    assert (
+        "operators busy: 0.6 ms (59%)" in text and "Top operators" in text and "By kind" not in text
+    )
     assert "| 0.40 | 0.3 | Python | aten::mm | aten::nonzero |" in text
 
 
@@ -113,8 +155,15 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_a_real_update_leaves_trace_and_page(tmp_path: Path) -> None:
     a = torch.randn(64, 64, requires_grad=True)
-    lines = profiled(lambda: (a @ a).relu().sum().backward(), tmp_path / "p", device=torch.device("cpu"), about=["a product"])
+    lines = profiled(
+        lambda: (a @ a).relu().sum().backward(),
+        tmp_path / "p",
+        device=torch.device("cpu"),
+        about=["a product"],
+    )
     events = json.loads(gzip.decompress((tmp_path / "p" / TRACE).read_bytes()))["traceEvents"]
     assert any(one.get("name") == "aten::mm" for one in events)
     assert (tmp_path / "p" / SUMMARY).read_text() == "\n".join(lines) + "\n"
-    assert any("aten::mm" in line for line in lines) and any(line.endswith("at last.") for line in lines)
+    assert any("aten::mm" in line for line in lines) and any(
+        line.endswith("at last.") for line in lines
+    )

@@ -41,7 +41,9 @@ def main(argv):
 def echo_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A command of its own, echo-twice, and a private module beside it."""
     (tmp_path / "echo_twice.py").write_text(COMMAND, encoding="utf-8")
-    (tmp_path / "_hidden_away.py").write_text("raise AssertionError('never imported')\n", encoding="utf-8")
+    (tmp_path / "_hidden_away.py").write_text(
+        "raise AssertionError('never imported')\n", encoding="utf-8"
+    )
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     yield
@@ -50,14 +52,18 @@ def echo_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 @pytest.mark.usefixtures("echo_twice")
-def test_a_command_gets_the_rest_of_the_words_and_gives_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_gets_the_rest_of_the_words_and_gives_the_exit_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["echo-twice", "--show", "3"]) == 0
     assert capsys.readouterr().out == "got --show 3\n"
     assert main(["echo-twice", "seven"]) == 7
 
 
 @pytest.mark.usefixtures("echo_twice")
-def test_words_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_come_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["glassloop", "echo-twice", "a"])
     assert main() == 0
     assert capsys.readouterr().out == "got a\n"
@@ -65,14 +71,18 @@ def test_words_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.usefixtures("echo_twice")
 @pytest.mark.parametrize("typed", ["echo_twice", "echo-twise", "ecotwice"])
-def test_an_unknown_command_names_the_nearest(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_names_the_nearest(
+    typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([typed]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"glassloop: {typed} is no command. Did you mean echo-twice?\n")
 
 
 @pytest.mark.usefixtures("echo_twice")
-def test_a_command_unlike_any_lists_all_and_says_how_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_unlike_any_lists_all_and_says_how_to_train(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["zzz"]) == 2
     err = capsys.readouterr().err
     assert "echo-twice" in err
@@ -99,8 +109,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("echo_twice")
-@pytest.mark.parametrize(("word", "reason"), [("refuse", "batch.size = 0: must be at least 1"), ("missing", "'/no/such/file'")])
-def test_a_refusal_is_said_without_a_traceback(word: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [("refuse", "batch.size = 0: must be at least 1"), ("missing", "'/no/such/file'")],
+)
+def test_a_refusal_is_said_without_a_traceback(
+    word: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["echo-twice", word]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -130,7 +145,12 @@ def test_a_reader_that_leaves_early_is_no_fault(tmp_path: Path) -> None:
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=buffered, stdin=subprocess.PIPE, stdout=writing, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=buffered,
+        stdin=subprocess.PIPE,
+        stdout=writing,
+        stderr=subprocess.PIPE,
     )
     os.close(writing)
     os.close(reading)  # before the command prints: it waits for its input
@@ -143,4 +163,6 @@ def test_every_command_has_a_main_and_a_summary(name: str) -> None:
     module = importlib.import_module(f"glassloop.cli.{name.replace('-', '_')}")
     assert next(iter(inspect.signature(module.main).parameters)) == "argv"
     summary = (inspect.getdoc(module) or "").partition("\n")[0]
-    assert 0 < len(summary) <= 110, f"glassloop/cli/{name}.py: the docstring's first line is what --help shows"
+    assert 0 < len(summary) <= 110, (
+        f"glassloop/cli/{name}.py: the docstring's first line is what --help shows"
+    )

@@ -16,7 +16,11 @@ from glassloop.record.terminal import visible
 @pytest.fixture
 def calls(tmp_path: Path) -> str:
     rows = [
-        {"dialogue": f"caller: Hello {number}. [bold]\x1b[2J</think> receiver: Yes 🧨?", "type": "ssn", "label": number % 2}
+        {
+            "dialogue": f"caller: Hello {number}. [bold]\x1b[2J</think> receiver: Yes 🧨?",
+            "type": "ssn",
+            "label": number % 2,
+        }
         for number in range(8)
     ]
     path = tmp_path / "calls.jsonl"
@@ -25,13 +29,27 @@ def calls(tmp_path: Path) -> str:
 
 
 def run(tiny_llama: Path, calls: str, *more: str) -> int:
-    return main([f"model.id={tiny_llama}", f"data.source={calls}", "data.template=chat", "data.max_tokens=2048", *more])
+    return main(
+        [
+            f"model.id={tiny_llama}",
+            f"data.source={calls}",
+            "data.template=chat",
+            "data.max_tokens=2048",
+            *more,
+        ]
+    )
 
 
 def test_it_prints_rows_then_counts_and_loads_no_model(
-    tiny_llama: Path, calls: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    calls: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        lambda *_, **__: pytest.fail("a model was loaded"),
+    )
     assert run(tiny_llama, calls, "--show", "2", "data.heldout=0.25") == 0
     text = capsys.readouterr().out
     assert text.count(" tokens, ") == 2
@@ -41,32 +59,48 @@ def test_it_prints_rows_then_counts_and_loads_no_model(
     assert "labels       training: " in text
     assert "[«</s>»]" in text  # the end token is supervised
     assert "«<s>»|«<|user|>»|" in text
-    assert "\x1b" not in text  # neither colours, where nobody sees them, nor what a row would do to the terminal
+    assert (
+        "\x1b" not in text
+    )  # neither colours, where nobody sees them, nor what a row would do to the terminal
     assert "[bold]" in text.replace("|", "")
 
 
 @pytest.mark.parametrize(("show", "rows"), [("0", 0), ("1", 1), ("99", 8)])
-def test_show_says_how_many_rows(tiny_llama: Path, calls: str, show: str, rows: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_says_how_many_rows(
+    tiny_llama: Path, calls: str, show: str, rows: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(tiny_llama, calls, "--show", show)
     assert capsys.readouterr().out.count("«<s>»") == rows
 
 
-def test_supervised_and_masked_tokens_differ_with_and_without_colour(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_supervised_and_masked_tokens_differ_with_and_without_colour(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
     ids = tuple(tiny_tokenizer("Hé🧨\n", add_special_tokens=False).input_ids)
-    row = Row("train:0", (1, *ids, 1, *ids, 2), (False,) * (len(ids) + 2) + (True,) * (len(ids) + 1))
+    row = Row(
+        "train:0", (1, *ids, 1, *ids, 2), (False,) * (len(ids) + 2) + (True,) * (len(ids) + 1)
+    )
     text = render(row, tiny_tokenizer)
     masked, supervised = text.plain.split("«<s>»|")[1:]
     assert masked.replace("|", "") == "Hé🧨⏎\n"
     assert supervised.replace("][", "") == "[Hé🧨⏎]\n[«</s>»]"
     styles = {str(span.style) for span in text.spans}
     assert styles == {"bold green", "dim", "bold magenta"}
-    assert all(str(span.style) == "bold green" for span in text.spans if text.plain[span.start] == "[")
+    assert all(
+        str(span.style) == "bold green" for span in text.spans if text.plain[span.start] == "["
+    )
 
 
 def test_every_token_of_a_row_is_shown(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = tuple(tiny_tokenizer("The caller says that your account is locked.", add_special_tokens=False).input_ids)
+    ids = tuple(
+        tiny_tokenizer(
+            "The caller says that your account is locked.", add_special_tokens=False
+        ).input_ids
+    )
     row = Row("train:0", ids, (False, *(True,) * (len(ids) - 1)))
-    assert render(row, tiny_tokenizer).plain.count("|") + render(row, tiny_tokenizer).plain.count("[") == len(ids)
+    assert render(row, tiny_tokenizer).plain.count("|") + render(row, tiny_tokenizer).plain.count(
+        "["
+    ) == len(ids)
 
 
 def test_a_supervised_part_that_begins_within_a_character_is_shown_to_begin_there(

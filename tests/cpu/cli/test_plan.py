@@ -70,19 +70,38 @@ def test_no_heavy_package_is_imported():
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'accelerate', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr
 
 
 def test_json_holds_the_plan_with_every_learning_rate(capsys):
     found = as_json(capsys, "r1_8b_scam", "--ranks", "1", "execution.engine=peft")
     plan = found["plan"]
-    assert (plan["rows_per_update"], plan["ranks"], plan["accumulation"], plan["windows_per_epoch"]) == (16, 1, 8, 38)
+    assert (
+        plan["rows_per_update"],
+        plan["ranks"],
+        plan["accumulation"],
+        plan["windows_per_epoch"],
+    ) == (16, 1, 8, 38)
     assert len(plan["lr"]) == 60 and plan["lr"][4] == 2e-4
     assert found["trainable_parameters"] == 41_943_040
     assert found["memory_bytes"]["peak"] == max(found["memory_bytes"].values())
     assert found["memory_bytes_other_base"]["load"] > 2 * found["memory_bytes"]["load"]
-    assert {card["card"] for card in found["cards"]} == {"3090", "4090", "A100-40", "A100-80", "H100", "H200"}
+    assert {card["card"] for card in found["cards"]} == {
+        "3090",
+        "4090",
+        "A100-40",
+        "A100-80",
+        "H100",
+        "H200",
+    }
     assert found["times_trained"] == {"1": 248, "2": 352}
 
 
@@ -100,7 +119,9 @@ def test_fewer_ranks_with_fixed_accumulation_name_the_one_field_that_keeps_the_r
     # and that field does keep them
     (kept,) = as_json(capsys, *words, "--compare", "ranks=1 batch.rows_per_update=16")["compare"]
     assert kept["math"] == []
-    assert "Keep the rows of an update with batch.rows_per_update=16" in flat(said(capsys, *words, "--compare", "ranks=1"))
+    assert "Keep the rows of an update with batch.rows_per_update=16" in flat(
+        said(capsys, *words, "--compare", "ranks=1")
+    )
 
 
 def test_a_variation_that_cannot_be_carried_out_says_why(capsys):
@@ -141,9 +162,15 @@ def test_machines_share_the_ranks_and_stand_in_the_command(capsys):
     [
         (["r1_8b_scam", "--ranks", "1"], "accelerate_configs/single_gpu.yaml train_loop.py"),
         (["r1_8b_scam", "--ranks", "2"], "accelerate_configs/ddp_2gpu.yaml train_loop.py"),
-        (["r1_8b_scam", "--ranks", "8"], "accelerate_configs/ddp_2gpu.yaml --num_processes 8 train_loop.py"),
+        (
+            ["r1_8b_scam", "--ranks", "8"],
+            "accelerate_configs/ddp_2gpu.yaml --num_processes 8 train_loop.py",
+        ),
         (["smollm2_demo"], "accelerate_configs/cpu_2proc.yaml train_loop.py smollm2_demo"),
-        (["smollm2_demo", "--ranks", "4"], "accelerate_configs/cpu_2proc.yaml --num_processes 4 train_loop.py"),
+        (
+            ["smollm2_demo", "--ranks", "4"],
+            "accelerate_configs/cpu_2proc.yaml --num_processes 4 train_loop.py",
+        ),
     ],
 )
 def test_the_last_line_starts_what_was_planned(capsys, words, start):
@@ -167,7 +194,9 @@ def test_rows_are_counted_without_loading_them(tmp_path):
     lines = [json.dumps({"question": f"q{i}", "response": "a\nb"}) for i in range(7)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n\n")
     (tmp_path / "rows.json").write_text("[" + ",".join(lines) + "]")
-    (tmp_path / "rows.csv").write_text("question,response\n" + "".join(f'q{i},"a\nb, c"\n' for i in range(7)))
+    (tmp_path / "rows.csv").write_text(
+        "question,response\n" + "".join(f'q{i},"a\nb, c"\n' for i in range(7))
+    )
     for kind in ("jsonl", "json", "csv"):
         assert count_rows(DataConfig(source=str(tmp_path / f"rows.{kind}"))).rows == 7, kind
     assert count_rows(DataConfig(source=str(tmp_path / "rows.csv"), heldout=0.3)).rows == 5
@@ -193,7 +222,13 @@ def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     from glassloop.engines.peft import load_tokenizer
 
     rows = write_rows(tmp_path / "rows.jsonl", 37)
-    words = [f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "batch.accumulation=2"]
+    words = [
+        f"model.id={tiny_llama}",
+        f"data.source={rows}",
+        "data.template=chat",
+        "data.max_tokens=96",
+        "batch.accumulation=2",
+    ]
     words += ["schedule.updates=12", "execution.layout=packed"]
     found = as_json(capsys, *words, "--ranks", "2", "--with-data")
     tokens, plan = found["tokens"], found["plan"]
@@ -206,7 +241,9 @@ def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     batches = Batches(rows=made, plan=steps, seed=config.seed, layout="literal", pass_tokens=192)
     windows = [batches.window(u) for u in range(1, 13)]
     packed = replace(batches, layout="packed")
-    passes = [[made[row] for row in one] for window in windows for rank in window.passes for one in rank]
+    passes = [
+        [made[row] for row in one] for window in windows for rank in window.passes for one in rank
+    ]
     assert tokens["real"] == sum(len(row) for one in passes for row in one)
     assert tokens["supervised"] == sum(row.supervised_tokens for one in passes for row in one)
     assert tokens["literal_slots"] == sum(len(one) * max(map(len, one)) for one in passes)
@@ -216,10 +253,14 @@ def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     assert tokens["packed_passes"] < tokens["literal_passes"]
     assert tokens["heaviest_rows"] == 1 and tokens["heaviest_tokens"] <= 192
     shares = [
-        sum(len(row) for one in rank for row in (made[i] for i in one)) for u in range(1, 13) for rank in packed.window(u).passes
+        sum(len(row) for one in rank for row in (made[i] for i in one))
+        for u in range(1, 13)
+        for rank in packed.window(u).passes
     ]
     assert tokens["heaviest_share"] == max(shares)
-    assert f"{tokens['literal_slots']:,} places in {len(passes)} passes" in said(capsys, *words, "--ranks", "2", "--with-data")
+    assert f"{tokens['literal_slots']:,} places in {len(passes)} passes" in said(
+        capsys, *words, "--ranks", "2", "--with-data"
+    )
 
 
 def test_with_data_packs_as_the_fused_engine_does_on_a_card(capsys, tiny_llama, tmp_path):
@@ -231,10 +272,25 @@ def test_with_data_packs_as_the_fused_engine_does_on_a_card(capsys, tiny_llama, 
         "data.template=chat",
         "data.max_tokens=96",
     ]
-    words += ["schedule.updates=4", "schedule.warmup_updates=1", "execution.layout=packed", "--ranks", "1", "--with-data"]
-    few, many = (as_json(capsys, *words, f"execution.engine={engine}")["tokens"] for engine in ("fused", "peft"))
+    words += [
+        "schedule.updates=4",
+        "schedule.warmup_updates=1",
+        "execution.layout=packed",
+        "--ranks",
+        "1",
+        "--with-data",
+    ]
+    few, many = (
+        as_json(capsys, *words, f"execution.engine={engine}")["tokens"]
+        for engine in ("fused", "peft")
+    )
     assert few["packed_passes"] == 4 < many["packed_passes"]  # a pass an update
-    assert few["heaviest_tokens"] == few["heaviest_share"] == many["heaviest_share"] > many["heaviest_tokens"]
+    assert (
+        few["heaviest_tokens"]
+        == few["heaviest_share"]
+        == many["heaviest_share"]
+        > many["heaviest_tokens"]
+    )
 
 
 def test_a_checkpoints_size_is_that_of_one_that_was_written(capsys):
@@ -243,9 +299,21 @@ def test_a_checkpoints_size_is_that_of_one_that_was_written(capsys):
 
 
 def test_the_epoch_sentence_knows_every_kind_of_tail():
-    usual = dict(size=2, ranks=2, accumulation=4, updates=60, epochs=1.0, warmup=5, peak=1.0, kind="linear", first="zero")
+    usual = dict(
+        size=2,
+        ranks=2,
+        accumulation=4,
+        updates=60,
+        epochs=1.0,
+        warmup=5,
+        peak=1.0,
+        kind="linear",
+        first="zero",
+    )
     assert "no tail" in epoch_sentence(make_plan(rows=32, tail="keep", **usual))
-    assert "leaves 8 rows of each epoch out" in epoch_sentence(make_plan(rows=600, tail="drop", **usual))
+    assert "leaves 8 rows of each epoch out" in epoch_sentence(
+        make_plan(rows=600, tail="drop", **usual)
+    )
 
 
 def test_the_plot_shows_every_learning_rate_in_80_columns():
@@ -288,14 +356,19 @@ def test_the_fused_engine_is_planned_by_card(capsys):
     assert "activations kept as memory.profile=fill allows" in text
     assert "memory.profile: all kept, and min" in text
     assert re.search(r"4090 2[23]\.\d of 23\.5 fits; fill: 32 of 32 layers kept", text)
-    assert "H100, 2 x 2,048 tokens a pass, all layers kept: +2%" in text  # what its time was checked against
+    assert (
+        "H100, 2 x 2,048 tokens a pass, all layers kept: +2%" in text
+    )  # what its time was checked against
     assert "not modelled" not in text
     found = as_json(capsys, "r1_8b_scam", "execution.engine=fused")
     assert found["memory_of"] == ["all kept", "min"] and found["memory_bytes_other_base"] is None
     assert found["memory_bytes"]["peak"] / 2**30 == pytest.approx(18.3, abs=0.2)
     assert found["memory_bytes_other_tiers"]["peak"] / 2**30 == pytest.approx(6.2, abs=0.2)
     assert all(card["fits"] and card["kept"] == 32 for card in found["cards"])
-    peft = {one["card"]: one["tokens_per_s"] for one in as_json(capsys, "r1_8b_scam", "execution.engine=peft")["time_predicted"]}
+    peft = {
+        one["card"]: one["tokens_per_s"]
+        for one in as_json(capsys, "r1_8b_scam", "execution.engine=peft")["time_predicted"]
+    }
     for one in found["time_predicted"]:
         assert 1.4 * peft[one["card"]] < one["tokens_per_s"] < 3 * peft[one["card"]], one
 
@@ -306,15 +379,25 @@ def test_little_memory_is_planned_too(capsys):
     card = least["cards"][0]
     assert card["kept"] == 1 and card["needed_gib"] < 7.5 and "on the host" in card["tiers"]
     assert card["faster"] == "memory.profile=fill, 32 of 32 layers kept"
-    on_gpu = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min", "memory.host_gib=0")
-    assert 1.5 < on_gpu["cards"][0]["needed_gib"] - card["needed_gib"] < 2.5  # inputs of all layers, and the embedding
+    on_gpu = as_json(
+        capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min", "memory.host_gib=0"
+    )
+    assert (
+        1.5 < on_gpu["cards"][0]["needed_gib"] - card["needed_gib"] < 2.5
+    )  # inputs of all layers, and the embedding
     budget = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=12")
-    assert budget["memory_of"] == ["12 GiB", "min"] and 10.5 * 2**30 < budget["memory_bytes"]["peak"] < 12 * 2**30
+    assert (
+        budget["memory_of"] == ["12 GiB", "min"]
+        and 10.5 * 2**30 < budget["memory_bytes"]["peak"] < 12 * 2**30
+    )
     slow, fast = (
-        plan["time_predicted"][0]["tokens_per_s"] for plan in (budget, as_json(capsys, "r1_8b_scam", "execution.engine=fused"))
+        plan["time_predicted"][0]["tokens_per_s"]
+        for plan in (budget, as_json(capsys, "r1_8b_scam", "execution.engine=fused"))
     )
     assert slow < fast
-    stored = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "execution.checkpointing=false")
+    stored = as_json(
+        capsys, "r1_8b_scam", "execution.engine=fused", "execution.checkpointing=false"
+    )
     assert stored["memory_of"] == ["all kept", "min"] and stored["cards"][0]["held"] == 0
 
 
@@ -323,22 +406,32 @@ def test_packed_passes_are_as_large_as_a_card_has_room_for(capsys, monkeypatch):
     found = {card["card"]: card["pass_tokens"] for card in as_json(capsys, *words)["cards"]}
     assert 4096 < found["3090"] < 6144 and found["A100-40"] > 9000
     assert found["H100"] < found["H200"] == 32_768  # of 16 rows of 2,048: all of an update
-    assert f"packed, the same rows in passes of at most {found['3090']:,} tokens" in flat(said(capsys, *words))
+    assert f"packed, the same rows in passes of at most {found['3090']:,} tokens" in flat(
+        said(capsys, *words)
+    )
     tight = as_json(capsys, *words, "memory.profile=8")["cards"]
-    assert {card["pass_tokens"] for card in tight} == {2048}  # the longest row has to fit, whatever is kept
+    assert {card["pass_tokens"] for card in tight} == {
+        2048
+    }  # the longest row has to fit, whatever is kept
     size = found["3090"]
     speeds = [
         as_json(capsys, *words, "--row-tokens", "400", *more)["time_predicted"][0]["tokens_per_s"]
         for more in ((), (f"execution.pass_tokens={size}",), ("execution.pass_tokens=4096",))
     ]
     assert speeds[0] == speeds[1] != speeds[2]  # the time is that of the chosen size
-    asked = {card["pass_tokens"] for card in as_json(capsys, *words, "execution.pass_tokens=3072")["cards"]}
+    asked = {
+        card["pass_tokens"]
+        for card in as_json(capsys, *words, "execution.pass_tokens=3072")["cards"]
+    }
     least = {card["pass_tokens"] for card in as_json(capsys, *words, "memory.profile=min")["cards"]}
     assert (asked, least) == ({3072}, {4096})
     own = Present("NVIDIA A100-SXM4-40GB", 39.5, 39.0, "580.1", (8, 0))
     monkeypatch.setattr(command, "NVIDIA", str(ROOT))
     monkeypatch.setattr("glassloop.predict.hardware.gpus_present", lambda: (own,))
-    assert re.search(r"at most (9|10),\d+ tokens \(--with-data counts them\), on a card like A100-40", flat(said(capsys, *words)))
+    assert re.search(
+        r"at most (9|10),\d+ tokens \(--with-data counts them\), on a card like A100-40",
+        flat(said(capsys, *words)),
+    )
 
 
 def test_an_unknown_card_has_no_speed():

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from glassloop.config.arguments import PEER_NAMES, ConfigError, field_names, from_values, parse, to_yaml
+from glassloop.config.arguments import (
+    PEER_NAMES,
+    ConfigError,
+    field_names,
+    from_values,
+    parse,
+    to_yaml,
+)
 from glassloop.config.config import Config, as_dict
 from glassloop.config.presets import HARDWARE, PRESETS
 
@@ -15,7 +22,9 @@ from glassloop.config.presets import HARDWARE, PRESETS
 def test_command_line_beats_file_beats_hardware_beats_preset(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("optimizer:\n  lr: 1e-4\n  eps: 1e-7\nbatch:\n  size: 8\n")
-    config = parse(["r1_8b_scam", "--hardware", "2xa100", "--config", str(file), "optimizer.lr=5e-5"])
+    config = parse(
+        ["r1_8b_scam", "--hardware", "2xa100", "--config", str(file), "optimizer.lr=5e-5"]
+    )
     assert config.optimizer.lr == 5e-5  # command line
     assert (config.optimizer.eps, config.batch.size) == (1e-7, 8)  # file
     assert config.batch.ranks == 2  # hardware
@@ -32,22 +41,46 @@ def test_every_preset_is_valid_and_survives_its_own_yaml(preset: str) -> None:
 
 def test_the_recipe_value_for_value() -> None:
     config = parse(["r1_8b_scam"])
-    assert (config.lora.r, config.lora.alpha, config.lora.dropout, len(config.lora.targets)) == (16, 16, 0, 7)
-    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("adamw_8bit", 2e-4, 0.01)
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout, len(config.lora.targets)) == (
+        16,
+        16,
+        0,
+        7,
+    )
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == (
+        "adamw_8bit",
+        2e-4,
+        0.01,
+    )
     assert (config.schedule.updates, config.schedule.warmup_updates, config.seed) == (60, 5, 3407)
-    assert (config.batch.size, config.batch.accumulation_for(2), config.batch.accumulation_for(1)) == (2, 4, 8)
-    assert (config.data.max_tokens, config.execution.checkpointing, config.execution.layout) == (2048, True, "literal")
+    assert (
+        config.batch.size,
+        config.batch.accumulation_for(2),
+        config.batch.accumulation_for(1),
+    ) == (2, 4, 8)
+    assert (config.data.max_tokens, config.execution.checkpointing, config.execution.layout) == (
+        2048,
+        True,
+        "literal",
+    )
 
 
 @pytest.mark.parametrize("hardware", HARDWARE)
 @pytest.mark.parametrize("preset", ["r1_8b_scam", "r1_8b_medical"])
-def test_hardware_changes_how_an_update_is_carried_out_and_not_what_it_is(preset: str, hardware: str) -> None:
+def test_hardware_changes_how_an_update_is_carried_out_and_not_what_it_is(
+    preset: str, hardware: str
+) -> None:
     plain, on_cards = as_dict(parse([preset])), as_dict(parse([preset, "--hardware", hardware]))
     for section in plain:
         if section not in ("execution", "batch"):
             assert plain[section] == on_cards[section]
     ranks = on_cards["batch"]["ranks"] or 1
-    assert on_cards["batch"]["size"] * ranks * parse([preset, "--hardware", hardware]).batch.accumulation_for(ranks) == 16
+    assert (
+        on_cards["batch"]["size"]
+        * ranks
+        * parse([preset, "--hardware", hardware]).batch.accumulation_for(ranks)
+        == 16
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,9 +97,15 @@ def test_hardware_changes_how_an_update_is_carried_out_and_not_what_it_is(preset
         (["batch.size=3", "batch.ranks=2"], "batch.size could be 1, 2, 4, 8"),
         (["data.heldout=1.5"], "data.heldout = 1.5"),
         (["data.heldout=null"], "data.heldout_rows = 64 needs data.heldout"),
-        (["schedule.warmup_updates=61"], "schedule.warmup_updates = 61 is more than schedule.updates = 60"),
+        (
+            ["schedule.warmup_updates=61"],
+            "schedule.warmup_updates = 61 is more than schedule.updates = 60",
+        ),
         (["execution.pass_tokens=4096"], "execution.layout is literal"),
-        (["execution.layout=packed", "execution.pass_tokens=100"], "the longest row would fit in no pass"),
+        (
+            ["execution.layout=packed", "execution.pass_tokens=100"],
+            "the longest row would fit in no pass",
+        ),
         (["batch.accumulation=2", "batch.rows_per_update=8"], "say the same thing twice"),
         (["--hardware", "2x409"], "Did you mean 2x4090"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
@@ -97,7 +136,13 @@ def test_all_faults_of_a_file_are_named_at_once(tmp_path: Path) -> None:
 
 def test_none_is_a_word_where_a_field_has_it_and_null_is_no_value() -> None:
     config = parse(
-        ["r1_8b_scam", "model.quantization=none", "record.text=none", "optimizer.max_grad_norm=null", "tracking.to=null"]
+        [
+            "r1_8b_scam",
+            "model.quantization=none",
+            "record.text=none",
+            "optimizer.max_grad_norm=null",
+            "tracking.to=null",
+        ]
     )
     assert (config.model.quantization, config.record.text) == ("none", "none")
     assert (config.optimizer.max_grad_norm, config.tracking.to) == (None, ())

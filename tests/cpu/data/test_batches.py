@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glassloop.data.batches import Batches, build_pass, empty_pass, epoch_order, literal_passes, packed_passes
+from glassloop.data.batches import (
+    Batches,
+    build_pass,
+    empty_pass,
+    epoch_order,
+    literal_passes,
+    packed_passes,
+)
 from glassloop.data.rows import IGNORE, Row
 from glassloop.plan.steps import make_plan
 
@@ -13,20 +20,41 @@ CPU = torch.device("cpu")
 
 
 def row(index: int, length: int, prompt: int = 2) -> Row:
-    return Row(f"train:{index}", tuple(range(10, 10 + length)), tuple(t >= min(prompt, length) and t > 0 for t in range(length)))
+    return Row(
+        f"train:{index}",
+        tuple(range(10, 10 + length)),
+        tuple(t >= min(prompt, length) and t > 0 for t in range(length)),
+    )
 
 
 def batches(
-    rows: int, size: int, ranks: int, accumulation: int, layout: str = "literal", tail: str = "keep", pass_tokens: int = 64
+    rows: int,
+    size: int,
+    ranks: int,
+    accumulation: int,
+    layout: str = "literal",
+    tail: str = "keep",
+    pass_tokens: int = 64,
 ) -> Batches:
     plan = make_plan(
         rows=rows, size=size, ranks=ranks, accumulation=accumulation, tail=tail, updates=None, epochs=2.0, warmup=0, peak=1.0,
         kind="constant", first="zero",
     )  # fmt: skip
-    return Batches(tuple(row(i, 4 + i % 13) for i in range(rows)), plan, seed=7, layout=layout, pass_tokens=pass_tokens)
+    return Batches(
+        tuple(row(i, 4 + i % 13) for i in range(rows)),
+        plan,
+        seed=7,
+        layout=layout,
+        pass_tokens=pass_tokens,
+    )
 
 
-shapes = dict(rows=st.integers(1, 90), size=st.integers(1, 4), ranks=st.integers(1, 3), accumulation=st.integers(1, 4))
+shapes = dict(
+    rows=st.integers(1, 90),
+    size=st.integers(1, 4),
+    ranks=st.integers(1, 3),
+    accumulation=st.integers(1, 4),
+)
 
 
 @given(**shapes, layout=st.sampled_from(["literal", "packed"]))
@@ -46,10 +74,14 @@ def test_an_epoch_has_every_row_exactly_once(rows, size, ranks, accumulation, la
 
 @given(**shapes)
 def test_both_layouts_hold_the_same_rows_in_every_window(rows, size, ranks, accumulation):
-    literal, packed = (batches(rows, size, ranks, accumulation, layout) for layout in ("literal", "packed"))
+    literal, packed = (
+        batches(rows, size, ranks, accumulation, layout) for layout in ("literal", "packed")
+    )
     for u in range(1, literal.plan.updates + 1):
         assert literal.window(u).rows == packed.window(u).rows
-        assert literal.supervised_tokens(literal.window(u)) == packed.supervised_tokens(packed.window(u))
+        assert literal.supervised_tokens(literal.window(u)) == packed.supervised_tokens(
+            packed.window(u)
+        )
 
 
 def test_601_rows_duplicate_none_and_drop_only_on_request():
@@ -100,7 +132,9 @@ def test_a_pass_shifts_labels_once_and_counts_what_it_holds(packed):
         assert target == p.input_ids.flatten()[place + 1].item()  # the very next token
         owner = p.row_of.flatten()[place].item()
         position = p.position_ids.flatten()[place].item()
-        assert rows[owner].input_ids[position + 1] == target and rows[owner].supervised[position + 1]
+        assert (
+            rows[owner].input_ids[position + 1] == target and rows[owner].supervised[position + 1]
+        )
     assert (p.targets.flatten() != IGNORE).sum() == p.supervised_tokens
 
 

@@ -14,7 +14,9 @@ from glassloop.data.templates import make_template
 
 def example(number: int, words: int) -> Example:
     return Example(
-        f"train:{number}", (Turn("user", "go on " * words), Turn("assistant", "yes")), "scam" if number % 2 else "honest"
+        f"train:{number}",
+        (Turn("user", "go on " * words), Turn("assistant", "yes")),
+        "scam" if number % 2 else "honest",
     )
 
 
@@ -58,24 +60,44 @@ def test_long_rows_are_dropped_with_their_examples_and_the_others_keep_their_ord
     assert dataset.train.cut == 0
     assert max(map(len, dataset.train.rows)) <= 60 < max(dataset.train.untouched_tokens)
     assert dataset.train.tokens == sum(len(row) for row in dataset.train.rows)
-    assert dataset.train.supervised_tokens == sum(row.supervised_tokens for row in dataset.train.rows)
+    assert dataset.train.supervised_tokens == sum(
+        row.supervised_tokens for row in dataset.train.rows
+    )
 
 
-def test_cut_rows_are_kept_at_the_limit_and_counted(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    dataset, _ = build(tiny_tokenizer, [example(0, 2), example(1, 90)], [], max_tokens=60, too_long="cut", labels="everything")
+def test_cut_rows_are_kept_at_the_limit_and_counted(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    dataset, _ = build(
+        tiny_tokenizer,
+        [example(0, 2), example(1, 90)],
+        [],
+        max_tokens=60,
+        too_long="cut",
+        labels="everything",
+    )
     assert dataset.train.cut == 1
     assert dataset.train.dropped == ()
     assert [len(row) for row in dataset.train.rows if row.truncated] == [60]
 
 
 @pytest.mark.parametrize(
-    ("train", "heldout", "what"), [([90], [], "all 1 training rows"), ([1], [90, 91], "all 2 held-out rows")]
+    ("train", "heldout", "what"),
+    [([90], [], "all 1 training rows"), ([1], [90, 91], "all 2 held-out rows")],
 )
 def test_a_side_without_a_row_that_fits_is_refused(
     tiny_tokenizer: PreTrainedTokenizerFast, train: list[int], heldout: list[int], what: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"data\.max_tokens = 60: {what} are longer \(the shortest has \d+ tokens\)"):
-        build(tiny_tokenizer, [example(0, words) for words in train], [example(1, words) for words in heldout], max_tokens=60)
+    with pytest.raises(
+        ValueError,
+        match=rf"data\.max_tokens = 60: {what} are longer \(the shortest has \d+ tokens\)",
+    ):
+        build(
+            tiny_tokenizer,
+            [example(0, words) for words in train],
+            [example(1, words) for words in heldout],
+            max_tokens=60,
+        )
 
 
 def test_a_row_is_the_same_alone_and_among_others(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -86,13 +108,28 @@ def test_a_row_is_the_same_alone_and_among_others(tiny_tokenizer: PreTrainedToke
 
 
 def test_quantiles_are_values_that_occur() -> None:
-    assert quantiles(range(1, 101)) == {0.0: 1, 0.25: 25, 0.5: 50, 0.75: 75, 0.9: 90, 0.99: 99, 1.0: 100}
+    assert quantiles(range(1, 101)) == {
+        0.0: 1,
+        0.25: 25,
+        0.5: 50,
+        0.75: 75,
+        0.9: 90,
+        0.99: 99,
+        1.0: 100,
+    }
     assert quantiles([7]) == dict.fromkeys((0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0), 7)
     assert quantiles([]) == {}
 
 
-def test_the_summary_says_what_was_taken_left_out_and_cut(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    dataset, config = build(tiny_tokenizer, [example(0, 2), example(1, 90), example(2, 3)], [example(4, 1)], max_tokens=60)
+def test_the_summary_says_what_was_taken_left_out_and_cut(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    dataset, config = build(
+        tiny_tokenizer,
+        [example(0, 2), example(1, 90), example(2, 3)],
+        [example(4, 1)],
+        max_tokens=60,
+    )
     text = "\n".join(summary(dataset, config))
     for part in (
         "calls.csv, format scam: took 3 of 1,280 rows, shuffled by seed; skipped 2 empty response",

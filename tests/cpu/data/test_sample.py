@@ -17,7 +17,9 @@ COLUMNS = {"dialogue": str, "type": str, "label": int, "reasoning": str, "respon
 VERDICTS = {1: "Verdict: scam", 0: "Verdict: not a scam"}
 SPEAKER = re.compile(r"(?:^| )(caller|receiver): ")
 LONGEST_SHARED_WORDS = 6
-BEST_THRESHOLD_ACCURACY = 0.68  # with shuffled labels the best cut reaches 0.56 (median) to 0.65 (99 of 100)
+BEST_THRESHOLD_ACCURACY = (
+    0.68  # with shuffled labels the best cut reaches 0.56 (median) to 0.65 (99 of 100)
+)
 
 SURFACE: dict[str, Callable[[str], int]] = {
     "words": lambda text: len(text.split()),
@@ -36,7 +38,9 @@ SURFACE: dict[str, Callable[[str], int]] = {
 
 @pytest.fixture(scope="module")
 def calls() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / "calls.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (DATA / "calls.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def turns_of(dialogue: str) -> list[tuple[str, str]]:
@@ -63,14 +67,18 @@ def test_every_row_has_exactly_the_columns(calls: list[dict[str, Any]]) -> None:
     for call in calls:
         assert {name: type(value) for name, value in call.items()} == COLUMNS
         assert call["label"] in (0, 1)
-        assert all(value.strip() == value != "" for value in call.values() if isinstance(value, str))
+        assert all(
+            value.strip() == value != "" for value in call.values() if isinstance(value, str)
+        )
 
 
 def test_caller_and_receiver_take_turns(calls: list[dict[str, Any]]) -> None:
     for call in calls:
         turns = turns_of(call["dialogue"])
         assert 4 <= len(turns) <= 9, call["dialogue"]
-        assert [speaker for speaker, _ in turns] == ["caller", "receiver"] * (len(turns) // 2) + ["caller"] * (len(turns) % 2)
+        assert [speaker for speaker, _ in turns] == ["caller", "receiver"] * (len(turns) // 2) + [
+            "caller"
+        ] * (len(turns) % 2)
         assert all(said.strip() for _, said in turns)
         assert "\n" not in call["dialogue"]
 
@@ -89,14 +97,19 @@ def test_at_least_12_types_a_class_and_none_in_both(calls: list[dict[str, Any]])
     types = {label: {call["type"] for call in calls if call["label"] == label} for label in (1, 0)}
     assert min(len(types[1]), len(types[0])) >= 12
     assert not types[1] & types[0]
-    assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", slug) and len(slug) <= 20 for slug in types[1] | types[0])
+    assert all(
+        re.fullmatch(r"[a-z]+(_[a-z]+)*", slug) and len(slug) <= 20 for slug in types[1] | types[0]
+    )
     assert max(sum(call["type"] == slug for call in calls) for slug in types[1] | types[0]) <= 3
 
 
 def test_verdict_line_agrees_with_the_label(calls: list[dict[str, Any]]) -> None:
     for call in calls:
         assert call["response"].rpartition("\n")[2] == VERDICTS[call["label"]], call["response"]
-        assert "verdict:" not in (call["dialogue"] + call["reasoning"] + advice(call["response"])).lower()
+        assert (
+            "verdict:"
+            not in (call["dialogue"] + call["reasoning"] + advice(call["response"])).lower()
+        )
 
 
 @pytest.mark.parametrize("column", ["dialogue", "reasoning", "response"])
@@ -114,7 +127,9 @@ def test_no_two_calls_share_a_long_run_of_words(calls: list[dict[str, Any]], col
 def test_mean_lengths_of_the_classes_agree(calls: list[dict[str, Any]], column: str) -> None:
     def mean_words(label: int) -> float:
         texts = [call[column] for call in calls if call["label"] == label]
-        if column == "response":  # without the verdict line, which is two words longer for honest calls
+        if (
+            column == "response"
+        ):  # without the verdict line, which is two words longer for honest calls
             texts = [advice(text) for text in texts]
         return sum(len(text.split()) for text in texts) / len(texts)
 
@@ -122,9 +137,14 @@ def test_mean_lengths_of_the_classes_agree(calls: list[dict[str, Any]], column: 
 
 
 @pytest.mark.parametrize("feature", SURFACE)
-def test_no_threshold_on_the_surface_tells_the_label(calls: list[dict[str, Any]], feature: str) -> None:
+def test_no_threshold_on_the_surface_tells_the_label(
+    calls: list[dict[str, Any]], feature: str
+) -> None:
     scored = [(SURFACE[feature](call["dialogue"]), call["label"]) for call in calls]
-    right = [sum((value > cut) == label for value, label in scored) for cut in {value for value, _ in scored}]
+    right = [
+        sum((value > cut) == label for value, label in scored)
+        for cut in {value for value, _ in scored}
+    ]
     best = max(max(right), len(scored) - min(right)) / len(scored)
     assert best <= BEST_THRESHOLD_ACCURACY, f"{feature} alone tell {best:.0%} of the labels"
 
@@ -137,7 +157,11 @@ def test_phone_numbers_are_fictional(calls: list[dict[str, Any]]) -> None:
 
 
 def test_texts_hold_no_model_markup(calls: list[dict[str, Any]]) -> None:
-    assert not [call["dialogue"] for call in calls if re.search(r"[<>{}|｜\[\]]", "".join(map(str, call.values())))]
+    assert not [
+        call["dialogue"]
+        for call in calls
+        if re.search(r"[<>{}|｜\[\]]", "".join(map(str, call.values())))
+    ]
 
 
 def test_classes_are_mixed_in_the_file(calls: list[dict[str, Any]]) -> None:
@@ -146,7 +170,9 @@ def test_classes_are_mixed_in_the_file(calls: list[dict[str, Any]]) -> None:
 
 def test_readme_states_the_counts_of_the_file(calls: list[dict[str, Any]]) -> None:
     readme = (DATA / "README.md").read_text(encoding="utf-8")
-    kinds = {label: len({call["type"] for call in calls if call["label"] == label}) for label in (1, 0)}
+    kinds = {
+        label: len({call["type"] for call in calls if call["label"] == label}) for label in (1, 0)
+    }
     assert f"{kinds[1]} kinds are scams, {kinds[0]} are honest" in readme
     assert "96 phone calls in English, 48 scams and 48 honest calls" in readme
     assert all(f"| `{column}` |" in readme for column in COLUMNS)

@@ -40,23 +40,37 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
         datasets.Dataset.from_list(rows).to_parquet(path)
     else:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]", encoding="utf-8")
+        path.write_text(
+            "\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]",
+            encoding="utf-8",
+        )
     return str(path)
 
 
-def load(tmp_path: Path, cells: list[dict[str, Any]], name: str = "rows.jsonl", seed: int = 0, **data: Any) -> Loaded:
+def load(
+    tmp_path: Path,
+    cells: list[dict[str, Any]],
+    name: str = "rows.jsonl",
+    seed: int = 0,
+    **data: Any,
+) -> Loaded:
     return load_examples(DataConfig(source=write(tmp_path / name, cells), **data), seed)
 
 
 def pairs(count: int) -> list[dict[str, str]]:
-    return [{"prompt": f"Question {number}?", "completion": f"Answer {number}."} for number in range(count)]
+    return [
+        {"prompt": f"Question {number}?", "completion": f"Answer {number}."}
+        for number in range(count)
+    ]
 
 
 def ids(examples: tuple[Example, ...]) -> list[str]:
     return [example.row_id for example in examples]
 
 
-def refused(tmp_path: Path, cells: list[dict[str, Any]], match: str, name: str = "rows.jsonl", **data: Any) -> None:
+def refused(
+    tmp_path: Path, cells: list[dict[str, Any]], match: str, name: str = "rows.jsonl", **data: Any
+) -> None:
     with pytest.raises(ValueError, match=match):
         load(tmp_path, cells, name, **data)
 
@@ -64,14 +78,21 @@ def refused(tmp_path: Path, cells: list[dict[str, Any]], match: str, name: str =
 # Files
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl", "rows.parquet", "a [1] *.csv"])
+@pytest.mark.parametrize(
+    "name", ["rows.csv", "rows.json", "rows.jsonl", "rows.parquet", "a [1] *.csv"]
+)
 def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path, name: str) -> None:
     dialogues = ['caller: "Hi, there"\nreceiver: é', "12", "NA"]
-    rows = [{"dialogue": dialogue, "type": "null", "label": number % 2} for number, dialogue in enumerate(dialogues)]
+    rows = [
+        {"dialogue": dialogue, "type": "null", "label": number % 2}
+        for number, dialogue in enumerate(dialogues)
+    ]
     loaded = load(tmp_path, rows, name, shuffle=False)
     assert loaded.format == "scam"
     assert ids(loaded.train) == ["train:0", "train:1", "train:2"]
-    assert [example.turns[0].content.removeprefix(SCAM_QUESTION) for example in loaded.train] == dialogues
+    assert [
+        example.turns[0].content.removeprefix(SCAM_QUESTION) for example in loaded.train
+    ] == dialogues
     assert [example.label for example in loaded.train] == ["honest", "scam", "honest"]
 
 
@@ -83,27 +104,38 @@ def test_a_folder_is_read_with_its_splits(tmp_path: Path) -> None:
     assert ids(loaded.heldout) == ["test:0"]
 
 
-def test_a_hub_id_is_asked_for_with_config_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_asked_for_with_config_split_and_revision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[dict[str, Any]] = []
 
     def fake(**arguments: Any) -> datasets.Dataset:
         asked.append(arguments)
-        return datasets.Dataset.from_list([{"Question": arguments["split"], "Complex_CoT": "Hm.", "Response": "Yes."}] * 2)
+        return datasets.Dataset.from_list(
+            [{"Question": arguments["split"], "Complex_CoT": "Hm.", "Response": "Yes."}] * 2
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    data = DataConfig(source="who/what", config="en", split="train[:9]", revision="abc", heldout="test")
+    data = DataConfig(
+        source="who/what", config="en", split="train[:9]", revision="abc", heldout="test"
+    )
     loaded = load_examples(data, 0)
     common = {"path": "who/what", "name": "en", "revision": "abc"}
     assert asked == [{**common, "split": "train[:9]"}, {**common, "split": "test"}]
     assert sorted(ids(loaded.train)) == ["train[:9]:0", "train[:9]:1"]
 
 
-def test_what_the_hub_refuses_is_said_with_the_fields_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_refuses_is_said_with_the_fields_to_look_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fake(**_: Any) -> None:
         raise ConnectionError("no way there")
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    with pytest.raises(ValueError, match=r"data\.source = who/what cannot be read: no way there.*data\.config, data\.split"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.source = who/what cannot be read: no way there.*data\.config, data\.split",
+    ):
         load_examples(DataConfig(source="who/what"), 0)
 
 
@@ -114,23 +146,45 @@ def test_what_the_hub_refuses_is_said_with_the_fields_to_look_at(monkeypatch: py
         ("a.jsonl", b"\n \n", "the file is empty"),
         ("a.csv", b"prompt,completion\n", "has no rows"),
         ("a.json", b"[]", "has no rows"),
-        ("a.csv", b"prompt,completion\nx,\xff\xfe\n", r"line 2 is not UTF-8 near b'.*\\xff\\xfe.*iconv"),
+        (
+            "a.csv",
+            b"prompt,completion\nx,\xff\xfe\n",
+            r"line 2 is not UTF-8 near b'.*\\xff\\xfe.*iconv",
+        ),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xc3"}\n', "line 2 is not UTF-8"),
         ("a.csv", b"prompt,completion\nx,y\nx\0,y\n", "NUL byte in line 3"),
-        ("a.csv", "prompt,completion\nx,y".encode("utf-16"), "NUL byte in line 1.*not UTF-8|line 1 is not UTF-8"),
-        ("a.csv", b"prompt,completion\nx,y\nx,y,z\n", r"row 1: 3 cells \['x', 'y', 'z'\] for 2 columns"),
+        (
+            "a.csv",
+            "prompt,completion\nx,y".encode("utf-16"),
+            "NUL byte in line 1.*not UTF-8|line 1 is not UTF-8",
+        ),
+        (
+            "a.csv",
+            b"prompt,completion\nx,y\nx,y,z\n",
+            r"row 1: 3 cells \['x', 'y', 'z'\] for 2 columns",
+        ),
         ("a.csv", b"prompt,completion\nx,y,z\n", "row 0: 3 cells"),
         ("a.csv", b"prompt,completion\nx\n", "row 0: 1 cells"),
         ("a.csv", b'prompt,completion\n"x,y\n', "line 2: unexpected end of data"),
         ("a.csv", b"prompt,prompt\nx,y\n", "columns prompt, prompt are not all different"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r"line 2: Expecting value in '\{\"prompt\": '"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": \n',
+            r"line 2: Expecting value in '\{\"prompt\": '",
+        ),
         ("a.jsonl", b"5\n", "line 1: '5' is not a JSON object"),
-        ("a.json", b'[{"prompt": ', "cannot be read: Expected object or value.*; the file is damaged"),
+        (
+            "a.json",
+            b'[{"prompt": ',
+            "cannot be read: Expected object or value.*; the file is damaged",
+        ),
         ("a.parquet", b"junk", "cannot be read: Parquet"),
         ("a.txt", b"x", r"a file must end in \.csv, \.json, \.jsonl, \.parquet, not \.txt"),
     ],
 )
-def test_a_damaged_file_is_refused_with_its_name_and_the_place(tmp_path: Path, name: str, content: bytes, match: str) -> None:
+def test_a_damaged_file_is_refused_with_its_name_and_the_place(
+    tmp_path: Path, name: str, content: bytes, match: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=match):
         load_examples(DataConfig(source=str(tmp_path / name)), 0)
@@ -141,7 +195,9 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -
         load_examples(DataConfig(source=str(tmp_path / "calls.csv")), 0)
 
 
-def test_the_sample_loads_and_its_absence_says_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_sample_loads_and_its_absence_says_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     loaded = load_examples(DataConfig(source="sample", heldout=0.25), 3407)
     assert loaded.format == "scam"
     assert len(loaded.train) + len(loaded.heldout) >= 64
@@ -156,12 +212,16 @@ def test_the_sample_loads_and_its_absence_says_where_it_lies(monkeypatch: pytest
 
 def test_rows_are_shuffled_by_seed_before_they_are_taken(tmp_path: Path) -> None:
     rows = pairs(50)
-    first, again, other = (ids(load(tmp_path, rows, rows=10, seed=seed).train) for seed in (1, 1, 2))
+    first, again, other = (
+        ids(load(tmp_path, rows, rows=10, seed=seed).train) for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
     assert first != [f"train:{number}" for number in range(10)]
     assert len(set(first)) == 10
-    assert ids(load(tmp_path, rows, rows=10, shuffle=False).train) == [f"train:{number}" for number in range(10)]
+    assert ids(load(tmp_path, rows, rows=10, shuffle=False).train) == [
+        f"train:{number}" for number in range(10)
+    ]
 
 
 def test_the_order_is_the_same_for_all_versions() -> None:
@@ -174,19 +234,28 @@ def test_a_row_id_is_the_rows_place_in_its_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.2, "0.2"])
-def test_a_heldout_fraction_is_drawn_by_seed_before_rows_are_taken(tmp_path: Path, fraction: float | str) -> None:
-    few, all_of_them = (load(tmp_path, pairs(50), heldout=fraction, rows=rows) for rows in (10, None))
+def test_a_heldout_fraction_is_drawn_by_seed_before_rows_are_taken(
+    tmp_path: Path, fraction: float | str
+) -> None:
+    few, all_of_them = (
+        load(tmp_path, pairs(50), heldout=fraction, rows=rows) for rows in (10, None)
+    )
     assert ids(few.heldout) == ids(all_of_them.heldout)
     assert len(few.heldout) == 10
     assert ids(all_of_them.train)[:10] == ids(few.train)
     assert (few.total, few.heldout_total) == (40, 10)
     assert not set(ids(few.heldout)) & set(ids(all_of_them.train))
     assert len(all_of_them.train) == 40
-    assert set(ids(load(tmp_path, pairs(50), heldout=fraction, seed=1).heldout)) != set(ids(few.heldout))
+    assert set(ids(load(tmp_path, pairs(50), heldout=fraction, seed=1).heldout)) != set(
+        ids(few.heldout)
+    )
 
 
 def test_heldout_rows_may_come_from_a_file_and_be_limited(tmp_path: Path) -> None:
-    other = write(tmp_path / "other.csv", [{"prompt": f"Other {number}?", "completion": "No."} for number in range(9)])
+    other = write(
+        tmp_path / "other.csv",
+        [{"prompt": f"Other {number}?", "completion": "No."} for number in range(9)],
+    )
     loaded = load(tmp_path, pairs(5), heldout=other, heldout_rows=4)
     assert len(loaded.heldout) == 4
     assert all(row_id.startswith("heldout:") for row_id in ids(loaded.heldout))
@@ -197,17 +266,25 @@ def test_heldout_rows_may_come_from_a_file_and_be_limited(tmp_path: Path) -> Non
     ("data", "match"),
     [
         ({"rows": 6}, r"data\.rows = 6, but .* has only 5 usable rows of 5; set data\.rows=5"),
-        ({"heldout": "test"}, r"data\.heldout = test: data\.source = .* is one file without splits"),
+        (
+            {"heldout": "test"},
+            r"data\.heldout = test: data\.source = .* is one file without splits",
+        ),
         ({"heldout": "train"}, r"data\.heldout = train is also data\.split"),
         ({"heldout": "1.5"}, "a fraction must lie between 0 and 1"),
         ({"heldout": 0.01}, r"data\.heldout = 0\.01 of 5 rows is 0"),
         ({"heldout": 0.99}, r"data\.heldout = 0\.99 of 5 rows is 5"),
-        ({"heldout": 0.4, "heldout_rows": 3}, r"data\.heldout_rows = 3, but .* has only 2 usable rows of 2"),
+        (
+            {"heldout": 0.4, "heldout_rows": 3},
+            r"data\.heldout_rows = 3, but .* has only 2 usable rows of 2",
+        ),
         ({"heldout": "gone.csv"}, r"data\.heldout = gone\.csv: there is no such file"),
         ({"split": "test"}, r"data\.split = test: .* is one file and has no splits"),
     ],
 )
-def test_rows_that_are_not_there_are_refused(tmp_path: Path, data: dict[str, Any], match: str) -> None:
+def test_rows_that_are_not_there_are_refused(
+    tmp_path: Path, data: dict[str, Any], match: str
+) -> None:
     refused(tmp_path, pairs(5), match, **data)
 
 
@@ -215,14 +292,21 @@ def test_rows_that_are_not_there_are_refused(tmp_path: Path, data: dict[str, Any
 
 
 def test_exact_duplicates_across_are_refused_with_count_ids_and_cure(tmp_path: Path) -> None:
-    other = write(tmp_path / "other.jsonl", [{"prompt": "  Question\n3?", "completion": "Another answer."}])
+    other = write(
+        tmp_path / "other.jsonl", [{"prompt": "  Question\n3?", "completion": "Another answer."}]
+    )
     refused(
-        tmp_path, pairs(5), r"1 of 5 training rows .*\(train:3 = heldout:0\).*set data\.heldout_duplicates=drop", heldout=other
+        tmp_path,
+        pairs(5),
+        r"1 of 5 training rows .*\(train:3 = heldout:0\).*set data\.heldout_duplicates=drop",
+        heldout=other,
     )
 
 
 def test_exact_duplicates_across_are_dropped_and_counted_if_asked(tmp_path: Path) -> None:
-    other = write(tmp_path / "other.jsonl", [{"prompt": "Question 3?", "completion": "Another answer."}])
+    other = write(
+        tmp_path / "other.jsonl", [{"prompt": "Question 3?", "completion": "Another answer."}]
+    )
     loaded = load(tmp_path, pairs(5), heldout=other, heldout_duplicates="drop", rows=4)
     assert sorted(ids(loaded.train)) == ["train:0", "train:1", "train:2", "train:4"]
     assert loaded.exact_across == 1
@@ -240,7 +324,10 @@ def ask(row_id: str, text: str) -> Example:
 
 def test_near_duplicates_are_those_that_share_most_runs_of_three_words() -> None:
     words = [f"word{number}" for number in range(40)]
-    heldout = [ask("test:0", " ".join(words)), ask("test:1", "quite another text with words of its own")]
+    heldout = [
+        ask("test:0", " ".join(words)),
+        ask("test:1", "quite another text with words of its own"),
+    ]
     train = [
         ask("train:same", " ".join(words)),  # exact: counted elsewhere
         ask("train:near", " ".join(words).upper().replace("WORD7 ", "word, 7? ")),
@@ -251,7 +338,9 @@ def test_near_duplicates_are_those_that_share_most_runs_of_three_words() -> None
 
 
 def test_the_words_that_every_question_begins_with_make_no_near_duplicates() -> None:
-    assert near_duplicates([ask("train:0", "caller: hello")], [ask("test:0", "caller: goodbye")]) == []
+    assert (
+        near_duplicates([ask("train:0", "caller: hello")], [ask("test:0", "caller: goodbye")]) == []
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
@@ -277,19 +366,26 @@ def test_a_call_becomes_a_question_cues_and_a_verdict(tmp_path: Path) -> None:
     (example,) = load(tmp_path, [call()]).train
     question, answer = example.turns
     assert question == Turn("user", SCAM_QUESTION + CALL)
-    assert answer == Turn("assistant", "Verdict: scam", f"{CUES['ssn', 'scam']} {CONCLUSIONS['scam']}")
+    assert answer == Turn(
+        "assistant", "Verdict: scam", f"{CUES['ssn', 'scam']} {CONCLUSIONS['scam']}"
+    )
     assert example.label == "scam"
 
 
 def test_the_prompt_of_a_call_depends_on_neither_type_nor_label(tmp_path: Path) -> None:
-    rows = [call(type=kind, label=int(label == "scam")) for kind, label in [*CUES, ("odd", "scam"), ("odd", "honest")]]
+    rows = [
+        call(type=kind, label=int(label == "scam"))
+        for kind, label in [*CUES, ("odd", "scam"), ("odd", "honest")]
+    ]
     loaded = load(tmp_path, rows)
     assert {example.turns[0] for example in loaded.train} == {Turn("user", SCAM_QUESTION + CALL)}
     assert {example.label for example in loaded.train} == {"scam", "honest"}
 
 
 @pytest.mark.parametrize(("kind", "label"), [("odd", 1), ("odd", 0), ("ssn", 0), (None, 1)])
-def test_a_type_that_is_unknown_or_known_for_the_other_class_gets_the_general_cues(tmp_path: Path, kind: str, label: int) -> None:
+def test_a_type_that_is_unknown_or_known_for_the_other_class_gets_the_general_cues(
+    tmp_path: Path, kind: str, label: int
+) -> None:
     name = "scam" if label else "honest"
     (example,) = load(tmp_path, [call(type=kind, label=label)]).train
     assert example.turns[1].reasoning == f"{OTHER_CUES[name]} {CONCLUSIONS[name]}"
@@ -301,14 +397,22 @@ def test_no_reasoning_stands_in_a_call_if_none_is_asked_for(tmp_path: Path) -> N
 
 
 def test_reasoning_and_response_of_a_call_are_kept_where_it_brings_them(tmp_path: Path) -> None:
-    rows = [call(reasoning="They hurry.", response="Hang up.\nVerdict: scam"), call(reasoning="", response="Verdict: scam")]
+    rows = [
+        call(reasoning="They hurry.", response="Hang up.\nVerdict: scam"),
+        call(reasoning="", response="Verdict: scam"),
+    ]
     loaded = load(tmp_path, rows, shuffle=False)
     assert loaded.train[0].turns[1] == Turn("assistant", "Hang up.\nVerdict: scam", "They hurry.")
     assert loaded.train[1].turns[1].reasoning == f"{CUES['ssn', 'scam']} {CONCLUSIONS['scam']}"
 
 
-@pytest.mark.parametrize(("response", "claim"), [("Verdict: not a scam", "says honest"), ("It is bad.", "names no verdict")])
-def test_a_response_that_contradicts_the_label_is_refused(tmp_path: Path, response: str, claim: str) -> None:
+@pytest.mark.parametrize(
+    ("response", "claim"),
+    [("Verdict: not a scam", "says honest"), ("It is bad.", "names no verdict")],
+)
+def test_a_response_that_contradicts_the_label_is_refused(
+    tmp_path: Path, response: str, claim: str
+) -> None:
     refused(
         tmp_path,
         [call(response="Verdict: scam"), call(response=response)],
@@ -416,9 +520,14 @@ def test_any_columns_serve_by_a_map(tmp_path: Path) -> None:
     assert turns(loaded) == [("user", "Q?", None), ("assistant", "Yes.", "Hm.")]
     del columns["reasoning"]
     assert turns(load(tmp_path, [row], columns=columns))[1] == ("assistant", "Yes.", None)
-    assert turns(load(tmp_path, [{"talk": CALL, "bad": 1}], columns={"dialogue": "talk", "label": "bad"}, scam_reasoning="none"))[
-        0
-    ] == ("user", SCAM_QUESTION + CALL, None)
+    assert turns(
+        load(
+            tmp_path,
+            [{"talk": CALL, "bad": 1}],
+            columns={"dialogue": "talk", "label": "bad"},
+            scam_reasoning="none",
+        )
+    )[0] == ("user", SCAM_QUESTION + CALL, None)
 
 
 def test_a_system_prompt_stands_before_rows_that_bring_none(tmp_path: Path) -> None:
@@ -429,8 +538,13 @@ def test_a_system_prompt_stands_before_rows_that_bring_none(tmp_path: Path) -> N
             {"role": "assistant", "content": "A."},
         ]
     }
-    loaded = load(tmp_path, [own, {"messages": own["messages"][1:]}], system="Given.", shuffle=False)
-    assert [example.turns[0] for example in loaded.train] == [Turn("system", "Own."), Turn("system", "Given.")]
+    loaded = load(
+        tmp_path, [own, {"messages": own["messages"][1:]}], system="Given.", shuffle=False
+    )
+    assert [example.turns[0] for example in loaded.train] == [
+        Turn("system", "Own."),
+        Turn("system", "Given."),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +560,11 @@ def test_a_system_prompt_stands_before_rows_that_bring_none(tmp_path: Path) -> N
             {"columns": {"question": "c"}},
             r"data\.columns\.question = 'c': .* has no such column; it has a, b",
         ),
-        ({"a": "x", "b": "y"}, {"format": "scam"}, r"has no column 'dialogue', which format scam reads as dialogue; it has a, b"),
+        (
+            {"a": "x", "b": "y"},
+            {"format": "scam"},
+            r"has no column 'dialogue', which format scam reads as dialogue; it has a, b",
+        ),
         (
             {"question": "x", "Complex_CoT": "y", "Response": "z"},
             {"format": "reasoning"},
@@ -475,12 +593,22 @@ def test_columns_that_are_missing_are_named_with_those_that_are_there(
         ({"prompt": None, "completion": "y"}, "row 1: question is empty"),
         ({"prompt": 5, "completion": "y"}, "row 1: question = 5 is int, not text"),
         ({"prompt": ["x"], "completion": "y"}, r"row 1: question = \['x'\] is list, not text"),
-        ({"prompt": "x" * 99, "completion": {"a": 1}}, "row 1: response = {'a': 1} is dict, not text"),
-        ({"prompt": "x\0" + "y" * 99, "completion": "y"}, r"row 1: question = 'x\\x00y+\.\.\. holds a NUL byte at character 1"),
+        (
+            {"prompt": "x" * 99, "completion": {"a": 1}},
+            "row 1: response = {'a': 1} is dict, not text",
+        ),
+        (
+            {"prompt": "x\0" + "y" * 99, "completion": "y"},
+            r"row 1: question = 'x\\x00y+\.\.\. holds a NUL byte at character 1",
+        ),
     ],
 )
-def test_a_cell_that_is_no_text_is_refused_with_row_and_value(tmp_path: Path, row: dict[str, Any], match: str) -> None:
-    refused(tmp_path, [{"prompt": "x", "completion": "y"}, row], rf"rows\.jsonl, {match}", shuffle=False)
+def test_a_cell_that_is_no_text_is_refused_with_row_and_value(
+    tmp_path: Path, row: dict[str, Any], match: str
+) -> None:
+    refused(
+        tmp_path, [{"prompt": "x", "completion": "y"}, row], rf"rows\.jsonl, {match}", shuffle=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -488,22 +616,37 @@ def test_a_cell_that_is_no_text_is_refused_with_row_and_value(tmp_path: Path, ro
     [
         ("hello", "row 0: messages = 'hello'; a list of {role, content} is needed"),
         (["hello"], "row 0: messages = .*; a list of {role, content} is needed"),
-        ([{"role": "tool", "content": "x"}], "row 0, message 0: role = 'tool'; known are system, user"),
+        (
+            [{"role": "tool", "content": "x"}],
+            "row 0, message 0: role = 'tool'; known are system, user",
+        ),
         ([{"content": "x"}], "row 0, message 0: role = None"),
         (
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [{"f": 1}]}],
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "", "tool_calls": [{"f": 1}]},
+            ],
             "message 1: tool_calls = ",
         ),
-        ([{"role": "user", "content": [{"type": "text"}]}], "row 0, message 0: content = .* is list, not text"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "row 0, message 0: content = .* is list, not text",
+        ),
         ([{"role": "user", "content": " "}], "row 0, message 0: content is empty"),
     ],
 )
-def test_messages_that_are_none_are_refused_with_row_and_place(tmp_path: Path, messages: Any, match: str) -> None:
+def test_messages_that_are_none_are_refused_with_row_and_place(
+    tmp_path: Path, messages: Any, match: str
+) -> None:
     refused(tmp_path, [{"messages": messages}], match, format="messages")
 
 
 def messages(*roles: str, content: str = "x") -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content if role == "assistant" else role} for role in roles]}
+    return {
+        "messages": [
+            {"role": role, "content": content if role == "assistant" else role} for role in roles
+        ]
+    }
 
 
 @pytest.mark.parametrize(
@@ -517,14 +660,21 @@ def messages(*roles: str, content: str = "x") -> dict[str, Any]:
         (messages("user", "system", "assistant"), "user and assistant do not take turns"),
     ],
 )
-def test_rows_that_teach_nothing_are_skipped_and_counted_by_reason(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+def test_rows_that_teach_nothing_are_skipped_and_counted_by_reason(
+    tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
     good = {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}
     loaded = load(tmp_path, [row, good, row], shuffle=False)
     assert ids(loaded.train) == ["train:1"]
     assert loaded.skipped == {reason: 2}
     assert loaded.total == 3
     refused(tmp_path, [row], f"none of 1 rows can be used, 1 skipped \\({reason}\\)")
-    refused(tmp_path, [row, good], rf"data\.rows = 2, but .* only 1 usable rows of 2, 1 skipped \({reason}\)", rows=2)
+    refused(
+        tmp_path,
+        [row, good],
+        rf"data\.rows = 2, but .* only 1 usable rows of 2, 1 skipped \({reason}\)",
+        rows=2,
+    )
 
 
 def test_an_empty_response_or_reasoning_is_skipped_and_counted(tmp_path: Path) -> None:

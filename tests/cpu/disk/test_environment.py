@@ -16,10 +16,18 @@ import torch
 
 from glassloop.config.config import Config, as_dict
 from glassloop.disk import environment as module
-from glassloop.disk.environment import command_line, environment, git_commit, nvidia_driver, without_secrets
+from glassloop.disk.environment import (
+    command_line,
+    environment,
+    git_commit,
+    nvidia_driver,
+    without_secrets,
+)
 
 
-def test_it_names_versions_gpus_driver_and_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_names_versions_gpus_driver_and_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     gpu = SimpleNamespace(name="NVIDIA GeForce RTX 3090", total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
@@ -42,19 +50,35 @@ def test_it_names_versions_gpus_driver_and_command(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_package_of_the_run_is_named() -> None:
-    assert set(module.PACKAGES) == {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
+    assert set(module.PACKAGES) == {
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "datasets",
+    }
 
 
 def test_it_holds_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "node", lambda: "secret-host")
-    uname = SimpleNamespace(system="Linux", node="secret-host", release="6.1", version="#1", machine="x86_64", processor="")
+    uname = SimpleNamespace(
+        system="Linux",
+        node="secret-host",
+        release="6.1",
+        version="#1",
+        machine="x86_64",
+        processor="",
+    )
     monkeypatch.setattr(platform, "uname", lambda: uname)
     monkeypatch.setattr(socket, "gethostname", lambda: "secret-host")
     assert "secret-host" not in json.dumps(environment([]))
 
 
 @pytest.mark.parametrize("script", ["#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n", None])
-def test_without_a_driver_it_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None) -> None:
+def test_without_a_driver_it_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None
+) -> None:
     if script is not None:
         (tmp_path / "nvidia-smi").write_text(script)
         (tmp_path / "nvidia-smi").chmod(0o755)
@@ -62,10 +86,22 @@ def test_without_a_driver_it_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert nvidia_driver() is None
 
 
-def test_the_commit_is_that_of_the_file_and_of_no_folder_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_file_and_of_no_folder_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    git = [
+        "git",
+        "-C",
+        str(tmp_path),
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "commit.gpgsign=false",
+    ]
     subprocess.run([*git, "init", "-q"], check=True)
     tracked, installed = tmp_path / "loop.py", tmp_path / "venv" / "loop.py"
     installed.parent.mkdir()
@@ -74,7 +110,9 @@ def test_the_commit_is_that_of_the_file_and_of_no_folder_around_it(tmp_path: Pat
     assert git_commit(tracked) is None
     subprocess.run([*git, "add", "loop.py"], check=True)
     subprocess.run([*git, "commit", "-qm", "one"], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     assert git_commit(tracked) == {"commit": commit, "changed": False}
     assert git_commit(installed) is None  # an environment inside somebody's repository
     tracked.write_text("b")
@@ -102,14 +140,24 @@ def test_a_secret_in_any_text_is_hidden(monkeypatch: pytest.MonkeyPatch, text: s
 
 def test_a_secret_on_the_command_line_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-token-of-no-known-shape")
-    words = ["train_loop.py", "--hub_token", "abc", "--api-key=def", "--data.max_tokens", "64", "a-token-of-no-known-shape"]
+    words = [
+        "train_loop.py",
+        "--hub_token",
+        "abc",
+        "--api-key=def",
+        "--data.max_tokens",
+        "64",
+        "a-token-of-no-known-shape",
+    ]
     assert command_line(words) == [
         "train_loop.py", "--hub_token", "(hidden)", "--api-key=(hidden)", "--data.max_tokens", "64", "(hidden)",
     ]  # fmt: skip
 
 
 def test_nothing_else_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "adamw_8bit")  # named like a secret only at a glance
+    monkeypatch.setenv(
+        "TOKENIZERS_PARALLELISM", "adamw_8bit"
+    )  # named like a secret only at a glance
     monkeypatch.setenv("SHORT_KEY", "r1")
     config = as_dict(Config(seed=3407))
     assert without_secrets(config) == config

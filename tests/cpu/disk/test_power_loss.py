@@ -12,14 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lossy_disk import Crash, LossyDisk, anything, bytes_without_names, names_without_bytes, nothing_unsynced
+from lossy_disk import (
+    Crash,
+    LossyDisk,
+    anything,
+    bytes_without_names,
+    names_without_bytes,
+    nothing_unsynced,
+)
 
 from glassloop.config.config import as_dict
 from glassloop.disk.publish import read
 from glassloop.record.observers import JsonlObserver, mend, read_jsonl
 from glassloop.record.records import Event
 from glassloop.saved.capsule import find_capsules, read_capsule
-from glassloop.saved.checkpoint import PUBLISHED, REQUIRED, last_checkpoint, load_checkpoint, read_state
+from glassloop.saved.checkpoint import (
+    PUBLISHED,
+    REQUIRED,
+    last_checkpoint,
+    load_checkpoint,
+    read_state,
+)
 from glassloop.saved.resuming import read_plan
 from train_loop import update_once
 
@@ -31,7 +44,9 @@ UPDATES = 3
 class Watched:
     run: Any
     disk: LossyDisk
-    safe: list[tuple[int, int]]  # (calls, update): from then on a checkpoint of the update must be found
+    safe: list[
+        tuple[int, int]
+    ]  # (calls, update): from then on a checkpoint of the update must be found
     digests: dict[int, bytes]  # the adapter that was saved after an update
     folder: Path
 
@@ -53,10 +68,15 @@ def watched(tmp_path: Path, run_of: Any, request: pytest.FixtureRequest) -> Watc
         for update in (1, 2, 3):
             run.tell(update_once(run, update))
             if request.param:
-                run.heldout_nats = (update, 3.0 - update / 2)  # so that best.json is replaced each time
+                run.heldout_nats = (
+                    update,
+                    3.0 - update / 2,
+                )  # so that best.json is replaced each time
             run.save(update)
             safe.append((len(disk.trace), update))
-            digests[update] = (run.folder / f"checkpoints/update_{update:06d}/adapter_model.safetensors").read_bytes()
+            digests[update] = (
+                run.folder / f"checkpoints/update_{update:06d}/adapter_model.safetensors"
+            ).read_bytes()
         run.last_saved = None
         run.save(3)  # in place of the first
     return Watched(run, disk, safe, digests, run.folder.relative_to(root))
@@ -84,11 +104,15 @@ def check(left: Path, crash: Crash, watched: Watched) -> int:
     for name in ("metrics.jsonl", "rows.jsonl", "probes.jsonl"):
         mend(folder / name)
         updates = {line["update"] for line in read_jsonl(folder / name)}
-        assert updates >= set(range(1, done + 1)), f"{name} has lost updates of the checkpoint: {sorted(updates)}"
+        assert updates >= set(range(1, done + 1)), (
+            f"{name} has lost updates of the checkpoint: {sorted(updates)}"
+        )
     return done
 
 
-def test_whatever_was_not_synced_is_lost_and_the_last_checkpoint_is_found(watched: Watched, tmp_path: Path) -> None:
+def test_whatever_was_not_synced_is_lost_and_the_last_checkpoint_is_found(
+    watched: Watched, tmp_path: Path
+) -> None:
     drawn = random.Random(3)
     ways = [nothing_unsynced, names_without_bytes, bytes_without_names, *[anything(drawn)] * 2]
     ends = []
@@ -98,7 +122,9 @@ def test_whatever_was_not_synced_is_lost_and_the_last_checkpoint_is_found(watche
         try:
             ends.append(check(left, crash, watched))
         except (AssertionError, ValueError, OSError) as error:
-            raise AssertionError(f"power lost after call {crash.at} ({crash.call}): {error}") from error
+            raise AssertionError(
+                f"power lost after call {crash.at} ({crash.call}): {error}"
+            ) from error
         shutil.rmtree(left)
     assert len(watched.disk.crashes) > 150
     assert set(ends) == set(range(UPDATES + 1))
@@ -109,9 +135,20 @@ def test_whatever_was_not_synced_is_lost_and_the_last_checkpoint_is_found(watche
     assert found is not None
     before = run.adapters.flat.detach().clone()
     run.adapters.flat.data.zero_()
-    shared: dict[str, Any] = dict(rank=0, world_size=1, base_hash=run.plain_engine.report.base_hash, config=as_dict(run.config))
-    assert load_checkpoint(found, adapters=run.adapters, optimizer=run.optimizer, **shared).update == UPDATES
-    assert all(place.of(run.adapters.flat).equal(place.of(before)) for place in run.adapters.slices.values())
+    shared: dict[str, Any] = dict(
+        rank=0,
+        world_size=1,
+        base_hash=run.plain_engine.report.base_hash,
+        config=as_dict(run.config),
+    )
+    assert (
+        load_checkpoint(found, adapters=run.adapters, optimizer=run.optimizer, **shared).update
+        == UPDATES
+    )
+    assert all(
+        place.of(run.adapters.flat).equal(place.of(before))
+        for place in run.adapters.slices.values()
+    )
 
 
 def test_a_disk_that_forgets_does_forget(tmp_path: Path) -> None:
@@ -124,13 +161,20 @@ def test_a_disk_that_forgets_does_forget(tmp_path: Path) -> None:
         (root / "a.tmp").rename(root / "a")
     left = tmp_path / "left"
     seen = set()
-    for way in (nothing_unsynced, names_without_bytes, bytes_without_names, *[anything(random.Random(5))] * 40):
+    for way in (
+        nothing_unsynced,
+        names_without_bytes,
+        bytes_without_names,
+        *[anything(random.Random(5))] * 40,
+    ):
         disk.crashes[-1].leave(left, way)
         seen |= {(path.name, path.read_bytes()) for path in left.iterdir()} or {("", b"")}
         shutil.rmtree(left)
-    assert seen == {(name, data) for name in ("a", "a.tmp") for data in (b"", b"1234", b"1234\0\0\0\0", b"12345678")} | {
-        ("", b"")
-    }
+    assert seen == {
+        (name, data)
+        for name in ("a", "a.tmp")
+        for data in (b"", b"1234", b"1234\0\0\0\0", b"12345678")
+    } | {("", b"")}
 
 
 def test_a_line_that_was_synced_is_there_also_where_its_file_is_new(tmp_path: Path) -> None:
@@ -143,15 +187,22 @@ def test_a_line_that_was_synced_is_there_also_where_its_file_is_new(tmp_path: Pa
         observer.sync()
         observer.close()
     disk.crashes[-1].leave(tmp_path / "left", nothing_unsynced)
-    assert [line["message"] for line in read_jsonl(tmp_path / "left/runs/one/events.jsonl")] == ["look"]
+    assert [line["message"] for line in read_jsonl(tmp_path / "left/runs/one/events.jsonl")] == [
+        "look"
+    ]
 
 
-def test_records_are_synced_before_a_checkpoint_is_published_and_older_ones_go_last(watched: Watched) -> None:
+def test_records_are_synced_before_a_checkpoint_is_published_and_older_ones_go_last(
+    watched: Watched,
+) -> None:
     trace = [(call, path.removeprefix(f"{watched.folder}/")) for call, path in watched.disk.trace]
     for update in range(1, UPDATES + 1):
         work = f"checkpoints/.update_{update:06d}.writing"
         rename = trace.index(("rename", work))
-        records = [trace[:rename].count(("fsync", name)) for name in ("metrics.jsonl", "rows.jsonl", "events.jsonl")]
+        records = [
+            trace[:rename].count(("fsync", name))
+            for name in ("metrics.jsonl", "rows.jsonl", "events.jsonl")
+        ]
         assert min(records) >= update
         assert trace[rename - 1] == ("fsync", work)
         assert trace[rename + 1] == ("fsync", "checkpoints")

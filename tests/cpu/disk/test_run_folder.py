@@ -26,5 +26,7 @@ def test_a_run_that_was_begun_while_the_model_was_loaded_is_left_alone(run_of, m
         return real(*args, **options)
 
     monkeypatch.setattr(build, "build_engine", slow)
-    with pytest.raises(ValueError, match=r"run\.name = one: \S+ already holds a run; choose another name"):
+    with pytest.raises(
+        ValueError, match=r"run\.name = one: \S+ already holds a run; choose another name"
+    ):
         run_of(run={"name": "one"})

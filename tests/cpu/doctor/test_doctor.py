@@ -75,10 +75,20 @@ def test_versions_that_were_tested_are_fine_and_others_are_named():
     ],
 )
 def test_each_of_unsloths_pins_is_checked(package, broken, whole):
-    good = {"unsloth": "2026.10.9", "torch": "2.11.0", "transformers": "5.17.0", "trl": "1.15.0", "datasets": "4.7.0"}
+    good = {
+        "unsloth": "2026.10.9",
+        "torch": "2.11.0",
+        "transformers": "5.17.0",
+        "trl": "1.15.0",
+        "datasets": "4.7.0",
+    }
     assert doctor.check_pins(lambda name: (good | {package: whole}).get(name))[0].level == OK
     found = doctor.check_pins(lambda name: (good | {package: broken}).get(name))[0]
-    assert found.level == PROBLEM and f"{package} {broken}" in found.text and "environment of its own" in found.cure
+    assert (
+        found.level == PROBLEM
+        and f"{package} {broken}" in found.text
+        and "environment of its own" in found.cure
+    )
     assert doctor.check_pins(lambda _: None)[0].level == OK
 
 
@@ -93,7 +103,9 @@ def test_torchs_cuda_is_read_from_its_files():
 # --- cards ---
 
 
-def cards(words: list[str], present: tuple[Present, ...], cuda: str | None = "13.0", **environ: str) -> list[Finding]:
+def cards(
+    words: list[str], present: tuple[Present, ...], cuda: str | None = "13.0", **environ: str
+) -> list[Finding]:
     return doctor.check_cards(parse(words), present, cuda, environ)
 
 
@@ -126,7 +138,9 @@ def test_bf16_on_a_card_without_it_is_a_problem_and_fp16_on_one_with_it_a_note()
 
 
 def test_more_ranks_than_visible_cards_and_hidden_cards_are_named():
-    found = only(cards(["r1_8b_scam", "batch.ranks=2"], (CARD, CARD), CUDA_VISIBLE_DEVICES="1"), PROBLEM)
+    found = only(
+        cards(["r1_8b_scam", "batch.ranks=2"], (CARD, CARD), CUDA_VISIBLE_DEVICES="1"), PROBLEM
+    )
     assert found.text == "batch.ranks = 2, but 1 GPUs are visible" and "batch.ranks=1" in found.cure
     words = ["r1_8b_scam", "batch.ranks=2", "execution.backend=gloo"]
     assert levels(cards(words, (CARD,)), "ranks") == set()
@@ -163,9 +177,21 @@ def test_the_launchers_accumulation_flag_is_always_said_to_have_no_effect():
         ("distributed_type: MULTI_CPU\nnum_processes: 2", PROBLEM, "starts one process"),
         ("distributed_type: 'NO'\nnum_processes: 2", PROBLEM, "starts one process"),
         ("distributed_type: TPU", PROBLEM, "has not been tried"),
-        ("distributed_type: MULTI_GPU\nmixed_precision: fp16", NOTE, "mixed_precision fp16 has no effect"),
-        ("distributed_type: MULTI_GPU\ngradient_accumulation_steps: 8", NOTE, "gradient_accumulation_steps has no effect"),
-        ("deepspeed_config: {gradient_accumulation_steps: 8}", NOTE, "gradient_accumulation_steps has no effect"),
+        (
+            "distributed_type: MULTI_GPU\nmixed_precision: fp16",
+            NOTE,
+            "mixed_precision fp16 has no effect",
+        ),
+        (
+            "distributed_type: MULTI_GPU\ngradient_accumulation_steps: 8",
+            NOTE,
+            "gradient_accumulation_steps has no effect",
+        ),
+        (
+            "deepspeed_config: {gradient_accumulation_steps: 8}",
+            NOTE,
+            "gradient_accumulation_steps has no effect",
+        ),
         ("dynamo_config: {dynamo_backend: INDUCTOR}", PROBLEM, "would compile"),
         ("[1, 2]", PROBLEM, "holds no settings"),
         ("a: [", PROBLEM, "cannot be read"),
@@ -203,9 +229,17 @@ def test_the_default_file_is_found_where_accelerate_puts_it(tmp_path):
 
 def test_accelerates_variables_are_looked_at():
     found = check_launcher(
-        parse([]), {"HF_HOME": "/nowhere", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_USE_FSDP": "true"}
+        parse([]),
+        {
+            "HF_HOME": "/nowhere",
+            "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+            "ACCELERATE_USE_FSDP": "true",
+        },
     )
-    assert [one.cure for one in found if one.level == PROBLEM] == ["unset ACCELERATE_DYNAMO_BACKEND", "unset ACCELERATE_USE_FSDP"]
+    assert [one.cure for one in found if one.level == PROBLEM] == [
+        "unset ACCELERATE_DYNAMO_BACKEND",
+        "unset ACCELERATE_USE_FSDP",
+    ]
 
 
 # --- disk, logins ---
@@ -223,7 +257,9 @@ def test_a_disk_is_full_when_all_that_goes_there_does_not_fit(tmp_path):
     snapshot = tmp_path / "hf/hub/models--deepseek-ai--DeepSeek-R1-Distill-Llama-8B/snapshots/abc"
     snapshot.mkdir(parents=True)
     (snapshot / "model-00001.safetensors").touch()
-    assert len(doctor.check_disk(config, environ, free=lambda _: 17 << 30)) == 2  # downloaded already
+    assert (
+        len(doctor.check_disk(config, environ, free=lambda _: 17 << 30)) == 2
+    )  # downloaded already
 
 
 def test_logins_are_found_and_never_shown(here, monkeypatch):
@@ -270,7 +306,9 @@ def test_a_process_that_fails_says_why():
 
 def test_when_one_fails_the_other_is_not_waited_for(monkeypatch, tmp_path):
     half = tmp_path / "half"
-    half.write_text('#!/bin/sh\nif [ "$3" = 1 ]; then echo no card; exit 3; fi\nexec sleep 20\n')  # -m glassloop.doctor.p2p RANK
+    half.write_text(
+        '#!/bin/sh\nif [ "$3" = 1 ]; then echo no card; exit 3; fi\nexec sleep 20\n'
+    )  # -m glassloop.doctor.p2p RANK
     half.chmod(0o755)
     monkeypatch.setattr(p2p.sys, "executable", str(half))
     answer = p2p.try_all_reduce("nccl", limit_s=10)
@@ -360,7 +398,15 @@ def test_every_known_message_has_a_sample_that_it_explains_first():
 
 
 def test_explain_finds_a_message_in_a_long_traceback(capsys):
-    assert main(["--explain", "Traceback\n  File x\nRuntimeError: Expected to mark a variable\n ready only once."]) == 0
+    assert (
+        main(
+            [
+                "--explain",
+                "Traceback\n  File x\nRuntimeError: Expected to mark a variable\n ready only once.",
+            ]
+        )
+        == 0
+    )
     assert "reentran" in capsys.readouterr().out
     assert main(["--explain", "the moon is full", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == []

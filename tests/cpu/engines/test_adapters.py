@@ -57,8 +57,13 @@ def test_scale_of_the_adapter_is_alpha_over_r(engine_of: EngineOf, tiny_llama: P
 # --- what it refuses
 
 
-def test_unknown_targets_are_refused_with_the_names_that_exist(engine_of: EngineOf, tiny_llama: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora.targets = c_attn: LlamaForCausalLM has no such.*down_proj, gate_proj, k_proj"):
+def test_unknown_targets_are_refused_with_the_names_that_exist(
+    engine_of: EngineOf, tiny_llama: Path
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"lora.targets = c_attn: LlamaForCausalLM has no such.*down_proj, gate_proj, k_proj",
+    ):
         engine_of(tiny_llama, lora=LoraConfig(targets=("q_proj", "c_attn")))
     with pytest.raises(ValueError, match=r"lora.targets = lm_head: "):
         engine_of(tiny_llama, lora=LoraConfig(targets=("lm_head",)))
@@ -71,17 +76,23 @@ def saved_adapter(engine_of: EngineOf, folder: Path, to: Path, **settings: objec
     return to
 
 
-def test_init_adapter_starts_from_its_weights(engine_of: EngineOf, tiny_llama: Path, tmp_path: Path) -> None:
+def test_init_adapter_starts_from_its_weights(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path
+) -> None:
     adapter = saved_adapter(engine_of, tiny_llama, tmp_path, seed=3)
     engine = engine_of(tiny_llama, init_adapter=str(adapter), quantization="nf4", precision="bf16")
-    stranger = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), str(adapter))
+    stranger = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), str(adapter)
+    )
     theirs = {n: p for n, p in stranger.named_parameters() if "lora_" in n}
     ours = {n: p for n, p in engine.hf.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == torch.float32 for n in ours)
 
 
-def test_saved_adapter_gives_the_same_logits_elsewhere(engine_of: EngineOf, tiny_llama: Path, tmp_path: Path) -> None:
+def test_saved_adapter_gives_the_same_logits_elsewhere(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path
+) -> None:
     engine = engine_of(tiny_llama)
     randomise_b(engine)
     engine.hf.save_pretrained(tmp_path, save_embedding_layers=False)  # type: ignore[operator]
@@ -98,7 +109,10 @@ def test_saved_adapter_gives_the_same_logits_elsewhere(engine_of: EngineOf, tiny
         ({"r": 8}, "lora.r is 8 in the adapter, 4 in the config"),
         ({"lora_alpha": 16}, "lora.alpha is 16 in the adapter, 8.0 in the config"),
         ({"target_modules": ["q_proj"]}, r"lora.targets is \['q_proj'\] in the adapter"),
-        ({"base_model_name_or_path": "meta/other"}, "it was trained on meta/other, model.id gives /"),
+        (
+            {"base_model_name_or_path": "meta/other"},
+            "it was trained on meta/other, model.id gives /",
+        ),
         ({"use_rslora": True}, "use_rslora is True, not trained here"),
         ({"use_dora": True, "r": 2}, "lora.r is 2 .*; use_dora is True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
@@ -115,10 +129,14 @@ def test_init_adapter_that_differs_is_refused_by_field(
         engine_of(tiny_llama, init_adapter=str(adapter))
 
 
-def test_init_adapter_that_is_damaged_or_missing_is_refused(engine_of: EngineOf, tiny_llama: Path, tmp_path: Path) -> None:
+def test_init_adapter_that_is_damaged_or_missing_is_refused(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(ValueError, match=r"model.init_adapter = /nowhere has no adapter_config.json"):
+    with pytest.raises(
+        ValueError, match=r"model.init_adapter = /nowhere has no adapter_config.json"
+    ):
         engine_of(tiny_llama, init_adapter="/nowhere")
     weights = saved_adapter(engine_of, tiny_llama, tmp_path) / "adapter_model.safetensors"
     whole = load_file(weights)
@@ -145,11 +163,20 @@ def test_adapter_config_names_base_and_commit(
     """Also when the base was read from the quantised copy: the name is the hub's, not a cache folder's."""
     commit = "a" * 40
     real = base_cache.resolve_source
-    monkeypatch.setattr(base_cache, "resolve_source", lambda model: replace(real(model), name="owner/tiny", commit=commit))
+    monkeypatch.setattr(
+        base_cache,
+        "resolve_source",
+        lambda model: replace(real(model), name="owner/tiny", commit=commit),
+    )
     for _ in range(2):
         engine = engine_of(tiny_llama, quantization="nf4")
     assert engine.report.from_cache
     engine.hf.save_pretrained(tmp_path, save_embedding_layers=False)  # type: ignore[operator]
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("owner/tiny", commit)
-    assert (saved["r"], saved["lora_alpha"], saved["bias"], saved["task_type"]) == (4, 8, "none", "CAUSAL_LM")
+    assert (saved["r"], saved["lora_alpha"], saved["bias"], saved["task_type"]) == (
+        4,
+        8,
+        "none",
+        "CAUSAL_LM",
+    )

@@ -21,17 +21,50 @@ from glassloop.plan.engine import Choice, choose_engine, in_words, with_engine
 from glassloop.plan.honoured import FIELDS, HONOURED, fields_of
 from glassloop.record.reading import with_overrides
 
-LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="the fused engine needs triton")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+}
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="the fused engine needs triton"
+)
 
 
 REASONS = {  # what is asked of the run, of its model, what the machine lacks -> why it is the reference engine
-    "quantization": ({"model": {"quantization": "none"}}, {}, "", "model.quantization = none, fused has its weights in NF4"),
-    "attention": ({"model": {"attention": "eager"}}, {}, "", "model.attention = eager, fused chooses attention itself"),
+    "quantization": (
+        {"model": {"quantization": "none"}},
+        {},
+        "",
+        "model.quantization = none, fused has its weights in NF4",
+    ),
+    "attention": (
+        {"model": {"attention": "eager"}},
+        {},
+        "",
+        "model.attention = eager, fused chooses attention itself",
+    ),
     "dropout": ({"lora": {"dropout": 0.1}}, {}, "", "lora.dropout = 0.1, fused has none"),
-    "fp16": ({"execution": {"precision": "fp16"}}, {}, "", "execution.precision = fp16, fused computes in bf16 or fp32"),
-    "ddp": ({"execution": {"reduction": "ddp"}}, {}, "", "execution.reduction = ddp, fused writes gradients in place"),
-    "family": ({}, {"model_type": "mistral"}, "", "model_type = 'mistral', fused knows 'llama', 'qwen2'"),
+    "fp16": (
+        {"execution": {"precision": "fp16"}},
+        {},
+        "",
+        "execution.precision = fp16, fused computes in bf16 or fp32",
+    ),
+    "ddp": (
+        {"execution": {"reduction": "ddp"}},
+        {},
+        "",
+        "execution.reduction = ddp, fused writes gradients in place",
+    ),
+    "family": (
+        {},
+        {"model_type": "mistral"},
+        "",
+        "model_type = 'mistral', fused knows 'llama', 'qwen2'",
+    ),
     "activation": ({}, {"hidden_act": "gelu"}, "", "hidden_act = 'gelu', fused knows 'silu'"),
     "attention dropout": ({}, {"attention_dropout": 0.1}, "", "attention_dropout = 0.1"),
     "tensor parallel": ({}, {"pretraining_tp": 2}, "", "pretraining_tp = 2"),
@@ -42,8 +75,18 @@ REASONS = {  # what is asked of the run, of its model, what the machine lacks ->
         "sliding_window = 4096",
     ),
     "window": ({}, {"sliding_window": 4096}, "", "sliding_window = 4096"),
-    "half of a head turned": ({}, {"partial_rotary_factor": 0.5}, "", "partial_rotary_factor = 0.5"),
-    "the same, newer": ({}, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "", "partial_rotary_factor = 0.5"),
+    "half of a head turned": (
+        {},
+        {"partial_rotary_factor": 0.5},
+        "",
+        "partial_rotary_factor = 0.5",
+    ),
+    "the same, newer": (
+        {},
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "",
+        "partial_rotary_factor = 0.5",
+    ),
     "rope": (
         {},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -71,9 +114,13 @@ REASONS = {  # what is asked of the run, of its model, what the machine lacks ->
 
 
 @pytest.mark.parametrize(("sections", "fields", "lacking", "why"), REASONS.values(), ids=REASONS)
-def test_on_cuda_the_reference_engine_is_taken_for_a_reason_that_is_named(sections, fields, lacking, why):
+def test_on_cuda_the_reference_engine_is_taken_for_a_reason_that_is_named(
+    sections, fields, lacking, why
+):
     config = from_values(sections)
-    assert choose_engine(config, LLAMA, on_cuda=True) == Choice("fused") or not fields, "the model's field decides"
+    assert choose_engine(config, LLAMA, on_cuda=True) == Choice("fused") or not fields, (
+        "the model's field decides"
+    )
     choice = choose_engine(config, LLAMA | fields, on_cuda=True, lacking=lacking)
     assert choice.engine == "peft" and why in choice.why
     assert in_words(config, choice) == f"peft (auto: {choice.why})"
@@ -90,7 +137,9 @@ def test_every_refusal_of_the_fused_engine_names_the_reference_engine_as_cure():
     for file in sorted(Path(supported.__file__).parent.glob("*.py")):
         source = file.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Raise) and "ValueError" in (text := ast.get_source_segment(source, node) or ""):
+            if isinstance(node, ast.Raise) and "ValueError" in (
+                text := ast.get_source_segment(source, node) or ""
+            ):
                 seen += 1
                 assert "CURE" in text or "execution.engine=peft" in text, f"{file.name}: {text}"
     assert seen >= 10 and supported.CURE == "set execution.engine=peft"
@@ -100,7 +149,9 @@ def test_every_refusal_of_the_fused_engine_names_the_reference_engine_as_cure():
 def test_what_keeps_auto_from_fused_is_refused_where_fused_is_named(name):
     sections = REASONS[name][0]
     execution = {"engine": "fused", **sections.get("execution", {})}
-    with pytest.raises(ConfigError, match=r"execution.engine = fused and .*execution\.engine=peft") as refused:
+    with pytest.raises(
+        ConfigError, match=r"execution.engine = fused and .*execution\.engine=peft"
+    ) as refused:
         from_values(sections | {"execution": execution})
     what, _, why = REASONS[name][3].partition(", ")
     assert what in str(refused.value) and why in str(refused.value)
@@ -109,10 +160,12 @@ def test_what_keeps_auto_from_fused_is_refused_where_fused_is_named(name):
 LIKED = {
     "a plain Llama": LLAMA,
     "biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
-    "a Qwen2 and its unused window": LLAMA | {"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False},
+    "a Qwen2 and its unused window": LLAMA
+    | {"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False},
     "the same, without saying so": LLAMA | {"model_type": "qwen2", "sliding_window": 131072},
     "llama3's frequencies": LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-    "a head that is not in NF4": LLAMA | {"quantization_config": {"llm_int8_skip_modules": ["lm_head"]}},
+    "a head that is not in NF4": LLAMA
+    | {"quantization_config": {"llm_int8_skip_modules": ["lm_head"]}},
     "code that is not run": LLAMA | {"auto_map": {"AutoModelForCausalLM": "own.Own"}},
     "nothing known": None,
 }
@@ -132,14 +185,18 @@ def test_fused_is_taken_on_cuda_and_never_on_a_cpu(model):
 def test_a_named_engine_is_taken_as_it_is(engine):
     config = from_values({"execution": {"engine": engine}})
     for on_cuda in (True, False):
-        assert choose_engine(config, LLAMA | {"model_type": "gpt2"}, on_cuda=on_cuda) == Choice(engine)
+        assert choose_engine(config, LLAMA | {"model_type": "gpt2"}, on_cuda=on_cuda) == Choice(
+            engine
+        )
     assert in_words(config, Choice(engine)) == ""
 
 
 def test_memory_that_only_fused_heeds_is_refused_where_auto_takes_another():
     config = from_values({"memory": {"profile": "min"}})
     assert with_engine(config, Choice("fused")).memory.profile == "min"
-    with pytest.raises(ValueError, match=r"memory.profile = min .*auto chose peft \(no CUDA GPU\): leave them out"):
+    with pytest.raises(
+        ValueError, match=r"memory.profile = min .*auto chose peft \(no CUDA GPU\): leave them out"
+    ):
         with_engine(config, choose_engine(config, LLAMA, on_cuda=False))
 
 
@@ -148,7 +205,10 @@ def changed(tiny_llama, tiny_qwen2, tmp_path: Path) -> Callable[..., Path]:
     """A tiny model's folder with other fields in config.json."""
 
     def make(family: str, **fields: object) -> Path:
-        folder = shutil.copytree({"llama": tiny_llama, "qwen2": tiny_qwen2}[family], tmp_path / f"{family}-{'-'.join(fields)}")
+        folder = shutil.copytree(
+            {"llama": tiny_llama, "qwen2": tiny_qwen2}[family],
+            tmp_path / f"{family}-{'-'.join(fields)}",
+        )
         values = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(values | fields))
         return folder
@@ -198,8 +258,14 @@ def engines_on_disk(folder: Path) -> set[str]:
     """What the run's folder says, wherever it says it."""
     found = {yaml.safe_load((folder / "config.yaml").read_text())["execution"]["engine"]}
     found.add(json.loads((folder / "plan.json").read_text())["contract"]["engine"])
-    found |= {json.loads(path.read_text())["config"]["execution"]["engine"] for path in folder.glob("checkpoints/*/state.json")}
-    found |= {json.loads(path.read_text())["config"]["execution"]["engine"] for path in folder.glob("capsules/*/capsule.json")}
+    found |= {
+        json.loads(path.read_text())["config"]["execution"]["engine"]
+        for path in folder.glob("checkpoints/*/state.json")
+    }
+    found |= {
+        json.loads(path.read_text())["config"]["execution"]["engine"]
+        for path in folder.glob("capsules/*/capsule.json")
+    }
     return found
 
 
@@ -223,9 +289,14 @@ def resumed(folder: Path, *words: str):
 
 
 @needs_triton
-def test_a_run_on_a_gpu_says_fused_keeps_it_in_its_folder_and_goes_on_with_it_without_a_gpu(run_of, monkeypatch, as_on_cuda):
+def test_a_run_on_a_gpu_says_fused_keeps_it_in_its_folder_and_goes_on_with_it_without_a_gpu(
+    run_of, monkeypatch, as_on_cuda
+):
     run = run_of(execution=AUTO, record={"capture_updates": [1]})
-    assert run.plain_engine.name == run.config.execution.engine == "fused" and line(run) == "engine    fused (auto)"
+    assert (
+        run.plain_engine.name == run.config.execution.engine == "fused"
+        and line(run) == "engine    fused (auto)"
+    )
     carry_out(run, 1)
     assert list(run.folder.glob("capsules/*/capsule.json"))
     assert engines_on_disk(run.folder) == {"fused"}
@@ -249,12 +320,17 @@ def test_a_run_on_a_gpu_says_fused_keeps_it_in_its_folder_and_goes_on_with_it_wi
 def test_a_run_on_a_gpu_says_why_it_is_not_fused(run_of, changed, as_on_cuda):
     run = run_of(execution=AUTO, model={"id": str(changed("llama", hidden_act="gelu"))})
     assert run.plain_engine.name == "peft"
-    assert line(run) == "engine    peft (auto: the model's config has hidden_act = 'gelu', fused knows 'silu')"
+    assert (
+        line(run)
+        == "engine    peft (auto: the model's config has hidden_act = 'gelu', fused knows 'silu')"
+    )
     run.close_observers()
     assert engines_on_disk(run.folder) == {"peft"}
 
 
-def test_a_run_on_a_cpu_is_the_reference_engines_and_does_not_become_another_on_a_gpu(run_of, monkeypatch):
+def test_a_run_on_a_cpu_is_the_reference_engines_and_does_not_become_another_on_a_gpu(
+    run_of, monkeypatch
+):
     looked: list[object] = []
     monkeypatch.setattr(engine_here, "config_of", looked.append)
     run = run_of(execution=AUTO)
@@ -271,14 +347,19 @@ def test_a_run_on_a_cpu_is_the_reference_engines_and_does_not_become_another_on_
 def test_what_one_rank_lacks_all_ranks_do_without(tiny_llama, monkeypatch, as_on_cuda):
     from contextlib import nullcontext
 
-    monkeypatch.setattr(engine_here, "gather_objects", lambda mine: [mine, "fused needs triton, which is not installed"])
+    monkeypatch.setattr(
+        engine_here,
+        "gather_objects",
+        lambda mine: [mine, "fused needs triton, which is not installed"],
+    )
     config = from_values({"model": {"id": str(tiny_llama)}})
     found = engine_here.engine_here(config, None, {}, nullcontext)
     assert found == Choice("peft", "fused needs triton, which is not installed")
 
 
 @pytest.mark.parametrize(
-    ("capability", "said"), [((7, 5), "A card has compute capability 7.5, fused needs 8.0"), ((8, 0), ""), ((12, 0), "")]
+    ("capability", "said"),
+    [((7, 5), "A card has compute capability 7.5, fused needs 8.0"), ((8, 0), ""), ((12, 0), "")],
 )
 def test_an_old_card_lacks_something(monkeypatch, capability, said):
     monkeypatch.setattr(engine_here.importlib.util, "find_spec", lambda name: object())
@@ -303,7 +384,9 @@ def test_a_cell_that_asks_for_auto_knows_its_run_again(tmp_path, run_of):
 
     run = run_of(execution=AUTO, run={"dir": str(tmp_path / "cells"), "name": "one"})
     carry_out(run, 1)
-    asked = run.config.model_copy(update={"execution": run.config.execution.model_copy(update={"engine": "auto"})})
+    asked = run.config.model_copy(
+        update={"execution": run.config.execution.model_copy(update={"engine": "auto"})}
+    )
     cell = Cell("one", "one", {}, 1, asked)
     assert state_of(cell, tmp_path).kind == "partial"
     named = asked.execution.model_copy(update={"engine": "fused"})
@@ -318,13 +401,23 @@ def test_a_cell_that_asks_for_auto_knows_its_run_again(tmp_path, run_of):
     ("words", "engine", "said"),
     [
         ((), "fused", "auto: fused on CUDA, peft on a CPU"),
-        (("lora.dropout=0.1",), "peft", "auto: peft on CUDA too (lora.dropout = 0.1, fused has none)"),
-        (("model.id=nowhere/at-all",), "fused", "auto: fused on CUDA, if it is a model that fused carries out"),
+        (
+            ("lora.dropout=0.1",),
+            "peft",
+            "auto: peft on CUDA too (lora.dropout = 0.1, fused has none)",
+        ),
+        (
+            ("model.id=nowhere/at-all",),
+            "fused",
+            "auto: fused on CUDA, if it is a model that fused carries out",
+        ),
         (("execution.engine=peft",), "peft", "peft"),
         (("execution.engine=fused",), "fused", "fused"),
     ],
 )
-def test_a_plan_is_made_for_the_engine_of_a_gpu_and_says_so(capsys, monkeypatch, words, engine, said):
+def test_a_plan_is_made_for_the_engine_of_a_gpu_and_says_so(
+    capsys, monkeypatch, words, engine, said
+):
     monkeypatch.setattr("glassloop.predict.hardware.gpus_present", lambda: ())
     assert plan(["r1_8b_scam", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -344,7 +437,8 @@ def test_a_plan_looks_at_a_local_models_config(capsys, monkeypatch, tiny_llama, 
 
 
 @pytest.mark.parametrize(
-    ("engine", "precision", "said"), [("peft", "bf16", True), ("peft", "fp32", False), ("fused", "bf16", False)]
+    ("engine", "precision", "said"),
+    [("peft", "bf16", True), ("peft", "fp32", False), ("fused", "bf16", False)],
 )
 def test_the_header_says_what_peft_loses_in_bf16(run_of, engine, precision, said):
     if engine == "fused":

@@ -17,9 +17,14 @@ from glassloop.formula.optim import FlatAdapters
 from glassloop.predict.tiers import Tiers, choose, held_bytes, input_bytes, kept_bytes
 
 if importlib.util.find_spec("triton") is not None:
-    TIERS = [Tiers(kept, host, held) for kept, held in ((0, 0), (1, 2), (2, 1), (2, 0), (0, 0)) for host in (False, True)]
+    TIERS = [
+        Tiers(kept, host, held)
+        for kept, held in ((0, 0), (1, 2), (2, 1), (2, 0), (0, 0))
+        for host in (False, True)
+    ]
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,7 +34,11 @@ def rows_of(*lengths: int) -> list[Row]:
     """Rows of random tokens; the last half of each is supervised, and of the third nothing."""
     generator = random.Random(0)
     return [
-        Row(f"r{i}", tuple(generator.randrange(5, 500) for _ in range(n)), tuple(i != 2 and place > n // 2 for place in range(n)))
+        Row(
+            f"r{i}",
+            tuple(generator.randrange(5, 500) for _ in range(n)),
+            tuple(i != 2 and place > n // 2 for place in range(n)),
+        )
         for i, n in enumerate(lengths)
     ]
 
@@ -85,7 +94,8 @@ def test_sums_and_gradient_are_the_reference_engines(engine_of, model, targets, 
     reference = engine_of(model, quantization="nf4", lora=lora)
     before = adapters_of(reference)
     passes = [
-        build_pass(rows_of(*lengths), packed=packed, pad_id=0, device=torch.device("cpu")) for lengths in ((9, 17, 5, 30), (4,))
+        build_pass(rows_of(*lengths), packed=packed, pad_id=0, device=torch.device("cpu"))
+        for lengths in ((9, 17, 5, 30), (4,))
     ]
     wanted, slope = gradient(reference, before, passes)
     engine = fused_of(engine_of(model, quantization="nf4", lora=lora))
@@ -98,7 +108,9 @@ def test_sums_and_gradient_are_the_reference_engines(engine_of, model, targets, 
             assert torch.allclose(rows_a, rows_b, rtol=1e-6)
         assert float((ours - slope).norm() / slope.norm()) <= 1e-6
     for name, place in adapters.slices.items():
-        assert float((place.of(ours) - place.of(slope)).norm() / place.of(slope).norm()) <= 5e-6, name
+        assert float((place.of(ours) - place.of(slope)).norm() / place.of(slope).norm()) <= 5e-6, (
+            name
+        )
     with torch.no_grad():
         assert engine(passes[0])[0].item() == pytest.approx(wanted[0][0], rel=1e-6)
 
@@ -142,7 +154,10 @@ def test_weights_that_are_no_longer_held_are_freed(engine_of, tiny_llama):
     import weakref
 
     engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
-    adapters, p = adapters_of(engine), build_pass(rows_of(12), packed=False, pad_id=0, device=torch.device("cpu"))
+    adapters, p = (
+        adapters_of(engine),
+        build_pass(rows_of(12), packed=False, pad_id=0, device=torch.device("cpu")),
+    )
     engine.use_tiers(Tiers(2, host=False, held=2))
     gradient(engine, adapters, [p])
     held = [weakref.ref(linear.held) for layer in engine.layers for linear in layer.linears]
@@ -182,7 +197,9 @@ def test_the_peft_model_over_the_same_storage_still_answers_as_before(engine_of,
         ({"model_type": "qwen3"}, "model_type = 'qwen3', fused knows 'llama', 'qwen2'"),
     ],
 )
-def test_a_config_that_is_not_carried_out_is_refused_by_its_field(engine_of, tiny_llama, change, said):
+def test_a_config_that_is_not_carried_out_is_refused_by_its_field(
+    engine_of, tiny_llama, change, said
+):
     engine = engine_of(tiny_llama, quantization="nf4")
     for name, value in change.items():
         setattr(engine.hf.get_base_model().config, name, value)
@@ -192,10 +209,14 @@ def test_a_config_that_is_not_carried_out_is_refused_by_its_field(engine_of, tin
 
 
 def test_weights_that_are_not_nf4_and_adapters_with_dropout_are_refused(engine_of, tiny_llama):
-    with pytest.raises(ValueError, match=r"layer 0 self_attn.q_proj is not in NF4: set model.quantization=nf4"):
+    with pytest.raises(
+        ValueError, match=r"layer 0 self_attn.q_proj is not in NF4: set model.quantization=nf4"
+    ):
         fused_of(engine_of(tiny_llama))
     with pytest.raises(ValueError, match=r"lora.dropout = 0.1 is not carried out"):
-        fused_of(engine_of(tiny_llama, quantization="nf4", lora=LoraConfig(r=4, alpha=8, dropout=0.1)))
+        fused_of(
+            engine_of(tiny_llama, quantization="nf4", lora=LoraConfig(r=4, alpha=8, dropout=0.1))
+        )
 
 
 def test_a_model_with_code_of_its_own_is_refused(engine_of, tiny_llama):
@@ -220,23 +241,38 @@ def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
     free = [quarter / 4 for quarter in range(40)]
     found = [tiers("fill", free_gib=f).kept for f in free]
     assert found == sorted(found) and len(set(found)) > 5 and found[0] == 1
-    assert all(t.held == 0 or t.kept == 16 for t in (tiers("fill", free_gib=f) for f in free))  # activations first
+    assert all(
+        t.held == 0 or t.kept == 16 for t in (tiers("fill", free_gib=f) for f in free)
+    )  # activations first
     low, high = 0, 100 * gib  # the least at which all are kept, by bisection
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if tiers("fill", free_gib=middle / gib).kept == 16 else (middle, high)
-    steps = [tiers("fill", free_gib=(high + 1.05 * held_bytes(one) * count) / gib).held for count in range(18)]
+        low, high = (
+            (low, middle) if tiers("fill", free_gib=middle / gib).kept == 16 else (middle, high)
+        )
+    steps = [
+        tiers("fill", free_gib=(high + 1.05 * held_bytes(one) * count) / gib).held
+        for count in range(18)
+    ]
     assert steps == [*range(17), 16]  # then weights, one layer's after the other
     assert tiers(3.0).kept == tiers("fill", free_gib=2.0).kept  # a GiB is in use already
-    assert tiers(0.1) == Tiers(1, host=True)  # too small a budget: the least, and preflight says what it takes
+    assert tiers(0.1) == Tiers(
+        1, host=True
+    )  # too small a budget: the least, and preflight says what it takes
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
     from train_loop import update_once
 
-    how = {"execution": {"engine": "fused", "precision": "fp32", "layout": "packed"}, "memory": {"profile": "min"}}
+    how = {
+        "execution": {"engine": "fused", "precision": "fp32", "layout": "packed"},
+        "memory": {"profile": "min"},
+    }
     run = run_of(**how)
-    assert run.tiers == {"kept": 1, "host": False, "held": 0} and "1 of 2 layers kept, inputs of the others" in run.header[-1]
+    assert (
+        run.tiers == {"kept": 1, "host": False, "held": 0}
+        and "1 of 2 layers kept, inputs of the others" in run.header[-1]
+    )
     run.begin()
     for u in (1, 2):
         run.tell(update_once(run, u))

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,7 +25,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_kernels_under_the_interpreter():
     """In a process of its own: Triton decides whether to interpret when a kernel is defined."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", str(Path(__file__))],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "addopts=",
+            str(Path(__file__)),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -34,7 +45,9 @@ def test_kernels_under_the_interpreter():
     assert "passed" in done.stdout and "failed" not in done.stdout
 
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the first test starts")
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the process that the first test starts"
+)
 
 
 def packed_of(shapes: list[tuple[int, int]], *, nested: bool):
@@ -46,13 +59,24 @@ def packed_of(shapes: list[tuple[int, int]], *, nested: bool):
     modules = []
     for rows, columns in shapes:
         module = bnb.nn.Linear4bit(
-            columns, rows, bias=False, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4"
+            columns,
+            rows,
+            bias=False,
+            compute_dtype=torch.float32,
+            compress_statistics=nested,
+            quant_type="nf4",
         )
         module.weight = bnb.nn.Params4bit(
-            torch.randn(rows, columns) * 0.05, requires_grad=False, quant_type="nf4", compress_statistics=nested
+            torch.randn(rows, columns) * 0.05,
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=nested,
         )
         modules.append(module.to("cpu"))
-    before = [bnb.functional.dequantize_4bit(m.weight.data.clone(), m.weight.quant_state).clone() for m in modules]
+    before = [
+        bnb.functional.dequantize_4bit(m.weight.data.clone(), m.weight.quant_state).clone()
+        for m in modules
+    ]
     return pack(modules, [f"weight {i}" for i in range(len(shapes))]), modules, before
 
 
@@ -76,16 +100,25 @@ def test_nf4_weights_come_out_with_bitsandbytes_bits(shapes, nested, dtype):
         wide = torch.full((rows + 17, columns + 24), 7.0, dtype=dtype)
         one(packed, right, below, wide[: rows + 16, : columns + 16])
         assert torch.equal(wide[:rows, :columns], truth), one.__name__
-        assert torch.equal(wide[:rows, columns : columns + 16], right) and torch.equal(wide[rows : rows + 16, :columns], below)
+        assert torch.equal(wide[:rows, columns : columns + 16], right) and torch.equal(
+            wide[rows : rows + 16, :columns], below
+        )
         assert bool(
-            (wide[rows:, columns:] == 7).all() and (wide[:, columns + 16 :] == 7).all() and (wide[-1] == 7).all()
+            (wide[rows:, columns:] == 7).all()
+            and (wide[:, columns + 16 :] == 7).all()
+            and (wide[-1] == 7).all()
         )  # no more
-        one(packed, right[:, :0], below[:0], alone := torch.zeros(rows, columns, dtype=dtype))  # without adapters
+        one(
+            packed, right[:, :0], below[:0], alone := torch.zeros(rows, columns, dtype=dtype)
+        )  # without adapters
         assert torch.equal(alone, truth)
     after = [bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in modules]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))  # the modules kept their values
     assert all(
-        m.weight.data.untyped_storage().data_ptr() == packed.codes.untyped_storage().data_ptr() for m in modules
+        torch.equal(a, b) for a, b in zip(after, before, strict=True)
+    )  # the modules kept their values
+    assert all(
+        m.weight.data.untyped_storage().data_ptr() == packed.codes.untyped_storage().data_ptr()
+        for m in modules
     )  # and no copy
 
 
@@ -95,20 +128,31 @@ def test_small_adapters_count_in_bf16():
     from glassloop.engines.fused.linear import Adapter, Linear, Scratch
 
     packed, _, (weight,) = packed_of([(256, 512)], nested=True)
-    a, b = torch.nn.Parameter(torch.randn(16, 512) / 512**0.5), torch.nn.Parameter(torch.zeros(256, 16))
+    a, b = (
+        torch.nn.Parameter(torch.randn(16, 512) / 512**0.5),
+        torch.nn.Parameter(torch.zeros(256, 16)),
+    )
     linear = Linear("o", packed, (Adapter(a, b, 1.0),), torch.bfloat16)
     x = torch.randn(64, 512).bfloat16()
     effect: dict[str, list[torch.Tensor]] = {"folded": [], "apart": []}
     for size in (0.0, 2e-4):
         with torch.no_grad():
-            b.copy_(torch.full_like(b, size) * torch.where(torch.rand(b.shape, generator=torch.manual_seed(2)) < 0.5, 1, -1))
+            b.copy_(
+                torch.full_like(b, size)
+                * torch.where(torch.rand(b.shape, generator=torch.manual_seed(2)) < 0.5, 1, -1)
+            )
             linear.a.copy_(a), linear.b.copy_(b)
             seen = linear.input(len(x))
             seen[:, :512].copy_(x)
             effect["folded"].append(linear.forward(seen, Scratch().weights(linear)).double())
-            effect["apart"].append((x @ weight.bfloat16().t() + x @ a.bfloat16().t() @ b.bfloat16().t()).double())
+            effect["apart"].append(
+                (x @ weight.bfloat16().t() + x @ a.bfloat16().t() @ b.bfloat16().t()).double()
+            )
     exact = (x.double() @ a.bfloat16().double().t()) @ b.bfloat16().double().t()
-    kept = {name: float(((after - before) * exact).sum() / exact.square().sum()) for name, (before, after) in effect.items()}
+    kept = {
+        name: float(((after - before) * exact).sum() / exact.square().sum())
+        for name, (before, after) in effect.items()
+    }
     assert kept["folded"] == pytest.approx(1, abs=0.1) and kept["apart"] < 0.6, kept
 
 
@@ -131,7 +175,10 @@ def kernels(name: str):
     return [getattr(found, one) for one in names]
 
 
-MARKS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}  # relative L2 against fp64: a few units of rounding
+MARKS = {
+    torch.float32: 3e-6,
+    torch.bfloat16: 1e-2,
+}  # relative L2 against fp64: a few units of rounding
 
 
 def off(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -148,16 +195,23 @@ def test_norm_forward_and_backward(dtype, width, add):
     s = (x.double() + y.double() if add else x.double()).requires_grad_()
     truth = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
     (slope,) = torch.autograd.grad(truth, s, grad.double())
-    for forward, backward in zip(kernels("norm.add_norm"), kernels("norm.norm_backward"), strict=True):
+    for forward, backward in zip(
+        kernels("norm.add_norm"), kernels("norm.norm_backward"), strict=True
+    ):
         out = strided(5, width, dtype)
         total = forward(x, y if add else None, weight, 1e-5, out[:, :width])
         by_kernel = forward.__name__.endswith("triton")
-        assert torch.equal(total, as_stored(x.float() + y.float(), dtype, by_kernel=by_kernel) if add else x)
+        assert torch.equal(
+            total, as_stored(x.float() + y.float(), dtype, by_kernel=by_kernel) if add else x
+        )
         assert off(out[:, :width], truth.detach()) < MARKS[dtype] and not out[:, width:].any()
         into = strided(5, width, dtype)
         into[:, :width] = residual
         backward(grad, total, weight, 1e-5, into[:, :width])
-        assert off(into[:, :width], residual.double() + slope) < MARKS[dtype] and not into[:, width:].any()
+        assert (
+            off(into[:, :width], residual.double() + slope) < MARKS[dtype]
+            and not into[:, width:].any()
+        )
 
 
 @pytest.mark.parametrize("dtype", list(MARKS))
@@ -178,7 +232,9 @@ def test_rotation_and_back(dtype, heads, size):
     for rotate in kernels("rotary.rotate"):
         out = strided(6, heads * size, dtype)
         rotate(x, cos, sin, out[:, : heads * size])
-        assert off(out[:, : heads * size], truth) < MARKS[dtype] and not out[:, heads * size :].any()
+        assert (
+            off(out[:, : heads * size], truth) < MARKS[dtype] and not out[:, heads * size :].any()
+        )
         rotate(out[:, : heads * size], cos, sin, out[:, : heads * size], back=True)  # in place
         assert off(out[:, : heads * size], x.double()) < 2 * MARKS[dtype]
 
@@ -191,7 +247,9 @@ def test_the_gate_forward_and_backward(dtype, width):
     both = gate_up.double().requires_grad_()
     truth = torch.nn.functional.silu(both[:, :width]) * both[:, width:]
     (slope,) = torch.autograd.grad(truth, both, grad.double())
-    for forward, backward in zip(kernels("swiglu.swiglu"), kernels("swiglu.swiglu_backward"), strict=True):
+    for forward, backward in zip(
+        kernels("swiglu.swiglu"), kernels("swiglu.swiglu_backward"), strict=True
+    ):
         out, place, down = strided(4, width, dtype), strided(4, 2 * width, dtype), grad.clone()
         forward(gate_up, out[:, :width])
         assert off(out[:, :width], truth.detach()) < MARKS[dtype] and not out[:, width:].any()
@@ -210,11 +268,17 @@ def test_matrices_move_to_their_places(add, kinds):
     for by_kernel in (False, *((True,) if INTERPRETED else ())):
         targets = [torch.ones(5, 40, dtype=kinds[1]), torch.ones(300, 24, dtype=kinds[1])]
         sources = [torch.randn(5, 8).to(kinds[0]), torch.randn(300, 16).to(kinds[0])]
-        moves = Moves([Move(sources[0], targets[0][:, 8:16], 0.5), Move(sources[1], targets[1][:, :16])])
+        moves = Moves(
+            [Move(sources[0], targets[0][:, 8:16], 0.5), Move(sources[1], targets[1][:, :16])]
+        )
         moves.carry_out_triton(add=add) if by_kernel else moves.carry_out(add=add)
-        for source, target, place, scaling in zip(sources, targets, (slice(8, 16), slice(0, 16)), (0.5, 1.0), strict=True):
+        for source, target, place, scaling in zip(
+            sources, targets, (slice(8, 16), slice(0, 16)), (0.5, 1.0), strict=True
+        ):
             truth = source.float() * scaling + (1 if add else 0)
-            assert torch.allclose(target[:, place].float(), truth, rtol=1e-2 if kinds[1] == torch.bfloat16 else 1e-6)
+            assert torch.allclose(
+                target[:, place].float(), truth, rtol=1e-2 if kinds[1] == torch.bfloat16 else 1e-6
+            )
             target[:, place] = 1
             assert bool((target == 1).all())  # nothing beside it
 
@@ -240,12 +304,18 @@ def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_fi
 
     lengths = (1, 5, 16, 17, 40)
     starts = [0, 1, 6, 22, 39]
-    forward, queries, keys = programs(lengths, Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 16, 4, 2)))
+    forward, queries, keys = programs(
+        lengths, Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 16, 4, 2))
+    )
     for flat, own, to_the_end in ((forward, 16, False), (queries, 8, False), (keys, 16, True)):
         entries = list(zip(*[iter(flat)] * 4, strict=True))
         walks = [length - first if to_the_end else first for _, length, first, _ in entries]
         assert walks == sorted(walks, reverse=True)
-        found = [start + at for start, length, first, _ in entries for at in range(first, min(first + own, length))]
+        found = [
+            start + at
+            for start, length, first, _ in entries
+            for at in range(first, min(first + own, length))
+        ]
         assert sorted(found) == list(range(sum(lengths)))
         assert all(length == lengths[starts.index(start)] for start, length, _, _ in entries)
 
@@ -274,7 +344,10 @@ CUTS = [  # (own, step, split) of forward, queries and keys: blocks as long as a
 @interpreted
 @pytest.mark.parametrize(("dtype", "mark"), [(torch.float32, 3e-6), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("cuts", CUTS)
-@pytest.mark.parametrize(("lengths", "heads", "key_heads"), [((1, 5, 17, 40), 4, 1), ((32, 16, 33), 6, 2), ((31, 48), 2, 2)])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "key_heads"),
+    [((1, 5, 17, 40), 4, 1), ((32, 16, 33), 6, 2), ((31, 48), 2, 2)],
+)
 def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, heads, key_heads):
     """Every row by itself, whatever its length leaves of a block; and nothing beside the columns that are its own. The interpreter has no
     product in bf16."""
@@ -289,21 +362,34 @@ def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, 
     grad, q, k, v, cos, sin = wide_heads(tokens, heads, key_heads, size, dtype)
     kept = a.attention(q, k, v, bounds)
     into = torch.full((tokens, (heads + 2 * key_heads) * size + 16), 7.0, dtype=dtype)
-    attention_triton.backward(grad, q, k, v, kept.out, kept.rest[0], cos, sin, bounds.work, into[:, :-16])
+    attention_triton.backward(
+        grad, q, k, v, kept.out, kept.rest[0], cos, sin, bounds.work, into[:, :-16]
+    )
 
     exact = [t.double() for t in (grad, q, k, v)]
     out = a.attention(*exact[1:], plain)
     truth = a.attention_backward(*exact, out, plain, cos.double(), sin.double())
-    scores = torch.einsum("qhd,khd->hqk", exact[1], exact[2].repeat_interleave(heads // key_heads, 1)) * size**-0.5
+    scores = (
+        torch.einsum("qhd,khd->hqk", exact[1], exact[2].repeat_interleave(heads // key_heads, 1))
+        * size**-0.5
+    )
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = (row[:, None] == row[None, :]) & torch.ones(tokens, tokens, dtype=torch.bool).tril()
-    assert torch.allclose(kept.rest[0].double() * math.log(2), scores.masked_fill(~seen, -math.inf).logsumexp(2), atol=1e-4)
+    assert torch.allclose(
+        kept.rest[0].double() * math.log(2),
+        scores.masked_fill(~seen, -math.inf).logsumexp(2),
+        atol=1e-4,
+    )
     assert kept.out.is_contiguous() and off(kept.out, out.out) < mark
-    for start, end in pairwise([0, *accumulate(lengths)]):  # a row of one token has no gradient in q and k, so with another
+    for start, end in pairwise(
+        [0, *accumulate(lengths)]
+    ):  # a row of one token has no gradient in q and k, so with another
         assert off(into[start:end, :-16], truth[start:end]) < mark
     queries, keys = heads * size, key_heads * size
     for part in (slice(0, queries), slice(queries, queries + keys), slice(queries + keys, -16)):
-        assert off(into[:, part], truth[:, part] if part.stop > 0 else truth[:, part.start :]) < mark
+        assert (
+            off(into[:, part], truth[:, part] if part.stop > 0 else truth[:, part.start :]) < mark
+        )
     assert bool((into[:, -16:] == 7).all())
 
 

@@ -17,7 +17,8 @@ from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -73,7 +74,9 @@ def base_of(tmp_path_factory, tiny_tokenizer, engine_of):
 
     def build(shape: tuple[int, ...], *, tied: bool):
         if (shape, tied) not in made:
-            folder = saved_model(tmp_path_factory.mktemp("shaped"), tiny_tokenizer, shape, tied=tied)
+            folder = saved_model(
+                tmp_path_factory.mktemp("shaped"), tiny_tokenizer, shape, tied=tied
+            )
             engine = engine_of(folder, quantization="nf4")
             made[shape, tied] = engine, engine.hf.unload()
         return made[shape, tied]
@@ -88,7 +91,9 @@ def gradient(engine, adapters: FlatAdapters, p) -> tuple[float, torch.Tensor]:
     return loss_sum.item(), adapters.grad.clone()
 
 
-def check_gradients(base_of, shape, *, tied=False, r=4, patterns=None, targets=TARGETS, lengths=(9, 17), packed=True) -> None:
+def check_gradients(
+    base_of, shape, *, tied=False, r=4, patterns=None, targets=TARGETS, lengths=(9, 17), packed=True
+) -> None:
     """Sums and each matrix's gradient are those of transformers and PEFT over the same storage.
 
     The first of `lengths` is at least 6: a label that attention reaches through one key alone leaves q and k without a gradient.
@@ -96,7 +101,13 @@ def check_gradients(base_of, shape, *, tied=False, r=4, patterns=None, targets=T
     from glassloop.engines.fused.engine import FusedEngine
 
     engine, base = base_of(shape, tied=tied)
-    lora = peft.LoraConfig(r=r, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM", rank_pattern=patterns or {})
+    lora = peft.LoraConfig(
+        r=r,
+        lora_alpha=8,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+        rank_pattern=patterns or {},
+    )
     engine.hf = peft.get_peft_model(base, lora)
     try:
         adapters = FlatAdapters(engine.hf.named_parameters())
@@ -104,7 +115,11 @@ def check_gradients(base_of, shape, *, tied=False, r=4, patterns=None, targets=T
         adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
         generator = random.Random(0)
         rows = [
-            Row(f"r{i}", tuple(generator.randrange(5, 500) for _ in range(n)), tuple(place >= n // 2 for place in range(n)))
+            Row(
+                f"r{i}",
+                tuple(generator.randrange(5, 500) for _ in range(n)),
+                tuple(place >= n // 2 for place in range(n)),
+            )
             for i, n in enumerate(lengths)
         ]
         p = build_pass(rows, packed=packed, pad_id=0, device=torch.device("cpu"))
@@ -133,7 +148,10 @@ def test_groups_of_one_layer_keep_their_own_gradients_when_their_shapes_agree(ba
 @given(data=st.data())
 def test_any_ranks_and_targets_give_the_reference_engines_gradient(base_of, shape, data):
     targets = data.draw(st.lists(st.sampled_from(TARGETS), min_size=1, unique=True), "targets")
-    patterns = data.draw(st.dictionaries(st.sampled_from(targets), st.sampled_from([1, 3, 8, 16, 20]), max_size=3), "ranks")
+    patterns = data.draw(
+        st.dictionaries(st.sampled_from(targets), st.sampled_from([1, 3, 8, 16, 20]), max_size=3),
+        "ranks",
+    )
     check_gradients(
         base_of,
         shape,
@@ -141,7 +159,10 @@ def test_any_ranks_and_targets_give_the_reference_engines_gradient(base_of, shap
         r=data.draw(st.sampled_from([1, 4, 16]), "r"),
         patterns=patterns,
         targets=targets,
-        lengths=(data.draw(st.integers(6, 20), "first"), *data.draw(st.lists(st.integers(1, 20), max_size=2), "others")),
+        lengths=(
+            data.draw(st.integers(6, 20), "first"),
+            *data.draw(st.lists(st.integers(1, 20), max_size=2), "others"),
+        ),
         packed=data.draw(st.booleans(), "packed"),
     )
 
@@ -151,7 +172,11 @@ def test_a_layer_without_adapters_and_one_that_misses_some(base_of, pair):
     """By a pattern over whole names, as PEFT's own configs may have it."""
     shape = EQUAL[pair]
     check_gradients(base_of, shape, targets=("layers.1.self_attn.o_proj", "layers.1.mlp.down_proj"))
-    check_gradients(base_of, shape, targets=("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj"))
+    check_gradients(
+        base_of,
+        shape,
+        targets=("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj"),
+    )
 
 
 def test_room_for_gradients_is_counted_by_group(base_of):
@@ -161,4 +186,6 @@ def test_room_for_gradients_is_counted_by_group(base_of):
     _, base = base_of(EQUAL["o and down"], tied=False)
     one = build_layer(base.model.layers[0], base.config, torch.float32, 0).sizes
     assert one.o == one.down
-    assert product_bytes(one) == sum(4 * g.rank * (g.rows + g.columns) for g in (one.qkv, one.o, one.gate_up, one.down))
+    assert product_bytes(one) == sum(
+        4 * g.rank * (g.rows + g.columns) for g in (one.qkv, one.o, one.gate_up, one.down)
+    )

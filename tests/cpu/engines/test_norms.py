@@ -38,7 +38,11 @@ def norms(dtype: torch.dtype) -> tuple[nn.Module, nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["outside autocast", "under autocast"])
 def test_in_bf16_it_keeps_the_dtype_and_is_at_least_as_close_to_the_truth(precision):
     own, fused, x = norms(torch.bfloat16)
-    truth = own.weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    truth = (
+        own.weight.double()
+        * x.double()
+        / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "under autocast"):
         ours, theirs = fused(x), own(x)
     assert ours.dtype == torch.bfloat16

@@ -102,10 +102,14 @@ def test_packed_rows_keep_a_sliding_window(engine_of: EngineOf, tmp_path: Path) 
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path)
     engine, rows = engine_of(tmp_path), rows_of(13, 9)
-    torch.testing.assert_close(engine(pass_of(rows, packed=True))[1], engine(pass_of(rows))[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        engine(pass_of(rows, packed=True))[1], engine(pass_of(rows))[1], rtol=1e-6, atol=1e-6
+    )
     wide = engine_of(tmp_path)
     wide.hf.config.sliding_window = None  # type: ignore[union-attr]
-    assert not torch.allclose(wide(pass_of(rows))[1], engine(pass_of(rows))[1], rtol=1e-4), "the window had no effect"
+    assert not torch.allclose(wide(pass_of(rows))[1], engine(pass_of(rows))[1], rtol=1e-4), (
+        "the window had no effect"
+    )
 
 
 def test_padding_changes_no_row(engine_of: EngineOf, folder: Path) -> None:
@@ -121,7 +125,12 @@ def test_padded_pass_leaves_attention_without_a_mask(
     seen = []
     real = F.scaled_dot_product_attention
 
-    def spy(*args: object, attn_mask: torch.Tensor | None = None, is_causal: bool = False, **rest: object) -> torch.Tensor:
+    def spy(
+        *args: object,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        **rest: object,
+    ) -> torch.Tensor:
         seen.append((attn_mask, is_causal))
         return real(*args, attn_mask=attn_mask, is_causal=is_causal, **rest)  # type: ignore[arg-type]
 
@@ -140,11 +149,17 @@ def test_packed_is_refused_where_rows_see_each_other(
     real = decoder.forward
 
     def leaky(*args: object, position_ids: torch.Tensor | None = None, **rest: object) -> object:
-        mask = None if position_ids is None else torch.ones(1, 1, *[position_ids.shape[1]] * 2, dtype=torch.bool).tril()
+        mask = (
+            None
+            if position_ids is None
+            else torch.ones(1, 1, *[position_ids.shape[1]] * 2, dtype=torch.bool).tril()
+        )
         return real(*args, position_ids=position_ids, attention_mask=mask, **rest)
 
     monkeypatch.setattr(decoder, "forward", leaky)
-    with pytest.raises(ValueError, match=r"execution.layout = packed: LlamaForCausalLM .*execution.layout=literal"):
+    with pytest.raises(
+        ValueError, match=r"execution.layout = packed: LlamaForCausalLM .*execution.layout=literal"
+    ):
         engine(pass_of(rows_of(5, 9), packed=True))
     monkeypatch.setattr(decoder, "forward", lambda input_ids, use_cache: None)
     with pytest.raises(ValueError, match=r"takes no position_ids .*execution.layout=literal"):
@@ -175,7 +190,9 @@ def test_every_adapter_learns_under_checkpointing(engine_of: EngineOf, folder: P
         optimizer.step()
 
 
-def test_checkpointing_recomputes_layers_and_changes_no_gradient(engine_of: EngineOf, tiny_llama: Path) -> None:
+def test_checkpointing_recomputes_layers_and_changes_no_gradient(
+    engine_of: EngineOf, tiny_llama: Path
+) -> None:
     calls = []
     gradients = []
     for checkpointing in (False, True):
@@ -208,7 +225,9 @@ def test_generating_between_two_updates_changes_nothing(
     batch = pass_of(rows_of(12, 17))
     checked = engine_of(tiny_llama, quantization="nf4")
     randomise_b(checked)
-    monkeypatch.setattr("glassloop.engines.peft.check_plain_head", lambda hf, device, model_id: None)
+    monkeypatch.setattr(
+        "glassloop.engines.peft.check_plain_head", lambda hf, device, model_id: None
+    )
     engine = engine_of(tiny_llama, quantization="nf4")
     randomise_b(engine)
     before = gradient(engine, batch)  # nothing ran without gradient so far
@@ -288,19 +307,30 @@ def test_head_with_a_bias_is_part_of_the_loss(engine_of: EngineOf, tiny_llama: P
     torch.testing.assert_close(engine(pass_of(rows))[0], expected, rtol=1e-6, atol=0)
 
 
-def test_other_architectures_work_with_their_own_targets(engine_of: EngineOf, tmp_path: Path) -> None:
+def test_other_architectures_work_with_their_own_targets(
+    engine_of: EngineOf, tmp_path: Path
+) -> None:
     """GPT-2: learned positions, Conv1D instead of Linear, tied head."""
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no such linear layer; it has c_attn, c_fc, c_proj"):
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="GPT2LMHeadModel has no such linear layer; it has c_attn, c_fc, c_proj"
+    ):
         engine_of(tmp_path)
     for quantization in ("none", "nf4"):
         engine = engine_of(
-            tmp_path, lora=LoraConfig(r=2, alpha=2, targets=("c_attn",)), quantization=quantization, checkpointing=True
+            tmp_path,
+            lora=LoraConfig(r=2, alpha=2, targets=("c_attn",)),
+            quantization=quantization,
+            checkpointing=True,
         )
         engine.eval()  # GPT-2 has dropout of its own
         rows = rows_of(9, 5)
-        torch.testing.assert_close(engine(pass_of(rows, packed=True))[1], engine(pass_of(rows))[1], rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(
+            engine(pass_of(rows, packed=True))[1], engine(pass_of(rows))[1], rtol=1e-6, atol=1e-5
+        )
 
 
 def test_model_that_cannot_recompute_its_layers_is_refused(
@@ -309,20 +339,27 @@ def test_model_that_cannot_recompute_its_layers_is_refused(
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
-    with pytest.raises(ValueError, match=r"execution.checkpointing = True: LlamaForCausalLM .* set it to false"):
+    with pytest.raises(
+        ValueError, match=r"execution.checkpointing = True: LlamaForCausalLM .* set it to false"
+    ):
         engine_of(tiny_llama, checkpointing=True)
 
 
 # --- tokenizer and adapters
 
 
-def test_tokenizer_keeps_its_own_pad_and_borrows_eos_where_it_has_none(tiny_llama: Path, tiny_tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_keeps_its_own_pad_and_borrows_eos_where_it_has_none(
+    tiny_llama: Path, tiny_tokenizer, tmp_path: Path
+) -> None:
     own = load_tokenizer(ModelConfig(id=str(tiny_llama)))
     assert (own.bos_token_id, own.eos_token_id, own.pad_token_id) == (1, 2, 0)
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     tiny_tokenizer.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for missing, expected in (("pad_token", None), ("eos_token", "has a tokenizer without an EOS token")):
+    for missing, expected in (
+        ("pad_token", None),
+        ("eos_token", "has a tokenizer without an EOS token"),
+    ):
         settings.pop(missing)
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         if expected is None:

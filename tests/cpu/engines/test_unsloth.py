@@ -29,7 +29,10 @@ from glassloop.plan.outlook import look_ahead, plan_of
 from glassloop.plan.text import render
 
 CPU = torch.device("cpu")
-ROWS = [Row(str(i), tuple(range(6 + i, 30 + 5 * i)), (False,) * 10 + (True,) * (14 + 4 * i)) for i in range(3)]
+ROWS = [
+    Row(str(i), tuple(range(6 + i, 30 + 5 * i)), (False,) * 10 + (True,) * (14 + 4 * i))
+    for i in range(3)
+]
 
 
 # --- refused before anything is imported
@@ -61,7 +64,13 @@ SOUND = {
 
 def problems(*, on_cuda: bool = True, **versions: str | None) -> str:
     there = SOUND | {name.replace("_", "-"): version for name, version in versions.items()}
-    return "\n".join(checks.problems(on_cuda=on_cuda, installed=there.get, requirements=lambda name: TRUE_LIMITS.get(name, ())))
+    return "\n".join(
+        checks.problems(
+            on_cuda=on_cuda,
+            installed=there.get,
+            requirements=lambda name: TRUE_LIMITS.get(name, ()),
+        )
+    )
 
 
 def test_nothing_stands_in_the_way_on_a_sound_machine() -> None:
@@ -83,7 +92,9 @@ def test_nothing_stands_in_the_way_on_a_sound_machine() -> None:
         (dict(peft="0.17"), ("peft 0.17 is here, unsloth-zoo 2026.10.9 admits peft>=0.18.0",)),
     ],
 )  # fmt: skip
-def test_each_conflict_is_named_with_its_cure(versions: dict[str, str | None], told: tuple[str, ...]) -> None:
+def test_each_conflict_is_named_with_its_cure(
+    versions: dict[str, str | None], told: tuple[str, ...]
+) -> None:
     said = problems(**versions)
     for part in told:
         assert part in said
@@ -91,10 +102,13 @@ def test_each_conflict_is_named_with_its_cure(versions: dict[str, str | None], t
 
 
 def test_a_missing_unsloth_and_a_missing_gpu_are_said() -> None:
-    assert "not installed" in problems(unsloth=None) and "transformers<=5.17.0" in problems(unsloth=None)
+    assert "not installed" in problems(unsloth=None) and "transformers<=5.17.0" in problems(
+        unsloth=None
+    )
     assert "sees no CUDA device" in problems(on_cuda=False)
     with pytest.raises(
-        ValueError, match=r"execution.engine = unsloth cannot run here:\n  it is not installed(?s:.)*execution.engine=peft"
+        ValueError,
+        match=r"execution.engine = unsloth cannot run here:\n  it is not installed(?s:.)*execution.engine=peft",
     ):
         checks.check_unsloth(on_cuda=True)
 
@@ -112,12 +126,23 @@ def test_doctor_and_plan_know_the_engine() -> None:
     here = SOUND | {"transformers": "5.23.0"}
 
     def found(**more: Any) -> list[str]:
-        return checks.problems(installed=here.get, requirements=lambda name: TRUE_LIMITS.get(name, ()), **more)
+        return checks.problems(
+            installed=here.get, requirements=lambda name: TRUE_LIMITS.get(name, ()), **more
+        )
 
     (one,) = check_engine(config, on_cuda=True, problems=found)
-    assert one.level == "problem" and "transformers 5.23.0 is here" in one.text and "environment of its own" in one.cure
-    assert [one.level for one in check_engine(config, on_cuda=True, problems=lambda **_: [])] == ["ok"]
-    assert check_engine(from_values({"execution": {"engine": "peft"}}), on_cuda=True, problems=found) == []
+    assert (
+        one.level == "problem"
+        and "transformers 5.23.0 is here" in one.text
+        and "environment of its own" in one.cure
+    )
+    assert [one.level for one in check_engine(config, on_cuda=True, problems=lambda **_: [])] == [
+        "ok"
+    ]
+    assert (
+        check_engine(from_values({"execution": {"engine": "peft"}}), on_cuda=True, problems=found)
+        == []
+    )
     plan = plan_of(config, 64, 1)
     outlook = look_ahead(config, plan, rows_from="given")
     assert outlook.ledger is None and outlook.verdicts == () and outlook.times == ()
@@ -134,12 +159,15 @@ def test_doctor_and_plan_know_the_engine() -> None:
         ("execution", "reduction", "ddp"),
     ],
 )
-def test_what_it_would_do_otherwise_than_asked_is_refused(section: str, field: str, value: Any) -> None:
+def test_what_it_would_do_otherwise_than_asked_is_refused(
+    section: str, field: str, value: Any
+) -> None:
     values = {"execution": {"engine": "unsloth"}}
     from_values(values)
     values[section] = {**values.get(section, {}), field: value}
     with pytest.raises(
-        (ValueError, ValidationError), match=rf"execution.engine = unsloth and {section}\.{field} = (?s:.)*engine=peft"
+        (ValueError, ValidationError),
+        match=rf"execution.engine = unsloth and {section}\.{field} = (?s:.)*engine=peft",
     ):
         from_values(values)
 
@@ -153,7 +181,9 @@ def unsloth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(checks, "problems", lambda **_: [])
     for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION"):
         monkeypatch.setenv(name, "kept")
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("unsloth", "unsloth_zoo")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("unsloth", "unsloth_zoo")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     import unsloth
 
@@ -162,7 +192,9 @@ def unsloth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     AcceleratorState._reset_state(True)
 
 
-def engine(folder: Path, name: str, *, longest_row: int = 96, checkpointing: bool = False, **model: Any) -> PeftEngine:
+def engine(
+    folder: Path, name: str, *, longest_row: int = 96, checkpointing: bool = False, **model: Any
+) -> PeftEngine:
     return build_engine(
         ModelConfig(id=str(folder), **model),
         LoraConfig(r=4, alpha=8),
@@ -199,30 +231,62 @@ def test_loss_rows_and_gradient_are_the_references(tiny_llama: Path, packed: boo
         if "lora_B" in name:  # B is 0 at first, and then hides what A does
             with torch.no_grad():
                 p.copy_(theirs[name].normal_(std=0.05, generator=torch.Generator().manual_seed(1)))
-    for found, expected in zip(sums(ours, packed=packed), sums(reference, packed=packed), strict=True):
+    for found, expected in zip(
+        sums(ours, packed=packed), sums(reference, packed=packed), strict=True
+    ):
         assert float((found - expected).norm() / expected.norm()) < 2e-2
 
 
-def test_it_is_asked_for_the_very_files_and_the_recipes_adapters(tiny_llama: Path, unsloth: Any) -> None:
+def test_it_is_asked_for_the_very_files_and_the_recipes_adapters(
+    tiny_llama: Path, unsloth: Any
+) -> None:
     one = engine(tiny_llama, "unsloth", checkpointing=True, longest_row=512)
     load, adapters, begun = unsloth.calls
     assert begun == "for_training" and one.hf.get_base_model().is_gradient_checkpointing  # type: ignore[operator]
-    assert load["use_exact_model_name"] and load["load_in_4bit"] and load["device_map"] == {"": "cpu"}
-    assert (load["max_seq_length"], load["dtype"], load["use_gradient_checkpointing"]) == (512, torch.bfloat16, "unsloth")
-    assert not load["offload_embedding"] and not load["fix_tokenizer"] and not Path(load["model_name"]).exists()
-    assert (adapters["r"], adapters["lora_alpha"], adapters["lora_dropout"], adapters["bias"]) == (4, 8, 0.0, "none")
-    assert set(adapters["target_modules"]) == set(LoraConfig().targets) and adapters["use_gradient_checkpointing"] == "unsloth"
+    assert (
+        load["use_exact_model_name"] and load["load_in_4bit"] and load["device_map"] == {"": "cpu"}
+    )
+    assert (load["max_seq_length"], load["dtype"], load["use_gradient_checkpointing"]) == (
+        512,
+        torch.bfloat16,
+        "unsloth",
+    )
+    assert (
+        not load["offload_embedding"]
+        and not load["fix_tokenizer"]
+        and not Path(load["model_name"]).exists()
+    )
+    assert (adapters["r"], adapters["lora_alpha"], adapters["lora_dropout"], adapters["bias"]) == (
+        4,
+        8,
+        0.0,
+        "none",
+    )
+    assert (
+        set(adapters["target_modules"]) == set(LoraConfig().targets)
+        and adapters["use_gradient_checkpointing"] == "unsloth"
+    )
     assert engine(tiny_llama, "unsloth").report.checksum == one.report.checksum
     assert unsloth.calls[4]["use_gradient_checkpointing"] is False
     assert one.hf.peft_config["default"].base_model_name_or_path == str(tiny_llama)  # type: ignore[index, union-attr]
     assert (one.name, one.attention) == ("unsloth", "unsloth")
 
 
-def test_banner_and_random_numbers_stay_to_itself(tiny_llama: Path, unsloth: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_banner_and_random_numbers_stay_to_itself(
+    tiny_llama: Path, unsloth: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
-    before = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    before = (
+        random.getstate(),
+        numpy.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
     engine(tiny_llama, "unsloth")
-    assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert (
+        random.getstate(),
+        numpy.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    ) == before
     assert "banner" not in capsys.readouterr().out
 
 
@@ -237,7 +301,9 @@ def test_the_pad_tokens_row_stays(tiny_llama: Path, tmp_path: Path, unsloth: Any
 
     hf = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     with torch.no_grad():
-        hf.get_input_embeddings().weight[0] = 1  # a row of pad tokens is made as zeros, and trained models have others
+        hf.get_input_embeddings().weight[0] = (
+            1  # a row of pad tokens is made as zeros, and trained models have others
+        )
     hf.save_pretrained(tmp_path / "model")
     for file in tiny_llama.glob("*token*"):
         (tmp_path / "model" / file.name).symlink_to(file)
@@ -253,7 +319,10 @@ SPOILED = {
         lambda hf: hf.model.norm.to(torch.float32),
         r"model\.norm\.weight is torch\.float32 \(64,\), was torch\.bfloat16",
     ),
-    "a size": (lambda hf: hf.resize_token_embeddings(520), r"model\.embed_tokens\.weight is torch\.bfloat16 \(520, 64\), was"),
+    "a size": (
+        lambda hf: hf.resize_token_embeddings(520),
+        r"model\.embed_tokens\.weight is torch\.bfloat16 \(520, 64\), was",
+    ),
     "an NF4 scale": (
         lambda hf: hf.model.layers[1].mlp.up_proj.weight.quant_state.absmax.add_(1),
         r"layers\.1\.mlp\.up_proj\.weight\.absmax has other values",
@@ -262,9 +331,13 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("spoil", "told"), SPOILED.values(), ids=SPOILED)
-def test_another_base_than_pefts_is_refused(tiny_llama: Path, unsloth: Any, spoil: Any, told: str) -> None:
+def test_another_base_than_pefts_is_refused(
+    tiny_llama: Path, unsloth: Any, spoil: Any, told: str
+) -> None:
     unsloth.FastLanguageModel.spoil = staticmethod(spoil)
-    with pytest.raises(ValueError, match=rf"is not the one that execution.engine = peft trains on \((?s:.)*{told}"):
+    with pytest.raises(
+        ValueError, match=rf"is not the one that execution.engine = peft trains on \((?s:.)*{told}"
+    ):
         engine(tiny_llama, "unsloth")
 
 
@@ -275,7 +348,10 @@ def test_its_own_errors_come_with_a_cure_and_its_output(
         raise NotImplementedError("Unsloth: poetry is not\nsupported")
 
     unsloth.FastLanguageModel.spoil = staticmethod(fail)
-    with pytest.raises(ValueError, match=r"cannot load model.id = .*poetry is not supported\): set execution.engine=peft"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot load model.id = .*poetry is not supported\): set execution.engine=peft",
+    ):
         engine(tiny_llama, "unsloth")
     assert "banner" in capsys.readouterr().err
 
@@ -295,14 +371,21 @@ def test_an_import_that_fails_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_rows_beyond_the_models_positions_are_refused() -> None:
     fields = {"max_position_embeddings": 512}
-    assert unsloth_engine.rows_allowed(96, fields) == 512  # shorter ones take another way to recompute
+    assert (
+        unsloth_engine.rows_allowed(96, fields) == 512
+    )  # shorter ones take another way to recompute
     assert unsloth_engine.rows_allowed(None, fields) == 512
     assert unsloth_engine.rows_allowed(4096, {"max_position_embeddings": 131072}) == 4096
-    with pytest.raises(ValueError, match=r"data.max_tokens = 513 is more than the 512 positions.*data.max_tokens=512"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.max_tokens = 513 is more than the 512 positions.*data.max_tokens=512",
+    ):
         unsloth_engine.rows_allowed(513, fields)
 
 
-def test_a_pass_that_was_cut_is_no_loss(tiny_llama: Path, unsloth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_was_cut_is_no_loss(
+    tiny_llama: Path, unsloth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = engine(tiny_llama, "unsloth")
     whole = one.hidden_states
     monkeypatch.setattr(one, "hidden_states", lambda ids: whole(ids[:, :-1]))
@@ -351,7 +434,9 @@ def test_a_damaged_copy_is_told_before_unsloth_reads_it(tiny_llama: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("unsloth")
-def test_a_run_goes_on_in_the_other_engine(run_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_in_the_other_engine(
+    run_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from train_loop import update_once
 
     ends = []
@@ -371,4 +456,6 @@ def test_a_run_goes_on_in_the_other_engine(run_of: Any, tmp_path: Path, monkeypa
         went_on.adapters.check_views()
         ends.append((outcome.record.loss_nats, outcome.record.grad_norm_pre_clip))
         went_on.close_observers()
-    assert ends[1][0] == pytest.approx(ends[0][0], rel=2e-3) and ends[1][1] == pytest.approx(ends[0][1], rel=5e-2)
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=2e-3) and ends[1][1] == pytest.approx(
+        ends[0][1], rel=5e-2
+    )

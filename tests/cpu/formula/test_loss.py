@@ -30,11 +30,18 @@ def test_sums_and_gradient_equal_float64(loss, chunk_tokens, bias):
     (loss_sum * 0.37).backward()
     exact = hidden.detach().double().requires_grad_()
     logits = F.linear(exact, weight.double(), None if head_bias is None else head_bias.double())
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view(2, 17)
+    each = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view(2, 17)
     (each.sum() * 0.37).backward()
     assert loss_sum.dtype == torch.float32
     torch.testing.assert_close(loss_sum.double(), each.sum(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(row_sums.double(), torch.stack([each[row_of == r].sum() for r in range(3)]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        row_sums.double(),
+        torch.stack([each[row_of == r].sum() for r in range(3)]),
+        rtol=1e-6,
+        atol=0,
+    )
     error = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error < 1e-6
 
@@ -42,13 +49,17 @@ def test_sums_and_gradient_equal_float64(loss, chunk_tokens, bias):
 def test_places_known_beforehand_change_nothing():
     hidden, weight, _, targets, row_of = case(1)
     places = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-    found, known = (token_loss_sums(hidden, weight, None, targets, row_of, 3, places=p) for p in (None, places))
+    found, known = (
+        token_loss_sums(hidden, weight, None, targets, row_of, 3, places=p) for p in (None, places)
+    )
     assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1])
 
 
 def test_nothing_supervised_gives_zero_and_a_zero_gradient():
     hidden, weight, _, targets, row_of = case(2)
-    loss_sum, row_sums = token_loss_sums(hidden, weight, None, torch.full_like(targets, IGNORE), row_of, 3)
+    loss_sum, row_sums = token_loss_sums(
+        hidden, weight, None, torch.full_like(targets, IGNORE), row_of, 3
+    )
     loss_sum.backward()
     assert loss_sum.item() == 0 and row_sums.tolist() == [0, 0, 0]
     assert hidden.grad is not None and not hidden.grad.any()
@@ -76,8 +87,12 @@ def test_bf16_gradient_is_as_close_to_the_truth_as_the_references():
         loss(hidden, weight, None, targets, row_of, 3)[0].backward()
         exact = hidden.detach().double().requires_grad_()
         logits = exact @ weight.double().T
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum").backward()
-        errors[loss.__name__] = ((hidden.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
+        F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        ).backward()
+        errors[loss.__name__] = (
+            (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
+        ).item()
     assert errors["token_loss_sums"] < 1.1 * errors["token_loss_sums_reference"]
 
 

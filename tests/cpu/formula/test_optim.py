@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from glassloop.formula.optim import ALIGNMENT, FlatAdapters, LossScale, l2_norm, make_optimizer, state_tensors
+from glassloop.formula.optim import (
+    ALIGNMENT,
+    FlatAdapters,
+    LossScale,
+    l2_norm,
+    make_optimizer,
+    state_tensors,
+)
 
 HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 
@@ -18,7 +25,9 @@ def layers(seed: int = 0) -> nn.Module:
 def test_parameters_and_gradients_are_views_and_values_stay():
     model, same = layers(), layers()
     adapters = FlatAdapters(model.named_parameters())
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True)
+    )
     assert adapters.trainable == 2 * 96 * 70
     assert all(s.offset % ALIGNMENT == 0 for s in adapters.slices.values())
     model(torch.ones(3, 96)).sum().backward()
@@ -51,8 +60,12 @@ def test_one_flat_tensor_moves_as_the_tensors_would_one_by_one(name):
     ps = list(single.parameters())
     betas = (HYPER["beta1"], HYPER["beta2"])
     one_by_one = {
-        "adamw_8bit": lambda: bnb.optim.AdamW8bit(ps, lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.01),
-        "adamw": lambda: torch.optim.AdamW(ps, lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.01, fused=True),
+        "adamw_8bit": lambda: bnb.optim.AdamW8bit(
+            ps, lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.01
+        ),
+        "adamw": lambda: torch.optim.AdamW(
+            ps, lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.01, fused=True
+        ),
         "sgd": lambda: torch.optim.SGD(ps, lr=1e-2, weight_decay=0.01),
     }[name]()
     for step in range(4):
@@ -77,12 +90,17 @@ def test_the_norm_of_a_large_vector_is_exact_to_1e_7():
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adamw_8bit"])
 def test_the_checksum_sees_one_changed_bit_of_any_tensor_that_replicas_share(name):
     adapters = FlatAdapters(layers().named_parameters())
-    optimizer = make_optimizer(name, adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(
+        name, adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     adapters.grad.normal_(generator=torch.Generator().manual_seed(2))
     optimizer.step()
     before = adapters.checksum(optimizer).item()
     assert 0 <= before < 2**48
-    tensors = [adapters.flat.data, *(tensor for _, tensor in state_tensors(optimizer, adapters.flat))]
+    tensors = [
+        adapters.flat.data,
+        *(tensor for _, tensor in state_tensors(optimizer, adapters.flat)),
+    ]
     assert len(tensors) == {"sgd": 1, "adamw": 4, "adamw_8bit": 7}[name]
     for tensor in tensors:
         bits = tensor.reshape(-1).view(torch.uint8)
@@ -94,7 +112,9 @@ def test_the_checksum_sees_one_changed_bit_of_any_tensor_that_replicas_share(nam
 
 def test_the_checksum_sees_two_moments_exchanged():
     adapters = FlatAdapters(layers().named_parameters())
-    optimizer = make_optimizer("adamw", adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(
+        "adamw", adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     adapters.grad.fill_(1.0)
     optimizer.step()
     before = adapters.checksum(optimizer).item()
@@ -105,7 +125,9 @@ def test_the_checksum_sees_two_moments_exchanged():
 
 def test_parts_name_every_matrix_and_its_optimizer_state_block_by_block():
     adapters = FlatAdapters(layers().named_parameters())
-    optimizer = make_optimizer("adamw_8bit", adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(
+        "adamw_8bit", adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     adapters.grad.fill_(1.0)
     optimizer.step()
     parts = dict(adapters.parts(optimizer))

@@ -24,7 +24,12 @@ def parts_of(run, u: int) -> tuple[list[float], list[int], float]:
     for half in (passes[: len(passes) // 2], passes[len(passes) // 2 :]):
         run.adapters.zero_grad()
         for rows in half:
-            p = build_pass([run.batches.rows[row] for row in rows], packed=window.packed, pad_id=run.pad_id, device=run.device)
+            p = build_pass(
+                [run.batches.rows[row] for row in rows],
+                packed=window.packed,
+                pad_id=run.pad_id,
+                device=run.device,
+            )
             (run.engine(p)[0] / n).backward()
         grads.append(run.adapters.grad.double().clone())
         tokens.append(sum(run.batches.rows[row].supervised_tokens for rows in half for row in rows))
@@ -36,7 +41,10 @@ def test_a_lone_rank_takes_the_noise_scale_from_the_halves_of_a_probed_window(ru
     from train_loop import update_once
 
     execution = {"layout": layout, "precision": "fp32", "checkpointing": False}
-    run = run_of(execution=execution | ({"pass_tokens": 4096} if layout == "packed" else {}), record={"probe_every_updates": 2})
+    run = run_of(
+        execution=execution | ({"pass_tokens": 4096} if layout == "packed" else {}),
+        record={"probe_every_updates": 2},
+    )
     first = update_once(run, 1)
     assert first.record.noise_scale_tokens is None
     assert first.probe is None
@@ -46,7 +54,9 @@ def test_a_lone_rank_takes_the_noise_scale_from_the_halves_of_a_probed_window(ru
     assert first.record.rank_passes == ((1,) if layout == "packed" else (4,))
     within, squared = estimates(*parts)
     expected = within / squared if within > 0 and squared > 0 else None
-    assert second.record.noise_scale_tokens == (None if expected is None else pytest.approx(expected, rel=1e-3))
+    assert second.record.noise_scale_tokens == (
+        None if expected is None else pytest.approx(expected, rel=1e-3)
+    )
     noise = run.inspection.noise
     assert (noise.updates, noise.within) == (1, pytest.approx((1 - noise.decay) * within, rel=1e-3))
     assert second.probe is not None
@@ -56,7 +66,9 @@ def test_a_lone_rank_takes_the_noise_scale_from_the_halves_of_a_probed_window(ru
 def test_detectors_and_noise_scale_go_on_where_they_were(run_of):
     from train_loop import update_once
 
-    run = run_of(execution={"precision": "fp32", "checkpointing": False}, record={"probe_every_updates": 1})
+    run = run_of(
+        execution={"precision": "fp32", "checkpointing": False}, record={"probe_every_updates": 1}
+    )
     for u in range(1, 9):
         update_once(run, u)
     state = run.inspection.state()
@@ -75,7 +87,10 @@ def test_no_update_of_a_run_that_is_diverging_is_kept_as_a_healthy_one(run_of):
 
 
 def test_a_run_that_diverged_is_looked_at_before_it_did_others_where_they_were_told():
-    spike, diverged = Finding("norm_spike", "", {"value": 9.0}), Finding("diverged", "", {"since": 4})
+    spike, diverged = (
+        Finding("norm_spike", "", {"value": 9.0}),
+        Finding("diverged", "", {"since": 4}),
+    )
     assert replay_of(spike, Path("run"), 8) == "glassloop replay run --update 8 --bisect"
     assert replay_of(diverged, Path("run"), 8) == "glassloop replay run --update 3 --bisect --try"
 
@@ -103,5 +118,9 @@ def test_a_run_that_is_not_what_was_planned_ends_with_an_event_and_saves_nothing
     run.remember(7)
     assert run.broken(ContractBroken("update 7: planned 8 rows, counted 7")) == 1
     event = read_jsonl(run.folder / "events.jsonl")[-1]
-    assert (event["update"], event["kind"], event["message"]) == (7, "failed", "update 7: planned 8 rows, counted 7")
+    assert (event["update"], event["kind"], event["message"]) == (
+        7,
+        "failed",
+        "update 7: planned 8 rows, counted 7",
+    )
     assert not (run.folder / "checkpoints").exists()

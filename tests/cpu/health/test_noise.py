@@ -28,23 +28,37 @@ def norm(vector: list[float]) -> float:
 def update(tokens: tuple[int, ...], drawn: random.Random) -> tuple[list[float], list[int], float]:
     """An update's part norms, part tokens and norm: part p's share is the sum of its tokens' gradients over N."""
     n = sum(tokens)
-    shares = [[drawn.gauss(t * m, math.sqrt(t) * d) / n for m, d in zip(MEAN, DEVIATIONS, strict=True)] for t in tokens]
-    return [norm(share) for share in shares], list(tokens), norm([math.fsum(column) for column in zip(*shares, strict=True)])
+    shares = [
+        [drawn.gauss(t * m, math.sqrt(t) * d) / n for m, d in zip(MEAN, DEVIATIONS, strict=True)]
+        for t in tokens
+    ]
+    return (
+        [norm(share) for share in shares],
+        list(tokens),
+        norm([math.fsum(column) for column in zip(*shares, strict=True)]),
+    )
 
 
 @pytest.mark.parametrize(
-    "sizes", [((20, 20),), RAGGED, ((5, 9, 30, 1), (0, 12, 3, 8))], ids=["two equal", "ragged", "four, one empty"]
+    "sizes",
+    [((20, 20),), RAGGED, ((5, 9, 30, 1), (0, 12, 3, 8))],
+    ids=["two equal", "ragged", "four, one empty"],
 )
 def test_the_two_estimates_have_no_bias(sizes: tuple[tuple[int, ...], ...]) -> None:
     drawn = random.Random(1)
     found = [estimates(*update(sizes[i % len(sizes)], drawn)) for i in range(40_000)]
-    within, squared = (math.fsum(values) / len(found) for values in zip(*[pair for pair in found if pair], strict=True))
+    within, squared = (
+        math.fsum(values) / len(found)
+        for values in zip(*[pair for pair in found if pair], strict=True)
+    )
     assert within == pytest.approx(TRACE, rel=0.02)
     assert squared == pytest.approx(SQUARED, rel=0.1)
 
 
 @pytest.mark.parametrize("sizes", [((400, 400),), ((700, 100), (50, 750))], ids=["equal", "ragged"])
-def test_the_smoothed_ratio_converges_to_the_exact_noise_scale(sizes: tuple[tuple[int, ...], ...]) -> None:
+def test_the_smoothed_ratio_converges_to_the_exact_noise_scale(
+    sizes: tuple[tuple[int, ...], ...],
+) -> None:
     drawn, scale = random.Random(2), NoiseScale(decay=0.9995)
     for i in range(15_000):
         scale.add(*update(sizes[i % len(sizes)], drawn))
@@ -64,13 +78,21 @@ def test_it_is_exact_where_every_token_of_a_linear_model_is_known() -> None:
         for b in gradients:
             for c in gradients:
                 found.append(estimates([abs(a) / 3, abs(b + c) / 3], [1, 2], abs(a + b + c) / 3))
-    within, squared = (math.fsum(values) / len(found) for values in zip(*[pair for pair in found if pair], strict=True))
+    within, squared = (
+        math.fsum(values) / len(found)
+        for values in zip(*[pair for pair in found if pair], strict=True)
+    )
     assert within == pytest.approx(variance, rel=1e-12)
     assert squared == pytest.approx(mean * mean, rel=1e-12)
 
 
-@given(st.lists(st.integers(1, 500), min_size=2, max_size=6), st.lists(st.floats(-3, 3), min_size=3, max_size=3))
-def test_tokens_that_all_agree_have_no_noise_however_ragged(tokens: list[int], mean: list[float]) -> None:
+@given(
+    st.lists(st.integers(1, 500), min_size=2, max_size=6),
+    st.lists(st.floats(-3, 3), min_size=3, max_size=3),
+)
+def test_tokens_that_all_agree_have_no_noise_however_ragged(
+    tokens: list[int], mean: list[float]
+) -> None:
     n = sum(tokens)
     found = estimates([norm(mean) * t / n for t in tokens], tokens, norm(mean))
     assert found is not None
@@ -80,10 +102,18 @@ def test_tokens_that_all_agree_have_no_noise_however_ragged(tokens: list[int], m
 
 @pytest.mark.parametrize(
     ("norms", "tokens", "whole"),
-    [([1.0], [5], 1.0), ([1.0, 0.0], [5, 0], 1.0), ([], [], 0.0), ([math.nan, 1.0], [5, 5], 1.0), ([1.0, 1.0], [5, 5], math.inf)],
+    [
+        ([1.0], [5], 1.0),
+        ([1.0, 0.0], [5, 0], 1.0),
+        ([], [], 0.0),
+        ([math.nan, 1.0], [5, 5], 1.0),
+        ([1.0, 1.0], [5, 5], math.inf),
+    ],
     ids=["one part", "one with tokens", "none", "a part not finite", "the norm not finite"],
 )
-def test_an_update_that_says_nothing_changes_nothing(norms: list[float], tokens: list[int], whole: float) -> None:
+def test_an_update_that_says_nothing_changes_nothing(
+    norms: list[float], tokens: list[int], whole: float
+) -> None:
     scale = NoiseScale()
     scale.add([0.6, 0.7], [4, 6], 1.2)
     before = scale.state()
@@ -113,7 +143,13 @@ def test_its_state_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"within": "x", "squared": 1, "updates": 1}, {"within": math.nan, "squared": 1, "updates": 1}, None]
+    "state",
+    [
+        {},
+        {"within": "x", "squared": 1, "updates": 1},
+        {"within": math.nan, "squared": 1, "updates": 1},
+        None,
+    ],
 )
 def test_a_malformed_state_is_refused_and_changes_nothing(state: Any) -> None:
     scale = NoiseScale()

@@ -27,7 +27,10 @@ from glassloop.health.stability import (
 )
 from glassloop.stats import LEAST_SIGMA, forecast, student_tail
 
-DEFAULTS = {name: getattr(StabilityConfig(), name) for name in ("window_updates", "false_alarm_rate", "no_learning_updates")}
+DEFAULTS = {
+    name: getattr(StabilityConfig(), name)
+    for name in ("window_updates", "false_alarm_rate", "no_learning_updates")
+}
 Told = list[tuple[int, str]]
 
 
@@ -35,7 +38,9 @@ def detectors(**changes: Any) -> Detectors:
     return Detectors(**{"rows_per_update": 16, "warmup_updates": 5, **DEFAULTS, **changes})
 
 
-def sound(updates: int = 60, *, sigma: float = 0.1, fall: float = 0.3, seed: int = 0, tails: bool = True) -> list[Signals]:
+def sound(
+    updates: int = 60, *, sigma: float = 0.1, fall: float = 0.3, seed: int = 0, tails: bool = True
+) -> list[Signals]:
     """A run whose log norm and log loss scatter by sigma; its loss falls by `fall` to the end. Every 8th window is a tail of 8 rows."""
     drawn = random.Random(seed)
     result = []
@@ -44,12 +49,24 @@ def sound(updates: int = 60, *, sigma: float = 0.1, fall: float = 0.3, seed: int
         wide = math.sqrt(16 / rows)
         loss = 2.0 * (1 - fall * u / updates) * math.exp(sigma * wide * drawn.gauss(0, 1))
         norm = 0.8 * wide * math.exp(sigma * wide * drawn.gauss(0, 1))
-        result.append(Signals(update=u, lr=2e-4, rows=rows, supervised_tokens=25 * rows, loss_nats=loss, grad_norm=norm))
+        result.append(
+            Signals(
+                update=u,
+                lr=2e-4,
+                rows=rows,
+                supervised_tokens=25 * rows,
+                loss_nats=loss,
+                grad_norm=norm,
+            )
+        )
     return result
 
 
 def told(
-    series: Iterable[Signals], watching: Detectors | None = None, *, applied: Callable[[Finding], bool] = lambda _: True
+    series: Iterable[Signals],
+    watching: Detectors | None = None,
+    *,
+    applied: Callable[[Finding], bool] = lambda _: True,
 ) -> Told:
     """(update, kind) of all findings; an update with a finding moves the optimizer where `applied` says so."""
     watching = watching or detectors()
@@ -64,23 +81,33 @@ def told(
 def at(update: int, series: list[Signals], **factors: float) -> list[Signals]:
     """The series with fields of one update multiplied."""
     return [
-        replace(s, **{name: getattr(s, name) * factor for name, factor in factors.items()}) if s.update == update else s
+        replace(s, **{name: getattr(s, name) * factor for name, factor in factors.items()})
+        if s.update == update
+        else s
         for s in series
     ]
 
 
-def since(update: int, series: list[Signals], **change: Callable[[Signals], float]) -> list[Signals]:
+def since(
+    update: int, series: list[Signals], **change: Callable[[Signals], float]
+) -> list[Signals]:
     """The series with fields changed from one update on."""
-    return [replace(s, **{n: f(s) for n, f in change.items()}) if s.update >= update else s for s in series]
+    return [
+        replace(s, **{n: f(s) for n, f in change.items()}) if s.update >= update else s
+        for s in series
+    ]
 
 
 # Arithmetic.
 
 
 @pytest.mark.parametrize(
-    ("degrees", "t", "chance"), [(19, 2.0930, 0.025), (19, 3.8834, 0.0005), (6, 5.2076, 0.001), (18, 1.7341, 0.05)]
+    ("degrees", "t", "chance"),
+    [(19, 2.0930, 0.025), (19, 3.8834, 0.0005), (6, 5.2076, 0.001), (18, 1.7341, 0.05)],
 )
-def test_the_tail_of_students_t_is_that_of_the_tables(degrees: int, t: float, chance: float) -> None:
+def test_the_tail_of_students_t_is_that_of_the_tables(
+    degrees: int, t: float, chance: float
+) -> None:
     assert student_tail(t, degrees) == pytest.approx(chance, rel=1e-3)
 
 
@@ -88,7 +115,9 @@ def test_the_tail_of_students_t_is_that_of_the_tables(degrees: int, t: float, ch
 def test_the_tail_is_exact_where_it_has_a_closed_form(t: float) -> None:
     assert student_tail(t, 1) == pytest.approx(math.atan2(1, t) / math.pi, rel=1e-5)
     root = math.sqrt(2 + t * t)
-    assert student_tail(t, 2) == pytest.approx(1 / (root * (root + t)), rel=1e-5)  # (1 - t / root) / 2, without its cancellation
+    assert student_tail(t, 2) == pytest.approx(
+        1 / (root * (root + t)), rel=1e-5
+    )  # (1 - t / root) / 2, without its cancellation
     assert student_tail(-t, 2) == pytest.approx(1 - student_tail(t, 2), abs=1e-9)
 
 
@@ -109,7 +138,11 @@ def test_the_forecast_is_the_least_squares_line_with_two_degrees_of_freedom_less
     """By hand: y = 0, 1, 1, 2 at x = 0 .. 3 has slope 0.6 and mean 1 at 1.5; residuals 0.1, -0.3 and their mirror; at 5 it forecasts 3.1."""
     seen = forecast([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 1.0, 2.0], 5.0, 4.1)
     sigma = math.sqrt(0.2 / 2)
-    assert (seen.expected, seen.sigma, seen.degrees) == (pytest.approx(3.1), pytest.approx(sigma), 2)
+    assert (seen.expected, seen.sigma, seen.degrees) == (
+        pytest.approx(3.1),
+        pytest.approx(sigma),
+        2,
+    )
     assert seen.t == pytest.approx(1.0 / (sigma * math.sqrt(1 + 1 / 4 + 3.5**2 / 5)))
 
 
@@ -140,7 +173,15 @@ def test_a_run_that_learns_its_rows_by_heart_raises_no_alarm() -> None:
 
 def test_a_run_that_has_learned_may_stay_where_it_is() -> None:
     series = sound(200, fall=0.0)
-    assert told([replace(s, loss_nats=s.loss_nats * (0.7 + 0.3 * math.exp(-s.update / 15))) for s in series]) == []
+    assert (
+        told(
+            [
+                replace(s, loss_nats=s.loss_nats * (0.7 + 0.3 * math.exp(-s.update / 15)))
+                for s in series
+            ]
+        )
+        == []
+    )
 
 
 # Spikes.
@@ -157,7 +198,13 @@ def test_a_spike_of_the_norm_is_told_with_its_numbers(update: int, factor: float
     assert finding.details["value"] == series[update - 1].grad_norm
     assert finding.details["value"] / finding.details["expected"] == pytest.approx(factor, rel=0.35)
     assert finding.details["chance"] < 1e-5
-    for words in (f"{finding.details['value']:.4g}", f"{finding.details['expected']:.4g}", "times", "scatter by", "chance"):
+    for words in (
+        f"{finding.details['value']:.4g}",
+        f"{finding.details['expected']:.4g}",
+        "times",
+        "scatter by",
+        "chance",
+    ):
         assert words in finding.message
     json.dumps(finding.details, allow_nan=False)
 
@@ -184,7 +231,9 @@ def test_a_wide_window_asks_for_a_larger_leap() -> None:
 
 def test_a_falling_loss_hides_no_spike() -> None:
     """From 6 to 0.6 over the run: around the window's mean its slope would count as scatter."""
-    series = [replace(s, loss_nats=s.loss_nats / 2 * 6 * 0.1 ** (s.update / 60)) for s in sound(fall=0.0)]
+    series = [
+        replace(s, loss_nats=s.loss_nats / 2 * 6 * 0.1 ** (s.update / 60)) for s in sound(fall=0.0)
+    ]
     assert told(series) == []
     assert told(at(25, series, loss_nats=3)) == [(25, "loss_spike")]
 
@@ -194,8 +243,16 @@ def test_spikes_are_silent_in_warmup_and_until_the_window_has_enough_entries(war
     series = sound(40, tails=False)
     first = max(warmup, LEAST_ENTRIES) + 1
     for update in range(1, first):
-        assert told(at(update, series, grad_norm=1e3, loss_nats=30)[:update], detectors(warmup_updates=warmup)) == [], update
-    assert told(at(first, series, grad_norm=1e3)[:first], detectors(warmup_updates=warmup)) == [(first, "norm_spike")]
+        assert (
+            told(
+                at(update, series, grad_norm=1e3, loss_nats=30)[:update],
+                detectors(warmup_updates=warmup),
+            )
+            == []
+        ), update
+    assert told(at(first, series, grad_norm=1e3)[:first], detectors(warmup_updates=warmup)) == [
+        (first, "norm_spike")
+    ]
 
 
 def test_a_spike_in_a_long_warmup_is_not_told_but_kept_out_of_the_window() -> None:
@@ -206,7 +263,9 @@ def test_a_spike_in_a_long_warmup_is_not_told_but_kept_out_of_the_window() -> No
 def test_a_tail_may_be_noisier_but_not_without_bound() -> None:
     series, tail = sound(sigma=0.1, seed=4), 32
     assert series[tail - 1].rows == 8
-    higher = math.exp(5 * 0.1)  # five sigma of a whole window, twice over: a whole window is told, the tail is not
+    higher = math.exp(
+        5 * 0.1
+    )  # five sigma of a whole window, twice over: a whole window is told, the tail is not
     assert told(at(33, series, grad_norm=2.4)) == [(33, "norm_spike")]
     assert told(at(tail, series, grad_norm=2.4 / math.sqrt(2))) == []
     assert told(at(tail, series, loss_nats=higher)) == []
@@ -229,7 +288,11 @@ def test_a_spike_does_not_poison_the_window() -> None:
     told(series[:29], clean)
     assert spiked.window == clean.window
     assert spiked.usual_norm == clean.usual_norm
-    assert told(at(31, series, grad_norm=5)) == [(30, "norm_spike"), (30, "loss_spike"), (31, "norm_spike")]
+    assert told(at(31, series, grad_norm=5)) == [
+        (30, "norm_spike"),
+        (30, "loss_spike"),
+        (31, "norm_spike"),
+    ]
 
 
 def test_a_lasting_new_level_is_accepted() -> None:
@@ -249,7 +312,10 @@ def test_now_and_then_a_spike_is_no_new_level() -> None:
 
 
 def test_updates_that_were_left_out_are_not_taken_in_nor_make_a_new_level() -> None:
-    series, watching = since(30, sound(tails=False), grad_norm=lambda s: s.grad_norm * 20), detectors()
+    series, watching = (
+        since(30, sound(tails=False), grad_norm=lambda s: s.grad_norm * 20),
+        detectors(),
+    )
     found = told(series, watching, applied=lambda finding: finding.kind != "norm_spike")
     assert found == [(u, "norm_spike") for u in range(30, 61)]
     assert watching.usual_norm == pytest.approx(0.8, rel=0.2)
@@ -260,7 +326,9 @@ def test_the_usual_norm_is_the_geometric_mean_of_the_window() -> None:
     told(series[: LEAST_ENTRIES - 1], watching)
     assert watching.usual_norm is None
     told(series[LEAST_ENTRIES - 1 : 40], watching)
-    assert watching.usual_norm == pytest.approx(statistics.geometric_mean([s.grad_norm for s in series[20:40]]))
+    assert watching.usual_norm == pytest.approx(
+        statistics.geometric_mean([s.grad_norm for s in series[20:40]])
+    )
 
 
 def test_look_changes_nothing_and_gives_the_same_answer_again() -> None:
@@ -278,7 +346,9 @@ def test_look_changes_nothing_and_gives_the_same_answer_again() -> None:
 
 def test_a_gradient_of_exactly_0_is_told_at_once_and_once() -> None:
     for update in (1, 3, 30, 32):  # in warmup and in a tail too
-        assert told(since(update, sound(), grad_norm=lambda s: 0.0)) == [(update, "vanishing_gradient")]
+        assert told(since(update, sound(), grad_norm=lambda s: 0.0)) == [
+            (update, "vanishing_gradient")
+        ]
 
 
 def test_no_loss_and_no_gradient_is_nothing_to_tell() -> None:
@@ -306,7 +376,9 @@ def test_one_or_two_low_norms_are_nothing_to_tell() -> None:
 
 @pytest.mark.parametrize("factor", [0.05, 1e-3])
 def test_a_norm_that_falls_in_warmup_is_not_told_there(factor: float) -> None:
-    found = told(since(14, sound(), grad_norm=lambda s: s.grad_norm * factor), detectors(warmup_updates=30))
+    found = told(
+        since(14, sound(), grad_norm=lambda s: s.grad_norm * factor), detectors(warmup_updates=30)
+    )
     assert [update for update, _ in found if update <= 30] == []
 
 
@@ -351,7 +423,23 @@ def test_a_loss_that_rises_is_told() -> None:
 # Divergence.
 
 # What SmolLM2 did in the first updates at lr = 5e-2, in nats a token, before any window is there to compare with.
-TOO_HIGH_A_RATE = (3.85, 4.14, 10.14, 12.27, 16.62, 16.27, 15.93, 22.85, 83.53, 33.41, 14.84, 15.59, 12.64, 13.21, 12.14)
+TOO_HIGH_A_RATE = (
+    3.85,
+    4.14,
+    10.14,
+    12.27,
+    16.62,
+    16.27,
+    15.93,
+    22.85,
+    83.53,
+    33.41,
+    14.84,
+    15.59,
+    12.64,
+    13.21,
+    12.14,
+)
 
 
 def losses(values: Iterable[float], rows: int = 16) -> list[Signals]:
@@ -366,7 +454,10 @@ def test_a_run_that_diverges_in_warmup_is_told_once_and_why() -> None:
         found += [(signals.update, finding) for finding in findings]
     (update, finding) = found[0]
     assert (update, finding.kind) == (3 + DIVERGED_UPDATES - 1, "diverged")
-    assert "since update 3, 5 whole updates in a row, it has stood far above the 3.85 that the run began with" in finding.message
+    assert (
+        "since update 3, 5 whole updates in a row, it has stood far above the 3.85 that the run began with"
+        in finding.message
+    )
     assert finding.details == {"value": 15.93, "start_nats": 3.85, "lr": 2e-4, "since": 3}
     assert [kind for _, kind in ((u, f.kind) for u, f in found)].count("diverged") == 1
 
@@ -427,21 +518,35 @@ def test_the_row_of_high_losses_goes_on_after_a_checkpoint() -> None:
 INNOCENT = {
     "too short a run": (lambda: sound(44, sigma=0.01, fall=0.0), {}),
     "all of it warmup": (lambda: sound(60, sigma=0.01, fall=0.0), {"warmup_updates": 60}),
-    "a longer window asked for": (lambda: sound(60, sigma=0.01, fall=0.0), {"no_learning_updates": 80}),
+    "a longer window asked for": (
+        lambda: sound(60, sigma=0.01, fall=0.0),
+        {"no_learning_updates": 80},
+    ),
     "lr of 0": (lambda: [replace(s, lr=0.0) for s in sound(60, sigma=0.01, fall=0.0)], {}),
-    "lr of 0 at the end": (lambda: since(48, sound(60, sigma=0.01, fall=0.0), lr=lambda s: 0.0), {}),
+    "lr of 0 at the end": (
+        lambda: since(48, sound(60, sigma=0.01, fall=0.0), lr=lambda s: 0.0),
+        {},
+    ),
     "a slow but certain fall from a level that it had first to climb to": (
         lambda: since(6, sound(60, sigma=0.002, fall=0.04), loss_nats=lambda s: s.loss_nats * 1.2),
         {},
     ),
-    "nothing left to learn": (lambda: [replace(s, loss_nats=s.loss_nats * 0.02) for s in sound(60, sigma=0.01, fall=0.0)], {}),
+    "nothing left to learn": (
+        lambda: [replace(s, loss_nats=s.loss_nats * 0.02) for s in sound(60, sigma=0.01, fall=0.0)],
+        {},
+    ),
     "noise that hides any fall": (lambda: sound(60, sigma=0.4, fall=0.0, seed=3), {}),
-    "a start that was not seen": (lambda: [replace(s, update=s.update + 100) for s in sound(60, sigma=0.01, fall=0.0)], {}),
+    "a start that was not seen": (
+        lambda: [replace(s, update=s.update + 100) for s in sound(60, sigma=0.01, fall=0.0)],
+        {},
+    ),
 }
 
 
 @pytest.mark.parametrize(("series", "settings"), INNOCENT.values(), ids=INNOCENT)
-def test_no_learning_stays_silent_where_it_cannot_know(series: Callable[[], list[Signals]], settings: dict[str, Any]) -> None:
+def test_no_learning_stays_silent_where_it_cannot_know(
+    series: Callable[[], list[Signals]], settings: dict[str, Any]
+) -> None:
     assert told(series(), detectors(**settings)) == []
 
 
@@ -451,7 +556,9 @@ def test_no_learning_stays_silent_where_it_cannot_know(series: Callable[[], list
 @pytest.mark.parametrize("cut", [0, 4, 17, 31, 33, 46, 51])
 def test_a_resumed_run_tells_the_same(cut: int) -> None:
     series = since(
-        50, since(30, sound(sigma=0.03, fall=0.0), grad_norm=lambda s: s.grad_norm * 20), grad_norm=lambda s: s.grad_norm * 1e-3
+        50,
+        since(30, sound(sigma=0.03, fall=0.0), grad_norm=lambda s: s.grad_norm * 20),
+        grad_norm=lambda s: s.grad_norm * 1e-3,
     )
     whole, first, second = detectors(), detectors(), detectors()
     expected = told(series, whole)
@@ -474,7 +581,9 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_state_is_refused_with_the_cure_and_changes_nothing(change: Callable[[Any], Any]) -> None:
+def test_a_malformed_state_is_refused_with_the_cure_and_changes_nothing(
+    change: Callable[[Any], Any],
+) -> None:
     watching = detectors()
     told(sound(30), watching)
     before = watching.state()

@@ -40,12 +40,16 @@ def test_the_table_in_the_docs_is_what_these_inputs_get(
         cure = "GLASSLOOP_WRITE_DOCS=1 python -m pytest tests/cpu/house/test_hostile.py writes it"
         assert committed.splitlines() == made.splitlines(), cure
     assert "Traceback" not in made
-    assert made.count("refused: ") + made.count("taken: ") == sum(len(cases) for _, cases in hostile.sections())
+    assert made.count("refused: ") + made.count("taken: ") == sum(
+        len(cases) for _, cases in hostile.sections()
+    )
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 KINDS = (".csv", ".json", ".jsonl", ".parquet")
@@ -74,22 +78,32 @@ def rows_or_reason(path: Path, content: bytes) -> None:
 @example(b"\xef\xbb\xbf", ".csv", 0)
 @example(b"prompt,completion\r\na,b\rc,d", ".csv", 1)
 @example(b'{"prompt": 1e999, "completion": ""}', ".jsonl", 2)
-def test_any_bytes_give_rows_or_a_refusal_that_names_the_file(tmp_path: Path, content: bytes, kind: str, number: int) -> None:
+def test_any_bytes_give_rows_or_a_refusal_that_names_the_file(
+    tmp_path: Path, content: bytes, kind: str, number: int
+) -> None:
     rows_or_reason(tmp_path / f"bytes{number}{kind}", content)
 
 
 @quiet
-@given(rows=st.lists(PROMPTS | JSON, max_size=4), whole=st.booleans(), kind=st.sampled_from(["json", "jsonl"]))
+@given(
+    rows=st.lists(PROMPTS | JSON, max_size=4),
+    whole=st.booleans(),
+    kind=st.sampled_from(["json", "jsonl"]),
+)
 @example([None, {"prompt": "a", "completion": "b"}], True, "json")
 @example([None, {"prompt": "a", "completion": "b"}], False, "json")
-def test_any_json_gives_rows_or_a_refusal_that_names_the_file(tmp_path: Path, rows: list[Any], whole: bool, kind: str) -> None:
+def test_any_json_gives_rows_or_a_refusal_that_names_the_file(
+    tmp_path: Path, rows: list[Any], whole: bool, kind: str
+) -> None:
     text = json.dumps(rows) if whole else "".join(json.dumps(row) + "\n" for row in rows)
     rows_or_reason(tmp_path / f"rows.{kind}", text.encode())
 
 
 @quiet
 @given(table=st.lists(st.lists(st.text(max_size=6), min_size=1, max_size=3), max_size=4))
-def test_any_cells_give_rows_or_a_refusal_that_names_the_file(tmp_path: Path, table: list[list[str]]) -> None:
+def test_any_cells_give_rows_or_a_refusal_that_names_the_file(
+    tmp_path: Path, table: list[list[str]]
+) -> None:
     text = "prompt,completion\n" + "".join(",".join(row) + "\n" for row in table)
     rows_or_reason(tmp_path / "cells.csv", text.encode("utf-8", "surrogatepass"))
 
@@ -97,7 +111,9 @@ def test_any_cells_give_rows_or_a_refusal_that_names_the_file(tmp_path: Path, ta
 @settings(quiet, max_examples=300)
 @given(
     values=st.dictionaries(
-        st.sampled_from(field_names()), JSON | st.sampled_from(["0", "-1", "nan", "1e400", "", "null", [], {}]), max_size=3
+        st.sampled_from(field_names()),
+        JSON | st.sampled_from(["0", "-1", "nan", "1e400", "", "null", [], {}]),
+        max_size=3,
     )
 )
 def test_any_values_give_a_config_or_a_refusal(values: dict[str, Any]) -> None:
@@ -119,7 +135,9 @@ def test_any_values_give_a_config_or_a_refusal(values: dict[str, Any]) -> None:
 @settings(quiet, max_examples=200)
 @given(
     words=st.lists(
-        st.text(max_size=12) | st.sampled_from(["--config", "batch.size=0", "--resume", "lora.targets=,", "--help="]), max_size=4
+        st.text(max_size=12)
+        | st.sampled_from(["--config", "batch.size=0", "--resume", "lora.targets=,", "--help="]),
+        max_size=4,
     )
 )
 def test_any_command_line_gives_a_config_or_a_refusal(words: list[str]) -> None:

@@ -44,11 +44,17 @@ def requirements() -> list[Requirement]:
 def pins() -> dict[str, str]:
     """Versions of constraints.txt by normalised name."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)$", "\n".join(lines), re.M)}
+    return {
+        canonicalize_name(name): version
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)$", "\n".join(lines), re.M)
+    }
 
 
 def test_every_package_is_listed_for_the_wheel() -> None:
-    on_disk = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "glassloop").rglob("__init__.py")}
+    on_disk = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "glassloop").rglob("__init__.py")
+    }
     assert set(setup_cfg()["options"]["packages"].split()) == on_disk
 
 
@@ -56,10 +62,14 @@ def test_every_package_is_listed_for_the_wheel() -> None:
 def test_the_pinned_version_lies_in_the_range_that_is_asked(requirement: Requirement) -> None:
     name = canonicalize_name(requirement.name)
     if name == "unsloth":
-        assert name not in pins(), "unsloth caps transformers below the pin: it is installed without constraints"
+        assert name not in pins(), (
+            "unsloth caps transformers below the pin: it is installed without constraints"
+        )
         return
     assert name in pins(), f"constraints.txt has no line for {requirement.name}"
-    assert requirement.specifier.contains(pins()[name]), f"{requirement} against {pins()[name]} in constraints.txt"
+    assert requirement.specifier.contains(pins()[name]), (
+        f"{requirement} against {pins()[name]} in constraints.txt"
+    )
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
@@ -68,7 +78,9 @@ def test_a_launch_file_holds_no_training_knob(path: Path) -> None:
     hosts = launch["num_machines"] > 1
     assert set(launch) == LAUNCH_KEYS | (HOST_KEYS if hosts else set())
     assert launch["mixed_precision"] == "no", "execution.precision decides"
-    assert launch["distributed_type"] == "MULTI_GPU", "other types start one process, or none that a signal reaches"
+    assert launch["distributed_type"] == "MULTI_GPU", (
+        "other types start one process, or none that a signal reaches"
+    )
     assert hosts or launch["main_process_port"] == 0, "two runs on one machine must not meet"
 
 

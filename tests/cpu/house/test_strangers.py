@@ -27,7 +27,12 @@ def train(folder: Path, model: Path, *names: str, **env: str) -> None:
     """Run the named ones in a process of their own: trainers keep global state, and TRL patches."""
     command = [sys.executable, str(SCRIPT), str(folder), str(model), *names]
     done = subprocess.run(
-        command, env=environment(CUDA_VISIBLE_DEVICES="", **env), capture_output=True, text=True, timeout=300, check=False
+        command,
+        env=environment(CUDA_VISIBLE_DEVICES="", **env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
@@ -53,7 +58,9 @@ def stranger(request: pytest.FixtureRequest, folder: Path, tiny_llama: Path) -> 
         return request.param
     if importlib.util.find_spec("trl") is None:
         pytest.skip("trl is not installed: pip install 'glassloop[test]' brings it")
-    train(folder, tiny_llama, "trl", TRITON_INTERPRET="1")  # TRL 1.15 computes by Triton on a CPU too
+    train(
+        folder, tiny_llama, "trl", TRITON_INTERPRET="1"
+    )  # TRL 1.15 computes by Triton on a CPU too
     return request.param
 
 
@@ -94,19 +101,44 @@ def test_the_problem_leaves_no_easy_way_to_agree(folder: Path) -> None:
     labels = [sum(label != -100 for label in row["labels"]) for row in rows]
     micro_batches = [labels[start : start + 2] for start in range(0, len(rows), 2)]
     assert len(rows) % 4 == 3  # a tail, and a micro-batch of one row in it
-    assert all(len({len(row["input_ids"]) for row in rows[start : start + 4]}) > 1 for start in range(0, len(rows), 4))
+    assert all(
+        len({len(row["input_ids"]) for row in rows[start : start + 4]}) > 1
+        for start in range(0, len(rows), 4)
+    )
     assert all(row["labels"][0] == -100 for row in rows)  # prompts carry no loss
-    assert [0, 0] in micro_batches and 1 in labels  # a micro-batch without a label, and a row with a single one
-    assert any(sum(one) > 3 * sum(two) for one, two in zip(micro_batches[::2], micro_batches[1::2], strict=False))
+    assert [
+        0,
+        0,
+    ] in micro_batches and 1 in labels  # a micro-batch without a label, and a row with a single one
+    assert any(
+        sum(one) > 3 * sum(two)
+        for one, two in zip(micro_batches[::2], micro_batches[1::2], strict=False)
+    )
     clipped = [update["clip"] < 1 for update in updates(folder, "glassloop")]
     assert any(clipped) and not all(clipped)
-    norms = [value.norm().item() for value in safetensors.torch.load_file(folder / "start.safetensors").values()]
-    assert len(norms) == 2 * 7 * 2 and min(norms) > 0  # A and B of seven projections of two layers: all have a gradient
+    norms = [
+        value.norm().item()
+        for value in safetensors.torch.load_file(folder / "start.safetensors").values()
+    ]
+    assert (
+        len(norms) == 2 * 7 * 2 and min(norms) > 0
+    )  # A and B of seven projections of two layers: all have a gradient
 
 
-@pytest.mark.parametrize(("kind", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")])
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")],
+)
 def test_a_schedule_that_starts_at_zero_is_the_trainers(kind: str, theirs: str) -> None:
-    counts = {"rows": 600, "size": 2, "ranks": 2, "accumulation": 4, "tail": "keep", "updates": 60, "epochs": 1.0}
+    counts = {
+        "rows": 600,
+        "size": 2,
+        "ranks": 2,
+        "accumulation": 4,
+        "tail": "keep",
+        "updates": 60,
+        "epochs": 1.0,
+    }
     mine = make_plan(**counts, warmup=5, peak=2e-4, kind=kind, first="zero").lr
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
     scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=5, num_training_steps=60)

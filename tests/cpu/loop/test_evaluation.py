@@ -40,7 +40,13 @@ from glassloop.record.records import EvaluationRecord
 
 
 def generated(engine: ToyEngine, prompts: list[list[int]], **changes: Any) -> list[tuple[int, ...]]:
-    arguments: dict[str, Any] = {"stop_ids": (STOP,), "pad_id": PAD, "batch_size": 4, "max_new_tokens": 10, "device": CPU}
+    arguments: dict[str, Any] = {
+        "stop_ids": (STOP,),
+        "pad_id": PAD,
+        "batch_size": 4,
+        "max_new_tokens": 10,
+        "device": CPU,
+    }
     return generate(engine.hf, prompts, **{**arguments, **changes})
 
 
@@ -54,7 +60,9 @@ def likeliest_without_cache(engine: ToyEngine, prompt: list[int], length: int) -
     model = engine.hf.get_base_model().eval()
     with torch.no_grad():
         while len(ids) < len(prompt) + length and ids[len(prompt) :][-1:] != [STOP]:
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            ids.append(
+                int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            )
     engine.train()
     return tuple(ids[len(prompt) :])
 
@@ -75,7 +83,9 @@ def test_loss_is_the_mean_over_tokens_whatever_the_batch_size(count: int) -> Non
     engine.train()
     tokens = sum(row.supervised_tokens for row in rows)
     for batch_size in (1, 2, 4):
-        record, _ = run_evaluation(engine, rows, batch_size=batch_size, generate_rows=0, with_base=False)
+        record, _ = run_evaluation(
+            engine, rows, batch_size=batch_size, generate_rows=0, with_base=False
+        )
         assert record.loss_nats == pytest.approx(total.item() / tokens, rel=1e-5)
         assert (record.rows, record.supervised_tokens, record.update) == (count, tokens, 3)
 
@@ -90,8 +100,14 @@ def test_base_is_the_same_model_without_its_adapter() -> None:
     bare, bare_answers = run_evaluation(engine, rows, with_base=False)
     assert record.base is not None
     assert bare.base is None
-    assert without_seconds(record) == without_seconds(repeat), "the adapter is back after the base was asked"
-    assert record.base["loss_nats"] == pytest.approx(bare.loss_nats, rel=1e-6) != pytest.approx(record.loss_nats, rel=1e-3)
+    assert without_seconds(record) == without_seconds(repeat), (
+        "the adapter is back after the base was asked"
+    )
+    assert (
+        record.base["loss_nats"]
+        == pytest.approx(bare.loss_nats, rel=1e-6)
+        != pytest.approx(record.loss_nats, rel=1e-3)
+    )
     assert [one.base_answer for one in answers] == [one.answer for one in bare_answers]
     assert [one.base_answer for one in answers] != [one.answer for one in answers]
     assert {**record.base, "loss_nats": 0} == {**bare.scores, "loss_nats": 0}
@@ -104,9 +120,13 @@ def test_answers_carry_their_row_their_texts_and_how_they_ended() -> None:
     assert (record.rows, record.scores["answers"]) == (9, 7)
     assert answers[0].reference == "answer 0"
     assert answers[1].reference == "<think>\nbecause\n</think>\n\nanswer 1"
-    assert answers[0].prompt == " ".join(f"t{token}" for token in ToyTemplate().prompt_ids(toy_examples(1)[0]))
+    assert answers[0].prompt == " ".join(
+        f"t{token}" for token in ToyTemplate().prompt_ids(toy_examples(1)[0])
+    )
     assert [one.label for one in answers] == [None, "honest", None, "scam", None, None, "scam"]
-    assert [one.verdict for one in answers] == [None if one.label is None else verdict_of(one.answer) for one in answers]
+    assert [one.verdict for one in answers] == [
+        None if one.label is None else verdict_of(one.answer) for one in answers
+    ]
     assert {one.ended for one in answers} == {True, False}, "the toy must show both"
     for one in answers:
         assert f"t{STOP}" not in one.answer.split()
@@ -117,7 +137,9 @@ def test_answers_carry_their_row_their_texts_and_how_they_ended() -> None:
 
 
 def answer(label: str | None = None, verdict: str | None = None, **changes: Any) -> Answer:
-    return dataclasses.replace(Answer("a", "", "", "", label, verdict, False, False, False, 1), **changes)
+    return dataclasses.replace(
+        Answer("a", "", "", "", label, verdict, False, False, False, 1), **changes
+    )
 
 
 def test_scores_by_hand() -> None:
@@ -130,7 +152,9 @@ def test_scores_by_hand() -> None:
         answer("honest", None),  # wrong, but no alarm
         answer(reasoning=True, closed_think=True, ended=True, tokens=4),
         answer(reasoning=True, closed_think=False, ended=False, tokens=9),
-        answer(reasoning=False, closed_think=True, ended=True, tokens=2),  # not a reasoning row: not in closed_think
+        answer(
+            reasoning=False, closed_think=True, ended=True, tokens=2
+        ),  # not a reasoning row: not in closed_think
     ]
     assert scores(answers, loss_nats=1.5) == {
         "loss_nats": 1.5,
@@ -152,17 +176,32 @@ def test_scores_by_hand() -> None:
 def test_a_score_without_rows_is_none_and_every_name_is_documented() -> None:
     nothing = scores([], loss_nats=2.0)
     counts = {"answers", "reasoning_rows", "verdict_rows"}
-    assert {name: value for name, value in nothing.items() if value is not None} == {"loss_nats": 2.0} | dict.fromkeys(counts, 0)
+    assert {name: value for name, value in nothing.items() if value is not None} == {
+        "loss_nats": 2.0
+    } | dict.fromkeys(counts, 0)
     all_honest = scores([answer("honest", "honest")] * 2, loss_nats=2.0)
-    assert (all_honest["accuracy"], all_honest["precision"], all_honest["recall"], all_honest["f1"]) == (1.0, None, None, None)
+    assert (
+        all_honest["accuracy"],
+        all_honest["precision"],
+        all_honest["recall"],
+        all_honest["f1"],
+    ) == (1.0, None, None, None)
     silent = scores([answer("scam", None), answer("honest", None)], loss_nats=2.0)
-    assert (silent["accuracy"], silent["precision"], silent["recall"], silent["f1"]) == (0.0, None, 0.0, 0.0)
+    assert (silent["accuracy"], silent["precision"], silent["recall"], silent["f1"]) == (
+        0.0,
+        None,
+        0.0,
+        0.0,
+    )
     documented = re.findall(r"^    (\w+) {2,}\S", evaluation.__doc__ or "", flags=re.MULTILINE)
     assert documented == list(nothing)
 
 
 def test_other_labels_are_no_verdicts() -> None:
-    examples = (Example("x", (Turn("user", "q"), Turn("assistant", "a")), label="poem"), Example("y", (Turn("user", "q"),)))
+    examples = (
+        Example("x", (Turn("user", "q"), Turn("assistant", "a")), label="poem"),
+        Example("y", (Turn("user", "q"),)),
+    )
     record, answers = run_evaluation(ToyEngine(), toy_rows(2), examples=examples)
     assert record.scores["verdict_rows"] == 0
     assert answers[0].label is None
@@ -180,7 +219,9 @@ def test_no_answers_asked_generates_none(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("rows", [(), (Row("x", (2, 3, 4), (False, False, False)),)])
 def test_held_out_rows_without_a_supervised_token_are_refused(rows: tuple[Row, ...]) -> None:
-    with pytest.raises(ValueError, match=r"data\.heldout: none of the \d held-out rows has a supervised token"):
+    with pytest.raises(
+        ValueError, match=r"data\.heldout: none of the \d held-out rows has a supervised token"
+    ):
         run_evaluation(ToyEngine(), rows)
 
 
@@ -188,13 +229,19 @@ def test_held_out_rows_without_a_supervised_token_are_refused(rows: tuple[Row, .
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_answers_are_the_likeliest_tokens_in_padded_batches_with_a_cache(checkpointing: bool) -> None:
+def test_answers_are_the_likeliest_tokens_in_padded_batches_with_a_cache(
+    checkpointing: bool,
+) -> None:
     """A model in training mode, under activation checkpointing, with use_cache off in its config, as the trainer has it."""
     engine, prompts = ToyEngine(checkpointing=checkpointing), prompts_of(9)
     seen: list[int] = []
-    engine.hf.get_base_model().model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    engine.hf.get_base_model().model.layers[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[1])
+    )
     answers = generated(engine, prompts, batch_size=len(prompts), stop_ids=(STOP,))
-    assert (seen[0], set(seen[1:])) == (max(map(len, prompts)), {1}), "after the prompt, one new token a pass"
+    assert (seen[0], set(seen[1:])) == (max(map(len, prompts)), {1}), (
+        "after the prompt, one new token a pass"
+    )
     assert len({len(prompt) for prompt in prompts}) > 3
     assert answers == [likeliest_without_cache(engine, prompt, 10) for prompt in prompts]
     assert answers == generated(engine, prompts, batch_size=2)
@@ -205,14 +252,18 @@ def test_an_answer_stops_at_any_stop_token_and_keeps_it() -> None:
     free = generated(engine, prompts, stop_ids=())
     assert [len(ids) for ids in free] == [10] * 6
     stops = (free[0][3], free[2][4])
-    expected = [ids[: next((i + 1 for i, token in enumerate(ids) if token in stops), 10)] for ids in free]
+    expected = [
+        ids[: next((i + 1 for i, token in enumerate(ids) if token in stops), 10)] for ids in free
+    ]
     assert len({len(ids) for ids in expected}) > 2
     assert generated(engine, prompts, stop_ids=stops) == expected
     passes: list[None] = []
     engine.hf.get_base_model().register_forward_hook(lambda *_: passes.append(None))
     assert generated(engine, prompts, stop_ids=stops, batch_size=1) == expected
     assert len(passes) == sum(map(len, expected)), "nothing is computed behind a stop token"
-    assert generated(engine, prompts, stop_ids=stops, pad_id=stops[0]) == expected, "a pad token that is a stop token"
+    assert generated(engine, prompts, stop_ids=stops, pad_id=stops[0]) == expected, (
+        "a pad token that is a stop token"
+    )
 
 
 def test_a_pad_token_in_an_answer_is_part_of_it() -> None:
@@ -226,7 +277,12 @@ def test_the_models_own_generation_settings_are_laid_aside_and_put_back() -> Non
     plain = generated(engine, prompts, stop_ids=())
     model = engine.hf.get_base_model()
     settings = GenerationConfig(
-        do_sample=True, temperature=5.0, repetition_penalty=9.0, no_repeat_ngram_size=1, eos_token_id=list(range(9)), max_length=2
+        do_sample=True,
+        temperature=5.0,
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        eos_token_id=list(range(9)),
+        max_length=2,
     )
     model.generation_config = settings
     before = settings.to_dict()
@@ -243,7 +299,9 @@ def test_the_models_own_generation_settings_are_laid_aside_and_put_back() -> Non
 def test_an_answer_ends_where_the_model_has_no_more_positions() -> None:
     long = [2 + index % 40 for index in range(POSITIONS - 3)]
     assert [len(ids) for ids in generated(ToyEngine(), [long], stop_ids=())] == [3]
-    _, answers = run_evaluation(ToyEngine(), toy_rows(1), template=NeverStops(), max_new_tokens=2 * POSITIONS)
+    _, answers = run_evaluation(
+        ToyEngine(), toy_rows(1), template=NeverStops(), max_new_tokens=2 * POSITIONS
+    )
     assert not answers[0].ended
     assert answers[0].tokens == POSITIONS - len(ToyTemplate().prompt_ids(toy_examples(1)[0]))
 
@@ -253,9 +311,16 @@ def test_loss_and_answers_are_computed_in_the_runs_precision() -> None:
     seen: list[tuple[bool, bool, torch.dtype]] = []
     layer = engine.hf.get_base_model().model.layers[0].self_attn.q_proj
     layer.register_forward_hook(
-        lambda _, __, out: seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), out.dtype))
+        lambda _, __, out: seen.append(
+            (torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), out.dtype)
+        )
     )
-    run_evaluation(engine, toy_rows(2), autocast=lambda: torch.autocast("cpu", torch.bfloat16), max_new_tokens=3)
+    run_evaluation(
+        engine,
+        toy_rows(2),
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+        max_new_tokens=3,
+    )
     assert len(seen) >= 4
     assert set(seen) == {(True, False, torch.bfloat16)}
     assert not torch.is_autocast_enabled("cpu")
@@ -269,20 +334,33 @@ def test_an_update_after_evaluation_and_generation_has_the_same_bits(four_bit: b
     """Before, amid and after each of three updates, with dropout and checkpointing; four_bit: bitsandbytes' own layers."""
     plain = train(ToyEngine(four_bit=four_bit), 3)
     engine = ToyEngine(four_bit=four_bit)
-    assert (type(engine.hf.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit") == four_bit
+    assert (
+        type(engine.hf.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__
+        == "Linear4bit"
+    ) == four_bit
     watched = train(engine, 3, between=lambda _: run_evaluation(engine, toy_rows(3)))
     assert torch.equal(plain, watched), (plain - watched).abs().max()
 
 
 @pytest.mark.parametrize("base", ["tiny_llama", "tiny_qwen2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_trainers_own_engine_template_and_tokenizer(base: str, precision: str, request: pytest.FixtureRequest) -> None:
+def test_the_trainers_own_engine_template_and_tokenizer(
+    base: str, precision: str, request: pytest.FixtureRequest
+) -> None:
     model = ModelConfig(id=str(request.getfixturevalue(base)))
     tokenizer = load_tokenizer(model)
-    question = Turn("user", "Is this a scam? The caller asks for the code that was sent to your phone.")
+    question = Turn(
+        "user", "Is this a scam? The caller asks for the code that was sent to your phone."
+    )
     examples = (
-        Example("a", (question, Turn("assistant", "Verdict: scam", "It asks for a code.")), label="scam"),
-        Example("b", (question, Turn("assistant", "Verdict: honest", "Nothing is asked for.")), label="honest"),
+        Example(
+            "a", (question, Turn("assistant", "Verdict: scam", "It asks for a code.")), label="scam"
+        ),
+        Example(
+            "b",
+            (question, Turn("assistant", "Verdict: honest", "Nothing is asked for.")),
+            label="honest",
+        ),
         Example("c", (question, Turn("assistant", "It is about a code.", "See above."))),
     )
     template = make_template(DataConfig(template="chat"), tokenizer, examples)
@@ -292,7 +370,15 @@ def test_the_trainers_own_engine_template_and_tokenizer(base: str, precision: st
 
     def fresh() -> PeftEngine:
         lora = LoraConfig(r=4, alpha=8, dropout=0.1)
-        return build_engine(model, lora, precision=precision, checkpointing=True, seed=0, device=CPU, first=nullcontext)
+        return build_engine(
+            model,
+            lora,
+            precision=precision,
+            checkpointing=True,
+            seed=0,
+            device=CPU,
+            first=nullcontext,
+        )
 
     def look(_: int) -> None:
         record, answers = run_evaluation(
@@ -351,7 +437,9 @@ def test_modes_and_flags_come_back_one_by_one() -> None:
 def test_random_numbers_drawn_in_evaluation_are_an_error() -> None:
     engine = ToyEngine()
     draws: list[float] = []
-    engine.hf.get_base_model().model.register_forward_pre_hook(lambda *_: draws.append(torch.rand(1).item()))
+    engine.hf.get_base_model().model.register_forward_pre_hook(
+        lambda *_: draws.append(torch.rand(1).item())
+    )
     with pytest.raises(AssertionError, match="drew random numbers"):
         row_losses(engine, toy_rows(1), batch_size=1, pad_id=PAD, device=CPU, autocast=nullcontext)
     with pytest.raises(AssertionError, match="drew random numbers"):
@@ -360,7 +448,10 @@ def test_random_numbers_drawn_in_evaluation_are_an_error() -> None:
 
 def test_rotary_tables_that_grew_with_a_held_out_row_are_put_back() -> None:
     """A "dynamic" table made for 40 tokens would change rows of 20, both being beyond the model's 16 positions."""
-    dynamic = {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+    dynamic = {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    }
     p = build_pass(toy_rows(9), packed=False, pad_id=PAD, device=CPU)
     assert max(p.lengths) > 16
     engine = ToyEngine(dropout=0.0, **dynamic)
@@ -398,7 +489,9 @@ def test_what_a_module_keeps_from_evaluation_can_be_trained_with() -> None:
 
 def test_layers_that_would_be_repacked_are_refused() -> None:
     engine = ToyEngine(four_bit=True)
-    engine.hf.get_base_model().model.layers[1].mlp.up_proj.base_layer.support_avx512bf16_for_cpu = True
+    engine.hf.get_base_model().model.layers[
+        1
+    ].mlp.up_proj.base_layer.support_avx512bf16_for_cpu = True
     with pytest.raises(AssertionError, match="would repack 1 4-bit layers"):
         run_evaluation(engine, toy_rows(1))
     with pytest.raises(AssertionError, match="would repack 1 4-bit layers"):

@@ -11,7 +11,13 @@ from glassloop.loop import launch
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
+    for name in (
+        "LOCAL_RANK",
+        "RANK",
+        "WORLD_SIZE",
+        "ACCELERATE_MIXED_PRECISION",
+        "ACCELERATE_USE_CPU",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -52,14 +58,18 @@ def test_bf16_on_a_card_without_it_names_fp16(monkeypatch: pytest.MonkeyPatch) -
         ("model.attention=flash_attention_2", "flash_attention_2 needs a CUDA device"),
     ],
 )
-def test_what_a_cpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, word: str, said: str) -> None:
+def test_what_a_cpu_cannot_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, word: str, said: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=said):
         launch.check_launch(parse(["r1_8b_scam", word]))
 
 
 @pytest.mark.parametrize("kind", launch.REFUSED_LAUNCHES)
-def test_launch_settings_that_hide_the_formula_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_launch_settings_that_hide_the_formula_are_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     class Asked:
         distributed_type = kind
 
@@ -77,9 +87,13 @@ def test_a_lone_process_may_be_given_a_backend(run_of) -> None:
     assert run.ranks == 1 and not torch.distributed.is_initialized()
 
 
-def test_segments_grow_on_a_gpu_unless_the_environment_says_how_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_grow_on_a_gpu_unless_the_environment_says_how_memory_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)  # fails where a newer torch has no such call
+    monkeypatch.setattr(
+        torch._C, "_accelerator_setAllocatorSettings", asked.append
+    )  # fails where a newer torch has no such call
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     launch.grow_segments()

@@ -18,7 +18,8 @@ from glassloop.predict.shapes import KNOWN
 from glassloop.predict.spend import pass_tokens_of
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
 )
 LLAMA_8B = {  # the 8B's config, as a model has it
     "model_type": "llama",
@@ -65,7 +66,10 @@ def test_what_the_ledger_does_not_know_is_measured_all_the_same(run_of, on_a_gpu
 
     monkeypatch.setattr(room, "ledger_of", unknown)
     (line,) = room.memory_lines(run, run.batches.heaviest())
-    assert line == "predicted / measured GiB: load unknown / 0.00, adapters unknown / 0.00, peak unknown / 3.00"
+    assert (
+        line
+        == "predicted / measured GiB: load unknown / 0.00, adapters unknown / 0.00, peak unknown / 3.00"
+    )
 
 
 def test_a_heavier_pass_is_predicted_to_take_more(run_of, on_a_gpu):
@@ -83,7 +87,9 @@ def test_what_would_fit_leaves_the_rows_of_an_update_alone(run_of):
     text = room.cures(run_of(execution={"precision": "fp32", "checkpointing": False}))
     assert "execution.checkpointing=true" in text
     assert "batch.size=1 batch.rows_per_update=8" in text
-    packed = room.cures(run_of(execution={"precision": "fp32", "checkpointing": True, "layout": "packed"}))
+    packed = room.cures(
+        run_of(execution={"precision": "fp32", "checkpointing": True, "layout": "packed"})
+    )
     assert "a smaller execution.pass_tokens" in packed
     assert "checkpointing" not in packed
 
@@ -98,7 +104,9 @@ def test_the_prediction_stands_on_the_tiers_that_the_run_has(run_of, on_a_gpu):
         run.tiers = {"kept": kept, "host": False, "held": 0}
         ledger = room.ledger_of_pass(run, rows)
         assert ledger is not None and ledger.engine == "fused"
-        assert any(term.what.startswith(f"kept whole by {kept} layers") for term in ledger.terms) == (kept > 0)
+        assert any(
+            term.what.startswith(f"kept whole by {kept} layers") for term in ledger.terms
+        ) == (kept > 0)
         peaks.append(ledger.peak_bytes)
     assert peaks == sorted(peaks) and peaks[0] < peaks[2]
     (line,) = room.memory_lines(run, run.batches.heaviest())
@@ -109,7 +117,9 @@ def test_the_prediction_stands_on_the_tiers_that_the_run_has(run_of, on_a_gpu):
 
 
 def packed_8b(**fields: object) -> Config:
-    execution = {"engine": "fused", "layout": "packed"} | {k: v for k, v in fields.items() if k != "profile"}
+    execution = {"engine": "fused", "layout": "packed"} | {
+        k: v for k, v in fields.items() if k != "profile"
+    }
     memory = {"profile": fields["profile"]} if "profile" in fields else {}
     return from_values({"execution": execution, "memory": memory})
 
@@ -118,10 +128,20 @@ def packed_8b(**fields: object) -> Config:
 def card_of(monkeypatch: pytest.MonkeyPatch):
     """A GPU with so many GiB free beside what is reserved; `others`: what other ranks answer."""
 
-    def make(free_gib: float, reserved_gib: float = 6.5, sharing: int = 1, others: tuple[int, ...] = ()):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * room.GIB), 0))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(reserved_gib * room.GIB))
-        monkeypatch.setattr(room, "gather_objects", lambda own: [own, *others] if isinstance(own, int) else [own] * sharing)
+    def make(
+        free_gib: float, reserved_gib: float = 6.5, sharing: int = 1, others: tuple[int, ...] = ()
+    ):
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda device: (int(free_gib * room.GIB), 0)
+        )
+        monkeypatch.setattr(
+            torch.cuda, "memory_reserved", lambda device: int(reserved_gib * room.GIB)
+        )
+        monkeypatch.setattr(
+            room,
+            "gather_objects",
+            lambda own: [own, *others] if isinstance(own, int) else [own] * sharing,
+        )
         return SimpleNamespace(type="cuda")
 
     return make
@@ -130,9 +150,15 @@ def card_of(monkeypatch: pytest.MonkeyPatch):
 def test_a_packed_pass_is_as_large_as_every_layer_can_keep(card_of):
     config = packed_8b()
     tokens = room.choose_pass_tokens(config, LLAMA_8B, card_of(16.0), {})
-    assert tokens == pass_tokens_of(KNOWN["random:llama-8b"], work_of(config), int(22.5 * room.GIB)) > 4096
+    assert (
+        tokens
+        == pass_tokens_of(KNOWN["random:llama-8b"], work_of(config), int(22.5 * room.GIB))
+        > 4096
+    )
     assert room.choose_pass_tokens(config, LLAMA_8B, card_of(70.0), {}) > 20_000
-    assert room.choose_pass_tokens(config, LLAMA_8B, card_of(2.0), {}) == config.data.max_tokens  # the longest row has to fit
+    assert (
+        room.choose_pass_tokens(config, LLAMA_8B, card_of(2.0), {}) == config.data.max_tokens
+    )  # the longest row has to fit
     assert room.choose_pass_tokens(packed_8b(profile=15.0), LLAMA_8B, card_of(70.0), {}) < tokens
 
 
@@ -148,7 +174,9 @@ def test_what_was_asked_or_chosen_before_stays(card_of):
     usual = 2 * 2048
     assert room.choose_pass_tokens(packed_8b(pass_tokens=3000), LLAMA_8B, card, {}) == 3000
     assert room.choose_pass_tokens(packed_8b(), LLAMA_8B, card, {"pass_tokens": 5120}) == 5120
-    assert room.choose_pass_tokens(packed_8b(), LLAMA_8B, card, {"updates": 60}) == usual  # begun before passes were chosen
+    assert (
+        room.choose_pass_tokens(packed_8b(), LLAMA_8B, card, {"updates": 60}) == usual
+    )  # begun before passes were chosen
     assert room.choose_pass_tokens(packed_8b(profile="min"), LLAMA_8B, card, {}) == usual
     assert room.choose_pass_tokens(packed_8b(engine="peft"), LLAMA_8B, card, {}) == usual
     assert room.choose_pass_tokens(packed_8b(layout="literal"), LLAMA_8B, card, {}) == usual
@@ -191,7 +219,10 @@ def test_a_run_that_goes_on_packs_as_it_began_and_so_does_its_replay(run_of, mon
     AcceleratorState._reset_state(True)
     again = build.build_run(parse(["--resume", str(run.folder), "schedule.updates=5"]))
     assert asked == [(64, "cpu", None), (64, "cpu", 130)]
-    assert again.batches.pass_tokens == 130 and [len(rank) for rank in again.batches.window(3).passes] == passes
+    assert (
+        again.batches.pass_tokens == 130
+        and [len(rank) for rank in again.batches.window(3).passes] == passes
+    )
     assert json.loads((run.folder / "plan.json").read_text())["pass_tokens"] == 130
     again.close_observers()
 
@@ -202,12 +233,16 @@ def test_a_checkpoint_of_the_reference_engine_goes_on_in_the_fused_one_and_back(
 
     from train_loop import update_once
 
-    run = run_of(execution={"precision": "fp32", "checkpointing": False}, model={"quantization": "nf4"})
+    run = run_of(
+        execution={"precision": "fp32", "checkpointing": False}, model={"quantization": "nf4"}
+    )
     losses = []
     for update, engine in ((1, "peft"), (2, "fused"), (3, "peft")):
         if update > 1:
             AcceleratorState._reset_state(True)
-            run = build.build_run(parse(["--resume", str(run.folder), f"execution.engine={engine}"]))
+            run = build.build_run(
+                parse(["--resume", str(run.folder), f"execution.engine={engine}"])
+            )
         assert (run.plain_engine.name, run.first_update) == (engine, update)
         outcome = update_once(run, update)
         assert outcome is not None and outcome.record.action == "applied"
@@ -215,9 +250,13 @@ def test_a_checkpoint_of_the_reference_engine_goes_on_in_the_fused_one_and_back(
         run.save(update)
         run.close_observers()
         losses.append(outcome.record.loss_nats)
-    alone = run_of(execution={"precision": "fp32", "checkpointing": False}, model={"quantization": "nf4"})
+    alone = run_of(
+        execution={"precision": "fp32", "checkpointing": False}, model={"quantization": "nf4"}
+    )
     wanted = [update_once(alone, update) for update in (1, 2, 3)]
-    assert losses == pytest.approx([one.record.loss_nats for one in wanted if one is not None], rel=1e-5)
+    assert losses == pytest.approx(
+        [one.record.loss_nats for one in wanted if one is not None], rel=1e-5
+    )
 
 
 def test_the_header_says_that_the_size_was_chosen():

@@ -23,8 +23,17 @@ def watchdog(folder: Path) -> Watchdog:
     return found
 
 
-def other(folder: Path, pid: int, doing: str = "computes pass 1 of 4", host: str | None = None) -> None:
-    told = {"rank": 1, "host": host or socket.gethostname(), "pid": pid, "update": 7, "doing": doing, "since": time.time() - 3}
+def other(
+    folder: Path, pid: int, doing: str = "computes pass 1 of 4", host: str | None = None
+) -> None:
+    told = {
+        "rank": 1,
+        "host": host or socket.gethostname(),
+        "pid": pid,
+        "update": 7,
+        "doing": doing,
+        "since": time.time() - 3,
+    }
     (folder / "ranks" / "rank1.json").write_text(json.dumps(told))
 
 
@@ -53,7 +62,9 @@ def test_a_rank_whose_process_is_gone_is_named_with_what_it_did_last(tmp_path, d
         ("saves a checkpoint", "shape mismatch", False),
     ],
 )
-def test_a_collective_that_failed_tells_where_all_were_and_another_error_is_left_alone(tmp_path, doing, error, told):
+def test_a_collective_that_failed_tells_where_all_were_and_another_error_is_left_alone(
+    tmp_path, doing, error, told
+):
     dog = watchdog(tmp_path)
     other(tmp_path, os.getpid())
     dog.does(7, doing)
@@ -65,7 +76,9 @@ def test_a_collective_that_failed_tells_where_all_were_and_another_error_is_left
 
 
 @pytest.mark.parametrize(("doing", "host"), [(ENDED, None), ("steps", "another-host")])
-def test_a_rank_that_ended_in_order_or_is_on_another_host_is_not_gone(tmp_path, dead_pid, doing, host):
+def test_a_rank_that_ended_in_order_or_is_on_another_host_is_not_gone(
+    tmp_path, dead_pid, doing, host
+):
     dog = watchdog(tmp_path)
     other(tmp_path, dead_pid, doing, host)
     assert not any(position.gone for position in dog.positions())

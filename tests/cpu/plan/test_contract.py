@@ -32,11 +32,16 @@ def test_an_update_as_planned_passes():
     CONTRACT.check_update(2, **counted())
 
 
-@pytest.mark.parametrize("change", [{"rows": 7}, {"supervised_tokens": 91}, {"real_tokens": 0}, {"lr": STEP.lr[1] * 2}])
+@pytest.mark.parametrize(
+    "change", [{"rows": 7}, {"supervised_tokens": 91}, {"real_tokens": 0}, {"lr": STEP.lr[1] * 2}]
+)
 def test_each_number_of_an_update_is_compared_and_both_are_named(change):
     (name, value), *_ = change.items()
     planned = counted()[name]
-    with pytest.raises(ContractBroken, match=rf"update 2: planned {planned!r} {name.replace('_', ' ')}, counted {value!r};"):
+    with pytest.raises(
+        ContractBroken,
+        match=rf"update 2: planned {planned!r} {name.replace('_', ' ')}, counted {value!r};",
+    ):
         CONTRACT.check_update(2, **counted(**change))
 
 
@@ -50,10 +55,16 @@ def test_each_fact_is_compared_and_both_values_are_named(name):
 def test_plan_json_has_every_line_and_other_rows_are_refused():
     plan = CONTRACT.as_dict()
     assert plan["schema"] == SCHEMA
-    assert plan["by_update"] == {"rows": [8, 8, 5], "supervised_tokens": [100, 90, 40], "real_tokens": [300, 290, 140]}
+    assert plan["by_update"] == {
+        "rows": [8, 8, 5],
+        "supervised_tokens": [100, 90, 40],
+        "real_tokens": [300, 290, 140],
+    }
     assert plan["contract"] == FACTS
     assert plan["lr"] == STEP.lr
     check_same_rows(plan, "abc", "plan.json")
-    check_same_rows({"schema": 1}, "abc", "plan.json")  # of an older glassloop, which kept no digest
+    check_same_rows(
+        {"schema": 1}, "abc", "plan.json"
+    )  # of an older glassloop, which kept no digest
     with pytest.raises(ValueError, match="has abc, now they are def"):
         check_same_rows(plan, "def", "plan.json")

@@ -23,15 +23,23 @@ def test_the_recipe_makes_38_windows_and_1_58_epochs():
 
 def test_the_recipes_learning_rate_follows_the_formula_and_is_never_zero():
     U, W = 60, 5
-    lr = [lr_at(u, updates=U, warmup=W, peak=2e-4, kind="linear", first="peak_over_warmup") for u in range(1, U + 1)]
-    assert lr == pytest.approx([2e-4 * min(u / W, (U - u + 1) / (U - W + 1)) for u in range(1, U + 1)], rel=1e-12)
+    lr = [
+        lr_at(u, updates=U, warmup=W, peak=2e-4, kind="linear", first="peak_over_warmup")
+        for u in range(1, U + 1)
+    ]
+    assert lr == pytest.approx(
+        [2e-4 * min(u / W, (U - u + 1) / (U - W + 1)) for u in range(1, U + 1)], rel=1e-12
+    )
     assert max(lr) == lr[W - 1] == 2e-4
     assert min(lr) > 0
 
 
 def test_first_zero_is_the_trainers_schedule():
     U, W = 60, 5
-    lr = [lr_at(u, updates=U, warmup=W, peak=2e-4, kind="linear", first="zero") for u in range(1, U + 1)]
+    lr = [
+        lr_at(u, updates=U, warmup=W, peak=2e-4, kind="linear", first="zero")
+        for u in range(1, U + 1)
+    ]
     trainer = [2e-4 * (s / W if s < W else (U - s) / (U - W)) for s in range(U)]
     assert lr == pytest.approx(trainer, rel=1e-12)
     assert lr[0] == 0
@@ -42,7 +50,10 @@ def test_first_zero_is_the_trainers_schedule():
 def test_every_schedule_peaks_once_and_stays_positive(kind, updates, warmup):
     if warmup > updates:
         return
-    lr = [lr_at(u, updates=updates, warmup=warmup, peak=1.0, kind=kind, first="peak_over_warmup") for u in range(1, updates + 1)]
+    lr = [
+        lr_at(u, updates=updates, warmup=warmup, peak=1.0, kind=kind, first="peak_over_warmup")
+        for u in range(1, updates + 1)
+    ]
     assert all(0 < value <= 1 for value in lr)
     rising = lr[: max(warmup, 1)]
     assert rising == sorted(rising)
@@ -102,13 +113,20 @@ def test_a_warmup_longer_than_the_run_is_refused():
     layout=st.sampled_from(["literal", "packed"]),
     seed=st.integers(0, 3),
 )
-def test_the_plan_equals_a_count_of_the_rows_that_every_rank_gets(rows, size, ranks, accumulation, tail, updates, layout, seed):
+def test_the_plan_equals_a_count_of_the_rows_that_every_rank_gets(
+    rows, size, ranks, accumulation, tail, updates, layout, seed
+):
     """Row by row, rank by rank, pass by pass: what the plan says of windows, totals and repeats is what the batches hold."""
     if tail == "drop" and rows < size * ranks * accumulation:
         return
     shape = RECIPE | {"tail": tail, "warmup": 0}
-    plan = make_plan(rows=rows, size=size, ranks=ranks, accumulation=accumulation, updates=updates, **shape)
-    made = tuple(Row(f"row:{i}", tuple(range(2 + i % 7)), (False,) + (True,) * (1 + i % 7)) for i in range(rows))
+    plan = make_plan(
+        rows=rows, size=size, ranks=ranks, accumulation=accumulation, updates=updates, **shape
+    )
+    made = tuple(
+        Row(f"row:{i}", tuple(range(2 + i % 7)), (False,) + (True,) * (1 + i % 7))
+        for i in range(rows)
+    )
     batches = Batches(rows=made, plan=plan, seed=seed, layout=layout, pass_tokens=40)
     seen: Counter[int] = Counter()
     of_epoch: dict[int, Counter[int]] = {}

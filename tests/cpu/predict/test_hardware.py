@@ -24,14 +24,27 @@ def test_a_card_is_found_by_the_name_that_torch_gives(name, key):
 
 
 @pytest.mark.parametrize(
-    "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100", "A100", "NVIDIA B200", "cpu", ""]
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H100",
+        "A100",
+        "NVIDIA B200",
+        "cpu",
+        "",
+    ],
 )
 def test_a_name_that_is_not_in_the_table_is_no_other_card(name):
     assert gpu_named(name) is None
 
 
 def test_names_are_unique_and_numbers_are_sane():
-    names = [name.lower() for gpu in GPUS for name in {gpu.key.lower(), *(known.lower() for known in gpu.names)}]
+    names = [
+        name.lower()
+        for gpu in GPUS
+        for name in {gpu.key.lower(), *(known.lower() for known in gpu.names)}
+    ]
     assert len(names) == len(set(names))
     for gpu in GPUS:
         assert 10 < gpu.usable_gib < 200 and 0.2 < gpu.bandwidth_tbs < 10

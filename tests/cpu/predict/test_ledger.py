@@ -38,18 +38,33 @@ FIXED = (
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "stored"])
-@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "bf16"), ("none", "bf16"), ("nf4", "fp32")])
-def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engine_of, quantization, precision, checkpointing):
+@pytest.mark.parametrize(
+    ("quantization", "precision"), [("nf4", "bf16"), ("none", "bf16"), ("nf4", "fp32")]
+)
+def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(
+    wide_llama, engine_of, quantization, precision, checkpointing
+):
     engine = engine_of(
-        wide_llama, lora=LoraConfig(r=16), precision=precision, checkpointing=checkpointing, quantization=quantization
+        wide_llama,
+        lora=LoraConfig(r=16),
+        precision=precision,
+        checkpointing=checkpointing,
+        quantization=quantization,
     )
     adapters = FlatAdapters(engine.hf.named_parameters())
     shapes, _ = shapes_of(str(wide_llama))
     assert shapes is not None
     # logits in two chunks, and in one; few places, where a dequantised weight is above all else
-    for rows, tokens, supervised, tolerance in ((2, 512, 511, 0.03), (1, 256, 40, 0.03), (1, 96, 8, 0.07)):
+    for rows, tokens, supervised, tolerance in (
+        (2, 512, 511, 0.03),
+        (1, 256, 40, 0.03),
+        (1, 96, 8, 0.07),
+    ):
         mask = [False] * (tokens - supervised) + [True] * supervised
-        batch = [Row(f"row:{i}", tuple((7 * place + i) % 4000 for place in range(tokens)), tuple(mask)) for i in range(rows)]
+        batch = [
+            Row(f"row:{i}", tuple((7 * place + i) % 4000 for place in range(tokens)), tuple(mask))
+            for i in range(rows)
+        ]
         p = build_pass(batch, packed=False, pad_id=0, device=torch.device("cpu"))
         peaks(engine, adapters, p, autocast=precision == "bf16")  # the first pass makes what stays
         found = peaks(engine, adapters, p, autocast=precision == "bf16")
@@ -101,7 +116,9 @@ def test_parameters_are_those_of_the_built_model(wide_llama, engine_of):
         engine = engine_of(wide_llama, lora=LoraConfig(r=r, targets=targets))
         trained = FlatAdapters(engine.hf.named_parameters()).trainable
         assert shapes.lora_weights(r, targets) == trained
-        assert shapes.weights == sum(p.numel() for p in engine.hf.parameters() if not p.requires_grad)
+        assert shapes.weights == sum(
+            p.numel() for p in engine.hf.parameters() if not p.requires_grad
+        )
 
 
 def test_the_known_architectures_have_the_recipes_numbers():
@@ -124,13 +141,19 @@ def test_an_unknown_architecture_is_not_taken_for_a_known_one(tmp_path):
 
 
 def test_an_engine_without_a_profile_is_refused():
-    with pytest.raises(ValueError, match=r"execution.engine = unsloth: no memory profile; there is one for peft, fused"):
+    with pytest.raises(
+        ValueError,
+        match=r"execution.engine = unsloth: no memory profile; there is one for peft, fused",
+    ):
         ledger_of(R1, FULL, engine="unsloth")
 
 
 def test_every_term_has_a_phase_and_the_peak_is_the_largest():
     ledger = ledger_of(R1, FULL)
-    assert all(term.phases and set(term.phases) <= set(PHASES) and term.size_bytes > 0 for term in ledger.terms)
+    assert all(
+        term.phases and set(term.phases) <= set(PHASES) and term.size_bytes > 0
+        for term in ledger.terms
+    )
     phases = ledger.phases
     assert list(phases) == [*PHASES, "peak"]
     assert phases["peak"] == max(phases[phase] for phase in PHASES)
@@ -167,7 +190,9 @@ def test_a_card_that_is_too_small_is_told_which_fields_fit():
     assert one.cure == "execution.checkpointing=true" and one.cure_gib < one.has_gib
     recomputed = verdict(card, R1, FULL, ranks=2, rows_per_update=16)
     assert recomputed.fits and recomputed.cure is None
-    assert recomputed.faster == "execution.checkpointing=false batch.size=1 batch.rows_per_update=16"
+    assert (
+        recomputed.faster == "execution.checkpointing=false batch.size=1 batch.rows_per_update=16"
+    )
     tiny = verdict(card, R1, FULL, ranks=2, rows_per_update=16, free_gib=4.0)
     assert not tiny.fits and tiny.cure is None
     assert "fp16" in verdict(gpu_named("T4"), R1, FULL, ranks=1, rows_per_update=16).note
@@ -180,7 +205,9 @@ def test_a_card_that_is_too_small_is_told_which_fields_fit():
     checkpointing=st.booleans(),
     quantization=st.sampled_from(["nf4", "none"]),
 )
-def test_smaller_settings_keep_the_rows_of_an_update(rows, ranks, accumulation, checkpointing, quantization):
+def test_smaller_settings_keep_the_rows_of_an_update(
+    rows, ranks, accumulation, checkpointing, quantization
+):
     per_update = rows * ranks * accumulation
     work = replace(FULL, rows=rows, checkpointing=checkpointing, quantization=quantization)
     for fields, smaller in smaller_settings(work, ranks=ranks, rows_per_update=per_update):
@@ -190,7 +217,9 @@ def test_smaller_settings_keep_the_rows_of_an_update(rows, ranks, accumulation, 
             assert f"batch.size={smaller.rows} batch.rows_per_update={per_update}" in fields
 
 
-def test_the_benchmark_measures_every_cell_and_does_not_count_calibration(wide_llama, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_measures_every_cell_and_does_not_count_calibration(
+    wide_llama, tmp_path, monkeypatch, capsys
+):
     path = Path(__file__).resolve().parents[3] / "benchmarks" / "memory.py"
     spec = importlib.util.spec_from_file_location("benchmark_memory", path)
     memory = importlib.util.module_from_spec(spec)
@@ -198,24 +227,44 @@ def test_the_benchmark_measures_every_cell_and_does_not_count_calibration(wide_l
     spec.loader.exec_module(memory)
     assert len(memory.MATRIX) == 24
     assert memory.Cell(2048, 2, True, 16) in memory.CALIBRATION
-    cells = (memory.Cell(32, 1, True, 8), memory.Cell(32, 2, False, 16), memory.Cell(16, 1, True, 16))
+    cells = (
+        memory.Cell(32, 1, True, 8),
+        memory.Cell(32, 2, False, 16),
+        memory.Cell(16, 1, True, 16),
+    )
     monkeypatch.setattr(memory, "MATRIX", cells)
     monkeypatch.setattr(memory, "CALIBRATION", cells[:1])
     recomputed, measure = [], memory.one_update
 
     def watched(engine, adapters, *rest):
-        recomputed.append(any(getattr(module, "gradient_checkpointing", False) for module in engine.hf.modules()))
-        needs_grad = engine.hf.get_input_embeddings()._forward_hooks  # PEFT's, which make the embeddings' output require grad
-        return measure(engine, adapters, *rest) | {"peak": GIB * adapters.trainable} | ({"peak": None} if needs_grad else {})
+        recomputed.append(
+            any(getattr(module, "gradient_checkpointing", False) for module in engine.hf.modules())
+        )
+        needs_grad = (
+            engine.hf.get_input_embeddings()._forward_hooks
+        )  # PEFT's, which make the embeddings' output require grad
+        return (
+            measure(engine, adapters, *rest)
+            | {"peak": GIB * adapters.trainable}
+            | ({"peak": None} if needs_grad else {})
+        )
 
     monkeypatch.setattr(memory, "one_update", watched)
     out = tmp_path / "memory.jsonl"
-    code = memory.main(["--out", str(out), "--commit", "abc", f"model.id={wide_llama}", "model.quantization=none"])
+    code = memory.main(
+        ["--out", str(out), "--commit", "abc", f"model.id={wide_llama}", "model.quantization=none"]
+    )
     machine, *found, summary = [json.loads(line) for line in out.read_text().splitlines()]
-    assert (machine["kind"], machine["commit"], machine["shapes"]["hidden"]) == ("machine", "abc", 256)
+    assert (machine["kind"], machine["commit"], machine["shapes"]["hidden"]) == (
+        "machine",
+        "abc",
+        256,
+    )
     assert recomputed == [True, True, False, False, True, True]
     assert [line["calibrates"] for line in found] == [True, False, False]
     shapes = Shapes("wide", 4, 256, 896, 8, 2, 32, 4096)
-    assert [line["measured_gib"]["peak"] for line in found] == [shapes.lora_weights(cell.r, PROJECTIONS) for cell in cells]
+    assert [line["measured_gib"]["peak"] for line in found] == [
+        shapes.lora_weights(cell.r, PROJECTIONS) for cell in cells
+    ]
     assert summary["cells_that_count"] == 2
     assert summary["within_mark"] is False and code == 1  # the planted peak is nowhere near

@@ -27,7 +27,8 @@ from glassloop.predict.spend import pass_tokens_of, resident_bytes, with_tiers
 from glassloop.predict.tiers import Tiers, sizes_of
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build for this system"
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
 )
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 WORK = Work(rows=2, tokens=2048, r=16, targets=PROJECTIONS)
@@ -59,7 +60,9 @@ def row_of(tokens: int, supervised: int, name: str) -> Row:
 
 
 @needs_triton
-@pytest.mark.parametrize("targets", [PROJECTIONS, ("q_proj", "v_proj"), ("o_proj", "up_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "targets", [PROJECTIONS, ("q_proj", "v_proj"), ("o_proj", "up_proj", "down_proj")]
+)
 @pytest.mark.parametrize("r", [4, 16, 24])
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2"])
 def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, targets, r):
@@ -69,13 +72,23 @@ def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, 
     assert shapes is not None
     one, layer = sizes_of(shapes, r, targets, element=4), engine.layers[0]
     assert layer.sizes == one
-    assert predicted.shadow_bytes(one) == sum(linear.a.nbytes + linear.b.nbytes for linear in layer.linears)
+    assert predicted.shadow_bytes(one) == sum(
+        linear.a.nbytes + linear.b.nbytes for linear in layer.linears
+    )
     adapters = FlatAdapters(engine.hf.named_parameters())
-    loss_sum, _ = engine(build_pass([row_of(9, 4, "r")], packed=False, pad_id=0, device=torch.device("cpu")))
+    loss_sum, _ = engine(
+        build_pass([row_of(9, 4, "r")], packed=False, pad_id=0, device=torch.device("cpu"))
+    )
     loss_sum.backward()
     assert adapters.grad.any()
-    assert predicted.scratch_bytes(one) == sum(matrix.nbytes for matrix in engine.scratch.matrices.values())
-    made = {shape: sum(t.nbytes for t in pair) for shape, pair in engine.scratch.sums.items() if shape[0]}
+    assert predicted.scratch_bytes(one) == sum(
+        matrix.nbytes for matrix in engine.scratch.matrices.values()
+    )
+    made = {
+        shape: sum(t.nbytes for t in pair)
+        for shape, pair in engine.scratch.sums.items()
+        if shape[0]
+    }
     assert predicted.product_bytes(one) == sum(made.values())
 
 
@@ -83,9 +96,13 @@ def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, 
 
 
 @needs_triton
-@pytest.mark.parametrize("chosen", [Tiers(4, False), Tiers(2, False), Tiers(0, False), Tiers(4, False, 4)], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [Tiers(4, False), Tiers(2, False), Tiers(0, False), Tiers(4, False, 4)], ids=str
+)
 def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engine_of, chosen):
-    engine = fused_of(engine_of(wide_llama, lora=LoraConfig(r=16), precision="bf16", quantization="nf4"))
+    engine = fused_of(
+        engine_of(wide_llama, lora=LoraConfig(r=16), precision="bf16", quantization="nf4")
+    )
     engine.use_tiers(chosen)
     adapters = FlatAdapters(engine.hf.named_parameters())
     shapes, _ = shapes_of(str(wide_llama))
@@ -101,17 +118,28 @@ def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engin
             moving = sum(
                 term.size_bytes
                 for term in terms
-                if phase in term.phases and not term.what.startswith((*BETWEEN_PASSES, "ids, targets"))
+                if phase in term.phases
+                and not term.what.startswith((*BETWEEN_PASSES, "ids, targets"))
             )
-            room = 1.01 if phase == "forward" else 1.2  # the engine's own choice leaves some room in the head and in backward
-            assert 0.99 * measured <= moving <= room * measured, (phase, rows, tokens, moving / measured)
+            room = (
+                1.01 if phase == "forward" else 1.2
+            )  # the engine's own choice leaves some room in the head and in backward
+            assert 0.99 * measured <= moving <= room * measured, (
+                phase,
+                rows,
+                tokens,
+                moving / measured,
+            )
 
 
 def test_the_peaks_that_an_h100_measured_are_predicted():
     """8B shapes, drawn weights, r = 16, 80 % supervised. The process held 1.94 GiB beside: eleven copies of the flat buffer, of one layer the NF4
     weights twice and once a dequantised one; and the embedding had not yet learned to wait on the host."""
     held = (
-        11 * 4 * 41_943_040 + 2 * 4096 * 14352 + 0.5159 * 218_103_808 + predicted.shadow_bytes(sizes_of(R1, 16, PROJECTIONS, 2))
+        11 * 4 * 41_943_040
+        + 2 * 4096 * 14352
+        + 0.5159 * 218_103_808
+        + predicted.shadow_bytes(sizes_of(R1, 16, PROJECTIONS, 2))
     ) / GIB
     assert held == pytest.approx(1.94, abs=0.01)
     embedding = R1.embedding_weights * 2 / GIB
@@ -125,7 +153,9 @@ def test_the_peaks_that_an_h100_measured_are_predicted():
     )
     for rows, tokens, supervised, chosen, gib in measured:
         work = replace(WORK, rows=rows, tokens=tokens, supervised_tokens=supervised, tiers=chosen)
-        assert ledger_of(R1, work, "fused").peak_bytes / GIB == pytest.approx(gib - held, rel=0.02), (rows, tokens, chosen)
+        assert ledger_of(R1, work, "fused").peak_bytes / GIB == pytest.approx(
+            gib - held, rel=0.02
+        ), (rows, tokens, chosen)
 
 
 def test_the_readme_says_what_is_predicted():
@@ -133,9 +163,20 @@ def test_the_readme_says_what_is_predicted():
     text = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| an update | layers kept |") :].split("\n\n")[0].splitlines()[2:]
     said = [float(line.split("|")[-2]) for line in table]
-    cells = [(2, 2048, 3276, 32), (2, 2048, 3276, 0), (1, 16384, 13104, 32), (1, 6787, 5430, 32), (1, 6787, 5430, 0)]
-    works = [replace(WORK, rows=b, tokens=t, supervised_tokens=s, tiers=Tiers(k, False)) for b, t, s, k in cells]
-    assert said == [pytest.approx(ledger_of(R1, work, "fused").peak_bytes / GIB, abs=0.06) for work in works]
+    cells = [
+        (2, 2048, 3276, 32),
+        (2, 2048, 3276, 0),
+        (1, 16384, 13104, 32),
+        (1, 6787, 5430, 32),
+        (1, 6787, 5430, 0),
+    ]
+    works = [
+        replace(WORK, rows=b, tokens=t, supervised_tokens=s, tiers=Tiers(k, False))
+        for b, t, s, k in cells
+    ]
+    assert said == [
+        pytest.approx(ledger_of(R1, work, "fused").peak_bytes / GIB, abs=0.06) for work in works
+    ]
 
 
 @given(tokens=st.integers(1, 20_000), kept=st.integers(0, 31), r=st.sampled_from([8, 16, 32]))
@@ -155,29 +196,57 @@ def test_more_work_never_needs_less(tokens, kept, r):
 def test_what_is_chosen_for_a_card_fits_it(card, ranks):
     gpu = gpu_named(card)
     assert gpu is not None
-    for work in (WORK, replace(WORK, rows=8), replace(WORK, rows=1, packed=True, between=(2048, 16384))):
+    for work in (
+        WORK,
+        replace(WORK, rows=8),
+        replace(WORK, rows=1, packed=True, between=(2048, 16384)),
+    ):
         one = verdict(gpu, R1, work, ranks=ranks, rows_per_update=16, engine="fused")
         assert one.fits and one.needed_gib <= one.has_gib
         assert one.tiers.startswith(f"{one.kept} of 32 layers kept")
-        least = verdict(gpu, R1, replace(work, profile="min"), ranks=ranks, rows_per_update=16, engine="fused")
+        least = verdict(
+            gpu, R1, replace(work, profile="min"), ranks=ranks, rows_per_update=16, engine="fused"
+        )
         assert least.needed_gib < 0.75 * one.needed_gib
-        much = verdict(gpu, R1, replace(work, profile=900.0), ranks=ranks, rows_per_update=16, engine="fused")
+        much = verdict(
+            gpu, R1, replace(work, profile=900.0), ranks=ranks, rows_per_update=16, engine="fused"
+        )
         assert (much.kept, much.faster) == (one.kept, None)  # fill would keep no more
-        assert (least.kept, least.faster) == (1, f"memory.profile=fill, {one.kept} of 32 layers kept")
+        assert (least.kept, least.faster) == (
+            1,
+            f"memory.profile=fill, {one.kept} of 32 layers kept",
+        )
 
 
 def test_on_24_gb_full_rows_keep_every_layer_and_a_small_budget_keeps_few():
     gpu = gpu_named("4090")
     assert gpu is not None
     assert verdict(gpu, R1, WORK, ranks=2, rows_per_update=16, engine="fused").kept == 32
-    tight = verdict(gpu, R1, replace(WORK, profile=12.0), ranks=2, rows_per_update=16, engine="fused")
+    tight = verdict(
+        gpu, R1, replace(WORK, profile=12.0), ranks=2, rows_per_update=16, engine="fused"
+    )
     assert 5 < (tight.kept or 0) < 15
     assert tight.needed_gib < 12.8
     none = verdict(gpu, R1, WORK, ranks=2, rows_per_update=16, free_gib=4.0, engine="fused")
     assert not none.fits and none.cure is None
-    wide = verdict(gpu, R1, replace(WORK, rows=16, host_gib=0.0), ranks=1, rows_per_update=16, free_gib=12.0, engine="fused")
+    wide = verdict(
+        gpu,
+        R1,
+        replace(WORK, rows=16, host_gib=0.0),
+        ranks=1,
+        rows_per_update=16,
+        free_gib=12.0,
+        engine="fused",
+    )
     assert not wide.fits and wide.cure is not None and "batch.rows_per_update=16" in wide.cure
-    stored = verdict(gpu, R1, replace(WORK, rows=4, checkpointing=False), ranks=1, rows_per_update=16, engine="fused")
+    stored = verdict(
+        gpu,
+        R1,
+        replace(WORK, rows=4, checkpointing=False),
+        ranks=1,
+        rows_per_update=16,
+        engine="fused",
+    )
     assert not stored.fits and stored.cure == "execution.checkpointing=true"
 
 
@@ -216,7 +285,10 @@ def test_groups_of_one_shape_share_a_scratch_matrix_but_no_gradients():
     """Where the MLP is as wide as the model, o_proj and down_proj have one shape."""
     one = sizes_of(replace(R1, intermediate=4096), 16, PROJECTIONS, element=2)
     assert one.o == one.down
-    apart = [predicted.scratch_bytes(replace(one, down=group)) for group in (one.down, predicted.Group(4096, 4096, 32))]
+    apart = [
+        predicted.scratch_bytes(replace(one, down=group))
+        for group in (one.down, predicted.Group(4096, 4096, 32))
+    ]
     assert apart[1] - apart[0] == 2 * 4128 * 4128
     more = replace(one, down=predicted.Group(4096, 4096, 32))
     assert predicted.product_bytes(more) - predicted.product_bytes(one) == 4 * (32 - 16) * 8192
@@ -227,7 +299,9 @@ def test_groups_of_one_shape_share_a_scratch_matrix_but_no_gradients():
 def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, wide_llama, host):
     """And attention with o_proj, where the host has what they came to."""
     targets = ("o_proj",)  # a group of one member: nothing of the folded product is zeros
-    engine = fused_of(engine_of(wide_llama, quantization="nf4", lora=LoraConfig(r=16, targets=targets)))
+    engine = fused_of(
+        engine_of(wide_llama, quantization="nf4", lora=LoraConfig(r=16, targets=targets))
+    )
     FlatAdapters(engine.hf.named_parameters())
     shapes, _ = shapes_of(str(wide_llama))
     assert shapes is not None
@@ -240,7 +314,18 @@ def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, 
         return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
     for kept in (0, 3):
-        counted = flops_of(shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=kept, host=host)
-        attention = 0 if host else shapes.layers * 2 * 2 * (64 * 65 // 2) * shapes.q_width * (4 - kept) / 4
-        assert products(kept) - products(4) == pytest.approx(counted.recompute - attention, rel=1e-6), kept
-    assert flops_of(shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=4, host=host).recompute == 0
+        counted = flops_of(
+            shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=kept, host=host
+        )
+        attention = (
+            0 if host else shapes.layers * 2 * 2 * (64 * 65 // 2) * shapes.q_width * (4 - kept) / 4
+        )
+        assert products(kept) - products(4) == pytest.approx(
+            counted.recompute - attention, rel=1e-6
+        ), kept
+    assert (
+        flops_of(
+            shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=4, host=host
+        ).recompute
+        == 0
+    )

@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 
 from glassloop.record import observers
-from glassloop.record.observers import JsonlObserver, RunInfo, SampleRecord, next_attempt, read_jsonl, write_json, write_text
+from glassloop.record.observers import (
+    JsonlObserver,
+    RunInfo,
+    SampleRecord,
+    next_attempt,
+    read_jsonl,
+    write_json,
+    write_text,
+)
 from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +43,15 @@ def update_record(update: int = 1, **changes: Any) -> UpdateRecord:
 
 
 def row_record(update: int = 1, rank: int = 0, row_id: str = ID, **changes: Any) -> RowRecord:
-    base = RowRecord(update, rank, row_id=row_id, micro_batch=0, loss_sum_nats=3.5, supervised_tokens=5, real_tokens=9)
+    base = RowRecord(
+        update,
+        rank,
+        row_id=row_id,
+        micro_batch=0,
+        loss_sum_nats=3.5,
+        supervised_tokens=5,
+        real_tokens=9,
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -49,7 +65,9 @@ def probe_record() -> ProbeRecord:
 
 
 def sample(**changes: Any) -> SampleRecord:
-    base = SampleRecord(update=1, row_id=ID, base=False, prompt=TEXT, expected=TEXT, answer="scam", answer_tokens=2)
+    base = SampleRecord(
+        update=1, row_id=ID, base=False, prompt=TEXT, expected=TEXT, answer="scam", answer_tokens=2
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -57,7 +75,9 @@ def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def test_a_line_is_in_its_file_when_the_call_returns_and_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_is_in_its_file_when_the_call_returns_and_is_one_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writes: list[bytes] = []
     write = os.write
 
@@ -70,11 +90,17 @@ def test_a_line_is_in_its_file_when_the_call_returns_and_is_one_write(tmp_path: 
     observer.on_start(RunInfo(str(tmp_path), updates=60, ranks=2))
     observer.on_update(update_record(), (row_record(), row_record(rank=1, row_id="train:18")))
     observer.on_probe(probe_record())
-    observer.on_evaluation(EvaluationRecord(update=1, loss_nats=2.0, rows=4, supervised_tokens=50, scores={}))
+    observer.on_evaluation(
+        EvaluationRecord(update=1, loss_nats=2.0, rows=4, supervised_tokens=50, scores={})
+    )
     observer.on_event(Event(1, "warning", "look"))
     observer.on_sample(sample())
-    lengths = {name: len(read_jsonl(tmp_path / name)) for name in os.listdir(tmp_path)}  # nothing is closed yet
-    once = dict.fromkeys(("metrics.jsonl", "probes.jsonl", "evaluations.jsonl", "events.jsonl", "samples.jsonl"), 1)
+    lengths = {
+        name: len(read_jsonl(tmp_path / name)) for name in os.listdir(tmp_path)
+    }  # nothing is closed yet
+    once = dict.fromkeys(
+        ("metrics.jsonl", "probes.jsonl", "evaluations.jsonl", "events.jsonl", "samples.jsonl"), 1
+    )
     assert lengths == once | {"rows.jsonl": 2}
     assert len(writes) == 6
     assert all(data.endswith(b"}\n") for data in writes)
@@ -110,12 +136,16 @@ def test_a_torn_last_line_is_left_out_and_mended_wherever_it_was_cut(tmp_path: P
     first = whole.index(b"\n") + 1
     for cut in range(first, len(whole) + 1):
         path.write_bytes(whole[:cut])
-        stands = 2 if cut >= len(whole) - 1 else 1  # without its line break the second line is whole all the same
+        stands = (
+            2 if cut >= len(whole) - 1 else 1
+        )  # without its line break the second line is whole all the same
         assert len(read_jsonl(path)) == stands
         again = JsonlObserver(tmp_path)
         again.on_update(update_record(3), ())
         again.close()
-        assert [line["update"] for line in read_jsonl(path)] == ([1, 2, 3] if stands == 2 else [1, 3])
+        assert [line["update"] for line in read_jsonl(path)] == (
+            [1, 2, 3] if stands == 2 else [1, 3]
+        )
         assert path.read_bytes().endswith(b"}\n")
 
 
@@ -133,7 +163,9 @@ def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
         read_jsonl(path)
 
 
-@pytest.mark.parametrize("text", ["a\u2028b\x85c", "🦙｜\0\x1b[2J", "lone \ud800 surrogate", 'quote " \\ \r\n'])
+@pytest.mark.parametrize(
+    "text", ["a\u2028b\x85c", "🦙｜\0\x1b[2J", "lone \ud800 surrogate", 'quote " \\ \r\n']
+)
 def test_any_text_comes_back_and_stays_on_its_line(tmp_path: Path, text: str) -> None:
     observer = JsonlObserver(tmp_path, "full", lambda row_id: text)
     observer.on_update(update_record(), (row_record(), row_record(row_id="train:18")))
@@ -154,24 +186,34 @@ def test_resumed_at_40_of_55_keeps_every_value_and_counts_attempts(tmp_path: Pat
         observer.close()
     kept = [(line["update"], line["attempt"]) for line in read_jsonl(tmp_path / "metrics.jsonl")]
     assert len(kept) == len(set(kept)) == 55 + 10 + 20
-    assert [(line["update"], line["attempt"]) for line in read_jsonl(tmp_path / "rows.jsonl")] == kept
+    assert [
+        (line["update"], line["attempt"]) for line in read_jsonl(tmp_path / "rows.jsonl")
+    ] == kept
     assert [next_attempt(tmp_path, u) for u in (40, 41, 51, 56, 61)] == [2, 4, 3, 2, 1]
 
 
 def test_an_update_whose_rows_alone_were_written_gets_a_new_attempt(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"update": 7, "attempt": 1}\n')
     assert next_attempt(tmp_path, 7) == 2
-    (tmp_path / "metrics.jsonl").write_text('{"update": 7, "attempt": 2}\n')  # the second start kept no rows
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"update": 7, "attempt": 2}\n'
+    )  # the second start kept no rows
     assert next_attempt(tmp_path, 7) == 3
     assert next_attempt(tmp_path / "none", 7) == 1
 
 
 def test_an_evaluation_counts_its_own_attempts(tmp_path: Path) -> None:
     observer = JsonlObserver(tmp_path)
-    observer.on_evaluation(EvaluationRecord(update=20, loss_nats=2.0, rows=4, supervised_tokens=50, scores={}))
+    observer.on_evaluation(
+        EvaluationRecord(update=20, loss_nats=2.0, rows=4, supervised_tokens=50, scores={})
+    )
     observer.close()
     again = JsonlObserver(tmp_path)
-    assert (again.evaluation_attempt(20), again.evaluation_attempt(40), again.attempt(20)) == (2, 1, 1)
+    assert (again.evaluation_attempt(20), again.evaluation_attempt(40), again.attempt(20)) == (
+        2,
+        1,
+        1,
+    )
     again.close()
 
 
@@ -181,18 +223,32 @@ def write_one_of_each(folder: Path, policy: Any) -> None:
     rows = (row_record(), row_record(rank=1, row_id="train:1", loss_sum_nats=math.nan))
     observer.on_update(update_record(action="skipped", reason=reason), rows)
     observer.on_event(Event(1, "skipped", reason, command=f"glassloop data --row {ID}"))
-    details = {"rows": [f"{ID}:4", "train:99"], "at": [{"row_id": ID, "text": TEXT}], "count": {"rows": 2}}
-    observer.on_event(Event(1, "warning", f"rows {ID}:4, train:99, train:999 are long", details=details))
+    details = {
+        "rows": [f"{ID}:4", "train:99"],
+        "at": [{"row_id": ID, "text": TEXT}],
+        "count": {"rows": 2},
+    }
+    observer.on_event(
+        Event(1, "warning", f"rows {ID}:4, train:99, train:999 are long", details=details)
+    )
     observer.on_sample(sample())
     observer.close()
 
 
 def test_text_none_keeps_ids_and_text_of_rows_out_of_every_file(tmp_path: Path) -> None:
     write_one_of_each(tmp_path, "none")
-    assert sorted(os.listdir(tmp_path)) == ["evaluations.jsonl", "events.jsonl", "metrics.jsonl", "probes.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "evaluations.jsonl",
+        "events.jsonl",
+        "metrics.jsonl",
+        "probes.jsonl",
+    ]
     assert ID.encode() not in everything(tmp_path)
     assert b"gift card" not in everything(tmp_path)
-    assert read_jsonl(tmp_path / "metrics.jsonl")[0]["reason"] == "loss is not finite: rank 1, pass 0, row (row)"
+    assert (
+        read_jsonl(tmp_path / "metrics.jsonl")[0]["reason"]
+        == "loss is not finite: rank 1, pass 0, row (row)"
+    )
     skipped, warning = read_jsonl(tmp_path / "events.jsonl")
     assert skipped["command"] == "glassloop data --row (row)"
     assert (
@@ -207,13 +263,20 @@ def test_text_ids_keeps_ids_and_no_text(tmp_path: Path) -> None:
     assert [line["row_id"] for line in read_jsonl(tmp_path / "rows.jsonl")] == [ID, "train:1"]
     assert read_jsonl(tmp_path / "events.jsonl")[1]["details"]["at"] == [{"row_id": ID}]
     (kept,) = read_jsonl(tmp_path / "samples.jsonl")
-    assert (kept["answer"], kept["row_id"], kept["prompt"], kept["expected"]) == ("scam", ID, None, None)
+    assert (kept["answer"], kept["row_id"], kept["prompt"], kept["expected"]) == (
+        "scam",
+        ID,
+        None,
+        None,
+    )
 
 
 def test_text_full_keeps_both(tmp_path: Path) -> None:
     write_one_of_each(tmp_path, "full")
     assert [line["text"] for line in read_jsonl(tmp_path / "rows.jsonl")] == [TEXT, TEXT]
-    assert read_jsonl(tmp_path / "events.jsonl")[1]["details"]["at"] == [{"row_id": ID, "text": TEXT}]
+    assert read_jsonl(tmp_path / "events.jsonl")[1]["details"]["at"] == [
+        {"row_id": ID, "text": TEXT}
+    ]
     assert read_jsonl(tmp_path / "samples.jsonl")[0]["prompt"] == TEXT
 
 
@@ -222,11 +285,17 @@ def test_a_poisoned_micro_batch_is_found_by_update_rank_pass_and_row(tmp_path: P
     (metric,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert (metric["update"], metric["action"]) == (1, "skipped")
     assert "rank 1, pass 0" in metric["reason"]
-    (bad,) = [line for line in read_jsonl(tmp_path / "rows.jsonl") if not math.isfinite(float(line["loss_sum_nats"]))]
+    (bad,) = [
+        line
+        for line in read_jsonl(tmp_path / "rows.jsonl")
+        if not math.isfinite(float(line["loss_sum_nats"]))
+    ]
     assert (bad["rank"], bad["micro_batch"], bad["row_id"]) == (1, 0, "train:1")
 
 
-def test_a_full_disk_names_the_file_and_leaves_it_parseable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file_and_leaves_it_parseable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     observer = JsonlObserver(tmp_path)
     observer.on_update(update_record(1), ())
     write = os.write
@@ -241,7 +310,9 @@ def test_a_full_disk_names_the_file_and_leaves_it_parseable(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "write", nearly_full)
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(OSError, match=rf"{re.escape(str(path))} .*No space left.*--resume") as caught:
+    with pytest.raises(
+        OSError, match=rf"{re.escape(str(path))} .*No space left.*--resume"
+    ) as caught:
         observer.on_update(update_record(2), ())
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes().endswith(b"}\n")
@@ -254,7 +325,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         JsonlObserver(tmp_path / "file" / "run")
 
 
-def test_older_schemas_open_and_newer_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_schemas_open_and_newer_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"update": 1}\n{"update": 2, "attempt": 3, "schema": 1, "gone": true}\n')
     monkeypatch.setattr(observers, "SCHEMA", 2)
@@ -268,7 +341,9 @@ def test_older_schemas_open_and_newer_ones_are_refused(tmp_path: Path, monkeypat
         read_jsonl(path)
 
 
-def test_a_checkpoint_event_puts_what_was_written_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_event_puts_what_was_written_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     observer = JsonlObserver(tmp_path)
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
@@ -281,7 +356,9 @@ def test_a_checkpoint_event_puts_what_was_written_on_the_disk(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("broken", ["replace", "fsync"])
-def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_published_file_is_the_old_one_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     path = tmp_path / "env.json"
     write_json(path, {"a": "｜", "b": [1, None]})
     assert json.loads(path.read_text()) == {"a": "｜", "b": [1, None]}
@@ -299,12 +376,18 @@ def test_a_published_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypa
     assert path.read_text() == "new"
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_the_disk_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
     def spy_fsync(file: int) -> None:
-        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{file}") else f"{os.fstat(file).st_size} bytes")
+        calls.append(
+            "folder"
+            if os.path.isdir(f"/proc/self/fd/{file}")
+            else f"{os.fstat(file).st_size} bytes"
+        )
         fsync(file)
 
     def spy_replace(source: Any, target: Any) -> None:
@@ -324,10 +407,22 @@ def test_json_files_hold_no_nan(tmp_path: Path) -> None:
 
 
 def test_an_observer_hands_on_what_it_was_given(tmp_path: Path) -> None:
-    record, rows, event = update_record(reason=ID), (row_record(),), Event(1, "warning", ID, details={"row_ids": [ID]})
-    before = (dataclasses.asdict(record), [dataclasses.asdict(row) for row in rows], dataclasses.asdict(event))
+    record, rows, event = (
+        update_record(reason=ID),
+        (row_record(),),
+        Event(1, "warning", ID, details={"row_ids": [ID]}),
+    )
+    before = (
+        dataclasses.asdict(record),
+        [dataclasses.asdict(row) for row in rows],
+        dataclasses.asdict(event),
+    )
     observer = JsonlObserver(tmp_path, "none")
     observer.on_update(record, rows)
     observer.on_event(event)
     observer.close()
-    assert before == (dataclasses.asdict(record), [dataclasses.asdict(row) for row in rows], dataclasses.asdict(event))
+    assert before == (
+        dataclasses.asdict(record),
+        [dataclasses.asdict(row) for row in rows],
+        dataclasses.asdict(event),
+    )

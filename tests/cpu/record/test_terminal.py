@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from glassloop.record import terminal
 from glassloop.record.observers import RunInfo, SampleRecord
 from glassloop.record.records import EvaluationRecord, Event, UpdateRecord
-from glassloop.record.terminal import WIDTH, TerminalObserver, evaluation_line, heading, printable, update_line
+from glassloop.record.terminal import (
+    WIDTH,
+    TerminalObserver,
+    evaluation_line,
+    heading,
+    printable,
+    update_line,
+)
 
 
 class Screen(io.StringIO):
@@ -43,7 +50,9 @@ def update_record(update: int = 12, **changes: Any) -> UpdateRecord:
 
 
 def sample(**changes: Any) -> SampleRecord:
-    base = SampleRecord(60, "train:17", base=False, prompt="a call", expected="scam", answer="scam", answer_tokens=2)
+    base = SampleRecord(
+        60, "train:17", base=False, prompt="a call", expected="scam", answer="scam", answer_tokens=2
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -74,14 +83,22 @@ def test_a_line_shows_each_number_under_a_title_with_its_unit() -> None:
 
 
 def test_a_value_that_does_not_exist_is_a_dash_and_an_idle_clip_is_blank() -> None:
-    cells = shown(update_record(clip_coef=None, rank_peak_gib=None, loss_nats=None, grad_norm_pre_clip=None))
-    assert [cells[title] for title in ("clip", "peak GiB", "loss nats", "norm pre-clip")] == ["-"] * 4
+    cells = shown(
+        update_record(clip_coef=None, rank_peak_gib=None, loss_nats=None, grad_norm_pre_clip=None)
+    )
+    assert [cells[title] for title in ("clip", "peak GiB", "loss nats", "norm pre-clip")] == [
+        "-"
+    ] * 4
     assert shown(update_record(clip_coef=1.0))["clip"] == ""
     assert shown(update_record(clip_coef=9e-5))["clip"] == "9e-05"  # not 0.0001, not 0.0000
 
 
 def test_a_skipped_update_says_so_with_its_reason() -> None:
-    record = update_record(action="skipped", reason="loss is not finite: rank 1, pass 0, row train:17", loss_nats=math.nan)
+    record = update_record(
+        action="skipped",
+        reason="loss is not finite: rank 1, pass 0, row train:17",
+        loss_nats=math.nan,
+    )
     line = update_line(record)
     assert line.split()[:5] == ["12/60", "1", "2.00e-04", "nan", "1.234"]
     assert line.endswith("SKIPPED: loss is not finite: rank 1, pass 0, row train:17")
@@ -124,10 +141,21 @@ def test_no_line_is_wider_than_120_columns(
 
 
 def run_all(observer: TerminalObserver) -> None:
-    observer.on_start(RunInfo("runs/a", updates=60, ranks=2, lines=("asked 2 rows x 2 ranks x 4", "executed as [literal]")))
+    observer.on_start(
+        RunInfo(
+            "runs/a",
+            updates=60,
+            ranks=2,
+            lines=("asked 2 rows x 2 ranks x 4", "executed as [literal]"),
+        )
+    )
     observer.on_update(update_record(1), ())
-    observer.on_evaluation(EvaluationRecord(update=1, loss_nats=2.0, rows=4, supervised_tokens=50, scores={"f1": 0.5}))
-    observer.on_event(Event(1, "checkpoint", "saved update_000001", command="glassloop generate runs/a"))
+    observer.on_evaluation(
+        EvaluationRecord(update=1, loss_nats=2.0, rows=4, supervised_tokens=50, scores={"f1": 0.5})
+    )
+    observer.on_event(
+        Event(1, "checkpoint", "saved update_000001", command="glassloop generate runs/a")
+    )
     observer.on_sample(sample())
     observer.close()
 
@@ -154,7 +182,12 @@ def test_on_a_terminal_the_same_lines_scroll_above_a_bar() -> None:
     observer = TerminalObserver(60, 2, stream=screen)
     run_all(observer)
     seen = screen.getvalue()
-    for line in ("executed as [literal]", heading(60), update_line(update_record(1)), "    type: glassloop generate runs/a"):
+    for line in (
+        "executed as [literal]",
+        heading(60),
+        update_line(update_record(1)),
+        "    type: glassloop generate runs/a",
+    ):
         assert line in seen  # whole: not wrapped, and brackets are no markup
     assert "1/60 updates" in seen
     assert "left" in seen
@@ -170,7 +203,9 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     for u in range(1, 21):
         observer.on_update(update_record(u), ())
     assert "\x1b" not in screen.getvalue()
-    assert "\n20/60 updates, about " in screen.getvalue()  # it has no bar, so the time left is on a line
+    assert (
+        "\n20/60 updates, about " in screen.getvalue()
+    )  # it has no bar, so the time left is on a line
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Screen()])
@@ -183,7 +218,9 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07\r[bold]no markup[/bold] :smile: \u202ekcab\x9
 
 
 @pytest.mark.parametrize("stream_type", [io.StringIO, Screen])
-def test_a_generated_answer_cannot_steer_the_terminal_or_pass_for_a_line(stream_type: type[io.StringIO]) -> None:
+def test_a_generated_answer_cannot_steer_the_terminal_or_pass_for_a_line(
+    stream_type: type[io.StringIO],
+) -> None:
     stream = stream_type()
     observer = TerminalObserver(60, 2, stream=stream)
     observer.on_sample(sample(answer=HOSTILE))
@@ -193,7 +230,11 @@ def test_a_generated_answer_cannot_steer_the_terminal_or_pass_for_a_line(stream_
         assert harmful not in seen
     assert "[bold]no markup[/bold] :smile: " in seen
     assert r"\x1b[2J" in seen
-    plain = [line for line in seen.split("\n") if "fine" in line and "warning" not in line and "type:" not in line]
+    plain = [
+        line
+        for line in seen.split("\n")
+        if "fine" in line and "warning" not in line and "type:" not in line
+    ]
     assert len(plain) == 1
     assert "  | 12/60 fine" in plain[0]
 
@@ -256,6 +297,8 @@ def test_time_left_follows_the_pace_between_updates(monkeypatch: pytest.MonkeyPa
     for u in range(1, 21):  # 2 s for the first, then one every 4 s, evaluations and all
         observer.on_update(update_record(u), ())
         clock[0] += 4.0
-    assert stream.getvalue().splitlines()[-1] == "20/60 updates, about 0:02:36 left"  # (2 + 19 x 4) / 20 x 40 = 156 s
+    assert (
+        stream.getvalue().splitlines()[-1] == "20/60 updates, about 0:02:36 left"
+    )  # (2 + 19 x 4) / 20 x 40 = 156 s
     observer.on_update(update_record(21), ())
     assert stream.getvalue().splitlines()[-2:] == [heading(60), update_line(update_record(21))]

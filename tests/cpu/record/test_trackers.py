@@ -29,7 +29,13 @@ from glassloop.config.config import TrackingConfig
 from glassloop.record import trackers
 from glassloop.record.observers import JsonlObserver, RunInfo, SampleRecord
 from glassloop.record.records import EvaluationRecord, Event, UpdateRecord
-from glassloop.record.trackers import TrackerObserver, check_tracking, has_wandb_login, make_tracker_observer, update_metrics
+from glassloop.record.trackers import (
+    TrackerObserver,
+    check_tracking,
+    has_wandb_login,
+    make_tracker_observer,
+    update_metrics,
+)
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "the caller asks for a gift card"
@@ -62,11 +68,15 @@ def update_record(update: int = 1, **changes: Any) -> UpdateRecord:
 
 def evaluation(update: int) -> EvaluationRecord:
     scores = {"loss_nats": 2.0, "f1": 0.75, "recall": None}
-    return EvaluationRecord(update, 2.0, rows=4, supervised_tokens=50, scores=scores, base={"f1": 0.25}, seconds=3.0)
+    return EvaluationRecord(
+        update, 2.0, rows=4, supervised_tokens=50, scores=scores, base={"f1": 0.25}, seconds=3.0
+    )
 
 
 def sample(update: int) -> SampleRecord:
-    return SampleRecord(update, "train:17", False, prompt=TEXT, expected=TEXT, answer=ANSWER, answer_tokens=4)
+    return SampleRecord(
+        update, "train:17", False, prompt=TEXT, expected=TEXT, answer=ANSWER, answer_tokens=4
+    )
 
 
 # --- refusals, before a model is loaded
@@ -83,17 +93,28 @@ def test_no_tracker_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Any) -> None:
+def test_a_tracker_that_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Any
+) -> None:
     (tmp_path / name).mkdir()  # a folder of that name, as wandb leaves behind, is no package
     monkeypatch.syspath_prepend(str(tmp_path))
     known = trackers.package_version
-    monkeypatch.setattr(trackers, "package_version", lambda one: None if one in (name, "tensorboardX") else known(one))
-    with pytest.raises(ValueError, match=rf"tracking\.to.*{name} is not installed: pip install {name}"):
+    monkeypatch.setattr(
+        trackers,
+        "package_version",
+        lambda one: None if one in (name, "tensorboardX") else known(one),
+    )
+    with pytest.raises(
+        ValueError, match=rf"tracking\.to.*{name} is not installed: pip install {name}"
+    ):
         check_tracking(TrackingConfig(to=(name,), wandb_mode="offline"))
 
 
 def test_online_without_a_login_is_refused_with_both_cures() -> None:
-    with pytest.raises(ValueError, match=r"tracking\.wandb_mode = online.*`wandb login`.*tracking\.wandb_mode=offline"):
+    with pytest.raises(
+        ValueError,
+        match=r"tracking\.wandb_mode = online.*`wandb login`.*tracking\.wandb_mode=offline",
+    ):
         check_tracking(online())
     check_tracking(online(wandb_mode="offline"))
     check_tracking(TrackingConfig(to=("tensorboard",)))
@@ -103,7 +124,9 @@ def netrc(path: Path, host: str) -> None:
     path.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
 
 
-def test_a_login_is_found_where_wandb_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_login_is_found_where_wandb_looks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert not has_wandb_login()
     netrc(tmp_path / "home" / ".netrc", "elsewhere.example")
     assert not has_wandb_login()
@@ -119,7 +142,9 @@ def test_a_login_is_found_where_wandb_looks(monkeypatch: pytest.MonkeyPatch, tmp
         assert has_wandb_login()
     netrc(tmp_path / "home" / ".netrc", "api.wandb.ai")
     assert has_wandb_login()
-    (tmp_path / "home" / ".netrc").write_text("machine")  # malformed: wandb finds no key there either
+    (tmp_path / "home" / ".netrc").write_text(
+        "machine"
+    )  # malformed: wandb finds no key there either
     assert not has_wandb_login()
     settings = Path(os.environ["WANDB_CONFIG_DIR"]) / "settings"
     settings.parent.mkdir()
@@ -128,7 +153,9 @@ def test_a_login_is_found_where_wandb_looks(monkeypatch: pytest.MonkeyPatch, tmp
     check_tracking(online())
 
 
-def test_a_key_is_never_part_of_a_message(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_key_is_never_part_of_a_message(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(ValueError, match="WANDB_MODE=disabled") as caught:
@@ -136,8 +163,12 @@ def test_a_key_is_never_part_of_a_message(monkeypatch: pytest.MonkeyPatch, capfd
     assert KEY not in str(caught.value) + "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize(("asked", "said"), [("online", "offline"), ("online", "disabled"), ("offline", "online")])
-def test_an_environment_that_says_otherwise_is_named(monkeypatch: pytest.MonkeyPatch, asked: Any, said: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "said"), [("online", "offline"), ("online", "disabled"), ("offline", "online")]
+)
+def test_an_environment_that_says_otherwise_is_named(
+    monkeypatch: pytest.MonkeyPatch, asked: Any, said: str
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", said)
     with pytest.raises(ValueError, match=rf"tracking\.wandb_mode = {asked}.*WANDB_MODE={said}"):
@@ -175,19 +206,38 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def history(path: Path) -> list[dict[str, Any]]:
     """Logged values, by metric name, one dict a call."""
-    lines = [record.history for record in wandb_records(path) if record.WhichOneof("record_type") == "history"]
-    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in line.item} for line in lines]
+    lines = [
+        record.history
+        for record in wandb_records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+    return [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in line.item}
+        for line in lines
+    ]
 
 
-def start(folder: Path, text: Any = "ids", resume_ids: Any = None, updates_done: int = 0) -> TrackerObserver:
+def start(
+    folder: Path, text: Any = "ids", resume_ids: Any = None, updates_done: int = 0
+) -> TrackerObserver:
     from accelerate import Accelerator
 
     tracking = TrackingConfig(to=("wandb", "tensorboard"), project="proj", wandb_mode="offline")
     check_tracking(tracking)
     accelerator = Accelerator(cpu=True, log_with=list(tracking.to), project_dir=str(folder))
-    config = {"data": {"source": f"https://me:hunter2secret@example.com/?key={KEY}", "max_tokens": 64}, "heldout": None}
+    config = {
+        "data": {"source": f"https://me:hunter2secret@example.com/?key={KEY}", "max_tokens": 64},
+        "heldout": None,
+    }
     observer = make_tracker_observer(
-        accelerator, tracking, config, folder, "run-a", resume_ids, text=text, updates_done=updates_done
+        accelerator,
+        tracking,
+        config,
+        folder,
+        "run-a",
+        resume_ids,
+        text=text,
+        updates_done=updates_done,
     )
     assert observer is not None
     return observer
@@ -196,7 +246,14 @@ def start(folder: Path, text: Any = "ids", resume_ids: Any = None, updates_done:
 def states() -> list[Any]:
     """What a run's numbers and its stop signal depend on."""
     handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-    return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), handlers, sys.stdout, sys.stderr]
+    return [
+        random.getstate(),
+        str(np.random.get_state()),
+        torch.get_rng_state().tolist(),
+        handlers,
+        sys.stdout,
+        sys.stderr,
+    ]
 
 
 @dataclasses.dataclass
@@ -232,7 +289,12 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
             observer.on_start(RunInfo(str(folder), updates=60, ranks=2))
         for u in range(1, 6):
             for observer in (local, first):
-                observer.on_update(update_record(u, loss_nats=math.nan, action="skipped") if u == 5 else update_record(u), ())
+                observer.on_update(
+                    update_record(u, loss_nats=math.nan, action="skipped")
+                    if u == 5
+                    else update_record(u),
+                    (),
+                )
         for observer in (local, first):
             observer.on_evaluation(evaluation(5))
             observer.on_sample(sample(5))
@@ -253,33 +315,65 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
             pass
         wandb.teardown()  # as at the end of a process: its service has written all it was told
     logs = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    written = b"".join(p.read_bytes() for sub in ("wandb", "tensorboard") for p in (folder / sub).rglob("*") if p.is_file())
-    yield Tracked(folder, logs, [first.tracker_ids(), second.tracker_ids()], lines, untouched, written)
+    written = b"".join(
+        p.read_bytes()
+        for sub in ("wandb", "tensorboard")
+        for p in (folder / sub).rglob("*")
+        if p.is_file()
+    )
+    yield Tracked(
+        folder, logs, [first.tracker_ids(), second.tracker_ids()], lines, untouched, written
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_start_makes_one_run_and_a_resume_goes_on_with_it(tracked: Tracked) -> None:
     assert len(tracked.logs) == 2
-    runs = [next(r.run for r in wandb_records(log) if r.WhichOneof("record_type") == "run") for log in tracked.logs]
+    runs = [
+        next(r.run for r in wandb_records(log) if r.WhichOneof("record_type") == "run")
+        for log in tracked.logs
+    ]
     assert [run.run_id for run in runs] == [tracked.ids[0]["wandb"]] * 2
     assert tracked.ids[1] == tracked.ids[0]
-    assert [(run.project, run.display_name, run.resume) for run in runs] == [("proj", "run-a", False), ("proj", "run-a", True)]
+    assert [(run.project, run.display_name, run.resume) for run in runs] == [
+        ("proj", "run-a", False),
+        ("proj", "run-a", True),
+    ]
 
 
 def test_every_value_is_on_the_update_axis_and_a_resume_loses_none(tracked: Tracked) -> None:
-    metrics = [r.metric for r in wandb_records(tracked.logs[0]) if r.WhichOneof("record_type") == "metric"]
+    metrics = [
+        r.metric for r in wandb_records(tracked.logs[0]) if r.WhichOneof("record_type") == "metric"
+    ]
     assert ("*", "update") in [(metric.glob_name, metric.step_metric) for metric in metrics]
     lines = [line for log in tracked.logs for line in history(log)]
-    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 5, 4, 4]  # updates, evaluation, update again, sample
+    assert [line["update"] for line in lines] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        4,
+        4,
+    ]  # updates, evaluation, update again, sample
     steps = [line["_step"] for line in lines]
-    assert steps == sorted(set(steps))  # wandb drops what does not rise, so the second part stands above the first
+    assert steps == sorted(
+        set(steps)
+    )  # wandb drops what does not rise, so the second part stands above the first
 
 
 def test_values_come_back_as_they_were_recorded(tracked: Tracked) -> None:
     lines = history(tracked.logs[0])
     expected = update_metrics(update_record(1))
-    assert {name: value for name, value in lines[0].items() if name != "update" and not name.startswith("_")} == expected
-    assert lines[4]["train/loss_nats"] in ("NaN", "nan") or math.isnan(lines[4]["train/loss_nats"])  # seen, not filtered
+    assert {
+        name: value
+        for name, value in lines[0].items()
+        if name != "update" and not name.startswith("_")
+    } == expected
+    assert lines[4]["train/loss_nats"] in ("NaN", "nan") or math.isnan(
+        lines[4]["train/loss_nats"]
+    )  # seen, not filtered
     assert lines[4]["train/skipped"] == 1
     assert lines[5]["heldout/f1"] == 0.75
     assert lines[5]["heldout/base/f1"] == 0.25
@@ -290,14 +384,27 @@ def test_tensorboard_has_the_same_values_and_the_redone_update(tracked: Tracked)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tracked.folder / "tensorboard" / "proj")).Reload()
-    scalars = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-    assert scalars["train/loss_nats"] == [(1, 2.5), (2, 2.5), (3, 2.5), (4, 1.5)]  # 4 was done again, 5 not yet
+    scalars = {
+        name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]
+    }
+    assert scalars["train/loss_nats"] == [
+        (1, 2.5),
+        (2, 2.5),
+        (3, 2.5),
+        (4, 1.5),
+    ]  # 4 was done again, 5 not yet
     assert scalars["rank1/real_tokens"] == [(u, 450.0) for u in (1, 2, 3, 4)]
     assert set(scalars) >= set(update_metrics(update_record()))
 
 
 def test_the_local_lines_keep_what_a_resume_redoes(tracked: Tracked) -> None:
-    assert [json.loads(line)["update"] for line in (tracked.folder / "metrics.jsonl").open()] == [1, 2, 3, 4, 5]
+    assert [json.loads(line)["update"] for line in (tracked.folder / "metrics.jsonl").open()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_no_secret_host_name_or_row_leaves(tracked: Tracked) -> None:
@@ -313,15 +420,25 @@ def test_no_secret_host_name_or_row_leaves(tracked: Tracked) -> None:
 
 
 def test_no_code_console_or_machine_data_leaves(tracked: Tracked) -> None:
-    files = [str(path.relative_to(log.parent)) for log in tracked.logs for path in (log.parent / "files").rglob("*")]
+    files = [
+        str(path.relative_to(log.parent))
+        for log in tracked.logs
+        for path in (log.parent / "files").rglob("*")
+    ]
     assert files == []
-    kinds = {record.WhichOneof("record_type") for log in tracked.logs for record in wandb_records(log)}
+    kinds = {
+        record.WhichOneof("record_type") for log in tracked.logs for record in wandb_records(log)
+    }
     assert not kinds & {"output", "output_raw", "environment", "files"}
 
 
 def test_a_run_that_ends_in_an_error_is_marked_failed(tracked: Tracked) -> None:
     codes = [
-        [record.exit.exit_code for record in wandb_records(log) if record.WhichOneof("record_type") == "exit"]
+        [
+            record.exit.exit_code
+            for record in wandb_records(log)
+            if record.WhichOneof("record_type") == "exit"
+        ]
         for log in tracked.logs
     ]
     assert codes == [[0], [1]]
@@ -334,7 +451,9 @@ def test_trackers_leave_random_numbers_signals_and_streams_alone(tracked: Tracke
 def test_the_header_says_where_to_look(tracked: Tracked) -> None:
     wandb_line, board_line = tracked.lines
     assert wandb_line == f"Weights & Biases, offline: wandb sync {tracked.logs[0].parent}"
-    assert board_line == f"TensorBoard: tensorboard --logdir {tracked.folder / 'tensorboard' / 'proj'}"
+    assert (
+        board_line == f"TensorBoard: tensorboard --logdir {tracked.folder / 'tensorboard' / 'proj'}"
+    )
 
 
 # --- one rank, names, failures
@@ -344,12 +463,18 @@ def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("started on another rank")
 
-    other = SimpleNamespace(is_main_process=False, init_trackers=refuse, get_tracker=refuse, log_with=[])
+    other = SimpleNamespace(
+        is_main_process=False, init_trackers=refuse, get_tracker=refuse, log_with=[]
+    )
     tracking = TrackingConfig(to=("wandb",), wandb_mode="offline")
     assert make_tracker_observer(other, tracking, {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
-    main = SimpleNamespace(is_main_process=True, init_trackers=refuse, get_tracker=refuse, log_with=[])
+    main = SimpleNamespace(
+        is_main_process=True, init_trackers=refuse, get_tracker=refuse, log_with=[]
+    )
     assert make_tracker_observer(main, TrackingConfig(), {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
-    with pytest.raises(AssertionError, match="log_with=list"):  # Accelerate drops a tracker it does not know, and says nothing
+    with pytest.raises(
+        AssertionError, match="log_with=list"
+    ):  # Accelerate drops a tracker it does not know, and says nothing
         make_tracker_observer(main, tracking, {}, tmp_path, "a")  # pyright: ignore[reportArgumentType]
 
 
@@ -357,7 +482,11 @@ def test_the_loss_is_that_of_all_ranks_and_each_counter_has_its_name() -> None:
     values = update_metrics(update_record())
     assert values["train/loss_nats"] == 2.5  # (100 x 1.0 + 300 x 3.0) / 400, neither rank's own
     assert (values["rank0/loss_nats"], values["rank1/loss_nats"]) == (1.0, 3.0)
-    assert (values["tokens/supervised"], values["tokens/real"], values["tokens/slot"]) == (400, 600, 2000)
+    assert (values["tokens/supervised"], values["tokens/real"], values["tokens/slot"]) == (
+        400,
+        600,
+        2000,
+    )
     assert values["speed/real_tokens_per_s_all_ranks"] == 300.0
     for kind, total in (("supervised", 400), ("real", 600), ("slot", 2000)):
         assert sum(values[f"rank{rank}/{kind}_tokens"] for rank in (0, 1)) == total
@@ -365,10 +494,18 @@ def test_the_loss_is_that_of_all_ranks_and_each_counter_has_its_name() -> None:
 
 
 def test_what_does_not_exist_is_not_sent() -> None:
-    values = update_metrics(update_record(rank_grad_norm=None, rank_cosine=None, rank_peak_gib=None, rank_loss_nats=(None, 3.0)))
-    assert not {"rank0/grad_norm", "train/rank_cosine", "memory/rank0_peak_gib", "rank0/loss_nats", "train/loss_scale"} & set(
-        values
+    values = update_metrics(
+        update_record(
+            rank_grad_norm=None, rank_cosine=None, rank_peak_gib=None, rank_loss_nats=(None, 3.0)
+        )
     )
+    assert not {
+        "rank0/grad_norm",
+        "train/rank_cosine",
+        "memory/rank0_peak_gib",
+        "rank0/loss_nats",
+        "train/loss_scale",
+    } & set(values)
     assert None not in values.values()
 
 
@@ -384,7 +521,10 @@ class Broken:
 
 def test_a_tracker_that_fails_does_not_end_the_run() -> None:
     observer = TrackerObserver({"tensorboard": Broken()})
-    with pytest.warns(UserWarning, match=r"tensorboard failed at update 1 \(ConnectionError: no route to host\); metrics\.jsonl"):
+    with pytest.warns(
+        UserWarning,
+        match=r"tensorboard failed at update 1 \(ConnectionError: no route to host\); metrics\.jsonl",
+    ):
         observer.on_update(update_record(1), ())
     with warnings.catch_warnings(action="error"):  # given up: no second warning
         observer.on_update(update_record(2), ())
@@ -396,7 +536,10 @@ def test_a_tracker_that_fails_does_not_end_the_run() -> None:
 def test_a_failed_event_marks_the_run() -> None:
     codes: list[int] = []
     run = SimpleNamespace(
-        id="abc", dir="/x/files", settings=SimpleNamespace(mode="offline"), finish=lambda exit_code: codes.append(exit_code)
+        id="abc",
+        dir="/x/files",
+        settings=SimpleNamespace(mode="offline"),
+        finish=lambda exit_code: codes.append(exit_code),
     )
     for kind in ("stopped", "failed"):
         observer = TrackerObserver({"wandb": SimpleNamespace(tracker=run)})

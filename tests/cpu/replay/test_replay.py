@@ -38,13 +38,32 @@ from glassloop.replay.trials import (
 )
 from train_loop import update_once
 
-WORDS = ["the", "caller", "asks", "for", "a", "code", "and", "receiver", "hangs", "up", "because", "nothing", "is", "checked"]
+WORDS = [
+    "the",
+    "caller",
+    "asks",
+    "for",
+    "a",
+    "code",
+    "and",
+    "receiver",
+    "hangs",
+    "up",
+    "because",
+    "nothing",
+    "is",
+    "checked",
+]
 
 
 def rows_file(path: Path, rows: int) -> Path:
     drawn = random.Random(5)
     lines = [
-        {"prompt": " ".join(drawn.choices(WORDS, k=5)), "completion": " ".join(drawn.choices(WORDS, k=9))} for _ in range(rows)
+        {
+            "prompt": " ".join(drawn.choices(WORDS, k=5)),
+            "completion": " ".join(drawn.choices(WORDS, k=9)),
+        }
+        for _ in range(rows)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -179,7 +198,15 @@ def test_a_window_that_was_left_out_is_left_out_again_and_the_checkpoint_of_the_
 ):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    again = ["--resume", str(run), "--at", "4", "--without-window", "6", "checkpoint.every_updates=null"]
+    again = [
+        "--resume",
+        str(run),
+        "--at",
+        "4",
+        "--without-window",
+        "6",
+        "checkpoint.every_updates=null",
+    ]
     from glassloop.config.arguments import parse
     from glassloop.loop.build import build_run
     from train_loop import train
@@ -198,7 +225,9 @@ def test_a_window_that_was_left_out_is_left_out_again_and_the_checkpoint_of_the_
     assert "computed nothing" in output
 
 
-def test_an_update_that_was_skipped_on_the_way_is_computed_and_skipped_again(tmp_path, tiny_llama, tiny_tokenizer, capsys):
+def test_an_update_that_was_skipped_on_the_way_is_computed_and_skipped_again(
+    tmp_path, tiny_llama, tiny_tokenizer, capsys
+):
     (token,) = tiny_tokenizer.encode("~", add_special_tokens=False)
 
     def spoil(weights: dict[str, torch.Tensor]) -> None:
@@ -208,7 +237,13 @@ def test_an_update_that_was_skipped_on_the_way_is_computed_and_skipped_again(tmp
     rows_file(tmp_path / "rows.jsonl", 17)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"prompt": "one ~", "completion": "two"}\n')
-    run = trained(tmp_path, model, stability={"on_nonfinite": "skip"}, record={"capsules": 0}, execution={"preflight": False})
+    run = trained(
+        tmp_path,
+        model,
+        stability={"on_nonfinite": "skip"},
+        record={"capsules": 0},
+        execution={"preflight": False},
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (skipped, *_) = [line["update"] for line in lines if line["action"] == "skipped"]
     found = as_object(capsys, run, "--update", skipped + 1)
@@ -227,7 +262,9 @@ def test_another_number_on_record_is_not_reproduced(whole, tmp_path, capsys):
     assert code == 1
     assert "verdict   not reproduced: gradient norm was" in output
     assert "off by 1.0e-06 where 0 is allowed" in " ".join(output.split())
-    code, output = command(capsys, run, "--update", 8)  # its own numbers are right, and so are those of the state it starts from
+    code, output = command(
+        capsys, run, "--update", 8
+    )  # its own numbers are right, and so are those of the state it starts from
     assert code == 0
     assert "update 6: " in output
     assert "off the record by 1.0e-06" in output
@@ -255,12 +292,19 @@ def test_a_number_within_a_few_noise_floors_reproduces(whole, monkeypatch):
 
 
 def test_the_verdict_names_a_number_that_does_not_reproduce_not_one_that_scatters_more(opened):
-    scatters, parts = Compared("loss", 1.0, 1.001, 1e-3, 1e-2), Compared("loss of row 7", 2.0, 2.00002, 1e-5, 0.0)
+    scatters, parts = (
+        Compared("loss", 1.0, 1.001, 1e-3, 1e-2),
+        Compared("loss of row 7", 2.0, 2.00002, 1e-5, 0.0),
+    )
     done = Reproduction(replayed(opened.scene), 0.0, 0.0, 0.0, (scatters, parts))
-    assert conclusion(opened, done, None, None).startswith("not reproduced: loss of row 7 was 2, is 2, off by 1.0e-05 where 0 is")
+    assert conclusion(opened, done, None, None).startswith(
+        "not reproduced: loss of row 7 was 2, is 2, off by 1.0e-05 where 0 is"
+    )
 
 
-def test_a_number_that_came_out_the_same_twice_by_luck_may_differ_in_its_last_bit(whole, monkeypatch):
+def test_a_number_that_came_out_the_same_twice_by_luck_may_differ_in_its_last_bit(
+    whole, monkeypatch
+):
     """Where the gradients of two replays part, equal losses prove nothing about the last bit."""
     opened = open_scene(whole, 7, {})
     scene = replace(opened.scene, recorded={"loss": opened.scene.recorded["loss"] * (1 + 2.2e-7)})
@@ -276,7 +320,9 @@ def test_a_number_that_came_out_the_same_twice_by_luck_may_differ_in_its_last_bi
         *others, (name, value) = plain(of, carried)
         return iter([*others, (name, value * (1 + next(calls, 0.0)))])
 
-    monkeypatch.setattr(replay, "numbers", one_row_apart)  # a row's sum parts, gradients do not: the last bit of all is in doubt
+    monkeypatch.setattr(
+        replay, "numbers", one_row_apart
+    )  # a row's sum parts, gradients do not: the last bit of all is in doubt
     assert replay.reproduce(scene).reproduces is True
 
 
@@ -320,7 +366,9 @@ def test_another_base_is_refused_by_hash(whole, tiny_llama, tmp_path, capsys, up
 def test_a_base_that_has_moved_is_named_with_base(whole, tiny_llama, tmp_path, capsys):
     shutil.copytree(tiny_llama, tmp_path / "moved")
     for update in (7, 6):
-        assert as_object(capsys, whole, "--update", update, "--base", tmp_path / "moved")["bit_for_bit"]
+        assert as_object(capsys, whole, "--update", update, "--base", tmp_path / "moved")[
+            "bit_for_bit"
+        ]
 
 
 def test_changed_data_are_refused_by_row(whole, tmp_path, capsys):
@@ -335,7 +383,9 @@ def test_changed_data_are_refused_by_row(whole, tmp_path, capsys):
         for record in map(json.loads, (run / "rows.jsonl").read_text().splitlines())
         if record["row_id"] == "train:4" and record["update"] != 7
     )
-    code, output = command(capsys, run, "--update", max(with_it, 4), f"data.source={tmp_path / 'rows.jsonl'}")
+    code, output = command(
+        capsys, run, "--update", max(with_it, 4), f"data.source={tmp_path / 'rows.jsonl'}"
+    )
     assert code == 2
     assert "the data have changed: row train:4 of update" in output
 
@@ -345,7 +395,11 @@ def test_changed_data_are_refused_by_row(whole, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def silent(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("silent"), tiny_llama, record={"text": "none", "capture_updates": [5]})
+    return trained(
+        tmp_path_factory.mktemp("silent"),
+        tiny_llama,
+        record={"text": "none", "capture_updates": [5]},
+    )
 
 
 @pytest.mark.parametrize("update", [5, 4])
@@ -363,20 +417,35 @@ def test_without_text_on_record_rows_come_from_the_data_and_are_not_named(silent
 @pytest.mark.parametrize("update", [5, 4])
 def test_without_text_on_record_changed_data_are_refused(silent, tmp_path, capsys, update):
     lines = (silent.parent / "rows.jsonl").read_text().splitlines(keepends=True)
-    longer = [json.dumps(json.loads(line) | {"completion": "one two three four five six seven eight"}) + "\n" for line in lines]
+    longer = [
+        json.dumps(json.loads(line) | {"completion": "one two three four five six seven eight"})
+        + "\n"
+        for line in lines
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(longer))
-    code, output = command(capsys, silent, "--update", update, f"data.source={tmp_path / 'rows.jsonl'}")
+    code, output = command(
+        capsys, silent, "--update", update, f"data.source={tmp_path / 'rows.jsonl'}"
+    )
     assert code == 2
     assert "changed" in output
 
 
 def test_text_is_shown_under_full_only(tmp_path, tiny_llama, capsys):
     run = trained(
-        tmp_path, tiny_llama, record={"text": "full", "capture_updates": [2]}, schedule={"updates": 2, "warmup_updates": 1}
+        tmp_path,
+        tiny_llama,
+        record={"text": "full", "capture_updates": [2]},
+        schedule={"updates": 2, "warmup_updates": 1},
     )
     tokens = command(capsys, run, "--update", 2, "--bisect")[1].partition("Tokens of")[2]
     assert tokens.splitlines()[2].split() == ["place", "loss", "token", "id", "text"]
-    assert len({line.split()[3] for line in tokens.splitlines()[3:13]} & set("abcdefghijklmnopqrstuvwxyz")) > 1
+    assert (
+        len(
+            {line.split()[3] for line in tokens.splitlines()[3:13]}
+            & set("abcdefghijklmnopqrstuvwxyz")
+        )
+        > 1
+    )
 
 
 def test_ids_only_show_no_text(whole, capsys):
@@ -423,7 +492,10 @@ def test_shares_of_passes_and_rows_add_up_to_the_gradient(whole, tmp_path_factor
     scene = open_scene(run, 3, {}).scene
     replayed(scene)
     g = scene.run.adapters.grad.double().clone()
-    for pieces in ([one for rank in scene.window.passes for one in rank], [(row,) for row in scene.window.rows]):
+    for pieces in (
+        [one for rank in scene.window.passes for one in rank],
+        [(row,) for row in scene.window.rows],
+    ):
         total = torch.zeros_like(g)
         for piece in pieces:
             window = replace(scene.window, rows=piece, passes=((piece,),))
@@ -437,9 +509,13 @@ def test_losses_of_tokens_add_up_to_the_rows(opened):
     part = next(part for part in found.rows if part.name == found.token_row)
     total = sum(token.loss_nats for token in found.tokens)
     assert len(found.tokens) == part.supervised_tokens
-    assert total / part.supervised_tokens == pytest.approx(part.loss_nats, rel=0.3)  # another draw of dropout
+    assert total / part.supervised_tokens == pytest.approx(
+        part.loss_nats, rel=0.3
+    )  # another draw of dropout
     row = opened.scene.rows[part.row]
-    assert [row.input_ids[token.position] for token in found.tokens] == [token.token_id for token in found.tokens]
+    assert [row.input_ids[token.position] for token in found.tokens] == [
+        token.token_id for token in found.tokens
+    ]
 
 
 def test_bisecting_leaves_the_scene_as_it_was(opened):
@@ -456,14 +532,19 @@ def test_8_bit_moments_become_what_bitsandbytes_reads_in_them(opened):
     full, described = as_32_bit((tensors, plain))
     for moment, name in ((1, "exp_avg"), (2, "exp_avg_sq")):
         theirs = dequantize_blockwise(
-            tensors[f"state{moment}"], absmax=tensors[f"absmax{moment}"], code=tensors[f"qmap{moment}"], blocksize=256
+            tensors[f"state{moment}"],
+            absmax=tensors[f"absmax{moment}"],
+            code=tensors[f"qmap{moment}"],
+            blocksize=256,
         )
         assert torch.equal(full[name], theirs)
     assert float(full["step"]) == plain["values"]["step"] == 6
     assert described["optimizer"] == "AdamW"
 
 
-def stat(layer: int, projection: str, weight: float, grad: float = 1.0, side: str = "A") -> MatrixStat:
+def stat(
+    layer: int, projection: str, weight: float, grad: float = 1.0, side: str = "A"
+) -> MatrixStat:
     return MatrixStat(layer, projection, side, grad, weight, None, None)
 
 
@@ -500,7 +581,9 @@ def sound(sure: Path) -> tuple[Row, ...]:
     return continuations(sure)
 
 
-def judged(capsys: pytest.CaptureFixture[str], run: Path, update: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def judged(
+    capsys: pytest.CaptureFixture[str], run: Path, update: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     found = as_object(capsys, run, "--update", update, "--bisect", "--try")
     assert found["bit_for_bit"]
     return found, found["bisection"], found["trials"]["verdict"]
@@ -514,7 +597,9 @@ def test_a_healthy_update_has_no_suspect(sure, sound, tmp_path, capsys):
     assert found["next"] == "glassloop verify"
 
 
-def test_a_row_that_costs_50_times_the_others_is_named_and_the_verdict_is_data(sure, sound, tmp_path, capsys):
+def test_a_row_that_costs_50_times_the_others_is_named_and_the_verdict_is_data(
+    sure, sound, tmp_path, capsys
+):
     (bad,) = continuations(sure, worst=True, rows=1, start=100)
 
     def spoil(run: Run) -> None:
@@ -537,7 +622,9 @@ def scale_layer_1(run: Run) -> None:
 
 
 @pytest.mark.parametrize("healthy", [True, False])
-def test_a_layer_scaled_1000_times_is_named_with_and_without_a_healthy_capsule(sure, sound, tmp_path, capsys, healthy):
+def test_a_layer_scaled_1000_times_is_named_with_and_without_a_healthy_capsule(
+    sure, sound, tmp_path, capsys, healthy
+):
     run = planted_run(tmp_path, sure, sound, scale_layer_1)
     if not healthy:
         shutil.rmtree(run / "capsules" / "update_000002")
@@ -549,7 +636,9 @@ def test_a_layer_scaled_1000_times_is_named_with_and_without_a_healthy_capsule(s
     assert found["next"] == f"glassloop replay {run} --update 3 --bisect --try"
 
 
-def test_a_frozen_projection_scaled_1000_times_is_named_by_its_output(sure, sound, tmp_path, capsys):
+def test_a_frozen_projection_scaled_1000_times_is_named_by_its_output(
+    sure, sound, tmp_path, capsys
+):
     def scale(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.1.self_attn.v_proj.weight"] *= 1000
 
@@ -559,7 +648,9 @@ def test_a_frozen_projection_scaled_1000_times_is_named_by_its_output(sure, soun
     assert (walk["layer"]["kind"], walk["layer"]["name"]) == ("output", "layers.1.self_attn.v_proj")
 
 
-def test_an_infinite_activation_is_named_by_its_module_and_no_row_is_blamed(sure, sound, tmp_path, capsys):
+def test_an_infinite_activation_is_named_by_its_module_and_no_row_is_blamed(
+    sure, sound, tmp_path, capsys
+):
     def overflow(run: Run) -> None:
         for name, place in run.adapters.slices.items():
             if "layers.1.mlp.up_proj" in name:
@@ -573,7 +664,9 @@ def test_an_infinite_activation_is_named_by_its_module_and_no_row_is_blamed(sure
     assert "every row is affected" in verdict["why"]
 
 
-def test_a_token_whose_embedding_is_nan_is_found_at_its_place_and_the_verdict_is_data(sure, sound, tmp_path, capsys):
+def test_a_token_whose_embedding_is_nan_is_found_at_its_place_and_the_verdict_is_data(
+    sure, sound, tmp_path, capsys
+):
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         weights["model.embed_tokens.weight"][511] = math.nan
 
@@ -587,7 +680,10 @@ def test_a_token_whose_embedding_is_nan_is_found_at_its_place_and_the_verdict_is
     model = spoiled_base(sure, tmp_path / "model", spoil)
     _, walk, verdict = judged(capsys, planted_run(tmp_path, model, sound, plant), 4)
     assert walk["row"]["name"] == "row:6"
-    assert walk["layer"]["message"] == "embed_tokens is the first module whose output is not finite, first at place 10"
+    assert (
+        walk["layer"]["message"]
+        == "embed_tokens is the first module whose output is not finite, first at place 10"
+    )
     assert verdict["kind"] == "data"
 
 
@@ -604,7 +700,14 @@ def test_a_fault_outside_of_rows_and_state_does_not_reproduce(sure, sound, tmp_p
 
 
 def test_a_step_that_is_too_long_is_the_lrs_doing(sure, sound, tmp_path, capsys):
-    run = planted_run(tmp_path, sure, sound, updates=5, optimizer={"lr": 1e-2}, schedule={"updates": 30, "warmup_updates": 5})
+    run = planted_run(
+        tmp_path,
+        sure,
+        sound,
+        updates=5,
+        optimizer={"lr": 1e-2},
+        schedule={"updates": 30, "warmup_updates": 5},
+    )
     found, _, verdict = judged(capsys, run, 5)
     assert verdict["kind"] == "lr"
     assert found["next"].endswith("optimizer.lr=0.005")
@@ -626,34 +729,60 @@ def part(name: str, loss: float, norm: float, index: int) -> Part:
     return Part(name, 0, 0, index, 10, loss, norm)
 
 
-def walked(*, row: bool = False, everything: bool = False, layer: LayerFinding | None = None) -> Bisection:
+def walked(
+    *, row: bool = False, everything: bool = False, layer: LayerFinding | None = None
+) -> Bisection:
     rows = (part("train:1", 1.0, 1.0, 0), part("train:2", 50.0 if row else 1.0, 9.0, 1))
-    return Bisection((), (), rows, None, None, rows[1] if row else None, everything, None, "", (), layer, "", ())
+    return Bisection(
+        (), (), rows, None, None, rows[1] if row else None, everything, None, "", (), layer, "", ()
+    )
 
 
 GOOD, BAD, NAN = (1.0, 1.0), (9.0, 40.0), (math.nan, math.nan)
 
 
-def tried(base: tuple[float, float], after: float | None = None, **others: tuple[float, float] | float) -> dict[str, Trial]:
+def tried(
+    base: tuple[float, float], after: float | None = None, **others: tuple[float, float] | float
+) -> dict[str, Trial]:
     """Trials that are like `base` but for those given; a float is a loss after the step."""
     names = (AS_IT_WAS, WITHOUT_ROW, HALF_LR, ADAMW, FRESH_ADAMW, FP32, EAGER, PEFT)
-    keys = dict(zip(("base", "row", "half", "adamw", "fresh", "fp32", "eager", "peft"), names, strict=True))
-    trials = {name: Trial(name, *base, clip_coef=1.0, change=1.0, loss_after_nats=after) for name in names}
+    keys = dict(
+        zip(("base", "row", "half", "adamw", "fresh", "fp32", "eager", "peft"), names, strict=True)
+    )
+    trials = {
+        name: Trial(name, *base, clip_coef=1.0, change=1.0, loss_after_nats=after) for name in names
+    }
     for key, given in others.items():
         name = keys[key]
-        change = {"loss_after_nats": given} if isinstance(given, float) else {"loss_nats": given[0], "grad_norm": given[1]}
+        change = (
+            {"loss_after_nats": given}
+            if isinstance(given, float)
+            else {"loss_nats": given[0], "grad_norm": given[1]}
+        )
         trials[name] = replace(trials[name], **change)
     return trials
 
 
 RULES = {
     "fp32 cures": (tried(NAN, fp32=GOOD), walked(), "precision"),
-    "fp32 cures, and so does leaving a row out": (tried(NAN, fp32=GOOD, row=GOOD), walked(row=True), "precision"),
+    "fp32 cures, and so does leaving a row out": (
+        tried(NAN, fp32=GOOD, row=GOOD),
+        walked(row=True),
+        "precision",
+    ),
     "eager attention cures": (tried(NAN, eager=GOOD), walked(), "engine"),
     "the reference engine cures": (tried(BAD, peft=GOOD), walked(), "engine"),
     "leaving the row out cures": (tried(BAD, row=GOOD), walked(row=True), "data"),
-    "leaving a row out cures, but it does not stand out": (tried(BAD, row=GOOD), walked(), "unresolved"),
-    "leaving the row out is not enough": (tried(BAD, row=(2.0, 20.0)), walked(row=True), "unresolved"),
+    "leaving a row out cures, but it does not stand out": (
+        tried(BAD, row=GOOD),
+        walked(),
+        "unresolved",
+    ),
+    "leaving the row out is not enough": (
+        tried(BAD, row=(2.0, 20.0)),
+        walked(row=True),
+        "unresolved",
+    ),
     "nothing cures": (tried(BAD), walked(), "unresolved"),
     "every row": (tried(NAN, row=NAN), walked(everything=True), "unresolved"),
     "32-bit AdamW does no harm": (tried(GOOD, 9.0, adamw=0.9), walked(), "optimizer"),

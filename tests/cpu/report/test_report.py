@@ -55,7 +55,9 @@ def test_of_an_update_that_was_done_again_only_the_last_counts(planted: Path) ->
 
 
 def test_a_course_that_was_left_does_not_count() -> None:
-    records = [dict(update=u, attempt=1) for u in (1, 2, 3, 4, 5)] + [dict(update=u, attempt=2) for u in (3, 4)]
+    records = [dict(update=u, attempt=1) for u in (1, 2, 3, 4, 5)] + [
+        dict(update=u, attempt=2) for u in (3, 4)
+    ]
     kept, replaced = standing(records)
     assert [(one["update"], one["attempt"]) for one in kept] == [(1, 1), (2, 1), (3, 2), (4, 2)]
     assert sorted(one["update"] for one in replaced) == [3, 4, 5]
@@ -69,7 +71,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
         read_run(folder)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     err = capsys.readouterr().err
@@ -77,24 +81,36 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_summary_tells_faults_from_a_sound_run(planted: Path, tmp_path: Path) -> None:
-    assert f"first update {BROKEN}" in said(planted, "stable") and f"first at update {SPIKE}" in said(planted, "stable")
+    assert f"first update {BROKEN}" in said(
+        planted, "stable"
+    ) and f"first at update {SPIKE}" in said(planted, "stable")
     assert "train:evil" in said(planted, "look")
     sound = write_run(tmp_path / "sound", faults=False)
-    assert "no detector spoke" in said(sound, "stable") and said(sound, "look") == "Nothing stands out."
+    assert (
+        "no detector spoke" in said(sound, "stable")
+        and said(sound, "look") == "Nothing stands out."
+    )
 
 
 def test_the_summary_says_whether_it_learned(tmp_path: Path) -> None:
-    assert "It learned: held-out loss fell from 3.6" in said(write_run(tmp_path / "a", faults=False), "learned")
+    assert "It learned: held-out loss fell from 3.6" in said(
+        write_run(tmp_path / "a", faults=False), "learned"
+    )
     worse = write_run(tmp_path / "b", faults=False)
     lines = [json.loads(line) for line in (worse / "evaluations.jsonl").read_text().splitlines()]
 
     def rewrite(losses: list[float]) -> None:
         (worse / "evaluations.jsonl").write_text(
-            "".join(json.dumps(one | {"loss_nats": x}) + "\n" for one, x in zip(lines, losses, strict=True))
+            "".join(
+                json.dumps(one | {"loss_nats": x}) + "\n"
+                for one, x in zip(lines, losses, strict=True)
+            )
         )
 
     rewrite([3.6, 3.0, 2.5, 2.9, 3.2])
-    assert "lost some of it" in said(worse, "learned") and "after update 20" in said(worse, "learned")
+    assert "lost some of it" in said(worse, "learned") and "after update 20" in said(
+        worse, "learned"
+    )
     rewrite([3.6, 3.6, 3.7, 3.8, 3.9])
     assert "did not learn" in said(worse, "learned")
     (worse / "evaluations.jsonl").unlink()
@@ -106,14 +122,24 @@ def test_a_trend_within_scatter_is_no_learning(tmp_path: Path) -> None:
     drawn = random.Random(1)
     jsonl = JsonlObserver(folder, "none")
     for update in range(1, 41):
-        jsonl.on_update(dataclasses.replace(update_record(update, 40, drawn=drawn), loss_nats=2 + drawn.gauss(0, 0.1)), ())
+        jsonl.on_update(
+            dataclasses.replace(
+                update_record(update, 40, drawn=drawn), loss_nats=2 + drawn.gauss(0, 0.1)
+            ),
+            (),
+        )
     jsonl.close()
     assert "did not move beyond its scatter" in said(folder, "learned")
 
 
 @pytest.mark.parametrize(
     ("end", "word"),
-    [("finished", "finished"), ("failed", "failed"), ("stopped", "stopped on demand"), (None, "No end is on record")],
+    [
+        ("finished", "finished"),
+        ("failed", "failed"),
+        ("stopped", "stopped on demand"),
+        (None, "No end is on record"),
+    ],
 )
 def test_the_summary_says_how_it_ended(tmp_path: Path, end: str | None, word: str) -> None:
     assert word in said(write_run(tmp_path / "run", updates=5, faults=False, end=end), "ended")
@@ -138,7 +164,10 @@ def test_a_heat_map_keeps_absent_zero_and_not_finite_apart() -> None:
     packed = heat([[None, 0.0], [1e-4, "nan"], [1.0, 1e-2], None], 2)
     assert packed is not None
     codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2").reshape(2, 4)
-    assert codes.tolist() == [[0, FIRST_STEP, LAST_STEP, 0], [1, 2, FIRST_STEP + (LAST_STEP - FIRST_STEP) // 2, 0]]
+    assert codes.tolist() == [
+        [0, FIRST_STEP, LAST_STEP, 0],
+        [1, 2, FIRST_STEP + (LAST_STEP - FIRST_STEP) // 2, 0],
+    ]
     assert (packed["low"], packed["high"]) == (1e-4, 1.0)
     assert heat([None, None], 2) is None
 
@@ -154,7 +183,11 @@ def test_a_heat_map_gives_values_back_and_loses_no_spike() -> None:
         and packed["bins"][0][0] == 0
         and packed["bins"][-1][1] == len(values) - 1
     )
-    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2").reshape(3, HEAT_COLUMNS).astype(float)
+    codes = (
+        np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2")
+        .reshape(3, HEAT_COLUMNS)
+        .astype(float)
+    )
     share = (codes - FIRST_STEP) / (LAST_STEP - FIRST_STEP)
     back = np.exp(np.log(packed["low"]) + share * (np.log(packed["high"]) - np.log(packed["low"])))
     for i, (first, last) in enumerate(packed["bins"]):
@@ -171,18 +204,38 @@ def test_markup_cannot_leave_the_data() -> None:
 def test_the_page_holds_a_strict_policy_and_names_no_other_file(planted: Path) -> None:
     html = page(payload(read_run(planted)))
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)
-    assert policy and policy[1].startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy[1]
+    assert (
+        policy
+        and policy[1].startswith("default-src 'none'; script-src 'sha256-")
+        and "unsafe" not in policy[1]
+    )
     shell = re.sub(r"(?s)<script.*?</script>|<style>.*?</style>", "", html)
-    assert not re.search(r"""(src|href)=["'](?!#)|https?:|\son\w+=|style=""", shell), "only its own text"
+    assert not re.search(r"""(src|href)=["'](?!#)|https?:|\son\w+=|style=""", shell), (
+        "only its own text"
+    )
     assert html.count("<script") == html.count("</script>") == 9
 
 
 def test_worst_rows_put_what_is_not_finite_first() -> None:
     def row(row_id: str, update: int, loss: float | str, tokens: int = 10) -> dict:
-        return dict(row_id=row_id, update=update, loss_sum_nats=loss, supervised_tokens=tokens, rank=0, micro_batch=0)
+        return dict(
+            row_id=row_id,
+            update=update,
+            loss_sum_nats=loss,
+            supervised_tokens=tokens,
+            rank=0,
+            micro_batch=0,
+        )
 
     worst = worst_rows(
-        [row("a", 1, 20.0), row("b", 1, "nan"), row("b", 2, 5.0), row("c", 1, 30.0), row("c", 2, 90.0), row("d", 1, 1.0, 0)]
+        [
+            row("a", 1, 20.0),
+            row("b", 1, "nan"),
+            row("b", 2, 5.0),
+            row("c", 1, 30.0),
+            row("c", 2, 90.0),
+            row("d", 1, 1.0, 0),
+        ]
     )
     assert [(one["id"], one["worst_nats"], one["last_nats"], one["times"]) for one in worst] == [
         ("b", None, 0.5, 2),
@@ -194,18 +247,24 @@ def test_worst_rows_put_what_is_not_finite_first() -> None:
 def test_memory_is_read_from_what_the_preflight_says() -> None:
     events = [
         dict(
-            kind="memory", message="memory, predicted / measured GiB: load 5.31 / 5.33, adapters unknown / 5.50, peak 7.10 / 7.63"
+            kind="memory",
+            message="memory, predicted / measured GiB: load 5.31 / 5.33, adapters unknown / 5.50, peak 7.10 / 7.63",
         ),
         dict(
             kind="preflight",
             message="the heaviest pass of each rank (4,096 slot tokens at most) fits and is finite, peak 7.63 GiB of 79.2",
         ),
     ]
-    assert memory(events) == {"phases": {"load": [5.31, 5.33], "adapters": [None, 5.5], "peak": [7.1, 7.63]}, "card": 79.2}
+    assert memory(events) == {
+        "phases": {"load": [5.31, 5.33], "adapters": [None, 5.5], "peak": [7.1, 7.63]},
+        "card": 79.2,
+    }
     assert memory([]) is None
 
 
-def test_the_words_of_the_preflight_are_those_that_are_read(run_of, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_words_of_the_preflight_are_those_that_are_read(
+    run_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from glassloop.loop import memory as room
@@ -214,7 +273,12 @@ def test_the_words_of_the_preflight_are_those_that_are_read(run_of, monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
     run.device, run.measured_gib = SimpleNamespace(type="cuda"), {"load": 1.0, "adapters": 1.25}
-    found = memory([dict(kind="memory", message=line) for line in room.memory_lines(run, run.batches.heaviest())])
+    found = memory(
+        [
+            dict(kind="memory", message=line)
+            for line in room.memory_lines(run, run.batches.heaviest())
+        ]
+    )
     assert found is not None and {phase: got for phase, (_, got) in found["phases"].items()} == {
         "load": 1.0,
         "adapters": 1.25,
@@ -226,14 +290,35 @@ def test_the_words_of_the_preflight_are_those_that_are_read(run_of, monkeypatch:
 def test_a_shared_page_holds_nothing_of_a_row(planted: Path, tmp_path: Path) -> None:
     assert main(["report", str(planted), "--no-text", "--out", str(tmp_path / "shared.html")]) == 0
     raw = (tmp_path / "shared.html").read_text()
-    for secret in ("hacked", "train:", "asks for a code", "adapter says", "Is it a scam", "Secret system"):
+    for secret in (
+        "hacked",
+        "train:",
+        "asks for a code",
+        "adapter says",
+        "Is it a scam",
+        "Secret system",
+    ):
         assert secret not in raw, secret
     assert not (planted / "report-no-text.html").exists()
 
 
 def test_the_curves_become_a_picture(planted: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'glassloop[report]'")
-    assert main(["report", str(planted), "--out", str(tmp_path / "r.html"), "--png", str(tmp_path / "curves.png")]) == 0
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib is not installed: pip install 'glassloop[report]'"
+    )
+    assert (
+        main(
+            [
+                "report",
+                str(planted),
+                "--out",
+                str(tmp_path / "r.html"),
+                "--png",
+                str(tmp_path / "curves.png"),
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -257,7 +342,14 @@ def test_report_and_comparison_never_import_torch(planted: Path, tmp_path: Path)
         f"assert main(['watch', {str(planted)!r}, '--once']) == 0\n"
         "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -268,10 +360,21 @@ def test_an_older_run_without_newer_fields_opens(tmp_path: Path) -> None:
         for name in ("optimizer_s", "noise_scale_tokens", "alarms", "schema", "attempt"):
             del record[name]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
-    for name in ("probes.jsonl", "rows.jsonl", "plan.json", "env.json", "config.yaml", "events.jsonl"):
+    for name in (
+        "probes.jsonl",
+        "rows.jsonl",
+        "plan.json",
+        "env.json",
+        "config.yaml",
+        "events.jsonl",
+    ):
         (folder / name).unlink()
     data = payload(read_run(folder))
-    assert all(map(math.isnan, decoded(data["columns"]["optimizer_s"]))) and data["probes"] is None and data["plan"] is None
+    assert (
+        all(map(math.isnan, decoded(data["columns"]["optimizer_s"])))
+        and data["probes"] is None
+        and data["plan"] is None
+    )
     assert write_report(folder).exists()
 
 
@@ -289,10 +392,16 @@ def test_every_asset_of_the_page_is_in_a_wheel() -> None:
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
     patterns = parser["options.package_data"]["glassloop.report"].split()
     package = ROOT / "glassloop" / "report"
-    assert {path for pattern in patterns for path in package.glob(pattern)} == set((package / "assets").iterdir())
+    assert {path for pattern in patterns for path in package.glob(pattern)} == set(
+        (package / "assets").iterdir()
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "glassloop" / "report" / "assets").glob("*.*s")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "glassloop" / "report" / "assets").glob("*.*s")),
+    ids=lambda path: path.name,
+)
 def test_scripts_and_styles_stay_short_enough_to_read(path: Path) -> None:
     if not path.name.startswith("uplot"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 350

@@ -70,7 +70,11 @@ def test_a_skipped_update_and_its_command_are_shown(tmp_path: Path) -> None:
     watched = Watched(folder)
     watched.refresh()
     text = shown(watched, width=140)
-    assert "SKIPPED: loss is not finite" in text and f"--update {BROKEN} --bisect" in text and "✕" in text
+    assert (
+        "SKIPPED: loss is not finite" in text
+        and f"--update {BROKEN} --bisect" in text
+        and "✕" in text
+    )
 
 
 def test_silence_is_told_from_work(tmp_path: Path) -> None:
@@ -87,7 +91,14 @@ def test_ranks_say_what_they_do_while_the_run_goes(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", updates=5, faults=False, end=None)
     (folder / "ranks").mkdir()
     for rank in range(2):
-        position = dict(rank=rank, host="h", pid=1, update=6, doing=f"computes pass {rank + 1} of 2", since=time.time() - 3)
+        position = dict(
+            rank=rank,
+            host="h",
+            pid=1,
+            update=6,
+            doing=f"computes pass {rank + 1} of 2",
+            since=time.time() - 3,
+        )
         (folder / "ranks" / f"rank{rank}.json").write_text(json.dumps(position))
     watched = Watched(folder)
     watched.refresh()
@@ -134,7 +145,9 @@ def test_the_command_leaves_when_the_run_has_ended(
     assert "4/4 updates" in capsys.readouterr().out
 
 
-def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_watched_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", str(tmp_path / "nowhere")]) == 2
     assert main(["watch", str(tmp_path), "--every", "0"]) == 2
     err = capsys.readouterr().err

@@ -34,7 +34,11 @@ from glassloop.saved.capsule import (
 from glassloop.saved.state import rng_state
 
 CPU = torch.device("cpu")
-NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{s}.default.weight" for i in (0, 1) for s in "AB"]
+NAMES = [
+    f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{s}.default.weight"
+    for i in (0, 1)
+    for s in "AB"
+]
 ROWS = {
     17: Row("train:17", (1, 40, 41, 42), (False, False, True, True)),
     3: Row("train:3", (1, 50, 51), (False, True, False)),
@@ -42,10 +46,16 @@ ROWS = {
 }
 
 
-def parts(seed: int = 0, optimizer: str = "adamw_8bit") -> tuple[FlatAdapters, torch.optim.Optimizer]:
+def parts(
+    seed: int = 0, optimizer: str = "adamw_8bit"
+) -> tuple[FlatAdapters, torch.optim.Optimizer]:
     generator = torch.Generator().manual_seed(seed)
-    adapters = FlatAdapters((name, nn.Parameter(torch.randn(8, 300, generator=generator))) for name in NAMES)
-    moved = make_optimizer(optimizer, adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    adapters = FlatAdapters(
+        (name, nn.Parameter(torch.randn(8, 300, generator=generator))) for name in NAMES
+    )
+    moved = make_optimizer(
+        optimizer, adapters.flat, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     adapters.grad.copy_(torch.randn(adapters.grad.shape, generator=generator))
     moved.step()
     return adapters, moved
@@ -77,7 +87,13 @@ def facts(update: int = 37, why: str = "norm_spike", **changed: Any) -> CapsuleF
 
 
 def save(
-    folder: Path, of: CapsuleFacts | None = None, *, text: str = "ids", keep: int = 4, most_gib: float = 1.0, seed: int = 0
+    folder: Path,
+    of: CapsuleFacts | None = None,
+    *,
+    text: str = "ids",
+    keep: int = 4,
+    most_gib: float = 1.0,
+    seed: int = 0,
 ) -> CapsuleSaved:
     adapters, optimizer = parts(seed)
     return save_capsule(
@@ -99,11 +115,20 @@ def names(folder: Path) -> list[str]:
 def test_a_capsule_brings_back_adapters_optimizer_and_random_numbers_bit_for_bit(tmp_path):
     adapters, optimizer = parts()
     flat = adapters.flat.detach().clone()
-    state = {k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.state[adapters.flat].items()}
+    state = {
+        k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.state[adapters.flat].items()
+    }
     random.seed(5)
     before = rng_state(CPU)
     saved = save_capsule(
-        tmp_path, facts(), text="ids", adapters=adapters, optimizer=optimizer, rng_states=[before, before], keep=4, most_gib=1
+        tmp_path,
+        facts(),
+        text="ids",
+        adapters=adapters,
+        optimizer=optimizer,
+        rng_states=[before, before],
+        keep=4,
+        most_gib=1,
     )
     assert saved.path == tmp_path / "update_000037"
     other, its_optimizer = parts(seed=9)
@@ -113,7 +138,9 @@ def test_a_capsule_brings_back_adapters_optimizer_and_random_numbers_bit_for_bit
         assert torch.equal(place.of(flat), other.slices[name].of(other.flat.detach()))
     now = its_optimizer.state[other.flat]
     assert now.keys() == state.keys()
-    assert all(torch.equal(now[k], v) if torch.is_tensor(v) else now[k] == v for k, v in state.items())
+    assert all(
+        torch.equal(now[k], v) if torch.is_tensor(v) else now[k] == v for k, v in state.items()
+    )
     assert capsule.rng_states == (before, before)
 
 
@@ -123,7 +150,9 @@ def test_its_facts_come_back_with_infinite_numbers_and_nan(tmp_path):
     read = read_facts(path)
     digests = {number: row_digest(row) for number, row in ROWS.items()}
     wanted = dataclasses.replace(facts(), rows=ROWS, digests=digests, serial=1)
-    plain = [repr(dataclasses.asdict(one)) for one in (read, wanted)]  # repr: NaN is not equal to itself
+    plain = [
+        repr(dataclasses.asdict(one)) for one in (read, wanted)
+    ]  # repr: NaN is not equal to itself
     assert plain[0] == plain[1]
 
 
@@ -146,7 +175,10 @@ def test_a_full_disk_publishes_nothing_removes_nothing_and_says_so(tmp_path, mon
         path.write_bytes(data)
 
     monkeypatch.setattr(folders, "_write", full)
-    with pytest.raises(CapsuleNotSaved, match=r"update_000002 was not saved: .*No space left.*lower record\.capsules"):
+    with pytest.raises(
+        CapsuleNotSaved,
+        match=r"update_000002 was not saved: .*No space left.*lower record\.capsules",
+    ):
         save(tmp_path, facts(2), keep=1)
     assert names(tmp_path) == ["update_000001"]
     assert [path.name for path in tmp_path.iterdir()] == ["update_000001"]
@@ -160,7 +192,13 @@ def test_the_same_update_once_more_takes_the_place_of_the_first(tmp_path):
 
 
 def test_room_goes_to_the_newest_bad_one_and_the_healthy_one_first(tmp_path):
-    for update, why in ((1, "norm_spike"), (6, "healthy"), (8, "asked"), (9, "loss_spike"), (12, "nonfinite")):
+    for update, why in (
+        (1, "norm_spike"),
+        (6, "healthy"),
+        (8, "asked"),
+        (9, "loss_spike"),
+        (12, "nonfinite"),
+    ):
         saved = save(tmp_path, facts(update, why), keep=3)
     assert names(tmp_path) == ["update_000006", "update_000008", "update_000012"]
     assert [path.name for path in saved.removed] == ["update_000009"]
@@ -210,24 +248,51 @@ MALFORMED = {
     "a newer schema": (lambda p: p.update(schema=99), "install a newer one"),
     "an unknown field": (lambda p: p.update(shell="rm"), "missing or unknown: shell"),
     "a missing field": (lambda p: p.pop("lr"), "missing or unknown: lr"),
-    "a negative update": (lambda p: p.update(update=-1), "update is -1, not a whole number of at least 1"),
+    "a negative update": (
+        lambda p: p.update(update=-1),
+        "update is -1, not a whole number of at least 1",
+    ),
     "true for a number": (lambda p: p.update(world_size=True), "world_size is True"),
     "an infinite lr": (lambda p: p.update(lr=math.inf), "Infinity is no JSON number"),
-    "a loss scale of 0": (lambda p: p.update(loss_scale=0), "loss_scale is 0, not a number above 0"),
-    "passes of another number of ranks": (lambda p: p.update(passes=p["passes"][:1]), "passes of 1 ranks, world_size is 2"),
+    "a loss scale of 0": (
+        lambda p: p.update(loss_scale=0),
+        "loss_scale is 0, not a number above 0",
+    ),
+    "passes of another number of ranks": (
+        lambda p: p.update(passes=p["passes"][:1]),
+        "passes of 1 ranks, world_size is 2",
+    ),
     "a row twice": (lambda p: p["passes"][0].append([17]), "do not hold each of its rows once"),
-    "a row that is not there": (lambda p: p["passes"][1][0].append(5), "do not hold each of its rows once"),
+    "a row that is not there": (
+        lambda p: p["passes"][1][0].append(5),
+        "do not hold each of its rows once",
+    ),
     "an empty pass": (lambda p: p["passes"][1].append([]), "passes is"),
-    "a huge token id": (lambda p: p["rows"][0]["input_ids"].__setitem__(0, 2**40), "no sound row_id"),
-    "runs of another length": (lambda p: p["rows"][0]["supervised_runs"].append(3), "no sound row_id"),
-    "a changed token": (lambda p: p["rows"][0]["input_ids"].__setitem__(1, 7), "does not have its digest"),
+    "a huge token id": (
+        lambda p: p["rows"][0]["input_ids"].__setitem__(0, 2**40),
+        "no sound row_id",
+    ),
+    "runs of another length": (
+        lambda p: p["rows"][0]["supervised_runs"].append(3),
+        "no sound row_id",
+    ),
+    "a changed token": (
+        lambda p: p["rows"][0]["input_ids"].__setitem__(1, 7),
+        "does not have its digest",
+    ),
     "tokens of one row gone": (
         lambda p: [p["rows"][0].pop(name) for name in ("row_id", "input_ids", "supervised_runs")],
         "only 2 of 3 rows carry tokens",
     ),
     "a text for a loss": (lambda p: p["expected"].update(loss_nats="much"), "expected: "),
-    "losses of another rank": (lambda p: p["expected"]["rank_loss_sums"].append(1.0), "one number for each rank and row"),
-    "losses of another row": (lambda p: p["expected"]["row_loss_sums"][0].append(1.0), "one number for each rank and row"),
+    "losses of another rank": (
+        lambda p: p["expected"]["rank_loss_sums"].append(1.0),
+        "one number for each rank and row",
+    ),
+    "losses of another row": (
+        lambda p: p["expected"]["row_loss_sums"][0].append(1.0),
+        "one number for each rank and row",
+    ),
 }
 
 
@@ -237,7 +302,9 @@ def test_what_is_malformed_is_refused_with_file_value_and_cure(tmp_path, change,
     assert path is not None
     rewritten(path, change)
     for read in (read_facts, read_capsule):
-        with pytest.raises(ValueError, match=r"cannot be read: capsule\.json .*Take another capsule") as caught:
+        with pytest.raises(
+            ValueError, match=r"cannot be read: capsule\.json .*Take another capsule"
+        ) as caught:
             read(path)
         assert complaint in str(caught.value)
 
@@ -319,7 +386,9 @@ def test_another_model_or_optimizer_is_refused_and_left_as_it_is(tmp_path):
     capsule = read_capsule(path)
     adapters, optimizer = parts(seed=3, optimizer="adamw")
     before = adapters.flat.detach().clone()
-    with pytest.raises(ValueError, match="does not fit this model: the optimizer state has optimizer = 'AdamW8bit'"):
+    with pytest.raises(
+        ValueError, match="does not fit this model: the optimizer state has optimizer = 'AdamW8bit'"
+    ):
         restore_capsule(capsule, adapters=adapters, optimizer=optimizer)
     assert torch.equal(adapters.flat.detach(), before)
     fewer = FlatAdapters([(NAMES[0], nn.Parameter(torch.zeros(8, 300)))])

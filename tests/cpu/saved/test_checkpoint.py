@@ -49,7 +49,13 @@ CONFIG = as_dict(Config.model_validate({}))
 
 def base_model() -> LlamaForCausalLM:
     torch.manual_seed(11)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=32)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        max_position_embeddings=32,
+    )
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 8
     return LlamaForCausalLM(config).eval()
 
@@ -66,14 +72,22 @@ class Bench:
         self.model.train()
         for _ in range(count):
             self.adapters.zero_grad()
-            ids = torch.tensor([[random.randrange(64) for _ in range(12)], numpy.random.randint(0, 64, 12).tolist()])  # (2, 12)
+            ids = torch.tensor(
+                [
+                    [random.randrange(64) for _ in range(12)],
+                    numpy.random.randint(0, 64, 12).tolist(),
+                ]
+            )  # (2, 12)
             self.model(input_ids=ids, labels=ids).loss.backward()
             self.optimizer.step()
 
     def bits(self) -> dict[str, Any]:
         """Everything that a restore changes, as bytes. Padding between matrices is left out: no model reads it."""
         tensors, plain = snapshots.optimizer_state(self.optimizer, self.adapters.flat)
-        tensors |= {name: place.of(self.adapters.flat.detach()) for name, place in self.adapters.slices.items()}
+        tensors |= {
+            name: place.of(self.adapters.flat.detach())
+            for name, place in self.adapters.slices.items()
+        }
         bits = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
         return {**bits, "plain": plain, "rng": snapshots.rng_state(CPU)}
 
@@ -84,26 +98,41 @@ def bench(name: str = "adamw_8bit", seed: int = 0, r: int = 2) -> Bench:
     random.seed(seed)
     numpy.random.seed(seed)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=r, lora_alpha=16, lora_dropout=0.2, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=r, lora_alpha=16, lora_dropout=0.2, target_modules=targets, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base, lora)
     adapters = FlatAdapters(model.named_parameters())
     return Bench(
-        model, adapters, make_optimizer(name, adapters.flat, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+        model,
+        adapters,
+        make_optimizer(
+            name, adapters.flat, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01
+        ),
     )
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     made.chat_template = "the tokenizer's own"
     return made
 
 
 def state_at(update: int, **changed: Any) -> State:
-    state = State(update=update, epoch=0, world_size=RANKS, order_seed=3407, base_hash=BASE, config=CONFIG)
-    return replace(state, **{"versions": {"torch": torch.__version__}, "tracker_ids": {"wandb": "abc"}, **changed})
+    state = State(
+        update=update, epoch=0, world_size=RANKS, order_seed=3407, base_hash=BASE, config=CONFIG
+    )
+    return replace(
+        state,
+        **{"versions": {"torch": torch.__version__}, "tracker_ids": {"wandb": "abc"}, **changed},
+    )
 
 
 def save(run: Path, one: Bench, tokenizer: Any, state: State, keep: int = 9) -> Saved:
@@ -186,7 +215,9 @@ def names(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw", "sgd"])
-def test_a_resumed_run_is_the_uninterrupted_one_byte_for_byte(name: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_byte_for_byte(
+    name: str, tmp_path: Path, tokenizer: Any
+) -> None:
     one = bench(name)
     one.update(3)
     state = state_at(3, details={"windows": [1.5, None]}, attempt=2, loss_scale=1024.0)
@@ -210,7 +241,9 @@ def test_eight_bit_states_are_stored_as_eight_bits(at_40: Path) -> None:
 
 def test_a_parameter_too_small_for_eight_bits_comes_back_too() -> None:
     flat = torch.nn.Parameter(torch.ones(256))
-    optimizer = make_optimizer("adamw_8bit", flat, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    optimizer = make_optimizer(
+        "adamw_8bit", flat, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     flat.grad = torch.ones(256)
     optimizer.step()
     tensors, plain = snapshots.optimizer_state(optimizer, flat)
@@ -221,7 +254,9 @@ def test_a_parameter_too_small_for_eight_bits_comes_back_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw", "sgd"])
-def test_a_run_saved_before_its_first_step_has_no_optimizer_state(name: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_run_saved_before_its_first_step_has_no_optimizer_state(
+    name: str, tmp_path: Path, tokenizer: Any
+) -> None:
     one = bench(name)
     saved = save(tmp_path, one, tokenizer, state_at(0))
     one.update(1)
@@ -242,8 +277,15 @@ def test_the_state_of_every_rank_is_its_own(tmp_path: Path, trained: Bench, toke
     for seed in (1, 2):
         torch.manual_seed(seed)
         rngs.append(snapshots.rng_state(CPU))
-    arguments = dict(adapters=trained.adapters, peft_model=trained.model, tokenizer=tokenizer, chat_template=TEMPLATE)
-    arguments |= dict(base_id="org/base", base_revision=None, optimizer=trained.optimizer, rng_states=rngs, keep=1)
+    arguments = dict(
+        adapters=trained.adapters,
+        peft_model=trained.model,
+        tokenizer=tokenizer,
+        chat_template=TEMPLATE,
+    )
+    arguments |= dict(
+        base_id="org/base", base_revision=None, optimizer=trained.optimizer, rng_states=rngs, keep=1
+    )
     saved = save_checkpoint(tmp_path, state_at(1), **arguments)  # type: ignore[arg-type]
     for rank, seed in enumerate((1, 2)):
         load(saved.path, trained, rank=rank)
@@ -257,7 +299,9 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(at_40: Path, trained: 
     trained.model.eval()
     loaded = PeftModel.from_pretrained(base_model(), at_40).eval()
     with torch.no_grad():
-        expected, logits, plain = (model(input_ids=ids).logits for model in (trained.model, loaded, base_model()))
+        expected, logits, plain = (
+            model(input_ids=ids).logits for model in (trained.model, loaded, base_model())
+        )
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, plain)
     described = json.loads((at_40 / "adapter_config.json").read_text())
@@ -265,15 +309,21 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(at_40: Path, trained: 
     assert described["inference_mode"] is True
 
 
-def test_adapter_names_are_pefts_own_and_no_base_weight_is_saved(at_40: Path, trained: Bench) -> None:
+def test_adapter_names_are_pefts_own_and_no_base_weight_is_saved(
+    at_40: Path, trained: Bench
+) -> None:
     saved = load_file(at_40 / "adapter_model.safetensors")
-    assert saved.keys() == get_peft_model_state_dict(trained.model, save_embedding_layers=False).keys()
+    assert (
+        saved.keys() == get_peft_model_state_dict(trained.model, save_embedding_layers=False).keys()
+    )
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
     assert all(".lora_" in name for name in saved)
     held = sum(tensor.numel() for tensor in saved.values())
     assert held == trained.adapters.trainable
     weights = sum(path.stat().st_size for path in at_40.glob("*.safetensors"))
-    assert weights < 6 * trained.adapters.flat.numel() + 20_000  # 4 bytes a weight, 2 of optimizer state, names
+    assert (
+        weights < 6 * trained.adapters.flat.numel() + 20_000
+    )  # 4 bytes a weight, 2 of optimizer state, names
 
 
 @pytest.mark.parametrize(
@@ -289,7 +339,9 @@ def test_only_the_adapters_name_is_left_out_of_a_name(name: str, saved: str) -> 
     assert checkpoint.saved_name(name) == saved
 
 
-def test_the_tokenizer_comes_with_the_given_template_and_keeps_its_own(at_40: Path, tokenizer: Any) -> None:
+def test_the_tokenizer_comes_with_the_given_template_and_keeps_its_own(
+    at_40: Path, tokenizer: Any
+) -> None:
     loaded = AutoTokenizer.from_pretrained(at_40)
     assert loaded.chat_template == TEMPLATE == (at_40 / "chat_template.jinja").read_text()
     turns = [{"role": "user", "content": "a b"}]
@@ -309,7 +361,9 @@ def test_a_checkpoint_holds_json_safetensors_and_text_only(at_40: Path) -> None:
 
 def test_sums_are_those_of_sha256sum(at_40: Path) -> None:
     lines = (at_40 / "SHA256SUMS").read_text().splitlines()
-    assert sorted(line.split("  ")[1] for line in lines) == sorted(p.name for p in at_40.iterdir() if p.name != "SHA256SUMS")
+    assert sorted(line.split("  ")[1] for line in lines) == sorted(
+        p.name for p in at_40.iterdir() if p.name != "SHA256SUMS"
+    )
     if shutil.which("sha256sum"):
         assert os.system(f"cd {at_40} && sha256sum -c --strict --quiet SHA256SUMS") == 0
 
@@ -330,9 +384,28 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "one bit flipped": flip,
     "longer": lambda data: data + b" ",
 }
-FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "optimizer.json", "state.json"]
-FILES += ["rng_rank0.json", "rng_rank1.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "SHA256SUMS"]
-PARSED = ["adapter_model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "rng_rank1.json"]
+FILES = [
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+    "optimizer.json",
+    "state.json",
+]
+FILES += [
+    "rng_rank0.json",
+    "rng_rank1.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "SHA256SUMS",
+]
+PARSED = [
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "optimizer.json",
+    "state.json",
+    "rng_rank1.json",
+]
 
 
 def test_the_files_of_a_checkpoint_are_those_that_are_damaged_here(at_40: Path) -> None:
@@ -341,7 +414,9 @@ def test_the_files_of_a_checkpoint_are_those_that_are_damaged_here(at_40: Path) 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_refused_by_name(name: str, damage: str, at_40: Path, other: Bench, run: Path) -> None:
+def test_a_damaged_file_is_refused_by_name(
+    name: str, damage: str, at_40: Path, other: Bench, run: Path
+) -> None:
     data = DAMAGE[damage]((at_40 / name).read_bytes())
     (at_40 / name).unlink()
     if data is not None:
@@ -368,7 +443,9 @@ def test_any_flipped_byte_is_refused(at_40: Path) -> None:
         path = draw.choice(sorted(at_40.iterdir()))
         data = path.read_bytes()
         place = draw.randrange(len(data))
-        path.write_bytes(data[:place] + bytes([data[place] ^ draw.randrange(1, 256)]) + data[place + 1 :])
+        path.write_bytes(
+            data[:place] + bytes([data[place] ^ draw.randrange(1, 256)]) + data[place + 1 :]
+        )
         with pytest.raises(ValueError, match=r"corrupt|cut short|missing"):
             folders.read(at_40, checkpoint.REQUIRED)
         path.write_bytes(data)
@@ -378,7 +455,10 @@ def test_any_flipped_byte_is_refused(at_40: Path) -> None:
 def resum(folder: Path, changed: str) -> None:
     """Make the sum of a file right again, as someone who forges a checkpoint would."""
     lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    sums = [(folders._digest((folder / name).read_bytes()) if name == changed else digest, name) for digest, name in lines]
+    sums = [
+        (folders._digest((folder / name).read_bytes()) if name == changed else digest, name)
+        for digest, name in lines
+    ]
     (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
 
 
@@ -404,30 +484,68 @@ FORGED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "a field unknown": ("state.json", lambda s: s | {"spell": 1}, "spell"),
     "a field of a wrong type": ("state.json", lambda s: s | {"update": "40"}, "update is '40'"),
     "a list of nothing for a map": ("state.json", lambda s: s | {"config": []}, "config is []"),
-    "null where a value must be": ("state.json", lambda s: s | {"attempt": None}, "attempt is None"),
+    "null where a value must be": (
+        "state.json",
+        lambda s: s | {"attempt": None},
+        "attempt is None",
+    ),
     "another optimizer": ("optimizer.json", lambda s: s | {"optimizer": "AdamW"}, "AdamW"),
     "another size": ("optimizer.json", lambda s: s | {"elements": 5}, "elements = 5"),
     "no values": ("optimizer.json", lambda s: without(s, "values"), "holds no values"),
     "no count of steps": ("optimizer.json", lambda s: s | {"values": {}}, "step is None"),
     "no list": ("optimizer.json", lambda s: [], "holds no values"),
     "a moment missing": ("optimizer.safetensors", lambda s: without(s, "state2"), "state2"),
-    "a moment cut": ("optimizer.safetensors", lambda s: s | {"state1": s["state1"][:-256].clone()}, "state1"),
-    "a moment cast": ("optimizer.safetensors", lambda s: s | {"absmax1": s["absmax1"].half()}, "absmax1"),
+    "a moment cut": (
+        "optimizer.safetensors",
+        lambda s: s | {"state1": s["state1"][:-256].clone()},
+        "state1",
+    ),
+    "a moment cast": (
+        "optimizer.safetensors",
+        lambda s: s | {"absmax1": s["absmax1"].half()},
+        "absmax1",
+    ),
     "a matrix missing": ("adapter_model.safetensors", lambda s: without(s, LONG), LONG),
-    "a matrix too many": ("adapter_model.safetensors", lambda s: s | {"lm_head": torch.ones(3)}, "lm_head"),
-    "a matrix turned": ("adapter_model.safetensors", lambda s: s | {LONG: s[LONG].T.contiguous()}, LONG),
-    "a matrix cast": ("adapter_model.safetensors", lambda s: s | {LONG: s[LONG].bfloat16()}, "bfloat16"),
+    "a matrix too many": (
+        "adapter_model.safetensors",
+        lambda s: s | {"lm_head": torch.ones(3)},
+        "lm_head",
+    ),
+    "a matrix turned": (
+        "adapter_model.safetensors",
+        lambda s: s | {LONG: s[LONG].T.contiguous()},
+        LONG,
+    ),
+    "a matrix cast": (
+        "adapter_model.safetensors",
+        lambda s: s | {LONG: s[LONG].bfloat16()},
+        "bfloat16",
+    ),
     "no python state": ("rng_rank1.json", lambda s: without(s, "python"), "rng_rank1.json"),
-    "a short python state": ("rng_rank1.json", lambda s: s | {"python": [3, [1, 2], None]}, "rng_rank1.json"),
-    "a numpy state of another kind": ("rng_rank1.json", lambda s: s | {"numpy": ["PCG64", [], 1, 0, 0.0]}, "rng_rank1.json"),
+    "a short python state": (
+        "rng_rank1.json",
+        lambda s: s | {"python": [3, [1, 2], None]},
+        "rng_rank1.json",
+    ),
+    "a numpy state of another kind": (
+        "rng_rank1.json",
+        lambda s: s | {"numpy": ["PCG64", [], 1, 0, 0.0]},
+        "rng_rank1.json",
+    ),
     "a short torch state": ("rng_rank1.json", lambda s: s | {"torch": "00ff"}, "rng_rank1.json"),
-    "a torch state that is no hex": ("rng_rank1.json", lambda s: s | {"torch": "zz"}, "rng_rank1.json"),
+    "a torch state that is no hex": (
+        "rng_rank1.json",
+        lambda s: s | {"torch": "zz"},
+        "rng_rank1.json",
+    ),
     "a GPU's numbers": ("rng_rank1.json", lambda s: s | {"cuda": "00" * 16}, "a run on cuda"),
 }
 
 
 @pytest.mark.parametrize(("name", "change", "complaint"), FORGED.values(), ids=FORGED)
-def test_a_forged_file_is_refused(name: str, change: Callable[[Any], Any], complaint: str, at_40: Path, other: Bench) -> None:
+def test_a_forged_file_is_refused(
+    name: str, change: Callable[[Any], Any], complaint: str, at_40: Path, other: Bench
+) -> None:
     forge(at_40, name, change)
     message = refused(at_40, other)
     assert complaint in message
@@ -436,21 +554,29 @@ def test_a_forged_file_is_refused(name: str, change: Callable[[Any], Any], compl
 
 @pytest.mark.parametrize("name", PARSED)
 @pytest.mark.parametrize("junk", [b"\x80\x04junk", b"", b"[" * 100_000, b'{"a": NaN', b"\xff\xfe"])
-def test_junk_with_a_right_sum_is_refused(name: str, junk: bytes, at_40: Path, other: Bench) -> None:
+def test_junk_with_a_right_sum_is_refused(
+    name: str, junk: bytes, at_40: Path, other: Bench
+) -> None:
     (at_40 / name).write_bytes(junk)
     resum(at_40, name)
     assert name in refused(at_40, other)
 
 
-@pytest.mark.parametrize("name", ["../state.json", "/etc/passwd", "..", "a/b", ".hidden", "a\\b", "", "state.json"])
-def test_a_name_in_the_sums_cannot_leave_the_folder_or_come_twice(name: str, at_40: Path, other: Bench) -> None:
+@pytest.mark.parametrize(
+    "name", ["../state.json", "/etc/passwd", "..", "a/b", ".hidden", "a\\b", "", "state.json"]
+)
+def test_a_name_in_the_sums_cannot_leave_the_folder_or_come_twice(
+    name: str, at_40: Path, other: Bench
+) -> None:
     with open(at_40 / "SHA256SUMS", "a") as file:
         file.write(f"{'0' * 64}  {name}\n")
     assert "SHA256SUMS is corrupt at" in refused(at_40, other)
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
-def test_a_link_or_a_folder_in_place_of_a_file_is_refused(kind: str, at_40: Path, other: Bench, tmp_path: Path) -> None:
+def test_a_link_or_a_folder_in_place_of_a_file_is_refused(
+    kind: str, at_40: Path, other: Bench, tmp_path: Path
+) -> None:
     (at_40 / "state.json").rename(tmp_path / "elsewhere.json")
     if kind == "link":
         (at_40 / "state.json").symlink_to(tmp_path / "elsewhere.json")
@@ -550,12 +676,28 @@ def test_a_field_that_does_not_is_free(field: str, value: Any, at_40: Path, scra
 
 def test_changes_are_found_whatever_the_container() -> None:
     assert config_changes({"a": {"b": (1, 2)}, "c": 1}, {"a": {"b": [1, 2]}, "c": 1}) == {}
-    assert config_changes({"a": {"b": 1}, "c": 1}, {"a": {"d": 2}, "c": 1}) == {"a.b": (1, None), "a.d": (None, 2)}
+    assert config_changes({"a": {"b": 1}, "c": 1}, {"a": {"d": 2}, "c": 1}) == {
+        "a.b": (1, None),
+        "a.d": (None, 2),
+    }
 
 
 def test_a_state_written_without_later_fields_opens(at_40: Path, scratch: Bench) -> None:
-    later = ("versions", "attempt", "loss_scale", "finite_updates", "heldout_loss_nats", "tracker_ids", "details", "serial")
-    forge(at_40, "state.json", lambda s: {name: value for name, value in s.items() if name not in later})
+    later = (
+        "versions",
+        "attempt",
+        "loss_scale",
+        "finite_updates",
+        "heldout_loss_nats",
+        "tracker_ids",
+        "details",
+        "serial",
+    )
+    forge(
+        at_40,
+        "state.json",
+        lambda s: {name: value for name, value in s.items() if name not in later},
+    )
     assert load(at_40, scratch) == State(40, 0, RANKS, 3407, BASE, CONFIG)
 
 
@@ -572,10 +714,14 @@ def test_random_numbers_come_back_in_the_middle_of_a_pair_of_normals() -> None:
     state = json.loads(json.dumps(snapshots.rng_state(CPU)))
     drawn = [(random.gauss(0, 1), numpy.random.normal(), torch.randn(3).tolist()) for _ in range(2)]
     snapshots.restore_rng(state, CPU)
-    assert [(random.gauss(0, 1), numpy.random.normal(), torch.randn(3).tolist()) for _ in range(2)] == drawn
+    assert [
+        (random.gauss(0, 1), numpy.random.normal(), torch.randn(3).tolist()) for _ in range(2)
+    ] == drawn
 
 
-@pytest.mark.parametrize("broken", [{}, [], None, {"python": 1, "numpy": 2, "torch": 3, "cuda": None}])
+@pytest.mark.parametrize(
+    "broken", [{}, [], None, {"python": 1, "numpy": 2, "torch": 3, "cuda": None}]
+)
 def test_malformed_random_numbers_are_refused_and_change_nothing(broken: Any) -> None:
     before = snapshots.rng_state(CPU)
     with pytest.raises(ValueError, match="malformed state of random numbers"):
@@ -586,7 +732,9 @@ def test_malformed_random_numbers_are_refused_and_change_nothing(broken: Any) ->
 # Which are kept, and which is found
 
 
-def test_older_ones_go_but_the_best_by_heldout_loss_stays(tmp_path: Path, trained: Bench, tokenizer: Any) -> None:
+def test_older_ones_go_but_the_best_by_heldout_loss_stays(
+    tmp_path: Path, trained: Bench, tokenizer: Any
+) -> None:
     losses = {10: 2.0, 20: 1.0, 30: 1.5, 40: None, 50: 1.0000001, 60: math.nan, 70: None}
     for update, loss in losses.items():
         saved = save(tmp_path, trained, tokenizer, state_at(update, heldout_loss_nats=loss), keep=2)
@@ -595,7 +743,12 @@ def test_older_ones_go_but_the_best_by_heldout_loss_stays(tmp_path: Path, traine
     best = tmp_path / "checkpoints/update_000020"
     assert saved.best == best_checkpoint(tmp_path) == best
     pointer = json.loads((tmp_path / "checkpoints/best.json").read_text())
-    assert pointer == {"schema": 1, "folder": "update_000020", "update": 20, "heldout_loss_nats": 1.0}
+    assert pointer == {
+        "schema": 1,
+        "folder": "update_000020",
+        "update": 20,
+        "heldout_loss_nats": 1.0,
+    }
     PeftModel.from_pretrained(base_model(), best)
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoints/update_000070", ())
     saved = save(tmp_path, trained, tokenizer, state_at(80, heldout_loss_nats=0.5), keep=1)
@@ -608,7 +761,9 @@ def test_without_heldout_loss_there_is_no_best(run: Path) -> None:
     assert not (run / "checkpoints/best.json").exists()
 
 
-def test_after_a_resume_from_an_older_one_its_successors_are_the_newest(run: Path, trained: Bench, tokenizer: Any) -> None:
+def test_after_a_resume_from_an_older_one_its_successors_are_the_newest(
+    run: Path, trained: Bench, tokenizer: Any
+) -> None:
     saved = save(run, trained, tokenizer, state_at(30), keep=2)
     assert names(run) == ["update_000030", "update_000040"]
     assert last_checkpoint(run)[0] == saved.path
@@ -637,7 +792,9 @@ def test_one_that_was_replaced_is_removed_by_the_next_save_and_is_never_the_best
     assert names(run) == ["update_000020", "update_000040", "update_000060"]
 
 
-def test_one_that_was_replaced_is_found_while_the_new_one_is_not_there(run: Path, scratch: Bench) -> None:
+def test_one_that_was_replaced_is_found_while_the_new_one_is_not_there(
+    run: Path, scratch: Bench
+) -> None:
     (run / "checkpoints/update_000040").rename(run / "checkpoints/update_000040.replaced")
     found, notes = last_checkpoint(run)
     assert (found, notes) == (run / "checkpoints/update_000040.replaced", ())
@@ -654,7 +811,9 @@ def test_a_run_without_checkpoints_has_no_last_one(tmp_path: Path) -> None:
     assert "SHA256SUMS is missing" in notes[0]
 
 
-def test_other_things_in_the_folder_are_neither_read_nor_removed(run: Path, trained: Bench, tokenizer: Any) -> None:
+def test_other_things_in_the_folder_are_neither_read_nor_removed(
+    run: Path, trained: Bench, tokenizer: Any
+) -> None:
     for name in (".ipynb_checkpoints", "update_backup", "mine"):
         (run / "checkpoints" / name).mkdir()
     save(run, trained, tokenizer, state_at(60), keep=1)
@@ -686,7 +845,9 @@ def watch(on_step: Callable[[str, Any], None], patch: pytest.MonkeyPatch, tokeni
     before("tokenizer", tokenizer, "save_pretrained")
 
 
-def steps_of_a_save(tmp_path: Path, original: Path, trained: Bench, tokenizer: Any, update: int) -> int:
+def steps_of_a_save(
+    tmp_path: Path, original: Path, trained: Bench, tokenizer: Any, update: int
+) -> int:
     count = [0]
 
     def on_step(kind: str, argument: Any) -> None:
@@ -711,10 +872,18 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
-    ("update", "error"), [(60, FULL), (40, FULL), (60, KeyboardInterrupt())], ids=["full", "full, again", "ctrl-c"]
+    ("update", "error"),
+    [(60, FULL), (40, FULL), (60, KeyboardInterrupt())],
+    ids=["full", "full, again", "ctrl-c"],
 )
 def test_a_failure_at_any_step_publishes_nothing_half_and_removes_nothing_early(
-    update: int, error: BaseException, tmp_path: Path, original: Path, trained: Bench, scratch: Bench, tokenizer: Any
+    update: int,
+    error: BaseException,
+    tmp_path: Path,
+    original: Path,
+    trained: Bench,
+    scratch: Bench,
+    tokenizer: Any,
 ) -> None:
     outcomes = []
     for fatal in range(steps_of_a_save(tmp_path, original, trained, tokenizer, update)):
@@ -755,7 +924,9 @@ def test_a_failure_at_any_step_publishes_nothing_half_and_removes_nothing_early(
     assert tokenizer.chat_template == "the tokenizer's own"
 
 
-def killed_save(run: Path, fatal: int, half: bool, synced: Path, one: Bench, tokenizer: Any, update: int) -> None:
+def killed_save(
+    run: Path, fatal: int, half: bool, synced: Path, one: Bench, tokenizer: Any, update: int
+) -> None:
     """Save in a forked process that kills itself before step `fatal`, or in its write; note which inodes were synced."""
     child = os.fork()
     if child:
@@ -786,15 +957,28 @@ def killed_save(run: Path, fatal: int, half: bool, synced: Path, one: Bench, tok
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("update", "half"), [(60, False), (40, False), (60, True)], ids=["new", "again", "new, half a file"])
+@pytest.mark.parametrize(
+    ("update", "half"),
+    [(60, False), (40, False), (60, True)],
+    ids=["new", "again", "new, half a file"],
+)
 def test_a_kill_at_any_step_loses_at_most_the_checkpoint_under_way_also_without_power(
-    half: bool, update: int, tmp_path: Path, original: Path, trained: Bench, scratch: Bench, tokenizer: Any
+    half: bool,
+    update: int,
+    tmp_path: Path,
+    original: Path,
+    trained: Bench,
+    scratch: Bench,
+    tokenizer: Any,
 ) -> None:
     kills = steps_of_a_save(tmp_path, original, trained, tokenizer, update)
     assert kills > 25
     published = 0
     for fatal in range(kills + 1):
-        run, synced = shutil.copytree(original, tmp_path / f"at_{fatal}"), tmp_path / f"synced_{fatal}"
+        run, synced = (
+            shutil.copytree(original, tmp_path / f"at_{fatal}"),
+            tmp_path / f"synced_{fatal}",
+        )
         old = {str(path.stat().st_ino) for path in run.rglob("*")}
         killed_save(run, fatal, half, synced, trained, tokenizer, update)
         safe = old | set(synced.read_text().split())
@@ -807,7 +991,9 @@ def test_a_kill_at_any_step_loses_at_most_the_checkpoint_under_way_also_without_
         if load(found, scratch).attempt == 2:
             published += 1
         else:
-            assert whole(run, "update_000020"), "an older checkpoint went before the new one was there"
+            assert whole(run, "update_000020"), (
+                "an older checkpoint went before the new one was there"
+            )
         assert not (run / "checkpoints/update_000040").exists() or whole(run, "update_000040")
         again = save(run, trained, tokenizer, state_at(update, attempt=3), keep=1)
         assert (names(run), again.notes) == ([f"update_{update:06d}"], ())
@@ -820,9 +1006,19 @@ def trace_of(run: Path, one: Bench, tokenizer: Any, state: State) -> list[tuple[
 
     def on_step(kind: str, argument: Any) -> None:
         if kind == "fsync":
-            seen.append((kind, os.readlink(f"/proc/self/fd/{argument[0]}").removeprefix(f"{run}/checkpoints").lstrip("/"), ""))
+            seen.append(
+                (
+                    kind,
+                    os.readlink(f"/proc/self/fd/{argument[0]}")
+                    .removeprefix(f"{run}/checkpoints")
+                    .lstrip("/"),
+                    "",
+                )
+            )
         elif kind in ("rename", "rmtree"):
-            seen.append((kind, *[Path(part).name for part in argument[:2]], *[""] * (2 - len(argument[:2]))))  # type: ignore[arg-type]
+            seen.append(
+                (kind, *[Path(part).name for part in argument[:2]], *[""] * (2 - len(argument[:2])))
+            )  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         watch(on_step, patch, tokenizer)
@@ -840,11 +1036,15 @@ def test_files_are_synced_then_their_folder_then_the_rename_then_the_parent_then
     rename = seen.index(("rename", work, "update_000060"))
     files = {path.name for path in (run / "checkpoints/update_000060").iterdir()}
     before = seen[:rename]
-    assert {name.removeprefix(f"{work}/") for kind, name, _ in before if kind == "fsync"} == files | {work}
+    assert {
+        name.removeprefix(f"{work}/") for kind, name, _ in before if kind == "fsync"
+    } == files | {work}
     assert before[-1] == ("fsync", work, "")
     assert seen[rename + 1] == ("fsync", "", "")
     old = ("update_000020", "update_000040")
-    removals = [place for place, (kind, name, _) in enumerate(seen) if kind == "rmtree" or name in old]
+    removals = [
+        place for place, (kind, name, _) in enumerate(seen) if kind == "rmtree" or name in old
+    ]
     assert len(removals) == 4
     assert min(removals) > rename + 1
     best = seen.index(("rename", ".best.json.writing", "best.json"))
@@ -862,7 +1062,12 @@ def test_files_are_synced_then_their_folder_then_the_rename_then_the_parent_then
     ],
 )
 def test_a_disk_that_refuses_is_named_with_the_cure(
-    number: int, cure: str, run: Path, trained: Bench, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    cure: str,
+    run: Path,
+    trained: Bench,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -877,7 +1082,9 @@ def test_a_disk_that_refuses_is_named_with_the_cure(
     assert names(run) == ["update_000020", "update_000040"]
 
 
-def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path, trained: Bench, tokenizer: Any) -> None:
+def test_a_file_where_the_folder_should_be_is_named(
+    tmp_path: Path, trained: Bench, tokenizer: Any
+) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointNotSaved, match="checkpoints/update_000060 was not saved"):
         save(tmp_path, trained, tokenizer, state_at(60))
@@ -898,14 +1105,18 @@ def test_a_file_that_cannot_grow_is_an_error_that_names_the_folder(
     size: int, run: Path, trained: Bench, tokenizer: Any, small_files_only: Callable[[int], None]
 ) -> None:
     small_files_only(size)
-    with pytest.raises(CheckpointNotSaved, match=r"update_000060 was not saved: .*File too large.*free space there"):
+    with pytest.raises(
+        CheckpointNotSaved, match=r"update_000060 was not saved: .*File too large.*free space there"
+    ):
         save(run, trained, tokenizer, state_at(60), keep=1)
     small_files_only(resource.RLIM_INFINITY)
     assert names(run) == ["update_000020", "update_000040"]
     assert save(run, trained, tokenizer, state_at(60)).notes == ()
 
 
-def test_a_failure_that_is_not_the_disks_is_not_called_so(run: Path, trained: Bench, tokenizer: Any, monkeypatch: Any) -> None:
+def test_a_failure_that_is_not_the_disks_is_not_called_so(
+    run: Path, trained: Bench, tokenizer: Any, monkeypatch: Any
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no such template")
 

@@ -28,8 +28,12 @@ def plan(config: Config, ranks: int = 2) -> StepPlan:
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 8), (2, 4), (4, 2), (8, 1)])
-def test_rows_of_an_update_stay_with_any_number_of_ranks_that_divides_them(ranks: int, micro_batches: int) -> None:
-    config = reshaped(Config.model_validate({"batch": {"ranks": 2}}), saved(batch={"ranks": 2}), ranks)
+def test_rows_of_an_update_stay_with_any_number_of_ranks_that_divides_them(
+    ranks: int, micro_batches: int
+) -> None:
+    config = reshaped(
+        Config.model_validate({"batch": {"ranks": 2}}), saved(batch={"ranks": 2}), ranks
+    )
     there = plan(config, ranks)
     assert (there.rows_per_update, there.size, there.accumulation) == (16, 2, micro_batches)
     assert config.batch.ranks is None
@@ -37,7 +41,8 @@ def test_rows_of_an_update_stay_with_any_number_of_ranks_that_divides_them(ranks
 
 def test_ranks_that_do_not_divide_the_rows_are_refused_with_sizes_that_do() -> None:
     with pytest.raises(
-        ValueError, match=r"rows_per_update = 16 is not a multiple of batch\.size x ranks = 2 x 16: batch\.size could be 1"
+        ValueError,
+        match=r"rows_per_update = 16 is not a multiple of batch\.size x ranks = 2 x 16: batch\.size could be 1",
     ):
         reshaped(Config(), saved(), 16)
 
@@ -55,7 +60,10 @@ def test_a_longer_run_says_what_it_does_to_the_learning_rate() -> None:
     config = Config.model_validate({"schedule": {"updates": 120}})
     allowed, told = changes(config, saved(), plan(config), {"updates": 60})
     assert allowed == ("schedule.updates", "schedule.epochs")
-    assert "trains 120 updates instead of 60, so the learning rate falls later: lr(21) was 0.000143, is 0.000172" in told[0][1]
+    assert (
+        "trains 120 updates instead of 60, so the learning rate falls later: lr(21) was 0.000143, is 0.000172"
+        in told[0][1]
+    )
     assert "lr(61) was none, is 0.000103" in told[0][1]
     assert told[0][1].endswith("update 20 had 0.000174")
 
@@ -86,7 +94,9 @@ def test_a_refused_checkpoint_lets_the_run_go_on_or_ends_it_and_never_exits_with
     run_of: Any, on_failure: str, done: int
 ) -> None:
     run = run_of(
-        checkpoint={"every_updates": 2, "on_failure": on_failure}, schedule={"updates": 6}, execution={"preflight": False}
+        checkpoint={"every_updates": 2, "on_failure": on_failure},
+        schedule={"updates": 6},
+        execution={"preflight": False},
     )
     (run.folder / "checkpoints").write_text("in the way")
     assert train(run) == 1
@@ -113,7 +123,10 @@ def test_a_checkpoint_of_more_ranks_is_restored_on_fewer_and_fewer_on_more(run_o
         "base_hash": read_state(path).base_hash,
         "config": as_dict(run.config),
     }
-    with pytest.raises(ValueError, match=r"saved by 1 ranks, this run has 2: start 1 .* or go on with 2: --resume\.reshape"):
+    with pytest.raises(
+        ValueError,
+        match=r"saved by 1 ranks, this run has 2: start 1 .* or go on with 2: --resume\.reshape",
+    ):
         load_checkpoint(path, rank=1, world_size=2, **shared)
     import torch
 
@@ -133,7 +146,9 @@ def resumed(folder: Path, *words: str) -> Any:
     return build_run(parse(["--resume", str(folder), *words]))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_says_so(run_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_says_so(
+    run_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_of()
     for update in (1, 2):
         run.tell(update_once(run, update))
@@ -167,7 +182,9 @@ def test_a_run_that_goes_on_stays_one_run_in_weights_and_biases(
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     asked: list[dict[str, Any]] = []
     genuine = wandb.init
-    monkeypatch.setattr(wandb, "init", lambda *words, **named: (asked.append(named), genuine(*words, **named))[1])
+    monkeypatch.setattr(
+        wandb, "init", lambda *words, **named: (asked.append(named), genuine(*words, **named))[1]
+    )
     run = run_of(tracking={"to": ("wandb",), "wandb_mode": "offline"}, run={"name": "tracked"})
     run.tell(update_once(run, 1))
     run.save(1)
@@ -184,4 +201,6 @@ def test_a_run_that_goes_on_stays_one_run_in_weights_and_biases(
     assert len(tracked_ids(run.folder)) == 2
     assert len(set(tracked_ids(run.folder))) == 1
     assert again.attempt == 2
-    assert read_state(run.folder / "checkpoints/update_000001").tracker_ids == {"wandb": second["id"]}
+    assert read_state(run.folder / "checkpoints/update_000001").tracker_ids == {
+        "wandb": second["id"]
+    }

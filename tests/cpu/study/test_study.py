@@ -61,12 +61,25 @@ def results(out: Path) -> dict:
 
 def stamps(out: Path) -> dict[str, int]:
     """When each cell's records were last written: a cell that is run again has another one."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in sorted(out.glob("cells/*/metrics.jsonl"))}
+    return {
+        path.parent.name: path.stat().st_mtime_ns
+        for path in sorted(out.glob("cells/*/metrics.jsonl"))
+    }
 
 
 def started(file: Path, out: Path, *words: str, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, str(HERE / "study_stand_in.py"), "study", str(file), "--out", str(out), *words]
-    return subprocess.Popen(command, env=os.environ | {"STAND_IN_SECONDS": str(seconds)}, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        str(HERE / "study_stand_in.py"),
+        "study",
+        str(file),
+        "--out",
+        str(out),
+        *words,
+    ]
+    return subprocess.Popen(
+        command, env=os.environ | {"STAND_IN_SECONDS": str(seconds)}, stdout=subprocess.DEVNULL
+    )
 
 
 def until(condition, seconds: float = 60.0) -> None:
@@ -76,7 +89,9 @@ def until(condition, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_study_runs_every_cell_once_and_judges_its_claim(stood_in: Path, tmp_path: Path, capsys) -> None:
+def test_a_study_runs_every_cell_once_and_judges_its_claim(
+    stood_in: Path, tmp_path: Path, capsys
+) -> None:
     out = tmp_path / "out"
     assert main(["study", str(stood_in), "--out", str(out), "--parallel", "3"]) == 0
     found = results(out)
@@ -87,9 +102,13 @@ def test_a_study_runs_every_cell_once_and_judges_its_claim(stood_in: Path, tmp_p
     assert claim["difference"] == pytest.approx(-0.0993333, abs=1e-6)
     assert (claim["low"], claim["high"]) == pytest.approx((-0.1007676, -0.0978991), abs=1e-6)
     assert len(attempts(out)) == 6 and max(line["beside"] for line in attempts(out)) == 3
-    assert found["environments"] == [{"packages": {"torch": "2.13.0"}, "cells": 6}], "another launcher is no other place"
+    assert found["environments"] == [{"packages": {"torch": "2.13.0"}, "cells": 6}], (
+        "another launcher is no other place"
+    )
     assert "6 cells on CPU; torch 2.13.0; no commit" in (out / "study.html").read_text()
-    assert not list(out.glob("cells/*/checkpoints")), "adapters of dozens of cells would fill a disk"
+    assert not list(out.glob("cells/*/checkpoints")), (
+        "adapters of dozens of cells would fill a disk"
+    )
     said = capsys.readouterr().out
     assert "supported: a higher rank ends lower" in said and "-0.09933" in said
 
@@ -120,7 +139,9 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     third = list(before)[-1] if len(before) == 3 else ""
     assert third and started(file, out, seconds=0).wait(60) == 0
     found = stamps(out)
-    assert {name: found[name] for name in before} == before, "neither what was done nor what was under way is run twice"
+    assert {name: found[name] for name in before} == before, (
+        "neither what was done nor what was under way is run twice"
+    )
     assert [cell["state"] for cell in results(out)["cells"]] == ["done"] * 6
     assert len(attempts(out)) == 5, "the cell that outlived its study was waited for"
 
@@ -140,14 +161,19 @@ def test_a_study_that_is_told_to_end_ends_its_cells_and_goes_on(tmp_path: Path) 
     assert [cell["state"] for cell in results(out)["cells"]] == ["done"] * 6
 
 
-def test_a_cell_that_fails_is_recorded_tried_again_and_does_not_stop_the_others(stood_in: Path, tmp_path: Path, capsys) -> None:
+def test_a_cell_that_fails_is_recorded_tried_again_and_does_not_stop_the_others(
+    stood_in: Path, tmp_path: Path, capsys
+) -> None:
     out = tmp_path / "out"
     stood_in.write_text(study_stand_in.FILE.replace("lora.r: [4, 8]", "lora.r: [4, 8, 13]"))
     words = ["study", str(stood_in), "--out", str(out), "--parallel", "3"]
     assert main(words) == 1
     found = {cell["cell"]: cell for cell in results(out)["cells"]}
     assert found["r13-seed1"]["state"] == "absent" and found["r8-seed3"]["state"] == "done"
-    assert "exit code 3" in found["r13-seed1"]["why"] and "ran out of luck" in found["r13-seed1"]["why"]
+    assert (
+        "exit code 3" in found["r13-seed1"]["why"]
+        and "ran out of luck" in found["r13-seed1"]["why"]
+    )
     line = next(line for line in attempts(out) if line["cell"] == "r13-seed2")
     assert line["exit_code"] == 3 and "ran out of luck" in line["said"]
     assert "ran out of luck" in capsys.readouterr().out
@@ -155,9 +181,13 @@ def test_a_cell_that_fails_is_recorded_tried_again_and_does_not_stop_the_others(
     assert main(words) == 1 and len(attempts(out)) == 9 + 3
 
 
-def test_a_divergence_is_a_result_with_the_command_that_replays_it(stood_in: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_divergence_is_a_result_with_the_command_that_replays_it(
+    stood_in: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     out, asked = tmp_path / "out", []
-    text = study_stand_in.FILE.replace("lora.r: [4, 8]", "lora.r: [4, 8, 66]").replace("measure:", "bisect: true\nmeasure:")
+    text = study_stand_in.FILE.replace("lora.r: [4, 8]", "lora.r: [4, 8, 66]").replace(
+        "measure:", "bisect: true\nmeasure:"
+    )
     stood_in.write_text(text)
 
     def answered(words, **_):
@@ -169,16 +199,29 @@ def test_a_divergence_is_a_result_with_the_command_that_replays_it(stood_in: Pat
     words = ["study", str(stood_in), "--out", str(out), "--parallel", "3"]
     assert main(words) == 0
     first, *others = results(out)["diverged"]
-    assert (first["cell"], first["update"]) == ("r66-seed1", 24)  # the spike, before the update that is not finite
-    assert first["command"] == f"glassloop replay {out / 'cells' / 'r66-seed1'} --update 24 --bisect --try"
-    assert first["answer"] == "row train:evil, layer 3\n" and [one["answer"] for one in others] == [None, None]
+    assert (first["cell"], first["update"]) == (
+        "r66-seed1",
+        24,
+    )  # the spike, before the update that is not finite
+    assert (
+        first["command"]
+        == f"glassloop replay {out / 'cells' / 'r66-seed1'} --update 24 --bisect --try"
+    )
+    assert first["answer"] == "row train:evil, layer 3\n" and [one["answer"] for one in others] == [
+        None,
+        None,
+    ]
     assert first["command"] in capsys.readouterr().out, "in one line, to be copied"
     assert asked[0][1:] == ["-m", "glassloop.cli", *first["command"].split()[1:]]
-    assert main(words) == 0 and len(asked) == 1 and len(attempts(out)) == 9, "neither run nor bisected twice"
+    assert main(words) == 0 and len(asked) == 1 and len(attempts(out)) == 9, (
+        "neither run nor bisected twice"
+    )
     assert "row train:evil, layer 3" in (out / "study.html").read_text()
 
 
-def test_a_run_is_looked_at_where_it_began_to_diverge_not_where_that_was_told(tmp_path: Path) -> None:
+def test_a_run_is_looked_at_where_it_began_to_diverge_not_where_that_was_told(
+    tmp_path: Path,
+) -> None:
     run = read_run(write_run(tmp_path / "run"))
     assert where_to_look(run)[0] == 24  # the spike
     told = {"kind": "alarm", "update": 13, "details": {"value": 9.0, "since": 9}}
@@ -190,13 +233,19 @@ def test_a_run_is_looked_at_where_it_began_to_diverge_not_where_that_was_told(tm
     assert where_to_look(replace(run, events=[*run.events, told]))[0] == 24
 
 
-def test_a_cell_of_another_config_is_refused_and_nothing_is_lost(stood_in: Path, tmp_path: Path, capsys) -> None:
+def test_a_cell_of_another_config_is_refused_and_nothing_is_lost(
+    stood_in: Path, tmp_path: Path, capsys
+) -> None:
     out = tmp_path / "out"
     assert main(["study", str(stood_in), "--out", str(out), "--parallel", "3"]) == 0
     before = stamps(out)
     assert main(["study", str(stood_in), "--out", str(out), "optimizer.lr=5e-4"]) == 2
     said = capsys.readouterr().err
-    assert "optimizer.lr = 0.0002, and 0.0005 is asked now" in said and "--again" in said and "--out" in said
+    assert (
+        "optimizer.lr = 0.0002, and 0.0005 is asked now" in said
+        and "--again" in said
+        and "--out" in said
+    )
     assert stamps(out) == before
 
 
@@ -209,7 +258,9 @@ def test_no_time_left_ends_what_is_under_way_and_begins_nothing(tmp_path: Path) 
     assert results(out)["claims"][0]["verdict"] == "not resolved"
 
 
-def test_a_cell_that_takes_too_long_is_ended_and_said_to_be(stood_in: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_cell_that_takes_too_long_is_ended_and_said_to_be(
+    stood_in: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     out = tmp_path / "out"
     stood_in.write_text(study_stand_in.FILE + "timeout_s: 2\n")
     monkeypatch.setenv("STAND_IN_SECONDS", "60")
@@ -221,7 +272,10 @@ def test_a_dry_run_writes_nothing(stood_in: Path, tmp_path: Path, capsys) -> Non
     out = tmp_path / "out"
     assert main(["study", str(stood_in), "--out", str(out), "--dry-run", "--only", "seed2"]) == 0
     said = capsys.readouterr().out
-    assert "r8-seed2: lora.r = 8; 8 updates of 8 rows, warmup 1; absent" in said and "seed1" not in said
+    assert (
+        "r8-seed2: lora.r = 8; 8 updates of 8 rows, warmup 1; absent" in said
+        and "seed1" not in said
+    )
     assert not out.exists()
 
 
@@ -239,7 +293,9 @@ def test_a_bad_command_line_is_refused(stood_in: Path, words: list[str], says: s
     assert says in capsys.readouterr().err
 
 
-def test_real_runs_answer_and_a_cell_run_again_elsewhere_has_the_same_numbers(tiny_llama: Path, tmp_path: Path) -> None:
+def test_real_runs_answer_and_a_cell_run_again_elsewhere_has_the_same_numbers(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     file, out, other = tmp_path / "tiny.yaml", tmp_path / "out", tmp_path / "other"
     file.write_text(TINY.format(model=tiny_llama, rows=write_rows(tmp_path / "rows.jsonl", 40)))
     assert main(["study", str(file), "--out", str(out)]) == 0
@@ -247,7 +303,11 @@ def test_real_runs_answer_and_a_cell_run_again_elsewhere_has_the_same_numbers(ti
     (claim,) = found["claims"]
     assert claim["difference"] < 0 and len(claim["pairs"]) == 2
     cell = found["cells"][1]
-    assert cell["values"]["rows_seen"] == 16 and cell["values"]["noise_scale"] is not None and cell["values"]["diverged"] == 0
+    assert (
+        cell["values"]["rows_seen"] == 16
+        and cell["values"]["noise_scale"] is not None
+        and cell["values"]["diverged"] == 0
+    )
     assert main(["study", str(file), "--out", str(other), "--only", cell["cell"]]) == 0
     again = next(one for one in results(other)["cells"] if one["cell"] == cell["cell"])
     timed = ("update_s", "tokens_per_s")

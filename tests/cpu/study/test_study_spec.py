@@ -35,26 +35,53 @@ def test_the_grid_is_every_combination_seeds_outermost(tmp_path: Path) -> None:
     study = read_study(written(tmp_path, GOOD))
     cells = cells_of(study, tmp_path / "out")
     assert [cell.name for cell in cells] == [
-        f"r{r}-{clip}-seed{seed}" for seed in (1, 2) for r in (8, 16) for clip in ("clipped", "free")
+        f"r{r}-{clip}-seed{seed}"
+        for seed in (1, 2)
+        for r in (8, 16)
+        for clip in ("clipped", "free")
     ]
     last = cells[-1]
-    assert (last.config.lora.r, last.config.seed, last.config.optimizer.max_grad_norm) == (16, 2, None)
-    assert last.config.run.dir == str(tmp_path / "out" / "cells") and last.config.run.name == last.name
-    assert last.config.evaluation.generate_rows == 0 and last.config.checkpoint.every_updates is None
+    assert (last.config.lora.r, last.config.seed, last.config.optimizer.max_grad_norm) == (
+        16,
+        2,
+        None,
+    )
+    assert (
+        last.config.run.dir == str(tmp_path / "out" / "cells") and last.config.run.name == last.name
+    )
+    assert (
+        last.config.evaluation.generate_rows == 0 and last.config.checkpoint.every_updates is None
+    )
 
 
-def test_words_of_the_command_line_go_over_the_base_and_over_what_cells_leave_out(tmp_path: Path) -> None:
-    study = read_study(written(tmp_path, GOOD), ["schedule.updates=7", "evaluation.generate_rows=2", "batch.rows_per_update=8"])
+def test_words_of_the_command_line_go_over_the_base_and_over_what_cells_leave_out(
+    tmp_path: Path,
+) -> None:
+    study = read_study(
+        written(tmp_path, GOOD),
+        ["schedule.updates=7", "evaluation.generate_rows=2", "batch.rows_per_update=8"],
+    )
     config = cells_of(study, tmp_path)[0].config
-    assert (config.schedule.updates, config.evaluation.generate_rows, rows_per_update(config)) == (7, 2, 8)
+    assert (config.schedule.updates, config.evaluation.generate_rows, rows_per_update(config)) == (
+        7,
+        2,
+        8,
+    )
 
 
-@pytest.mark.parametrize(("size", "updates", "warmup"), [(1, 48, 12), (2, 24, 6), (4, 12, 3), (8, 6, 2)])
+@pytest.mark.parametrize(
+    ("size", "updates", "warmup"), [(1, 48, 12), (2, 24, 6), (4, 12, 3), (8, 6, 2)]
+)
 def test_equal_rows_are_more_updates_where_windows_are_smaller_and_warmup_keeps_its_share(
     tmp_path: Path, size: int, updates: int, warmup: int
 ) -> None:
-    text = GOOD.partition("axes:")[0] + "axes:\n  batch.accumulation: [1, 2, 4, 8]\nequal: rows_seen\n"
-    cells = {cell.settings["batch.accumulation"]: cell.config for cell in cells_of(read_study(written(tmp_path, text)), tmp_path)}
+    text = (
+        GOOD.partition("axes:")[0] + "axes:\n  batch.accumulation: [1, 2, 4, 8]\nequal: rows_seen\n"
+    )
+    cells = {
+        cell.settings["batch.accumulation"]: cell.config
+        for cell in cells_of(read_study(written(tmp_path, text)), tmp_path)
+    }
     config = cells[str(size)]
     assert (config.schedule.updates, config.schedule.warmup_updates) == (updates, warmup)
     assert (config.schedule.updates or 0) * rows_per_update(config) == 192
@@ -63,7 +90,9 @@ def test_equal_rows_are_more_updates_where_windows_are_smaller_and_warmup_keeps_
 def test_equal_updates_leave_the_schedule_alone(tmp_path: Path) -> None:
     text = GOOD.partition("axes:")[0] + "axes:\n  batch.accumulation: [1, 8]\nequal: updates\n"
     configs = [cell.config for cell in cells_of(read_study(written(tmp_path, text)), tmp_path)]
-    assert {(config.schedule.updates, config.schedule.warmup_updates) for config in configs} == {(12, 3)}
+    assert {(config.schedule.updates, config.schedule.warmup_updates) for config in configs} == {
+        (12, 3)
+    }
 
 
 BASE, CLAIM = GOOD.partition("claims:")[0], "claims:\n  - "
@@ -77,7 +106,10 @@ SOUND = "says: x, quantity: heldout_loss, cell: {lora.r: 8}, against: {lora.r: 1
         ("name: one\n", ["axes = None", "lora.r: [8, 16, 32]"]),
         ("axes: {lora.rank: [8]}\n", ["axes.lora.rank", "[8]", "no field of the config", "lora.r"]),
         ("axes: {lora.r: [8, 8]}\n", ["axes.lora.r", "stands there twice"]),
-        ("axes: {rank: {r8: {lora.q: 8}}}\n", ["axes.rank.r8", "lora.q is no field", "did you mean lora.r"]),
+        (
+            "axes: {rank: {r8: {lora.q: 8}}}\n",
+            ["axes.rank.r8", "lora.q is no field", "did you mean lora.r"],
+        ),
         ("axes: {lora.r: 8}\n", ["axes.lora.r = 8", "a list of values"]),
         ("axes: {lora.r: [0]}\n", ["cell r0-seed1", "lora.r = '0'", "greater than or equal to 1"]),
         (BASE + "seeds: [1, 1]\n", ["seeds = [1, 1]", "different whole numbers"]),
@@ -87,11 +119,20 @@ SOUND = "says: x, quantity: heldout_loss, cell: {lora.r: 8}, against: {lora.r: 1
         (BASE + "equal: rows\n", ["equal = 'rows'", "rows_seen, updates"]),
         (BASE + "critical: true\n", ["critical = True", "batch.accumulation"]),
         (BASE + "bisect: 3\n", ["bisect = 3", "true or false"]),
-        ("base: schedule.steps=3\naxes: {lora.r: [8]}\n", ["base: ", "schedule.steps is not a field"]),
+        (
+            "base: schedule.steps=3\naxes: {lora.r: [8]}\n",
+            ["base: ", "schedule.steps is not a field"],
+        ),
         ("base: run.name=x\naxes: {lora.r: [8]}\n", ["base = 'run.name=x'", "leave it out"]),
         ("base: seed=3\naxes: {lora.r: [8]}\n", ["base = 'seed=3'", "seeds says which"]),
-        (BASE + CLAIM + "{" + SOUND.replace("heldout_loss", "heldout") + "}", ["claims[1].quantity = 'heldout'", "heldout_loss"]),
-        (BASE + CLAIM + "{" + SOUND.replace("higher", "more") + "}", ["claims[1].expect = 'more'", "higher, lower, about"]),
+        (
+            BASE + CLAIM + "{" + SOUND.replace("heldout_loss", "heldout") + "}",
+            ["claims[1].quantity = 'heldout'", "heldout_loss"],
+        ),
+        (
+            BASE + CLAIM + "{" + SOUND.replace("higher", "more") + "}",
+            ["claims[1].expect = 'more'", "higher, lower, about"],
+        ),
         (
             BASE + CLAIM + "{" + SOUND.replace("lora.r: 16", "lora.r: 64") + "}",
             ["claims[1].against.lora.r = 64", "there are 8, 16"],
@@ -100,15 +141,23 @@ SOUND = "says: x, quantity: heldout_loss, cell: {lora.r: 8}, against: {lora.r: 1
             BASE + CLAIM + "{" + SOUND.replace("lora.r: 16", "clip: free") + "}",
             ["claims[1].against", "name the axes that cell names"],
         ),
-        (BASE + CLAIM + "{" + SOUND.replace("higher", "about") + "}", ["claims[1].expect = 'about'", "needs value"]),
+        (
+            BASE + CLAIM + "{" + SOUND.replace("higher", "about") + "}",
+            ["claims[1].expect = 'about'", "needs value"],
+        ),
         (BASE + CLAIM + "{" + SOUND + ", by: 5e-4}", ["claims[1].by = '5e-4'", "write 5.0e-4"]),
         (BASE + CLAIM + "{" + SOUND + ", by: -1}", ["claims[1].by = -1", "0 or more"]),
-        (BASE + CLAIM + "{" + SOUND + ", sides: 2}", ["claims[1].sides = 2", "no field of a claim"]),
+        (
+            BASE + CLAIM + "{" + SOUND + ", sides: 2}",
+            ["claims[1].sides = 2", "no field of a claim"],
+        ),
         ("name: [\n", ["is not readable YAML"]),
         ("- 1\n", ["expected fields such as `axes:`"]),
     ],
 )
-def test_a_bad_file_is_refused_with_file_field_value_and_cure(tmp_path: Path, text: str, named: list[str]) -> None:
+def test_a_bad_file_is_refused_with_file_field_value_and_cure(
+    tmp_path: Path, text: str, named: list[str]
+) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ValueError, match=str(path)) as error:
         cells_of(read_study(path), tmp_path)
@@ -123,12 +172,17 @@ def test_rows_that_do_not_divide_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_an_axis_is_refused_on_the_command_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"command line = 'lora.r=4': every cell has a value of its own: lora.r says which"):
+    with pytest.raises(
+        ValueError,
+        match=r"command line = 'lora.r=4': every cell has a value of its own: lora.r says which",
+    ):
         read_study(written(tmp_path, BASE), ["lora.r=4"])
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_studies_of_the_repository_can_be_run_and_claim_something(path: Path, tmp_path: Path) -> None:
+def test_the_studies_of_the_repository_can_be_run_and_claim_something(
+    path: Path, tmp_path: Path
+) -> None:
     study = read_study(path)
     cells = cells_of(study, tmp_path)
     assert study.name == path.stem and study.question and study.cannot_say and study.claims

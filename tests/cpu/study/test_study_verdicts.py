@@ -24,10 +24,20 @@ LOWER = dataclasses.replace(HIGHER, expect="lower")
 ABOUT = dataclasses.replace(HIGHER, expect="about", value=-0.75, within=0.05)
 
 
-def group(settings: dict[str, str], values: dict[int, float | None], quantity: str = "heldout_loss") -> Group:
+def group(
+    settings: dict[str, str], values: dict[int, float | None], quantity: str = "heldout_loss"
+) -> Group:
     name = "-".join(settings.values())
     results = [
-        CellResult(Cell(f"{name}-seed{seed}", name, settings, seed, Config()), "done", "", {quantity: value}, {}, 1, None)
+        CellResult(
+            Cell(f"{name}-seed{seed}", name, settings, seed, Config()),
+            "done",
+            "",
+            {quantity: value},
+            {},
+            1,
+            None,
+        )
         for seed, value in values.items()
     ]
     return Group(name, settings, tuple(results))
@@ -51,7 +61,9 @@ def test_the_interval_is_students_paired_one() -> None:
         (LOWER, 0.0, "contradicted"),
     ],
 )
-def test_a_claim_is_held_to_the_interval_and_to_the_least_difference(claim: Claim, by: float, verdict: str) -> None:
+def test_a_claim_is_held_to_the_interval_and_to_the_least_difference(
+    claim: Claim, by: float, verdict: str
+) -> None:
     found, why, numbers = decide(dataclasses.replace(claim, by=by), [1.0, 1.1, 1.2])
     assert found == verdict, why
     assert numbers == pytest.approx((1.1, 0.8515862, 1.3484138), rel=1e-6)
@@ -77,10 +89,17 @@ def test_one_seed_never_resolves_and_none_says_so() -> None:
 
 
 def test_seeds_are_paired_so_that_what_a_seed_does_to_both_cells_is_no_scatter() -> None:
-    groups = [group({"r": "8"}, {1: 1.02, 2: 2.01, 3: 3.015}), group({"r": "16"}, {1: 1.0, 2: 2.0, 3: 3.0})]
+    groups = [
+        group({"r": "8"}, {1: 1.02, 2: 2.01, 3: 3.015}),
+        group({"r": "16"}, {1: 1.0, 2: 2.0, 3: 3.0}),
+    ]
     found = judge(HIGHER, groups, (1, 2, 3))
     assert found.verdict == "supported"
-    assert [(pair.seed, pair.value, pair.against) for pair in found.pairs] == [(1, 1.02, 1.0), (2, 2.01, 2.0), (3, 3.015, 3.0)]
+    assert [(pair.seed, pair.value, pair.against) for pair in found.pairs] == [
+        (1, 1.02, 1.0),
+        (2, 2.01, 2.0),
+        (3, 3.015, 3.0),
+    ]
     assert found.difference == pytest.approx(0.015)
 
 
@@ -91,8 +110,12 @@ def test_a_share_is_of_what_it_is_set_against() -> None:
 
 
 def test_a_number_may_stand_on_the_other_side() -> None:
-    found = judge(dataclasses.replace(HIGHER, against=10.0), [group({"r": "8"}, {1: 11.0, 2: 11.2})], (1, 2))
-    assert found.pairs[0].difference == pytest.approx(1.0) and found.difference == pytest.approx(1.1)
+    found = judge(
+        dataclasses.replace(HIGHER, against=10.0), [group({"r": "8"}, {1: 11.0, 2: 11.2})], (1, 2)
+    )
+    assert found.pairs[0].difference == pytest.approx(1.0) and found.difference == pytest.approx(
+        1.1
+    )
 
 
 def test_axes_that_a_claim_leaves_open_are_averaged_seed_by_seed() -> None:
@@ -107,7 +130,10 @@ def test_axes_that_a_claim_leaves_open_are_averaged_seed_by_seed() -> None:
 
 
 def test_a_seed_without_a_finite_value_of_both_is_left_out_and_named() -> None:
-    groups = [group({"r": "8"}, {1: 1.0, 2: math.inf, 3: None}), group({"r": "16"}, {1: 0.5, 2: 0.5, 3: 0.5})]
+    groups = [
+        group({"r": "8"}, {1: 1.0, 2: math.inf, 3: None}),
+        group({"r": "16"}, {1: 0.5, 2: 0.5, 3: 0.5}),
+    ]
     found = judge(HIGHER, groups, (1, 2, 3))
     assert found.verdict == "not resolved" and "seed 2, 3" in found.why and len(found.pairs) == 1
 
@@ -122,7 +148,11 @@ def test_quantities_are_those_of_the_records(tmp_path: Path) -> None:
     assert values["train_loss"] == pytest.approx(sum(losses) / 4)
     assert values["overfit_gap"] == pytest.approx(values["heldout_loss"] - sum(losses) / 4)
     assert values["noise_scale"] == pytest.approx(900 + 15.5)  # median of updates 11 to 20
-    assert values["update_ratio"] == 0.001 and values["peak_gib"] is None and values["load_gib"] is None
+    assert (
+        values["update_ratio"] == 0.001
+        and values["peak_gib"] is None
+        and values["load_gib"] is None
+    )
     assert values["rows_seen"] == 80 and values["update_s"] == 2.0
     scatter = norm_scatter(run)
     assert scatter is not None and 0.05 < scatter < 0.2  # drawn with 0.1
@@ -132,7 +162,9 @@ def test_a_run_that_broke_has_diverged_and_its_spike_is_counted(tmp_path: Path) 
     run = read_run(write_run(tmp_path / "a"))
     values = measured(run)
     assert values["diverged"] == 1 and values["spikes"] == 1
-    raised = read_run(write_run(tmp_path / "b", updates=20, ranks=1, faults=False, offset=5.0, from_update=10))
+    raised = read_run(
+        write_run(tmp_path / "b", updates=20, ranks=1, faults=False, offset=5.0, from_update=10)
+    )
     assert diverged(raised) == 1 and (train_loss(raised) or 0) > 6
     assert diverged(read_run(write_run(tmp_path / "c", updates=20, ranks=1, faults=False))) == 0
 
@@ -145,24 +177,42 @@ def test_held_out_loss_of_a_run_without_its_last_update_is_none(tmp_path: Path) 
 
 
 def sweep(
-    folder: Path, *, noise: float, squared: float, seeds: tuple[int, ...] = (1, 2), told: float | None = None
+    folder: Path,
+    *,
+    noise: float,
+    squared: float,
+    seeds: tuple[int, ...] = (1, 2),
+    told: float | None = None,
 ) -> list[Group]:
     """Accumulations whose norms and losses follow the formulas exactly, for a noise scale of noise / squared tokens."""
     groups = []
     for accumulation in (1, 2, 4, 8):
         results = []
         for seed in seeds:
-            run = write_run(folder / f"{accumulation}-{seed}", updates=8, ranks=1, seed=seed, faults=False)
+            run = write_run(
+                folder / f"{accumulation}-{seed}", updates=8, ranks=1, seed=seed, faults=False
+            )
             n = 100 * accumulation
-            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            records = [
+                json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+            ]
             scale = (noise / squared) if told is None else told
             for record in records:
-                record |= {"supervised_tokens": n, "grad_norm_pre_clip": math.sqrt(squared + noise / n)}
+                record |= {
+                    "supervised_tokens": n,
+                    "grad_norm_pre_clip": math.sqrt(squared + noise / n),
+                }
                 record["noise_scale_tokens"] = scale if accumulation > 1 else None
-            (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-            evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+            (run / "metrics.jsonl").write_text(
+                "".join(json.dumps(record) + "\n" for record in records)
+            )
+            evaluations = [
+                json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()
+            ]
             evaluations[-1]["loss_nats"] = 3.6 - 2.0 / (1 + noise / squared / n)
-            (run / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evaluations))
+            (run / "evaluations.jsonl").write_text(
+                "".join(json.dumps(record) + "\n" for record in evaluations)
+            )
             data = read_run(run)
             settings = {"batch.accumulation": str(accumulation)}
             cell = Cell(f"{accumulation}-seed{seed}", str(accumulation), settings, seed, Config())
@@ -171,9 +221,13 @@ def sweep(
     return groups
 
 
-def test_critical_accumulation_is_found_in_norms_and_losses_that_follow_the_formula(tmp_path: Path) -> None:
+def test_critical_accumulation_is_found_in_norms_and_losses_that_follow_the_formula(
+    tmp_path: Path,
+) -> None:
     (found,) = critical_of(sweep(tmp_path, noise=60.0, squared=0.2), "updates")
-    assert found.micro_tokens == 100 and found.predicted_by_cell == pytest.approx({2: 300, 4: 300, 8: 300})
+    assert found.micro_tokens == 100 and found.predicted_by_cell == pytest.approx(
+        {2: 300, 4: 300, 8: 300}
+    )
     by = {one.by: one for one in found.compared}
     assert set(by) == {"by norms", "by loss"}
     for one in by.values():
@@ -189,7 +243,11 @@ def test_a_prediction_that_is_far_off_is_contradicted(tmp_path: Path) -> None:
 def test_equal_rows_name_the_accumulation_up_to_which_none_is_worse(tmp_path: Path) -> None:
     (found,) = critical_of(sweep(tmp_path, noise=60.0, squared=0.2), "rows_seen")
     assert [one.by for one in found.compared] == ["by norms"]
-    assert found.equal_rows is not None and "accumulation 8 has the lowest" in found.equal_rows and "1, 2, 4" in found.equal_rows
+    assert (
+        found.equal_rows is not None
+        and "accumulation 8 has the lowest" in found.equal_rows
+        and "1, 2, 4" in found.equal_rows
+    )
 
 
 def test_a_line_that_does_not_rise_or_starts_below_0_gives_no_number() -> None:

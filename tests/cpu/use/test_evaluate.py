@@ -43,10 +43,14 @@ def test_the_bootstrap_covers_the_mean_and_is_paired():
     values = [float(i % 10) for i in range(200)]
     low, high = bootstrap(200, lambda drawn: sum(values[i] for i in drawn) / len(drawn)) or (0, 0)
     half = 1.96 * math.sqrt(8.25 / 200)
-    assert low == pytest.approx(4.5 - half, abs=0.06) and high == pytest.approx(4.5 + half, abs=0.06)
+    assert low == pytest.approx(4.5 - half, abs=0.06) and high == pytest.approx(
+        4.5 + half, abs=0.06
+    )
     assert bootstrap(200, lambda drawn: 1.0) is None  # no spread is known
     other = [value - 1 + 0.01 * (i % 3) for i, value in enumerate(values)]
-    low, high = bootstrap(200, lambda drawn: sum(other[i] - values[i] for i in drawn) / len(drawn)) or (0, 0)
+    low, high = bootstrap(
+        200, lambda drawn: sum(other[i] - values[i] for i in drawn) / len(drawn)
+    ) or (0, 0)
     assert -1 <= low < high < -0.98  # far narrower than either mean's
 
 
@@ -62,13 +66,20 @@ def test_scores_and_differences_are_those_of_the_rows():
         side: [answered(label, verdict) for label, verdict in zip(labels, said, strict=True)]
         for side, said in (("base", base), ("adapter", adapter))
     }
-    report = report_of(Measured((10,) * 10, {"base": [20.0] * 10, "adapter": [10.0 + i for i in range(10)]}, answers))
+    report = report_of(
+        Measured(
+            (10,) * 10, {"base": [20.0] * 10, "adapter": [10.0 + i for i in range(10)]}, answers
+        )
+    )
     by_name = {score.name: score for score in report.scores}
     assert by_name["loss_nats"].values == {"base": 2.0, "adapter": 1.45}
     assert by_name["accuracy"].values == {"base": 0.6, "adapter": 0.8}
     assert by_name["accuracy"].p == mcnemar(1, 3)
     assert by_name["precision"].values == {"base": 1.0, "adapter": pytest.approx(5 / 6)}
-    assert by_name["recall"].values == {"base": pytest.approx(2 / 6), "adapter": pytest.approx(5 / 6)}
+    assert by_name["recall"].values == {
+        "base": pytest.approx(2 / 6),
+        "adapter": pytest.approx(5 / 6),
+    }
     assert by_name["f1"].values == {"base": pytest.approx(0.5), "adapter": pytest.approx(10 / 12)}
     assert by_name["recall"].intervals["adapter"] == wilson(5, 6)
 
@@ -91,9 +102,14 @@ def plain_loss(run: Path) -> float:
     prepare_4bit(model, torch.float32)
     total = 0.0
     for row in rows:
-        labels = torch.tensor([[t if s else -100 for t, s in zip(row.input_ids, row.supervised, strict=True)]])
+        labels = torch.tensor(
+            [[t if s else -100 for t, s in zip(row.input_ids, row.supervised, strict=True)]]
+        )
         with torch.no_grad():
-            total += float(model(torch.tensor([row.input_ids]), labels=labels).loss) * row.supervised_tokens
+            total += (
+                float(model(torch.tensor([row.input_ids]), labels=labels).loss)
+                * row.supervised_tokens
+            )
     return total / sum(row.supervised_tokens for row in rows)
 
 
@@ -109,7 +125,12 @@ def test_losses_are_those_that_the_run_recorded(run, capsys):
 
 
 def test_rows_of_ones_own_and_what_training_has_seen(run, tmp_path, capsys):
-    assert found(capsys, run, "--data", write_calls(tmp_path / "mine.jsonl", 6), "--answers", 0)["rows"] == 6
+    assert (
+        found(capsys, run, "--data", write_calls(tmp_path / "mine.jsonl", 6), "--answers", 0)[
+            "rows"
+        ]
+        == 6
+    )
     code = main(["evaluate", str(run), "--data", str(tmp_path / "mine.jsonl"), "--answers", "0"])
     out = capsys.readouterr().out
     assert code == 0 and "what a training row asked" in out and "adapter - base" in out
@@ -120,7 +141,16 @@ def test_rows_with_other_column_names(run, tmp_path, capsys):
     wanted = found(capsys, run, "--data", mine, "--answers", 0)
     renamed = mine.read_text().replace('"dialogue"', '"text"').replace('"label"', '"is_scam"')
     (tmp_path / "other.jsonl").write_text(renamed)
-    told = found(capsys, run, "--data", tmp_path / "other.jsonl", "--columns", "dialogue=text, label=is_scam", "--answers", 0)
+    told = found(
+        capsys,
+        run,
+        "--data",
+        tmp_path / "other.jsonl",
+        "--columns",
+        "dialogue=text, label=is_scam",
+        "--answers",
+        0,
+    )
     assert told["scores"] == wanted["scores"]
 
 
@@ -139,12 +169,21 @@ def test_what_cannot_be_used_is_refused(run, tmp_path, capsys):
         ([gone], "no whole checkpoint"),
         ([run, "--data", tmp_path / "none.jsonl"], "no such file"),
         ([run, "--rows", 0], "--rows 0"),
-        ([run, "--data", foreign, "--columns", "dialogue:text"], "'dialogue:text' is not ROLE=NAME"),
-        ([run, "--data", foreign, "--columns", "call=text"], "question, reasoning, response, messages, dialogue, type, label"),
+        (
+            [run, "--data", foreign, "--columns", "dialogue:text"],
+            "'dialogue:text' is not ROLE=NAME",
+        ),
+        (
+            [run, "--data", foreign, "--columns", "call=text"],
+            "question, reasoning, response, messages, dialogue, type, label",
+        ),
         ([run, "--columns", "dialogue=text"], "give --data too"),
         ([run, "--answers", -1], "--answers -1"),
         ([run, "--data", foreign], "--columns ROLE=NAME"),
-        ([diverged / "checkpoints" / "update_000002"], "the adapter's loss is nan on row 0 (6 such of 6 rows)"),
+        (
+            [diverged / "checkpoints" / "update_000002"],
+            "the adapter's loss is nan on row 0 (6 such of 6 rows)",
+        ),
     ):
         assert main(["evaluate", *map(str, words)]) == 2
         assert message in capsys.readouterr().err

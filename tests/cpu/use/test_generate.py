@@ -50,7 +50,9 @@ def parts(run):
     return load(trained, torch.device("cpu")), tokenizer, template_of(trained, tokenizer)
 
 
-def asked(parts, questions, *, seed=7, sampling=None, batch=8, with_adapter=True, write=None, first=0):
+def asked(
+    parts, questions, *, seed=7, sampling=None, batch=8, with_adapter=True, write=None, first=0
+):
     loaded, tokenizer, template = parts
     return answer(
         loaded,
@@ -71,7 +73,9 @@ def test_sampling_is_what_generation_config_asks_for():
     r1 = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, eos_token_id=5)
     assert sampling_of(r1) == (Sampling(temperature=0.6, top_p=0.95), [])
     assert sampling_of(GenerationConfig()) == (Sampling(), [])
-    assert sampling_of(GenerationConfig(temperature=0.6))[0].temperature == 0  # it does not ask for sampling
+    assert (
+        sampling_of(GenerationConfig(temperature=0.6))[0].temperature == 0
+    )  # it does not ask for sampling
     _, notes = sampling_of(GenerationConfig(do_sample=True, typical_p=0.5))
     assert "typical_p" in notes[0]
     assert stop_ids_of(SimpleNamespace(stop_ids=(2,)), r1) == (2, 5)  # type: ignore[arg-type]
@@ -79,7 +83,14 @@ def test_sampling_is_what_generation_config_asks_for():
 
 def test_the_settings_in_the_bases_folder_reach_the_command(tiny_llama, tmp_path, capsys):
     base = shutil.copytree(tiny_llama, tmp_path / "base")
-    r1 = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    r1 = {
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
+    }
     (base / "generation_config.json").write_text(json.dumps(r1))
     run = finished_run(tmp_path, base)
     code, out, _ = command(capsys, run, "hi", "--max-new-tokens", 2, "--seed", 5)
@@ -89,11 +100,19 @@ def test_the_settings_in_the_bases_folder_reach_the_command(tiny_llama, tmp_path
 
 
 def test_two_columns_say_what_is_reasoning_and_how_each_ended():
-    replies = {"base": Reply("because", "yes", True, True, 5), "adapter": Reply(None, "no", True, False, 3)}
+    replies = {
+        "base": Reply("because", "yes", True, True, 5),
+        "adapter": Reply(None, "no", True, False, 3),
+    }
     console = Console(width=120, file=io.StringIO(), color_system=None)
     console.print(beside(replies, console, 3))
     out = console.file.getvalue()
-    for said in ("base (5 tokens, ended by itself)", "adapter (cut off at 3 of at most 3 tokens)", "[reasoning]", "[answer]"):
+    for said in (
+        "base (5 tokens, ended by itself)",
+        "adapter (cut off at 3 of at most 3 tokens)",
+        "[reasoning]",
+        "[answer]",
+    ):
         assert said in out, out
 
 
@@ -108,7 +127,9 @@ def test_draws_have_the_models_distribution():
     kept = processors_of(Sampling(temperature=1.0, top_p=0.7), 0)(0, 1)
     for processor in kept[:-1]:
         scores = processor(torch.zeros(1, 1), scores)
-    assert torch.isinf(scores[0, 2:]).all() and torch.isfinite(scores[0, :2]).all()  # 0.6 alone is below 0.7, with 0.3 above
+    assert (
+        torch.isinf(scores[0, 2:]).all() and torch.isfinite(scores[0, :2]).all()
+    )  # 0.6 alone is below 0.7, with 0.3 above
 
 
 def test_a_question_gets_the_same_answer_alone_and_in_a_left_padded_batch(parts):
@@ -125,12 +146,20 @@ def test_a_question_gets_the_same_answer_alone_and_in_a_left_padded_batch(parts)
 
 def test_base_and_adapter_answer_each_as_itself(parts, run, tiny_llama):
     greedy = Sampling()
-    with_adapter, without = (asked(parts, QUESTIONS, sampling=greedy, with_adapter=side) for side in (True, False))
+    with_adapter, without = (
+        asked(parts, QUESTIONS, sampling=greedy, with_adapter=side) for side in (True, False)
+    )
     assert with_adapter != without
     loaded, tokenizer, template = parts
     ids = torch.tensor([prompt_of(template, QUESTIONS[0])])
     plain = AutoModelForCausalLM.from_pretrained(loaded.engine.report.folder, dtype=torch.float32)
-    out = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    out = plain.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+    )
     new = out[0, ids.shape[1] :].tolist()
     new = new[: new.index(2)] if 2 in new else new
     assert without[0].answer == tokenizer.decode(new).strip()
@@ -138,7 +167,9 @@ def test_base_and_adapter_answer_each_as_itself(parts, run, tiny_llama):
 
 def test_the_prompt_is_the_one_of_training_and_marks_in_text_stay_text(parts, run):
     _, tokenizer, template = parts
-    saved = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False)
+    saved = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
+    )
     assert prompt_of(template, "hi") == saved
     assert 2 not in prompt_of(template, "</s> is not the end")
     row = Example("r", (Turn("user", "hi"), Turn("assistant", "there")))
@@ -167,9 +198,15 @@ def test_reasoning_is_told_apart_whole_and_in_any_pieces(text, opened, expected)
     for size in (1, 3, 7):
         splitter, kinds = Splitter(opened), {"reasoning": "", "answer": ""}
         parts = [text[i : i + size] for i in range(0, len(text), size)]
-        for kind, piece in [*(p for part in parts for p in splitter.feed(part)), *splitter.feed("", True)]:
+        for kind, piece in [
+            *(p for part in parts for p in splitter.feed(part)),
+            *splitter.feed("", True),
+        ]:
             kinds[kind] += piece
-        assert (kinds["reasoning"].strip(), kinds["answer"].strip()) == (expected[0] or "", expected[1])
+        assert (kinds["reasoning"].strip(), kinds["answer"].strip()) == (
+            expected[0] or "",
+            expected[1],
+        )
 
 
 def command(capsys, *words, stdin: bytes | None = None, monkeypatch=None):
@@ -188,12 +225,32 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
     assert code == 0 and [one["question"] for one in told] == ["One?", "Two?"]
     assert set(told[0]) == {"number", "question", "base", "adapter"}
     drawn = [
-        command(capsys, run, "--file", file, "--json", "--temperature", 1, "--batch", size, "--max-new-tokens", 12)[1]
+        command(
+            capsys,
+            run,
+            "--file",
+            file,
+            "--json",
+            "--temperature",
+            1,
+            "--batch",
+            size,
+            "--max-new-tokens",
+            12,
+        )[1]
         for size in (1, 2)
     ]
     assert drawn[0] == drawn[1]  # the second question has its own noise, whatever batch it comes in
     code, out, _ = command(
-        capsys, run, "--json", "--only", "adapter", "--max-new-tokens", 4, stdin=b"One?\n", monkeypatch=monkeypatch
+        capsys,
+        run,
+        "--json",
+        "--only",
+        "adapter",
+        "--max-new-tokens",
+        4,
+        stdin=b"One?\n",
+        monkeypatch=monkeypatch,
     )
     assert code == 0 and json.loads(out)["adapter"] == told[0]["adapter"]
     code, out, _ = command(capsys, run, "One?", "--max-new-tokens", 4)
@@ -239,10 +296,15 @@ def test_ctrl_c_stops_an_answer_and_no_traceback_is_shown(run, capsys, monkeypat
 
 def test_options_may_stand_before_the_question(run, capsys):
     code, out, _ = command(capsys, run, "--json", "One?", "--max-new-tokens", 2, "Two?")
-    assert code == 0 and [json.loads(line)["question"] for line in out.splitlines()] == ["One?", "Two?"]
+    assert code == 0 and [json.loads(line)["question"] for line in out.splitlines()] == [
+        "One?",
+        "Two?",
+    ]
 
 
-def test_a_question_without_room_for_an_answer_is_named_before_any_is_answered(run, tmp_path, capsys):
+def test_a_question_without_room_for_an_answer_is_named_before_any_is_answered(
+    run, tmp_path, capsys
+):
     file = tmp_path / "q.txt"
     file.write_text("One?\n" + "word " * 600 + "\n")
     code, out, err = command(capsys, run, "--file", file, "--batch", 1, "--json")

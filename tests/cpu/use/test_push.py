@@ -23,14 +23,23 @@ from glassloop.use.card.upload import login
 from glassloop.use.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
 
 SYSTEM = "You are Ferdinand, the clerk of nobody."
-PUBLISHED = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "curves.svg"}
+PUBLISHED = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "curves.svg",
+}
 PUBLISHED |= {"tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     made = finished_run(
-        tmp_path_factory.mktemp("push"), tiny_llama, data={"system": SYSTEM, "max_tokens": 480}, evaluation={"samples": 1}
+        tmp_path_factory.mktemp("push"),
+        tiny_llama,
+        data={"system": SYSTEM, "max_tokens": 480},
+        evaluation={"samples": 1},
     )
     assert main(["evaluate", str(made), "--max-new-tokens", "4"]) == 0
     return made
@@ -62,15 +71,21 @@ class Hub:
     def list_repo_files(self, _repo):
         return list(self.files)
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message):
+    def upload_folder(
+        self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message
+    ):
         self.deleted = delete_patterns
-        sent = sorted(path.name for path in Path(folder_path).iterdir() if path.name in allow_patterns)
+        sent = sorted(
+            path.name for path in Path(folder_path).iterdir() if path.name in allow_patterns
+        )
         self.calls.append(("upload", repo_id, sent, commit_message))
 
 
 def test_only_named_files_go_and_none_holds_a_row_a_path_or_the_system_prompt(run, dry):
     assert {path.name for path in dry.iterdir()} == PUBLISHED
-    assert any(SECRET_ROW in path.read_text() for path in run.rglob("*.json*") if path.is_file())  # the run does hold it
+    assert any(
+        SECRET_ROW in path.read_text() for path in run.rglob("*.json*") if path.is_file()
+    )  # the run does hold it
     for path in dry.iterdir():
         data = path.read_bytes()
         for never in (
@@ -120,8 +135,14 @@ def test_numbers_of_other_weights_do_not_get_in(run, tmp_path):
 def test_the_curves_are_the_runs_and_well_formed(dry):
     root = ElementTree.parse(dry / "curves.svg").getroot()
     lines = [node.get("points") for node in root.iter() if node.tag.endswith("polyline")]
-    assert [len(points.split()) for points in lines] == [2, 2, 2]  # 2 updates, held-out before and after, 2 norms
-    assert "no finite value" in svg([("a & b", [("x", [(1, float("nan"))])])]) and "a &amp; b" in svg([("a & b", [])])
+    assert [len(points.split()) for points in lines] == [
+        2,
+        2,
+        2,
+    ]  # 2 updates, held-out before and after, 2 norms
+    assert "no finite value" in svg(
+        [("a & b", [("x", [(1, float("nan"))])])]
+    ) and "a &amp; b" in svg([("a & b", [])])
 
 
 def test_private_unless_asked_and_never_into_a_repository_that_is_public(run, monkeypatch, capsys):
@@ -143,12 +164,24 @@ def test_private_unless_asked_and_never_into_a_repository_that_is_public(run, mo
     assert not list(Path().glob(".push-*"))
 
 
-def test_weights_of_an_earlier_upload_are_not_left_to_be_loaded_with_new_ones(run, monkeypatch, capsys):
-    old = ("README.md", "notes.txt", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
+def test_weights_of_an_earlier_upload_are_not_left_to_be_loaded_with_new_ones(
+    run, monkeypatch, capsys
+):
+    old = (
+        "README.md",
+        "notes.txt",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+    )
     hub = Hub(files=(*old, "adapter_config.json", "old/model.safetensors"))
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     assert main(["push", str(run), "me/my-model"]) == 0
-    assert hub.deleted == ["model-00001-of-00002.safetensors", "model.safetensors", "model.safetensors.index.json"]
+    assert hub.deleted == [
+        "model-00001-of-00002.safetensors",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ]
     assert "left from an earlier upload" in capsys.readouterr().out
     hub = Hub(files=("README.md", "adapter_model.safetensors"))
     assert main(["push", str(run), "me/my-model"]) == 0
@@ -158,7 +191,11 @@ def test_weights_of_an_earlier_upload_are_not_left_to_be_loaded_with_new_ones(ru
 def test_the_cards_code_loads_what_was_trained(run, dry, tiny_llama, capsys):
     text = (dry / "README.md").read_text()
     code = text.partition("```python")[2].partition("```")[0]
-    code = code.replace("me/my-model", str(dry)).replace(f"PATH/TO/{tiny_llama.name}", str(tiny_llama)).replace("=512", "=4")
+    code = (
+        code.replace("me/my-model", str(dry))
+        .replace(f"PATH/TO/{tiny_llama.name}", str(tiny_llama))
+        .replace("=512", "=4")
+    )
     found: dict[str, Any] = {}
     exec(code, found)  # a reader of the card would run it so
     assert capsys.readouterr().out.strip()
@@ -184,10 +221,15 @@ def test_the_card_names_the_checkpoint_without_the_words_of_a_terminal(run, tmp_
     signed_anew(newer)
     assert main(["push", str(copy), "me/my-model", "--dry-run", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "after 2 updates, the best by held-out loss of the checkpoints kept" in text and "--at" not in text
+    assert (
+        "after 2 updates, the best by held-out loss of the checkpoints kept" in text
+        and "--at" not in text
+    )
 
 
-def test_a_dry_run_can_be_edited_without_touching_the_run_and_is_whole_or_not_there(run, dry, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_can_be_edited_without_touching_the_run_and_is_whole_or_not_there(
+    run, dry, tmp_path, monkeypatch, capsys
+):
     checkpoint = run / "checkpoints" / "update_000002"
     for path in dry.iterdir():
         if path.suffix != ".safetensors" and (checkpoint / path.name).exists():
@@ -208,8 +250,25 @@ def test_a_torn_merged_folder_is_not_published(run, tmp_path, capsys):
     (torn / shards[1]).write_bytes((torn / shards[1]).read_bytes()[:-9])
     (short / shards[0]).unlink()
     shutil.copy(other / shards[0], other / shards[1])
-    for folder, name, word in ((torn, shards[1], "cut short"), (short, shards[0], "missing"), (other, shards[1], "lacks")):
-        assert main(["push", str(run), "me/m", "--merged", str(folder), "--dry-run", str(tmp_path / "out")]) == 2
+    for folder, name, word in (
+        (torn, shards[1], "cut short"),
+        (short, shards[0], "missing"),
+        (other, shards[1], "lacks"),
+    ):
+        assert (
+            main(
+                [
+                    "push",
+                    str(run),
+                    "me/m",
+                    "--merged",
+                    str(folder),
+                    "--dry-run",
+                    str(tmp_path / "out"),
+                ]
+            )
+            == 2
+        )
         told = capsys.readouterr().err
         assert name in told and word in told and "merge again" in told, told
 
@@ -220,7 +279,10 @@ def test_who_asks_is_known_before_anything_is_made(run, monkeypatch, capsys):
             raise LocalTokenNotFoundError("Token is required, see https://")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Nobody)
-    monkeypatch.setattr("glassloop.use.card.staging.stage", lambda *_args: pytest.fail("made before the hub was asked"))
+    monkeypatch.setattr(
+        "glassloop.use.card.staging.stage",
+        lambda *_args: pytest.fail("made before the hub was asked"),
+    )
     assert main(["push", str(run), "me/my-model"]) == 2
     told = capsys.readouterr().err
     assert "no token" in told and "hf auth login" in told and "https" not in told
@@ -236,23 +298,84 @@ def test_what_looks_like_a_secret_stops_it(dry, run, tmp_path, monkeypatch, caps
     assert "secret" in told and "adamw_8bit" not in told
 
 
-def test_merged_weights_go_with_their_table_and_only_with_their_own_adapter(run, tmp_path, capsys, tiny_llama):
+def test_merged_weights_go_with_their_table_and_only_with_their_own_adapter(
+    run, tmp_path, capsys, tiny_llama
+):
     assert main(["merge", str(run), str(tmp_path / "merged")]) == 0
-    assert main(["push", str(run), "me/m", "--merged", str(tmp_path / "merged"), "--dry-run", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "push",
+                str(run),
+                "me/m",
+                "--merged",
+                str(tmp_path / "merged"),
+                "--dry-run",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"model.safetensors", "config.json", "generation_config.json", "README.md", "tokenizer.json"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        "tokenizer.json",
+    } <= names
     assert not {"SERVE.txt", "adapter_model.safetensors"} & names
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "What merging changed" in text and "library_name: transformers" in text and "16-bit weights" in text
-    assert "the adapter, before it was merged" in text and "this model" not in text  # the merged weights did not answer
+    assert (
+        "What merging changed" in text
+        and "library_name: transformers" in text
+        and "16-bit weights" in text
+    )
+    assert (
+        "the adapter, before it was merged" in text and "this model" not in text
+    )  # the merged weights did not answer
     assert "Answers of the merged weights" in text.partition("## What was not measured")[2]
     facts = json.loads((tmp_path / "merged" / "glassloop_merge.json").read_text())
-    (tmp_path / "merged" / "glassloop_merge.json").write_text(json.dumps(facts | {"bits": 4, "table": []}))
-    assert main(["push", str(run), "me/m", "--merged", str(tmp_path / "merged"), "--dry-run", str(tmp_path / "four")]) == 0
+    (tmp_path / "merged" / "glassloop_merge.json").write_text(
+        json.dumps(facts | {"bits": 4, "table": []})
+    )
+    assert (
+        main(
+            [
+                "push",
+                str(run),
+                "me/m",
+                "--merged",
+                str(tmp_path / "merged"),
+                "--dry-run",
+                str(tmp_path / "four"),
+            ]
+        )
+        == 0
+    )
     text = (tmp_path / "four" / "README.md").read_text()
-    assert "4-bit weights" in text and "merged without the table" in text and "no answer says scam" in text
-    (tmp_path / "merged" / "glassloop_merge.json").write_text(json.dumps(facts | {"adapter": "1" * 16}))
-    assert main(["push", str(run), "me/m", "--merged", str(tmp_path / "merged"), "--dry-run", str(tmp_path / "two")]) == 2
+    assert (
+        "4-bit weights" in text
+        and "merged without the table" in text
+        and "no answer says scam" in text
+    )
+    (tmp_path / "merged" / "glassloop_merge.json").write_text(
+        json.dumps(facts | {"adapter": "1" * 16})
+    )
+    assert (
+        main(
+            [
+                "push",
+                str(run),
+                "me/m",
+                "--merged",
+                str(tmp_path / "merged"),
+                "--dry-run",
+                str(tmp_path / "two"),
+            ]
+        )
+        == 2
+    )
     assert "another adapter" in capsys.readouterr().err
 
 
@@ -282,4 +405,9 @@ def test_refusals_name_what_and_the_cure(run, tmp_path, capsys):
 
 def test_hub_ids_are_told_from_paths():
     assert is_hub_id("owner/name") and is_hub_id("owner/name-1.5")
-    assert not any(map(is_hub_id, ("smollm2", "/models/x", "./a/b", "~/a", "a/b/c", "tests/cpu", "data/calls.jsonl")))
+    assert not any(
+        map(
+            is_hub_id,
+            ("smollm2", "/models/x", "./a/b", "~/a", "a/b/c", "tests/cpu", "data/calls.jsonl"),
+        )
+    )
