@@ -51,9 +51,7 @@ def update_once(run: Run, u: int) -> Outcome | None:
     run.remember(u)  # random numbers and the like, as they are before the update
     lr = run.optimizer.param_groups[0]["lr"] = run.plan.lr[u - 1]  # lr(u)
     window = run.batches.window(u)
-    n = (
-        0 if u in run.inspection.left_out else run.batches.supervised_tokens(window)
-    )  # N, known before anything is computed
+    n = 0 if u in run.inspection.left_out else run.batches.supervised_tokens(window)  # N
     run.adapters.zero_grad()
     sums = run_passes(run, window, n)  # backward of loss_sum / N, pass by pass
     gate = open_gate(run, window, sums)  # every rank's report, on every rank
@@ -67,16 +65,12 @@ def update_once(run: Run, u: int) -> Outcome | None:
     else:
         reduce_gradients(run.adapters.grad)  # SUM over ranks
     scale = run.scale.value  # fp16's loss scale, else 1: `grad` is g * scale from here
-    norm = (
-        broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale
-    )  # |g|, rank 0's number on every rank
+    norm = broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale  # |g|, rank 0's
     reduced = time.perf_counter()
 
     run.does(u, "steps")
     terms = Terms(lr, n, norm, scale)
-    decision = run.inspection.decide(
-        run.batches, window, gate, run.adapters, terms
-    )  # on every rank alike
+    decision = run.inspection.decide(run.batches, window, gate, run.adapters, terms)
     look = look_before_step(run, window, gate, decision, terms)  # probe and capsule: read only
     clip = clip_coefficient(norm, decision.max_norm)  # c
     if decision.reason is None:

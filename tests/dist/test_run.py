@@ -141,9 +141,17 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
         "schedule.updates=30",
         "execution.preflight=false",
     ]
-    once = lambda *more: subprocess.run(
-        [*alone, *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
-    )  # noqa: E731
+
+    def once(*more):
+        return subprocess.run(
+            [*alone, *more],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
     refused = once()
     assert refused.returncode == 2
     assert "it was saved by 2 ranks, this run has 1: start 2" in refused.stderr

@@ -203,9 +203,9 @@ def exhausted(above: int):
 
 
 def preflights() -> dict:
-    nan = lambda run: poisoned(
-        run, 1, 0, lambda loss, rows: (loss * float("nan"), rows * float("nan"))
-    )  # noqa: E731
+    def nan(run):
+        return poisoned(run, 1, 0, lambda loss, rows: (loss * float("nan"), rows * float("nan")))
+
     return {
         "sound": preflight("sound", lambda run: None),
         "nan": preflight("pre-nan", nan),

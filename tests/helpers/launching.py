@@ -53,9 +53,25 @@ def launch(
 
 def write_rows(path: Path, rows: int) -> Path:
     """A jsonl file of prompts and completions of 1 to 14 and 1 to 9 words; the same at each call."""
-    words = (
-        "the caller asks for a code and the receiver hangs up because nothing can be checked today"
-    ).split()  # noqa: SIM905
+    words = [
+        "the",
+        "caller",
+        "asks",
+        "for",
+        "a",
+        "code",
+        "and",
+        "the",
+        "receiver",
+        "hangs",
+        "up",
+        "because",
+        "nothing",
+        "can",
+        "be",
+        "checked",
+        "today",
+    ]
     drawn = random.Random(5)
     lines = [
         {

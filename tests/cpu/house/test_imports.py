@@ -359,7 +359,9 @@ def test_a_heavy_import_is_seen() -> None:
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_no_file_outgrows_a_reader(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines < 440, f"{path.name} has {lines} lines: split it by concept"  # 350 when prose is shortened
+    assert lines < 440, (
+        f"{path.name} has {lines} lines: split it by concept"
+    )  # 350 when prose is shortened
 
 
 @pytest.mark.parametrize(("name", "most"), LONGEST.items())
