@@ -86,7 +86,13 @@ def columns_of(text: str | None) -> dict[str, str]:
 def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     from glassloop.formula.dist import in_turn, leave, one_first
     from glassloop.loop.launch import check_launch, hush, make_accelerator, on_cuda
-    from glassloop.use.trained import load, load_tokenizer_of, open_trained, template_of
+    from glassloop.use.trained import (
+        load,
+        load_tokenizer_of,
+        open_trained,
+        setup_of,
+        template_of,
+    )
 
     trained = open_trained(given.run, given.at, overrides_of(given))
     config = trained.config
@@ -132,17 +138,15 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     started = time.perf_counter()
     labelled = [example for example in rows.examples if example.label is not None]
     answered = labelled if given.answers is None else rows.examples[: given.answers]
-    measured = measure(
+    setup = setup_of(
         loaded,
-        rows.rows,
-        answered,
-        template=template,
-        tokenizer=tokenizer,
+        template,
+        tokenizer,
         batch_size=given.batch or config.batch.size,
         max_new_tokens=given.max_new_tokens or config.evaluation.max_new_tokens,
-        rank=rank,
-        ranks=ranks,
     )
+    setup = dataclasses.replace(setup, rank=rank, ranks=ranks)
+    measured = measure(loaded, rows.rows, answered, setup)
     if rank == 0:
         report = report_of(measured, config.seed)
         took = time.perf_counter() - started

@@ -164,18 +164,20 @@ class Session:
         from rich.console import Console
 
         from glassloop.use.answering import sampling_of, stop_ids_of
+        from glassloop.use.trained import setup_of
 
-        self.given, self.trained, self.tokenizer, self.template, self.loaded = (
-            given,
-            trained,
-            tokenizer,
-            template,
-            loaded,
-        )
+        self.given, self.template, self.loaded = given, template, loaded
         settings = loaded.hf.get_base_model().generation_config
         own, notes = sampling_of(settings)
         self.sampling = chosen(own, given)
-        self.stop_ids = stop_ids_of(template, settings)
+        setup = setup_of(
+            loaded,
+            template,
+            tokenizer,
+            batch_size=given.batch,
+            max_new_tokens=given.max_new_tokens,
+        )
+        self.setup = dataclasses.replace(setup, stop_ids=stop_ids_of(template, settings))
         self.system = (
             (given.system or None) if given.system is not None else trained.config.data.system
         )
@@ -238,15 +240,12 @@ class Session:
 
         return answer(
             self.loaded,
-            self.tokenizer,
             prompts,
+            self.setup,
             with_adapter=side == "adapter",
             sampling=self.sampling,
             seed=self.given.seed,
             number=first,
-            stop_ids=self.stop_ids,
-            batch_size=self.given.batch,
-            max_new_tokens=self.given.max_new_tokens,
             write=write,
         )
 

@@ -1,21 +1,22 @@
-"""Held-out rows: token-weighted loss, greedy answers and their scores, on all ranks, with nothing about the training changed.
+"""Loss, greedy answers and scores of held-out rows, on all ranks.
 
-Rank r takes rows r, r + ranks, r + 2 ranks, ...; a rank may have none. No collective stands between two passes or two answers, so
-ranks may take different times; results are gathered once, at the end, and every rank has the same.
+Training is not changed by it. Rank r takes rows r, r + ranks, r + 2 ranks, ...; a rank may have
+none. No collective stands between two passes or two answers, so ranks may take different times.
+Results are gathered once, at the end, and every rank has the same.
 
-Names in EvaluationRecord.scores and .base. A value is None where it has no rows to stand on; counts are then 0.
+Names in EvaluationRecord.scores and .base. A value is None if no row counts for it; counts are 0.
     loss_nats             token mean over all held-out rows (not only the answered ones)
     answers               rows that were answered
-    ended                 share of answers that end in a stop token of the template (EOS), not by running out of room
+    ended                 share of answers that end with a stop token, not by max_new_tokens
     answer_tokens_mean    mean length of an answer, its stop token included
     answer_tokens_median  median of the same
     reasoning_rows        answered rows whose reference has a chain of thought
     closed_think          share of those whose answer closes </think>
     verdict_rows          answered rows with a label (scam or honest)
     no_verdict            share of those whose answer has no verdict
-    accuracy              share of those whose verdict is the label; an answer without verdict is wrong
+    accuracy              share of those whose verdict is the label; no verdict is wrong
     precision             scam rows among the answers that say scam
-    recall                answers that say scam among the scam rows; an answer without verdict does not
+    recall                answers that say scam among the scam rows; no verdict does not
     f1                    2 TP / (2 TP + FP + FN), positive = scam
 
 Legend: B rows, T tokens.
@@ -29,7 +30,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,15 +40,11 @@ from glassloop.data.batches import build_pass
 from glassloop.data.formats import verdict_of
 from glassloop.data.rows import Example, Row
 from glassloop.formula.dist import all_or_none, gather_objects
-from glassloop.loop.generation import Autocast, generate, unchanged
+from glassloop.loop.generation import EvaluationSetup, generate, unchanged
 from glassloop.record.records import EvaluationRecord
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from glassloop.data.templates import Template
-
 VERDICTS = ("scam", "honest")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -58,20 +55,21 @@ class Answer:
     prompt: str
     answer: str  # without the stop token
     reference: str  # the row's own last answer, chain of thought included
-    label: str | None  # "scam" | "honest"; None where the row has no such label
-    verdict: str | None  # what the answer says; None where it says neither, or the row has no label
+    label: str | None  # "scam" | "honest"; None if the row has no such label
+    verdict: str | None  # of the answer; None if it has none, or the row has no label
     reasoning: bool  # the reference has a chain of thought
     closed_think: bool  # the answer has </think>
     ended: bool  # by a stop token
     tokens: int  # of the answer, stop token included
-    base_answer: str | None = (
-        None  # what the model says without the adapter; None if it was not asked
-    )
+    base_answer: str | None = None  # without the adapter; None if the base was not asked
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank found, in the order of its rows. Losses are nats summed over a row's supervised tokens."""
+    """One rank's results in the order of its rows.
+
+    Losses are nats, summed over a row's supervised tokens.
+    """
 
     losses: list[float]
     base_losses: list[float]
@@ -83,33 +81,26 @@ def evaluate(
     engine: nn.Module,
     rows: tuple[Row, ...],
     examples: tuple[Example, ...],
+    setup: EvaluationSetup,
     *,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    pad_id: int,
-    device: torch.device,
-    rank: int,
-    ranks: int,
-    autocast: Autocast,
     generate_rows: int,
-    max_new_tokens: int,
     with_base: bool,
     update: int,
     attempt: int = 1,
 ) -> tuple[EvaluationRecord, list[Answer]]:
-    """Loss over all `rows`, and answers to the first `generate_rows` of `examples`. Every rank must call it and gets the same.
+    """Measure `rows` and answer the first `generate_rows` of `examples`.
+
+    Every rank must call it and gets the same.
 
     Args:
-        engine: forward(Pass) -> (loss_sum, row_loss_sums), with `.hf` the PEFT model. Not its DDP wrapper: that one's forward may
-            wait for the other ranks, which have another number of passes.
-        batch_size: rows of a loss pass and of a generation on one rank.
-        autocast: gives a new context of the run's compute precision at each call.
+        engine: forward(Pass) -> (loss_sum, row_loss_sums), with `.hf` the PEFT model. Not its DDP
+            wrapper: that one's forward may wait for ranks that have another number of passes.
         with_base: do all of it a second time without the adapter.
-        update: how many updates were done before.
+        update: updates done before.
 
     Returns:
-        The record, whose `seconds` are this rank's own wall time, and the answers in the order of `examples`.
+        The record, whose `seconds` are this rank's own wall time, and the answers in the order of
+        `examples`.
 
     Raises:
         ValueError: no held-out row has a supervised token.
@@ -122,47 +113,30 @@ def evaluate(
     tokens = sum(row.supervised_tokens for row in rows)
     if tokens == 0:
         raise ValueError(
-            f"data.heldout: none of the {len(rows)} held-out rows has a supervised token, so there is no loss: "
-            "take other rows, raise data.max_tokens, or leave data.heldout out"
+            f"data.heldout: none of the {len(rows)} held-out rows has a supervised token, so there "
+            "is no loss: choose other rows, raise data.max_tokens, or remove data.heldout"
         )
     hf: Any = engine.hf
+    rank, ranks = setup.rank, setup.ranks
     my_rows, my_examples = rows[rank::ranks], examples[:generate_rows][rank::ranks]
-
-    def losses() -> list[float]:
-        return row_losses(
-            engine, my_rows, batch_size=batch_size, pad_id=pad_id, device=device, autocast=autocast
-        )
-
-    def answers() -> list[Answer]:
-        return answer_examples(
-            hf,
-            my_examples,
-            template=template,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            pad_id=pad_id,
-            device=device,
-            autocast=autocast,
-            max_new_tokens=max_new_tokens,
-        )
-
-    with all_or_none("evaluation") if ranks > 1 else nullcontext(), unchanged(engine, device):
-        share = _Share(losses(), [], answers(), [])
+    with all_or_none("evaluation") if ranks > 1 else nullcontext(), unchanged(engine, setup.device):
+        losses = row_losses(engine, my_rows, setup)
+        share = _Share(losses, [], answer_examples(hf, my_examples, setup), [])
         if with_base:
             with hf.disable_adapter():
-                share = replace(share, base_losses=losses(), base_answers=answers())
+                losses = row_losses(engine, my_rows, setup)
+                answers = answer_examples(hf, my_examples, setup)
+            share = replace(share, base_losses=losses, base_answers=answers)
 
     shares: list[_Share] = gather_objects(share) if ranks > 1 else [share]
-    assert len(shares) == ranks, f"evaluate() was told of {ranks} ranks, but {len(shares)} answered"
+    assert len(shares) == ranks, f"setup.ranks = {ranks}, but {len(shares)} answered"
     loss_nats = math.fsum(loss for one in shares for loss in one.losses) / tokens
-    all_answers = _in_row_order([one.answers for one in shares])
+    all_answers = in_row_order([one.answers for one in shares])
     base = None
     if with_base:
-        base_answers = _in_row_order([one.base_answers for one in shares])
-        base = scores(
-            base_answers,
-            loss_nats=math.fsum(loss for one in shares for loss in one.base_losses) / tokens,
-        )
+        base_answers = in_row_order([one.base_answers for one in shares])
+        base_nats = math.fsum(loss for one in shares for loss in one.base_losses) / tokens
+        base = scores(base_answers, loss_nats=base_nats)
         all_answers = [
             replace(one, base_answer=other.answer)
             for one, other in zip(all_answers, base_answers, strict=True)
@@ -180,89 +154,44 @@ def evaluate(
     return record, all_answers
 
 
-def row_losses(
-    engine: nn.Module,
-    rows: Sequence[Row],
-    *,
-    batch_size: int,
-    pad_id: int,
-    device: torch.device,
-    autocast: Autocast,
-) -> list[float]:
-    """Each row's cross-entropy in nats, summed over its supervised tokens, without dropout. This rank only."""
-    sums = [torch.zeros(0, device=device)]
-    with unchanged(engine, device), autocast():
-        for start in range(0, len(rows), batch_size):
-            p = build_pass(
-                rows[start : start + batch_size], packed=False, pad_id=pad_id, device=device
-            )
+def row_losses(engine: nn.Module, rows: Sequence[Row], setup: EvaluationSetup) -> list[float]:
+    """Each row's loss in nats, summed over its supervised tokens. This rank only.
+
+    There is no dropout.
+    """
+    sums = [torch.zeros(0, device=setup.device)]
+    with unchanged(engine, setup.device), setup.autocast():
+        for start in range(0, len(rows), setup.batch_size):
+            batch = rows[start : start + setup.batch_size]
+            p = build_pass(batch, packed=False, pad_id=setup.pad_id, device=setup.device)
             _, row_loss_sums = engine(p)
             sums.append(row_loss_sums)  # (B,) fp32; read by the host once, below
     return torch.cat(sums).tolist()
 
 
-def answer_examples(
-    hf: Any,
-    examples: Sequence[Example],
-    *,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    pad_id: int,
-    device: torch.device,
-    autocast: Autocast,
-    max_new_tokens: int,
-) -> list[Answer]:
+def answer_examples(hf: Any, examples: Sequence[Example], setup: EvaluationSetup) -> list[Answer]:
     """Answer the last turn of each example greedily. This rank only, no collective."""
-    prompts = [list(template.prompt_ids(example)) for example in examples]
-    generated = generate(
-        hf,
-        prompts,
-        stop_ids=template.stop_ids,
-        pad_id=pad_id,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device,
-        autocast=autocast,
-    )
+    prompts = [list(setup.template.prompt_ids(example)) for example in examples]
     return [
-        _answer(example, prompt, ids, template.stop_ids, tokenizer)
-        for example, prompt, ids in zip(examples, prompts, generated, strict=True)
+        _answer(example, prompt, ids, setup)
+        for example, prompt, ids in zip(
+            examples, prompts, generate(hf, prompts, setup), strict=True
+        )
     ]
 
 
-def answer_together(
-    hf: Any,
-    examples: Sequence[Example],
-    *,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    pad_id: int,
-    device: torch.device,
-    rank: int,
-    ranks: int,
-    autocast: Autocast,
-    max_new_tokens: int,
-) -> list[Answer]:
-    """`answer_examples`, dealt to all ranks: every rank must call it, and gets all answers in the order of `examples`."""
-    with all_or_none("generation") if ranks > 1 else nullcontext():
-        mine = answer_examples(
-            hf,
-            examples[rank::ranks],
-            template=template,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            pad_id=pad_id,
-            device=device,
-            autocast=autocast,
-            max_new_tokens=max_new_tokens,
-        )
-    return _in_row_order(gather_objects(mine) if ranks > 1 else [mine])
+def answer_together(hf: Any, examples: Sequence[Example], setup: EvaluationSetup) -> list[Answer]:
+    """Share `answer_examples` among all ranks.
+
+    Every rank must call it, and gets all answers in the order of `examples`.
+    """
+    with all_or_none("generation") if setup.ranks > 1 else nullcontext():
+        mine = answer_examples(hf, examples[setup.rank :: setup.ranks], setup)
+    return in_row_order(gather_objects(mine) if setup.ranks > 1 else [mine])
 
 
 def scores(answers: Sequence[Answer], *, loss_nats: float) -> dict[str, float | None]:
-    """The scores that the head of this file names."""
+    """Compute the scores that the head of this file names."""
     judged = [one for one in answers if one.label is not None]
     reasoned = [one for one in answers if one.reasoning]
     hits = sum(one.verdict == one.label == "scam" for one in judged)
@@ -290,18 +219,17 @@ def _answer(
     example: Example,
     prompt: Sequence[int],
     ids: Sequence[int],
-    stop_ids: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
+    setup: EvaluationSetup,
 ) -> Answer:
-    ended = bool(ids) and ids[-1] in stop_ids
-    text = _decode(tokenizer, ids[:-1] if ended else ids)
+    ended = bool(ids) and ids[-1] in setup.stop_ids
+    text = _decode(setup, ids[:-1] if ended else ids)
     turn = next((turn for turn in reversed(example.turns) if turn.role == "assistant"), None)
     reasoning = turn.reasoning if turn is not None else None
     content = turn.content if turn is not None else ""
     label = example.label if example.label in VERDICTS else None
     return Answer(
         row_id=example.row_id,
-        prompt=_decode(tokenizer, prompt),
+        prompt=_decode(setup, prompt),
         answer=text,
         reference=content if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n{content}",
         label=label,
@@ -313,14 +241,16 @@ def _answer(
     )
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(
-        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+def _decode(setup: EvaluationSetup, ids: Sequence[int]) -> str:
+    shown: dict[str, bool] = {
+        "skip_special_tokens": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    return str(setup.tokenizer.decode(list(ids), **shown))
 
 
-def _in_row_order(parts: Sequence[Sequence[Answer]]) -> list[Answer]:
-    """Undo the dealing of rows to ranks: item i of rank r was row i * ranks + r."""
+def in_row_order(parts: Sequence[Sequence[Item]]) -> list[Item]:
+    """Merge the ranks' lists: item i of rank r belongs to row i * ranks + r."""
     total, ranks = sum(len(part) for part in parts), len(parts)
     return [parts[index % ranks][index // ranks] for index in range(total)]
 

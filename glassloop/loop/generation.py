@@ -1,4 +1,4 @@
-"""Greedy answers in the middle of training, and the guard that leaves no trace of them.
+"""Greedy answers during training, and the guard that leaves no trace of them.
 
 Legend: B rows, T tokens of the longest prompt, A tokens of an answer.
 """
@@ -9,36 +9,65 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-ROTARY_STATE = (
-    "inv_freq",
-    "max_seq_len_cached",
-    "attention_scaling",
-)  # "dynamic" rotary tables grow with the longest row seen
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from glassloop.data.templates import Template
+
+# "dynamic" rotary tables grow with the longest row seen
+ROTARY_STATE = ("inv_freq", "max_seq_len_cached", "attention_scaling")
 
 Autocast = Callable[[], AbstractContextManager]
 
 
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """How rows are measured and answered; all ranks share it but for `rank`.
+
+    Attributes:
+        batch_size: rows of a loss pass and of a generation on one rank.
+        stop_ids: an answer ends at the first of them.
+        pad_id: fills shorter rows. It may be one of `stop_ids`.
+        max_new_tokens: of an answer, stop token included.
+        autocast: gives a new context of the run's compute precision at each call.
+    """
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    batch_size: int
+    max_new_tokens: int
+    device: torch.device
+    autocast: Autocast = nullcontext
+    rank: int = 0
+    ranks: int = 1
+
+
 @contextlib.contextmanager
 def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards all that an update depends on is as before.
+    """Evaluation mode without gradients, which restores what an update depends on.
 
-    Each module's mode, each parameter's requires_grad (PEFT's disable_adapter() clears it and then sets it for all it has) and
-    the rotary tables are put back; random numbers must not have been drawn.
+    It restores each module's mode, the rotary tables and each parameter's requires_grad, which
+    PEFT's disable_adapter() clears and then sets for all. Drawing a random number is an error.
 
-    no_grad, not inference_mode: what a module makes in here and keeps (a table, a quantisation state) would be an inference
-    tensor, and autograd refuses to save one in the next update. Next to the kernels the difference in time is nothing.
+    no_grad, not inference_mode: a table or quantisation state that a module makes in here and keeps
+    would be an inference tensor, which autograd refuses to save in the next update. The difference
+    in time is negligible beside the kernels.
     """
     repacking = [
         m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False) and _on_cpu(m)
     ]
     assert not repacking, (
-        f"a pass without gradients would repack {len(repacking)} 4-bit layers for inference, and later updates would lose part "
-        "of their gradient: set support_avx512bf16_for_cpu = False on each when the model is loaded"
+        f"a pass without gradients would repack {len(repacking)} 4-bit layers for inference, and "
+        "later updates would lose part of their gradient: set support_avx512bf16_for_cpu = False "
+        "on each when the model is loaded"
     )
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -56,67 +85,61 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         for m, name, value in tables:
             setattr(m, name, value)
     assert _random_state(device) == random_state, (
-        "evaluation drew random numbers: later dropout masks would be others"
+        "evaluation drew random numbers: later dropout masks would differ"
     )
 
 
 def generate(
     hf: Any,
     prompts: Sequence[Sequence[int]],
+    setup: EvaluationSetup,
     *,
-    stop_ids: Sequence[int],
-    pad_id: int,
-    batch_size: int,
-    max_new_tokens: int,
-    device: torch.device,
-    autocast: Autocast = nullcontext,
     processors: Callable[[int, int], Sequence[Any]] = lambda _first, _count: (),
     streamer: Any = None,
 ) -> list[tuple[int, ...]]:
-    """The most likely token at each place, up to one of `stop_ids` (kept) or `max_new_tokens`. This rank only, no collective.
+    """Extend each prompt by its most likely tokens, on this rank alone.
 
-    The model's own generation settings are laid aside: a checkpoint may ask for sampling or a repetition penalty, and an explicit
-    config takes from the model's what it leaves open. The cache works because `unchanged` sets evaluation mode: in training mode
-    transformers drops it under activation checkpointing, and each new token sees nothing of what stands before it.
+    An answer ends with one of `setup.stop_ids`, which is kept, or after `setup.max_new_tokens`.
+
+    The model's own generation settings are not used: a checkpoint may ask for sampling or a
+    repetition penalty, and an explicit config inherits what it leaves open. The cache works because
+    `unchanged` sets evaluation mode: in training mode transformers drops it under activation
+    checkpointing, and each new token sees nothing of the tokens before it.
 
     Args:
-        hf: a PEFT model; its adapters take part unless the caller disabled them.
-        pad_id: fills the left of shorter prompts. It may be one of `stop_ids`.
-        processors: (number of a batch's first prompt, its prompts) -> transformers' logits processors, for what the most likely token
-            is to be chosen from; see answering.py for one that samples.
-        streamer: gets each batch's prompt ids, then each step's new ids (B,), as transformers' streamers do.
+        hf: a PEFT model; its adapters are active unless the caller disabled them.
+        processors: (number of a batch's first prompt, its prompts) -> transformers' logits
+            processors, which run before the choice; see use/answering.py for one that samples.
+        streamer: gets each batch's prompt ids, then each step's new ids (B,), as transformers'
+            streamers do.
 
     Returns:
-        One tuple of new ids a prompt. An answer is shorter than asked where the model has no more positions for it.
+        One tuple of new ids a prompt. It is shorter if the model has no more positions.
     """
     from transformers import GenerationConfig
 
     model = hf.get_base_model()
-    settings, positions = (
-        model.generation_config,
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-    )
+    settings = model.generation_config
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     answers: list[tuple[int, ...]] = []
     try:
-        with unchanged(hf, device), autocast():
-            for start in range(0, len(prompts), batch_size):
-                batch = prompts[start : start + batch_size]
+        with unchanged(hf, setup.device), setup.autocast():
+            for start in range(0, len(prompts), setup.batch_size):
+                batch = prompts[start : start + setup.batch_size]
                 width = max(len(prompt) for prompt in batch)
-                room = (
-                    max_new_tokens
-                    if positions is None or width >= positions
-                    else min(max_new_tokens, positions - width)
-                )
+                room = setup.max_new_tokens
+                if positions is not None and width < positions:
+                    room = min(room, positions - width)
                 model.generation_config = GenerationConfig(
                     do_sample=False,
                     num_beams=1,
                     max_new_tokens=room,
-                    eos_token_id=list(stop_ids) or None,
-                    pad_token_id=pad_id,
+                    eos_token_id=list(setup.stop_ids) or None,
+                    pad_token_id=setup.pad_id,
                     use_cache=True,
                     disable_compile=True,
                 )
-                ids, mask = _left_padded(batch, width, pad_id, device)
+                ids, mask = _left_padded(batch, width, setup)
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
@@ -125,29 +148,33 @@ def generate(
                     streamer=streamer,
                     synced_gpus=False,
                 )  # (B, T + A)
-                answers.extend(_up_to_stop(row, stop_ids) for row in output[:, width:].tolist())
+                new = output[:, width:].tolist()
+                answers.extend(_up_to_stop(ids, setup.stop_ids) for ids in new)
     finally:
         model.generation_config = settings
     return answers
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], width: int, pad_id: int, device: torch.device
+    prompts: Sequence[Sequence[int]], width: int, setup: EvaluationSetup
 ) -> tuple[Tensor, Tensor]:
-    """ids (B, T) and mask (B, T), 1 at real tokens: every prompt ends in the last column, where generation begins."""
-    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    """ids (B, T) and mask (B, T), 1 at real tokens; every prompt ends in the last column."""
+    ids = [[setup.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return torch.tensor(ids, device=setup.device), torch.tensor(mask, device=setup.device)
 
 
 def _up_to_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> tuple[int, ...]:
-    """What was generated before padding set in: the first stop token is the last that counts."""
+    """Cut off the padding: an answer ends with its first stop token."""
     end = next((place + 1 for place, token in enumerate(ids) if token in stop_ids), len(ids))
     return tuple(ids[:end])
 
 
 def _rotary_names(module: nn.Module) -> list[str]:
-    """Names of a module's rotary state; models with several kinds of attention put the kind before each name."""
+    """Names of a module's rotary state.
+
+    Models with several kinds of attention put the kind before each name.
+    """
     return [name for name in (*vars(module), *module._buffers) if name.endswith(ROTARY_STATE)]
 
 
@@ -157,6 +184,6 @@ def _on_cpu(module: nn.Module) -> bool:
 
 
 def _random_state(device: torch.device) -> tuple[Any, ...]:
-    """Python's and torch's generators, this device's included, in a form that compares."""
+    """States of Python's and torch's generators, comparable with ==."""
     on_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     return random.getstate(), torch.get_rng_state().numpy().tobytes(), on_device

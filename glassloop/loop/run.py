@@ -18,6 +18,7 @@ from glassloop.formula.optim import FlatAdapters, LossScale, bit_sum
 from glassloop.health.decision import Outcome
 from glassloop.health.inspection import Inspection, replay_command, replay_of
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
+from glassloop.loop.generation import EvaluationSetup
 from glassloop.loop.launch import launch_command
 from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.loop.watchdog import Watchdog
@@ -227,15 +228,18 @@ class Run:
         """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
         self.does(update, "evaluates")
         settings = self.config.evaluation
-        shared: dict[str, Any] = {
-            "template": self.template,
-            "tokenizer": self.tokenizer,
-            "batch_size": self.config.batch.size,
-            "pad_id": self.pad_id,
-            "device": self.device,
-            "autocast": self.accelerator.autocast,
-            "max_new_tokens": settings.max_new_tokens,
-        }
+        setup = EvaluationSetup(
+            template=self.template,
+            tokenizer=self.tokenizer,
+            stop_ids=tuple(self.template.stop_ids),
+            pad_id=self.pad_id,
+            batch_size=self.config.batch.size,
+            max_new_tokens=settings.max_new_tokens,
+            device=self.device,
+            autocast=self.accelerator.autocast,  # type: ignore[arg-type]  # its own default is None
+            rank=self.rank,
+            ranks=self.ranks,
+        )
         answers: list[Answer] = []
         if self.heldout:
             # Fresh adapters change nothing, so the scores before the first update are the base's.
@@ -244,25 +248,17 @@ class Run:
                 self.plain_engine,
                 self.heldout,
                 self.heldout_examples,
-                rank=self.rank,
-                ranks=self.ranks,
+                setup,
                 generate_rows=settings.generate_rows,
                 with_base=not fresh and self.base_scores is None,
                 update=update,
                 attempt=self.attempt,
-                **shared,
             )
             self.base_scores = record.scores if fresh else (self.base_scores or record.base)
             self._tell(replace(record, base=self.base_scores))
         if update in (0, self.plan.updates) and settings.samples:
             if not answers and self.sample_examples:
-                answers = answer_together(
-                    self.plain_engine.hf,
-                    self.sample_examples,
-                    rank=self.rank,
-                    ranks=self.ranks,
-                    **shared,
-                )
+                answers = answer_together(self.plain_engine.hf, self.sample_examples, setup)
             for answer in answers[: settings.samples]:
                 self._show(answer, update)
 

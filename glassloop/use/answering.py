@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from glassloop.loop.generation import generate
+from glassloop.loop.generation import EvaluationSetup, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -282,49 +282,43 @@ def check_lengths(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> None:
 
 def answer(
     loaded: Loaded,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    setup: EvaluationSetup,
     *,
     with_adapter: bool,
     sampling: Sampling,
     seed: int,
     number: int = 0,
-    stop_ids: Sequence[int],
-    batch_size: int,
-    max_new_tokens: int,
     write: Callable[[str, str], None] | None = None,
 ) -> list[Reply]:
-    """One reply a prompt, by the adapter or by the base alone.
+    """Answer each prompt once, by the adapter or by the base alone.
 
     Args:
-        seed: question i draws from seed and i, the base and the adapter the same noise. number: i of the first prompt.
-        write: called with ("reasoning" | "answer", text) while a single answer is written; needs one prompt.
+        seed: question i draws from seed and i; the base and the adapter draw the same noise.
+        number: i of the first prompt.
+        write: called with ("reasoning" | "answer", text) as the answer grows; needs one prompt.
 
     Raises:
         ValueError: a prompt has more tokens than the model has positions.
     """
     assert write is None or len(prompts) == 1
     check_lengths(loaded, prompts)
-    opened = [opens_think(tokenizer, prompt) for prompt in prompts]
-    streamer = None if write is None else TextStream(tokenizer, stop_ids, opened[0], write)
+    opened = [opens_think(setup.tokenizer, prompt) for prompt in prompts]
+    streamer = None
+    if write is not None:
+        streamer = TextStream(setup.tokenizer, setup.stop_ids, opened[0], write)
     with nullcontext() if with_adapter else loaded.hf.disable_adapter():
         generated = generate(
             loaded.hf,
             prompts,
-            stop_ids=stop_ids,
-            pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            device=loaded.device,
-            autocast=loaded.autocast,
+            setup,
             processors=processors_of(sampling, seed, number),
             streamer=streamer,
         )
     replies = []
     for ids, inside in zip(generated, opened, strict=True):
-        ended = bool(ids) and ids[-1] in stop_ids
-        reasoning, said, closed = split_reasoning(
-            decoded(tokenizer, ids[:-1] if ended else ids), inside
-        )
+        ended = bool(ids) and ids[-1] in setup.stop_ids
+        text = decoded(setup.tokenizer, ids[:-1] if ended else ids)
+        reasoning, said, closed = split_reasoning(text, inside)
         replies.append(Reply(reasoning, said, closed, ended, len(ids)))
     return replies

@@ -1,4 +1,4 @@
-"""The adapter and its base on the same rows, on all ranks: per row losses and verdicts, then scores with their uncertainty.
+"""The adapter and its base on the same rows: losses, verdicts, scores with intervals.
 
 Rank r takes rows r, r + ranks, ...; results are gathered once, at the end, and every rank has the same.
 """
@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from glassloop.data.rows import Example, Row
 from glassloop.formula.dist import all_or_none, gather_objects
-from glassloop.loop.evaluation import Answer, answer_examples, row_losses, scores
-from glassloop.loop.generation import unchanged
+from glassloop.loop.evaluation import (
+    Answer,
+    answer_examples,
+    in_row_order,
+    row_losses,
+    scores,
+)
+from glassloop.loop.generation import EvaluationSetup, unchanged
 from glassloop.use.intervals import Interval, bootstrap, mcnemar, wilson
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from glassloop.data.templates import Template
     from glassloop.use.trained import Loaded
 
 SIDES = ("base", "adapter")
@@ -28,7 +31,10 @@ SIDES = ("base", "adapter")
 
 @dataclass(frozen=True)
 class Measured:
-    """By side ("base", "adapter"), in the order of rows and examples. Losses are nats summed over a row's supervised tokens."""
+    """Losses and answers by side ("base", "adapter"), in the order of rows.
+
+    Losses are nats, summed over a row's supervised tokens.
+    """
 
     tokens: tuple[int, ...]  # supervised, of each row
     losses: dict[str, list[float]]
@@ -37,7 +43,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Score:
-    """One number of both sides. `interval` and `difference` (adapter - base) are None where the rows do not give one."""
+    """One number of both sides, with its uncertainty.
+
+    `intervals` and `difference` (adapter - base) are None if the rows do not give one.
+    """
 
     name: str
     values: dict[str, float | None]
@@ -48,7 +57,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """What `glassloop evaluate` found, in plain values."""
+    """Results of `glassloop evaluate`, in plain values."""
 
     rows: int
     supervised_tokens: int
@@ -62,15 +71,11 @@ def measure(
     loaded: Loaded,
     rows: Sequence[Row],
     examples: Sequence[Example],
-    *,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_new_tokens: int,
-    rank: int = 0,
-    ranks: int = 1,
+    setup: EvaluationSetup,
 ) -> Measured:
-    """Losses of all `rows`, and greedy answers to `examples`, with and without the adapter. Every rank must call it.
+    """Measure `rows` and answer `examples` greedily, with and without the adapter.
+
+    Every rank must call it.
 
     Raises:
         ValueError: no row has a supervised token, or a loss is not finite.
@@ -79,48 +84,30 @@ def measure(
     tokens = tuple(row.supervised_tokens for row in rows)
     if not sum(tokens):
         raise ValueError(
-            f"none of the {len(rows)} rows has a supervised token, so there is no loss: take other rows"
+            f"none of the {len(rows)} rows has a supervised token, so there is no loss: "
+            "choose other rows"
         )
-    pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
-    shared: dict[str, Any] = dict(
-        batch_size=batch_size, pad_id=pad_id, device=loaded.device, autocast=loaded.autocast
-    )
+    rank, ranks = setup.rank, setup.ranks
     mine: dict[str, tuple[list[float], list[Answer]]] = {}
     with (
         all_or_none("evaluation") if ranks > 1 else nullcontext(),
-        unchanged(loaded.engine, loaded.device),
+        unchanged(loaded.engine, setup.device),
     ):
         for side in SIDES:
             with loaded.hf.disable_adapter() if side == "base" else nullcontext():
-                losses = row_losses(loaded.engine, rows[rank::ranks], **shared)
-                answers = answer_examples(
-                    loaded.hf,
-                    examples[rank::ranks],
-                    template=template,
-                    tokenizer=tokenizer,
-                    max_new_tokens=max_new_tokens,
-                    **shared,
-                )
+                losses = row_losses(loaded.engine, rows[rank::ranks], setup)
+                answers = answer_examples(loaded.hf, examples[rank::ranks], setup)
             mine[side] = losses, answers
     shares = gather_objects(mine) if ranks > 1 else [mine]
-    found = {side: _undealt([share[side][0] for share in shares]) for side in SIDES}
+    found = {side: in_row_order([share[side][0] for share in shares]) for side in SIDES}
     for side in SIDES:
         if odd := [place for place, loss in enumerate(found[side]) if not math.isfinite(loss)]:
             raise ValueError(
-                f"the {side}'s loss is {found[side][odd[0]]} on row {odd[0]} ({len(odd)} such of {len(rows)} rows), so it cannot be "
-                "measured: take another checkpoint (--at N)"
+                f"the {side}'s loss is {found[side][odd[0]]} on row {odd[0]} ({len(odd)} such of "
+                f"{len(rows)} rows), so it cannot be measured: choose another checkpoint (--at N)"
             )
-    return Measured(
-        tokens,
-        found,
-        {side: _undealt([share[side][1] for share in shares]) for side in SIDES},
-    )
-
-
-def _undealt(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Item i of rank r was item i * ranks + r."""
-    total, ranks = sum(map(len, parts)), len(parts)
-    return [parts[index % ranks][index // ranks] for index in range(total)]
+    answered = {side: in_row_order([share[side][1] for share in shares]) for side in SIDES}
+    return Measured(tokens, found, answered)
 
 
 def report_of(measured: Measured, seed: int = 0) -> Report:
@@ -157,7 +144,7 @@ def _token_mean(
 
 
 def _bootstrapped(name: str, statistic: Any, rows: int, seed: int) -> Score:
-    """A score of which both the value and the difference come from `statistic(side, row numbers)`."""
+    """Build a score whose value and difference come from `statistic(side, row numbers)`."""
 
     def difference(drawn: Sequence[int]) -> float | None:
         base, adapter = statistic("base", drawn), statistic("adapter", drawn)
@@ -175,7 +162,10 @@ def _bootstrapped(name: str, statistic: Any, rows: int, seed: int) -> Score:
 
 
 def _verdict_scores(judged: dict[str, list[Answer]], rows: int, seed: int) -> list[Score]:
-    """Accuracy, precision and recall with Wilson's interval, F1 with the bootstrap's; positive = scam, no verdict = wrong."""
+    """Accuracy, precision and recall with Wilson's interval, F1 with the bootstrap's.
+
+    Positive means scam; an answer without a verdict is wrong.
+    """
     right = {side: [one.verdict == one.label for one in judged[side]] for side in SIDES}
     only = {
         side: sum(mine and not other for mine, other in zip(right[side], right[rest], strict=True))

@@ -27,6 +27,7 @@ from glassloop.data.templates import Template, make_template
 from glassloop.disk import publish as folders
 from glassloop.engines.peft import PeftEngine, build_engine
 from glassloop.formula.optim import FlatAdapters
+from glassloop.loop.generation import EvaluationSetup
 from glassloop.record.reading import with_overrides
 from glassloop.saved.checkpoint import (
     ADAPTER,
@@ -213,6 +214,30 @@ class Loaded:
     @property
     def hf(self) -> Any:
         return self.engine.hf
+
+
+def setup_of(
+    loaded: Loaded,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> EvaluationSetup:
+    """Describe how the loaded model measures and answers, on one rank.
+
+    Answers end with the template's stop tokens alone.
+    """
+    return EvaluationSetup(
+        template=template,
+        tokenizer=tokenizer,
+        stop_ids=tuple(template.stop_ids),
+        pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=loaded.device,
+        autocast=loaded.autocast,
+    )
 
 
 def load(

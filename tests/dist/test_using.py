@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glassloop.cli.__main__ import main
 from glassloop.use.answering import Sampling, answer
 from glassloop.use.heldout import rows_of
-from glassloop.use.trained import load, load_tokenizer_of, open_trained, template_of
+from glassloop.use.trained import load, load_tokenizer_of, open_trained, setup_of, template_of
 
 NEW_TOKENS = 12
 SHORT = [
@@ -82,17 +82,8 @@ def test_merged_smollm2_answers_in_plain_transformers_as_the_adapter_did(run, tm
             0, len(prompt) :
         ].tolist()
         said = theirs.decode([token for token in out if token not in template.stop_ids])
-        (ours,) = answer(
-            loaded,
-            tokenizer,
-            [prompt],
-            with_adapter=True,
-            sampling=Sampling(),
-            seed=0,
-            stop_ids=template.stop_ids,
-            batch_size=1,
-            max_new_tokens=NEW_TOKENS,
-        )
+        setup = setup_of(loaded, template, tokenizer, batch_size=1, max_new_tokens=NEW_TOKENS)
+        (ours,) = answer(loaded, [prompt], setup, with_adapter=True, sampling=Sampling(), seed=0)
         assert said.replace("<think>", "").strip() == (ours.answer or ours.reasoning or "").strip()
 
 

@@ -174,7 +174,7 @@ def test_a_checkpoint_of_unsloth_goes_on_in_the_reference(wide_run, references):
 
 
 def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide_run):
-    from glassloop.loop.generation import generate
+    from glassloop.loop.generation import EvaluationSetup, generate
 
     run = wide_run("unsloth")
     update(run, 1)
@@ -183,10 +183,17 @@ def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide
         bool(getattr(module, "gradient_checkpointing", False)) for module in decoder.modules()
     ]
     assert any(before)
-    answers = generate(
-        run.plain_engine.hf, [[1, 5, 9], [1, 7]], stop_ids=(2,), pad_id=0, batch_size=2, max_new_tokens=8, device=run.device,
+    setup = EvaluationSetup(
+        template=run.template,
+        tokenizer=run.tokenizer,
+        stop_ids=(2,),
+        pad_id=0,
+        batch_size=2,
+        max_new_tokens=8,
+        device=run.device,
         autocast=run.accelerator.autocast,
-    )  # fmt: skip
+    )
+    answers = generate(run.plain_engine.hf, [[1, 5, 9], [1, 7]], setup)
     assert all(answers)
     update(run, 2)
     assert [

@@ -24,6 +24,7 @@ from glassloop.formula.dist import reduce_gradients
 from glassloop.formula.loss import token_loss_sums
 from glassloop.formula.optim import FlatAdapters, make_optimizer
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
+from glassloop.loop.generation import EvaluationSetup
 from glassloop.record.records import EvaluationRecord
 
 CPU = torch.device("cpu")
@@ -161,39 +162,37 @@ def toy_examples(count: int) -> tuple[Example, ...]:
     )
 
 
+SETUP_FIELDS = {field.name for field in dataclasses.fields(EvaluationSetup)}
+
+
+def toy_setup(**changes: Any) -> EvaluationSetup:
+    template = changes.get("template", ToyTemplate())
+    fields: dict[str, Any] = {
+        "template": template,
+        "tokenizer": ToyTokenizer(),
+        "stop_ids": template.stop_ids,
+        "pad_id": PAD,
+        "batch_size": 2,
+        "max_new_tokens": 8,
+        "device": CPU,
+    }
+    return EvaluationSetup(**{**fields, **changes})
+
+
 def run_evaluation(
     engine: nn.Module, rows: tuple[Row, ...], *, rank: int = 0, ranks: int = 1, **changes: Any
 ):
-    arguments: dict[str, Any] = {
-        "template": ToyTemplate(),
-        "tokenizer": ToyTokenizer(),
-        "batch_size": 2,
-        "pad_id": PAD,
-        "device": CPU,
-        "autocast": nullcontext,
-        "generate_rows": len(rows),
-        "max_new_tokens": 8,
-        "with_base": True,
-        "update": 3,
-        "examples": toy_examples(len(rows)),
-    }
-    return evaluate(engine, rows, rank=rank, ranks=ranks, **{**arguments, **changes})
+    """Evaluate with `changes` to the setup or to evaluate()'s own arguments."""
+    of_setup = {name: changes.pop(name) for name in tuple(changes) if name in SETUP_FIELDS}
+    examples = changes.pop("examples", toy_examples(len(rows)))
+    arguments = {"generate_rows": len(rows), "with_base": True, "update": 3, **changes}
+    setup = toy_setup(rank=rank, ranks=ranks, **of_setup)
+    return evaluate(engine, rows, examples, setup, **arguments)
 
 
 def answer_toys(engine: ToyEngine, count: int, *, rank: int = 0, ranks: int = 1) -> list[Answer]:
-    return answer_together(
-        engine.hf,
-        toy_examples(count),
-        template=ToyTemplate(),  # type: ignore[arg-type]
-        tokenizer=ToyTokenizer(),  # type: ignore[arg-type]
-        batch_size=2,
-        pad_id=PAD,
-        device=CPU,
-        rank=rank,
-        ranks=ranks,
-        autocast=nullcontext,
-        max_new_tokens=6,
-    )
+    setup = toy_setup(rank=rank, ranks=ranks, max_new_tokens=6)
+    return answer_together(engine.hf, toy_examples(count), setup)
 
 
 def train(

@@ -21,6 +21,7 @@ from evaluation_checks import (
     run_evaluation,
     toy_examples,
     toy_rows,
+    toy_setup,
     train,
     without_seconds,
 )
@@ -40,14 +41,8 @@ from glassloop.record.records import EvaluationRecord
 
 
 def generated(engine: ToyEngine, prompts: list[list[int]], **changes: Any) -> list[tuple[int, ...]]:
-    arguments: dict[str, Any] = {
-        "stop_ids": (STOP,),
-        "pad_id": PAD,
-        "batch_size": 4,
-        "max_new_tokens": 10,
-        "device": CPU,
-    }
-    return generate(engine.hf, prompts, **{**arguments, **changes})
+    setup = toy_setup(**{"batch_size": 4, "max_new_tokens": 10, **changes})
+    return generate(engine.hf, prompts, setup)
 
 
 def prompts_of(count: int) -> list[list[int]]:
@@ -441,7 +436,7 @@ def test_random_numbers_drawn_in_evaluation_are_an_error() -> None:
         lambda *_: draws.append(torch.rand(1).item())
     )
     with pytest.raises(AssertionError, match="drew random numbers"):
-        row_losses(engine, toy_rows(1), batch_size=1, pad_id=PAD, device=CPU, autocast=nullcontext)
+        row_losses(engine, toy_rows(1), toy_setup(batch_size=1))
     with pytest.raises(AssertionError, match="drew random numbers"):
         generated(engine, prompts_of(1))
 
@@ -498,6 +493,6 @@ def test_layers_that_would_be_repacked_are_refused() -> None:
         generated(engine, prompts_of(1))
 
 
-def test_evaluate_is_told_how_many_ranks_there_are() -> None:
-    with pytest.raises(AssertionError, match="told of 2 ranks, but 1 answered"):
+def test_evaluate_knows_how_many_ranks_there_are() -> None:
+    with pytest.raises(AssertionError, match=r"setup.ranks = 2, but 1 answered"):
         run_evaluation(ToyEngine(), toy_rows(2), ranks=2)

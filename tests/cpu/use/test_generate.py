@@ -29,7 +29,14 @@ from glassloop.use.answering import (
     split_reasoning,
     stop_ids_of,
 )
-from glassloop.use.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
+from glassloop.use.trained import (
+    load,
+    load_tokenizer_of,
+    open_trained,
+    prompt_of,
+    setup_of,
+    template_of,
+)
 
 QUESTIONS = [
     "Who calls?",
@@ -56,15 +63,12 @@ def asked(
     loaded, tokenizer, template = parts
     return answer(
         loaded,
-        tokenizer,
         [prompt_of(template, q) for q in questions],
+        setup_of(loaded, template, tokenizer, batch_size=batch, max_new_tokens=12),
         with_adapter=with_adapter,
         sampling=sampling or Sampling(temperature=0.9, top_p=0.95),
         seed=seed,
         number=first,
-        stop_ids=template.stop_ids,
-        batch_size=batch,
-        max_new_tokens=12,
         write=write,
     )
 
@@ -278,7 +282,7 @@ def test_ctrl_c_stops_an_answer_and_no_traceback_is_shown(run, capsys, monkeypat
     whole, asked = answering.answer, []
 
     def stopped_once(*args, **kwargs):
-        asked.append(args[2][0])
+        asked.append(args[1][0])
         if len(asked) == 2:  # the adapter's answer to the first question
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
