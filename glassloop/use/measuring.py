@@ -15,7 +15,7 @@ from glassloop.data.rows import Example, Row
 from glassloop.formula.dist import all_or_none, gather_objects
 from glassloop.loop.evaluation import Answer, answer_examples, row_losses, scores
 from glassloop.loop.generation import unchanged
-from glassloop.use.intervals import Interval, bootstrap, mcnemar, wilson
+from glassloop.stats import Interval, bootstrap, mcnemar, wilson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -126,9 +126,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def state_at(update: int, **changed: Any) -> State:
-    state = State(
-        update=update, epoch=0, world_size=RANKS, order_seed=3407, base_hash=BASE, config=CONFIG
-    )
+    state = State(update=update, epoch=0, world_size=RANKS, base_hash=BASE, config=CONFIG)
     return replace(
         state,
         **{"versions": {"torch": torch.__version__}, "tracker_ids": {"wandb": "abc"}, **changed},
