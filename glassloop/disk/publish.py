@@ -104,7 +104,7 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     work.unlink(missing_ok=True)
     try:
         _write(work, data, durable=durable)
-        os.replace(work, path)
+        os.rename(work, path)
     finally:
         work.unlink(missing_ok=True)
     if durable:
