@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     if given.floor is not None and not 0 < given.floor < 1:
         raise ValueError(f"--floor {given.floor:g}: a relative difference between 0 and 1")
 
-    from glassloop.record.observers import write_text
-    from glassloop.record.run_folder import read_run
+    from glassloop.disk.publish import write_text
+    from glassloop.record.reading import read_run
     from glassloop.report.compare_page import comparison_payload
     from glassloop.report.compare_text import console, render
     from glassloop.report.comparing import compare

@@ -204,8 +204,7 @@ def as_object(
 
 def save(trained: Any, found: dict[str, Any]) -> str:
     """Into the run's folder, one file an evaluation. Returns its path, or "nowhere" and why."""
-    from glassloop.disk.publish import make
-    from glassloop.record.observers import write_json
+    from glassloop.disk.publish import make, write_json
 
     if trained.run is None:
         return "nowhere: the checkpoint stands alone"

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     path = write_report(given.run, out, text=not given.no_text)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser; it needs no network")
     if given.png:
-        from glassloop.record.run_folder import read_run
+        from glassloop.record.reading import read_run
         from glassloop.report.png import write_png
 
         write_png(read_run(given.run), given.png)

@@ -125,15 +125,15 @@ def _answer(
     study: Study, cells: Sequence[Cell], out: Path, *, deadline: float | None, may_bisect: bool
 ) -> None:
     """Results, verdicts, page and table of what is on the disk."""
-    from glassloop.record.observers import write_json, write_text
+    from glassloop.disk.publish import write_json, write_text
     from glassloop.report.compare_text import console
     from glassloop.study import critical as crit
     from glassloop.study import results as res
     from glassloop.study import verdicts
     from glassloop.study.answers import Answers
+    from glassloop.study.answers_text import render
     from glassloop.study.divergence import divergences
     from glassloop.study.page import page, payload
-    from glassloop.study.text import render
 
     results = res.read_results(cells, out)
     groups = res.groups_of(results)

@@ -1,19 +1,23 @@
-"""Folders that are published whole or not at all, with a sum of every file, and read only where the sums are right.
+"""Folders and files that are published whole or not at all; a folder has a sum of every file.
 
-A folder and its files are written and synced under a hidden name, the name is changed, the parent is synced: a published name is
-complete, whenever the process died. The sums lie in SHA256SUMS, which `sha256sum -c SHA256SUMS` reads too.
+They are written and synced under a hidden name, renamed, and the parent is synced. So a published
+name is complete, whenever the process died. A folder's sums lie in SHA256SUMS, which
+`sha256sum -c SHA256SUMS` reads too. A folder is read only where its sums are right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 SUMS = "SHA256SUMS"
 REPLACED = (
@@ -90,13 +94,46 @@ def make(folder: Path) -> None:
         sync(folder.parent)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put a file in place of the one of that name, whole at every moment."""
-    work = path.with_name(f".{path.name}.writing")
+def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Publish a file whole: after a kill at any moment, `path` holds the old bytes or the new.
+
+    Args:
+        durable: the same after a loss of power, for the price of two calls of fsync.
+    """
+    work = path.with_name(f".{path.name}.{os.getpid()}.writing")
     work.unlink(missing_ok=True)
-    _write(work, data)
-    os.rename(work, path)
-    sync(path.parent)
+    try:
+        _write(work, data, durable=durable)
+        os.rename(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)  # the rename itself
+
+
+def write_text(path: Path, text: str) -> None:
+    """`replace_file` with UTF-8 text; an OSError names the file and the cure.
+
+    A lone surrogate, which UTF-8 cannot hold, becomes its escape.
+    """
+    with named(path, "free space there, or make its folder writable"):
+        replace_file(Path(path), text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of `value` as indented JSON. ValueError for a NaN or infinite number."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def named(path: Path, cure: str) -> Iterator[None]:
+    """Add the file's name and the cure to an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path} cannot be written ({error.strerror}): {cure}"
+        ) from error
 
 
 def remove(folder: Path) -> None:
@@ -169,11 +206,12 @@ def cure(error: OSError, limit: str) -> str:
     )
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, *, durable: bool = True) -> None:
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

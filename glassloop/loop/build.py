@@ -25,7 +25,7 @@ from glassloop.data.dataset import Dataset, build_rows, summary
 from glassloop.data.sources import Loaded, load_examples
 from glassloop.data.templates import make_template
 from glassloop.disk.environment import environment
-from glassloop.disk.publish import make
+from glassloop.disk.publish import make, write_json, write_text
 from glassloop.engines.peft import Engine, build_engine, load_tokenizer
 from glassloop.formula.dist import (
     all_or_none,
@@ -49,7 +49,7 @@ from glassloop.plan.engine import in_words, with_engine
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.steps import describe
 from glassloop.plan.work import chooses_passes, pass_tokens_for
-from glassloop.record.observers import JsonlObserver, write_json, write_text
+from glassloop.record.observers import JsonlObserver
 from glassloop.record.terminal import TerminalObserver
 from glassloop.record.trackers import TrackerObserver, check_tracking, make_tracker_observer
 from glassloop.saved.checkpoint import load_checkpoint, read_state

@@ -24,8 +24,8 @@ from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.loop.watchdog import Watchdog
 from glassloop.plan.contract import Contract
 from glassloop.plan.steps import StepPlan
-from glassloop.record.observers import Observer, RunInfo, SampleRecord
-from glassloop.record.records import EvaluationRecord, Event
+from glassloop.record.observers import Observer, RunInfo
+from glassloop.record.records import EvaluationRecord, Event, SampleRecord
 from glassloop.saved.checkpoint import State, save_checkpoint
 from glassloop.saved.state import restore_rng, rng_state
 
@@ -295,7 +295,6 @@ class Run:
                 update=update,
                 epoch=max(update - 1, 0) // self.plan.windows_per_epoch,
                 world_size=self.ranks,
-                order_seed=self.config.seed,
                 base_hash=self.plain_engine.report.base_hash,
                 config=as_dict(self.config),
                 attempt=self.attempt,

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from glassloop.disk.publish import replace_file
+
 PATIENCE_S = 10.0  # from a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher kills after 30
 TICK_S = 1.0
 
@@ -168,10 +170,8 @@ class Watchdog:
         update, doing, since = self._now
         told = Position(self.rank, socket.gethostname(), os.getpid(), update, doing, since)
         path = self.folder / f"rank{self.rank}.json"
-        temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(vars(told)), encoding="utf-8")
-            os.replace(temporary, path)
+            replace_file(path, json.dumps(vars(told)).encode(), durable=False)
         except OSError:
             return  # a full disk is not what ends a run
 

@@ -59,11 +59,6 @@ class StepPlan:
         """Epochs that the updates make: updates over windows of an epoch."""
         return self.updates / self.windows_per_epoch
 
-    def window_rows(self, update: int) -> int:
-        """Rows of update u = 1 .. U: those of a full window, or the tail's."""
-        place = (update - 1) % self.windows_per_epoch
-        return self.rows_per_update if place < self.full_windows else self.tail_rows
-
     @property
     def rows_trained(self) -> int:
         """Rows of all updates together, each counted as often as it is trained on."""

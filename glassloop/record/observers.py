@@ -1,4 +1,4 @@
-"""Who is told about a run, and its folder: JSON lines that survive a kill, files that are published whole.
+"""Observers of a run: their interface, and the one that writes the run's folder.
 
 An observer is a plain object with the methods of `Observer`. Only rank 0 has observers, and none may change what is trained.
 """
@@ -15,25 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from glassloop.disk.publish import make, sync
+from glassloop.disk.publish import make, named, sync
+from glassloop.record.jsonl import (
+    EVALUATIONS,
+    EVENTS,
+    METRICS,
+    PROBES,
+    ROWS,
+    SAMPLES,
+    mend,
+    read_jsonl,
+)
 from glassloop.record.records import (
-    SCHEMA,
     EvaluationRecord,
     Event,
     ProbeRecord,
     RowRecord,
+    SampleRecord,
     UpdateRecord,
     to_json,
 )
 
-METRICS = "metrics.jsonl"  # one UpdateRecord a line
-ROWS = "rows.jsonl"  # one RowRecord a line, "text" beside it under record.text=full; not there under none
-PROBES = "probes.jsonl"  # one ProbeRecord a line
-EVENTS = "events.jsonl"
-EVALUATIONS = "evaluations.jsonl"
-SAMPLES = "samples.jsonl"  # one SampleRecord a line; not there under record.text=none
-
 TextPolicy = Literal["none", "ids", "full"]
+CURE = "free space or mend its permissions, then continue with --resume"  # of a file of the run
 
 ID_KEYS = {
     "row_id",
@@ -58,21 +62,6 @@ class RunInfo:
     ranks: int
     updates_done: int = 0  # updates of an earlier start that count; 0 for a new run
     lines: tuple[str, ...] = ()  # header for people: what was asked, how it is executed
-
-
-@dataclass(frozen=True)
-class SampleRecord:
-    """An answer that the model generated. `prompt` and `expected` are a row's text, and None where record.text keeps it out."""
-
-    update: int  # updates done when it was generated
-    row_id: str
-    base: bool  # True: the model without its adapter
-    prompt: str | None
-    expected: str | None  # the row's own answer; None where it has none
-    answer: str
-    answer_tokens: int  # generated tokens, EOS included
-    attempt: int = 1
-    schema: int = SCHEMA
 
 
 class Observer(Protocol):
@@ -108,10 +97,10 @@ class JsonlObserver:
         self._text: TextPolicy = text
         self._row_text = row_text
         self._folder = Path(folder)
-        with _named(self._folder):
+        with named(self._folder, CURE):
             make(self._folder)
         for name in (METRICS, ROWS, PROBES, EVENTS, EVALUATIONS, SAMPLES):
-            with _named(self._folder / name):
+            with named(self._folder / name, CURE):
                 mend(self._folder / name)
         self._attempts = _attempts(self._folder, (METRICS, ROWS))
         self._evaluation_attempts = _attempts(self._folder, (EVALUATIONS,))
@@ -119,13 +108,13 @@ class JsonlObserver:
         self._files: dict[str, int] = {}  # descriptors by name
         self._update_ids: list[str] = []  # rows of the last update, which its events may name
         for name in names:
-            with _named(self._folder / name):
+            with named(self._folder / name, CURE):
                 self._files[name] = os.open(
                     self._folder / name,
                     os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
                     0o666,
                 )
-        with _named(self._folder):
+        with named(self._folder, CURE):
             sync(self._folder)  # their names
 
     def attempt(self, update: int) -> int:
@@ -171,7 +160,7 @@ class JsonlObserver:
     def sync(self) -> None:
         """Forces every line to the disk. Before a checkpoint is saved: a run that goes on from it needs the lines of its updates."""
         for name, file in self._files.items():
-            with _named(self._folder / name):
+            with named(self._folder / name, CURE):
                 os.fsync(file)
 
     def close(self) -> None:
@@ -191,7 +180,7 @@ class JsonlObserver:
         data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
         file = self._files[name]
         size = os.fstat(file).st_size
-        with _named(self._folder / name):
+        with named(self._folder / name, CURE):
             try:
                 while data:  # once; again only where the disk took a part, to learn why
                     data = data[os.write(file, data) :]
@@ -220,106 +209,12 @@ def under_policy(event: Event, text: TextPolicy, row_ids: Iterable[str] = ()) ->
     )
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's file as dicts, in the order they were written.
-
-    A torn last line (a kill, a full disk) is left out. Lines of older schema versions open: a missing `attempt` is 1, a missing
-    `schema` 0. Infinite and NaN numbers stand as the strings "inf", "-inf", "nan", which float() reads.
-
-    Raises:
-        ValueError: another line than the last is damaged, or a line's schema is newer than this glassloop's.
-    """
-    *lines, tail = (
-        Path(path).read_bytes().split(b"\n")
-    )  # bytes: text may hold U+2028, where str.splitlines would cut
-    records = []
-    for number, line in enumerate(lines, 1):
-        if (record := _parse(line)) is None:
-            if line.strip():
-                raise ValueError(
-                    f"{path}, line {number}: not a JSON object; the file was damaged or edited. Remove the line"
-                )
-            continue
-        records.append(record)
-    if (record := _parse(tail)) is not None:  # only its line break is missing
-        records.append(record)
-    for record in records:
-        record.setdefault("attempt", 1)
-        if record.setdefault("schema", 0) > SCHEMA:
-            raise ValueError(
-                f"{path}: written under schema {record['schema']}, this glassloop knows schemas up to {SCHEMA}: update glassloop"
-            )
-    return records
-
-
-def mend(path: Path) -> None:
-    """Makes a file of JSON lines end in a line break: a torn last line is cut off, a whole one is ended. No file: nothing."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    tail = data.rpartition(b"\n")[2]
-    if not tail:
-        return
-    with path.open("r+b") as file:
-        file.seek(0, os.SEEK_END)
-        if _parse(tail) is not None:
-            file.write(b"\n")
-        else:
-            file.truncate(len(data) - len(tail))
-
-
-def next_attempt(folder: Path, update: int) -> int:
-    """1 + the highest attempt of `update` in metrics and rows. Reads both files each time; JsonlObserver.attempt does not."""
-    return _attempts(Path(folder), (METRICS, ROWS)).get(update, 0) + 1
-
-
-def write_text(path: Path, text: str) -> None:
-    """Publishes a file whole: after a kill or power loss at any moment, `path` holds the old content or the new."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _named(path):
-        try:
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(path.parent)  # the rename itself
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON. ValueError for a NaN or infinite number."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def _attempts(folder: Path, names: tuple[str, ...]) -> dict[int, int]:
     highest: dict[int, int] = {}
     for path in (folder / name for name in names):
         for record in read_jsonl(path) if path.exists() else ():
             highest[record["update"]] = max(highest.get(record["update"], 0), record["attempt"])
     return highest
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # JSON that is cut, and bytes that are not UTF-8
-        return None
-    return record if isinstance(record, dict) else None
-
-
-@contextlib.contextmanager
-def _named(path: Path):
-    """Says which file it was, and what to do, when the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        cure = "free space or mend its permissions, then go on with --resume"
-        raise OSError(
-            error.errno, f"{path} cannot be written ({error.strerror}): {cure}"
-        ) from error
 
 
 def _without_keys(value: Any, keys: set[str]) -> Any:

@@ -1,13 +1,20 @@
-"""What a run's folder says of its updates, read back: the records of one trajectory, rows and passes, the config. Nothing here imports torch.
+"""A run's folder as plain values: its records, how it ended, what was planned. Nothing is written.
 
-A resumed run does some updates again, under a higher attempt. The updates that led to one of them are, for each number, those of the highest
-attempt that is not above its own: attempts grow from start to start.
+A resumed run does some updates again, under a higher attempt: attempts grow from start to start.
+Two rules say which of several records of an update is meant:
+
+    standing    the one that counts now: a record replaces all earlier ones of its update and of
+                later updates, so a course that was left when the run went back is gone
+    leading_to  the one that led to an update's highest attempt: of each earlier update the
+                highest attempt that is not above the one that came after it
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,81 +23,168 @@ import yaml
 
 from glassloop.config.arguments import from_values, with_old_engine
 from glassloop.config.config import Config
-from glassloop.record.observers import METRICS, ROWS, read_jsonl
+from glassloop.record.jsonl import (
+    EVALUATIONS,
+    EVENTS,
+    METRICS,
+    PROBES,
+    ROWS,
+    SAMPLES,
+    read_jsonl,
+)
 
-Record = dict[str, Any]  # one line of metrics.jsonl
 WINDOW_UPDATES = 20  # applied updates whose medians are the usual loss and norm
+ENDS = ("finished", "failed", "stopped")
+Record = dict[
+    str, Any
+]  # a line of a run's file; "inf", "-inf", "nan" stand for numbers that are not finite
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / METRICS).is_file() and (folder / "config.yaml").is_file()
+@dataclass(frozen=True)
+class RunData:
+    """Everything that a run's folder holds, without what a resumed run did again.
+
+    Attributes:
+        updates: UpdateRecords in order of their update. Of an update that was done again the last attempt, and none from a
+            course that was left when the run went back.
+        replaced: the UpdateRecords that do not count any more, in the order in which they were written.
+        probes, rows: of `updates` only; rows in the order in which they were written.
+        evaluations: the last of each update.
+        events: all, in the order in which they were written.
+        plan, env, config: None where the file is missing.
+    """
+
+    folder: Path
+    updates: list[Record]
+    replaced: list[Record]
+    probes: list[Record]
+    rows: list[Record]
+    evaluations: list[Record]
+    samples: list[Record]
+    events: list[Record]
+    plan: Record | None
+    env: Record | None
+    config: Record | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the newest update; the plan's before the first."""
+        if self.updates:
+            return len(self.updates[-1]["rank_loss_nats"])
+        return int((self.plan or {}).get("ranks", 1))
+
+    @property
+    def planned_updates(self) -> int:
+        """Updates of the whole run; 0 where neither a plan nor an update says."""
+        if self.updates:
+            return int(self.updates[-1]["updates"])
+        return int((self.plan or {}).get("updates", 0))
+
+    @property
+    def end(self) -> Record | None:
+        return end_of(self.events)
+
+    @property
+    def text(self) -> str:
+        """record.text of the run."""
+        return str(setting(self.config, "record.text", "ids"))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config that the run was started with, as plain values. Raises ValueError where config.yaml cannot be read."""
-    path = folder / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+def end_of(events: Sequence[Record]) -> Record | None:
+    """The event that ended a run; None while it goes, or where it was broken off without a word."""
+    for event in reversed(events):
+        if event["kind"] in ENDS:
+            return event
+        if event["kind"] in ("started", "resumed"):
+            return None
+    return None
+
+
+def read_run(folder: Path) -> RunData:
+    """Raises ValueError where the folder holds no run, or a file of it is damaged or newer than this glassloop."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"RUN = {folder} is no folder: name a run's folder (runs/NAME)")
+    if not any((folder / name).exists() for name in (METRICS, EVENTS, "config.yaml", "plan.json")):
         raise ValueError(
-            f"{path} cannot be read ({error}): name the folder of a run, or of one of its capsules"
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} holds no sections: name the folder of a run, or of one of its capsules"
+            f"RUN = {folder} holds no run (no {METRICS}, no config.yaml): name a run's folder (runs/NAME)"
         )
-    return values
+    updates, replaced = standing(_lines(folder / METRICS))
+    attempts = {record["update"]: record["attempt"] for record in updates}
+
+    def counted(name: str) -> list[Record]:
+        return [
+            record
+            for record in _lines(folder / name)
+            if attempts.get(record["update"]) == record["attempt"]
+        ]
+
+    return RunData(
+        folder=folder,
+        updates=updates,
+        replaced=replaced,
+        probes=standing(counted(PROBES))[0],
+        rows=counted(ROWS),
+        evaluations=standing(_lines(folder / EVALUATIONS))[0],
+        samples=_lines(folder / SAMPLES),
+        events=_lines(folder / EVENTS),
+        plan=_json(folder / "plan.json"),
+        env=_json(folder / "env.json"),
+        config=_yaml(folder / "config.yaml"),
+    )
 
 
-def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
-    """The recorded config with fields replaced ("model.id" -> text of its value), and free of what only says how a start goes on."""
-    plain: dict[str, Any] = {
-        section: dict(v) if isinstance(v, dict) else v for section, v in values.items()
-    }
-    plain.pop("resume", None)
-    plain["tracking"] = {}
-    for name, value in overrides.items():
-        section, _, field = name.partition(".")
-        plain.setdefault(section, {})[field] = None if value == "null" else value
-    return from_values(with_old_engine(plain))
+def standing(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """(those that count, those that were replaced): a record takes the place of all earlier ones of its update and later updates."""
+    kept: list[Record] = []
+    replaced: list[Record] = []
+    for record in records:
+        while kept and kept[-1]["update"] >= record["update"]:
+            replaced.append(kept.pop())
+        kept.append(record)
+    return kept, replaced
+
+
+def leading_to(records: Iterable[Record], update: int) -> dict[int, Record]:
+    """By number, the records of update 1 .. `update` that led to its highest attempt.
+
+    Updates that are not on record are left out; {} where `update` itself is not.
+    """
+    by_update: dict[int, dict[int, Record]] = {}
+    for record in records:
+        by_update.setdefault(record["update"], {})[record["attempt"]] = record
+    chain: dict[int, Record] = {}
+    attempt = max(by_update.get(update, {0: {}}))
+    for u in range(update, 0, -1):
+        if fitting := [a for a in by_update.get(u, {}) if a <= attempt]:
+            attempt = max(fitting)
+            chain[u] = by_update[u][attempt]
+    return dict(sorted(chain.items()))
 
 
 def trajectory(folder: Path, update: int) -> dict[int, Record]:
-    """The records of update 1 .. `update` that led to its highest attempt, by number; those that are missing are left out.
-
-    Raises:
-        ValueError: `update` is not on record.
-    """
-    by_update: dict[int, dict[int, Record]] = {}
-    for record in read_jsonl(folder / METRICS):
-        by_update.setdefault(record["update"], {})[record["attempt"]] = record
-    if update not in by_update:
-        known = f"1 .. {max(by_update)}" if by_update else "none yet"
+    """`leading_to` of a run's metrics. Raises ValueError where `update` is not on record."""
+    records = _lines(folder / METRICS)
+    chain = leading_to(records, update)
+    if update not in chain:
+        last = max((record["update"] for record in records), default=None)
+        known = "none yet" if last is None else f"1 .. {last}"
         raise ValueError(
             f"--update {update} is not on record in {folder / METRICS}: it has {known}"
         )
-    chain: dict[int, Record] = {}
-    attempt = max(by_update[update])
-    for u in range(update, 0, -1):
-        if not (fitting := [a for a in by_update.get(u, {}) if a <= attempt]):
-            continue
-        attempt = max(fitting)
-        chain[u] = by_update[u][attempt]
-    return dict(sorted(chain.items()))
+    return chain
 
 
 def row_records(folder: Path) -> dict[tuple[int, int], list[Record]]:
     """Lines of rows.jsonl by (update, attempt), in the order of ranks and passes; empty under record.text = none."""
-    path = folder / ROWS
     rows: dict[tuple[int, int], list[Record]] = {}
-    for record in read_jsonl(path) if path.exists() else ():
+    for record in _lines(folder / ROWS):
         rows.setdefault((record["update"], record["attempt"]), []).append(record)
     return rows
-
-
-def number_of(value: Any) -> float | None:
-    """A recorded number; None stays None, "nan" and "inf" become numbers."""
-    return None if value is None else float(value)
 
 
 def usual(chain: Mapping[int, Record], update: int) -> tuple[float, float] | None:
@@ -107,3 +201,85 @@ def usual(chain: Mapping[int, Record], update: int) -> tuple[float, float] | Non
     if len(pairs) < 3:
         return None
     return median(loss for loss, _ in pairs), median(norm for _, norm in pairs)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / METRICS).is_file() and (folder / "config.yaml").is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The recorded config as plain values. Raises ValueError where config.yaml cannot be read."""
+    path = folder / "config.yaml"
+    values = _yaml(path)
+    if values is None:
+        raise ValueError(
+            f"{path} is missing or holds no sections: name the folder of a run, "
+            "or of one of its capsules"
+        )
+    return values
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
+    """The recorded config with fields replaced ("model.id" -> text of its value).
+
+    Without resume and tracking, which belong to one start of the run.
+    """
+    plain: dict[str, Any] = {
+        section: dict(v) if isinstance(v, dict) else v for section, v in values.items()
+    }
+    plain.pop("resume", None)
+    plain["tracking"] = {}
+    for name, value in overrides.items():
+        section, _, field = name.partition(".")
+        plain.setdefault(section, {})[field] = None if value == "null" else value
+    return from_values(with_old_engine(plain))
+
+
+def number(value: Any) -> float | None:
+    """A record's number as a float; the strings "nan", "inf" and "-inf" too. None stays None."""
+    return None if value is None else float(value)
+
+
+def setting(config: Record | None, name: str, default: Any = None) -> Any:
+    """config["section"]["field"] for "section.field"; `default` where it is not there."""
+    value: Any = config or {}
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return default
+        value = value[part]
+    return value
+
+
+def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
+    """{"section.field": value} of a config, in its order."""
+    found: dict[str, Any] = {}
+    for name, value in (config or {}).items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _lines(path: Path) -> list[Record]:
+    return read_jsonl(path) if path.exists() else []
+
+
+def _json(path: Path) -> Record | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); the file was damaged or edited") from None
+
+
+def _yaml(path: Path) -> Record | None:
+    if not path.exists():
+        return None
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({error}); the file was damaged or edited") from None
+    return value if isinstance(value, dict) else None

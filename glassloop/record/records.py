@@ -149,7 +149,22 @@ class EvaluationRecord:
     schema: int = SCHEMA
 
 
-AnyRecord = UpdateRecord | ProbeRecord | RowRecord | Event | EvaluationRecord
+@dataclass(frozen=True)
+class SampleRecord:
+    """An answer that the model generated. `prompt` and `expected` are a row's text, and None where record.text keeps it out."""
+
+    update: int  # updates done when it was generated
+    row_id: str
+    base: bool  # True: the model without its adapter
+    prompt: str | None
+    expected: str | None  # the row's own answer; None where it has none
+    answer: str
+    answer_tokens: int  # generated tokens, EOS included
+    attempt: int = 1
+    schema: int = SCHEMA
+
+
+AnyRecord = UpdateRecord | ProbeRecord | RowRecord | Event | EvaluationRecord | SampleRecord
 
 
 def to_json(record: AnyRecord) -> str:

@@ -17,8 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from glassloop.record.observers import RunInfo, SampleRecord, TextPolicy
-from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
+from glassloop.record.observers import RunInfo, TextPolicy
+from glassloop.record.records import (
+    EvaluationRecord,
+    Event,
+    ProbeRecord,
+    RowRecord,
+    SampleRecord,
+    UpdateRecord,
+)
 
 WIDTH = 120  # columns of an update's line at most
 HEADING_EVERY = 20  # update lines between two headings

@@ -20,15 +20,16 @@ from urllib.parse import urlsplit
 
 from glassloop.config.config import TrackingConfig
 from glassloop.disk.environment import package_version, without_secrets
-from glassloop.record.observers import (
-    EVALUATIONS,
-    METRICS,
-    SAMPLES,
-    RunInfo,
+from glassloop.record.jsonl import EVALUATIONS, METRICS, SAMPLES
+from glassloop.record.observers import RunInfo, TextPolicy
+from glassloop.record.records import (
+    EvaluationRecord,
+    Event,
+    ProbeRecord,
+    RowRecord,
     SampleRecord,
-    TextPolicy,
+    UpdateRecord,
 )
-from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

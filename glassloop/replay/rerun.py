@@ -23,7 +23,7 @@ from glassloop.loop.build import hash_of
 from glassloop.loop.run import Run
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import chooses_passes, pass_tokens_for
-from glassloop.record.reading import Record, number_of, row_records
+from glassloop.record.reading import Record, number, row_records
 from glassloop.replay.replica import make_parts, state_of
 from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step
 from glassloop.saved.checkpoint import State as Saved
@@ -103,13 +103,13 @@ def rerun(
     for u in range(done + 1, update):
         if not sum(chain[u]["rank_passes"]):
             continue  # left out, or nothing supervised: it moved nothing
-        run.scale.value = number_of(chain[u]["loss_scale"]) or 1.0
+        run.scale.value = number(chain[u]["loss_scale"]) or 1.0
         run.optimizer.param_groups[0]["lr"] = chain[u]["lr"]
         carried = carry_out(run, windows[u], chain[u]["supervised_tokens"], rng_states)
         rng_states = carried.rng_after
         if chain[u]["action"] == "applied":
             step(run, 1.0 if chain[u]["clip_coef"] is None else chain[u]["clip_coef"])
-        loss, norm = number_of(chain[u]["loss_nats"]), number_of(chain[u]["grad_norm_pre_clip"])
+        loss, norm = number(chain[u]["loss_nats"]), number(chain[u]["grad_norm_pre_clip"])
         assert loss is not None
         assert norm is not None
         on_the_way.append(
@@ -118,7 +118,7 @@ def rerun(
         say(
             f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm {carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
         )
-    run.scale.value = number_of(record["loss_scale"]) or 1.0
+    run.scale.value = number(record["loss_scale"]) or 1.0
     none = config.record.text == "none"
     scene = Scene(
         run=run,
@@ -136,13 +136,13 @@ def rerun(
     row_losses = [
         float(line["loss_sum_nats"]) for line in lines.get((update, record["attempt"]), [])
     ]
-    rank_losses = [number_of(value) for value in record["rank_loss_nats"]]
+    rank_losses = [number(value) for value in record["rank_loss_nats"]]
     rank_norms = (
         None
         if record["rank_grad_norm"] is None
         else [float(value) for value in record["rank_grad_norm"]]
     )
-    loss, norm = number_of(record["loss_nats"]), number_of(record["grad_norm_pre_clip"])
+    loss, norm = number(record["loss_nats"]), number(record["grad_norm_pre_clip"])
     return replace(
         scene, recorded=recorded_numbers(scene, loss, norm, rank_losses, rank_norms, row_losses)
     ), tuple(on_the_way)

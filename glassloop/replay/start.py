@@ -18,13 +18,7 @@ from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.disk.environment import PACKAGES, package_version
 from glassloop.loop.run import Run
-from glassloop.record.reading import (
-    is_run,
-    read_config,
-    trajectory,
-    usual,
-    with_overrides,
-)
+from glassloop.record.reading import is_run, read_config, trajectory, usual, with_overrides
 from glassloop.replay.replica import make_parts, state_of
 from glassloop.replay.reproduce import Scene, recorded_numbers
 from glassloop.replay.rerun import OnTheWay, Say, load_rows, rerun

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from glassloop.record.run_folder import number
+from glassloop.record.reading import number
 
 HEAT_COLUMNS = 1000  # of a heat map at most: more than a screen can show
 ABSENT, ZERO, NOT_FINITE, FIRST_STEP, LAST_STEP = 0, 1, 2, 3, 65535  # codes of a heat map's cells

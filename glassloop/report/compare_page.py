@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import glassloop
-from glassloop.record.run_folder import RunData, number, setting
+from glassloop.record.reading import RunData, number, setting
 from glassloop.report.columns import column
 from glassloop.report.compare_text import parting_lines, tokens_per_s
 from glassloop.report.comparing import Comparison

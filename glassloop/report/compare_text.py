@@ -8,8 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from glassloop.record.run_folder import RunData, number, setting
-from glassloop.report.comparing import Comparison, Pair
+from glassloop.record.reading import RunData, number, setting
+from glassloop.report.comparing import ComparedRuns, Comparison
 from glassloop.report.partings import Parting
 
 MOST_DIFFERENCES = 40
@@ -42,7 +42,7 @@ def render(found: Comparison) -> RenderableType:
     return Group(*parts)
 
 
-def parting_lines(pair: Pair) -> list[str]:
+def parting_lines(pair: ComparedRuns) -> list[str]:
     """Where two runs part first, in sentences."""
     seeds = "" if pair.same_seed else " (their seeds differ, so other rows are no surprise)"
     went_in = (

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glassloop.record.run_folder import RunData, flat, number, setting
+from glassloop.record.reading import RunData, flat, number, setting
 from glassloop.report.partings import Parting, first_partings, relative_difference
-from glassloop.report.students import students_quantile
+from glassloop.stats import student_quantile
 
 FLOORS = {
     "fp32": 1e-5
@@ -47,7 +47,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ComparedRuns:
     """A side against the first."""
 
     a: RunData
@@ -74,7 +74,7 @@ class Comparison:
     scores: tuple[tuple[float | None, ...], ...]  # by side, then run
     floor: float
     floor_from: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ComparedRuns, ...]
 
     @property
     def runs(self) -> tuple[RunData, ...]:
@@ -189,7 +189,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     if va + vb == 0:
         return difference, 0.0
     degrees = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return difference, students_quantile(0.975, degrees) * math.sqrt(va + vb)
+    return difference, student_quantile(0.975, degrees) * math.sqrt(va + vb)
 
 
 def _pair(
@@ -198,19 +198,19 @@ def _pair(
     floor: float,
     scores_a: Sequence[float | None],
     scores_b: Sequence[float | None],
-) -> Pair:
+) -> ComparedRuns:
     a, b, same_seed = _partners(first, other)
     compared, went_in, came_out = first_partings(a, b, floor)
     verdict, why = _verdict(first, other, scores_a, scores_b, went_in or came_out, compared)
-    return Pair(a, b, same_seed, compared, went_in, came_out, verdict, why)
+    return ComparedRuns(a, b, same_seed, compared, went_in, came_out, verdict, why)
 
 
-def _same_side(a: RunData, b: RunData, floor: float) -> Pair:
+def _same_side(a: RunData, b: RunData, floor: float) -> ComparedRuns:
     """Two runs of one side: repeats of one seed, or two seeds of the same thing."""
     same_seed = setting(a.config, "seed") == setting(b.config, "seed")
     compared, went_in, came_out = first_partings(a, b, floor)
     if went_in is None and came_out is None:
-        return Pair(
+        return ComparedRuns(
             a,
             b,
             same_seed,
@@ -222,8 +222,8 @@ def _same_side(a: RunData, b: RunData, floor: float) -> Pair:
         )
     if same_seed:
         why = "the same config, seed, versions and code, and still they part: something else changed (data, a fault, hardware)"
-        return Pair(a, b, same_seed, compared, went_in, came_out, "not resolved", why)
-    return Pair(
+        return ComparedRuns(a, b, same_seed, compared, went_in, came_out, "not resolved", why)
+    return ComparedRuns(
         a,
         b,
         same_seed,

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from glassloop.record.run_folder import RunData, number
+from glassloop.record.reading import RunData, number
 
 GOES_IN = (
     "learning rate",

@@ -10,8 +10,8 @@ from typing import Any
 
 import glassloop
 from glassloop.record.observers import under_policy
+from glassloop.record.reading import Record, RunData, flat, number, setting
 from glassloop.record.records import Event
-from glassloop.record.run_folder import Record, RunData, flat, number, setting
 from glassloop.report.columns import column, heat, whole_numbers
 from glassloop.report.summary import as_objects, summarise
 

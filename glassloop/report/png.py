@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from glassloop.record.run_folder import RunData, number, setting
+from glassloop.record.reading import RunData, number, setting
 
 COLOURS = (
     "#0072b2",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glassloop.record.run_folder import Record, RunData, number, setting
+from glassloop.record.reading import Record, RunData, number, setting
 
 SCORES = {  # of an evaluation, with what people call them; higher is better
     "accuracy": "accuracy",

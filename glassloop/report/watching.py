@@ -15,8 +15,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from glassloop.record.observers import EVALUATIONS, EVENTS, METRICS
-from glassloop.record.run_folder import Record, end_of, number
+from glassloop.record.jsonl import EVALUATIONS, EVENTS, METRICS
+from glassloop.record.reading import Record, end_of, number
 from glassloop.record.terminal import STYLES, printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"

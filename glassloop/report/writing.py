@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from glassloop.record.observers import write_text
-from glassloop.record.run_folder import read_run
+from glassloop.disk.publish import write_text
+from glassloop.record.reading import read_run
 from glassloop.report.page import page
 from glassloop.report.payload import payload
 

@@ -77,7 +77,6 @@ class State:
     update: int  # windows that are done, skipped ones included; the next one is update + 1
     epoch: int  # 0-based pass over the rows that the last window belonged to
     world_size: int
-    order_seed: int  # row order is a function of this seed and the epoch
     base_hash: str  # of the frozen base's bytes; another base is refused
     config: dict[str, Any]  # the whole config
     versions: dict[str, str] = field(default_factory=dict)  # package -> version
@@ -405,6 +404,7 @@ def _state(contents: dict[str, bytes]) -> State:
         raise ValueError(
             f"{STATE} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one"
         )
+    plain.pop("order_seed", None)  # older checkpoints have it; config["seed"] says the same
     fields = {f.name: f for f in dataclasses.fields(State)}
     needed = {
         name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING

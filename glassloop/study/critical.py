@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glassloop.record.run_folder import RunData, number
+from glassloop.record.reading import RunData, number
 from glassloop.study.results import CellResult, Group
 from glassloop.study.verdicts import CONTRADICTED, SUPPORTED, UNRESOLVED, interval
 

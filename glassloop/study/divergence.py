@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.record.observers import write_text
-from glassloop.record.run_folder import RunData, number
+from glassloop.disk.publish import write_text
+from glassloop.record.reading import RunData, number
 from glassloop.study.quantities import SPIKES, first_bad
 from glassloop.study.results import CellResult
 

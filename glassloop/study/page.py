@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import glassloop
-from glassloop.record.run_folder import RunData, number
+from glassloop.record.reading import RunData, number
 from glassloop.report.columns import column
 from glassloop.report.page import ASSETS, SHARED, whole_page
 from glassloop.study.answers import Answers
+from glassloop.study.answers_text import columns_of
 from glassloop.study.critical import lines
 from glassloop.study.quantities import QUANTITIES
 from glassloop.study.results import Group, environments_of, plain
-from glassloop.study.text import columns_of
 from glassloop.study.verdicts import as_plain
 
 OWN = Path(__file__).parent / "assets"

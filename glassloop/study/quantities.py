@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from glassloop.record.run_folder import RunData, number, setting
+from glassloop.record.reading import RunData, number, setting
 from glassloop.report.compare_text import tokens_per_s
 from glassloop.report.payload import memory
 from glassloop.stats import fit

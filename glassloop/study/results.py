@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.record.run_folder import RunData
+from glassloop.record.reading import RunData
 from glassloop.report.payload import memory
 from glassloop.study.quantities import QUANTITIES, measured
-from glassloop.study.running import State, attempts, run_folder, state_of
+from glassloop.study.running import CellState, attempts, run_folder, state_of
 from glassloop.study.spec import Cell
 
 OF_ONE_RUN = frozenset(
@@ -103,7 +103,7 @@ def read_results(cells: Sequence[Cell], out: Path) -> list[CellResult]:
     return found
 
 
-def _why_none(state: State, attempt: Mapping[str, Any] | None) -> str:
+def _why_none(state: CellState, attempt: Mapping[str, Any] | None) -> str:
     """Why a cell has no result: what its folder says, and how it ended last."""
     folder = state.why or ("not run yet" if attempt is None else "no run's folder")
     said = (

@@ -24,9 +24,10 @@ from typing import Any
 import glassloop
 from glassloop.config.arguments import to_yaml
 from glassloop.config.config import as_dict
+from glassloop.disk.publish import write_text
 from glassloop.predict.hardware import gpus_present
-from glassloop.record.observers import read_jsonl, write_text
-from glassloop.record.run_folder import RunData, flat, read_run
+from glassloop.record.jsonl import read_jsonl
+from glassloop.record.reading import RunData, flat, read_run
 from glassloop.study.checks import StudyError
 from glassloop.study.quantities import first_bad
 from glassloop.study.spec import Cell
@@ -40,7 +41,7 @@ LAST_WORDS = 600  # characters of what a failed cell printed
 
 
 @dataclass(frozen=True)
-class State:
+class CellState:
     """What a cell's folder says: "absent" | "done" | "diverged" | "partial" | "other"; `why` in words; the run where there is one."""
 
     kind: str
@@ -69,11 +70,11 @@ class Going:
         return time.monotonic() - self.began
 
 
-def state_of(cell: Cell, out: Path) -> State:
+def state_of(cell: Cell, out: Path) -> CellState:
     """Read from disk alone. Raises ValueError where a file of the run is damaged."""
     folder = run_folder(cell, out)
     if not (folder / "config.yaml").exists():
-        return State("absent")
+        return CellState("absent")
     run = read_run(folder)
     ours, theirs = _asked(as_dict(cell.config)), _asked(run.config or {})
     if ours["execution.engine"] == "auto":  # a run's folder has the engine that was chosen
@@ -81,16 +82,18 @@ def state_of(cell: Cell, out: Path) -> State:
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if differing:
         name = differing[0]
-        return State(
+        return CellState(
             "other", f"{name} = {theirs.get(name)}, and {ours.get(name)} is asked now", run
         )
     end = run.end["kind"] if run.end else None
     if end == "finished" and run.updates and run.updates[-1]["update"] == run.planned_updates:
-        return State("done", run=run)
+        return CellState("done", run=run)
     if end == "failed" and (bad := first_bad(run)) is not None:
-        return State("diverged", f"update {bad} was not finite, or not applied", run)
+        return CellState("diverged", f"update {bad} was not finite, or not applied", run)
     message = f": {run.end['message']}" if run.end else ""
-    return State("partial", f"{len(run.updates)} of {run.planned_updates} updates{message}", run)
+    return CellState(
+        "partial", f"{len(run.updates)} of {run.planned_updates} updates{message}", run
+    )
 
 
 def run_folder(cell: Cell, out: Path) -> Path:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glassloop.report.students import students_quantile
+from glassloop.stats import student_quantile
 from glassloop.study.claims import Claim
 from glassloop.study.quantities import QUANTITIES
 from glassloop.study.results import Group
@@ -29,7 +29,7 @@ SHARE = 0.975
 
 
 @dataclass(frozen=True)
-class Pair:
+class SeedPair:
     """One seed: the cell's value, what it is set against, and their difference in the claim's scale."""
 
     seed: int
@@ -45,7 +45,7 @@ class Judged:
     claim: Claim
     verdict: str
     why: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[SeedPair, ...]
     difference: float | None
     low: float | None
     high: float | None
@@ -53,7 +53,7 @@ class Judged:
 
 def judge(claim: Claim, groups: Sequence[Group], seeds: Sequence[int]) -> Judged:
     """Pairs by seed; axes that the claim leaves open are averaged over, where all their settings have a value."""
-    pairs: list[Pair] = []
+    pairs: list[SeedPair] = []
     without: list[int] = []
     for seed in seeds:
         value = _value(claim.quantity, claim.cell, groups, seed)
@@ -66,7 +66,7 @@ def judge(claim: Claim, groups: Sequence[Group], seeds: Sequence[int]) -> Judged
             without.append(seed)
             continue
         difference = (value - against) / (abs(against) if claim.scale == "share" else 1.0)
-        pairs.append(Pair(seed, value, float(against), difference))
+        pairs.append(SeedPair(seed, value, float(against), difference))
     verdict, why, found = decide(claim, [pair.difference for pair in pairs])
     missing = (
         f"; without a finite value of both: seed {', '.join(map(str, without))}" if without else ""
@@ -105,7 +105,7 @@ def decide(
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) of two differences or more."""
     n = len(differences)
-    return statistics.fmean(differences), students_quantile(SHARE, n - 1) * statistics.stdev(
+    return statistics.fmean(differences), student_quantile(SHARE, n - 1) * statistics.stdev(
         differences
     ) / math.sqrt(n)
 

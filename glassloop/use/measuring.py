@@ -21,7 +21,7 @@ from glassloop.loop.evaluation import (
     scores,
 )
 from glassloop.loop.generation import EvaluationSetup, unchanged
-from glassloop.use.intervals import Interval, bootstrap, mcnemar, wilson
+from glassloop.stats import Interval, bootstrap, mcnemar, wilson
 
 if TYPE_CHECKING:
     from glassloop.use.trained import Loaded

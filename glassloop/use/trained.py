@@ -195,12 +195,6 @@ def template_of(trained: Trained, tokenizer: PreTrainedTokenizerBase) -> Templat
     )
 
 
-def prompt_of(template: Template, text: str, system: str | None = None) -> list[int]:
-    """Ids of a single question, as a training row's prompt would have them."""
-    turns = [*([Turn("system", system)] if system is not None else []), Turn("user", text)]
-    return template.prompt_ids(Example("question", tuple(turns)))
-
-
 @dataclass(frozen=True)
 class Loaded:
     """The model with its adapter on one device, ready to answer and to be measured."""

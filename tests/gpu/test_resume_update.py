@@ -16,7 +16,7 @@ import torch
 
 from glassloop.config.arguments import parse
 from glassloop.loop.build import build_run
-from glassloop.record.observers import read_jsonl
+from glassloop.record.jsonl import read_jsonl
 from glassloop.saved import state as snapshots
 
 ON_CPU = bool(os.environ.get("GLASSLOOP_RESUME_ON_CPU"))

@@ -15,7 +15,7 @@ from tiny import FOLDER, poisoned, run_of, state
 from glassloop.config.arguments import parse
 from glassloop.formula.dist import gather_objects, leave
 from glassloop.loop.build import build_run
-from glassloop.record.observers import read_jsonl
+from glassloop.record.jsonl import read_jsonl
 from train_loop import train, update_once
 
 MANY = {"updates": 24, "warmup_updates": 2}

@@ -13,7 +13,7 @@ import train_loop
 from glassloop.data.rows import Row
 from glassloop.formula.dist import gather_objects, leave
 from glassloop.plan.contract import ContractBroken
-from glassloop.record.observers import read_jsonl
+from glassloop.record.jsonl import read_jsonl
 from train_loop import train, update_once
 
 REAL_BUILD_PASS = train_loop.build_pass

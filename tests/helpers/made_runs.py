@@ -8,14 +8,16 @@ import math
 import random
 from pathlib import Path
 
-from glassloop.record.observers import (
-    JsonlObserver,
+from glassloop.disk.publish import write_json, write_text
+from glassloop.record.observers import JsonlObserver, TextPolicy
+from glassloop.record.records import (
+    EvaluationRecord,
+    Event,
+    ProbeRecord,
+    RowRecord,
     SampleRecord,
-    TextPolicy,
-    write_json,
-    write_text,
+    UpdateRecord,
 )
-from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 SPIKE, BROKEN, REDONE = (
     24,

@@ -30,7 +30,7 @@ import tqdm
 from launching import LAUNCH, ROOT, TWO_CPUS, environment
 
 import train_loop
-from glassloop.record.observers import read_jsonl
+from glassloop.record.jsonl import read_jsonl
 from glassloop.saved.capsule import find_capsules, read_capsule
 from glassloop.saved.checkpoint import last_checkpoint, read_state
 

@@ -17,7 +17,7 @@ from made_runs import write_run
 
 from glassloop.cli import study as cli
 from glassloop.config.arguments import from_values, parse, to_yaml
-from glassloop.record.observers import write_text
+from glassloop.disk.publish import write_text
 from glassloop.record.records import Event, to_json
 from glassloop.study import running
 

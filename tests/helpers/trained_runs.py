@@ -12,6 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from glassloop.config.arguments import from_values
+from glassloop.data.rows import Example, Turn
+from glassloop.data.templates import Template
 from glassloop.formula.optim import FlatAdapters
 from glassloop.loop.build import build_run
 from train_loop import train
@@ -87,3 +89,9 @@ def signed_anew(checkpoint: Path) -> None:
             for name in names
         )
     )
+
+
+def prompt_of(template: Template, text: str, system: str | None = None) -> list[int]:
+    """Ids of a single question, as a training row's prompt would have them."""
+    turns = [*([Turn("system", system)] if system is not None else []), Turn("user", text)]
+    return template.prompt_ids(Example("question", tuple(turns)))

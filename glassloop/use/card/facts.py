@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from glassloop.record.run_folder import RunData, read_run
+from glassloop.record.reading import RunData, read_run
 from glassloop.use.merge.weights import Weights
 from glassloop.use.trained import Trained, adapter_config, adapter_hash
 

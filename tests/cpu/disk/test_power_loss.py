@@ -23,7 +23,8 @@ from lossy_disk import (
 
 from glassloop.config.config import as_dict
 from glassloop.disk.publish import read
-from glassloop.record.observers import JsonlObserver, mend, read_jsonl
+from glassloop.record.jsonl import mend, read_jsonl
+from glassloop.record.observers import JsonlObserver
 from glassloop.record.records import Event
 from glassloop.saved.capsule import find_capsules, read_capsule
 from glassloop.saved.checkpoint import (

@@ -112,7 +112,7 @@ def test_an_update_that_is_put_back_leaves_no_trace_in_the_windows(run_of):
 
 def test_a_run_that_is_not_what_was_planned_ends_with_an_event_and_saves_nothing(run_of):
     from glassloop.plan.contract import ContractBroken
-    from glassloop.record.observers import read_jsonl
+    from glassloop.record.jsonl import read_jsonl
 
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
     run.remember(7)

@@ -53,7 +53,7 @@ TABLE = {
     ),
     "record": Rule("config disk", "rich yaml", late="wandb"),
     "data": Rule("config plan", "numpy torch", late="datasets jinja2 tokenizers"),
-    "report": Rule("record stats", "numpy rich"),
+    "report": Rule("disk record stats", "numpy rich"),
     "formula": Rule("data", "torch", late="bitsandbytes"),
     "engines": Rule(
         "base config data formula plan predict", "numpy peft safetensors torch transformers triton"
@@ -68,7 +68,7 @@ TABLE = {
         "config disk engines plan predict record", late="accelerate datasets torch yaml"
     ),
     "use": Rule(
-        "base config data disk engines formula loop plan record report saved",
+        "base config data disk engines formula loop plan record report saved stats",
         "safetensors torch",
         late="bitsandbytes huggingface_hub transformers",
     ),
@@ -82,7 +82,7 @@ TABLE = {
         late="bitsandbytes tokenizers",
     ),
     "bench": Rule("config data disk engines formula loop plan predict record verify", "torch"),
-    "study": Rule("config predict record report stats verify", "rich yaml"),
+    "study": Rule("config disk predict record report stats verify", "rich yaml"),
     "cli": Rule("*", late="*"),
 }
 NOBODY_IMPORTS = ("cli", "train_loop")  # but cli itself

@@ -16,17 +16,18 @@ from typing import Any
 
 import pytest
 
-from glassloop.record import observers
-from glassloop.record.observers import (
-    JsonlObserver,
-    RunInfo,
+from glassloop.disk.publish import write_json, write_text
+from glassloop.record import jsonl
+from glassloop.record.jsonl import read_jsonl
+from glassloop.record.observers import JsonlObserver, RunInfo
+from glassloop.record.records import (
+    EvaluationRecord,
+    Event,
+    ProbeRecord,
+    RowRecord,
     SampleRecord,
-    next_attempt,
-    read_jsonl,
-    write_json,
-    write_text,
+    UpdateRecord,
 )
-from glassloop.record.records import EvaluationRecord, Event, ProbeRecord, RowRecord, UpdateRecord
 
 ROOT = Path(__file__).resolve().parents[3]
 ID, TEXT = "train:17", "the caller asks for a gift card"
@@ -189,17 +190,17 @@ def test_resumed_at_40_of_55_keeps_every_value_and_counts_attempts(tmp_path: Pat
     assert [
         (line["update"], line["attempt"]) for line in read_jsonl(tmp_path / "rows.jsonl")
     ] == kept
-    assert [next_attempt(tmp_path, u) for u in (40, 41, 51, 56, 61)] == [2, 4, 3, 2, 1]
+    assert attempts_in(tmp_path, 40, 41, 51, 56, 61) == [2, 4, 3, 2, 1]
 
 
 def test_an_update_whose_rows_alone_were_written_gets_a_new_attempt(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"update": 7, "attempt": 1}\n')
-    assert next_attempt(tmp_path, 7) == 2
+    assert attempts_in(tmp_path, 7) == [2]
     (tmp_path / "metrics.jsonl").write_text(
         '{"update": 7, "attempt": 2}\n'
     )  # the second start kept no rows
-    assert next_attempt(tmp_path, 7) == 3
-    assert next_attempt(tmp_path / "none", 7) == 1
+    assert attempts_in(tmp_path, 7) == [3]
+    assert attempts_in(tmp_path / "none", 7) == [1]
 
 
 def test_an_evaluation_counts_its_own_attempts(tmp_path: Path) -> None:
@@ -215,6 +216,13 @@ def test_an_evaluation_counts_its_own_attempts(tmp_path: Path) -> None:
         1,
     )
     again.close()
+
+
+def attempts_in(folder: Path, *updates: int) -> list[int]:
+    """The attempts that a new start in the folder would give these updates."""
+    observer = JsonlObserver(folder)
+    observer.close()
+    return [observer.attempt(update) for update in updates]
 
 
 def write_one_of_each(folder: Path, policy: Any) -> None:
@@ -330,12 +338,12 @@ def test_older_schemas_open_and_newer_ones_are_refused(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"update": 1}\n{"update": 2, "attempt": 3, "schema": 1, "gone": true}\n')
-    monkeypatch.setattr(observers, "SCHEMA", 2)
+    monkeypatch.setattr(jsonl, "SCHEMA", 2)
     assert read_jsonl(path) == [
         {"update": 1, "attempt": 1, "schema": 0},
         {"update": 2, "attempt": 3, "schema": 1, "gone": True},
     ]
-    assert next_attempt(tmp_path, 2) == 4
+    assert attempts_in(tmp_path, 2) == [4]
     path.write_text('{"update": 1, "schema": 3}\n')
     with pytest.raises(ValueError, match=r"schema 3.* up to 2: update glassloop"):
         read_jsonl(path)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassloop.record import terminal
-from glassloop.record.observers import RunInfo, SampleRecord
-from glassloop.record.records import EvaluationRecord, Event, UpdateRecord
+from glassloop.record.observers import RunInfo
+from glassloop.record.records import EvaluationRecord, Event, SampleRecord, UpdateRecord
 from glassloop.record.terminal import (
     WIDTH,
     TerminalObserver,

@@ -27,8 +27,8 @@ import torch
 
 from glassloop.config.config import TrackingConfig
 from glassloop.record import trackers
-from glassloop.record.observers import JsonlObserver, RunInfo, SampleRecord
-from glassloop.record.records import EvaluationRecord, Event, UpdateRecord
+from glassloop.record.observers import JsonlObserver, RunInfo
+from glassloop.record.records import EvaluationRecord, Event, SampleRecord, UpdateRecord
 from glassloop.record.trackers import (
     TrackerObserver,
     check_tracking,

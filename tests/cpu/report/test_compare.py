@@ -9,9 +9,8 @@ import pytest
 from made_runs import SPIKE, write_run
 
 from glassloop.cli.__main__ import main
-from glassloop.record.run_folder import RunData, read_run
+from glassloop.record.reading import RunData, read_run
 from glassloop.report.comparing import compare, welch
-from glassloop.report.students import students_cdf, students_quantile
 
 
 def made(folder: Path, **settings) -> RunData:
@@ -144,19 +143,6 @@ def test_ranks_may_differ_and_all_that_both_have_is_compared(tmp_path: Path) -> 
     assert (
         pair.went_in is not None and pair.went_in.rank is None and pair.went_in.quantity == "rows"
     )
-
-
-def test_students_t_is_that_of_the_tables() -> None:
-    for degrees, t in (
-        (1, 12.706205),
-        (2, 4.302653),
-        (4, 2.776445),
-        (10, 2.228139),
-        (30, 2.042272),
-        (1000, 1.962339),
-    ):
-        assert students_quantile(0.975, degrees) == pytest.approx(t, rel=1e-6)
-        assert students_cdf(t, degrees) == pytest.approx(0.975, abs=1e-7)
 
 
 def test_welch_agrees_with_a_case_worked_out_by_hand() -> None:

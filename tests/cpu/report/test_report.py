@@ -20,8 +20,8 @@ from made_runs import BROKEN, EVIL, REDONE, SPIKE, matrices, probe_record, updat
 
 from glassloop.cli.__main__ import main
 from glassloop.record.observers import JsonlObserver
+from glassloop.record.reading import read_run, standing
 from glassloop.record.records import Event
-from glassloop.record.run_folder import read_run, standing
 from glassloop.report import writing
 from glassloop.report.columns import FIRST_STEP, HEAT_COLUMNS, LAST_STEP, column, heat
 from glassloop.report.page import as_data, page

@@ -20,7 +20,7 @@ from train_loop import train, update_once
 
 
 def saved(update: int = 20, ranks: int = 2, **sections: Any) -> State:
-    return State(update, 0, ranks, 0, "sha256:base", as_dict(Config.model_validate(sections)))
+    return State(update, 0, ranks, "sha256:base", as_dict(Config.model_validate(sections)))
 
 
 def plan(config: Config, ranks: int = 2) -> StepPlan:

@@ -17,7 +17,7 @@ from launching import write_rows
 from made_runs import write_run
 
 from glassloop.cli.__main__ import main
-from glassloop.record.run_folder import read_run
+from glassloop.record.reading import read_run
 from glassloop.study import running
 from glassloop.study.divergence import where_to_look
 from glassloop.study.running import attempts

@@ -11,7 +11,7 @@ import pytest
 from made_runs import write_run
 
 from glassloop.config.config import Config
-from glassloop.record.run_folder import read_run
+from glassloop.record.reading import read_run
 from glassloop.study.claims import Claim
 from glassloop.study.critical import agreement, critical_of, line_ratio
 from glassloop.study.quantities import diverged, measured, norm_scatter, train_loss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from glassloop.base.quantised import prepare_4bit
 from glassloop.cli.__main__ import main
 from glassloop.loop.evaluation import Answer
+from glassloop.stats import mcnemar, wilson
 from glassloop.use.heldout import rows_of
-from glassloop.use.intervals import bootstrap, mcnemar, wilson
 from glassloop.use.measuring import Measured, report_of
 from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
@@ -25,33 +24,6 @@ from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return finished_run(tmp_path_factory.mktemp("evaluate"), tiny_llama)
-
-
-def test_wilson_is_the_published_interval():
-    low, high = wilson(8, 10) or (0, 0)
-    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
-    assert wilson(0, 0) is None
-    assert (wilson(0, 4) or (1, 0))[0] == 0
-
-
-def test_mcnemar_is_the_exact_binomial():
-    assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 1024)
-    assert mcnemar(0, 0) == mcnemar(5, 5) == 1
-
-
-def test_the_bootstrap_covers_the_mean_and_is_paired():
-    values = [float(i % 10) for i in range(200)]
-    low, high = bootstrap(200, lambda drawn: sum(values[i] for i in drawn) / len(drawn)) or (0, 0)
-    half = 1.96 * math.sqrt(8.25 / 200)
-    assert low == pytest.approx(4.5 - half, abs=0.06) and high == pytest.approx(
-        4.5 + half, abs=0.06
-    )
-    assert bootstrap(200, lambda drawn: 1.0) is None  # no spread is known
-    other = [value - 1 + 0.01 * (i % 3) for i, value in enumerate(values)]
-    low, high = bootstrap(
-        200, lambda drawn: sum(other[i] - values[i] for i in drawn) / len(drawn)
-    ) or (0, 0)
-    assert -1 <= low < high < -0.98  # far narrower than either mean's
 
 
 def answered(label: str, verdict: str | None) -> Answer:

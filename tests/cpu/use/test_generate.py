@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from trained_runs import copy_of, finished_run
+from trained_runs import copy_of, finished_run, prompt_of
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from glassloop.cli.__main__ import main
@@ -33,7 +33,6 @@ from glassloop.use.trained import (
     load,
     load_tokenizer_of,
     open_trained,
-    prompt_of,
     setup_of,
     template_of,
 )

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from trained_runs import copy_of, finished_run
+from trained_runs import copy_of, finished_run, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.cli.__main__ import main
@@ -25,7 +25,6 @@ from glassloop.use.trained import (
     load,
     load_tokenizer_of,
     open_trained,
-    prompt_of,
     template_of,
 )
 

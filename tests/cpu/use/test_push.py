@@ -13,14 +13,14 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
-from trained_runs import SECRET_ROW, copy_of, finished_run, signed_anew
+from trained_runs import SECRET_ROW, copy_of, finished_run, prompt_of, signed_anew
 
 from glassloop.cli.__main__ import main
 from glassloop.use.card.curves import svg
 from glassloop.use.card.facts import is_hub_id
 from glassloop.use.card.staging import check_no_secret
 from glassloop.use.card.upload import login
-from glassloop.use.trained import load, load_tokenizer_of, open_trained, prompt_of, template_of
+from glassloop.use.trained import load, load_tokenizer_of, open_trained, template_of
 
 SYSTEM = "You are Ferdinand, the clerk of nobody."
 PUBLISHED = {
