@@ -207,7 +207,7 @@ def _word_sum(tensor: Tensor) -> int:
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole = raw.numel() // 8 * 8
     words = raw[:whole]
-    if words.data_ptr() % 8:
+    if words.data_ptr() % 8 or words.storage_offset() % 8:
         words = words.clone()
     words = words.view(torch.int64)
     odd = torch.arange(

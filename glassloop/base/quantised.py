@@ -101,12 +101,12 @@ def load_base(
     with first():
         source = resolve_source(model)
         notes = [source.note] if source.note else []
-        own = _own_quantization(source, model)
+        own = own_quantization(source, model)
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
         if own is not None:
-            notes += _compare_own_quantization(own, model, dtype)
+            notes += compare_own_quantization(own, model, dtype)
         if own is None and model.quantization == "nf4":
-            copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+            copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made and device.type == "cuda":
                 gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
                 torch.cuda.empty_cache()
@@ -148,9 +148,9 @@ def find_base(
     with first():
         source = resolve_source(model)
         copy = None
-        if _own_quantization(source, model) is None:
+        if own_quantization(source, model) is None:
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
-            copy, made = _quantized_copy(source, files_hash, model, dtype, device)
+            copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made and device.type == "cuda":
                 gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
                 torch.cuda.empty_cache()
@@ -241,7 +241,7 @@ def prepare_4bit(hf: nn.Module, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _quantized_copy(
+def quantized_copy(
     source: BaseSource,
     files_hash: str,
     model: ModelConfig,
@@ -271,7 +271,7 @@ def _quantized_copy(
         if hf is None:
             assert source.drawn is not None and source.folder is not None
             shapes = sizes()[source.drawn]
-            _check_free_space(
+            check_free_space(
                 temporary, shapes.weights
             )  # more than it takes: the linear layers' are half a byte each
             form = settings.to_dict()
@@ -286,7 +286,7 @@ def _quantized_copy(
             )
             hf = _load(str(temporary), None, model, dtype, device)
         else:
-            _check_free_space(temporary, hf.get_memory_footprint())
+            check_free_space(temporary, hf.get_memory_footprint())
             generation, hf.generation_config = hf.generation_config, GenerationConfig()
             save_pretrained_here(hf, temporary)
             if generation is not None:  # as it came: save_pretrained refuses some that hubs hold
@@ -315,7 +315,7 @@ def _file_entry(file: Path) -> dict[str, Any]:
     }
 
 
-def _check_free_space(folder: Path, needed: int) -> None:
+def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BaseError(
@@ -373,7 +373,7 @@ def _load_copy(
     return hf, checksum
 
 
-def _own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
+def own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
     """The quantization_config that a repository brings, None where its weights are not quantised."""
     with loading_errors(model):
         config = AutoConfig.from_pretrained(
@@ -383,7 +383,7 @@ def _own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] 
     return own if own is None or isinstance(own, dict) else own.to_dict()
 
 
-def _compare_own_quantization(
+def compare_own_quantization(
     own: dict[str, Any], model: ModelConfig, dtype: torch.dtype
 ) -> list[str]:
     """Notes on a repository that comes quantised: its settings are kept. Raises BaseError where they are not NF4 by bitsandbytes."""

@@ -62,11 +62,13 @@ class Tiers:
         kept: how many layers, from the last one down, keep all that backward needs.
         host: the large tensors of the others (input, attention's output, middle), and the embedding, lie in pinned host memory.
         held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit ones.
+        streamed: how many layers, from the first up, have their 4-bit weights on the host.
     """
 
     kept: int
     host: bool
     held: int = 0
+    streamed: int = 0
 
 
 def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Sizes:
@@ -150,10 +152,8 @@ def shadow_bytes(one: Sizes) -> int:
 
 
 def scratch_bytes(one: Sizes) -> int:
-    """Of the matrices that hold the weights of the layer at work: one for each shape of a group."""
-    return sum(
-        rows * columns * one.element for rows, columns in {group.folded for group in one.groups}
-    )
+    """Of the matrices that hold the weights of the layer at work, one a group."""
+    return held_bytes(one)
 
 
 def product_bytes(one: Sizes) -> int:

@@ -9,8 +9,6 @@ bit-equal to bitsandbytes.functional.dequantize_4bit: fp32 products and sums, ea
 # (a launch has options, num_warps say, that are no parameters of the kernel)
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,52 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_MEMBERS = 3  # q, k, v
+from glassloop.base.packed import Packed
+
 WEIGHTS_OF_A_PROGRAM = 4096
-
-
-@dataclass(frozen=True)
-class Packed:
-    """NF4 weights stacked by rows: (N, K) in all. The weights of the model that they came from are views of these tensors.
-
-    Attributes:
-        codes: (N * K / 2,) uint8.
-        absmax: (N * K / blocksize,) uint8 with double quantisation, else fp32.
-        scales: fp32, one for 256 absmax, starting anew at each member; empty without double quantisation.
-        table: (256,) fp32, what an 8-bit absmax stands for; empty without double quantisation.
-        offsets: (members,) fp32, added to each member's absmax.
-        levels: (16,) fp32, what a code stands for.
-        rows: N of each member.
-        columns: K.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    scales: Tensor
-    table: Tensor
-    offsets: Tensor
-    levels: Tensor
-    rows: tuple[int, ...]
-    columns: int
-    blocksize: int
-
-    @property
-    def nested(self) -> bool:
-        return self.absmax.dtype == torch.uint8
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """First row of each member; past the end where there is no such member."""
-        return [sum(self.rows[:member]) for member in range(MOST_MEMBERS)]
-
-    @cached_property
-    def befores(self) -> list[int]:
-        """Where each member's scales begin."""
-        return [self.scales_before(member) for member in range(MOST_MEMBERS)]
-
-    def scales_before(self, member: int) -> int:
-        """Where the scales of a member begin."""
-        return sum(-(-rows * self.columns // self.blocksize // 256) for rows in self.rows[:member])
 
 
 def pack(modules: list[Any], names: list[str]) -> Packed:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glassloop.base.host_pages import HostPages
+from glassloop.base.packed import Packed
+from glassloop.base.streamed import put_weights
 from glassloop.data.rows import Pass
 from glassloop.engines.fused import layer as layers
 from glassloop.engines.fused.attention import Bounds
@@ -20,6 +23,7 @@ from glassloop.engines.fused.loss import head_loss
 from glassloop.engines.fused.matrices import Moves
 from glassloop.engines.fused.norm import add_norm, norm_backward
 from glassloop.engines.fused.rotary import angles
+from glassloop.engines.fused.stream import SLOTS, LayerStream
 from glassloop.engines.fused.supported import GROUPS, check_supported
 from glassloop.formula.loss import sums_by_row
 from glassloop.predict.tiers import GIB, Tiers, choose, head_bytes, scratch_bytes
@@ -49,8 +53,14 @@ class FusedEngine(nn.Module):
     name = "fused"
     attention = "fused"  # it brings its own
 
-    def __init__(self, hf: nn.Module, report: Any, *, keep: bool = False):
-        """Keeps every layer whole, or recomputes every layer. Raises ValueError naming what of the model is not carried out here."""
+    def __init__(
+        self, hf: nn.Module, report: Any, *, keep: bool = False, pages: HostPages | None = None
+    ):
+        """Keep every layer whole, or recompute every layer.
+
+        `pages`: the base's layers on the host, over which `hf` was built; None: it lies on the
+        device. Raises ValueError naming what of the model is not supported here.
+        """
         super().__init__()
         self.hf, self.report = hf, report
         base: Any = hf.get_base_model()  # type: ignore[operator]
@@ -63,12 +73,17 @@ class FusedEngine(nn.Module):
             decoder.rotary_emb,
             base.config.rms_norm_eps,
         )
+        self.pages = pages
         self.layers = [
-            build_layer(one, base.config, self.embedding.dtype, index)
+            build_layer(one, base.config, self.embedding.dtype, index, self.packed(index))
             for index, one in enumerate(decoder.layers)
         ]
+        self.stream = None if pages is None else LayerStream(pages, self.embedding.device)
         self.scratch = Scratch()
-        self.tiers = Tiers(len(self.layers) if keep else 0, host=False)
+        streamed = 0 if pages is None else len(self.layers)
+        self.tiers = Tiers(len(self.layers) if keep else 0, host=False, streamed=streamed)
+        if self.stream is not None:
+            self.stream.open()
         self.host = HostRoom(len(self.layers), self.embedding.device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.adapted: list[Any] = [module for module in hf.modules() if hasattr(module, "lora_A")]
@@ -79,8 +94,17 @@ class FusedEngine(nn.Module):
             str
         ] = []  # explicit reduction only: DDP would reduce zeros
 
+    def packed(self, index: int) -> dict[str, Packed] | None:
+        """A layer's weights on the host, read through the bus; None where they are on the card."""
+        if self.pages is None:
+            return None
+        return self.pages.file.packed(index, self.pages.seen(index), self.pages.shared)
+
     def use_tiers(self, tiers: Tiers) -> None:
         """From the next pass on. An embedding that has gone to the host stays there."""
+        assert not (tiers.streamed and tiers.held), "streamed layers hold no weights in 16 bits"
+        if tiers.streamed != self.tiers.streamed:
+            self.place_layers(tiers.streamed)
         for index, one in enumerate(self.layers):
             for linear in one.linears:
                 linear.hold() if index < tiers.held else linear.release()
@@ -88,6 +112,42 @@ class FusedEngine(nn.Module):
             self.embedding.data = on_host(self.embedding.data)
         self.tiers, self.places = tiers, []  # where adapters are rounded to has moved,
         self.inward, self.outward = None, []  # and what knew of it would keep its memory
+
+    def place_layers(self, streamed: int) -> None:
+        """Let the first `streamed` layers stay on the host, and the others lie on the card."""
+        assert self.pages is not None and self.stream is not None, "this base is on the card"
+        decoder = self.hf.get_base_model().get_decoder()  # type: ignore[operator, union-attr]
+        for index, (one, module) in enumerate(zip(self.layers, decoder.layers, strict=True)):
+            away, was = index < streamed, index < self.tiers.streamed
+            if away == was:
+                continue
+            blob = self.pages.blob(index)
+            there = self.pages.seen(index) if away else blob.to(self.embedding.device, copy=True)
+            found = self.pages.file.packed(index, there, self.pages.shared)
+            for linear in one.linears:
+                linear.packed = found[linear.group]
+                names = GROUPS[linear.group]
+                put_weights(
+                    module,
+                    names,
+                    linear.packed,
+                    self.embedding.dtype,
+                    double=linear.packed.nested,
+                )
+        self.stream.open(min(SLOTS, streamed))
+
+    def visit(self, index: int) -> None:
+        """Have a streamed layer's weights ready for what comes next."""
+        if index < self.tiers.streamed:
+            assert self.stream is not None
+            self.stream.fill(index, self.layers[index], self.scratch)
+
+    def visits(self, *, backward: bool) -> list[int]:
+        """Streamed layers in the order in which a pass copies them; it turns at the last one."""
+        streamed = self.tiers.streamed
+        if not backward:
+            return list(range(streamed))
+        return list(reversed(range(min(streamed, len(self.layers) - 1))))
 
     def choose_tiers(
         self,
@@ -144,7 +204,10 @@ class FusedEngine(nn.Module):
         recomputed = len(self.layers) - tiers.kept
         if training and tiers.host:
             self.host.begin(len(x), (x.shape[1], self.layers[0].o.columns, x.shape[1]), x.dtype)
+        if self.stream is not None:
+            self.stream.begin(self.visits(backward=False), self.visits(backward=training))
         for index, one in enumerate(self.layers):
+            self.visit(index)
             last = index == len(self.layers) - 1
             keep = index >= recomputed if training else None
             away = training and tiers.host and index < recomputed
@@ -181,7 +244,10 @@ class FusedEngine(nn.Module):
         recomputed = (
             len(self.layers) - state.tiers.kept if state.tiers.host else 0
         )  # layers that left theirs on the host
+        if self.stream is not None:
+            self.stream.begin(self.visits(backward=True), self.visits(backward=False))
         for index in reversed(range(len(self.layers))):
+            self.visit(index)
             saved = state.saved.pop()
             if index < recomputed:
                 saved = layers.join(self.layers[index], saved, self.host.take(index))
@@ -250,15 +316,22 @@ class _Pass(torch.autograd.Function):
         return None, None, None
 
 
-def build_layer(module: Any, config: Any, dtype: torch.dtype, index: int) -> Layer:
-    """One of the model's decoder layers, its weights stacked into groups."""
+def build_layer(
+    module: Any,
+    config: Any,
+    dtype: torch.dtype,
+    index: int,
+    stacked: dict[str, Packed] | None = None,
+) -> Layer:
+    """One of the model's decoder layers, its weights stacked into groups, or `stacked` already."""
     groups = {}
     for group, names in GROUPS.items():
         found = [module.get_submodule(name) for name in names]
-        packed = pack(
-            [getattr(one, "base_layer", one) for one in found],
-            [f"layer {index} {name}" for name in names],
-        )
+        if stacked is None:
+            plain = [getattr(one, "base_layer", one) for one in found]
+            packed = pack(plain, [f"layer {index} {name}" for name in names])
+        else:
+            packed = stacked[group]
         groups[group] = Linear(
             group, packed, tuple(_adapter(one) for one in found), dtype, _bias(found)
         )

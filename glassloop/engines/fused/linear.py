@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glassloop.engines.fused.dequant import Packed, dequantise
+from glassloop.base.packed import Packed
+from glassloop.engines.fused.dequant import dequantise
 from glassloop.engines.fused.matrices import Move
 
 ALIGNMENT = 16  # elements; sizes and strides that are no multiple of it send matrix products to slower kernels
@@ -165,37 +166,41 @@ def product_fp32(left: Tensor, right: Tensor, out: Tensor) -> None:
 class Scratch:
     """Matrices that the layers of a pass use in turn.
 
-    A matrix of weights is shared by all groups of its shape, and refilled for the one that asks. Room for gradients is not: all groups of a
-    layer fill theirs before any is read, so it belongs to the group, whatever its shape (two groups of one layer may have the same).
+    Each belongs to a group of a layer and a shape, not to a shape alone: two groups of one layer
+    may have the same, and both are needed at once.
     """
 
     def __init__(self) -> None:
-        self.matrices: dict[tuple[int, int], Tensor] = {}
+        self.matrices: dict[tuple[str, int, int], Tensor] = {}
         self.sums: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
-        self.holds: dict[tuple[int, int], Linear] = {}
+        self.held: dict[tuple[str, int, int], Linear] = {}
 
     def weights(self, linear: Linear) -> Tensor:
-        """(N + R, K + R): W with B at its right and sA below; filled unless it still holds this group's, or that has its own."""
+        """(N + R, K + R): W with B at its right and sA below.
+
+        Dequantises them unless the matrix holds this group's already, or the group its own.
+        """
         if linear.held is not None:
             return linear.held
-        shape = (linear.rows + linear.rank, linear.columns + linear.rank)
-        if shape not in self.matrices:
-            self.matrices[shape] = linear.a.new_empty(shape)
-        matrix = self.matrices[shape]
-        if self.holds.get(shape) is not linear:
+        key = _key(linear)
+        if key not in self.matrices:
+            self.matrices[key] = linear.a.new_empty(key[1:])
+        matrix = self.matrices[key]
+        if self.held.get(key) is not linear:
             dequantise(linear.packed, linear.b, linear.a, matrix)
-            self.holds[shape] = linear
+            self.held[key] = linear
         return matrix
 
+    def holds_of(self, linear: Linear) -> bool:
+        """Whether the weights of this group can be had without dequantising them."""
+        return linear.held is not None or self.held.get(_key(linear)) is linear
+
     def products(self, linear: Linear) -> tuple[Tensor, Tensor]:
-        """(R, K) and (N, R) fp32: room for dA and dB of a group, until the same group of the next layer."""
+        """(R, K) and (N, R) fp32: room for dA and dB of a group, until the next layer's."""
         key = (linear.group, linear.rank, linear.rows, linear.columns)
         if key not in self.sums:
-            wide = [
-                linear.a.new_empty(linear.a.shape, dtype=torch.float32),
-                linear.b.new_empty(linear.b.shape, dtype=torch.float32),
-            ]
-            self.sums[key] = (wide[0], wide[1])
+            a, b = (x.new_empty(x.shape, dtype=torch.float32) for x in (linear.a, linear.b))
+            self.sums[key] = a, b
         return self.sums[key]
 
     @property
@@ -205,4 +210,8 @@ class Scratch:
 
     def forget(self) -> None:
         """Adapters have changed: nothing that is held is right any more."""
-        self.holds.clear()
+        self.held.clear()
+
+
+def _key(linear: Linear) -> tuple[str, int, int]:
+    return linear.group, linear.rows + linear.rank, linear.columns + linear.rank

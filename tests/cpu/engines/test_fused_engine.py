@@ -270,7 +270,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
     }
     run = run_of(**how)
     assert (
-        run.tiers == {"kept": 1, "host": False, "held": 0}
+        run.tiers == {"kept": 1, "host": False, "held": 0, "streamed": 0}
         and "1 of 2 layers kept, inputs of the others" in run.header[-1]
     )
     run.begin()
@@ -310,7 +310,7 @@ def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
     from glassloop.loop.memory import smaller_passes
 
     run = run_of(execution={"engine": "fused", "precision": "fp32", "layout": "packed"})
-    assert run.tiers == {"kept": 2, "host": False, "held": 0}
+    assert run.tiers == {"kept": 2, "host": False, "held": 0, "streamed": 0}
     told = []
     run.event = lambda update, kind, message, *_: told.append(message)
     kept = []

@@ -1,0 +1,368 @@
+"""The base over a mapped file of layers: made layer by layer, never whole on a card or twice on a host.
+
+The model that transformers defines is built without weights; its 4-bit weights then become views of
+the file's own pages (see layer_file.py), which a card reads through its bus. `LayerFile` hands the
+same pages to an engine that copies layers ahead of their use.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from glassloop.base.cache import cache_root, published
+from glassloop.base.checks import base_checksum
+from glassloop.base.host_pages import HostPages
+from glassloop.base.layer_file import (
+    BLOCK,
+    FORMAT,
+    LayerFile,
+    NotStreamable,
+    Quantised,
+    write_layer_file,
+    write_manifest,
+)
+from glassloop.base.packed import SCALE_BLOCK, Packed
+from glassloop.base.quantised import (
+    DTYPES,
+    LoadReport,
+    check_free_space,
+    compare_own_quantization,
+    copy_name,
+    own_quantization,
+    prepare_4bit,
+    quantized_copy,
+)
+from glassloop.base.random import sizes, weights_of
+from glassloop.base.source import (
+    BaseError,
+    BaseSource,
+    base_hash,
+    damaged_copy,
+    loading_errors,
+    resolve_source,
+)
+from glassloop.config.config import ModelConfig
+
+Groups = Mapping[str, Sequence[str]]
+COPIED = ("config.json", "generation_config.json")
+
+
+def load_streamed(
+    model: ModelConfig,
+    groups: Groups,
+    *,
+    precision: str,
+    device: torch.device,
+    first: Callable[[], AbstractContextManager[Any]],
+) -> tuple[PreTrainedModel, LoadReport, HostPages]:
+    """The frozen base in NF4, its linear layers on the host, what is not quantised on `device`.
+
+    Args:
+        groups: group -> names of its linear layers within a decoder layer.
+        first: context in which one rank of a host goes before the others; it makes the file.
+
+    Raises:
+        ValueError: naming model.id, model.cache_dir or memory.base and the cure.
+        NotStreamable: for a model whose weights the file cannot hold.
+    """
+    started, dtype = time.monotonic(), DTYPES[precision]
+    with first():
+        source = resolve_source(model)
+        notes = [source.note] if source.note else []
+        own = own_quantization(source, model)
+        files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
+        if own is not None:
+            notes += compare_own_quantization(own, model, dtype)
+        folder, made = layer_folder(source, files_hash, model, groups, dtype, device)
+    with loading_errors(model, copy=folder):
+        pages = HostPages.of(LayerFile.open(folder), device)
+        hf = model_over(pages, model, groups, dtype, device)
+    checksum, expected = base_checksum(hf), pages.file.manifest.checksum
+    if checksum != expected:
+        raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))
+    report = LoadReport(
+        name=source.name,
+        commit=source.commit,
+        base_hash=files_hash,
+        checksum=checksum,
+        folder=str(folder),
+        from_cache=not made,
+        seconds=time.monotonic() - started,
+        notes=(*notes, *pages.notes),
+    )
+    return hf, report, pages
+
+
+def layer_folder(
+    source: BaseSource,
+    files_hash: str,
+    model: ModelConfig,
+    groups: Groups,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Path, bool]:
+    """Folder of the base as a file of layers, and whether it was made just now."""
+    name = copy_name(source.name, files_hash, model, dtype, device.type)
+    folder = cache_root(model.cache_dir) / "layers" / f"{name}-f{FORMAT}"
+    if folder.is_dir():
+        return folder, False
+    try:
+        reader = _reader(source, dtype, device)
+    except (
+        NotStreamable
+    ):  # no safetensors, or other names than the model's: transformers reads them
+        copy, _ = quantized_copy(source, files_hash, model, dtype, device)
+        reader = _Files(copy)
+    known = {"name": source.name, "commit": source.commit, "base_hash": files_hash}
+    with published(folder) as temporary:
+        with loading_errors(model):
+            config = AutoConfig.from_pretrained(reader.folder)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # of the repository; this file has its own form
+            config.dtype = dtype
+            config.save_pretrained(temporary)
+            if (reader.folder / COPIED[1]).is_file():
+                shutil.copyfile(reader.folder / COPIED[1], temporary / COPIED[1])
+        check_free_space(temporary, reader.nbytes(groups))
+        manifest = write_layer_file(
+            temporary,
+            reader.layers(groups),
+            reader.rest(groups),
+            groups=groups,
+            known=known,
+            dtype=dtype,
+            double=model.double_quantization,
+            device=device,
+        )
+        with loading_errors(model):
+            pages = HostPages.of(LayerFile.open(temporary), device)
+            checksum = base_checksum(model_over(pages, model, groups, dtype, device))
+        pages.close()
+        write_manifest(temporary, replace(manifest, checksum=checksum))
+    return folder, True
+
+
+class _Files:
+    """A folder of safetensors, read one layer at a time; unquantised, or in bitsandbytes' NF4."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            self.files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        elif single.is_file():
+            with safe_open(single, framework="pt") as opened:
+                self.files = dict.fromkeys(opened.keys(), single.name)
+        else:
+            raise NotStreamable(f"{folder} has no model.safetensors")
+        for name in set(self.files.values()):
+            if Path(name).name != name:
+                raise BaseError(
+                    f"model.id = {folder}: its index names {name!r}, outside the folder"
+                )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.count = int(config["num_hidden_layers"])
+        if "model.layers.0.input_layernorm.weight" not in self.files:
+            raise NotStreamable(f"{folder} names its weights otherwise than the model does")
+        self.opened: tuple[str, Any] = "", None
+
+    def get(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise BaseError(
+                f"model.id = {self.folder}: {name} is missing from its files: "
+                "take a complete repository"
+            )
+        if self.opened[0] != self.files[name]:
+            path = self.folder / self.files[name]
+            self.opened = self.files[name], safe_open(path, framework="pt").__enter__()
+        return self.opened[1].get_tensor(name)
+
+    def layers(self, groups: Groups) -> Iterator[dict[str, Tensor | Quantised]]:
+        for index in range(self.count):
+            own = f"model.layers.{index}."
+            yield {
+                name: self.weight(f"{own}{name}.weight")
+                for names in groups.values()
+                for name in names
+            }
+
+    def weight(self, name: str) -> Tensor | Quantised:
+        import bitsandbytes.functional as bnb
+
+        prefix = f"{name}."
+        state = {key: self.get(key) for key in self.files if key.startswith(prefix)}
+        if not state:
+            return self.get(name)
+        stripped = {key.removeprefix(prefix): value for key, value in state.items()}
+        found = bnb.QuantState.from_dict(stripped, device=torch.device("cpu"))
+        return Quantised(self.get(name), found)
+
+    def rest(self, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+        linear = tuple(f".{name}.weight" for names in groups.values() for name in names)
+        for name in self.files:
+            if not any(part in name for part in linear):
+                yield name, self.get(name)
+
+    def nbytes(self, groups: Groups) -> int:
+        """More than the file of layers will have."""
+        return sum((self.folder / name).stat().st_size for name in set(self.files.values()))
+
+
+class _Drawn:
+    """A model with drawn weights, drawn one layer at a time."""
+
+    def __init__(self, source: BaseSource, device: torch.device):
+        assert source.folder is not None and source.drawn is not None
+        self.folder, self.shapes, self.device = source.folder, sizes()[source.drawn], device
+        parts = weights_of(self.shapes, device)
+        self.others = dict(next(parts)[1])  # embedding, norm, head
+        self.parts = parts
+
+    def layers(self, groups: Groups) -> Iterator[dict[str, Tensor | Quantised]]:
+        for index, (_, part) in enumerate(self.parts):
+            own = f"model.layers.{index}."
+            linear = [f"{name}.weight" for names in groups.values() for name in names]
+            yield {name.removesuffix(".weight"): part.pop(own + name) for name in linear}
+            self.others |= {name: tensor.cpu() for name, tensor in part.items()}
+
+    def rest(self, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+        yield from self.others.items()
+
+    def nbytes(self, groups: Groups) -> int:
+        whole = self.shapes.linear_weights * (1 / 2 + 2 / BLOCK) + 4 * self.shapes.embedding_weights
+        return int(whole)
+
+
+def _reader(source: BaseSource, dtype: torch.dtype, device: torch.device) -> _Files | _Drawn:
+    if source.drawn is not None:
+        return _Drawn(source, device)
+    if source.folder is not None:
+        return _Files(source.folder)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json"]
+    folder = snapshot_download(source.name, revision=source.commit, allow_patterns=patterns)
+    return _Files(Path(folder))
+
+
+def model_over(
+    pages: HostPages,
+    model: ModelConfig,
+    groups: Groups,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """transformers' model whose 4-bit weights are views of the pages, as `device` sees them."""
+    folder, file = pages.file.folder, pages.file
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=model.attention
+        )
+    decoder = hf.get_decoder()
+    if len(decoder.layers) != len(file.manifest.layers):
+        raise NotStreamable(f"{len(file.manifest.layers)} layers, not {len(decoder.layers)}")
+    for index, layer in enumerate(decoder.layers):
+        found = file.packed(index, pages.seen(index), pages.shared)
+        for group, names in groups.items():
+            put_weights(layer, names, found[group], dtype, double=file.manifest.nested)
+    tied = bool(config.tie_word_embeddings)
+    for name in file.manifest.rest:
+        if tied and name == "lm_head.weight":
+            continue
+        path, _, leaf = name.rpartition(".")
+        value = file.rest(name).to(device, copy=True)
+        try:
+            module = hf.get_submodule(path)
+            fits = getattr(module, leaf).shape == value.shape
+        except AttributeError as error:
+            raise NotStreamable(f"{name} has no place in the model") from error
+        if not fits:
+            raise NotStreamable(f"{name} is {tuple(value.shape)} in its files")
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    hf.tie_weights()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    tensors = [*hf.named_parameters(), *hf.named_buffers()]
+    if missing := [name for name, tensor in tensors if tensor.is_meta]:
+        raise NotStreamable(f"{missing[0]} is missing from its files")
+    if (folder / COPIED[1]).is_file():
+        hf.generation_config = GenerationConfig.from_pretrained(folder)
+    hf.is_loaded_in_4bit = hf.is_quantized = True  # as from_pretrained says it; PEFT asks
+    hf.eval().requires_grad_(False)
+    prepare_4bit(hf, dtype)
+    return hf
+
+
+def put_weights(
+    layer: nn.Module, names: Sequence[str], packed: Packed, dtype: torch.dtype, *, double: bool
+) -> None:
+    """Make the linear layers of a group bitsandbytes' 4-bit ones over `packed`, or move them there."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    make_weight: Any = Params4bit  # its signature hides behind nn.Parameter's
+    start = 0
+    for member, name in enumerate(names):
+        plain: Any = layer.get_submodule(name)
+        plain = getattr(plain, "base_layer", plain)  # beside which PEFT put an adapter
+        rows, columns = packed.rows[member], packed.columns
+        if (rows, columns) != (plain.out_features, plain.in_features):
+            raise NotStreamable(f"{name} is ({rows}, {columns}) in its files")
+        if not isinstance(plain, Linear4bit):
+            bias = plain.bias is not None
+            plain = Linear4bit(
+                columns, rows, bias, dtype, double, "nf4", device=torch.device("meta")
+            )
+            layer.set_submodule(name, plain)
+        state = state_of(packed, member, start, dtype)
+        codes = packed.codes[start // 2 : (start + rows * columns) // 2].view(-1, 1)
+        plain.weight = make_weight(
+            codes,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=packed.blocksize,
+            compress_statistics=double,
+            quant_type="nf4",
+            module=plain,
+            bnb_quantized=True,
+        )
+        plain.quant_state = state
+        start += rows * columns
+
+
+def state_of(packed: Packed, member: int, start: int, dtype: torch.dtype) -> Any:
+    """bitsandbytes' QuantState of one member, whose weights begin at `start`; views of `packed`."""
+    from bitsandbytes.functional import QuantState
+
+    size = packed.rows[member] * packed.columns
+    blocks = slice(start // packed.blocksize, (start + size) // packed.blocksize)
+    offset = state2 = None
+    if packed.nested:
+        before = packed.scales_before(member)
+        count = -(-(size // packed.blocksize) // SCALE_BLOCK)
+        scales = packed.scales[before : before + count]
+        state2 = QuantState(
+            absmax=scales, blocksize=SCALE_BLOCK, code=packed.table, dtype=torch.float32
+        )
+        offset = packed.offsets[member]
+    return QuantState(
+        absmax=packed.absmax[blocks],
+        shape=torch.Size((packed.rows[member], packed.columns)),
+        code=packed.levels.clone(),  # one each, or base_checksum would take them for tied weights
+        blocksize=packed.blocksize,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=offset,
+        state2=state2,
+    )

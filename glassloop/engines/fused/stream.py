@@ -1,0 +1,102 @@
+"""Layers' 4-bit weights that wait on the host: copied to the card ahead of the layer that needs them.
+
+A layer's blob lands in one of a few slots while the layers before it compute; all its groups are
+dequantised when it begins, and from then on the slot is free for the next copy. So two slots give
+nearly two layers of time to each copy. What is computed is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glassloop.base.host_pages import HostPages
+from glassloop.base.packed import Packed
+from glassloop.engines.fused.layer import Layer
+from glassloop.engines.fused.linear import Scratch
+
+SLOTS = 2
+
+
+class LayerStream:
+    """Copies of layers on their way, in the order in which a pass visits them."""
+
+    def __init__(self, pages: HostPages, device: torch.device):
+        self.pages, self.device = pages, device
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.slots: list[Tensor] = []  # (bytes,) uint8 each
+        self.views: dict[tuple[int, int], dict[str, Packed]] = {}  # by layer and slot
+        self.vacant: deque[tuple[int, torch.Event | None]] = deque()  # slot, its last reader
+        self.here: deque[tuple[int, int, torch.Event | None]] = deque()  # layer, slot, its arrival
+        self.coming: deque[int] = deque()
+
+    def open(self, slots: int = SLOTS) -> None:
+        """Make room for `slots` layers on the device; 0 gives it back."""
+        self.views.clear()
+        self.here.clear()
+        self.coming.clear()
+        if len(self.slots) != slots:
+            size = self.pages.file.manifest.most_layer_bytes
+            self.slots = [
+                torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(slots)
+            ]
+        self.vacant = deque((slot, self._now()) for slot in range(slots))
+
+    def begin(self, order: Sequence[int], then: Sequence[int]) -> None:
+        """Start copies for a pass that visits the layers `order`, and after it the layers `then`.
+
+        What is on its way already is kept where it is what `order` begins with.
+        """
+        coming = deque([*order, *then[: len(self.slots)]])
+        if [layer for layer, *_ in self.here] != list(coming)[: len(self.here)]:
+            self.vacant.extend((slot, arrival) for _, slot, arrival in self.here)
+            self.here.clear()
+        for _ in self.here:
+            coming.popleft()
+        self.coming = coming
+        self._fetch()
+
+    def fill(self, index: int, layer: Layer, scratch: Scratch) -> None:
+        """Dequantise all groups of a layer from its slot, then let the next layer have the slot."""
+        if all(scratch.holds_of(linear) for linear in layer.linears):
+            return  # the pass turns at this layer
+        found, slot, arrival = self.here.popleft()
+        assert found == index, f"layer {index} is due, {found} has come"
+        if arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrival)
+        for linear in layer.linears:
+            home, linear.packed = linear.packed, self._views(index, slot)[linear.group]
+            scratch.weights(linear)
+            linear.packed = home
+        self.vacant.append((slot, self._now()))
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Copy layers that are due to slots that are free."""
+        while self.coming and self.vacant:
+            index, (slot, reader) = self.coming.popleft(), self.vacant.popleft()
+            blob = self.pages.blob(index)
+            if self.copying is None:
+                self.slots[slot][: len(blob)].copy_(blob)
+                self.here.append((index, slot, None))
+                continue
+            if reader is not None:
+                self.copying.wait_event(reader)
+            with torch.cuda.stream(self.copying):
+                self.slots[slot][: len(blob)].copy_(blob, non_blocking=True)
+            self.here.append((index, slot, self.copying.record_event()))
+
+    def _views(self, index: int, slot: int) -> dict[str, Packed]:
+        key = index, slot
+        if key not in self.views:
+            self.views[key] = self.pages.file.packed(index, self.slots[slot], self.pages.shared)
+        return self.views[key]
+
+    def _now(self) -> torch.Event | None:
+        """An event behind what the computing stream has been asked to do so far."""
+        if self.copying is None:
+            return None
+        return torch.cuda.current_stream(self.device).record_event()

@@ -1,0 +1,149 @@
+"""A base that streams from the host gives the bits of one that lies on the card."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import random
+
+import pytest
+import torch
+
+from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.engines.adapters import attach_lora
+from glassloop.formula.optim import FlatAdapters
+from glassloop.plan.honoured import GROUPS
+from glassloop.predict.tiers import Tiers
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build here"
+)
+CPU = torch.device("cpu")
+
+
+def streamed(folder, *, precision="fp32", double=True, r=4):
+    """The fused engine over a mapped file, adapters of non-zero values beside it."""
+    from glassloop.base.streamed import load_streamed
+    from glassloop.engines.fused.engine import FusedEngine
+
+    model = ModelConfig(id=str(folder), quantization="nf4", double_quantization=double)
+    hf, report, pages = load_streamed(
+        model, GROUPS, precision=precision, device=CPU, first=contextlib.nullcontext
+    )
+    peft = attach_lora(hf, LoraConfig(r=r, alpha=8), seed=0, base_name="base", commit=None)
+    return FusedEngine(peft, report, pages=pages), adapters_of(peft)
+
+
+def adapters_of(peft) -> FlatAdapters:
+    adapters = FlatAdapters(peft.named_parameters())
+    torch.manual_seed(3)
+    adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
+    return adapters
+
+
+def passes_of(*lengths):
+    generator = random.Random(0)
+    rows = [
+        Row(
+            f"r{i}",
+            tuple(generator.randrange(5, 500) for _ in range(n)),
+            tuple(place >= n // 2 for place in range(n)),
+        )
+        for i, n in enumerate(lengths)
+    ]
+    return [build_pass([row], packed=True, pad_id=0, device=CPU) for row in rows]
+
+
+def gradient(engine, adapters, passes):
+    adapters.zero_grad()
+    sums = []
+    for p in passes:
+        loss_sum, _ = engine(p)
+        (loss_sum / 7).backward()
+        sums.append(loss_sum.item())
+    return sums, adapters.grad.clone()
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_qwen2"])
+def folder(request: pytest.FixtureRequest):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_every_number_of_streamed_layers_gives_the_same_bits(engine_of, folder, double):
+    from glassloop.engines.fused.engine import FusedEngine
+
+    passes = passes_of(12, 7, 20)
+    lora = LoraConfig(r=4, alpha=8)
+    before = engine_of(folder, quantization="nf4", double_quantization=double, lora=lora)
+    resident = FusedEngine(before.hf, before.report)
+    wanted = gradient(resident, adapters_of(before.hf), passes)
+    engine, adapters = streamed(folder, double=double)
+    for count, kept, host in (
+        (2, 0, False),
+        (2, 1, True),
+        (1, 2, False),
+        (0, 1, False),
+        (2, 2, True),
+    ):
+        engine.use_tiers(Tiers(kept, host, streamed=count))
+        found = gradient(engine, adapters, passes)
+        assert found[0] == wanted[0] and torch.equal(found[1], wanted[1]), (count, kept, host)
+        with torch.no_grad():
+            assert [engine(p)[0].item() for p in passes] == wanted[0]  # and forward alone
+
+
+def test_the_base_is_the_one_that_transformers_loads(engine_of, folder):
+    """Its checksum, its tensors' names, and what the model over it computes."""
+    reference = engine_of(folder, quantization="nf4")
+    engine, _ = streamed(folder)
+    assert engine.report.checksum == reference.report.checksum
+    assert engine.report.base_hash == reference.report.base_hash
+    assert set(engine.hf.state_dict()) == set(reference.hf.state_dict())
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad(), engine.hf.disable_adapter(), reference.hf.disable_adapter():
+        for count in (2, 1, 0):  # and so it does when layers move to the card
+            engine.use_tiers(Tiers(0, False, streamed=count))
+            assert torch.equal(engine.hf(input_ids=ids).logits, reference.hf(input_ids=ids).logits)
+
+
+def test_a_file_that_was_cut_short_or_changed_is_refused_by_its_name(
+    tiny_llama, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("GLASSLOOP_CACHE", str(tmp_path))
+    engine, _ = streamed(tiny_llama)
+    file = next(tmp_path.glob("layers/*/base.bin"))
+    whole = file.read_bytes()
+    del engine
+    file.write_bytes(whole[:-4096])
+    with pytest.raises(ValueError, match=r"delete the folder .*layers"):
+        streamed(tiny_llama)
+    file.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    with pytest.raises(ValueError, match=r"checksum .*delete the folder"):
+        streamed(tiny_llama)
+
+
+def test_a_second_run_reads_the_file_that_the_first_one_made(tiny_llama, monkeypatch, tmp_path):
+    monkeypatch.setenv("GLASSLOOP_CACHE", str(tmp_path))
+    first, second = streamed(tiny_llama)[0].report, streamed(tiny_llama)[0].report
+    assert not first.from_cache and second.from_cache and first.checksum == second.checksum
+    assert len(list(tmp_path.glob("layers/*"))) == 1 and not list(tmp_path.glob("quantized/*"))
+
+
+def test_slots_are_filled_ahead_and_in_the_order_of_the_pass(folder):
+    """A layer that comes before its turn, or a slot reused too early, would change bits."""
+    engine, adapters = streamed(folder)
+    stream, seen = engine.stream, []
+    fill = stream.fill
+
+    def watch(index, layer, scratch):
+        seen.append((index, [layer for layer, *_ in stream.here]))
+        fill(index, layer, scratch)
+
+    stream.fill = watch
+    gradient(engine, adapters, passes_of(9))
+    assert [index for index, _ in seen] == [0, 1, 1, 0]
+    assert seen[0][1] == [0, 1] and seen[1][1] == [1, 0]  # the turn: layer 1 is not copied again
+    assert [layer for layer, *_ in stream.here] == [0, 1]  # the next pass has begun to come
