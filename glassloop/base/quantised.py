@@ -31,7 +31,7 @@ from transformers import (
 
 from glassloop.base.cache import cache_root, published, save_pretrained_here
 from glassloop.base.checks import base_checksum
-from glassloop.base.random import fill, sizes, write_nf4
+from glassloop.base.random import drawn_shapes, fill, write_nf4
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -211,7 +211,7 @@ def _draw(
         hf = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=model.attention
         )
-    fill(hf, sizes()[source.drawn], device)
+    fill(hf, drawn_shapes(source.drawn), device)
     return hf.eval().requires_grad_(False)  # as from_pretrained leaves it
 
 
@@ -270,7 +270,7 @@ def quantized_copy(
     with published(folder) as temporary:
         if hf is None:
             assert source.drawn is not None and source.folder is not None
-            shapes = sizes()[source.drawn]
+            shapes = drawn_shapes(source.drawn)
             check_free_space(
                 temporary, shapes.weights
             )  # more than it takes: the linear layers' are half a byte each

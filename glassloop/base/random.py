@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glassloop.base.cache import published
-from glassloop.predict.shapes import KNOWN, Shapes
+from glassloop.predict.shapes import KNOWN, Shapes, known_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -52,18 +52,26 @@ def sizes() -> dict[str, Shapes]:
     }
 
 
+def drawn_shapes(name: str) -> Shapes:
+    """Shapes of `random:NAME` or `random:NAME:LAYERS`. Raises ValueError for an unknown one."""
+    found = known_shapes(PREFIX + name)
+    if found is None:
+        there = ", ".join(PREFIX + known for known in sizes())
+        raise ValueError(
+            f"model.id = {PREFIX}{name} is unknown: there are {there}, each also with :LAYERS"
+        )
+    return found
+
+
 def random_folder(model_id: str, cache: Path) -> Path:
     """Folder with config.json and tokenizer of `random:NAME`, made under `cache` at the first call. Raises ValueError for an unknown NAME."""
     name = model_id.removeprefix(PREFIX)
-    if name not in sizes():
-        raise ValueError(
-            f"model.id = {model_id} is unknown: there are {', '.join(PREFIX + known for known in sizes())}"
-        )
-    folder = cache / f"random-{name}-v{VERSION}"
+    shapes = drawn_shapes(name)
+    folder = cache / f"random-{name.replace(':', '-')}-v{VERSION}"
     if not folder.is_dir():
         with published(folder) as temporary:
-            _config(sizes()[name]).save_pretrained(temporary)
-            _tokenizer(sizes()[name].vocabulary).save_pretrained(temporary)
+            _config(shapes).save_pretrained(temporary)
+            _tokenizer(shapes.vocabulary).save_pretrained(temporary)
     return folder
 
 

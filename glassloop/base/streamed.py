@@ -44,7 +44,7 @@ from glassloop.base.quantised import (
     prepare_4bit,
     quantized_copy,
 )
-from glassloop.base.random import sizes, weights_of
+from glassloop.base.random import drawn_shapes, weights_of
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -225,7 +225,7 @@ class _Drawn:
 
     def __init__(self, source: BaseSource, device: torch.device):
         assert source.folder is not None and source.drawn is not None
-        self.folder, self.shapes, self.device = source.folder, sizes()[source.drawn], device
+        self.folder, self.shapes, self.device = source.folder, drawn_shapes(source.drawn), device
         parts = weights_of(self.shapes, device)
         self.others = dict(next(parts)[1])  # embedding, norm, head
         self.parts = parts

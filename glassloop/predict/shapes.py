@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,20 @@ KNOWN = {
     ),
     "smollm2": Shapes("SmolLM2-135M-Instruct", 30, 576, 1536, 9, 3, 64, 49152, tied_head=True),
     "random:llama-8b": Shapes("random-llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
+    "random:llama-70b": Shapes("random-llama-70b", 80, 8192, 28672, 64, 8, 128, 128256),
+    "random:qwen-32b": Shapes("random-qwen-32b", 64, 5120, 27648, 40, 8, 128, 152064),
     "random:tiny": Shapes("random-tiny", 2, 64, 192, 4, 2, 16, 512),
 }
+
+
+def known_shapes(model_id: str) -> Shapes | None:
+    """Shapes of a well-known model; `random:NAME:LAYERS` is one cut to some layers."""
+    if model_id in KNOWN:
+        return KNOWN[model_id]
+    name, _, layers = model_id.rpartition(":")
+    if name in KNOWN and name.startswith("random:") and layers.isdigit() and int(layers) > 0:
+        return replace(KNOWN[name], layers=int(layers), name=f"{KNOWN[name].name}-{layers}")
+    return None
 
 
 def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
@@ -108,8 +120,8 @@ def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
     path = Path(model_id).expanduser()
     if path.is_dir():
         return _from_file(path / "config.json", model_id)
-    if model_id in KNOWN:
-        return KNOWN[model_id], "known architecture"
+    if (known := known_shapes(model_id)) is not None:
+        return known, "known architecture"
     cached = _downloaded_config(model_id)
     if cached is not None:
         return _from_file(cached, model_id)
@@ -122,8 +134,8 @@ def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
 def config_values(model_id: str) -> dict[str, Any] | None:
     """What config.json of `model_id` says, from where `shapes_of` looks; None where it is not here. Known architectures are plain Llamas."""
     path = Path(model_id).expanduser()
-    if not path.is_dir() and model_id in KNOWN:
-        known = KNOWN[model_id]
+    known = None if path.is_dir() else known_shapes(model_id)
+    if known is not None:
         sizes = {"hidden_size": known.hidden, "intermediate_size": known.intermediate}
         return {
             "model_type": "llama",

@@ -80,14 +80,17 @@ class LayerStream:
             index, (slot, reader) = self.coming.popleft(), self.vacant.popleft()
             blob = self.pages.blob(index)
             if self.copying is None:
-                self.slots[slot][: len(blob)].copy_(blob)
+                self._copy(blob, slot)
                 self.here.append((index, slot, None))
                 continue
             if reader is not None:
                 self.copying.wait_event(reader)
             with torch.cuda.stream(self.copying):
-                self.slots[slot][: len(blob)].copy_(blob, non_blocking=True)
+                self._copy(blob, slot)
             self.here.append((index, slot, self.copying.record_event()))
+
+    def _copy(self, blob: Tensor, slot: int) -> None:
+        self.slots[slot][: len(blob)].copy_(blob, non_blocking=True)
 
     def _views(self, index: int, slot: int) -> dict[str, Packed]:
         key = index, slot

@@ -48,8 +48,8 @@ TABLE = {
     "plan": Rule("config predict"),
     "base": Rule(
         "config disk predict",
-        "torch transformers",
-        late="bitsandbytes gguf huggingface_hub safetensors tokenizers",
+        "safetensors torch transformers",
+        late="bitsandbytes gguf huggingface_hub tokenizers",
     ),
     "record": Rule("config disk", "rich yaml", late="wandb"),
     "data": Rule("config plan", "numpy torch", late="datasets jinja2 tokenizers"),

@@ -1,0 +1,180 @@
+"""A base on the card beside the same base streamed from the host: bits, tokens/s, GiB.
+
+    python benchmarks/streamed.py --model random:llama-70b --tokens 4096,16384 --out FILE
+
+Each line is a measurement: where the base's layers lie, tokens a pass, seconds, the most that torch
+allocated. The arms take turns in one process, over the same rows, adapters and kernels. `--gib`
+limits what torch may take of the card. `--half-bus` copies each layer twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glassloop.base.streamed import load_streamed
+from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.disk.environment import environment
+from glassloop.engines.adapters import attach_lora
+from glassloop.engines.fused.engine import FusedEngine
+from glassloop.engines.fused.stream import LayerStream
+from glassloop.engines.norms import fuse_norms
+from glassloop.formula.optim import FlatAdapters, l2_norm
+from glassloop.plan.honoured import GROUPS
+from glassloop.predict.tiers import Tiers
+
+GIB = 2**30
+
+
+class Twice(LayerStream):
+    """Copies each layer twice: a bus of half the speed."""
+
+    def _copy(self, blob: torch.Tensor, slot: int) -> None:
+        super()._copy(blob, slot)
+        super()._copy(blob, slot)
+
+
+def link(device: torch.device, pages: Any) -> dict[str, float]:
+    """GB/s from the host's pages to the card: alone, and with copies the other way beside."""
+    blob = pages.blob(0)
+    there, back = torch.empty_like(blob, device=device), torch.empty(blob.shape, dtype=torch.uint8)
+    back, found = back.pin_memory(), {}
+    up, down = torch.cuda.Stream(), torch.cuda.Stream()
+    for name, both in (("host_to_card_gbs", False), ("host_to_card_both_ways_gbs", True)):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            with torch.cuda.stream(up):
+                there.copy_(blob, non_blocking=True)
+            if both:
+                with torch.cuda.stream(down):
+                    back.copy_(there, non_blocking=True)
+        up.synchronize()
+        found[name] = 10 * len(blob) / (time.perf_counter() - started) / 1e9
+        torch.cuda.synchronize()
+    return found
+
+
+def rows_of(tokens: int, longest: int, vocabulary: int) -> list[Row]:
+    drawn = torch.Generator().manual_seed(tokens)
+    lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
+    return [
+        Row(
+            f"r{index}",
+            tuple(torch.randint(10, vocabulary, (length,), generator=drawn).tolist()),
+            tuple(place > length // 5 for place in range(length)),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def gradient(engine: FusedEngine, adapters: FlatAdapters, p: Any) -> tuple[float, torch.Tensor]:
+    adapters.zero_grad()
+    loss_sum, _ = engine(p)
+    (loss_sum / p.supervised_tokens).backward()
+    return loss_sum.item(), adapters.grad.clone()
+
+
+def seconds(engine: FusedEngine, p: Any, passes: int) -> tuple[float, float]:
+    """Seconds of a pass, back to back, and the most GiB meanwhile."""
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(passes):
+        loss_sum, _ = engine(p)
+        (loss_sum / p.supervised_tokens).backward()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / passes, torch.cuda.max_memory_allocated() / GIB
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="random:llama-70b:12")
+    parser.add_argument("--tokens", default="4096,16384")
+    parser.add_argument("--longest", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--kept", type=int, default=1, help="layers kept whole, as memory.profile")
+    parser.add_argument("--bases", default="gpu,host", help="gpu, host")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--gib", type=float, help="what torch may take of the card")
+    parser.add_argument("--half-bus", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    device = torch.device("cuda", 0)
+    lines: list[dict[str, Any]] = []
+
+    def say(**line: Any) -> None:
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+        asked.out.write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+    if asked.gib:
+        share = asked.gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+    say(kind="environment", **environment(sys.argv))
+    model = ModelConfig(id=asked.model, quantization="nf4")
+    for what in ("made", "read"):
+        started = time.perf_counter()
+        hf, report, pages = load_streamed(
+            model, GROUPS, precision="bf16", device=device, first=contextlib.nullcontext
+        )
+        took = time.perf_counter() - started
+        say(kind="load", what=what, seconds=took, checksum=report.checksum, notes=report.notes)
+        if what == "made":
+            pages.close()
+            del hf
+    started = time.perf_counter()
+    fuse_norms(hf)
+    peft = attach_lora(hf, LoraConfig(r=16, alpha=16), seed=0, base_name="b", commit=None)
+    engine = FusedEngine(peft, report, pages=pages)
+    adapters = FlatAdapters(peft.named_parameters())
+    drawn = torch.Generator(device).manual_seed(1)
+    adapters.flat.data.normal_(0, 0.01, generator=drawn)
+    say(kind="engine", seconds=time.perf_counter() - started)
+    say(kind="link", **link(device, pages))
+    if asked.half_bus:
+        engine.stream.__class__ = Twice
+    layers, vocabulary = len(engine.layers), engine.head.shape[0]
+    for tokens in map(int, asked.tokens.split(",")):
+        p = build_pass(rows_of(tokens, asked.longest, vocabulary), packed=True, pad_id=0, device=device)
+        found: dict[str, Any] = {}
+        times: dict[str, list[float]] = {}
+        for turn in range(asked.turns + 1):
+            for base in asked.bases.split(","):
+                streamed = layers if base == "host" else 0
+                engine.use_tiers(Tiers(asked.kept, True, streamed=streamed))
+                if turn == 0:
+                    loss, grad = gradient(engine, adapters, p)
+                    again = gradient(engine, adapters, p)[1]
+                    found[base] = loss, grad.cpu(), bool(torch.equal(grad, again))
+                    continue
+                one, gib = seconds(engine, p, asked.passes)
+                times.setdefault(base, []).append(one)
+                say(kind="turn", base=base, tokens=tokens, seconds=one, gib=gib, norm=l2_norm(adapters.grad).item())
+        line: dict[str, Any] = {"kind": "summary", "tokens": tokens, "layers": layers}
+        for base, values in times.items():
+            line[base] = tokens / statistics.median(values)
+            line[f"{base} repeats its bits"] = found[base][2]
+        if len(times) == 2:
+            pairs = [g / h for g, h in zip(times["gpu"], times["host"], strict=True)]
+            line["share"], line["shares"] = statistics.median(pairs), pairs
+            line["loss equal"] = found["gpu"][0] == found["host"][0]
+            line["gradient equal"] = bool(torch.equal(found["gpu"][1], found["host"][1]))
+            far = (found["gpu"][1] - found["host"][1]).norm() / found["gpu"][1].norm()
+            line["gradient apart"] = float(far)
+        say(**line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
