@@ -34,7 +34,7 @@ from glassloop.data.rows import Pass, Row
 from glassloop.disk.environment import environment
 from glassloop.engines.adapters import attach_lora
 from glassloop.engines.norms import fuse_norms
-from glassloop.engines.peft import PeftEngine, _recompute_layers
+from glassloop.engines.peft import PeftEngine, recompute_layers
 from glassloop.formula.optim import FlatAdapters, l2_norm, make_optimizer
 from glassloop.predict.ledger import GIB, Work, ledger_of
 from glassloop.predict.shapes import Shapes, shapes_of
@@ -130,7 +130,7 @@ def measure(
 
 
 def recompute(model: Any, on: bool) -> None:
-    """Switch recomputation as transformers does; how it is done, `_recompute_layers` chose once."""
+    """Switch recomputation as transformers does; how it is done, `recompute_layers` chose once."""
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = on
@@ -288,7 +288,7 @@ def main(argv: list[str]) -> int:
     loaded = Meter(device).now()
     check_plain_head(base, device, report.name)
     fuse_norms(base)
-    _recompute_layers(base, config.model.id)
+    recompute_layers(base, config.model.id)
     lines: list[dict[str, Any]] = []
     with open(out, "w", encoding="utf-8") as file:
 

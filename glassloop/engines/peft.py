@@ -97,7 +97,7 @@ def build_engine(
         fuse_norms(base)
         hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
         if checkpointing and engine == "peft":
-            _recompute_layers(base, model.id)
+            recompute_layers(base, model.id)
     if model.init_adapter is not None:
         load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)  # type: ignore[arg-type]
     check_devices(hf, device, but=only_on_cpu)
@@ -260,15 +260,29 @@ class PeftEngine(nn.Module):
 Engine = Union[PeftEngine, "FusedEngine"]  # what the loop calls: the same forward, hf and report
 
 
-def _recompute_layers(base: PreTrainedModel, model_id: str) -> None:
-    """Non-reentrant activation checkpointing of every decoder layer (needs no gradient at the frozen embeddings' output)."""
+def recompute_layers(base: PreTrainedModel, model_id: str = "") -> None:
+    """Recompute every decoder layer in the backward pass, by non-reentrant checkpointing.
+
+    Raises ValueError if the model's class does not support it.
+    """
     if not base.supports_gradient_checkpointing:
         raise ValueError(
-            f"execution.checkpointing = True: {type(base).__name__} ({model_id}) cannot recompute its layers: set it to false"
+            f"execution.checkpointing = True: {type(base).__name__} ({model_id}) cannot recompute "
+            "its layers: set it to false"
         )
     # transformers 5.2x renamed the method; the old name warns there
     enable = (
         getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
-    base.disable_input_require_grads()  # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs
+    # transformers lets the embeddings' output require grad, which only reentrant needs
+    base.disable_input_require_grads()
+
+
+def store_layers(base: PreTrainedModel) -> None:
+    """Store every decoder layer's activations: the reverse of `recompute_layers`."""
+    disable = (
+        getattr(base, "activation_checkpointing_disable", None)
+        or base.gradient_checkpointing_disable
+    )
+    disable()

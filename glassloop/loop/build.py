@@ -41,6 +41,7 @@ from glassloop.loop.conditions import found_facts, planned_facts, target_shapes
 from glassloop.loop.engine_here import engine_here
 from glassloop.loop.launch import check_launch, hush, make_accelerator
 from glassloop.loop.memory import allocated_gib, choose_pass_tokens, spend_memory
+from glassloop.loop.proving import proven
 from glassloop.loop.run import Run
 from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.loop.watchdog import Watchdog
@@ -92,7 +93,7 @@ def build_run(config: Config) -> Run:
 
     first = partial(one_first, accelerator.is_local_main_process)
     old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
-    choice = engine_here(config, checkpoint, old_plan, first)
+    asked, choice = config, engine_here(config, checkpoint, old_plan, first)
     config, auto = (
         with_engine(config, choice),
         in_words(config, choice),
@@ -157,6 +158,12 @@ def build_run(config: Config) -> Run:
     loaded_gib = allocated_gib(device)
     adapters = FlatAdapters(engine.hf.named_parameters())
     broadcast_from_rank_0(adapters.flat.data)
+    pad_id = cast(int, tokenizer.pad_token_id)
+    engine, other = proven(asked, engine, adapters, dataset.train.rows, pad_id)
+    if other is not None:
+        config, auto = with_engine(asked, other), in_words(asked, other)
+        if tracker is not None:
+            tracker.tell_config(as_dict(config))
     prepared = accelerator.prepare_model(
         engine, device_placement=False, evaluation_mode=config.execution.reduction == "explicit"
     )
@@ -203,7 +210,7 @@ def build_run(config: Config) -> Run:
         rank=rank,
         ranks=ranks,
         device=device,
-        pad_id=cast(int, tokenizer.pad_token_id),
+        pad_id=pad_id,
         stop=stop,
         capture=capture,
         inspection=make_inspection(
@@ -251,6 +258,8 @@ def build_run(config: Config) -> Run:
         run.best_heldout_nats = best_heldout(folder)
         if rank == 0:
             rewrite_plan(run, old_plan)
+    if other is not None:
+        run.changes = (*run.changes, ("warning", f"{other.why}: the run takes {other.engine}"))
     spend_memory(run)
     return run
 

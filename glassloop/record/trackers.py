@@ -143,6 +143,19 @@ class TrackerObserver:
         """For the header: where to look at the run, one line a tracker."""
         return self._lines
 
+    def tell_config(self, config: Mapping[str, Any]) -> None:
+        """Replace the config that the trackers were started with. TensorBoard keeps both."""
+        shown = without_secrets(dict(config))
+        for name, tracker in list(self._trackers.items()):
+            try:
+                if name == "wandb":
+                    tracker.tracker.config.update(shown, allow_val_change=True)
+                else:
+                    tracker.log({"config": f"```\n{json.dumps(shown, indent=2)}\n```"}, step=0)
+            except Exception as error:  # as in _log: the run's own files say it all the same
+                del self._trackers[name]
+                _warn(name, "the config", error)
+
     def on_start(self, info: RunInfo) -> None:
         pass
 

@@ -1,0 +1,246 @@
+"""A check of the fused engine against the reference engine, on short rows of the run itself.
+
+Both engines lie over the same storage. Each computes the loss of a few short rows and the gradient
+of every adapter matrix. In fp32 the two must agree. In bf16 both are compared with the same model
+computed in fp32, and the fused engine may not lie further from it than the reference does.
+
+The flat gradient holds the difference of two computations, one added and one subtracted, so no
+gradient is copied on the device. Kernels that need longer rows than these are not reached.
+
+Legend: S supervised places, H hidden size, V vocabulary, R rank of the adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Pass, Row
+from glassloop.engines.fused.engine import FusedEngine
+from glassloop.engines.peft import PeftEngine, recompute_layers, store_layers
+from glassloop.formula.optim import FlatAdapters
+
+TOKENS, PIECE = 64, 16  # of the pass, and of each row in it: several, so that borders count
+SEARCHED = 64  # rows that pieces are cut from
+HEAD_ROWS = 4096  # of the head, in fp32 at a time: 64 MiB at H = 4096
+SHARE = 0.17  # of the adapters beside W x, about: seen in every gradient, and no other model
+
+# Bounds of a matrix's distance from the true gradient. In fp32 summing in another order moves a
+# matrix by 1e-6 of its norm at most. In bf16 both engines round alike often: on random models of
+# four families of shapes, fused was at most 1.4 times as far off as the reference was (1.8 with
+# four labels in all, 9.5 with one label and r = 1, where nothing averages the rounding). As the
+# reference's own distance counts that of the matrix or the median's, whichever is larger.
+FP32 = 1e-5
+FACTOR, AVERAGED = 3.0, 4  # times the reference's distance, with this many labels or more
+# A gradient that is 0 (q and k, where attention sees one key) leaves rounding alone, measured
+# against the largest matrix.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
+LOSS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative; bf16 gave 1e-3, one label 4e-3
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Losses in nats, and norms by adapter matrix (M,) float64."""
+
+    loss: float  # true
+    fused_loss: float
+    truth: Tensor  # of the true gradient
+    fused: Tensor  # of the fused engine's gradient less the true one
+    reference: Tensor  # of the reference's less the true one; 0 in fp32, where it is the truth
+
+
+def disagreement(
+    engine: FusedEngine, adapters: FlatAdapters, rows: Sequence[Row], *, packed: bool, pad_id: int
+) -> str:
+    """Name what the fused engine computes otherwise than the reference; empty if they agree.
+
+    Adapters, their gradients and random numbers are as before when it returns.
+
+    Args:
+        rows: of the run, in any order. packed: as the run's passes are.
+    """
+    device, dtype = adapters.flat.device, engine.embedding.dtype
+    p = build_pass(short_rows(rows), packed=packed, pad_id=pad_id, device=device)
+    with drawn_adapters(engine, adapters), stored_as_least(engine.hf):
+        found = distances(engine, adapters, p)
+    return judged(list(adapters.slices), found, dtype, p.supervised_tokens)
+
+
+def short_rows(rows: Sequence[Row]) -> list[Row]:
+    """Cut rows with labels to short pieces, the longest first, TOKENS in all."""
+    labelled = [row for row in rows[:SEARCHED] if row.supervised_tokens]
+    labelled = labelled or [next(row for row in rows if row.supervised_tokens)]
+    chosen: list[Row] = []
+    for one in sorted(map(piece, labelled), key=len, reverse=True):
+        if sum(map(len, chosen)) < TOKENS:
+            chosen.append(one)
+    return chosen
+
+
+def piece(row: Row) -> Row:
+    """Cut a row to PIECE consecutive tokens, the later half of them labels if it can be.
+
+    Attention from a label to several tokens is what gives q and k a gradient.
+    """
+    first = row.supervised.index(True)
+    start = max(0, min(first - PIECE // 2, len(row) - PIECE))
+    place = slice(start, start + PIECE)
+    return Row(row.row_id, row.input_ids[place], (False, *row.supervised[place][1:]))
+
+
+@contextmanager
+def drawn_adapters(engine: FusedEngine, adapters: FlatAdapters) -> Iterator[None]:
+    """Give A and B small random values, and put the old ones back bit for bit.
+
+    B is 0 before update 1, and A would have no gradient. The old values wait in host memory.
+    """
+    device = adapters.flat.device
+    before = adapters.flat.detach().to("cpu", copy=True)
+    generator = torch.Generator(device).manual_seed(0)
+    try:
+        with torch.no_grad():
+            for module in engine.adapted:
+                name = module.active_adapters[0]
+                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                r, inputs = a.shape
+                a.data.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+                size = SHARE / (module.scaling[name] * math.sqrt(r))
+                b.data.normal_(0.0, size, generator=generator)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        adapters.flat.data.copy_(before)
+        adapters.zero_grad()
+
+
+@contextmanager
+def stored_as_least(hf: nn.Module) -> Iterator[None]:
+    """Recompute the reference's layers, whatever the run does: it then needs little memory."""
+    base: Any = hf.get_base_model()  # type: ignore[operator]
+    recompute_layers(base)
+    try:
+        yield
+    finally:
+        store_layers(base)
+
+
+def distances(engine: FusedEngine, adapters: FlatAdapters, p: Pass) -> Distances:
+    """Compute the pass with each engine, and in fp32 if the engines compute in bf16."""
+    hf, dtype = engine.hf, engine.embedding.dtype
+    reference = PeftEngine(hf, engine.report).train()
+
+    def by_reference(sign: float) -> float:
+        with torch.autocast(p.input_ids.device.type, dtype, enabled=dtype != torch.float32):
+            loss_sum, _ = reference(p)
+        (loss_sum * sign).backward()
+        return float(loss_sum.detach())
+
+    def by_fused(sign: float) -> float:
+        loss_sum, _ = engine(p)
+        (loss_sum * sign).backward()
+        return float(loss_sum.detach())
+
+    def in_fp32(sign: float) -> float:
+        return exact(reference, engine.head, p, sign)
+
+    def norms() -> Tensor:
+        grads = (place.of(adapters.grad) for place in adapters.slices.values())
+        return torch.stack([grad.norm() for grad in grads]).double().cpu()
+
+    def difference(one: Callable[[float], float], truth: Callable[[float], float]):
+        adapters.zero_grad()
+        loss = truth(1.0)
+        size = norms()
+        return loss, size, one(-1.0), norms()
+
+    if dtype == torch.float32:
+        loss, size, fused_loss, fused = difference(by_fused, by_reference)
+        return Distances(loss, fused_loss, size, fused, torch.zeros_like(fused))
+    loss, size, fused_loss, fused = difference(by_fused, in_fp32)
+    *_, own = difference(by_reference, in_fp32)
+    return Distances(loss, fused_loss, size, fused, own)
+
+
+def exact(reference: PeftEngine, head: Tensor, p: Pass, sign: float) -> float:
+    """Compute a pass in fp32 over the 16-bit storage, and add `sign` times its gradient.
+
+    Frozen weights are those that the engines use, NF4 rounded to bf16. Only the arithmetic differs.
+    """
+    with computing_in_fp32(reference.hf), torch.autocast(p.input_ids.device.type, enabled=False):
+        positions = p.position_ids if p.packed else None
+        hidden = reference.hidden_states(p.input_ids, positions, p.lengths)  # (B, T, H)
+        hidden = hidden.flatten(0, 1)[p.places]  # (S, H)
+        labels = p.targets.flatten()[p.places]
+        loss, grad = exact_head(hidden.detach(), head, labels)
+        hidden.backward(grad * sign)
+    return loss
+
+
+def exact_head(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Summed cross-entropy in fp32 and its gradient in hidden (S, H); the head in pieces."""
+    pieces = head.detach().split(HEAD_ROWS)
+    logits = torch.cat([hidden @ rows.float().t() for rows in pieces], dim=1)  # (S, V)
+    own = labels.unsqueeze(1)
+    loss = (logits.logsumexp(1, keepdim=True) - logits.gather(1, own)).sum()
+    slope = logits.softmax(1).scatter_add_(1, own, logits.new_full(own.shape, -1.0))
+    grad = torch.zeros_like(hidden)
+    for columns, rows in zip(slope.split(HEAD_ROWS, dim=1), pieces, strict=True):
+        grad += columns @ rows.float()
+    return float(loss), grad
+
+
+@contextmanager
+def computing_in_fp32(hf: nn.Module) -> Iterator[None]:
+    """Let a model of 16-bit and NF4 weights compute in fp32, layer by layer, and undo it."""
+    base: Any = hf.get_base_model()  # type: ignore[operator]
+    quantised: list[Any] = [m for m in hf.modules() if hasattr(m, "quant_state")]
+    dtypes, attention = [m.compute_dtype for m in quantised], base.config._attn_implementation
+    widen = base.get_input_embeddings().register_forward_hook(lambda _, __, out: out.float())
+    try:
+        base.config._attn_implementation = "sdpa"  # flash_attention_2 has no fp32
+        for module in quantised:
+            module.compute_dtype = torch.float32
+        yield
+    finally:
+        for module, dtype in zip(quantised, dtypes, strict=True):
+            module.compute_dtype = dtype
+        base.config._attn_implementation = attention
+        widen.remove()
+
+
+def judged(names: Sequence[str], found: Distances, dtype: torch.dtype, labels: int) -> str:
+    """Name the matrix at fault, its distance and the bound; empty if every one is within it.
+
+    A fault of a layer's backward spoils all layers below it, so among the matrices that are about
+    as far off as the worst, the one nearest the loss is named.
+    """
+    size, far = found.truth, found.fused
+    if dtype == torch.float32:
+        bound = FP32 * size
+    else:
+        usual = (found.reference / size).nan_to_num(0.0, 0.0).median()
+        bound = torch.maximum(found.reference, usual * size)
+        bound = bound * FACTOR * max(1.0, AVERAGED / labels)
+    bound = bound + FLOOR[dtype] * size.max()
+    beyond = ~(far <= bound)  # NaN is beyond
+    off = abs(found.fused_loss - found.loss) / max(found.loss, 1e-6)
+    said = []
+    if beyond.any():
+        ratio = torch.where(beyond, far / bound, 0.0).nan_to_num(math.inf, math.inf)
+        place = int((ratio >= ratio.max() / 2).nonzero().max())
+        short = names[place].removeprefix("base_model.model.").replace(".default.weight", "")
+        said.append(
+            f"the gradient of {short} is off by {far[place] / size[place]:.2g} of its norm, "
+            f"{bound[place] / size[place]:.2g} is allowed "
+            f"({int(beyond.sum())} of {len(names)} matrices are beyond their bound)"
+        )
+    if not off <= LOSS[dtype]:
+        said.append(f"its loss is {found.fused_loss:.6g} nats, the reference's {found.loss:.6g}")
+    return "fused does not compute what peft computes: " + "; ".join(said) if said else ""

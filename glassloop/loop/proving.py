@@ -1,0 +1,57 @@
+"""The fast engine's proof at the start of a run, and what a run does without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from glassloop.config.config import Config
+from glassloop.data.rows import Row
+from glassloop.engines.peft import Engine, PeftEngine, recompute_layers
+from glassloop.formula.dist import gather_objects
+from glassloop.formula.optim import FlatAdapters
+from glassloop.plan.engine import Choice
+
+
+def proven(
+    asked: Config, engine: Engine, adapters: FlatAdapters, rows: Sequence[Row], pad_id: int
+) -> tuple[Engine, Choice | None]:
+    """Return the engine that computes this run, and why it is not fused if fused is not sound.
+
+    All ranks take part and decide alike: one rank's doubt is everyone's. Other engines pass.
+
+    Args:
+        asked: the run's config before `auto` was replaced by an engine's name.
+        rows: of the training set; some short pieces of them go through both engines.
+
+    Raises:
+        ValueError: fused was named and does not agree with the reference; names the matrix.
+    """
+    if engine.name != "fused":
+        return engine, None
+    doubts = gather_objects(doubt_of(asked, engine, adapters, rows, pad_id))
+    doubt = next(filter(None, doubts), "")
+    if not doubt:
+        return engine, None
+    if asked.execution.engine != "auto":
+        raise ValueError(
+            f"execution.engine = fused: {doubt}: set execution.engine=peft, "
+            "and please report this with the run's versions (glassloop doctor lists them)"
+        )
+    hf, report = engine.hf, engine.report
+    if asked.execution.checkpointing:
+        recompute_layers(hf.get_base_model())  # type: ignore[operator]
+    return PeftEngine(hf, report).train(), Choice("peft", doubt)
+
+
+def doubt_of(
+    asked: Config, engine: Engine, adapters: FlatAdapters, rows: Sequence[Row], pad_id: int
+) -> str:
+    """Name what speaks against fused on this rank; empty if it agrees with the reference."""
+    from glassloop.engines.fused.proof import disagreement
+
+    packed = asked.execution.layout == "packed"
+    try:
+        return disagreement(engine, adapters, rows, packed=packed, pad_id=pad_id)  # type: ignore[arg-type]
+    except Exception as error:  # a kernel that does not compile, an interface that has changed
+        first = (str(error).strip() or "no reason given").splitlines()[0][:300]
+        return f"fused fails on a short row ({type(error).__name__}: {first})"
