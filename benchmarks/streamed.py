@@ -148,7 +148,9 @@ def main() -> int:
         engine.stream.__class__ = Twice
     layers, vocabulary = len(engine.layers), engine.head.shape[0]
     for tokens in map(int, asked.tokens.split(",")):
-        p = build_pass(rows_of(tokens, asked.longest, vocabulary), packed=True, pad_id=0, device=device)
+        p = build_pass(
+            rows_of(tokens, asked.longest, vocabulary), packed=True, pad_id=0, device=device
+        )
         found: dict[str, Any] = {}
         times: dict[str, list[float]] = {}
         for turn in range(asked.turns + 1):
@@ -163,7 +165,14 @@ def main() -> int:
                     continue
                 one, gib = seconds(engine, p, asked.passes)
                 times.setdefault(base, []).append(one)
-                say(kind="turn", base=base, tokens=tokens, seconds=one, gib=gib, norm=l2_norm(adapters.grad).item())
+                say(
+                    kind="turn",
+                    base=base,
+                    tokens=tokens,
+                    seconds=one,
+                    gib=gib,
+                    norm=l2_norm(adapters.grad).item(),
+                )
         line: dict[str, Any] = {"kind": "summary", "tokens": tokens, "layers": layers}
         for base, values in times.items():
             line[base] = tokens / statistics.median(values)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,70 +41,109 @@ class _Seen:
         }
 
 
+Locking = Literal["no", "try", "must"]
+
+
 @dataclass
 class HostPages:
-    """The layers of a file on the host.
+    """The layers of a file, each on the host or on the device.
 
     Attributes:
         file: the mapped file.
         memory: (bytes,) uint8 on the CPU, from which layers are copied.
         shared: the tables that all layers read, on the device.
+        mapped: (bytes,) uint8, `memory` as the device addresses it; None where it is not locked.
+        on_card: layers whose blob has a copy on the device.
         notes: what a person should know, a line each.
     """
 
     file: LayerFile
     memory: Tensor = field(repr=False)
-    view: Tensor = field(repr=False)  # the same bytes as the device addresses them
+    device: torch.device
     shared: Shared = field(repr=False)
+    mapped: Tensor | None = field(default=None, repr=False)
+    on_card: dict[int, Tensor] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
-    locked: bool = False
 
     @classmethod
-    def of(cls, file: LayerFile, device: torch.device) -> HostPages:
-        """Lock a file's layers for `device`; on a CPU there is nothing to lock.
+    def of(cls, file: LayerFile, device: torch.device, locking: Locking = "try") -> HostPages:
+        """Lock a file's layers for `device`, or bring them there.
 
-        Raises ValueError naming memory.base where neither its pages nor a copy can be locked.
+        Args:
+            locking: no: bring all layers to the device. try: lock them if the system allows it,
+                else bring them. must: lock them. On a CPU there is nothing to lock.
+
+        Raises:
+            ValueError: naming memory.base, where they must be locked and neither the file's pages
+                nor a copy can be.
         """
         shared = file.shared(device)
         if device.type != "cuda":
-            return cls(file, file.memory, file.memory, shared)
-        ranges = [(layer.offset, layer.nbytes) for layer in file.manifest.layers]
-        end = sum(ranges[-1])
-        layers = file.memory[:end]
-        refused = lock(layers, ranges, READ_ONLY)
-        if refused is None:
-            view = torch.as_tensor(_Seen(layers), device=device)
-            return cls(file, layers, view, shared, locked=True)
-        copy = shared_copy(layers, file.folder)
-        if (again := lock(copy, ranges, 0)) is not None:
+            return cls(file, file.memory, device, shared, file.memory)
+        pages = cls(file, file.memory, device, shared)
+        refused = None if locking == "no" else pages._lock()
+        if refused is not None and locking == "must":
             raise ValueError(
-                f"memory.base: neither the pages of {file.folder} ({refused}) nor a copy in "
-                f"{SHARED_MEMORY} ({again}) can be page-locked: raise `ulimit -l` and the memory "
-                "limit of the container, or set memory.base=gpu"
+                f"memory.base: {refused}: raise `ulimit -l` and the memory limit of the container, "
+                "or set memory.base=gpu"
             )
-        note = (
-            f"the base's {end / 2**30:.1f} GiB are copied to {SHARED_MEMORY}, since the driver "
-            f"does not lock a file's pages ({refused})"
-        )
-        view = torch.as_tensor(_Seen(copy), device=device)
-        return cls(file, copy, view, shared, (note,), locked=True)
+        if refused is not None:
+            pages.notes = (f"the base cannot stream on this machine: {refused}",)
+        if pages.mapped is None:
+            for index in range(len(file.manifest.layers)):
+                pages.bring(index)
+        return pages
+
+    def _lock(self) -> str | None:
+        """Lock the file's pages, or a copy of them. Returns why neither could be."""
+        ranges = [(layer.offset, layer.nbytes) for layer in self.file.manifest.layers]
+        end = sum(ranges[-1])
+        own = self.file.memory[:end]
+        if (refused := lock(own, ranges, READ_ONLY)) is not None:
+            try:
+                own = shared_copy(own, self.file.folder)
+            except (OSError, ValueError) as error:
+                return f"the driver does not lock a file's pages ({refused}), and {error}"
+            if (again := lock(own, ranges, 0)) is not None:
+                return f"neither a file's pages ({refused}) nor shared memory ({again}) is locked"
+            self.notes = (
+                f"the base's {end / 2**30:.1f} GiB are copied to {SHARED_MEMORY}, since the driver "
+                f"does not lock a file's pages ({refused})",
+            )
+        self.memory = own
+        self.mapped = torch.as_tensor(_Seen(own), device=self.device)
+        return None
 
     def blob(self, index: int) -> Tensor:
         """(bytes,) uint8 on the CPU: a layer's blob, to be copied."""
-        place = self.file.manifest.layers[index]
-        return self.memory[place.offset : place.offset + place.nbytes]
+        return self._part(self.memory, index)
 
     def seen(self, index: int) -> Tensor:
-        """(bytes,) uint8: the same blob, read by the device through its bus."""
-        place = self.file.manifest.layers[index]
-        return self.view[place.offset : place.offset + place.nbytes]
+        """(bytes,) uint8: the blob as the device reads it, on the device or through its bus."""
+        if index in self.on_card:
+            return self.on_card[index]
+        assert self.mapped is not None
+        return self._part(self.mapped, index)
+
+    def bring(self, index: int) -> None:
+        """Have a copy of a layer's blob on the device."""
+        self.on_card[index] = self.blob(index).to(self.device, copy=True)
+
+    def send_back(self, index: int) -> None:
+        """Drop the copy on the device; from now on the blob is read on the host."""
+        assert self.mapped is not None, "these pages are not locked"
+        del self.on_card[index]
 
     def close(self) -> None:
         """Unlock the pages; nothing may read them through `seen` any more."""
-        if self.locked:
+        if self.mapped is not None and self.device.type == "cuda":
             for layer in self.file.manifest.layers:
                 _cudart().cudaHostUnregister(self.memory.data_ptr() + layer.offset)
-        self.locked = False
+        self.mapped = None
+
+    def _part(self, memory: Tensor, index: int) -> Tensor:
+        place = self.file.manifest.layers[index]
+        return memory[place.offset : place.offset + place.nbytes]
 
 
 def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
@@ -134,18 +173,17 @@ def shared_copy(pages: Tensor, folder: Path) -> Tensor:
         stat = os.statvfs(SHARED_MEMORY)
         if stat.f_bavail * stat.f_frsize < size:
             raise ValueError(
-                f"memory.base: {SHARED_MEMORY} has {stat.f_bavail * stat.f_frsize / 2**30:.1f} GiB "
-                f"free, the base needs {size / 2**30:.1f}: enlarge it (docker: --shm-size), or set "
-                "memory.base=gpu"
+                f"{SHARED_MEMORY} has {stat.f_bavail * stat.f_frsize / 2**30:.1f} GiB "
+                f"free of {size / 2**30:.1f} that a copy needs (docker: --shm-size)"
             )
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=SHARED_MEMORY)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(memoryview(pages.numpy()))
+            pages.numpy().tofile(file)
         os.replace(temporary, path)
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         if os.fstat(descriptor).st_uid != os.getuid():
-            raise ValueError(f"memory.base: {path} belongs to another user: remove it")
+            raise ValueError(f"{path} belongs to another user: remove it")
         return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
     finally:
         os.close(descriptor)

@@ -323,8 +323,8 @@ def _write_group(file: Any, begin: int, members: Sequence[tuple[Tensor, Any]]) -
     )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _pad(file: Any, multiple: int) -> int:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from glassloop.base.cache import cache_root, published
 from glassloop.base.checks import base_checksum
-from glassloop.base.host_pages import HostPages
+from glassloop.base.host_pages import HostPages, Locking
 from glassloop.base.layer_file import (
     BLOCK,
     FORMAT,
@@ -66,10 +66,12 @@ def load_streamed(
     precision: str,
     device: torch.device,
     first: Callable[[], AbstractContextManager[Any]],
+    locking: Locking = "try",
 ) -> tuple[PreTrainedModel, LoadReport, HostPages]:
-    """The frozen base in NF4, its linear layers on the host, what is not quantised on `device`.
+    """The frozen base in NF4 over a file of layers; what is not quantised is on `device`.
 
     Args:
+        locking: whether the layers are to stay on the host (see HostPages.of).
         groups: group -> names of its linear layers within a decoder layer.
         first: context in which one rank of a host goes before the others; it makes the file.
 
@@ -87,7 +89,7 @@ def load_streamed(
             notes += compare_own_quantization(own, model, dtype)
         folder, made = layer_folder(source, files_hash, model, groups, dtype, device)
     with loading_errors(model, copy=folder):
-        pages = HostPages.of(LayerFile.open(folder), device)
+        pages = HostPages.of(LayerFile.open(folder), device, locking)
         hf = model_over(pages, model, groups, dtype, device)
     checksum, expected = base_checksum(hf), pages.file.manifest.checksum
     if checksum != expected:
@@ -130,7 +132,7 @@ def layer_folder(
         with loading_errors(model):
             config = AutoConfig.from_pretrained(reader.folder)
             if hasattr(config, "quantization_config"):
-                del config.quantization_config  # of the repository; this file has its own form
+                delattr(config, "quantization_config")  # of the repository
             config.dtype = dtype
             config.save_pretrained(temporary)
             if (reader.folder / COPIED[1]).is_file():

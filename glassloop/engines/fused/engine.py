@@ -80,10 +80,10 @@ class FusedEngine(nn.Module):
         ]
         self.stream = None if pages is None else LayerStream(pages, self.embedding.device)
         self.scratch = Scratch()
-        streamed = 0 if pages is None else len(self.layers)
+        streamed = 0 if pages is None else len(self.layers) - len(pages.on_card)
         self.tiers = Tiers(len(self.layers) if keep else 0, host=False, streamed=streamed)
         if self.stream is not None:
-            self.stream.open()
+            self.stream.open(min(SLOTS, streamed))
         self.host = HostRoom(len(self.layers), self.embedding.device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.adapted: list[Any] = [module for module in hf.modules() if hasattr(module, "lora_A")]
@@ -95,7 +95,7 @@ class FusedEngine(nn.Module):
         ] = []  # explicit reduction only: DDP would reduce zeros
 
     def packed(self, index: int) -> dict[str, Packed] | None:
-        """A layer's weights on the host, read through the bus; None where they are on the card."""
+        """A layer's weights where they lie, on the host or the card; None without `pages`."""
         if self.pages is None:
             return None
         return self.pages.file.packed(index, self.pages.seen(index), self.pages.shared)
@@ -121,9 +121,9 @@ class FusedEngine(nn.Module):
             away, was = index < streamed, index < self.tiers.streamed
             if away == was:
                 continue
-            blob = self.pages.blob(index)
-            there = self.pages.seen(index) if away else blob.to(self.embedding.device, copy=True)
-            found = self.pages.file.packed(index, there, self.pages.shared)
+            self.pages.send_back(index) if away else self.pages.bring(index)
+            found = self.packed(index)
+            assert found is not None
             for linear in one.linears:
                 linear.packed = found[linear.group]
                 names = GROUPS[linear.group]
