@@ -1,11 +1,12 @@
 """The training loop. Everything in it follows one formula, line by line:
 
     N  = sum over ranks and rows of the update's supervised tokens
-    g  = sum over ranks and rows of grad(loss_sum) / N            loss_sum: summed token cross-entropy, fp32
+    g  = sum over ranks and rows of grad(loss_sum) / N         loss_sum: summed token CE, fp32
     c  = min(1, max_norm / |g|)
-    theta <- AdamW8bit(theta, c * g, lr(u))                        u = 1 .. U
+    theta <- AdamW8bit(theta, c * g, lr(u))                    u = 1 .. U
 
-`update_once` is the formula and `train` the run around it; `glassloop/loop/run.py` builds what they need. Start it with
+`update_once` is the formula and `train` the run around it. `glassloop/loop/build.py` builds the run
+and `glassloop/loop/replica.py` what one rank computes with. Start it with
 
     accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml train_loop.py PRESET
 """
@@ -16,16 +17,20 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from glassloop.config.arguments import parse
 from glassloop.data.batches import Window, build_pass, empty_pass
+from glassloop.data.rows import Row
 from glassloop.formula.dist import (
     Gate,
+    RankReport,
     broadcast_from_rank_0,
     gather_reports,
     leave,
@@ -33,63 +38,67 @@ from glassloop.formula.dist import (
 )
 from glassloop.formula.optim import l2_norm
 from glassloop.health.decision import Outcome, Terms, clip_coefficient, describe
-from glassloop.health.inspection import look_before_step, probe_of
 from glassloop.loop.build import build_run
+from glassloop.loop.capturing import look_before_step, probe_of
 from glassloop.loop.memory import cures, preflight_done, smaller_passes
-from glassloop.loop.run import ReplicasDiffer, Run
+from glassloop.loop.replica import Replica, ReplicasDiffer
+from glassloop.loop.run import Run
 from glassloop.loop.watchdog import WAITS
 from glassloop.plan.contract import ContractBroken
 from glassloop.report.writing import report_at_the_end
 
 
 def update_once(run: Run, u: int) -> Outcome | None:
-    """Carry out update u and say what it did. None: a stop was asked in its middle, it was given up and has changed nothing.
+    """Do update u and describe it. Return None if a stop interrupted it: nothing changed then.
 
-    Raises, on every rank alike, RanOutOfMemory, ContractBroken or ReplicasDiffer; nothing was applied then.
+    Raises, on every rank, RanOutOfMemory, ContractBroken or ReplicasDiffer; nothing was applied.
     """
     started = time.perf_counter()
+    replica, batches, grad = run.replica, run.batches, run.replica.adapters.grad
     run.remember(u)  # random numbers and the like, as they are before the update
-    lr = run.optimizer.param_groups[0]["lr"] = run.plan.lr[u - 1]  # lr(u)
-    window = run.batches.window(u)
-    n = 0 if u in run.inspection.left_out else run.batches.supervised_tokens(window)  # N
-    run.adapters.zero_grad()
-    sums = run_passes(run, window, n)  # backward of loss_sum / N, pass by pass
+    lr = replica.optimizer.param_groups[0]["lr"] = run.plan.lr[u - 1]  # lr(u)
+    window = batches.window(u)
+    n = 0 if u in run.inspection.left_out else batches.supervised_tokens(window)  # N
+    replica.adapters.zero_grad()
+    half_way, may_go_on = run.inspection.half_way(window), partial(run.may_go_on, u)
+    sums = run_passes(replica, batches.rows, window, n, half_way, may_go_on)  # backward of loss / N
     gate = open_gate(run, window, sums)  # every rank's report, on every rank
     computed = time.perf_counter()
     if not gate.whole:
         return None
     check_contract(run, u, n, gate)  # rows, tokens and lr are the planned ones
-    if run.ddp:
-        run.adapters.check_views()
-        run.adapters.grad.mul_(run.ranks)  # DDP has reduced by now, to the mean
+    if replica.ddp:
+        replica.adapters.check_views()
+        grad.mul_(replica.ranks)  # DDP has reduced by now, to the mean
     else:
-        reduce_gradients(run.adapters.grad)  # SUM over ranks
-    scale = run.scale.value  # fp16's loss scale, else 1: `grad` is g * scale from here
-    norm = broadcast_from_rank_0(l2_norm(run.adapters.grad)).item() / scale  # |g|, rank 0's
+        reduce_gradients(grad)  # SUM over ranks
+    scale = replica.scale.value  # fp16's loss scale, else 1: `grad` is g * scale from here
+    norm = broadcast_from_rank_0(l2_norm(grad)).item() / scale  # |g|, rank 0's
     reduced = time.perf_counter()
 
     run.does(u, "steps")
-    terms = Terms(lr, n, norm, scale)
-    decision = run.inspection.decide(run.batches, window, gate, run.adapters, terms)
-    look = look_before_step(run, window, gate, decision, terms)  # probe and capsule: read only
+    terms = Terms(lr, n, norm, scale, fp16=replica.scale.enabled, explicit=not replica.ddp)
+    decision = run.inspection.decide(batches, window, gate, replica.adapters, terms)
+    look = look_before_step(run, window, gate, decision, terms, sums.half)  # read only
     clip = clip_coefficient(norm, decision.max_norm)  # c
     if decision.reason is None:
         if clip != scale:
-            run.adapters.grad.mul_(clip / scale)  # c * g
-        run.optimizer.step()  # theta
-    run.scale.after(finite=math.isfinite(norm))
+            grad.mul_(clip / scale)  # c * g
+        replica.optimizer.step()  # theta
+    replica.scale.after(finite=math.isfinite(norm))
     times = (started, computed, reduced, time.perf_counter() - look.seconds)
     probe = probe_of(run, u, look.before, applied=decision.reason is None)
-    known = dict(clip=clip, times=times, noise=look.noise, probe=probe)
-    return describe(run.batches, window, gate, decision, terms, **known, **run.constants())
+    terms = replace(terms, clip=clip, times=times, noise=look.noise, probe=probe)
+    return describe(batches, window, gate, decision, terms, run.attempt)
 
 
 @dataclass(frozen=True)
 class PassSums:
-    """What one rank's passes added up to; tensors stay on the device until the gate reads them."""
+    """The sums over one rank's passes. Tensors stay on the device until the gate reads them."""
 
     loss_sum: Tensor  # () fp32, nats
     row_loss_sums: Tensor  # (R,) fp32, nats
+    half: tuple[Tensor, int] | None  # gradient (N,) and supervised tokens half-way, if asked for
     passes: int
     rows: int
     supervised_tokens: int
@@ -100,121 +109,164 @@ class PassSums:
     out_of_memory: bool
 
 
-def run_passes(run: Run, window: Window, n: int) -> PassSums:
-    """Forward and backward of this rank's passes: afterwards the flat gradient holds its share of g, times fp16's loss scale.
+def run_passes(
+    replica: Replica,
+    rows: Sequence[Row],
+    window: Window,
+    n: int,
+    half_way: int | None = None,
+    may_go_on: Callable[[str], bool] = lambda _doing: True,
+) -> PassSums:
+    """Forward and backward of this rank's passes, into the flat gradient.
 
-    Stops early, and says so, where a stop was asked or memory ran out: then nobody reduces or applies anything.
+    Afterwards it holds the rank's share of g, times fp16's loss scale. After a stop or a lack of
+    memory it holds less, and the sums say so: nobody may reduce or apply anything then.
+
+    Args:
+        rows: all training rows; the window's passes are indices into them.
+        n: N of the formula; 0: compute nothing.
+        half_way: index of the pass after which gradient and tokens are copied.
+        may_go_on: is told what comes next, and returns False if a stop was asked.
     """
     started = time.perf_counter()
-    passes = window.passes[run.rank] if n else ()
-    losses = [torch.zeros((), device=run.device)]
-    row_losses = [torch.zeros(0, device=run.device)]
+    passes = window.passes[replica.rank] if n else ()
+    losses = [torch.zeros((), device=replica.device)]
+    row_losses = [torch.zeros(0, device=replica.device)]
     done = counted = supervised = real = slots = 0
-    out_of_memory = False
-    half_way = run.inspection.half_way(window)
+    half, out_of_memory = None, False
     try:
-        for index, rows in enumerate(passes):
-            if run.stop.asked and not run.ddp:  # under DDP the others already wait inside backward
+        for index, numbers in enumerate(passes):
+            wanted = may_go_on(f"computes pass {index + 1} of {len(passes)}")
+            if not wanted and not replica.ddp:  # under DDP the others already wait inside backward
                 break
-            run.does(window.update, f"computes pass {index + 1} of {len(passes)}")
             last = index == len(passes) - 1
-            with nullcontext() if last or not run.ddp else run.engine.no_sync():
+            with nullcontext() if last or not replica.ddp else replica.engine.no_sync():
                 p = build_pass(
-                    [run.batches.rows[row] for row in rows],
+                    [rows[number] for number in numbers],
                     packed=window.packed,
-                    pad_id=run.pad_id,
-                    device=run.device,
+                    pad_id=replica.pad_id,
+                    device=replica.device,
                 )
-                loss_sum, row_loss_sums = run.engine(p)
-                (loss_sum * (run.scale.value / n)).backward()
+                loss_sum, row_loss_sums = replica.engine(p)
+                (loss_sum * (replica.scale.value / n)).backward()
             losses.append(loss_sum.detach())
             row_losses.append(row_loss_sums)
-            done, counted, supervised = (
-                done + 1,
-                counted + len(p.row_ids),
-                supervised + p.supervised_tokens,
-            )
+            done, counted = done + 1, counted + len(p.row_ids)
+            supervised += p.supervised_tokens
             real, slots = real + p.real_tokens, slots + p.slot_tokens
             if index == half_way:
-                run.inspection.half = (run.adapters.grad.clone(), supervised)
-        if run.ddp and n and not passes:
-            loss_sum, _ = run.engine(
-                empty_pass(run.batches.rows[0], pad_id=run.pad_id, device=run.device)
-            )
-            loss_sum.backward()  # 0, so that the other ranks' reduction finds a partner
+                half = (replica.adapters.grad.clone(), supervised)
+        if replica.ddp and n and not passes:
+            p = empty_pass(rows[0], pad_id=replica.pad_id, device=replica.device)
+            replica.engine(p)[0].backward()  # 0: the other ranks' reduction needs a partner
     except torch.OutOfMemoryError:
         out_of_memory = True
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(
-            run.device
-        )  # the gate would wait for it anyway: the rank's own time ends here
-    whole = done == len(passes) and not out_of_memory
-    counts = (done, counted, supervised, real, slots, time.perf_counter() - started)
+    if replica.device.type == "cuda":
+        torch.cuda.synchronize(replica.device)  # the gate waits anyway: the rank's own time ends
     return PassSums(
-        torch.stack(losses).sum(),
-        torch.cat(row_losses),
-        *counts,
-        whole=whole,
+        loss_sum=torch.stack(losses).sum(),
+        row_loss_sums=torch.cat(row_losses),
+        half=half,
+        passes=done,
+        rows=counted,
+        supervised_tokens=supervised,
+        real_tokens=real,
+        slot_tokens=slots,
+        passes_s=time.perf_counter() - started,
+        whole=done == len(passes) and not out_of_memory,
         out_of_memory=out_of_memory,
     )
 
 
 class RanOutOfMemory(RuntimeError):
-    """Raised on every rank when one has run out of memory; the update has changed nothing."""
+    """Raised on every rank if one ran out of memory; the update has changed nothing."""
 
 
 def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
-    """Exchange the ranks' reports. Raises RuntimeError, on all ranks, for what must end the run before anything is reduced."""
+    """Exchange the ranks' reports.
+
+    Raises, on all ranks and before anything is reduced, RanOutOfMemory or ReplicasDiffer.
+    """
     run.does(window.update, WAITS)
-    gate = gather_reports(
-        **vars(sums),
+    adapters, cuda = run.replica.adapters, run.replica.device.type == "cuda"
+    largest = torch.linalg.vector_norm(adapters.flat.detach(), ord=math.inf)
+    read = (
+        sums.loss_sum,
+        l2_norm(adapters.grad),
+        adapters.checksum(run.replica.optimizer),
+        largest,
+    )
+    scalars = torch.stack([scalar.double() for scalar in read])  # (4,); the checksum is < 2**48
+    told = torch.cat([scalars, sums.row_loss_sums.double()]).tolist()  # one read by the host
+    loss_sum, grad_norm, checksum, largest_weight, *row_loss_sums = told
+    own = RankReport(
+        whole=sums.whole,
+        out_of_memory=sums.out_of_memory,
         stop=run.stop.asked,
         capture=run.capture.take(),
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0.0,
-        grad_norm=l2_norm(run.adapters.grad),
-        checksum=run.adapters.checksum(run.optimizer),
-        largest_weight=torch.linalg.vector_norm(run.adapters.flat.detach(), ord=math.inf),
-        rows_of_ranks=[len(run.batches.share(window, rank)) for rank in range(run.ranks)],
+        passes=sums.passes,
+        rows=sums.rows,
+        supervised_tokens=sums.supervised_tokens,
+        real_tokens=sums.real_tokens,
+        slot_tokens=sums.slot_tokens,
+        passes_s=sums.passes_s,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        loss_sum=loss_sum,
+        grad_norm=grad_norm,
+        checksum=int(checksum),
+        largest_weight=largest_weight,
+        row_loss_sums=tuple(row_loss_sums),
     )
+    ranks = range(run.replica.ranks)
+    gate = gather_reports(own, [len(run.batches.share(window, rank)) for rank in ranks])
     if gate.out_of_memory:
+        short = ", ".join(map(str, gate.out_of_memory))
         raise RanOutOfMemory(
-            f"rank {', '.join(map(str, gate.out_of_memory))} ran out of memory in update {window.update}; nothing was applied. "
+            f"rank {short} ran out of memory in update {window.update}; nothing was applied. "
             f"Smaller passes with the same rows an update: {cures(run)}"
         )
     if not gate.replicas_agree:
-        raise ReplicasDiffer(run.disagreement(f"before update {window.update}"))
+        raise ReplicasDiffer(run.replica.disagreement(f"before update {window.update}"))
     return gate
 
 
 def check_contract(run: Run, u: int, n: int, gate: Gate) -> None:
-    """Raise ContractBroken, on all ranks, unless the passes had the rows and tokens that plan.json has for update u, and lr is its lr."""
+    """Compare update u's rows, tokens and lr with plan.json. Raises ContractBroken on all ranks."""
     if n and run.contract is not None:
         names = ("rows", "supervised_tokens", "real_tokens")
         counted = {name: sum(getattr(report, name) for report in gate.reports) for name in names}
-        run.contract.check_update(u, **counted, lr=run.optimizer.param_groups[0]["lr"])
+        run.contract.check_update(u, **counted, lr=run.replica.optimizer.param_groups[0]["lr"])
 
 
 def preflight(run: Run) -> None:
-    """Forward and backward of each rank's heaviest pass, no step. Raises ValueError, on all ranks, where it does not fit or is not finite."""
+    """Forward and backward of each rank's heaviest pass, without a step.
+
+    Raises ValueError, on all ranks, if it does not fit in memory or is not finite.
+    """
     run.remember(run.first_update - 1)
+    adapters = run.replica.adapters
     while True:
         window = run.batches.heaviest()
-        run.adapters.zero_grad()
+        n = max(1, run.batches.supervised_tokens(window))
+        may_go_on = partial(run.may_go_on, window.update)
+        adapters.zero_grad()
         try:
-            gate = open_gate(
-                run, window, run_passes(run, window, max(1, run.batches.supervised_tokens(window)))
-            )
+            sums = run_passes(run.replica, run.batches.rows, window, n, None, may_go_on)
+            gate = open_gate(run, window, sums)
             break
         except RanOutOfMemory as error:
             if not smaller_passes(run, 0, str(error)):
                 raise ValueError(f"preflight, before update 1: {error}") from None
-    run.adapters.zero_grad()
+    adapters.zero_grad()
     run.put_back()
     preflight_done(run, window, gate)
 
 
 def train(run: Run) -> int:
-    """Carry out the run's updates, with evaluations, samples and checkpoints when due. Returns the exit code: 0 whole or stopped on demand."""
+    """Train: updates, with evaluations, samples and checkpoints when due.
+
+    Returns the exit code: 0 if the run finished or stopped on demand.
+    """
     run.begin()
     if run.config.execution.preflight:
         try:
@@ -233,7 +285,7 @@ def train(run: Run) -> int:
             return run.failed(u, str(error), run.resume_command)
         if outcome is None:
             run.put_back()
-            return run.stopped(u - 1, "a stop was asked; the update under way was given up")
+            return run.stopped(u - 1, "a stop was asked; the update in progress was given up")
         run.tell(outcome)
         decision = outcome.decision
         skipped = skipped + 1 if decision.bad and decision.reason else 0
@@ -251,16 +303,14 @@ def train(run: Run) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line to exit code: 0 done or stopped on demand, 1 ended by a failure, 2 refused before it began."""
+    """Run the command line. Returns 0: done or stopped, 1: failed, 2: refused before it began."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         run = build_run(config)
     except (ValueError, OSError, ContractBroken) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        if (
-            os.environ.get("LOCAL_RANK", "0") == "0"
-        ):  # once a host: what one host refuses, the others may not know
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host: hosts may refuse differently
             print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
         leave()
         return 2
@@ -268,9 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         code = train(run)
     except (ContractBroken, ReplicasDiffer) as error:
         code = run.broken(error)
-    except (
-        OSError
-    ) as error:  # a disk that takes not even a line: nobody could follow the run any more
+    except OSError as error:  # the disk takes not even a line: nobody could follow the run
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
         print(f"\nended: {error}", file=sys.stderr, flush=True)
@@ -282,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(1)  # without the others, the process group could not even be left
     finally:
         run.close()
-    if run.rank == 0:
+    if run.replica.rank == 0:
         report_at_the_end(run.folder)
     return code
 

@@ -38,19 +38,19 @@ def bare(run: Run, u: int) -> None:
     """The formula and nothing else."""
     window = run.batches.window(u)
     n = run.batches.supervised_tokens(window)
-    run.adapters.zero_grad()
+    run.replica.adapters.zero_grad()
     for rows in window.passes[0]:
         p = build_pass(
             [run.batches.rows[row] for row in rows],
             packed=window.packed,
-            pad_id=run.pad_id,
-            device=run.device,
+            pad_id=run.replica.pad_id,
+            device=run.replica.device,
         )
-        loss_sum, _ = run.engine(p)
+        loss_sum, _ = run.replica.engine(p)
         (loss_sum / n).backward()
-    norm = l2_norm(run.adapters.grad).item()
-    run.adapters.grad.mul_(clip_coefficient(norm, run.config.optimizer.max_grad_norm))
-    run.optimizer.step()
+    norm = l2_norm(run.replica.adapters.grad).item()
+    run.replica.adapters.grad.mul_(clip_coefficient(norm, run.config.optimizer.max_grad_norm))
+    run.replica.optimizer.step()
 
 
 def watched(run: Run, u: int) -> None:
@@ -61,29 +61,29 @@ def watched(run: Run, u: int) -> None:
 
 def seconds(run: Run, arm: str, u: int) -> float:
     run.inspection.record = replace_probe(run, 1 if arm == "probed" else None)
-    if run.device.type == "cuda":
+    if run.replica.device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
     (bare if arm == "bare" else watched)(run, u)
-    if run.device.type == "cuda":
+    if run.replica.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def overheads(run: Run, updates: int, arms: tuple[str, ...], repeats: int) -> dict[str, float]:
     """Median seconds of an update of each arm without its forward and backward."""
-    engine = run.engine
+    engine = run.replica.engine
 
     def next_to_nothing(p):
-        loss = run.adapters.flat[:4096].square().sum()  # so that there is a gradient
-        return loss, torch.full((len(p.row_ids),), 0.01, device=run.device)
+        loss = run.replica.adapters.flat[:4096].square().sum()  # so that there is a gradient
+        return loss, torch.full((len(p.row_ids),), 0.01, device=run.replica.device)
 
-    run.engine = next_to_nothing
+    run.replica.engine = next_to_nothing
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for index in range(repeats):
         for arm in arms[index % 3 :] + arms[: index % 3]:
             times[arm].append(seconds(run, arm, 1 + index % updates))
-    run.engine = engine
+    run.replica.engine = engine
     return {arm: statistics.median(values[1:]) for arm, values in times.items()}
 
 
@@ -112,7 +112,7 @@ def main() -> None:
         run = build_run(
             parse([*words, "evaluation.samples=0", "batch.rows_per_update=16", *overrides])
         )
-        vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size
+        vocabulary = run.replica.plain_engine.hf.config.get_text_config().vocab_size
         per_update, updates = run.plan.rows_per_update, given.rounds + 1
         rows = workload(given.workload, per_update * updates, vocabulary=vocabulary)
         settings = dict(

@@ -85,25 +85,29 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
         folder: the run's. signals: where the arm's turns are told (see clock.py).
     """
     run = build(spec, folder)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    uuid, tiers = _uuid(run.device), getattr(run.plain_engine, "tiers", None)
+    if run.replica.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.replica.device)
+    uuid, tiers = _uuid(run.replica.device), getattr(run.replica.plain_engine, "tiers", None)
     clock = Clock(
         spec,
         signals,
         uuid=uuid,
-        first_rank=run.rank == 0,
-        wait=lambda: _wait(run.device),
+        first_rank=run.replica.rank == 0,
+        wait=lambda: _wait(run.replica.device),
         rest=lambda: _rest(run, tiers),
-        wake=lambda: None if tiers is None else run.plain_engine.use_tiers(tiers),
+        wake=lambda: None if tiers is None else run.replica.plain_engine.use_tiers(tiers),
     )
     records = [clocked_update(run, u, clock) for u in range(1, spec.total_updates + 1)]
-    ranks = gather_objects({"joules": clock.joules, **_memory(run.device)})
-    after = card_state(uuid) if run.rank == 0 else None
+    ranks = gather_objects({"joules": clock.joules, **_memory(run.replica.device)})
+    after = card_state(uuid) if run.replica.rank == 0 else None
     run.close_observers()
     measured, seconds = [records[u - 1] for u in spec.measured_updates], clock.measured_s
-    shapes = shapes_from_config(run.plain_engine.hf.config.to_dict(), spec.model)
-    ceiling = matmul_ceiling(shapes, run.device) if shapes is not None and run.rank == 0 else None
+    shapes = shapes_from_config(run.replica.plain_engine.hf.config.to_dict(), spec.model)
+    ceiling = (
+        matmul_ceiling(shapes, run.replica.device)
+        if shapes is not None and run.replica.rank == 0
+        else None
+    )
     tokens = tokens_of(measured)
     return {
         "rows_digest": digest_of(run.batches.rows[row] for row in run.batches.window(1).rows),
@@ -148,7 +152,7 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
             "before": clock.before,
             "during": clock.during,
             "after": after,
-            "p2p": _p2p(run.device),
+            "p2p": _p2p(run.replica.device),
         },
         "machine": {
             **environment(["glassloop bench"]),
@@ -163,10 +167,10 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
     run = build(spec, folder)
     for u in range(1, spec.profile):
         applied_update(run, u)
-    if run.rank == 0:
+    if run.replica.rank == 0:
         where = (
-            torch.cuda.get_device_name(run.device)
-            if run.device.type == "cuda"
+            torch.cuda.get_device_name(run.replica.device)
+            if run.replica.device.type == "cuda"
             else processor() or "CPU"
         )
         about = (
@@ -175,7 +179,9 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
             where,
         )
         into = Path(spec.profile_dir)
-        profiled(lambda: applied_update(run, spec.profile), into, device=run.device, about=about)
+        profiled(
+            lambda: applied_update(run, spec.profile), into, device=run.replica.device, about=about
+        )
         line = {
             "profile": {
                 "update": spec.profile,
@@ -203,7 +209,7 @@ def build(spec: Spec, folder: Path) -> Run:
     plan = make_plan(
         rows=len(rows),
         size=run.plan.size,
-        ranks=run.ranks,
+        ranks=run.replica.ranks,
         accumulation=run.plan.accumulation,
         tail="drop",  # of the user's own rows: every update has as many
         updates=total,
@@ -227,7 +233,7 @@ def rows_of(run: Run, spec: Spec, updates: int) -> tuple[Row, ...]:
                 f"data.source gives {len(rows)} rows, and an update takes {spec.rows_per_update}: lower --rows-per-update"
             )
         return tuple(rows)
-    vocabulary = run.plain_engine.hf.config.get_text_config().vocab_size
+    vocabulary = run.replica.plain_engine.hf.config.get_text_config().vocab_size
     rows = workload(spec.workload, spec.rows_per_update * updates, vocabulary=vocabulary)
     order = epoch_order(len(rows), run.config.seed, 0)
     return tuple(row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0]))
@@ -295,8 +301,8 @@ def _rest(run: Run, tiers: Any) -> None:
     """Give back what other arms may need of the GPU's memory. `tiers`: of the engine fused, None for another."""
     gather_objects(0)  # no rank says that the turn is over while another still computes
     if tiers is not None:
-        run.plain_engine.use_tiers(replace(tiers, held=0))
-    if run.device.type == "cuda":
+        run.replica.plain_engine.use_tiers(replace(tiers, held=0))
+    if run.replica.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -320,14 +326,14 @@ def shares(run: Run, spec: Spec, records: Sequence[UpdateRecord], total: float) 
     parts["rest"] = 1 - sum(parts.values())
     began = time.perf_counter()
     for window in windows(run.batches, spec):
-        for rows in window.passes[run.rank]:
+        for rows in window.passes[run.replica.rank]:
             build_pass(
                 [run.batches.rows[row] for row in rows],
                 packed=window.packed,
-                pad_id=run.pad_id,
-                device=run.device,
+                pad_id=run.replica.pad_id,
+                device=run.replica.device,
             )
-    _wait(run.device)
+    _wait(run.replica.device)
     return parts | {"data": (time.perf_counter() - began) / total}
 
 

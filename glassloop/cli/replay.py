@@ -175,9 +175,10 @@ def next_command(
 
 
 def _launch(opened: Opened) -> str:
-    from glassloop.loop.launch import launch_command
+    from glassloop.loop.commands import launch_command
+    from glassloop.loop.launch import on_cuda
 
-    return launch_command(opened.scene.ranks)
+    return launch_command(opened.scene.ranks, on_cuda=on_cuda())
 
 
 def run_folder(where: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -36,8 +36,12 @@ class RankReport:
     loss_sum: float  # nats, summed over the rank's supervised tokens
     grad_norm: float  # of the rank's share of the gradient, still times the loss scale
     checksum: int  # of adapters and optimizer state before this update
-    largest_weight: float  # of the adapters before this update, by magnitude; not finite where one of them is not
-    row_loss_sums: tuple[float, ...]  # nats, in the order of the rank's rows
+    largest_weight: float  # of the adapters before this update, by magnitude; inf or NaN if one is
+    row_loss_sums: tuple[float, ...]  # nats, in the order of the rank's rows; the last field
+
+
+KINDS: dict[str, Callable[[float], float]] = {"bool": bool, "int": int, "float": float}
+NUMBERS = {field.name: KINDS[str(field.type)] for field in fields(RankReport)[:-1]}
 
 
 @dataclass(frozen=True)
@@ -76,95 +80,21 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def gather_reports(
-    *,
-    whole: bool,
-    out_of_memory: bool,
-    stop: bool,
-    capture: bool,
-    passes: int,
-    rows: int,
-    supervised_tokens: int,
-    real_tokens: int,
-    slot_tokens: int,
-    passes_s: float,
-    peak_gib: float,
-    loss_sum: Tensor,
-    grad_norm: Tensor,
-    checksum: Tensor,
-    largest_weight: Tensor,
-    row_loss_sums: Tensor,
-    rows_of_ranks: Sequence[int],
-) -> Gate:
-    """The gate: one small all-gather of float64, and one read by the host. Arguments are the fields of RankReport.
+def gather_reports(own: RankReport, rows_of_ranks: Sequence[int]) -> Gate:
+    """Exchange the ranks' reports: one small all-gather of float64, and one read by the host.
 
     Args:
-        loss_sum, grad_norm, checksum, largest_weight: () tensors on the rank's device.
-        row_loss_sums: (R,) fp32 of this rank's rows; short where its passes were not finished.
+        own: this rank's report; it may lack rows whose passes were not finished, they count as 0.
         rows_of_ranks: how many rows each rank has in this window, known to all.
     """
-    device = loss_sum.device
-    host = [
-        whole,
-        out_of_memory,
-        stop,
-        capture,
-        passes,
-        rows,
-        supervised_tokens,
-        real_tokens,
-        slot_tokens,
-        passes_s,
-        peak_gib,
-    ]
-    losses = torch.zeros(max(rows_of_ranks), dtype=torch.float64, device=device)
-    losses[: len(row_loss_sums)] = row_loss_sums
-    scalars = torch.stack(
-        [loss_sum.double(), grad_norm.double(), checksum.double(), largest_weight.double()]
-    )  # checksum: < 2**48
-    values = torch.cat(
-        [torch.tensor(host, dtype=torch.float64, device=device), scalars, losses]
-    )  # (K,)
+    numbers = [getattr(own, name) for name in NUMBERS]
+    missing = [0.0] * (max(rows_of_ranks) - len(own.row_loss_sums))
+    packed = torch.tensor([*numbers, *own.row_loss_sums, *missing], dtype=torch.float64)  # (K,)
     reports = []
-    told = enumerate(_all_gather(values).tolist())
-    for rank, (
-        w,
-        oom,
-        s,
-        c,
-        count,
-        counted,
-        n,
-        real,
-        slot,
-        took,
-        peak,
-        loss,
-        norm,
-        check,
-        largest,
-        *row_losses,
-    ) in told:
-        reports.append(
-            RankReport(
-                whole=bool(w),
-                out_of_memory=bool(oom),
-                stop=bool(s),
-                capture=bool(c),
-                passes=int(count),
-                rows=int(counted),
-                supervised_tokens=int(n),
-                real_tokens=int(real),
-                slot_tokens=int(slot),
-                passes_s=took,
-                peak_gib=peak,
-                loss_sum=loss,
-                grad_norm=norm,
-                checksum=int(check),
-                largest_weight=largest,
-                row_loss_sums=tuple(row_losses[: rows_of_ranks[rank]]),
-            )
-        )
+    for rows, told in zip(rows_of_ranks, _all_gather(packed).tolist(), strict=True):
+        plain: list[Any] = [kind(x) for kind, x in zip(NUMBERS.values(), told, strict=False)]
+        losses = tuple(told[len(plain) : len(plain) + rows])
+        reports.append(RankReport(*plain, row_loss_sums=losses))
     return Gate(tuple(reports))
 
 
@@ -172,8 +102,7 @@ def _all_gather(values: Tensor) -> Tensor:
     """(ranks, K) from each rank's (K,)."""
     if not is_distributed():
         return values.unsqueeze(0)
-    if dist.get_backend() == "gloo":
-        values = values.cpu()
+    values = values.cpu() if dist.get_backend() == "gloo" else values.cuda()
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, values)
     return torch.stack(gathered)

@@ -14,12 +14,22 @@ from glassloop.record.records import ProbeRecord, RowRecord, UpdateRecord
 
 @dataclass(frozen=True)
 class Terms:
-    """The formula's terms in one update, the same on every rank."""
+    """The formula's terms in one update, the same on every rank, and what was read beside them.
+
+    Attributes:
+        times: host clock at start, after the gate, after the norm, at the end, in s.
+    """
 
     lr: float  # lr(u)
-    n: int  # N; 0 where nothing was computed
+    n: int  # N; 0 if nothing was computed
     norm: float  # |g|, unscaled, before clipping
     scale: float  # fp16's loss scale, else 1: the flat gradient holds g * scale
+    fp16: bool = False
+    explicit: bool = True  # each rank's norm was taken before the reduction
+    clip: float = 1.0  # c
+    times: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    noise: float | None = None  # gradient noise scale, in tokens
+    probe: ProbeRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -157,23 +167,14 @@ def describe(
     gate: Gate,
     decision: Decision,
     terms: Terms,
-    *,
-    clip: float,
-    noise: float | None,
-    probe: ProbeRecord | None,
-    explicit: bool,
-    fp16: bool,
-    times: tuple[float, float, float, float],
     attempt: int,
 ) -> Outcome:
-    """The update's record and its rows' records, from the numbers that the update itself used.
+    """The records of an update and of its rows, from the numbers that the update used.
 
     Args:
-        clip: c of the formula. times: host clock at start, after the gate, after the norm, at the end, in s.
-        noise: gradient noise scale, in tokens. explicit: each rank's norm was taken before reduction.
-        attempt: 1, or higher in a resumed run that does the update again.
+        attempt: 1, or higher if a resumed run re-runs the update.
     """
-    started, computed, reduced, finished = times
+    started, computed, reduced, finished = terms.times
     reports = gate.reports
     norms = tuple(report.grad_norm / terms.scale for report in reports)
     record = UpdateRecord(
@@ -184,7 +185,7 @@ def describe(
         lr=terms.lr,
         loss_nats=gate.loss_sum / terms.n if terms.n else None,
         grad_norm_pre_clip=terms.norm if terms.n else None,
-        clip_coef=clip if decision.reason is None and decision.max_norm is not None else None,
+        clip_coef=terms.clip if decision.reason is None and decision.max_norm is not None else None,
         action="applied" if decision.reason is None else "skipped",
         reason=decision.reason,
         supervised_tokens=terms.n,
@@ -195,9 +196,9 @@ def describe(
         rank_real_tokens=tuple(r.real_tokens for r in reports),
         rank_slot_tokens=tuple(r.slot_tokens for r in reports),
         rank_passes=tuple(r.passes for r in reports),
-        rank_grad_norm=norms if explicit and terms.n else None,
-        rank_cosine=rank_cosine(norms, terms.norm) if explicit and terms.n else None,
-        loss_scale=terms.scale if fp16 else None,
+        rank_grad_norm=norms if terms.explicit and terms.n else None,
+        rank_cosine=rank_cosine(norms, terms.norm) if terms.explicit and terms.n else None,
+        loss_scale=terms.scale if terms.fp16 else None,
         update_s=finished - started,
         compute_s=computed - started,
         reduce_s=reduced - computed,
@@ -205,7 +206,7 @@ def describe(
         if any(r.peak_gib for r in reports)
         else None,
         optimizer_s=finished - reduced,
-        noise_scale_tokens=noise,
+        noise_scale_tokens=terms.noise,
         alarms=tuple(finding.kind for finding in decision.findings),
         rank_passes_s=tuple(r.passes_s for r in reports),
         attempt=attempt,
@@ -224,7 +225,7 @@ def describe(
         for rank, report in enumerate(reports)
         for (index, row), loss in zip(_places(window, rank), report.row_loss_sums, strict=True)
     )
-    return Outcome(record, rows, decision, gate.stop, probe)
+    return Outcome(record, rows, decision, gate.stop, terms.probe)
 
 
 def _places(window: Window, rank: int) -> list[tuple[int, int]]:

@@ -1,8 +1,13 @@
-"""What holds for a whole run: as its config plans it, and as it is found once everything is built. The contract compares the two."""
+"""What holds for a whole run, as its config plans it and as it is found once everything is built.
+
+The contract compares the two.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import socket
+from array import array
 from typing import Any
 
 import torch
@@ -13,9 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from glassloop.base.checks import dtype_audit
 from glassloop.config.config import Config
+from glassloop.data.batches import Batches
+from glassloop.data.dataset import Dataset
 from glassloop.formula.dist import gather_objects
-from glassloop.formula.optim import FlatAdapters
 from glassloop.loop.launch import MIXED_PRECISION
+from glassloop.loop.replica import Replica
+from glassloop.plan.contract import Contract
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STORED = {"nf4": "uint8"}  # quantised weights lie in bytes
@@ -55,17 +63,14 @@ def planned_facts(
     }
 
 
-def found_facts(
-    accelerator: Accelerator,
-    engine: nn.Module,
-    prepared: nn.Module,
-    adapters: FlatAdapters,
-    *,
-    device: torch.device,
-    shared: bool,
-) -> dict[str, Any]:
-    """The same names, counted. All ranks take part. `prepared`: what the loop calls. shared: ranks may share a card."""
-    groups = dtype_audit(engine.hf)  # type: ignore[arg-type]
+def found_facts(accelerator: Accelerator, replica: Replica, *, shared: bool) -> dict[str, Any]:
+    """The same names, counted. All ranks take part.
+
+    Args:
+        shared: ranks may share a card.
+    """
+    engine, device = replica.plain_engine, replica.device
+    groups = dtype_audit(engine.hf)
     places = gather_objects(f"{socket.gethostname()} {device}")
 
     def dtypes(*kinds: str) -> str | None:
@@ -73,23 +78,45 @@ def found_facts(
         return ", ".join(found) or None
 
     ranks = dist.get_world_size() if dist.is_initialized() else 1
+    wrapped = isinstance(replica.engine, nn.parallel.DistributedDataParallel)
     return {
         "processes": ranks,
         "devices": 1 if device.type != "cuda" else "shared" if shared else len(set(places)),
         "collectives": dist.get_backend().split(":")[-1] if ranks > 1 else None,
         "mixed precision": accelerator.mixed_precision,
         "compiler of the launcher": accelerator.state.dynamo_plugin.backend.value,  # type: ignore[union-attr]
-        "gradients reduced by": "ddp"
-        if isinstance(prepared, nn.parallel.DistributedDataParallel)
-        else "the loop",
-        "engine": engine.name,  # type: ignore[union-attr]
-        "attention": engine.attention,  # type: ignore[union-attr]
-        "trainable parameters": adapters.trainable,
+        "gradients reduced by": "ddp" if wrapped else "the loop",
+        "engine": engine.name,
+        "attention": engine.attention,
+        "trainable parameters": replica.adapters.trainable,
         "dtype of adapters": dtypes("adapter A", "adapter B"),
         "dtype of quantised weights": dtypes("quantised linear"),
         "dtype of embedding and head": dtypes("embedding", "head"),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Contract:
+    """What the run is held to, update by update."""
+    windows = [batches.window(update) for update in range(1, batches.plan.updates + 1)]
+    return Contract(
+        step=batches.plan,
+        rows=tuple(len(window.rows) for window in windows),
+        supervised_tokens=tuple(batches.supervised_tokens(window) for window in windows),
+        real_tokens=tuple(sum(len(batches.rows[row]) for row in w.rows) for w in windows),
+        rows_digest=rows_digest,
+        facts=facts,
+        pass_tokens=batches.pass_tokens if batches.layout == "packed" else None,
+    )
+
+
+def hash_of(dataset: Dataset) -> str:
+    """16 hex digits over ids, tokens and labels of all training and held-out rows."""
+    digest = hashlib.sha256()
+    for row in (*dataset.train.rows, *dataset.heldout.rows):
+        tokens = array("i", row.input_ids).tobytes()
+        digest.update(row.row_id.encode() + tokens + bytes(row.supervised))
+    return digest.hexdigest()[:16]
 
 
 def target_shapes(hf: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 
 from glassloop.config.config import Config
 from glassloop.engines.unsloth_checks import check_unsloth
+from glassloop.loop.commands import launch_command
 
 # Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs that it lacks, on every rank.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -47,19 +48,6 @@ def hush(rank: int) -> None:
     )  # PEFT asks transformers for it
 
 
-def launch_command(ranks: int) -> str:
-    """How to start `ranks` processes of the kind that this one is: the first words of a command that ends in train_loop.py's own."""
-    if not on_cuda():
-        name, processes = "cpu_2proc", "" if ranks == 2 else f" --num_processes {ranks}"
-    elif ranks == 1:
-        name, processes = "single_gpu", ""
-    else:
-        name, processes = "ddp_2gpu", "" if ranks == 2 else f" --num_processes {ranks}"
-    return (
-        f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} train_loop.py"
-    )
-
-
 def check_launch(config: Config) -> None:
     """Raise ValueError, with the command or field that cures it, for a start that would not do what was asked."""
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -68,13 +56,13 @@ def check_launch(config: Config) -> None:
     if not launched and visible > 1:
         raise ValueError(
             f"{visible} GPUs are visible, but no launcher started this process, so one would be used. For all of them:\n"
-            f"  {launch_command(visible)} {words}\nFor one:\n  {launch_command(1)} {words}"
+            f"  {launch_command(visible, on_cuda=True)} {words}\nFor one:\n  {launch_command(1, on_cuda=True)} {words}"
         )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch.ranks is not None and config.batch.ranks != ranks:
         raise ValueError(
             f"batch.ranks = {config.batch.ranks}, but {ranks} process{'es were' if ranks > 1 else ' was'} started:\n"
-            f"  {launch_command(config.batch.ranks)} {words}"
+            f"  {launch_command(config.batch.ranks, on_cuda=on_cuda())} {words}"
         )
     config.batch.accumulation_for(ranks)
     execution = config.execution

@@ -43,7 +43,7 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
     )
     tiers = Tiers(**run.tiers) if run.tiers is not None else None
     try:
-        card = torch.cuda.get_device_capability(run.device)
+        card = torch.cuda.get_device_capability(run.replica.device)
         return ledger_of(
             shapes, replace(work, capability=card, tiers=tiers), run.config.execution.engine
         )
@@ -55,10 +55,12 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
 
 def memory_lines(run: Run, window: Window) -> list[str]:
     """Predicted beside measured GiB of this rank, by phase, after the preflight; nothing without a GPU."""
-    if run.device.type != "cuda":
+    if run.replica.device.type != "cuda":
         return []
-    measured = run.measured_gib | {"peak": torch.cuda.max_memory_allocated(run.device) / GIB}
-    ledger = ledger_of_pass(run, run.batches.share(window, run.rank))
+    measured = run.measured_gib | {
+        "peak": torch.cuda.max_memory_allocated(run.replica.device) / GIB
+    }
+    ledger = ledger_of_pass(run, run.batches.share(window, run.replica.rank))
     predicted = (
         {}
         if ledger is None
@@ -106,7 +108,7 @@ def spend_memory(run: Run) -> None:
 
     A resumed run takes what its checkpoint has, as long as the ranks have room for it.
     """
-    engine = run.plain_engine
+    engine = run.replica.plain_engine
     if engine.name != "fused" or not run.config.execution.checkpointing:
         return
     window = run.batches.heaviest()
@@ -119,7 +121,7 @@ def spend_memory(run: Run) -> None:
     )  # what is held is given back before free memory is counted
     engine.host.most_tokens = tokens
     sizes = dict(tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
-    found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.device))
+    found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.replica.device))
     kept = min(gather_objects(found.kept))
     before = run.tiers
     held = min(gather_objects(found.held))
@@ -136,7 +138,7 @@ def spend_memory(run: Run) -> None:
 
 def use_tiers(run: Run, tiers: Any) -> None:
     """From here on."""
-    run.plain_engine.use_tiers(tiers)
+    run.replica.plain_engine.use_tiers(tiers)
     run.tiers = asdict(tiers)
 
 
@@ -144,17 +146,17 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
     """Hold no weights, or else keep fewer layers, after a rank ran out of memory; False where the least is done, or nothing can be chosen."""
     if run.tiers is None or (run.tiers["kept"] <= 1 and not run.tiers["held"]):
         return False
-    tiers = run.plain_engine.tiers
+    tiers = run.replica.plain_engine.tiers
     use_tiers(
         run,
         replace(tiers, held=0) if tiers.held else replace(tiers, kept=max(1, tiers.kept * 3 // 4)),
     )
     torch.cuda.empty_cache()
-    layers = len(run.plain_engine.layers)
+    layers = len(run.replica.plain_engine.layers)
     run.event(
         update,
         "out_of_memory",
-        f"{why}. From here on {describe(run.plain_engine.tiers, layers)}; rows, passes and g stay",
+        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, passes and g stay",
     )
     return True
 
@@ -181,14 +183,14 @@ def smaller_passes(run: Run, update: int, why: str) -> bool:
     """Recompute more, or else cut every pass in two, after a rank ran out of memory. False: by config, under ddp, or where a pass is one row."""
     execution = run.config.execution
     largest = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
-    if execution.on_out_of_memory == "stop" or run.ddp:
+    if execution.on_out_of_memory == "stop" or run.replica.ddp:
         return False
     if fewer_kept(run, update, why):
         return True
     if largest == 1:
         return False
     run.batches = replace(run.batches, halvings=run.batches.halvings + 1)
-    if run.device.type == "cuda":
+    if run.replica.device.type == "cuda":
         torch.cuda.empty_cache()
     rows = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
     message = f"{why}. From here on passes have half the rows ({rows} at most) and there are twice as many; rows an update, and g, stay"
@@ -200,7 +202,7 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
     """Say what the heaviest passes took. Raises ValueError where their loss or gradient is not finite (fp16 may overflow once)."""
     reports = gate.reports
     bad = [r for r, report in enumerate(reports) if not math.isfinite(report.loss_sum)]
-    if not bad and run.scale.value == 1:
+    if not bad and run.replica.scale.value == 1:
         bad = [r for r, report in enumerate(reports) if not math.isfinite(report.grad_norm)]
     if bad:
         ids = ", ".join(row.row_id for rank in bad for row in run.batches.share(window, rank))
@@ -213,7 +215,7 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
     slots = max(report.slot_tokens for report in reports)
     peak = max(report.peak_gib for report in reports)
     memory = (
-        f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.device).total_memory / 2**30:.1f}"
+        f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.replica.device).total_memory / 2**30:.1f}"
         if peak
         else ""
     )

@@ -1,4 +1,4 @@
-"""A run's parts in one place, and what is done between updates: evaluation, samples, checkpoints, the ways to end."""
+"""A run's parts, and what happens between updates: evaluation, samples, checkpoints, the end."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from glassloop.config.config import Config, as_dict
 from glassloop.data.batches import Batches
 from glassloop.data.rows import Example, Row
-from glassloop.formula.dist import first_difference, gather_objects
-from glassloop.formula.optim import FlatAdapters, LossScale, bit_sum
+from glassloop.formula.dist import gather_objects
 from glassloop.health.decision import Outcome
-from glassloop.health.inspection import Inspection, replay_command, replay_of
+from glassloop.health.inspection import Inspection
+from glassloop.loop.commands import launch_command, replay_command, replay_of
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
 from glassloop.loop.generation import EvaluationSetup
-from glassloop.loop.launch import launch_command
+from glassloop.loop.replica import Replica
 from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.loop.watchdog import Watchdog
 from glassloop.plan.contract import Contract
@@ -27,7 +25,7 @@ from glassloop.plan.steps import StepPlan
 from glassloop.record.observers import Observer, RunInfo
 from glassloop.record.records import EvaluationRecord, Event, SampleRecord
 from glassloop.saved.checkpoint import State, save_checkpoint
-from glassloop.saved.state import restore_rng, rng_state
+from glassloop.saved.state import rng_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,85 +34,41 @@ if TYPE_CHECKING:
     from glassloop.data.templates import Template
 
 
-@dataclass(frozen=True)
-class Position:
-    """What an update moves besides weights and optimizer, as it was before it."""
-
-    rng: dict[str, Any]
-    loss_scale: float
-    finite_updates: int
-    inspection: dict[str, Any]
-
-
-class ReplicasDiffer(RuntimeError):
-    """Raised on every rank when their adapters or optimizer states are no longer equal."""
-
-
 @dataclass
 class Run:
-    """Everything that the loop touches. Built once by build.py; `observers` is empty on all ranks but 0."""
+    """Everything that the loop touches. `observers` is empty on all ranks but 0."""
 
     config: Config
     accelerator: Accelerator
     folder: Path
     header: tuple[str, ...]
     plan: StepPlan
+    contract: Contract | None  # None: the loop is held to nothing (only in tests)
     batches: Batches
     heldout: tuple[Row, ...]
     heldout_examples: tuple[Example, ...]
     sample_examples: tuple[Example, ...]  # answered before and after training
-    engine: Any  # what the loop calls: forward(Pass) -> (loss_sum, row_loss_sums)
-    plain_engine: Any  # the same without DDP's wrapper
     template: Template
     tokenizer: PreTrainedTokenizerBase
-    adapters: FlatAdapters
-    optimizer: torch.optim.Optimizer
-    scale: LossScale
-    rank: int
-    ranks: int
-    device: torch.device
-    pad_id: int
+    replica: Replica
     stop: StopFlag
     capture: CaptureFlag
     inspection: Inspection
-    changes: tuple[
-        tuple[str, str], ...
-    ] = ()  # kind and message of an event each: how a resumed run is not the one that was saved
     watchdog: Watchdog | None = None
-    measured_gib: dict[str, float] = field(
-        default_factory=dict
-    )  # of GPU memory, by phase of the ledger; empty without a GPU
+    measured_gib: dict[str, float] = field(default_factory=dict)  # by phase; {} without a GPU
+    changes: tuple[tuple[str, str], ...] = ()  # (kind, message) of events: how a resume differs
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
     sync_records: Callable[[], None] = lambda: None  # forces what observers wrote to the disk
-    contract: Contract | None = None  # None: in a replay, which is held to the record instead
-    tiers: dict[str, Any] | None = (
-        None  # what activations an engine that can choose keeps, and where
-    )
+    tiers: dict[str, Any] | None = None  # the activations that `fused` keeps, and where
     first_update: int = 1
-    at: int = 0  # the update under way
+    at: int = 0  # the update in progress
     attempt: int = 1
     last_saved: int | None = None
-    before: Position = field(init=False)  # the update under way
-    heldout_nats: tuple[int, float] = (
-        0,
-        math.inf,
-    )  # the newest held-out loss, and after how many updates it was taken
+    inspected: dict[str, Any] = field(init=False)  # the inspection before the update in progress
+    heldout_nats: tuple[int, float] = (0, math.inf)  # (updates, newest held-out loss)
     best_heldout_nats: float = math.inf  # of the checkpoints so far
     base_scores: dict[str, float | None] | None = None
-
-    @property
-    def ddp(self) -> bool:
-        """Gradients are reduced by DistributedDataParallel, inside backward."""
-        return self.config.execution.reduction == "ddp" and self.ranks > 1
-
-    def constants(self) -> dict[str, Any]:
-        """What describe() needs to know and never changes in a run."""
-        return {
-            "explicit": not self.ddp,
-            "fp16": self.config.execution.precision == "fp16",
-            "attempt": self.attempt,
-        }
 
     def event(
         self, update: int, kind: str, message: str, command: str | None = None, **details: Any
@@ -130,7 +84,7 @@ class Run:
             self.watchdog.start()
         for observer in self.observers:
             observer.on_start(
-                RunInfo(str(self.folder), self.plan.updates, self.ranks, done, self.header)
+                RunInfo(str(self.folder), self.plan.updates, self.replica.ranks, done, self.header)
             )
 
     def start(self) -> None:
@@ -176,24 +130,21 @@ class Run:
         """What to say of an error that came from a collective; None: it is another one."""
         return None if self.watchdog is None else self.watchdog.lost(error)
 
+    def may_go_on(self, update: int, what: str) -> bool:
+        """Tell the watchdog what comes next; return False if this rank was asked to stop."""
+        self.does(update, what)
+        return not self.stop.asked
+
     def remember(self, update: int) -> None:
         """Note what the coming update moves besides weights and optimizer."""
         self.at = update
-        self.before = Position(
-            rng_state(self.device),
-            self.scale.value,
-            self.scale.finite_updates,
-            self.inspection.state(),
-        )
+        self.replica.remember()
+        self.inspected = self.inspection.state()
 
     def put_back(self) -> None:
-        """Undo that, for an update that was not applied and will be done again."""
-        self.scale.value, self.scale.finite_updates = (
-            self.before.loss_scale,
-            self.before.finite_updates,
-        )
-        self.inspection.restore(self.before.inspection)
-        restore_rng(self.before.rng, self.device)
+        """Undo an update that was not applied, so that it can run again."""
+        self.replica.put_back()
+        self.inspection.restore(self.inspected)
 
     def tell(self, outcome: Outcome) -> None:
         """Give an update to every observer, and what was unusual about it as events with the next command to type."""
@@ -211,8 +162,10 @@ class Run:
                 replay_of(one, self.folder, u),
                 **one.details,
             )
-        if decision.overflow or self.scale.value > self.before.loss_scale:
-            change = f"loss scale {self.before.loss_scale:g} -> {self.scale.value:g}"
+        if decision.overflow or self.replica.scale.value > self.replica.before.loss_scale:
+            change = (
+                f"loss scale {self.replica.before.loss_scale:g} -> {self.replica.scale.value:g}"
+            )
             self.event(u, "loss_scale", f"{change}: {record.reason or 'no overflow for a while'}")
         elif record.reason is not None:
             self.event(u, "skipped", f"update {u}: {record.reason}", look if decision.bad else None)
@@ -232,20 +185,20 @@ class Run:
             template=self.template,
             tokenizer=self.tokenizer,
             stop_ids=tuple(self.template.stop_ids),
-            pad_id=self.pad_id,
+            pad_id=self.replica.pad_id,
             batch_size=self.config.batch.size,
             max_new_tokens=settings.max_new_tokens,
-            device=self.device,
+            device=self.replica.device,
             autocast=self.accelerator.autocast,  # type: ignore[arg-type]  # its own default is None
-            rank=self.rank,
-            ranks=self.ranks,
+            rank=self.replica.rank,
+            ranks=self.replica.ranks,
         )
         answers: list[Answer] = []
         if self.heldout:
             # Fresh adapters change nothing, so the scores before the first update are the base's.
             fresh = update == 0 and self.config.model.init_adapter is None
             record, answers = evaluate(
-                self.plain_engine,
+                self.replica.plain_engine,
                 self.heldout,
                 self.heldout_examples,
                 setup,
@@ -258,7 +211,7 @@ class Run:
             self._tell(replace(record, base=self.base_scores))
         if update in (0, self.plan.updates) and settings.samples:
             if not answers and self.sample_examples:
-                answers = answer_together(self.plain_engine.hf, self.sample_examples, setup)
+                answers = answer_together(self.replica.plain_engine.hf, self.sample_examples, setup)
             for answer in answers[: settings.samples]:
                 self._show(answer, update)
 
@@ -287,19 +240,19 @@ class Run:
         if self.last_saved == update:
             return True
         self.does(update, "saves a checkpoint")
-        self.require_agreement(update)
-        rng_states = gather_objects(rng_state(self.device))
+        self.replica.require_agreement(update)
+        rng_states = gather_objects(rng_state(self.replica.device))
         failure = None
-        if self.rank == 0:
+        if self.replica.rank == 0:
             state = State(
                 update=update,
                 epoch=max(update - 1, 0) // self.plan.windows_per_epoch,
-                world_size=self.ranks,
-                base_hash=self.plain_engine.report.base_hash,
+                world_size=self.replica.ranks,
+                base_hash=self.replica.plain_engine.report.base_hash,
                 config=as_dict(self.config),
                 attempt=self.attempt,
-                loss_scale=self.scale.value,
-                finite_updates=self.scale.finite_updates,
+                loss_scale=self.replica.scale.value,
+                finite_updates=self.replica.scale.finite_updates,
                 heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
                 tracker_ids=self.tracker_ids(),
                 details={
@@ -313,13 +266,13 @@ class Run:
                 saved = save_checkpoint(
                     self.folder / "checkpoints",
                     state,
-                    adapters=self.adapters,
-                    peft_model=self.plain_engine.hf,
+                    adapters=self.replica.adapters,
+                    peft_model=self.replica.plain_engine.hf,
                     tokenizer=self.tokenizer,
                     chat_template=self.template.chat_template,
-                    base_id=self.plain_engine.report.name,
-                    base_revision=self.plain_engine.report.commit,
-                    optimizer=self.optimizer,
+                    base_id=self.replica.plain_engine.report.name,
+                    base_revision=self.replica.plain_engine.report.commit,
+                    optimizer=self.replica.optimizer,
                     rng_states=rng_states,
                     keep=self.config.checkpoint.keep,
                 )
@@ -337,20 +290,6 @@ class Run:
         if failure and self.config.checkpoint.on_failure == "stop":
             self.stop.asked, self.stop.by = True, "checkpoint.on_failure = stop"
         return failure is None
-
-    def require_agreement(self, update: int) -> None:
-        """Raise ReplicasDiffer, on all ranks, unless they hold the same adapters and optimizer state after `update` updates."""
-        if len(set(gather_objects(int(self.adapters.checksum(self.optimizer))))) > 1:
-            raise ReplicasDiffer(self.disagreement(f"after update {update}"))
-
-    def disagreement(self, when: str) -> str:
-        """In what ranks differ. All ranks take part."""
-        parts = self.adapters.parts(self.optimizer)
-        where = first_difference(parts, torch.stack([bit_sum(tensor) for _, tensor in parts]))
-        return (
-            f"the ranks' adapters or optimizer states are no longer equal {when}: {where}. Something changed or skipped a step on one rank "
-            "only; nothing was saved. Resume from the last checkpoint, and send this message if it comes again"
-        )
 
     def stopped(self, update: int, why: str) -> int:
         """End on demand after `update` updates, with a checkpoint. Exit code 0, or 1 if it could not be saved."""
@@ -399,7 +338,8 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What to type to go on with this run."""
-        return f"{launch_command(self.ranks)} --resume {self.folder}"
+        command = launch_command(self.replica.ranks, on_cuda=self.replica.device.type == "cuda")
+        return f"{command} --resume {self.folder}"
 
     def close_observers(self) -> None:
         """Close files, terminal and trackers."""

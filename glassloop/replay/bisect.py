@@ -15,8 +15,8 @@ import torch
 
 from glassloop.data.batches import Window, build_pass
 from glassloop.data.rows import IGNORE, Row
-from glassloop.loop.run import Run
 from glassloop.replay.layers import LayerFinding, MatrixStat, inspect_layers
+from glassloop.replay.replica import Parts
 from glassloop.replay.reproduce import Carried, Scene, carry_out, enter, replayed
 from glassloop.saved.state import restore_rng, rng_state
 
@@ -86,7 +86,7 @@ class Bisection:
 def bisect(scene: Scene, healthy: Scene | None) -> Bisection:
     """Walk the update down. The parts are left in an undefined state: `enter` puts them right."""
     healthy_rows = _medians(row_parts(healthy, None)) if healthy is not None else None
-    run = enter(scene)
+    parts = enter(scene)
     whole = replayed(scene)
     ranks = _rank_parts(scene, whole)
     rank = _suspect(ranks)
@@ -125,7 +125,7 @@ def bisect(scene: Scene, healthy: Scene | None) -> Bisection:
         matrices=matrices,
         layer=layer,
         token_row=token_part.name,
-        tokens=token_losses(run, scene.rows[token_part.row], packed=scene.window.packed),
+        tokens=token_losses(parts, scene.rows[token_part.row], packed=scene.window.packed),
     )
 
 
@@ -150,7 +150,9 @@ def _pass_parts(scene: Scene) -> tuple[Part, ...]:
     for rank, passes in enumerate(scene.window.passes):
         states = (scene.state.rng_states[rank],)
         for index, rows in enumerate(passes):
-            carried = carry_out(scene.run, _window(scene, rows), scene.supervised_tokens, states)
+            carried = carry_out(
+                scene.parts, scene.rows, _window(scene, rows), scene.supervised_tokens, states
+            )
             states = carried.rng_after
             tokens = sum(scene.rows[row].supervised_tokens for row in rows)
             name = f"rank {rank}, pass {index}" if scene.ranks > 1 else f"pass {index}"
@@ -168,13 +170,17 @@ def row_parts(
     Args:
         only: (rank, pass) whose rows are tried; None: all. healthy: median loss a token and gradient norm of a healthy update's rows.
     """
-    run = enter(scene)
+    parts = enter(scene)
     parts = []
     for rank, index, row in scene.places():
         if only is not None and (rank, index) != only:
             continue
         carried = carry_out(
-            run, _window(scene, (row,)), scene.supervised_tokens, (scene.state.rng_states[rank],)
+            scene.parts,
+            scene.rows,
+            _window(scene, (row,)),
+            scene.supervised_tokens,
+            (scene.state.rng_states[rank],),
         )
         tokens, loss = scene.rows[row].supervised_tokens, carried.rank_losses[0]
         above = (
@@ -232,16 +238,16 @@ def _suspect(parts: Sequence[Part]) -> Part | None:
 
 
 @torch.no_grad()
-def token_losses(run: Run, row: Row, *, packed: bool) -> tuple[TokenLoss, ...]:
+def token_losses(parts: Parts, row: Row, *, packed: bool) -> tuple[TokenLoss, ...]:
     """Cross-entropy of every supervised place of a row, alone in a pass: row_of is made to count places instead of rows."""
-    before = rng_state(run.device)
-    p = build_pass([row], packed=packed, pad_id=run.pad_id, device=run.device)
+    before = rng_state(parts.replica.device)
+    p = build_pass([row], packed=packed, pad_id=parts.replica.pad_id, device=parts.replica.device)
     places = len(row)
-    counting = torch.arange(places, device=run.device).unsqueeze(0)  # (1, T)
-    _, losses = run.engine(
+    counting = torch.arange(places, device=parts.replica.device).unsqueeze(0)  # (1, T)
+    _, losses = parts.replica.engine(
         replace(p, row_of=counting, row_ids=tuple(map(str, range(places))))
     )  # (T,)
-    restore_rng(before, run.device)
+    restore_rng(before, parts.replica.device)
     targets = p.targets[0].tolist()
     return tuple(
         TokenLoss(place + 1, target, loss)

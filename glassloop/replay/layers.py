@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from glassloop.data.batches import Window, build_pass
-from glassloop.data.rows import Pass
+from glassloop.data.rows import Pass, Row
 from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import l2_norm
-from glassloop.loop.run import Run
+from glassloop.replay.replica import Parts
 from glassloop.replay.reproduce import Scene, carry_out, enter, fitting_rng
 from glassloop.saved.state import restore_rng
 
@@ -73,16 +73,16 @@ def inspect_layers(
     """Norms by layer, projection and side of `window` (a part of the scene's update), and the layer that is off, if one is."""
     healthy_norms = None
     if healthy is not None:
-        run = enter(healthy)
-        carry_out(run, healthy.window, healthy.supervised_tokens, healthy.state.rng_states)
-        healthy_norms = _norms(run)
-        healthy_outputs = _outputs(run, healthy.window, healthy.state.rng_states[0])
+        parts, n = enter(healthy), healthy.supervised_tokens
+        carry_out(parts, healthy.rows, healthy.window, n, healthy.state.rng_states)
+        healthy_norms = _norms(parts)
+        healthy_outputs = _outputs(parts, healthy.rows, healthy.window, healthy.state.rng_states[0])
     else:
         healthy_outputs = []
-    run = enter(scene)
-    carry_out(run, window, scene.supervised_tokens, rng_states)
-    matrices = compare(_norms(run), healthy_norms)
-    outputs = _outputs(run, window, rng_states[0])
+    parts = enter(scene)
+    carry_out(parts, scene.rows, window, scene.supervised_tokens, rng_states)
+    matrices = compare(_norms(parts), healthy_norms)
+    outputs = _outputs(parts, scene.rows, window, rng_states[0])
     found = (
         _not_finite(outputs, matrices)
         or _weights_off(matrices, healthy)
@@ -91,18 +91,24 @@ def inspect_layers(
     return matrices, found or _gradients_off(matrices, healthy)
 
 
-def _norms(run: Run) -> list[MatrixStat]:
+def _norms(parts: Parts) -> list[MatrixStat]:
     """Of every adapter matrix that belongs to a numbered layer; the gradient is unscaled."""
     stats = []
-    for name, place in run.adapters.slices.items():
+    for name, place in parts.replica.adapters.slices.items():
         if (found := MATRIX.search(name)) is not None:
             weight, grad = (
                 l2_norm(place.of(flat)).item()
-                for flat in (run.adapters.flat.data, run.adapters.grad)
+                for flat in (parts.replica.adapters.flat.data, parts.replica.adapters.grad)
             )
             stats.append(
                 MatrixStat(
-                    int(found[1]), found[2], found[3], grad / run.scale.value, weight, None, None
+                    int(found[1]),
+                    found[2],
+                    found[3],
+                    grad / parts.replica.scale.value,
+                    weight,
+                    None,
+                    None,
                 )
             )
     return stats
@@ -176,7 +182,9 @@ def _over(value: float, reference: float) -> float | None:
 
 
 @torch.no_grad()
-def _outputs(run: Run, window: Window, rng: dict[str, Any]) -> list[Output]:
+def _outputs(
+    parts: Parts, rows: Sequence[Row], window: Window, rng: dict[str, Any]
+) -> list[Output]:
     """What every leaf module and every adapted layer puts out in one forward of the window's first pass, in the order of execution."""
     seen: list[Output] = []
 
@@ -207,33 +215,33 @@ def _outputs(run: Run, window: Window, rng: dict[str, Any]) -> list[Output]:
 
     handles = [
         module.register_forward_hook(watch(_short(name)))
-        for name, module in run.plain_engine.hf.named_modules()
+        for name, module in parts.replica.plain_engine.hf.named_modules()
         if not list(module.children()) or hasattr(module, "lora_A")
     ]
     try:
-        restore_rng(next(fitting_rng([rng], run)), run.device)
-        rows = next(one for rank in window.passes for one in rank)
+        restore_rng(next(fitting_rng([rng], parts)), parts.replica.device)
+        first = next(one for rank in window.passes for one in rank)
         p = build_pass(
-            [run.batches.rows[r] for r in rows],
+            [rows[number] for number in first],
             packed=window.packed,
-            pad_id=run.pad_id,
-            device=run.device,
+            pad_id=parts.replica.pad_id,
+            device=parts.replica.device,
         )
-        in_modules(run)(p)
+        in_modules(parts)(p)
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def in_modules(run: Run) -> Callable[[Pass], Any]:
+def in_modules(parts: Parts) -> Callable[[Pass], Any]:
     """The forward pass module by module: the engine's own, or the reference engine's over the same storage where the engine has no modules."""
-    if run.plain_engine.name != "fused":
-        return run.engine
-    reference = PeftEngine(run.plain_engine.hf, run.plain_engine.report)
+    if parts.replica.plain_engine.name != "fused":
+        return parts.replica.engine
+    reference = PeftEngine(parts.replica.plain_engine.hf, parts.replica.plain_engine.report)
 
     def forward(p: Pass) -> Any:
-        with run.accelerator.autocast():
+        with parts.accelerator.autocast():
             return reference(p)
 
     return forward

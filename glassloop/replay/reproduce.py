@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from glassloop.data.batches import Window, build_pass
 from glassloop.data.rows import Row
 from glassloop.formula.optim import l2_norm
 from glassloop.health.decision import clip_coefficient
-from glassloop.loop.run import Run
-from glassloop.replay.replica import State
+from glassloop.replay.replica import Parts, StartState
 from glassloop.saved import state as snapshots
 
 ULP = 2.0**-23  # relative size of fp32's last bit
@@ -32,12 +31,12 @@ FLOOR_FACTOR = (
 class Scene:
     """One update and what it starts from, ready to be carried out as often as one likes."""
 
-    run: Run  # parts on this process; what they hold is put right by `enter`
+    parts: Parts  # `enter` puts right what they hold
     update: int
     window: Window  # passes hold indices into `rows`
     rows: tuple[Row, ...]
     row_names: tuple[str, ...]  # what to call them: their ids, or "row 17" under record.text = none
-    state: State
+    state: StartState
     lr: float
     max_grad_norm: float | None
     recorded: Mapping[str, float]  # what is on record, under the names of `numbers`
@@ -72,7 +71,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Carried:
-    """What an update gave before the optimizer moved. The gradient itself, times the loss scale, is in run.adapters.grad. Losses in nats."""
+    """What an update gave before the optimizer moved. The gradient itself, times the loss scale, is in the flat gradient. Losses in nats."""
 
     loss_nats: float  # token mean over all ranks
     grad_norm: float  # of g, unscaled, before clipping
@@ -89,101 +88,122 @@ class Carried:
 
 
 def enter(
-    scene: Scene, run: Run | None = None, moments: tuple[dict[str, Tensor], Any] | None = None
-) -> Run:
+    scene: Scene, parts: Parts | None = None, moments: tuple[dict[str, Tensor], Any] | None = None
+) -> Parts:
     """Put the parts into the state before the update, and return them.
 
     Args:
-        run: other parts for the same update. moments: their optimizer's state, where it is not the run's optimizer.
+        parts: others for the same update.
+        moments: state of their optimizer, if it is not the run's optimizer.
     """
-    run = run or scene.run
-    built = snapshots.built_optimizer_state(
-        run.optimizer, run.adapters.flat, *(moments or scene.state.moments)
-    )
+    parts = parts or scene.parts
+    replica, state = parts.replica, scene.state
+    flat = replica.adapters.flat
+    built = snapshots.built_optimizer_state(replica.optimizer, flat, *(moments or state.moments))
     with torch.no_grad():
-        run.adapters.flat.copy_(scene.state.flat)
-    snapshots.set_optimizer_state(run.optimizer, run.adapters.flat, built)
-    run.scale.value = scene.state.loss_scale if run.scale.enabled else 1.0
-    run.batches = replace(run.batches, rows=scene.rows)
-    run.optimizer.param_groups[0]["lr"] = scene.lr
-    return run
+        flat.copy_(state.flat)
+    snapshots.set_optimizer_state(replica.optimizer, flat, built)
+    replica.scale.value = state.loss_scale if replica.scale.enabled else 1.0
+    replica.optimizer.param_groups[0]["lr"] = scene.lr
+    return parts
 
 
-def carry_out(run: Run, window: Window, n: int, rng_states: Sequence[dict[str, Any]]) -> Carried:
-    """Passes of all ranks, one rank after the other, and their sum: afterwards run.adapters.grad is g times the loss scale.
+def carry_out(
+    parts: Parts,
+    rows: Sequence[Row],
+    window: Window,
+    n: int,
+    rng_states: Sequence[dict[str, Any]],
+) -> Carried:
+    """Passes of all ranks, one rank after the other, and their sum in the flat gradient.
 
-    Two shares add up to the same bits in any order; how a collective of more ranks orders its sum is its own affair.
-    Raises ValueError where memory runs out.
+    Two shares add up to the same bits in any order; a collective of more ranks orders its sum
+    itself. Raises ValueError if memory runs out.
+
+    Args:
+        rows: those that the window's passes are indices into. n: N of the formula.
     """
     from train_loop import run_passes
 
+    replica = parts.replica
+    grad = replica.adapters.grad
     losses, norms, row_losses, rng_after = [], [], [], []
     total: Tensor | None = None
-    for rank, rng in enumerate(fitting_rng(rng_states, run)):
-        snapshots.restore_rng(rng, run.device)
-        run.rank = rank
-        run.adapters.zero_grad()
-        sums = run_passes(run, window, n)
+    for rank, rng in enumerate(fitting_rng(rng_states, parts)):
+        snapshots.restore_rng(rng, replica.device)
+        replica.rank = rank
+        replica.adapters.zero_grad()
+        sums = run_passes(replica, rows, window, n)
         if sums.out_of_memory:
             raise ValueError(
-                f"rank {rank}'s passes do not fit in this device's memory: use a larger one, or execution.checkpointing=true"
+                f"rank {rank}'s passes do not fit in this device's memory: "
+                "use a larger one, or execution.checkpointing=true"
             )
         losses.append(sums.loss_sum.double().item())
-        norms.append(l2_norm(run.adapters.grad).item() / run.scale.value)
+        norms.append(l2_norm(grad).item() / replica.scale.value)
         row_losses.append(tuple(sums.row_loss_sums.double().tolist()))
-        rng_after.append(snapshots.rng_state(run.device))
+        rng_after.append(snapshots.rng_state(replica.device))
         if len(rng_states) > 1:
-            total = run.adapters.grad.clone() if total is None else total.add_(run.adapters.grad)
+            total = grad.clone() if total is None else total.add_(grad)
     if total is not None:
-        run.adapters.grad.copy_(total)
-    tokens = [
-        sum(run.batches.rows[row].supervised_tokens for one in of for row in one)
-        for of in window.passes
-    ]
+        grad.copy_(total)
+    tokens = [sum(rows[row].supervised_tokens for one in of for row in one) for of in window.passes]
+    means = (loss / count if count else None for loss, count in zip(losses, tokens, strict=True))
     return Carried(
         loss_nats=sum(losses) / n,
-        grad_norm=l2_norm(run.adapters.grad).item() / run.scale.value,
-        rank_losses=tuple(
-            loss / count if count else None for loss, count in zip(losses, tokens, strict=True)
-        ),
+        grad_norm=l2_norm(grad).item() / replica.scale.value,
+        rank_losses=tuple(means),
         rank_grad_norms=tuple(norms),
         row_losses=tuple(row_losses),
         rng_after=tuple(rng_after),
     )
 
 
-def fitting_rng(rng_states: Sequence[dict[str, Any]], run: Run) -> Iterator[dict[str, Any]]:
+def fitting_rng(rng_states: Sequence[dict[str, Any]], parts: Parts) -> Iterator[dict[str, Any]]:
     """The ranks' random numbers; this device's own where they come from another kind of device and nothing is drawn."""
     for state in rng_states:
-        foreign = (state.get("cuda") is None) != (run.device.type != "cuda")
-        if foreign and run.config.lora.dropout > 0:
+        foreign = (state.get("cuda") is None) != (parts.replica.device.type != "cuda")
+        if foreign and parts.config.lora.dropout > 0:
             raise ValueError(
-                f"lora.dropout = {run.config.lora.dropout}: dropout masks of a run on {'CPUs' if state.get('cuda') is None else 'GPUs'} "
-                f"cannot be drawn again on {run.device.type}: replay it on the kind of device that it was made on"
+                f"lora.dropout = {parts.config.lora.dropout}: dropout masks of a run on {'CPUs' if state.get('cuda') is None else 'GPUs'} "
+                f"cannot be drawn again on {parts.replica.device.type}: replay it on the kind of device that it was made on"
             )
-        yield snapshots.rng_state(run.device) if foreign else state
+        yield snapshots.rng_state(parts.replica.device) if foreign else state
 
 
 @torch.no_grad()
-def loss_now(run: Run, window: Window, n: int, rng_states: Sequence[dict[str, Any]]) -> float:
-    """Token mean of the window's loss with the adapters as they are, in nats; the same passes and dropout masks as in the update."""
+def loss_now(
+    parts: Parts,
+    rows: Sequence[Row],
+    window: Window,
+    n: int,
+    rng_states: Sequence[dict[str, Any]],
+) -> float:
+    """Token mean of the window's loss with the adapters as they are, in nats.
+
+    Passes and dropout masks are those of the update.
+    """
     total = 0.0
-    for passes, rng in zip(window.passes, fitting_rng(rng_states, run), strict=True):
-        snapshots.restore_rng(rng, run.device)
-        for rows in passes:
-            chosen = [run.batches.rows[row] for row in rows]
-            loss_sum, _ = run.engine(
-                build_pass(chosen, packed=window.packed, pad_id=run.pad_id, device=run.device)
+    replica = parts.replica
+    for passes, rng in zip(window.passes, fitting_rng(rng_states, parts), strict=True):
+        snapshots.restore_rng(rng, replica.device)
+        for numbers in passes:
+            p = build_pass(
+                [rows[number] for number in numbers],
+                packed=window.packed,
+                pad_id=replica.pad_id,
+                device=replica.device,
             )
+            loss_sum, _ = replica.engine(p)
             total += loss_sum.double().item()
     return total / n
 
 
-def step(run: Run, clip: float) -> None:
+def step(parts: Parts, clip: float) -> None:
     """theta <- optimizer(theta, clip * g), as the loop does it."""
-    if clip != run.scale.value:
-        run.adapters.grad.mul_(clip / run.scale.value)
-    run.optimizer.step()
+    if clip != parts.replica.scale.value:
+        parts.replica.adapters.grad.mul_(clip / parts.replica.scale.value)
+    parts.replica.optimizer.step()
 
 
 def clip_of(scene: Scene, norm: float) -> float:
@@ -193,7 +213,8 @@ def clip_of(scene: Scene, norm: float) -> float:
 
 def replayed(scene: Scene) -> Carried:
     """The update from its state; nothing is applied."""
-    return carry_out(enter(scene), scene.window, scene.supervised_tokens, scene.state.rng_states)
+    parts, n = enter(scene), scene.supervised_tokens
+    return carry_out(parts, scene.rows, scene.window, n, scene.state.rng_states)
 
 
 @dataclass(frozen=True)
@@ -243,9 +264,9 @@ def relative(a: float, b: float) -> float:
 def reproduce(scene: Scene) -> Reproduction:
     """Carry the update out twice, and compare the first with the record."""
     first = replayed(scene)
-    grad = scene.run.adapters.grad.clone()
+    grad = scene.parts.replica.adapters.grad.clone()
     second = replayed(scene)
-    apart = relative_distance(scene.run.adapters.grad, grad)
+    apart = relative_distance(scene.parts.replica.adapters.grad, grad)
     pairs = list(zip(numbers(scene, first), numbers(scene, second), strict=True))
     floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
     # Where two replays are not the same bit for bit, a number that came out the same twice did so by luck: its last bit may still differ.

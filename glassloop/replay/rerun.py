@@ -19,12 +19,11 @@ from glassloop.data.rows import Row
 from glassloop.data.sources import load_examples
 from glassloop.data.templates import make_template
 from glassloop.engines.peft import load_tokenizer
-from glassloop.loop.build import hash_of
-from glassloop.loop.run import Run
+from glassloop.loop.conditions import hash_of
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import chooses_passes, pass_tokens_for
 from glassloop.record.reading import Record, number, row_records
-from glassloop.replay.replica import make_parts, state_of
+from glassloop.replay.replica import Parts, make_parts, state_of
 from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step
 from glassloop.saved.checkpoint import State as Saved
 from glassloop.saved.checkpoint import load_checkpoint, read_state
@@ -84,9 +83,8 @@ def rerun(
         u: window_of(batches, chain[u], lines.get((u, chain[u]["attempt"]), [])) for u in chain
     }
     notes += _other_rows(folder, digest)
-    run = make_parts(config, None, pad_id=pad_id, rows=rows)
-    run.batches = batches
-    done, rng_states, origin = _start(folder, chain, run, ranks, overrides, notes)
+    parts = make_parts(config, None, pad_id=pad_id, rows=rows)
+    done, rng_states, origin = _start(folder, chain, parts, ranks, overrides, notes)
     if missing := [u for u in range(done + 1, update) if u not in chain]:
         raise ValueError(
             f"{folder} has no record of update {missing[0]}, which lies between {origin} and update {update}"
@@ -103,12 +101,12 @@ def rerun(
     for u in range(done + 1, update):
         if not sum(chain[u]["rank_passes"]):
             continue  # left out, or nothing supervised: it moved nothing
-        run.scale.value = number(chain[u]["loss_scale"]) or 1.0
-        run.optimizer.param_groups[0]["lr"] = chain[u]["lr"]
-        carried = carry_out(run, windows[u], chain[u]["supervised_tokens"], rng_states)
+        parts.replica.scale.value = number(chain[u]["loss_scale"]) or 1.0
+        parts.replica.optimizer.param_groups[0]["lr"] = chain[u]["lr"]
+        carried = carry_out(parts, rows, windows[u], chain[u]["supervised_tokens"], rng_states)
         rng_states = carried.rng_after
         if chain[u]["action"] == "applied":
-            step(run, 1.0 if chain[u]["clip_coef"] is None else chain[u]["clip_coef"])
+            step(parts, 1.0 if chain[u]["clip_coef"] is None else chain[u]["clip_coef"])
         loss, norm = number(chain[u]["loss_nats"]), number(chain[u]["grad_norm_pre_clip"])
         assert loss is not None
         assert norm is not None
@@ -118,15 +116,15 @@ def rerun(
         say(
             f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm {carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
         )
-    run.scale.value = number(record["loss_scale"]) or 1.0
+    parts.replica.scale.value = number(record["loss_scale"]) or 1.0
     none = config.record.text == "none"
     scene = Scene(
-        run=run,
+        parts=parts,
         update=update,
         window=windows[update],
         rows=rows,
         row_names=tuple(f"row {number}" if none else row.row_id for number, row in enumerate(rows)),
-        state=state_of(run, rng_states),
+        state=state_of(parts, rng_states),
         lr=record["lr"],
         max_grad_norm=config.optimizer.max_grad_norm,
         recorded={},
@@ -156,17 +154,17 @@ def _off(one: OnTheWay) -> str:
 def _start(
     folder: Path,
     chain: Mapping[int, Record],
-    run: Run,
+    parts: Parts,
     ranks: int,
     overrides: Mapping[str, str],
     notes: list[str],
 ) -> tuple[int, tuple[dict[str, Any], ...], str]:
     """Put the parts where the nearest earlier checkpoint has them. Returns updates done, each rank's random numbers, and the place's name."""
-    update, base_hash = max(chain), run.plain_engine.report.base_hash
+    update, base_hash = max(chain), parts.replica.plain_engine.report.base_hash
     for path, saved in _checkpoints(folder / "checkpoints", chain):
         if saved.base_hash != base_hash:
             raise ValueError(
-                f"model.id = {run.config.model.id} has changed, or is another base: {path} was made on {saved.base_hash[:16]}, "
+                f"model.id = {parts.config.model.id} has changed, or is another base: {path} was made on {saved.base_hash[:16]}, "
                 f"this is {base_hash[:16]}; name the base that it was made on with --base"
             )
         if saved.update >= update:
@@ -176,22 +174,22 @@ def _start(
             for rank in range(ranks):
                 load_checkpoint(
                     path,
-                    adapters=run.adapters,
-                    optimizer=run.optimizer,
+                    adapters=parts.replica.adapters,
+                    optimizer=parts.replica.optimizer,
                     rank=rank,
                     world_size=ranks,
                     base_hash=base_hash,
-                    config=as_dict(run.config),
+                    config=as_dict(parts.config),
                     allow_changed=tuple(overrides),
                 )
-                states.append(rng_state(run.device))
+                states.append(rng_state(parts.replica.device))
         except ValueError as error:
             notes.append(f"{error}; an earlier one is taken")
             continue
         return saved.update, tuple(states), f"checkpoint {path}"
     return (
         0,
-        tuple(_first_rng(run, ranks)),
+        tuple(_first_rng(parts, ranks)),
         "the beginning (fresh adapters are a function of the seed)",
     )
 
@@ -211,13 +209,13 @@ def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Pa
     return iter(sorted(known, key=lambda item: item[1].update, reverse=True))
 
 
-def _first_rng(run: Run, ranks: int) -> Iterator[dict[str, Any]]:
+def _first_rng(parts: Parts, ranks: int) -> Iterator[dict[str, Any]]:
     """Each rank's random numbers before update 1: a rank draws some while it builds its model, and dropout goes on from there."""
-    yield rng_state(run.device)
+    yield rng_state(parts.replica.device)
     for rank in range(1, ranks):
-        if run.config.lora.dropout > 0:
-            make_parts(run.config, None, pad_id=run.pad_id, rows=(), rank=rank)
-        yield rng_state(run.device)
+        if parts.config.lora.dropout > 0:
+            make_parts(parts.config, None, pad_id=parts.replica.pad_id, rows=(), rank=rank)
+        yield rng_state(parts.replica.device)
 
 
 def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:

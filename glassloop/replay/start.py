@@ -17,9 +17,8 @@ from glassloop.config.config import Config
 from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.disk.environment import PACKAGES, package_version
-from glassloop.loop.run import Run
 from glassloop.record.reading import is_run, read_config, trajectory, usual, with_overrides
-from glassloop.replay.replica import make_parts, state_of
+from glassloop.replay.replica import Parts, make_parts, state_of
 from glassloop.replay.reproduce import Scene, recorded_numbers
 from glassloop.replay.rerun import OnTheWay, Say, load_rows, rerun
 from glassloop.saved.capsule import (
@@ -138,16 +137,16 @@ def _from_capsule(
             max(1, int(facts.versions["threads"]))
         )  # sums are split among threads: the bits depend on it
     rows = _rows_of(facts, config)
-    run = make_parts(config, None, pad_id=facts.pad_id, rows=tuple(rows.values()))
-    _check_base(run, facts.base_hash, f"capsule {capsule.path}")
-    scene = _capsule_scene(capsule, run, rows, config.record.text)
-    here = versions(run.device)
+    parts = make_parts(config, None, pad_id=facts.pad_id, rows=tuple(rows.values()))
+    _check_base(parts, facts.base_hash, f"capsule {capsule.path}")
+    scene = _capsule_scene(capsule, parts, rows, config.record.text)
+    here = versions(parts.replica.device)
     notes += [
         f"made with {name} {was}, here {here[name]}"
         for name, was in facts.versions.items()
         if here.get(name, was) != was
     ]
-    healthy = _healthy(capsule.path.parent, facts, run, config, notes)
+    healthy = _healthy(capsule.path.parent, facts, parts, config, notes)
     known = (
         usual(trajectory(folder, facts.update), facts.update)
         if folder and _on_record(folder, facts)
@@ -168,7 +167,7 @@ def _on_record(folder: Path, facts: CapsuleFacts) -> bool:
 
 
 def _healthy(
-    folder: Path, facts: CapsuleFacts, run: Run, config: Config, notes: list[str]
+    folder: Path, facts: CapsuleFacts, parts: Parts, config: Config, notes: list[str]
 ) -> Scene | None:
     """The newest healthy capsule beside this one that fits the same parts."""
     known = [
@@ -182,16 +181,16 @@ def _healthy(
             if capsule.facts.update == facts.update or capsule.facts.base_hash != facts.base_hash:
                 continue
             rows = _rows_of(capsule.facts, config)
-            return _capsule_scene(capsule, run, rows, config.record.text)
+            return _capsule_scene(capsule, parts, rows, config.record.text)
         except ValueError as error:
             notes.append(f"the healthy capsule cannot be compared with: {error}")
     return None
 
 
-def _capsule_scene(capsule: Capsule, run: Run, rows: Mapping[int, Row], text: str) -> Scene:
+def _capsule_scene(capsule: Capsule, parts: Parts, rows: Mapping[int, Row], text: str) -> Scene:
     facts = capsule.facts
-    restore_capsule(capsule, adapters=run.adapters, optimizer=run.optimizer)
-    run.scale.value = facts.loss_scale
+    restore_capsule(capsule, adapters=parts.replica.adapters, optimizer=parts.replica.optimizer)
+    parts.replica.scale.value = facts.loss_scale
     index = {number: place for place, number in enumerate(rows)}
     passes = tuple(
         tuple(tuple(index[number] for number in one) for one in rank) for rank in facts.passes
@@ -200,12 +199,12 @@ def _capsule_scene(capsule: Capsule, run: Run, rows: Mapping[int, Row], text: st
     window = Window(facts.update, facts.epoch, order, passes, facts.packed)
     names = tuple(row.row_id if text != "none" else f"row {number}" for number, row in rows.items())
     scene = Scene(
-        run=run,
+        parts=parts,
         update=facts.update,
         window=window,
         rows=tuple(rows.values()),
         row_names=names,
-        state=state_of(run, capsule.rng_states),
+        state=state_of(parts, capsule.rng_states),
         lr=facts.lr,
         max_grad_norm=facts.max_grad_norm,
         recorded={},
@@ -244,11 +243,11 @@ def _rows_of(facts: CapsuleFacts, config: Config) -> dict[int, Row]:
     return {number: rows[number] for number in numbers}
 
 
-def _check_base(run: Run, base_hash: str, owner: str) -> None:
-    here = run.plain_engine.report.base_hash
+def _check_base(parts: Parts, base_hash: str, owner: str) -> None:
+    here = parts.replica.plain_engine.report.base_hash
     if here != base_hash:
         raise ValueError(
-            f"model.id = {run.config.model.id} has changed, or is another base: {owner} was made on {base_hash[:16]}, "
+            f"model.id = {parts.config.model.id} has changed, or is another base: {owner} was made on {base_hash[:16]}, "
             f"this is {here[:16]}; name the base that it was made on with --base"
         )
 
@@ -265,7 +264,9 @@ def _from_run(
     for path in reversed(find_capsules(folder / "capsules")):
         facts = _facts(path)
         if facts is not None and facts.why == "healthy" and facts.update != update:
-            healthy = _healthy(path.parent, replace(facts, update=update), scene.run, config, notes)
+            healthy = _healthy(
+                path.parent, replace(facts, update=update), scene.parts, config, notes
+            )
             break
     usual_from = "medians of the applied updates before it"
     return Opened(

@@ -29,9 +29,8 @@ from torch import Tensor
 from glassloop.config.config import Config
 from glassloop.data.batches import Window
 from glassloop.formula.optim import l2_norm, make_optimizer
-from glassloop.loop.run import Run
 from glassloop.replay.bisect import Bisection
-from glassloop.replay.replica import make_parts
+from glassloop.replay.replica import Parts, make_parts
 from glassloop.replay.reproduce import (
     Scene,
     carry_out,
@@ -107,7 +106,7 @@ def try_out(
     """Carry the update out in every way, then judge. `usual`: loss and norm of sound updates. `noise_floor`: relative, of loss and norm."""
     replayed(scene)
     grad = (
-        scene.run.adapters.grad / scene.run.scale.value
+        scene.parts.replica.adapters.grad / scene.parts.replica.scale.value
     )  # g of the update as it was, before clipping
     slower = replace(scene, lr=scene.lr / 2)
     trials = [
@@ -124,26 +123,31 @@ def try_out(
 
 
 def _attempt(
-    name: str, scene: Scene, run: Run, grad: Tensor, window: Window | None = None, note: str = ""
+    name: str,
+    scene: Scene,
+    parts: Parts,
+    grad: Tensor,
+    window: Window | None = None,
+    note: str = "",
 ) -> Trial:
     """The update in parts that `enter` has put right: gradient, step, and the loss after it. Nothing is applied that is not finite."""
     window = window or scene.window
     n = sum(
         scene.rows[row].supervised_tokens for one in window.passes for rows in one for row in rows
     )
-    carried = carry_out(run, window, n, scene.state.rng_states)
+    carried = carry_out(parts, scene.rows, window, n, scene.state.rng_states)
     off = (
         None
         if window is not scene.window
-        else relative_distance(run.adapters.grad / run.scale.value, grad)
+        else relative_distance(parts.replica.adapters.grad / parts.replica.scale.value, grad)
     )
     if not carried.finite:
         return Trial(name, carried.loss_nats, carried.grad_norm, grad_off=off, note=note)
     clip = clip_of(scene, carried.grad_norm)
-    before = run.adapters.flat.detach().clone()
-    step(run, clip)
-    change = l2_norm(run.adapters.flat.detach() - before).item()
-    after = loss_now(run, window, n, scene.state.rng_states)
+    before = parts.replica.adapters.flat.detach().clone()
+    step(parts, clip)
+    change = l2_norm(parts.replica.adapters.flat.detach() - before).item()
+    after = loss_now(parts, scene.rows, window, n, scene.state.rng_states)
     return Trial(name, carried.loss_nats, carried.grad_norm, clip, change, after, off, note)
 
 
@@ -184,7 +188,11 @@ def _adamw(scene: Scene, config: Config, grad: Tensor) -> Iterator[Trial]:
     elif not scene.state.moments[0]:
         yield Trial(FRESH_ADAMW, note="not tried: the moments were fresh")
     else:
-        fresh = {"optimizer": "AdamW", "elements": scene.run.adapters.flat.numel(), "values": {}}
+        fresh = {
+            "optimizer": "AdamW",
+            "elements": scene.parts.replica.adapters.flat.numel(),
+            "values": {},
+        }
         yield _with_adamw(FRESH_ADAMW, scene, config, ({}, fresh), grad)
 
 
@@ -194,14 +202,15 @@ def _with_adamw(
     asked = config.optimizer
     optimizer = make_optimizer(
         "adamw",
-        scene.run.adapters.flat,
+        scene.parts.replica.adapters.flat,
         lr=scene.lr,
         beta1=asked.beta1,
         beta2=asked.beta2,
         eps=asked.eps,
         weight_decay=asked.weight_decay,
     )
-    other = replace(scene.run, optimizer=optimizer)
+    replica = replace(scene.parts.replica, optimizer=optimizer)
+    other = replace(scene.parts, replica=replica)
     return _attempt(name, scene, enter(scene, other, moments), grad)
 
 
@@ -250,13 +259,13 @@ def _other_engines(scene: Scene, config: Config, grad: Tensor) -> Iterator[Trial
             yield Trial(name, note="not tried: the run used it")
             continue
         try:
-            run = make_parts(
+            parts = make_parts(
                 config.model_copy(update=changed),
-                scene.run.accelerator,
-                pad_id=scene.run.pad_id,
+                scene.parts.accelerator,
+                pad_id=scene.parts.replica.pad_id,
                 rows=scene.rows,
             )
-            yield _attempt(name, scene, enter(scene, run), grad)
+            yield _attempt(name, scene, enter(scene, parts), grad)
         except (ValueError, torch.OutOfMemoryError) as error:
             yield Trial(name, note=f"not tried: {str(error).splitlines()[0]}")
 

@@ -42,10 +42,10 @@ def train_by_formula(name: str, optimizer: str, place: Place, example: Run) -> T
     Args:
         example: a hardened run of any member that has made no update yet; its rows, first adapters and flat layout are used.
     """
-    task, slices = TASKS[name], example.adapters.slices
-    flat = torch.nn.Parameter(example.adapters.flat.detach().clone())  # (N,)
+    task, slices = TASKS[name], example.replica.adapters.slices
+    flat = torch.nn.Parameter(example.replica.adapters.flat.detach().clone())  # (N,)
     first = flat.detach().clone()
-    model = plain_model(task, place, example.device)
+    model = plain_model(task, place, example.replica.device)
     parameters = {path: p for path, p in model.named_parameters() if p.requires_grad}
     assert parameters.keys() == slices.keys(), "the adapters have other names than the run's"
     step = stepper(optimizer, flat)

@@ -185,7 +185,7 @@ def config_of(member: Member, optimizer: str, place: Place, name: str) -> Config
 
 def carry_out(run: Run, update: Callable[[Run, int], Outcome | None]) -> Trace:
     """Take a fresh, hardened run through its updates by `update`: train_loop.update_once, or a faulty form of it."""
-    before = run.adapters.flat.detach().clone()
+    before = run.replica.adapters.flat.detach().clone()
     trace = Trace()
     for u in range(1, UPDATES + 1):
         try:
@@ -194,14 +194,14 @@ def carry_out(run: Run, update: Callable[[Run, int], Outcome | None]) -> Trace:
             trace.stopped_by = str(error) if f"update {u}" in str(error) else f"update {u}: {error}"
             break
         if u == 1:
-            trace.grad = run.adapters.grad.clone()
+            trace.grad = run.replica.adapters.grad.clone()
         if outcome is None or outcome.record.action != "applied":
             trace.stopped_by = f"update {u} was not applied: {'given up' if outcome is None else outcome.record.reason}"
             break
         trace.losses.append(outcome.record.loss_nats)
         trace.norms.append(outcome.record.grad_norm_pre_clip)
     else:
-        trace.change = run.adapters.flat.detach() - before
+        trace.change = run.replica.adapters.flat.detach() - before
     return trace
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import train_loop
 from glassloop.data.rows import IGNORE, Pass
 from glassloop.health.decision import Outcome
+from glassloop.loop.replica import Replica
 from glassloop.loop.run import Run
 from glassloop.verify.members import REFERENCE_ENGINE, Member
 
@@ -40,14 +41,14 @@ class Mutant:
 
 
 @contextlib.contextmanager
-def exchanged(run: Run, part: str, value: Any) -> Iterator[None]:
-    """The run with another `part` (one of its fields) inside the block."""
-    kept = getattr(run, part)
-    setattr(run, part, value)
+def exchanged(owner: Run | Replica, part: str, value: Any) -> Iterator[None]:
+    """Exchange one field of the run or its replica inside the block."""
+    kept = getattr(owner, part)
+    setattr(owner, part, value)
     try:
         yield
     finally:
-        setattr(run, part, kept)
+        setattr(owner, part, kept)
 
 
 class Around:
@@ -74,14 +75,17 @@ def with_loss_times(run: Run, u: int, factor: Callable[[Pass], float]) -> Outcom
         loss_sum, row_loss_sums = engine(p)
         return loss_sum * factor(p), row_loss_sums
 
-    engine = run.engine
-    with exchanged(run, "engine", Around(engine, call)):
+    engine = run.replica.engine
+    with exchanged(run.replica, "engine", Around(engine, call)):
         return train_loop.update_once(run, u)
 
 
 def scheduler_once_per_rank(run: Run, u: int) -> Outcome | None:
     lr = run.plan.lr  # by update; a schedule that has run out gives 0
-    advanced = tuple(lr[i * run.ranks] if i * run.ranks < len(lr) else 0.0 for i in range(len(lr)))
+    advanced = tuple(
+        lr[i * run.replica.ranks] if i * run.replica.ranks < len(lr) else 0.0
+        for i in range(len(lr))
+    )
     with exchanged(run, "plan", replace(run.plan, lr=advanced)):
         return train_loop.update_once(run, u)
 
@@ -97,8 +101,8 @@ def mean_of_means(run: Run, u: int) -> Outcome | None:
 
 
 def unwrapped_forward(run: Run, u: int) -> Outcome | None:
-    inner = run.plain_engine
-    with exchanged(run, "engine", Around(inner, inner)):
+    inner = run.replica.plain_engine
+    with exchanged(run.replica, "engine", Around(inner, inner)):
         return train_loop.update_once(run, u)
 
 
@@ -116,8 +120,8 @@ def labels_shifted_twice(run: Run, u: int) -> Outcome | None:
             replace(p, targets=targets, places=(targets.flatten() != IGNORE).nonzero().squeeze(1))
         )
 
-    engine = run.engine
-    with exchanged(run, "engine", Around(engine, call)):
+    engine = run.replica.engine
+    with exchanged(run.replica, "engine", Around(engine, call)):
         return train_loop.update_once(run, u)
 
 
@@ -125,21 +129,21 @@ def clipping_per_micro_batch(run: Run, u: int) -> Outcome | None:
     def call(p: Pass) -> tuple[Tensor, Tensor]:
         most = run.config.optimizer.max_grad_norm
         norm = torch.linalg.vector_norm(
-            run.adapters.grad
+            run.replica.adapters.grad
         )  # of what earlier micro-batches have left
         if most is not None and norm > most:
-            run.adapters.grad.mul_(most / norm)
+            run.replica.adapters.grad.mul_(most / norm)
         return engine(p)
 
-    engine = run.engine
-    with exchanged(run, "engine", Around(engine, call)):
+    engine = run.replica.engine
+    with exchanged(run.replica, "engine", Around(engine, call)):
         return train_loop.update_once(run, u)
 
 
 def rank_local_skip(run: Run, u: int) -> Outcome | None:
-    if run.rank != 1 or u != 2:
+    if run.replica.rank != 1 or u != 2:
         return train_loop.update_once(run, u)
-    optimizer: Any = run.optimizer
+    optimizer: Any = run.replica.optimizer
     optimizer.step = lambda: None  # this rank alone takes the update for a bad one
     try:
         return train_loop.update_once(run, u)

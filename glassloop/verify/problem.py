@@ -206,8 +206,10 @@ def harden(run: Run) -> None:
     """
     import torch
 
-    for name, place in run.adapters.slices.items():
-        place.of(run.adapters.flat.data).copy_(torch.from_numpy(drawn(name, place.shape, 0.087)))
+    for name, place in run.replica.adapters.slices.items():
+        place.of(run.replica.adapters.flat.data).copy_(
+            torch.from_numpy(drawn(name, place.shape, 0.087))
+        )
     first = run.batches.window(1).rows
     bare = {first[place] for place in (2, 3, 6, 7)}
     rows = []

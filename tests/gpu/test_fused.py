@@ -148,7 +148,7 @@ def gradient(run, u: int = 1) -> torch.Tensor:
 
     outcome = update_once(run, u)
     assert outcome is not None and outcome.record.action == "applied"
-    return run.adapters.grad.double().clone()
+    return run.replica.adapters.grad.double().clone()
 
 
 def test_bf16_is_not_further_from_fp32_than_the_reference_engines_bf16(run_of):
@@ -161,7 +161,7 @@ def test_bf16_is_not_further_from_fp32_than_the_reference_engines_bf16(run_of):
     }.items():
         run = run_of(execution=how, optimizer={"max_grad_norm": None})
         grads[name] = gradient(run)
-    slices = run.adapters.slices
+    slices = run.replica.adapters.slices
     for kind in ("", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         names = [name for name in slices if kind in name]
         truth, peft, fused = (
@@ -201,7 +201,7 @@ def test_tiers_agree_to_the_last_bit_in_deterministic_mode(run_of):
         Tiers(0, host=True),
     ):
         run = run_of(execution={"engine": "fused", "deterministic": True, "layout": "packed"})
-        run.plain_engine.use_tiers(tiers)
+        run.replica.plain_engine.use_tiers(tiers)
         grads.append(torch.cat([gradient(run, u) for u in (1, 2)]))
     torch.use_deterministic_algorithms(False)
     assert all(torch.equal(grads[0], one) for one in grads[1:])
@@ -220,7 +220,9 @@ def test_an_embedding_on_the_host_is_read_as_before_and_frees_its_memory(run_of)
     assert run.tiers == {"kept": 1, "host": True, "held": 0}
     assert torch.isfinite(gradient(run)).all()
     with torch.no_grad():
-        run.plain_engine.hf(input_ids=ids.unsqueeze(0) % 500)  # the model over the same storage
+        run.replica.plain_engine.hf(
+            input_ids=ids.unsqueeze(0) % 500
+        )  # the model over the same storage
 
 
 def test_passes_of_many_lengths_leave_no_memory_reserved_in_vain():

@@ -50,8 +50,8 @@ def test_an_activation_beyond_fp16_is_named_and_the_verdict_is_precision(
         execution={"precision": "fp16", "preflight": False},
         stability={"on_nonfinite": "skip", "initial_loss_scale": 1024.0},
     )
-    for name, place in run.adapters.slices.items():
-        matrix = place.of(run.adapters.flat.data)
+    for name, place in run.replica.adapters.slices.items():
+        matrix = place.of(run.replica.adapters.flat.data)
         if "layers.1.mlp.up_proj.lora_B" in name:
             matrix[5] = 1e7
         elif "layers.1.mlp.down_proj.lora_A" in name:

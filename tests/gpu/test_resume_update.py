@@ -50,12 +50,12 @@ def updates(run: Any, first: int, last: int) -> list[tuple[Any, Any, str]]:
 
 def bits(run: Any) -> dict[str, Any]:
     """Bytes of every matrix and of every tensor of the optimizer's state; its plain values; random numbers, the GPU's among them."""
-    tensors, plain = snapshots.optimizer_state(run.optimizer, run.adapters.flat)
-    tensors |= snapshots.adapter_matrices(run.adapters)
+    tensors, plain = snapshots.optimizer_state(run.replica.optimizer, run.replica.adapters.flat)
+    tensors |= snapshots.adapter_matrices(run.replica.adapters)
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} | {
         "plain": plain,
-        "rng": snapshots.rng_state(run.device),
-        "scale": (run.scale.value, run.scale.finite_updates),
+        "rng": snapshots.rng_state(run.replica.device),
+        "scale": (run.replica.scale.value, run.replica.scale.finite_updates),
         "windows": run.inspection.state(),
     }
 
@@ -88,7 +88,7 @@ def test_a_resumed_update_is_the_uninterrupted_one_bit_for_bit(
         execution={"precision": precision, "deterministic": True, "layout": layout},
         checkpoint={"keep": 9},
     )
-    assert run.device.type == ("cuda" if CUDA else "cpu")
+    assert run.replica.device.type == ("cuda" if CUDA else "cpu")
     updates(run, 1, BEFORE)
     run.save(BEFORE)
     at_save = bits(run)
@@ -106,11 +106,14 @@ def test_a_resumed_update_is_the_uninterrupted_one_bit_for_bit(
     assert again.first_update == BEFORE + 1
     restored = bits(again)
     assert [name for name in at_save if restored[name] != at_save[name]] == []
-    for name, value in run.optimizer.state[run.adapters.flat].items():
+    for name, value in run.replica.optimizer.state[run.replica.adapters.flat].items():
         if isinstance(value, torch.Tensor):
-            assert again.optimizer.state[again.adapters.flat][name].device == value.device
+            assert (
+                again.replica.optimizer.state[again.replica.adapters.flat][name].device
+                == value.device
+            )
     if optimizer == "paged_adamw_8bit":
-        assert again.optimizer.is_paged
+        assert again.replica.optimizer.is_paged
     assert updates(again, BEFORE + 1, BEFORE + AFTER) == expected
     after = bits(again)
     assert [name for name in end if after[name] != end[name]] == []

@@ -18,7 +18,7 @@ def update(run, u: int):
 
 def test_an_fp16_overflow_is_skipped_recorded_and_halves_the_scale(run_of):
     run = run_of(execution={"precision": "fp16"}, stability={"initial_loss_scale": 2.0**40})
-    before = run.adapters.flat.detach().clone()
+    before = run.replica.adapters.flat.detach().clone()
     first = update(run, 1)
     assert (first.record.action, first.record.loss_scale, first.decision.nonfinite) == (
         "skipped",
@@ -27,8 +27,8 @@ def test_an_fp16_overflow_is_skipped_recorded_and_halves_the_scale(run_of):
     )
     assert "fp16 overflow" in first.record.reason
     assert first.record.lr == run.plan.lr[0]
-    assert torch.equal(before, run.adapters.flat)
-    assert not run.optimizer.state[run.adapters.flat]  # its own count has not moved
+    assert torch.equal(before, run.replica.adapters.flat)
+    assert not run.replica.optimizer.state[run.replica.adapters.flat]  # its own count has not moved
     records = [update(run, u).record for u in range(2, 60)]
     skipped = [record for record in records if record.action == "skipped"]
     assert [record.loss_scale for record in skipped] == [
@@ -47,18 +47,18 @@ def test_fp16_and_bf16_give_the_gradient_of_fp32_within_their_rounding(run_of):
             stability={"initial_loss_scale": 1024.0},
         )
         assert update(run, 1).record.action == "applied"
-        grads[precision] = run.adapters.grad.double()
+        grads[precision] = run.replica.adapters.grad.double()
     for precision, bound in (("bf16", 0.05), ("fp16", 0.01)):
         assert (grads[precision] - grads["fp32"]).norm() / grads["fp32"].norm() < bound
 
 
 def test_adapters_gradients_and_loss_are_fp32_and_the_base_is_not(run_of):
     run = run_of()
-    trainable = {p.dtype for p in run.plain_engine.parameters() if p.requires_grad}
-    frozen = {p.dtype for p in run.plain_engine.parameters() if not p.requires_grad}
-    assert trainable == {run.adapters.grad.dtype} == {torch.float32}
+    trainable = {p.dtype for p in run.replica.plain_engine.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in run.replica.plain_engine.parameters() if not p.requires_grad}
+    assert trainable == {run.replica.adapters.grad.dtype} == {torch.float32}
     assert frozen == {torch.bfloat16, torch.uint8}
-    assert {p.device for p in run.plain_engine.parameters()} == {torch.device("cuda:0")}
+    assert {p.device for p in run.replica.plain_engine.parameters()} == {torch.device("cuda:0")}
 
 
 @pytest.mark.parametrize("execution", [{"layout": "packed"}, {"checkpointing": True}])
@@ -67,7 +67,7 @@ def test_layouts_and_recomputation_leave_the_fp32_gradient_as_it_is(run_of, exec
     for how in ({"checkpointing": False}, execution):
         run = run_of(execution={"precision": "fp32", **how}, optimizer={"max_grad_norm": None})
         update(run, 1)
-        grads.append(run.adapters.grad.double())
+        grads.append(run.replica.adapters.grad.double())
     assert (grads[0] - grads[1]).norm() / grads[0].norm() <= 1e-6
 
 
@@ -89,7 +89,7 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit_in_deterministic_mode(ru
         run = run_of(execution={"deterministic": True})
         for u in range(1, 6):
             update(run, u)
-        ends.append(run.adapters.flat.detach().clone())
+        ends.append(run.replica.adapters.flat.detach().clone())
     torch.use_deterministic_algorithms(False)
     assert torch.equal(*ends)
 

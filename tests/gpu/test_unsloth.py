@@ -83,17 +83,17 @@ def first_update(wide_run, engine: str, execution: dict):
         optimizer={"max_grad_norm": None},
     )
     with torch.no_grad():
-        for name, p in run.adapters.parameters.items():
+        for name, p in run.replica.adapters.parameters.items():
             if "lora_B" in name:
                 p.copy_(
                     torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.02
                 )
     outcome = __import__("train_loop").update_once(run, 1)
-    run.adapters.check_views()
+    run.replica.adapters.check_views()
     assert outcome is not None and outcome.record.action == "applied"
     return (
         outcome.record,
-        run.adapters.grad.double().cpu(),
+        run.replica.adapters.grad.double().cpu(),
         torch.tensor([row.loss_sum_nats for row in outcome.rows]),
     )
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_the_reference_goes_on_in_unsloth(wide_run, references):
     run = wide_run(
         "unsloth", resume={"run": str(first.folder)}, data={"source": first.config.data.source}
     )
-    assert run.first_update == 4 and run.plain_engine.name == "unsloth"
+    assert run.first_update == 4 and run.replica.plain_engine.name == "unsloth"
     assert same(update(run, 4), expected)
     run.close_observers()
 
@@ -178,7 +178,7 @@ def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide
 
     run = wide_run("unsloth")
     update(run, 1)
-    decoder = run.plain_engine.hf.get_base_model().get_decoder()
+    decoder = run.replica.plain_engine.hf.get_base_model().get_decoder()
     before = [
         bool(getattr(module, "gradient_checkpointing", False)) for module in decoder.modules()
     ]
@@ -190,20 +190,20 @@ def test_answers_between_updates_leave_recomputation_and_views_as_they_were(wide
         pad_id=0,
         batch_size=2,
         max_new_tokens=8,
-        device=run.device,
+        device=run.replica.device,
         autocast=run.accelerator.autocast,
     )
-    answers = generate(run.plain_engine.hf, [[1, 5, 9], [1, 7]], setup)
+    answers = generate(run.replica.plain_engine.hf, [[1, 5, 9], [1, 7]], setup)
     assert all(answers)
     update(run, 2)
     assert [
         bool(getattr(module, "gradient_checkpointing", False)) for module in decoder.modules()
     ] == before
-    run.adapters.check_views()
+    run.replica.adapters.check_views()
 
 
 def test_the_loss_falls(wide_run):
     run = wide_run("unsloth")
     losses = [update(run, u).loss_nats for u in range(1, 31)]
-    run.adapters.check_views()
+    run.replica.adapters.check_views()
     assert losses[-1] < losses[0] - 0.5

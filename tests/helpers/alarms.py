@@ -24,7 +24,7 @@ SPIKE_AT = 14  # the detectors have their eight entries by then
 
 def spiked(run, at: int = SPIKE_AT) -> None:
     """One row of rank 1 costs 50 times its loss in update `at`."""
-    engine, window = run.engine, run.batches.window(at)
+    engine, window = run.replica.engine, run.batches.window(at)
     row = run.batches.share(window, 1)[-1].row_id
 
     def call(p):
@@ -37,7 +37,7 @@ def spiked(run, at: int = SPIKE_AT) -> None:
             ), rows * factor
         return loss, rows
 
-    run.engine = call
+    run.replica.engine = call
 
 
 def updates(run, first: int, last: int):
@@ -57,7 +57,7 @@ def spike(reaction: str) -> dict:
     before = state(run)
     outcome = updates(run, SPIKE_AT, SPIKE_AT)
     record = outcome.record
-    events = read_jsonl(run.folder / "events.jsonl") if run.rank == 0 else []
+    events = read_jsonl(run.folder / "events.jsonl") if run.replica.rank == 0 else []
     return gather_objects(
         {
             "alarms": record.alarms,
@@ -85,10 +85,10 @@ def replica_nudged() -> dict:
     """1e-3 added to one entry on rank 1 after two updates."""
     run = run_of("nudged")
     updates(run, 1, 2)
-    name, place = list(run.adapters.slices.items())[3]
-    if run.rank == 1:
-        place.of(run.adapters.flat.data).flatten()[5] += 1e-3
-    held = gather_objects(float(place.of(run.adapters.flat.data).flatten()[5]))
+    name, place = list(run.replica.adapters.slices.items())[3]
+    if run.replica.rank == 1:
+        place.of(run.replica.adapters.flat.data).flatten()[5] += 1e-3
+    held = gather_objects(float(place.of(run.replica.adapters.flat.data).flatten()[5]))
     return {"error": error_of(run, 3), "name": name, "held": held}
 
 
@@ -96,9 +96,9 @@ def moment_nudged() -> dict:
     """One bit of the second moment's bytes on rank 0."""
     run = run_of("moment")
     updates(run, 1, 2)
-    name, place = list(run.adapters.slices.items())[2]
-    if run.rank == 0:
-        run.optimizer.state[run.adapters.flat]["state2"][place.offset + 7] ^= 1
+    name, place = list(run.replica.adapters.slices.items())[2]
+    if run.replica.rank == 0:
+        run.replica.optimizer.state[run.replica.adapters.flat]["state2"][place.offset + 7] ^= 1
     return {"error": error_of(run, 3), "name": name}
 
 
@@ -106,8 +106,8 @@ def nudged_before_the_end() -> dict:
     """After the last step there is no further gate: saving asks."""
     run = run_of("end")
     updates(run, 1, 1)
-    if run.rank == 1:
-        run.adapters.flat.data[3] += 1e-3
+    if run.replica.rank == 1:
+        run.replica.adapters.flat.data[3] += 1e-3
     try:
         run.save(1)
         return {"error": None}
@@ -126,7 +126,7 @@ def error_of(run, u: int) -> str | None:
 def adapters_not_finite() -> dict:
     run = run_of("weights")
     update_once(run, 1)
-    run.adapters.flat.data[0] = float("nan")
+    run.replica.adapters.flat.data[0] = float("nan")
     outcome = update_once(run, 2)
     return {
         "action": outcome.record.action,
@@ -140,7 +140,7 @@ def nonfinite_is_kept_whole() -> dict:
     poisoned(run, 1, 1, lambda loss, rows: (loss * float("nan"), rows * float("nan")))
     updates(run, 1, 1)
     found = None
-    if run.rank == 0:
+    if run.replica.rank == 0:
         facts = json.loads((run.folder / "capsules" / "update_000001" / "capsule.json").read_text())
         found = {
             "why": facts["why"],
@@ -153,11 +153,13 @@ def nonfinite_is_kept_whole() -> dict:
 def captured_by_number_and_by_signal() -> dict:
     run = run_of("captured", record={"capture_updates": [2]})
     updates(run, 1, 3)
-    if run.rank == 1:
+    if run.replica.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
     updates(run, 4, 5)
     names = (
-        sorted(path.name for path in (run.folder / "capsules").glob("*")) if run.rank == 0 else None
+        sorted(path.name for path in (run.folder / "capsules").glob("*"))
+        if run.replica.rank == 0
+        else None
     )
     return gather_objects(names)[0]
 
@@ -171,7 +173,7 @@ def probes_change_nothing() -> dict:
         run = run_of(f"probes-{name}", record=record)
         updates(run, 1, 4)
         states[name] = state(run)
-    probes = read_jsonl(run.folder / "probes.jsonl") if run.rank == 0 else []
+    probes = read_jsonl(run.folder / "probes.jsonl") if run.replica.rank == 0 else []
     return {"equal": states["plain"] == states["probed"]} | gather_objects({"probes": probes})[0]
 
 
@@ -198,7 +200,7 @@ def gone_back() -> dict:
         results[f"{name}_code"] = train(again)
         again.close_observers()
         results[name] = trained(again) == whole
-    lines = read_jsonl(run.folder / "metrics.jsonl") if run.rank == 0 else []
+    lines = read_jsonl(run.folder / "metrics.jsonl") if run.replica.rank == 0 else []
     last = [
         (line["update"], line["action"], line["reason"], line["lr"])
         for line in lines
@@ -213,7 +215,10 @@ def gone_back() -> dict:
 def trained(run) -> list[float]:
     """All adapters; the padding between them is nobody's and is not kept."""
     return torch.cat(
-        [place.of(run.adapters.flat.detach()).flatten() for place in run.adapters.slices.values()]
+        [
+            place.of(run.replica.adapters.flat.detach()).flatten()
+            for place in run.replica.adapters.slices.values()
+        ]
     ).tolist()
 
 

@@ -39,7 +39,7 @@ def pass_changed(change):
     """On rank 1, rows of each pass go through `change` before tensors are made of them."""
 
     def apply(run) -> None:
-        if run.rank == 1:
+        if run.replica.rank == 1:
             train_loop.build_pass = lambda rows, **settings: REAL_BUILD_PASS(
                 change(rows), **settings
             )
@@ -85,7 +85,7 @@ def other_lr() -> dict:
         real = run.batches.supervised_tokens
 
         def and_schedule(window):
-            run.optimizer.param_groups[0]["lr"] *= 0.5
+            run.replica.optimizer.param_groups[0]["lr"] *= 0.5
             return real(window)
 
         object.__setattr__(run.batches, "supervised_tokens", and_schedule)
@@ -99,7 +99,7 @@ def plan_and_ledger() -> dict:
     code = train(run)
     run.close_observers()
     result = None
-    if run.rank == 0:
+    if run.replica.rank == 0:
         plan = json.loads((run.folder / "plan.json").read_text())
         lines = read_jsonl(run.folder / "rows.jsonl")
         updates = range(1, plan["updates"] + 1)
@@ -121,10 +121,10 @@ def plan_and_ledger() -> dict:
 def memory_runs_out(name: str, **execution) -> dict:
     """Rank 1 runs out of memory in update 2 as long as its passes have more than one row."""
     run = run_of(name, execution=execution)
-    engine = run.engine
+    engine = run.replica.engine
 
     def call(p):
-        if run.rank == 1 and run.now == 2 and len(p.row_ids) > 1:
+        if run.replica.rank == 1 and run.now == 2 and len(p.row_ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return engine(p)
 
@@ -134,14 +134,14 @@ def memory_runs_out(name: str, **execution) -> dict:
         run.now = u
         return real(run, u)
 
-    run.engine, train_loop.update_once = call, counted
+    run.replica.engine, train_loop.update_once = call, counted
     try:
         code = train(run)
     finally:
         train_loop.update_once = real
     run.close_observers()
-    lines = read_jsonl(run.folder / "metrics.jsonl") if run.rank == 0 else []
-    events = read_jsonl(run.folder / "events.jsonl") if run.rank == 0 else []
+    lines = read_jsonl(run.folder / "metrics.jsonl") if run.replica.rank == 0 else []
+    events = read_jsonl(run.folder / "events.jsonl") if run.replica.rank == 0 else []
     told = [
         (line["update"], line["rows"], line["action"], line["rank_passes"], line["loss_nats"])
         for line in lines
@@ -163,7 +163,7 @@ def plain(name: str) -> list:
     run = run_of(name)
     train(run)
     run.close_observers()
-    lines = read_jsonl(run.folder / "metrics.jsonl") if run.rank == 0 else []
+    lines = read_jsonl(run.folder / "metrics.jsonl") if run.replica.rank == 0 else []
     return gather_objects([(line["rows"], line["loss_nats"]) for line in lines])[0]
 
 
@@ -176,7 +176,7 @@ def preflight(name: str, change) -> dict:
         error = None
     except ValueError as caught:
         error = str(caught)
-    events = read_jsonl(run.folder / "events.jsonl") if run.rank == 0 else []
+    events = read_jsonl(run.folder / "events.jsonl") if run.replica.rank == 0 else []
     result = gather_objects([(e["kind"], e["message"]) for e in events])[0]
     longest = max((len(row), row.row_id) for row in run.batches.rows)
     return {
@@ -190,14 +190,14 @@ def preflight(name: str, change) -> dict:
 
 def exhausted(above: int):
     def change(run) -> None:
-        engine = run.engine
+        engine = run.replica.engine
 
         def call(p):
-            if run.rank == 1 and len(p.row_ids) > above:
+            if run.replica.rank == 1 and len(p.row_ids) > above:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return engine(p)
 
-        run.engine = call
+        run.replica.engine = call
 
     return change
 
@@ -225,7 +225,7 @@ def other_rows_on_resume() -> str | None:
     run.save(3)
     run.close_observers()
     gather_objects(None)
-    if run.rank == 0:
+    if run.replica.rank == 0:
         path = run.folder / "plan.json"
         path.write_text(path.read_text().replace(run.contract.rows_digest, "0" * 16))
     gather_objects(None)

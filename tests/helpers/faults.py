@@ -51,15 +51,15 @@ def nan_on_rank_1():
 def infinite_gradient_on_rank_1():
     run = run_of("inf")
     before = state(run)
-    engine = run.engine
+    engine = run.replica.engine
 
     def call(p):
         loss, rows = engine(p)
-        if run.rank == 1:
+        if run.replica.rank == 1:
             loss.register_hook(lambda g: g * float("inf"))
         return loss, rows
 
-    run.engine = call
+    run.replica.engine = call
     outcome = update_once(run, 1)
     return {
         "action": outcome.record.action,
@@ -71,17 +71,17 @@ def infinite_gradient_on_rank_1():
 def losses_of_unequal_ranks():
     """Rank 0 has constant loss 1 a token, rank 1 has 3, and not equally many tokens."""
     run = run_of("mean")
-    engine = run.engine
+    engine = run.replica.engine
 
     def call(p):
         loss, rows = engine(p)
         per_row = torch.tensor(
             [float((p.targets[p.row_of == i] != -100).sum()) for i in range(len(rows))]
         )
-        constant = per_row * (1.0 if run.rank == 0 else 3.0)
+        constant = per_row * (1.0 if run.replica.rank == 0 else 3.0)
         return loss * 0 + constant.sum(), constant
 
-    run.engine = call
+    run.replica.engine = call
     record = update_once(run, 1).record
     n = record.rank_supervised_tokens
     return {
@@ -125,7 +125,7 @@ def nan_ends_the_run():
 def stop_asked_on_rank_1():
     run = run_of("stop")
     before = state(run)
-    if run.rank == 1:
+    if run.replica.rank == 1:
         run.stop.asked = True
     given_up = update_once(run, 1) is None
     unchanged = state(run) == before
@@ -154,7 +154,7 @@ def nothing_supervised():
 def unwrapped_forward():
     """The mutant: DDP is asked for, but the loop calls the module inside its wrapper, so nothing is reduced."""
     run = run_of("unwrapped", execution={"reduction": "ddp"})
-    run.engine = Unsynchronised(run.plain_engine)
+    run.replica.engine = Unsynchronised(run.replica.plain_engine)
     for u in range(1, 4):
         try:
             update_once(run, u)
@@ -182,7 +182,7 @@ def clipping():
         norms[str(max_norm)] = (
             record.grad_norm_pre_clip,
             record.clip_coef,
-            run.adapters.grad.double().norm().item(),
+            run.replica.adapters.grad.double().norm().item(),
         )
         ranks = record.rank_grad_norm
         cosine = record.rank_cosine

@@ -113,9 +113,17 @@ def saved(kind: str, change: Callable[[Path, Place], None]) -> Callable[[Place],
         if kind == "capsules":
             return str(read_capsule(path).facts.update)
         run = place.run
-        known = {"base_hash": run.plain_engine.report.base_hash, "config": as_dict(run.config)}
+        known = {
+            "base_hash": run.replica.plain_engine.report.base_hash,
+            "config": as_dict(run.config),
+        }
         state = load_checkpoint(
-            path, adapters=run.adapters, optimizer=run.optimizer, rank=0, world_size=1, **known
+            path,
+            adapters=run.replica.adapters,
+            optimizer=run.replica.optimizer,
+            rank=0,
+            world_size=1,
+            **known,
         )
         return f"update {state.update}"
 

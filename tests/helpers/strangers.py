@@ -38,7 +38,8 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
 
     from glassloop.config.arguments import from_values
     from glassloop.data.batches import epoch_order
-    from glassloop.loop.build import build_run, contract_of
+    from glassloop.loop.build import build_run
+    from glassloop.loop.conditions import contract_of
     from train_loop import update_once
 
     optimizer = {
@@ -68,8 +69,10 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
     )
     run = build_run(config)
     generator = torch.Generator().manual_seed(11)
-    for place in run.adapters.slices.values():  # B too: where it is 0, the gradient of A is 0
-        view = place.of(run.adapters.flat.data)
+    for (
+        place
+    ) in run.replica.adapters.slices.values():  # B too: where it is 0, the gradient of A is 0
+        view = place.of(run.replica.adapters.flat.data)
         view.copy_(torch.randn(view.shape, generator=generator) * 0.05)
     order = epoch_order(ROWS, config.seed, 0)
     rows = list(run.batches.rows)
@@ -90,7 +93,7 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
         for row in (rows[index] for index in order)
     ]
     (folder / "problem.json").write_text(json.dumps(problem))
-    safetensors.torch.save_file(trained(run.plain_engine.hf), folder / "start.safetensors")
+    safetensors.torch.save_file(trained(run.replica.plain_engine.hf), folder / "start.safetensors")
 
     records = [
         outcome.record
@@ -102,7 +105,7 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
         {"loss": r.loss_nats, "grad_norm": r.grad_norm_pre_clip, "clip": r.clip_coef}
         for r in records
     ]
-    return updates, trained(run.plain_engine.hf)
+    return updates, trained(run.replica.plain_engine.hf)
 
 
 def with_a_plain_loop(folder: Path, model: str) -> tuple[Updates, Adapters]:

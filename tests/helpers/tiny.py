@@ -33,21 +33,29 @@ def run_of(name: str, **sections: dict) -> Run:
 
 def poisoned(run: Run, rank: int, at_pass: int, change) -> None:
     """On one rank, pass `change` the result of its pass number `at_pass` instead of returning it."""
-    engine, calls = run.engine, iter(range(1000))
+    engine, calls = run.replica.engine, iter(range(1000))
 
     def call(p):
         result = engine(p)
-        return change(*result) if run.rank == rank and next(calls) == at_pass else result
+        return change(*result) if run.replica.rank == rank and next(calls) == at_pass else result
 
-    run.engine = call
+    run.replica.engine = call
 
 
 def state(run: Run) -> str:
     """Bits of adapters and optimizer, to compare before and after."""
     tensors = [
-        run.adapters.flat.detach(),
-        *(v for v in run.optimizer.state[run.adapters.flat].values() if torch.is_tensor(v)),
+        run.replica.adapters.flat.detach(),
+        *(
+            v
+            for v in run.replica.optimizer.state[run.replica.adapters.flat].values()
+            if torch.is_tensor(v)
+        ),
     ]
     return " ".join(str(hash(t.numpy().tobytes())) for t in tensors) + str(
-        [v for v in run.optimizer.state[run.adapters.flat].values() if not torch.is_tensor(v)]
+        [
+            v
+            for v in run.replica.optimizer.state[run.replica.adapters.flat].values()
+            if not torch.is_tensor(v)
+        ]
     )

@@ -59,7 +59,7 @@ def finished_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
     for section, fields in sections.items():
         values[section] = {**values.get(section, {}), **fields}
     run = build_run(from_values(values))
-    louder(run.adapters)
+    louder(run.replica.adapters)
     assert train(run) == 0
     run.close()
     return run.folder

@@ -22,11 +22,11 @@ if os.environ.get("SPOILED_RANK") == os.environ["RANK"]:
 records = {}
 for engine in ("peft", "unsloth"):
     run = run_of(engine, execution={"engine": engine, "precision": "bf16"})
-    assert run.plain_engine.name == engine and run.ranks == 2
+    assert run.replica.plain_engine.name == engine and run.replica.ranks == 2
     outcomes = [
         update_once(run, u) for u in (1, 2)
     ]  # update 2's gate has compared the replicas after update 1
-    run.adapters.check_views()
+    run.replica.adapters.check_views()
     records[engine] = [outcome.record for outcome in outcomes if outcome is not None]
     run.close_observers()
 for theirs, ours in zip(records["peft"], records["unsloth"], strict=True):
@@ -34,5 +34,5 @@ for theirs, ours in zip(records["peft"], records["unsloth"], strict=True):
         abs(ours.loss_nats / theirs.loss_nats - 1) < 2e-3
         and abs(ours.grad_norm_pre_clip / theirs.grad_norm_pre_clip - 1) < 5e-2
     )
-print(f"rank {run.rank}: two updates alike", flush=True)
+print(f"rank {run.replica.rank}: two updates alike", flush=True)
 leave()

@@ -134,21 +134,23 @@ def test_whatever_was_not_synced_is_lost_and_the_last_checkpoint_is_found(
     run = watched.run
     found, _ = last_checkpoint(tmp_path / "left" / watched.folder)
     assert found is not None
-    before = run.adapters.flat.detach().clone()
-    run.adapters.flat.data.zero_()
+    before = run.replica.adapters.flat.detach().clone()
+    run.replica.adapters.flat.data.zero_()
     shared: dict[str, Any] = dict(
         rank=0,
         world_size=1,
-        base_hash=run.plain_engine.report.base_hash,
+        base_hash=run.replica.plain_engine.report.base_hash,
         config=as_dict(run.config),
     )
     assert (
-        load_checkpoint(found, adapters=run.adapters, optimizer=run.optimizer, **shared).update
+        load_checkpoint(
+            found, adapters=run.replica.adapters, optimizer=run.replica.optimizer, **shared
+        ).update
         == UPDATES
     )
     assert all(
-        place.of(run.adapters.flat).equal(place.of(before))
-        for place in run.adapters.slices.values()
+        place.of(run.replica.adapters.flat).equal(place.of(before))
+        for place in run.replica.adapters.slices.values()
     )
 
 

@@ -17,7 +17,7 @@ def test_two_runs_that_begin_in_the_same_second_have_two_folders(run_of, monkeyp
 
 
 def test_a_run_that_was_begun_while_the_model_was_loaded_is_left_alone(run_of, monkeypatch):
-    real, others = build.build_engine, []
+    real, others = build.load_engine, []
 
     def slow(*args, **options):
         others.append(options)
@@ -25,7 +25,7 @@ def test_a_run_that_was_begun_while_the_model_was_loaded_is_left_alone(run_of, m
             run_of(run={"name": "one"})
         return real(*args, **options)
 
-    monkeypatch.setattr(build, "build_engine", slow)
+    monkeypatch.setattr(build, "load_engine", slow)
     with pytest.raises(
         ValueError, match=r"run\.name = one: \S+ already holds a run; choose another name"
     ):

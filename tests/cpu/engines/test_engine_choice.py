@@ -294,7 +294,7 @@ def test_a_run_on_a_gpu_says_fused_keeps_it_in_its_folder_and_goes_on_with_it_wi
 ):
     run = run_of(execution=AUTO, record={"capture_updates": [1]})
     assert (
-        run.plain_engine.name == run.config.execution.engine == "fused"
+        run.replica.plain_engine.name == run.config.execution.engine == "fused"
         and line(run) == "engine    fused (auto)"
     )
     carry_out(run, 1)
@@ -303,23 +303,23 @@ def test_a_run_on_a_gpu_says_fused_keeps_it_in_its_folder_and_goes_on_with_it_wi
     monkeypatch.undo()  # a machine without a GPU
     for update, words in ((2, ()), (3, ("execution.engine=auto",))):
         run = resumed(run.folder, *words)
-        assert (run.plain_engine.name, run.first_update) == ("fused", update)
+        assert (run.replica.plain_engine.name, run.first_update) == ("fused", update)
         assert line(run) == ("engine    fused (auto: as the run began)" if words else "")
         carry_out(run, update)
     run = resumed(run.folder, "execution.engine=peft")
-    assert run.plain_engine.name == "peft"
+    assert run.replica.plain_engine.name == "peft"
     carry_out(run, 4)
     run = resumed(run.folder, "execution.engine=auto")
-    assert run.plain_engine.name == "peft"  # that of the checkpoint
+    assert run.replica.plain_engine.name == "peft"  # that of the checkpoint
     run.close_observers()
     run = resumed(run.folder, "execution.engine=auto", "--at", "0")
-    assert run.plain_engine.name == "fused"  # that the run was begun with
+    assert run.replica.plain_engine.name == "fused"  # that the run was begun with
     run.close_observers()
 
 
 def test_a_run_on_a_gpu_says_why_it_is_not_fused(run_of, changed, as_on_cuda):
     run = run_of(execution=AUTO, model={"id": str(changed("llama", hidden_act="gelu"))})
-    assert run.plain_engine.name == "peft"
+    assert run.replica.plain_engine.name == "peft"
     assert (
         line(run)
         == "engine    peft (auto: the model's config has hidden_act = 'gelu', fused knows 'silu')"
@@ -334,13 +334,16 @@ def test_a_run_on_a_cpu_is_the_reference_engines_and_does_not_become_another_on_
     looked: list[object] = []
     monkeypatch.setattr(engine_here, "config_of", looked.append)
     run = run_of(execution=AUTO)
-    assert run.plain_engine.name == "peft" and line(run) == "engine    peft (auto: no CUDA GPU)"
+    assert (
+        run.replica.plain_engine.name == "peft"
+        and line(run) == "engine    peft (auto: no CUDA GPU)"
+    )
     assert not looked  # no look at the model is needed
     carry_out(run, 1)
     assert engines_on_disk(run.folder) == {"peft"}
     monkeypatch.setattr(engine_here, "on_cuda", lambda: True)
     run = resumed(run.folder)
-    assert run.plain_engine.name == "peft"
+    assert run.replica.plain_engine.name == "peft"
     run.close_observers()
 
 

@@ -282,8 +282,8 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
     went_on = run_of(**how, resume={"run": str(run.folder)})
     assert went_on.first_update == 3 and went_on.tiers == run.tiers
     update_once(went_on, 3)
-    for name, p in went_on.adapters.parameters.items():
-        assert torch.equal(p, run.adapters.parameters[name]), name
+    for name, p in went_on.replica.adapters.parameters.items():
+        assert torch.equal(p, run.replica.adapters.parameters[name]), name
     went_on.close_observers()
 
 
@@ -292,7 +292,7 @@ def test_weights_held_before_do_not_count_as_taken_when_memory_is_spent_anew(run
     from glassloop.loop.memory import spend_memory
 
     run = run_of(execution={"engine": "fused", "precision": "fp32"})
-    engine = run.plain_engine
+    engine = run.replica.plain_engine
     engine.use_tiers(Tiers(2, host=False, held=2))
     held = []
 
@@ -317,5 +317,5 @@ def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
     while run.batches.halvings == 0:
         assert smaller_passes(run, 1, "rank 0 ran out of memory")
         kept.append(run.tiers["kept"])
-    assert kept == [1, 1] and run.plain_engine.tiers.kept == 1
+    assert kept == [1, 1] and run.replica.plain_engine.tiers.kept == 1
     assert "1 of 2 layers kept" in told[0] and "half the rows" in told[1]

@@ -204,13 +204,13 @@ def test_a_run_whose_fused_engine_is_unsound_takes_peft_and_says_so(
     sections = {"execution": {"engine": "auto", "precision": "fp32"}}
     run = run_of(model={"id": str(equal_qwen2)}, **sections)
     why = "fused does not compute what peft computes: the gradient of model.layers.1.mlp.down_proj"
-    assert run.plain_engine.name == run.config.execution.engine == "peft"
+    assert run.replica.plain_engine.name == run.config.execution.engine == "peft"
     assert run.contract.facts["engine"] == "peft"
     assert any(line.startswith(f"engine    peft (auto: {why}") for line in run.header)
     ((kind, message),) = run.changes
     assert kind == "warning" and why in message and message.endswith(": the run takes peft")
     assert "engine: peft" in (run.folder / "config.yaml").read_text()
-    assert run.plain_engine.hf.get_base_model().is_gradient_checkpointing
+    assert run.replica.plain_engine.hf.get_base_model().is_gradient_checkpointing
 
 
 def test_an_unsound_engine_that_was_named_is_refused(equal_qwen2, run_of, monkeypatch):
@@ -224,7 +224,8 @@ def test_an_unsound_engine_that_was_named_is_refused(equal_qwen2, run_of, monkey
 def test_one_ranks_doubt_is_everyones(equal_qwen2, run_of, monkeypatch, auto_takes_fused):
     monkeypatch.setattr(proving, "gather_objects", lambda mine: [mine, "a kernel is wrong"])
     sections = {"execution": {"engine": "auto"}}
-    assert run_of(model={"id": str(equal_qwen2)}, **sections).plain_engine.name == "peft"
+    run = run_of(model={"id": str(equal_qwen2)}, **sections)
+    assert run.replica.plain_engine.name == "peft"
 
 
 def test_a_kernel_that_fails_is_a_doubt_and_no_traceback(equal_qwen2, run_of, monkeypatch):

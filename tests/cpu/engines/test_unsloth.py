@@ -450,10 +450,10 @@ def test_a_run_goes_on_in_the_other_engine(
         run.save(2)
         run.close_observers()
         went_on = run_of(execution={"engine": second}, resume={"run": str(run.folder)})
-        assert went_on.plain_engine.name == second and went_on.first_update == 3
+        assert went_on.replica.plain_engine.name == second and went_on.first_update == 3
         outcome = update_once(went_on, 3)
         assert outcome is not None
-        went_on.adapters.check_views()
+        went_on.replica.adapters.check_views()
         ends.append((outcome.record.loss_nats, outcome.record.grad_norm_pre_clip))
         went_on.close_observers()
     assert ends[1][0] == pytest.approx(ends[0][0], rel=2e-3) and ends[1][1] == pytest.approx(

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glassloop.health.inspection import replay_of
 from glassloop.health.noise import estimates
 from glassloop.health.stability import Finding
+from glassloop.loop.commands import replay_of
 
 
 def parts_of(run, u: int) -> tuple[list[float], list[int], float]:
@@ -22,16 +22,16 @@ def parts_of(run, u: int) -> tuple[list[float], list[int], float]:
     (passes,) = window.passes
     grads, tokens = [], []
     for half in (passes[: len(passes) // 2], passes[len(passes) // 2 :]):
-        run.adapters.zero_grad()
+        run.replica.adapters.zero_grad()
         for rows in half:
             p = build_pass(
                 [run.batches.rows[row] for row in rows],
                 packed=window.packed,
-                pad_id=run.pad_id,
-                device=run.device,
+                pad_id=run.replica.pad_id,
+                device=run.replica.device,
             )
-            (run.engine(p)[0] / n).backward()
-        grads.append(run.adapters.grad.double().clone())
+            (run.replica.engine(p)[0] / n).backward()
+        grads.append(run.replica.adapters.grad.double().clone())
         tokens.append(sum(run.batches.rows[row].supervised_tokens for rows in half for row in rows))
     return [grad.norm().item() for grad in grads], tokens, sum(grads).norm().item()
 
@@ -60,7 +60,6 @@ def test_a_lone_rank_takes_the_noise_scale_from_the_halves_of_a_probed_window(ru
     noise = run.inspection.noise
     assert (noise.updates, noise.within) == (1, pytest.approx((1 - noise.decay) * within, rel=1e-3))
     assert second.probe is not None
-    assert run.inspection.half is None
 
 
 def test_detectors_and_noise_scale_go_on_where_they_were(run_of):

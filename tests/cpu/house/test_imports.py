@@ -58,7 +58,7 @@ TABLE = {
     "engines": Rule(
         "base config data formula plan predict", "numpy peft safetensors torch transformers triton"
     ),
-    "health": Rule("*", "torch"),
+    "health": Rule("config data formula record stats", "torch"),
     "saved": Rule("config data disk formula plan", "numpy safetensors torch"),
     "loop": Rule(
         "base config data disk engines formula health plan predict record saved",

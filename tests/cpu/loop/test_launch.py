@@ -84,7 +84,7 @@ def test_launch_settings_that_hide_the_formula_are_refused_with_the_reason(
 def test_a_lone_process_may_be_given_a_backend(run_of) -> None:
     """It has nobody to speak with: no process group is made, and none is missed."""
     run = run_of(execution={"backend": "gloo", "precision": "fp32"})
-    assert run.ranks == 1 and not torch.distributed.is_initialized()
+    assert run.replica.ranks == 1 and not torch.distributed.is_initialized()
 
 
 def test_segments_grow_on_a_gpu_unless_the_environment_says_how_memory_is_taken(

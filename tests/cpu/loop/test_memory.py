@@ -13,6 +13,7 @@ from glassloop.config.arguments import from_values, parse
 from glassloop.config.config import Config
 from glassloop.loop import build
 from glassloop.loop import memory as room
+from glassloop.loop.header import layout_of
 from glassloop.plan.work import work_of
 from glassloop.predict.shapes import KNOWN
 from glassloop.predict.spend import pass_tokens_of
@@ -45,7 +46,7 @@ def test_predicted_memory_stands_beside_measured(run_of, on_a_gpu, layout):
     run = run_of(execution={"precision": "fp32", "checkpointing": False, "layout": layout})
     window = run.batches.heaviest()
     assert room.memory_lines(run, window) == []  # on a CPU nothing is measured
-    run.device = on_a_gpu
+    run.replica.device = on_a_gpu
     run.measured_gib = {"load": 1.0, "adapters": 1.25}
     (line,) = room.memory_lines(run, window)
     ledger = room.ledger_of_pass(run, run.batches.share(window, 0))
@@ -59,7 +60,7 @@ def test_predicted_memory_stands_beside_measured(run_of, on_a_gpu, layout):
 
 def test_what_the_ledger_does_not_know_is_measured_all_the_same(run_of, on_a_gpu, monkeypatch):
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
-    run.device = on_a_gpu
+    run.replica.device = on_a_gpu
 
     def unknown(*_):
         raise ValueError("lora.targets = c_attn: not in these shapes")
@@ -74,7 +75,7 @@ def test_what_the_ledger_does_not_know_is_measured_all_the_same(run_of, on_a_gpu
 
 def test_a_heavier_pass_is_predicted_to_take_more(run_of, on_a_gpu):
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
-    run.device = on_a_gpu
+    run.replica.device = on_a_gpu
     rows = sorted(run.batches.rows, key=len)
     light, heavy = (room.ledger_of_pass(run, chosen) for chosen in (rows[:1], rows[-2:]))
     assert light is not None
@@ -97,7 +98,7 @@ def test_what_would_fit_leaves_the_rows_of_an_update_alone(run_of):
 @needs_triton
 def test_the_prediction_stands_on_the_tiers_that_the_run_has(run_of, on_a_gpu):
     run = run_of(execution={"engine": "fused", "precision": "fp32"}, model={"quantization": "nf4"})
-    run.device = on_a_gpu
+    run.replica.device = on_a_gpu
     rows = list(run.batches.rows[:4])
     peaks = []
     for kept in (0, 1, 2):
@@ -243,7 +244,7 @@ def test_a_checkpoint_of_the_reference_engine_goes_on_in_the_fused_one_and_back(
             run = build.build_run(
                 parse(["--resume", str(run.folder), f"execution.engine={engine}"])
             )
-        assert (run.plain_engine.name, run.first_update) == (engine, update)
+        assert (run.replica.plain_engine.name, run.first_update) == (engine, update)
         outcome = update_once(run, update)
         assert outcome is not None and outcome.record.action == "applied"
         run.tell(outcome)
@@ -262,10 +263,10 @@ def test_a_checkpoint_of_the_reference_engine_goes_on_in_the_fused_one_and_back(
 def test_the_header_says_that_the_size_was_chosen():
     batches = SimpleNamespace(layout="packed", pass_tokens=5120)
     said = "packed, the same rows in passes of at most 5,120 tokens"
-    chosen = build.layout_of(packed_8b(profile=15.0), batches, on_cuda=True)
+    chosen = layout_of(packed_8b(profile=15.0), batches, on_cuda=True)
     assert chosen == f"{said}, chosen under memory.profile=15.0"
-    assert build.layout_of(packed_8b(), batches, on_cuda=False) == said
-    assert build.layout_of(packed_8b(pass_tokens=5120), batches, on_cuda=True) == said
+    assert layout_of(packed_8b(), batches, on_cuda=False) == said
+    assert layout_of(packed_8b(pass_tokens=5120), batches, on_cuda=True) == said
 
 
 def test_a_literal_plan_has_no_pass_size(run_of):

@@ -491,7 +491,7 @@ def test_shares_of_passes_and_rows_add_up_to_the_gradient(whole, tmp_path_factor
     )
     scene = open_scene(run, 3, {}).scene
     replayed(scene)
-    g = scene.run.adapters.grad.double().clone()
+    g = scene.parts.replica.adapters.grad.double().clone()
     for pieces in (
         [one for rank in scene.window.passes for one in rank],
         [(row,) for row in scene.window.rows],
@@ -499,8 +499,9 @@ def test_shares_of_passes_and_rows_add_up_to_the_gradient(whole, tmp_path_factor
         total = torch.zeros_like(g)
         for piece in pieces:
             window = replace(scene.window, rows=piece, passes=((piece,),))
-            carry_out(enter(scene), window, scene.supervised_tokens, scene.state.rng_states)
-            total += scene.run.adapters.grad.double()
+            n, states = scene.supervised_tokens, scene.state.rng_states
+            carry_out(enter(scene), scene.rows, window, n, states)
+            total += scene.parts.replica.adapters.grad.double()
         assert ((total - g).norm() / g.norm()).item() < 1e-6
 
 
@@ -616,9 +617,9 @@ def test_a_row_that_costs_50_times_the_others_is_named_and_the_verdict_is_data(
 
 
 def scale_layer_1(run: Run) -> None:
-    for name, place in run.adapters.slices.items():
+    for name, place in run.replica.adapters.slices.items():
         if "layers.1." in name:
-            place.of(run.adapters.flat.data).mul_(1000)
+            place.of(run.replica.adapters.flat.data).mul_(1000)
 
 
 @pytest.mark.parametrize("healthy", [True, False])
@@ -652,9 +653,9 @@ def test_an_infinite_activation_is_named_by_its_module_and_no_row_is_blamed(
     sure, sound, tmp_path, capsys
 ):
     def overflow(run: Run) -> None:
-        for name, place in run.adapters.slices.items():
+        for name, place in run.replica.adapters.slices.items():
             if "layers.1.mlp.up_proj" in name:
-                place.of(run.adapters.flat.data).fill_(1e30)
+                place.of(run.replica.adapters.flat.data).fill_(1e30)
 
     _, walk, verdict = judged(capsys, planted_run(tmp_path, sure, sound, overflow), 4)
     assert walk["everything"]
@@ -689,8 +690,8 @@ def test_a_token_whose_embedding_is_nan_is_found_at_its_place_and_the_verdict_is
 
 def test_a_fault_outside_of_rows_and_state_does_not_reproduce(sure, sound, tmp_path, capsys):
     def spoil(run: Run) -> None:
-        engine = run.engine
-        run.engine = lambda p: tuple(value * math.nan for value in engine(p))
+        engine = run.replica.engine
+        run.replica.engine = lambda p: tuple(value * math.nan for value in engine(p))
 
     run = planted_run(tmp_path, sure, sound, spoil)
     code, output = command(capsys, run, "--update", 4, "--bisect", "--try")
@@ -715,7 +716,7 @@ def test_a_step_that_is_too_long_is_the_lrs_doing(sure, sound, tmp_path, capsys)
 
 def test_moments_that_are_off_are_the_optimizers_doing(sure, sound, tmp_path, capsys):
     def spoil(run: Run) -> None:
-        run.optimizer.state[run.adapters.flat]["absmax1"].mul_(1e4)
+        run.replica.optimizer.state[run.replica.adapters.flat]["absmax1"].mul_(1e4)
 
     _, _, verdict = judged(capsys, planted_run(tmp_path, sure, sound, spoil), 4)
     assert verdict["kind"] == "optimizer"

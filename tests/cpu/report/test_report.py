@@ -272,7 +272,8 @@ def test_the_words_of_the_preflight_are_those_that_are_read(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * room.GIB)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
-    run.device, run.measured_gib = SimpleNamespace(type="cuda"), {"load": 1.0, "adapters": 1.25}
+    run.replica.device = SimpleNamespace(type="cuda")
+    run.measured_gib = {"load": 1.0, "adapters": 1.25}
     found = memory(
         [
             dict(kind="memory", message=line)

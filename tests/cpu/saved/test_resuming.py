@@ -116,10 +116,10 @@ def test_a_checkpoint_of_more_ranks_is_restored_on_fewer_and_fewer_on_more(run_o
     run = run_of()
     run.save(1)
     path = run.folder / "checkpoints/update_000001"
-    before = rng_state(run.device)
+    before = rng_state(run.replica.device)
     shared = {
-        "adapters": run.adapters,
-        "optimizer": run.optimizer,
+        "adapters": run.replica.adapters,
+        "optimizer": run.replica.optimizer,
         "base_hash": read_state(path).base_hash,
         "config": as_dict(run.config),
     }
@@ -131,11 +131,11 @@ def test_a_checkpoint_of_more_ranks_is_restored_on_fewer_and_fewer_on_more(run_o
     import torch
 
     torch.rand(3)
-    moved = rng_state(run.device)
+    moved = rng_state(run.replica.device)
     load_checkpoint(path, rank=1, world_size=2, reshape=True, **shared)
-    assert rng_state(run.device) == moved  # a rank that was not there keeps its own
+    assert rng_state(run.replica.device) == moved  # a rank that was not there keeps its own
     load_checkpoint(path, rank=0, world_size=2, reshape=True, **shared)
-    assert rng_state(run.device) == before
+    assert rng_state(run.replica.device) == before
 
 
 def resumed(folder: Path, *words: str) -> Any:

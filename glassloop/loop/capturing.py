@@ -1,0 +1,114 @@
+"""What is read and kept of an update before and after its step: noise scale, probe, capsule.
+
+Nothing here changes a weight or a gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from glassloop.config.config import as_dict
+from glassloop.data.batches import Window
+from glassloop.formula.dist import Gate, gather_objects
+from glassloop.health.decision import Decision, Terms
+from glassloop.health.probes import Before, read_after, read_before
+from glassloop.loop.commands import replay_command
+from glassloop.loop.run import Run
+from glassloop.record.records import ProbeRecord
+from glassloop.saved.capsule import CapsuleNotSaved, facts_of, save_capsule
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was read before the optimizer moved, and how long that took."""
+
+    noise: float | None
+    before: Before | None  # of a probe
+    seconds: float
+
+
+def look_before_step(
+    run: Run,
+    window: Window,
+    gate: Gate,
+    decision: Decision,
+    terms: Terms,
+    half: tuple[Tensor, int] | None,
+) -> Look:
+    """Read noise scale, probe and capsule while the gradient is g * scale. All ranks take part.
+
+    Args:
+        half: a lone rank's gradient and supervised tokens half-way through its passes, if taken.
+    """
+    started = time.perf_counter()
+    inspection, replica = run.inspection, run.replica
+    noise = inspection.note_noise(gate, replica.adapters.grad, terms, half) if terms.n else None
+    probed = terms.n and inspection.probe_due(window.update) and replica.rank == 0
+    before = read_before(replica.adapters, terms.scale) if probed else None
+    why = inspection.capsule_reason(window.update, gate, decision) if terms.n else None
+    if why is not None:
+        keep_capsule(run, window, gate, why, terms)
+    return Look(noise, before, time.perf_counter() - started)
+
+
+def probe_of(run: Run, update: int, before: Before | None, *, applied: bool) -> ProbeRecord | None:
+    """The update's probe after its step; None if none was begun before it."""
+    if before is None:
+        return None
+    return read_after(
+        before,
+        run.replica.adapters,
+        update=update,
+        applied=applied,
+        scaling=run.config.lora.alpha / run.config.lora.r,
+        attempt=run.attempt,
+    )
+
+
+def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -> None:
+    """Write the update whole, on rank 0. A full disk costs the capsule, not the run."""
+    replica = run.replica
+    rng_states = gather_objects(replica.before.rng)
+    if replica.rank != 0:
+        return
+    record = run.config.record
+    facts = facts_of(
+        window=window,
+        batches=run.batches,
+        gate=gate,
+        why=why,
+        attempt=run.attempt,
+        lr=terms.lr,
+        n=terms.n,
+        norm=terms.norm,
+        scale=terms.scale,
+        finite_updates=replica.before.finite_updates,
+        max_norm=run.config.optimizer.max_grad_norm,
+        explicit=terms.explicit,
+        pad_id=replica.pad_id,
+        base_hash=replica.plain_engine.report.base_hash,
+        config=as_dict(run.config),
+        device=replica.device,
+    )
+    try:
+        saved = save_capsule(
+            run.folder / "capsules",
+            facts,
+            text=record.text,
+            adapters=replica.adapters,
+            optimizer=replica.optimizer,
+            rng_states=rng_states,
+            keep=record.capsules,
+            most_gib=record.capsules_gib,
+        )
+    except CapsuleNotSaved as error:
+        run.event(window.update, "warning", str(error))
+        return
+    if saved.path is not None:
+        message = f"kept whole ({why}): {saved.path}"
+        run.event(window.update, "capsule", message, replay_command(run.folder, window.update))
+    if saved.note is not None:
+        run.event(window.update, "warning", saved.note)

@@ -1,0 +1,34 @@
+"""Commands that a run tells people to type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glassloop.health.stability import Finding
+
+
+def launch_command(ranks: int, *, on_cuda: bool) -> str:
+    """The command that starts `ranks` processes, up to train_loop.py's own words."""
+    if not on_cuda:
+        name, processes = "cpu_2proc", "" if ranks == 2 else f" --num_processes {ranks}"
+    elif ranks == 1:
+        name, processes = "single_gpu", ""
+    else:
+        name, processes = "ddp_2gpu", "" if ranks == 2 else f" --num_processes {ranks}"
+    file = f"accelerate_configs/{name}.yaml"
+    return f"accelerate launch --config_file {file}{processes} train_loop.py"
+
+
+def replay_command(folder: Path, update: int) -> str:
+    """The command that looks for the cause of an update."""
+    return f"glassloop replay {folder} --update {update} --bisect"
+
+
+def replay_of(finding: Finding, folder: Path, update: int) -> str:
+    """The command that looks for the cause of a finding about `update`.
+
+    An alarm for divergence comes once it has lasted: the cause is the step before the loss rose.
+    """
+    if finding.kind == "diverged":
+        return f"{replay_command(folder, max(1, int(finding.details['since']) - 1))} --try"
+    return replay_command(folder, update)

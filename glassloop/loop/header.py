@@ -1,0 +1,75 @@
+"""The header: what a run says of itself before it begins."""
+
+from __future__ import annotations
+
+import torch
+
+from glassloop.base.checks import audit_table, dtype_audit
+from glassloop.config.config import Config
+from glassloop.data.batches import Batches
+from glassloop.data.dataset import Dataset, summary
+from glassloop.loop.replica import Replica
+from glassloop.plan.steps import describe
+from glassloop.plan.work import chooses_passes
+
+LOST_IN_BF16 = (
+    "note: PEFT adds the adapters' share to products rounded to bf16; "
+    "while adapters are small, part of it is lost (docs/findings.md)"
+)
+
+
+def header(
+    config: Config, batches: Batches, dataset: Dataset, replica: Replica, auto: str
+) -> list[str]:
+    """Lines on model, rows, what was asked, how it is executed and what is trained.
+
+    Args:
+        auto: the choice of execution.engine = auto, in words; empty if the engine was named.
+    """
+    execution, lora, report = config.execution, config.lora, replica.plain_engine.report
+    model = f"{report.name} {report.commit or ''}".rstrip()
+    origin = "read from the cache" if report.from_cache else "loaded"
+    overrides = ""
+    if config.schedule.updates is not None:
+        overrides = f" (schedule.updates overrides epochs = {config.schedule.epochs:g})"
+    asked, windows, updates = describe(batches.plan)
+    lossy = execution.engine == "peft" and execution.precision == "bf16"
+    audit = audit_table(dtype_audit(replica.plain_engine.hf))
+    return [
+        f"model     {model}, {config.model.quantization}, {origin} in {report.seconds:.1f} s",
+        *(f"          {note}" for note in report.notes),
+        *(f"data      {line}" for line in summary(dataset, config.data)),
+        f"asked     {asked}",
+        f"          {windows}",
+        f"          {updates}{overrides}",
+        *([f"engine    {auto}"] if auto else []),
+        f"executed  {execution_of(config, batches, replica.device)}",
+        *([f"          {LOST_IN_BF16}"] if lossy else []),
+        f"trains    {replica.adapters.trainable:,} parameters: "
+        f"W + ({lora.alpha:g}/{lora.r}) B A on {', '.join(lora.targets)}",
+        *(f"          {line}" for line in audit.splitlines()),
+    ]
+
+
+def execution_of(config: Config, batches: Batches, device: torch.device) -> str:
+    """Layout, reduction, hardware, engine, precision and activations in words."""
+    execution, cuda = config.execution, device.type == "cuda"
+    hardware = f"CPU ({torch.get_num_threads()} threads a rank)"
+    if cuda:
+        hardware = torch.cuda.get_device_name()
+    activations = "recomputed" if execution.checkpointing else "stored"
+    return (
+        f"{layout_of(config, batches, on_cuda=cuda)}; {execution.reduction} reduction, "
+        f"{batches.plan.ranks} x {hardware}; engine {execution.engine}, "
+        f"{execution.precision}, activations {activations}"
+    )
+
+
+def layout_of(config: Config, batches: Batches, *, on_cuda: bool) -> str:
+    """The layout of an update's rows in words."""
+    if batches.layout == "literal":
+        return "literal, the micro-batches asked for"
+    chosen = ""
+    if on_cuda and chooses_passes(config):
+        chosen = f", chosen under memory.profile={config.memory.profile}"
+    return f"packed, the same rows in passes of at most {batches.pass_tokens:,} tokens{chosen}"
