@@ -177,7 +177,7 @@ def test_the_truth_is_the_fp32_model(equal_qwen2):
     p = build_pass(rows_of(16, 12), packed=False, pad_id=0, device=CPU)
     with the_proof.drawn_adapters(engine, adapters), the_proof.drawn_adapters(other, others):
         reference = PeftEngine(engine.hf, engine.report).train()
-        loss = the_proof.exact(reference, engine.head, p, 1.0)
+        loss = the_proof.exact(reference, engine.head, p)
         wanted, _ = other(p)
         wanted.backward()
         assert loss == pytest.approx(float(wanted.detach()), rel=1e-3)
