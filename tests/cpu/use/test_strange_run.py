@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from trained_runs import copy_of, signed_anew
+from trained_runs import copy_of, write_config
 
 from glassloop.cli.__main__ import main
 from train_loop import main as train
@@ -20,24 +17,6 @@ pathlib.Path({mark!r}).touch()
 class Strange(PreTrainedTokenizerFast):
     pass
 """
-
-
-def recorded(folder: Path) -> Iterator[Path]:
-    """Every file of a run that holds its config."""
-    yield folder / "config.yaml"
-    yield from folder.glob("checkpoints/*/state.json")
-    yield from folder.glob("capsules/*/capsule.json")
-
-
-def write_config(folder: Path, **model: Any) -> None:
-    """Change the recorded model section, with right sums."""
-    for path in recorded(folder):
-        values = yaml.safe_load(path.read_text())
-        (values if path.name == "config.yaml" else values["config"])["model"].update(model)
-        dumped = yaml.safe_dump(values) if path.suffix == ".yaml" else json.dumps(values)
-        path.write_text(dumped)
-        if path.parent != folder:
-            signed_anew(path.parent)
 
 
 @pytest.fixture
@@ -51,7 +30,7 @@ def strange(run: Path, tmp_path: Path) -> Path:
         settings["auto_map"] = {"AutoTokenizer": ["strange.Strange", "strange.Strange"]}
         settings["tokenizer_class"] = "Strange"
         path.write_text(json.dumps(settings))
-    write_config(folder, trust_remote_code=True)
+    write_config(folder, "model", trust_remote_code=True)
     return folder
 
 
@@ -108,7 +87,7 @@ def test_the_command_line_may_trust_it(strange, tmp_path, capsys):
 def test_a_recorded_config_makes_no_folder_elsewhere(run, tmp_path, capsys):
     folder = copy_of(run, tmp_path / "strange")
     elsewhere = tmp_path / "elsewhere"
-    write_config(folder, cache_dir=str(elsewhere))
+    write_config(folder, "model", cache_dir=str(elsewhere))
     for name, words in commands(folder, tmp_path).items():
         if name in ("generate", "evaluate", "merge", "push", "resume") or "replay" in name:
             code, text = said(words, capsys)
