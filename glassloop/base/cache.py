@@ -16,11 +16,15 @@ from typing import Any
 
 from glassloop.disk.publish import sync
 
+TAG = "Signature: 8a477f597d28d172789f06886806bc55"
 ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process that died
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """model.cache_dir, else $GLASSLOOP_CACHE, else ~/.cache/glassloop; made where it is missing."""
+    """Return model.cache_dir, else $GLASSLOOP_CACHE, else ~/.cache/glassloop.
+
+    The folder and its CACHEDIR.TAG (https://bford.info/cachedir/) are made if they are missing.
+    """
     root = (
         Path(cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop")
         .expanduser()
@@ -32,6 +36,11 @@ def cache_root(cache_dir: str | None) -> Path:
         raise ValueError(
             f"model.cache_dir = {root} cannot be made ({error}): name a folder that can be written"
         ) from error
+    tag = root / "CACHEDIR.TAG"
+    if not tag.exists() and os.access(root, os.W_OK):  # another's cache may be read-only
+        tag.write_text(
+            f"{TAG}\n# Models that glassloop made; it makes them again if they are gone.\n"
+        )
     return root
 
 

@@ -34,10 +34,24 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="the checkpoint after N updates (default: the best by held-out loss)",
     )
     parser.add_argument("--model", metavar="MODEL", help="where the base model is now (model.id)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        help="run Python code that comes with the model; a run's config cannot ask for it",
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="folder for quantised bases (model.cache_dir)"
+    )
 
 
 def overrides_of(given: argparse.Namespace) -> dict[str, str]:
-    return {"model.id": given.model} if given.model else {}
+    """Fields of the recorded config that the command line replaces."""
+    asked = {
+        "model.id": given.model,
+        "model.trust_remote_code": given.trust_remote_code,
+        "model.cache_dir": given.cache_dir,
+    }
+    return {field: str(value) for field, value in asked.items() if value is not None}
 
 
 def main(argv: list[str]) -> int:

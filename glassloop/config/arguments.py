@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from glassloop.config.config import Config, as_dict
 from glassloop.config.presets import EXPECTATIONS, HARDWARE, PRESETS
+from glassloop.config.trust import CACHE, FIELDS, unasked
 
 # What users of other trainers type, and what it is called here.
 PEER_NAMES = {
@@ -131,12 +132,21 @@ def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
         _merge(values, _read_yaml(Path(file)))
     _merge(values, _nested(given))
     config = from_values(values)
+    _check_trust(config, given, None if resumed is None else f"{resumed}/config.yaml", file)
     if print_config:
         sys.stdout.write(to_yaml(config))
         if expected := EXPECTATIONS.get(config.preset):
             sys.stdout.write(f"# {expected}\n")
         raise SystemExit(0)
     return config
+
+
+def _check_trust(config: Config, given: dict[str, str], run: str | None, file: str | None) -> None:
+    """Refuse what only a file asks for. A preset asks for nothing of the kind."""
+    source = " or ".join(name for name in (run, file) if name is not None) or "the preset"
+    asked = given if run is not None else {**given, CACHE: ""}  # --config is asked for by name
+    if (why := unasked(config, asked, source, FIELDS)) is not None:
+        raise ConfigError(why)
 
 
 def with_old_engine(values: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import yaml
 
 from glassloop.config.arguments import from_values, with_old_engine
 from glassloop.config.config import Config
+from glassloop.config.trust import FIELDS, Words, unasked
 from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
@@ -219,10 +220,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
-    """The recorded config with fields replaced ("model.id" -> text of its value).
+def with_overrides(
+    values: Mapping[str, Any], overrides: Mapping[str, str], words: Words = FIELDS
+) -> Config:
+    """Build the recorded config with fields replaced, without resume and tracking.
 
-    Without resume and tracking, which belong to one start of the run.
+    Args:
+        overrides: "model.id" -> text of its value, from today's command line.
+        words: how the command at hand writes what only a command line may ask for.
+
+    Raises:
+        ValueError: the record asks for what only a command line may ask for (config/trust.py).
     """
     plain: dict[str, Any] = {
         section: dict(v) if isinstance(v, dict) else v for section, v in values.items()
@@ -232,7 +240,10 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, str]) -> C
     for name, value in overrides.items():
         section, _, field = name.partition(".")
         plain.setdefault(section, {})[field] = None if value == "null" else value
-    return from_values(with_old_engine(plain))
+    config = from_values(with_old_engine(plain))
+    if (why := unasked(config, overrides, "the run's own config", words)) is not None:
+        raise ValueError(why)
+    return config
 
 
 def number(value: Any) -> float | None:

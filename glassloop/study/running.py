@@ -188,6 +188,8 @@ def command(cell: Cell, out: Path) -> list[str]:
     write_text(asked, to_yaml(cell.config))
     ranks = cell.config.batch.ranks or 1
     words = ["train_loop", "--config", str(asked)]
+    if cell.config.model.trust_remote_code:  # the study's command line said so
+        words.append("model.trust_remote_code=true")
     if ranks == 1:
         return [sys.executable, "-m", *words]
     launch = out / "asked" / "launch.yaml"

@@ -30,6 +30,7 @@ import yaml
 
 from glassloop.config.arguments import field_names, parse
 from glassloop.config.config import Config
+from glassloop.config.trust import TRUST
 from glassloop.study.checks import (
     Complaint,
     StudyError,
@@ -148,6 +149,10 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         critical=flag(values, "critical", bad),
         bisect=flag(values, "bisect", bad),
     )
+    in_file = [field for _, settings in axes for one in settings for field, _ in one.fields]
+    in_file += _names(study.words[: len(study.words) - len(overrides)])
+    if TRUST in in_file and TRUST not in _names(overrides):
+        raise bad(TRUST, "in the file", f"a file cannot have code run; add {TRUST}=true or =false")
     if "time" in study.measure and study.parallel > 1:
         raise bad(
             "parallel",
@@ -273,6 +278,10 @@ def _words(base: Any, overrides: Sequence[str], axes: Axes, bad: Complaint) -> t
         *_without_pair(words, [given.removeprefix("--").partition("=")[0] for given in overrides]),
         *overrides,
     )
+
+
+def _names(words: Sequence[str]) -> list[str]:
+    return [one.removeprefix("--").partition("=")[0] for one in words]
 
 
 def _without_pair(words: Sequence[str], fields: Sequence[str]) -> list[str]:

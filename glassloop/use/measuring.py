@@ -64,7 +64,7 @@ class Report:
     answered: int
     verdict_rows: int
     scores: tuple[Score, ...]
-    counts: dict[str, dict[str, Any]] = field(default_factory=dict)  # by side: evaluation.scores()
+    counts: dict[str, dict[str, float | None]] = field(default_factory=dict)  # by side: scores()
 
 
 def measure(

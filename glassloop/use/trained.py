@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from glassloop.base.quantised import DTYPES
 from glassloop.config.config import Config
+from glassloop.config.trust import OPTIONS
 from glassloop.data.rows import Example, Turn
 from glassloop.data.templates import Template, make_template
 from glassloop.disk import publish as folders
@@ -78,7 +79,8 @@ def open_trained(
         overrides: fields of the recorded config to replace, such as {"model.id": "/models/base"}.
 
     Raises:
-        ValueError: no folder, no run, no whole checkpoint; names the folder and the cure.
+        ValueError: no folder, no run, no whole checkpoint, or its config asks for what only a
+            command line may ask for; names the folder and the cure.
     """
     if not where.is_dir():
         raise ValueError(
@@ -100,7 +102,7 @@ def open_trained(
         run=run if (run / "metrics.jsonl").is_file() else None,
         checkpoint=path,
         state=state,
-        config=with_overrides(state.config, overrides or {}),
+        config=with_overrides(state.config, overrides or {}, OPTIONS),
         why=why,
         notes=tuple(notes),
         files=tuple(files),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 
 from glassloop.config.arguments import from_values
@@ -95,3 +96,15 @@ def prompt_of(template: Template, text: str, system: str | None = None) -> list[
     """Ids of a single question, as a training row's prompt would have them."""
     turns = [*([Turn("system", system)] if system is not None else []), Turn("user", text)]
     return template.prompt_ids(Example("question", tuple(turns)))
+
+
+def write_config(folder: Path, section: str, **fields: Any) -> None:
+    """Change a section of the config wherever a run keeps it, with right sums."""
+    kept = [folder / "config.yaml", *folder.glob("checkpoints/*/state.json")]
+    for path in [*kept, *folder.glob("capsules/*/capsule.json")]:
+        values = yaml.safe_load(path.read_text())
+        config = values if path.name == "config.yaml" else values["config"]
+        config.update({section: {**config[section], **fields}} if section else fields)
+        path.write_text(json.dumps(values))  # JSON is YAML
+        if path.parent != folder:
+            signed_anew(path.parent)

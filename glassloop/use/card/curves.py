@@ -1,4 +1,7 @@
-"""Loss and gradient norm of a run as one SVG picture, readable on light and dark pages, without any package."""
+"""Loss and gradient norm of a run as one SVG picture, drawn without any package.
+
+It is readable on light and dark pages.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ Point = tuple[float, float]
 
 
 def svg(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Point]]]]]) -> str:
-    """Panels side by side: (title, [(name of a line, points)]). Points that are not finite are left out."""
+    """Draw panels side by side: (title, [(name of a line, points)]).
+
+    Points that are not finite are left out.
+    """
     wide = (WIDTH - LEFT - 16 - GAP * (len(panels) - 1)) / len(panels)
     body = "".join(
         _panel(title, lines, LEFT + i * (wide + GAP), wide)
         for i, (title, lines) in enumerate(panels)
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'font-family="sans-serif" font-size="12">'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>{body}</svg>\n'
     )
 
@@ -42,11 +49,14 @@ def _panel(
     for i in range(5):
         value = y0 + (y1 - y0) * i / 4
         y = at((x0, value))[1]
-        out += f'<line x1="{left:.1f}" x2="{left + wide:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>'
-        out += f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" fill="#444444">{value:.3g}</text>'
+        out += (
+            f'<line x1="{left:.1f}" x2="{left + wide:.1f}" y1="{y:.1f}" y2="{y:.1f}" '
+            'stroke="#dddddd"/>'
+        )
+        out += _label(left - 6, y + 4, "end", f"{value:.3g}")
     for value, anchor in ((x0, "start"), (x1, "end")):
-        out += f'<text x="{at((value, y0))[0]:.1f}" y="{HEIGHT - 22}" text-anchor="{anchor}" fill="#444444">{value:g}</text>'
-    out += f'<text x="{left + wide / 2:.1f}" y="{HEIGHT - 22}" text-anchor="middle" fill="#444444">update</text>'
+        out += _label(at((value, y0))[0], HEIGHT - 22, anchor, f"{value:g}")
+    out += _label(left + wide / 2, HEIGHT - 22, "middle", "update")
     for i, (name, points) in enumerate(lines):
         colour = ("#1f5fbf", "#c2410c")[i % 2]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
@@ -60,3 +70,7 @@ def _panel(
             f'<text x="{left + i * 110:.1f}" y="{HEIGHT - 6}" fill="{colour}">{escape(name)}</text>'
         )
     return out
+
+
+def _label(x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#444444">{text}</text>'

@@ -1,19 +1,22 @@
-"""A staged folder to the hub: into a private repository, unless a public one was asked for."""
+"""Upload of a staged folder to the hub: private, unless a public repository was asked for."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from glassloop.use.card.facts import HUB_ID
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """`private`: as the hub says. `removed`: files of an earlier upload that would have been loaded with this one."""
+    """What the hub did.
+
+    `private` is as the hub says. `removed` names files of an earlier upload that would have been
+    loaded with this one.
+    """
 
     address: str
     private: bool
@@ -26,7 +29,7 @@ def check_repo(repo: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     cure = "name it owner/name (letters, digits, -, _ and .)"
-    if not REPO.fullmatch(repo):
+    if not HUB_ID.fullmatch(repo):
         raise ValueError(f"REPO = {repo}: {cure}")
     try:
         validate_repo_id(repo)
@@ -35,7 +38,7 @@ def check_repo(repo: str) -> None:
 
 
 def login(api: Any = None) -> Any:
-    """The hub, which knows who asks. Raises ValueError where it does not, or cannot be reached."""
+    """Return the hub's API. Raises ValueError if the hub is out of reach or knows no token."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     if api is None:
@@ -46,11 +49,13 @@ def login(api: Any = None) -> Any:
         api.whoami()
     except LocalTokenNotFoundError as error:
         raise ValueError(
-            "there is no token for the hub on this machine: hf auth login, or set HF_TOKEN; or --dry-run FOLDER"
+            "there is no token for the hub on this machine: hf auth login, or set HF_TOKEN; or "
+            "--dry-run FOLDER"
         ) from error
     except Exception as error:  # whatever the HTTP library of the day raises
         raise ValueError(
-            f"the hub does not know you, or cannot be reached ({_first_line(error)}): hf auth login; or --dry-run FOLDER"
+            f"the hub does not know you, or cannot be reached ({_first_line(error)}): hf auth "
+            "login; or --dry-run FOLDER"
         ) from error
     return api
 
@@ -65,14 +70,16 @@ def upload(
     message: str,
     stale: Callable[[str], bool],
 ) -> Uploaded:
-    """Make the repository where it is missing, check that it is as private as asked, upload `names` in one commit.
+    """Upload `names` in one commit; make the repository if it is missing.
 
     Args:
-        api: what login() gave.
-        stale: whether a file that the repository has, and `names` has not, would be loaded with what is uploaded: it is taken out in the same commit.
+        api: what login() returned.
+        stale: whether a file that only the repository has would be loaded with the upload; the same
+            commit removes it.
 
     Raises:
-        ValueError: no right to write, the hub is out of reach, or the repository is public and `public` was not given.
+        ValueError: no right to write, the hub is out of reach, or the repository is public and
+            `public` was not given.
     """
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
@@ -82,11 +89,13 @@ def upload(
         )
     except Exception as error:
         raise ValueError(
-            f"REPO = {repo} cannot be made or read ({_first_line(error)}): name one that you may write to"
+            f"REPO = {repo} cannot be made or read ({_first_line(error)}): name one that you may "
+            "write to"
         ) from error
     if not public and not private:
         raise ValueError(
-            f"REPO = {repo} is public, so what is uploaded would be too: give --public if you mean it, or name another repository"
+            f"REPO = {repo} is public, so what is uploaded would be too: give --public if you mean "
+            "it, or name another repository"
         )
     try:
         api.upload_folder(
@@ -98,7 +107,8 @@ def upload(
         )
     except Exception as error:
         raise ValueError(
-            f"REPO = {repo}: the upload failed ({_first_line(error)}); type the command again, what arrived is not sent twice"
+            f"REPO = {repo}: the upload failed ({_first_line(error)}); type the command again, "
+            "what arrived is not sent twice"
         ) from error
     return Uploaded(f"https://huggingface.co/{repo}", private, tuple(removed))
 

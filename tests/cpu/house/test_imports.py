@@ -69,8 +69,8 @@ TABLE = {
     ),
     "use": Rule(
         "base config data disk engines formula loop plan record report saved stats",
-        "safetensors torch",
-        late="bitsandbytes huggingface_hub transformers",
+        "pydantic safetensors torch",
+        late="bitsandbytes huggingface_hub peft transformers",
     ),
     "train_loop": Rule("config data formula health loop plan report", "torch"),
     "replay": Rule(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trained_runs import copy_of, finished_run, signed_anew, write_calls
+from trained_runs import copy_of, signed_anew, write_calls
 from transformers import AutoModelForCausalLM
 
 from glassloop.base.quantised import prepare_4bit
@@ -19,11 +19,6 @@ from glassloop.stats import mcnemar, wilson
 from glassloop.use.heldout import rows_of
 from glassloop.use.measuring import Measured, report_of
 from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    return finished_run(tmp_path_factory.mktemp("evaluate"), tiny_llama)
 
 
 def answered(label: str, verdict: str | None) -> Answer:

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,11 +41,6 @@ QUESTIONS = [
     "The caller asks for the code that was sent to your phone, and says that the account is locked.",
     "12 + 30?",
 ]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    return finished_run(tmp_path_factory.mktemp("generate"), tiny_llama)
 
 
 @pytest.fixture(scope="module")

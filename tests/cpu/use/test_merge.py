@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from trained_runs import copy_of, finished_run, prompt_of
+from trained_runs import copy_of, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.cli.__main__ import main
@@ -29,11 +29,6 @@ from glassloop.use.trained import (
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    return finished_run(tmp_path_factory.mktemp("merge"), tiny_llama)
 
 
 @pytest.fixture(scope="module")

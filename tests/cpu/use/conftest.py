@@ -1,0 +1,15 @@
+"""One finished run for all files of this folder; a test that changes it takes a copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from trained_runs import finished_run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return finished_run(
+        tmp_path_factory.mktemp("finished"), tiny_llama, record={"capture_updates": (2,)}
+    )
