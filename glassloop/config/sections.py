@@ -57,6 +57,13 @@ class MemoryConfig(Section):
 
     profile: Literal["min", "fill"] | Annotated[float, Field(gt=0)] = "fill"
     """min: as little as possible. fill: what the GPU has free, to recompute fewer layers. A number: GiB of the GPU that a rank may use in all."""
+    base: (
+        Literal["auto", "gpu", "host"]
+        | Annotated[int, Field(ge=0)]
+        | Annotated[str, Field(pattern=r"^\d+(\.\d+)?GiB$")]
+    ) = "auto"
+    """Where the quantised layers lie: all on the GPU; all on the host, each copied ahead of its use;
+    auto: on the GPU as far as they fit. A whole number: layers on the GPU. 12GiB: their memory there."""
     host_gib: float = Field(default=8.0, ge=0)
     """Pinned host memory that a rank may take for layers' large tensors, where the GPU is to hold little."""
 

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from glassloop.base.checks import check_devices, check_dtypes, check_plain_head, check_unpatched
+from glassloop.base.host_pages import HostPages
+from glassloop.base.layer_file import NotStreamable
 from glassloop.base.quantised import LoadReport, load_base
 from glassloop.base.source import loading_errors, resolve_source
+from glassloop.base.streamed import load_streamed
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.rows import Pass
 from glassloop.engines.adapters import attach_lora, load_adapter
 from glassloop.engines.norms import fuse_norms
 from glassloop.formula.loss import token_loss_sums
+from glassloop.plan.honoured import GROUPS
 
 if TYPE_CHECKING:
     from glassloop.engines.fused.engine import FusedEngine
@@ -58,6 +62,7 @@ def build_engine(
     first: Callable[[], AbstractContextManager[Any]],
     engine: str = "peft",
     longest_row: int | None = None,
+    memory_base: str | int = "auto",
 ) -> Engine:
     """Load the base onto `device`, attach adapters in fp32, and check what must be true before training.
 
@@ -67,6 +72,7 @@ def build_engine(
         seed: of the fresh adapters' A matrices; equal on all ranks, so that their adapters are equal.
         first: context in which one rank of a host goes before the others (it downloads and quantises).
         engine: peft | fused | unsloth. longest_row: tokens; None: as many as the model has positions (unsloth has to know).
+        memory_base: memory.base, for the engine fused.
 
     Returns:
         The engine, in training mode.
@@ -77,6 +83,7 @@ def build_engine(
     assert engine in ("peft", "fused", "unsloth"), engine
     shared: dict[str, Any] = dict(precision=precision, device=device, first=first)
     only_on_cpu: tuple[str, ...] = ()
+    pages = None
     if engine == "unsloth":
         from glassloop.engines import unsloth
 
@@ -91,7 +98,7 @@ def build_engine(
         )
         only_on_cpu = unsloth.ON_CPU
     else:
-        base, report = load_base(model, **shared)
+        base, report, pages = _load(model, engine, memory_base, shared)
         check_unpatched(base, engine)
         check_plain_head(base, device, report.name)
         fuse_norms(base)
@@ -103,11 +110,30 @@ def build_engine(
     check_devices(hf, device, but=only_on_cpu)
     check_dtypes(hf, precision)
     if engine == "fused":
-        return _fused_engine(hf, report, checkpointing).train()
+        return _fused_engine(hf, report, checkpointing, pages).train()
     return (PeftEngine(hf, report) if engine == "peft" else _unsloth_engine(hf, report)).train()
 
 
-def _fused_engine(hf: nn.Module, report: LoadReport, checkpointing: bool) -> FusedEngine:
+def _load(
+    model: ModelConfig, engine: str, memory_base: str | int, shared: dict[str, Any]
+) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
+    """The base; for fused over a file of layers, if its weights have that form."""
+    if engine != "fused" or model.quantization != "nf4":
+        return *load_base(model, **shared), None
+    locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")
+    try:
+        return load_streamed(model, GROUPS, **shared, locking=locking)  # type: ignore[arg-type]
+    except NotStreamable as error:
+        if locking == "must":
+            raise ValueError(
+                f"memory.base = {memory_base}: the base cannot stream ({error}): set it to gpu"
+            ) from error
+        return *load_base(model, **shared), None
+
+
+def _fused_engine(
+    hf: nn.Module, report: LoadReport, checkpointing: bool, pages: HostPages | None
+) -> FusedEngine:
     """glassloop's own path over the same storage. Recomputed layers are the least that it needs; room.py may let it keep some."""
     try:
         from glassloop.engines.fused.engine import FusedEngine
@@ -115,7 +141,7 @@ def _fused_engine(hf: nn.Module, report: LoadReport, checkpointing: bool) -> Fus
         raise ValueError(
             f"execution.engine = fused needs triton, which cannot be imported here ({error}): pip install triton, or set execution.engine=peft"
         ) from error
-    return FusedEngine(hf, report, keep=not checkpointing)
+    return FusedEngine(hf, report, keep=not checkpointing, pages=pages)
 
 
 def _unsloth_engine(hf: nn.Module, report: LoadReport) -> PeftEngine:

@@ -17,7 +17,7 @@ from glassloop.formula.dist import Gate, gather_objects
 from glassloop.plan.work import chooses_passes, pass_tokens_for, work_of
 from glassloop.predict.ledger import GIB, Ledger, ledger_of
 from glassloop.predict.shapes import shapes_from_config, shapes_of
-from glassloop.predict.tiers import Tiers, describe
+from glassloop.predict.tiers import Base, Tiers, describe
 
 if TYPE_CHECKING:
     from glassloop.loop.run import Run
@@ -109,7 +109,10 @@ def spend_memory(run: Run) -> None:
     A resumed run takes what its checkpoint has, as long as the ranks have room for it.
     """
     engine = run.replica.plain_engine
-    if engine.name != "fused" or not run.config.execution.checkpointing:
+    if engine.name != "fused":
+        return
+    if not run.config.execution.checkpointing:
+        place_base(engine, run.config.memory.base)
         return
     window = run.batches.heaviest()
     passes = [[run.batches.rows[row] for row in one] for rank in window.passes for one in rank]
@@ -121,19 +124,32 @@ def spend_memory(run: Run) -> None:
     )  # what is held is given back before free memory is counted
     engine.host.most_tokens = tokens
     sizes = dict(tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
+    sizes |= {"base": memory.base}
     found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.replica.device))
     kept = min(gather_objects(found.kept))
     before = run.tiers
     held = min(gather_objects(found.held))
+    streamed = max(gather_objects(found.streamed))  # the same bits wherever layers lie
     if before is not None and (before["kept"], before["held"]) <= (kept, held):
-        found = replace(found, **before)
+        found = replace(found, **(before | {"streamed": streamed}))
     else:
         found = replace(found, kept=kept, host=any(gather_objects(found.host)), held=held)
+        found = replace(found, streamed=streamed)
     use_tiers(run, found)
     run.header = (
         *run.header,
         f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})",
     )
+
+
+def place_base(engine: Any, asked: str | int) -> None:
+    """Put as many layers of the base on the card as `memory.base` asks; auto: all of them."""
+    if engine.pages is None or engine.pages.mapped is None:
+        return
+    one = Base(asked, engine.pages.file.manifest.most_layer_bytes)
+    streamed = one.streamed(len(engine.layers)) or 0
+    if engine.tiers.streamed != streamed:
+        engine.use_tiers(replace(engine.tiers, streamed=streamed))
 
 
 def use_tiers(run: Run, tiers: Any) -> None:

@@ -110,6 +110,7 @@ def load_engine(
         first=first,
         engine=config.execution.engine,
         longest_row=config.data.max_tokens,
+        memory_base=config.memory.base,
     )
 
 

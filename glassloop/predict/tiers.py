@@ -166,6 +166,35 @@ def head_bytes(vocabulary: int, hidden: int, places: int, element: int) -> int:
     return element * (min(HEAD_CHUNK, places) * vocabulary + 5 * places * hidden)
 
 
+@dataclass(frozen=True)
+class Base:
+    """The 4-bit weights that can stream from the host.
+
+    Attributes:
+        asked: memory.base: auto, gpu, host, a number of layers on the GPU, or GiB as "12GiB".
+        layer_bytes: of one layer's weights. slots: room on the GPU for layers on their way.
+    """
+
+    asked: str | int
+    layer_bytes: int
+    slots: int = 2
+
+    def streamed(self, layers: int) -> int | None:
+        """How many layers stream as asked; None: as few as needed."""
+        if self.asked in ("gpu", "host"):
+            return layers if self.asked == "host" else 0
+        if isinstance(self.asked, int):
+            return max(0, layers - self.asked)
+        if self.asked.endswith("GiB"):
+            budget = int(float(self.asked.removesuffix("GiB")) * GIB)
+            return max(0, layers - budget // self.layer_bytes)
+        return None
+
+    def bytes(self, layers: int, streamed: int) -> int:
+        """On the GPU, slots included."""
+        return (layers - streamed + min(self.slots, streamed)) * self.layer_bytes
+
+
 def choose(
     profile: str | float,
     one: Sizes,
@@ -176,39 +205,48 @@ def choose(
     free: int,
     head_bytes: int,
     host_bytes: int,
+    base: Base | None = None,
 ) -> Tiers:
     """The tiers of a profile.
 
     Args:
-        profile: min: as little as possible. fill: as much as there is. A number: GiB of the GPU that may be used in all.
+        profile: min: as little as possible. fill: as much as there is. A number: GiB of the GPU
+            that may be used in all.
         one, layers: a layer, and how many there are.
         tokens: slot tokens of the heaviest pass.
-        used, free: bytes of the GPU that are taken and that could be taken yet.
+        used, free: bytes of the GPU that are taken and that could be taken yet; without any of the
+            4-bit weights where `base` is given.
         head_bytes: what the head's loss takes while no layer computes.
-        host_bytes: pinned memory that may be taken.
+        host_bytes: pinned memory that may be taken for layers' large tensors.
+        base: 4-bit weights that may stream; None: they are part of `used`.
 
     Returns:
         The tiers; where not even the smallest fit the budget, the smallest.
     """
     inputs = layers * input_bytes(one, tokens)
     fits_host = host_bytes >= layers * away_bytes(one, tokens)
-    if profile == "min":  # one layer is kept or computed again: its memory is the same
-        return Tiers(min(1, layers), fits_host)
-    budget = used + free if profile == "fill" else min(used + free, int(float(profile) * GIB))
-    most = (
-        budget * (1 - FRAGMENTATION)
-        - used
-        - SPARE_BYTES
-        - inputs
-        - max(live_bytes(one, tokens), head_bytes)
-    )
+    budget = used + free if profile in ("min", "fill") else int(float(profile) * GIB)
+    most = min(budget, used + free) * (1 - FRAGMENTATION) - used - SPARE_BYTES
+    most -= max(live_bytes(one, tokens), head_bytes)  # beyond what layers keep
     more = kept_bytes(one, tokens) - input_bytes(one, tokens)
+    streamed = 0
+    if base is not None:
+        asked = base.streamed(layers)
+        beside = layers * beside_away_bytes(one, tokens) + 2 * away_bytes(one, tokens)
+        least = more + min(inputs, beside if fits_host else inputs)
+        fewest = (s for s in range(layers) if most - base.bytes(layers, s) >= least)
+        streamed = next(fewest, layers) if asked is None else asked
+        most -= base.bytes(layers, streamed)
+    most -= inputs
+    if profile == "min":  # one layer is kept or computed again: its memory is the same
+        return Tiers(min(1, layers), fits_host, streamed=streamed)
     if most >= layers * more:
-        return Tiers(
-            layers, False, held=min(layers, int((most - layers * more) // held_bytes(one)))
-        )
+        held = min(layers, int((most - layers * more) // held_bytes(one)))
+        return Tiers(layers, False, held=0 if streamed else held, streamed=streamed)
     kept = int(most // more)  # their memory is free when the first of the others is computed again
-    return Tiers(kept, False) if kept >= 1 else Tiers(min(1, layers), fits_host)
+    if kept >= 1:
+        return Tiers(kept, False, streamed=streamed)
+    return Tiers(min(1, layers), fits_host, streamed=streamed)
 
 
 def describe(tiers: Tiers, layers: int) -> str:
@@ -220,6 +258,8 @@ def describe(tiers: Tiers, layers: int) -> str:
             if tiers.host
             else "inputs of the others on the GPU"
         )
+    if tiers.streamed:
+        told.append(f"4-bit weights of {tiers.streamed} streamed from the host")
     if tiers.held:
         told.append(f"weights of {tiers.held} held in 16 bits")
     return ", ".join(told)

@@ -26,7 +26,7 @@ from glassloop.engines.fused.rotary import angles
 from glassloop.engines.fused.stream import SLOTS, LayerStream
 from glassloop.engines.fused.supported import GROUPS, check_supported
 from glassloop.formula.loss import sums_by_row
-from glassloop.predict.tiers import GIB, Tiers, choose, head_bytes, scratch_bytes
+from glassloop.predict.tiers import GIB, Base, Tiers, choose, head_bytes, scratch_bytes
 
 
 @dataclass
@@ -156,19 +156,29 @@ class FusedEngine(nn.Module):
         tokens: int,
         supervised_tokens: int,
         host_gib: float,
+        base: str | int = "auto",
         sharing: int = 1,
     ) -> Tiers:
-        """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what is free now; on a CPU everything is kept.
+        """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what is free.
+
+        On a CPU everything is kept.
 
         Args:
+            base: memory.base.
             sharing: ranks on this GPU: each takes its part of what is free.
         """
         device, one, count = self.embedding.device, self.layers[0], len(self.layers)
+        weights = None
+        if self.pages is not None and self.pages.mapped is not None:
+            weights = Base(base, self.pages.file.manifest.most_layer_bytes)
         if device.type != "cuda":
-            return Tiers(1 if profile == "min" else count, host=False)
+            streamed = 0 if weights is None else weights.streamed(count) or 0
+            return Tiers(1 if profile == "min" else count, host=False, streamed=streamed)
         free = torch.cuda.mem_get_info(device)[0] // sharing
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         fixed = scratch_bytes(one.sizes) - self.scratch.bytes
+        if weights is not None:  # counted apart from what is used
+            fixed -= weights.bytes(count, self.tiers.streamed)
         vocabulary, hidden = self.head.shape
         return choose(
             profile,
@@ -179,6 +189,7 @@ class FusedEngine(nn.Module):
             free=free - fixed,
             head_bytes=head_bytes(vocabulary, hidden, supervised_tokens, self.head.element_size()),
             host_bytes=int(host_gib * GIB),
+            base=weights,
         )
 
     def forward(self, p: Pass) -> tuple[Tensor, Tensor]:

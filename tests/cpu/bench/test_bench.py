@@ -92,7 +92,7 @@ def test_drawn_base_is_known_by_name_and_has_a_tokenizer_of_its_vocabulary(tmp_p
     )
     assert "drawn" in source.note
     with pytest.raises(
-        ValueError, match=r"random:llama-9b is unknown: there are random:llama-8b, random:tiny"
+        ValueError, match=r"random:llama-9b is unknown: there are random:llama-8b, random:llama-70b"
     ):
         resolve_source(ModelConfig(id="random:llama-9b", cache_dir=str(tmp_path)))
 

@@ -147,3 +147,79 @@ def test_slots_are_filled_ahead_and_in_the_order_of_the_pass(folder):
     assert [index for index, _ in seen] == [0, 1, 1, 0]
     assert seen[0][1] == [0, 1] and seen[1][1] == [1, 0]  # the turn: layer 1 is not copied again
     assert [layer for layer, *_ in stream.here] == [0, 1]  # the next pass has begun to come
+
+
+def run_fused(run_of, **memory):
+    execution = {"engine": "fused", "precision": "fp32", "layout": "packed"}
+    return run_of(execution=execution, memory={"profile": "min", **memory})
+
+
+@pytest.mark.parametrize(("asked", "streamed"), [("auto", 0), ("gpu", 0), ("host", 2), (1, 1)])
+def test_a_run_says_where_its_base_lies_and_trains_alike(run_of, asked, streamed):
+    from train_loop import update_once
+
+    run = run_fused(run_of, base=asked)
+    assert run.tiers["streamed"] == streamed
+    assert ("streamed from the host" in " ".join(run.header)) == bool(streamed)
+    run.begin()
+    losses = [update_once(run, u).record.loss_nats for u in (1, 2)]
+    plain = run_fused(run_of, base="gpu")
+    plain.begin()
+    assert losses == [update_once(plain, u).record.loss_nats for u in (1, 2)]
+
+
+def test_a_run_resumes_with_another_place_for_its_base_to_the_bit(run_of):
+    from train_loop import update_once
+
+    run = run_fused(run_of, base="gpu")
+    run.begin()
+    run.tell(update_once(run, 1))
+    run.save(1)
+    run.tell(update_once(run, 2))
+    run.close_observers()
+    execution = {"engine": "fused", "precision": "fp32", "layout": "packed"}
+    memory = {"profile": "min", "base": "host"}
+    again = run_of(execution=execution, memory=memory, resume={"run": str(run.folder)})
+    assert again.first_update == 2 and again.tiers["streamed"] == 2
+    update_once(again, 2)
+    for name, p in again.replica.adapters.parameters.items():
+        assert torch.equal(p, run.replica.adapters.parameters[name]), name
+
+
+@pytest.mark.parametrize("asked", ["disk", "12 GB", -1, 1.5])
+def test_a_place_that_is_none_is_refused_by_its_field(asked):
+    from glassloop.config.arguments import from_values
+
+    with pytest.raises(ValueError, match=r"memory\.base"):
+        from_values({"memory": {"base": asked}})
+
+
+def test_as_few_layers_stream_as_needed():
+    """And all stay on the GPU where they fit, whatever the profile."""
+    from glassloop.predict.shapes import KNOWN
+    from glassloop.predict.tiers import GIB, Base, choose, sizes_of
+
+    shapes = KNOWN["random:llama-70b"]
+    one = sizes_of(shapes, 16, tuple(shapes.projections), 2)
+    layer = 441_400_000
+
+    def streamed(free_gib, asked="auto", profile="min"):
+        return choose(
+            profile,
+            one,
+            80,
+            tokens=4096,
+            used=5 * GIB,
+            free=int(free_gib * GIB),
+            head_bytes=0,
+            host_bytes=100 * GIB,
+            base=Base(asked, layer),
+        ).streamed
+
+    found = [streamed(free) for free in (2, 8, 16, 24, 32, 60)]
+    assert found == sorted(found, reverse=True) and found[0] == 80 and found[-1] == 0
+    assert len(set(found)) >= 5
+    assert (
+        streamed(60, profile="fill") == 0 and streamed(4, "gpu") == 0 and streamed(60, "host") == 80
+    )
+    assert streamed(60, 12) == 68 and streamed(60, "12GiB") == 80 - 12 * GIB // layer
