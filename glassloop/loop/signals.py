@@ -5,30 +5,74 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+# Ctrl-C, a launcher or scheduler, a terminal that is gone, Ctrl-\: each ends with a checkpoint.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+LEFT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)  # where nohup or a shell has them ignored
+
+
+class StoppedEarly(BaseException):
+    """Raised in the main thread by a stop before the run has begun, when nothing is to save."""
+
 
 class StopFlag:
-    """Set by the first SIGINT or SIGTERM. The gate carries it to all ranks; further signals change nothing, since a launcher sends several."""
+    """Set by the first signal of STOPS. Further ones change nothing: a launcher sends several.
+
+    Attributes:
+        by: the signal's name, or why else.
+        raises: a signal also raises StoppedEarly, since the run has not begun.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self.by: str | None = None
+        self.raises = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._set)
+        """Handle STOPS from here on; a second call does nothing. For the main thread."""
+        for number in STOPS if not self._before else ():
+            if number in LEFT_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            self._before[number] = signal.signal(number, self._set)
+
+    def restore(self) -> None:
+        """Put the handlers of before back."""
+        while self._before:
+            number, handler = self._before.popitem()
+            if signal.getsignal(number) == self._set:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def ask(self, why: str) -> None:
+        """Ask for the stop; the first to ask is named."""
+        self.asked, self.by = True, self.by or why
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that ended on demand: 130 after Ctrl-C, as shells expect, else 0."""
+        return 130 if self.by == signal.SIGINT.name else 0
 
     def _set(self, number: int, _frame: Any) -> None:
-        self.asked, self.by = True, self.by or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
+        if self.raises:
+            self.raises = False
+            raise StoppedEarly(self.by)
 
 
 class CaptureFlag:
-    """Set by SIGUSR1: the update under way, or the next one, is kept whole. The gate carries it to all ranks."""
+    """Set by SIGUSR1: keep the update under way, or the next one, whole. The gate carries it."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._before: Any = None
 
     def listen(self) -> None:
-        signal.signal(signal.SIGUSR1, self._set)
+        """Handle SIGUSR1 from here on."""
+        self._before = signal.signal(signal.SIGUSR1, self._set)
+
+    def restore(self) -> None:
+        """Ignore SIGUSR1 from here on: one that comes late must not kill a run that ends."""
+        if signal.getsignal(signal.SIGUSR1) == self._set:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _set(self, _number: int, _frame: Any) -> None:
         self.asked = True
