@@ -14,7 +14,6 @@ and `glassloop/loop/replica.py` what one rank computes with. Start it with
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,18 +32,18 @@ from glassloop.formula.dist import (
     RankReport,
     broadcast_from_rank_0,
     gather_reports,
-    leave,
     reduce_gradients,
 )
 from glassloop.formula.optim import l2_norm
 from glassloop.health.decision import Outcome, Terms, clip_coefficient, describe
 from glassloop.loop.build import build_run
 from glassloop.loop.capturing import look_before_step, probe_of
+from glassloop.loop.guard import Guard, end_process
 from glassloop.loop.memory import cures, preflight_done, smaller_passes
+from glassloop.loop.process import begun, carried_out
 from glassloop.loop.replica import Replica, ReplicasDiffer
 from glassloop.loop.run import Run
 from glassloop.loop.watchdog import WAITS
-from glassloop.plan.contract import ContractBroken
 from glassloop.report.writing import report_at_the_end
 
 
@@ -303,37 +302,17 @@ def train(run: Run) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns 0: done or stopped, 1: failed, 2: refused before it began."""
-    try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        run = build_run(config)
-    except (ValueError, OSError, ContractBroken) as error:
-        if os.environ.get("GLASSLOOP_TRACEBACK"):
-            raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a host: hosts may refuse differently
-            print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
-        leave()
-        return 2
-    try:
-        code = train(run)
-    except (ContractBroken, ReplicasDiffer) as error:
-        code = run.broken(error)
-    except OSError as error:  # the disk takes not even a line: nobody could follow the run
-        if os.environ.get("GLASSLOOP_TRACEBACK"):
-            raise
-        print(f"\nended: {error}", file=sys.stderr, flush=True)
-        code = 1
-    except RuntimeError as error:
-        if (lost := run.lost(error)) is None:
-            raise
-        print(f"\n{lost}", file=sys.stderr, flush=True)
-        os._exit(1)  # without the others, the process group could not even be left
-    finally:
-        run.close()
-    if run.replica.rank == 0:
-        report_at_the_end(run.folder)
-    return code
+    """Run the command line. Returns the exit code.
+
+    0: done, or stopped on demand. 130: stopped by Ctrl-C. 1: failed. 2: refused before it began.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    with Guard() as guard:
+        run = begun(guard, lambda: build_run(parse(words), guard.stop))
+        if isinstance(run, int):
+            return run
+        return carried_out(run, guard, train, report_at_the_end)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

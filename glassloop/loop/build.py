@@ -18,9 +18,11 @@ from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, build_rows
 from glassloop.data.sources import Loaded, load_examples
 from glassloop.data.templates import Template, make_template
+from glassloop.disk.lock import FolderLock
 from glassloop.engines.peft import load_tokenizer
 from glassloop.formula.dist import all_or_none, gather_objects, in_turn, one_first, require_same
 from glassloop.health.inspection import make_inspection
+from glassloop.loop.claim import claim, release
 from glassloop.loop.conditions import (
     contract_of,
     found_facts,
@@ -36,6 +38,7 @@ from glassloop.loop.memory import allocated_gib, choose_pass_tokens, spend_memor
 from glassloop.loop.proving import proven
 from glassloop.loop.replica import Replica, adapters_of, build_replica, device_of, load_engine
 from glassloop.loop.run import Run
+from glassloop.loop.same_program import require_same_program
 from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.loop.watchdog import Watchdog
 from glassloop.plan.contract import Contract, check_same_rows
@@ -73,6 +76,8 @@ class Start:
     auto: str  # the choice of execution.engine = auto, in words
     accelerator: Accelerator
     first: Callable[[], AbstractContextManager[Any]]  # one rank of a host before the others
+    folder: Path
+    lock: FolderLock | None  # on the folder; rank 0's
     stop: StopFlag
     capture: CaptureFlag
 
@@ -90,12 +95,24 @@ class Rows:
     tracker_ids: dict[str, str]
 
 
-def build_run(config: Config) -> Run:
-    """Build the run on this rank. Raises ValueError, with the cure, for what cannot run as asked."""
-    start = start_ranks(config)
+def build_run(config: Config, stop: StopFlag | None = None) -> Run:
+    """Build the run on this rank. Raises ValueError, with the cure, for what cannot run as asked.
+
+    Args:
+        stop: set up by a Guard; None: a new one that handles signals until the run is closed.
+    """
+    start = start_ranks(config, stop)
+    try:
+        return build_in_folder(start)
+    except BaseException:
+        release(start.lock)
+        raise
+
+
+def build_in_folder(start: Start) -> Run:
+    """Build the run in its folder, which is locked."""
     rows = read_rows(start)
-    config, accelerator = start.config, start.accelerator
-    folder = run_folder(config)
+    config, accelerator, folder = start.config, start.accelerator, start.folder
     check_same_rows(start.old_plan, rows.digest, str(folder / "plan.json"))
     tracker = make_tracker_observer(  # before the model: a login that does not work shows here
         accelerator,
@@ -114,7 +131,7 @@ def build_run(config: Config) -> Run:
     if tracker is not None:
         run.header = (*run.header, *tracker.lines())
     if config.resume.run is None:
-        check_no_run_in(folder)  # again: another process may have begun one meanwhile
+        check_no_run_in(folder)  # again: one may have ended there before this one had the lock
     if replica.rank == 0:
         observe(run, rows.dataset, tracker)
     run.attempt = gather_objects(run.attempt)[0]
@@ -124,7 +141,7 @@ def build_run(config: Config) -> Run:
     return run
 
 
-def start_ranks(config: Config) -> Start:
+def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     """Check launch and config, meet the other ranks, choose the engine."""
     config = after_restart(config)
     checkpoint, passed_over = find_checkpoint(config)
@@ -134,22 +151,27 @@ def start_ranks(config: Config) -> Start:
     check_launch(config)
     check_tracking(config.tracking)
     accelerator = make_accelerator(config)
-    stop, capture = StopFlag(), CaptureFlag()
+    require_same_program(config)
+    stop, capture = stop or StopFlag(), CaptureFlag()
     stop.listen()
     capture.listen()
     hush(accelerator.process_index)
     first = partial(one_first, accelerator.is_local_main_process)
     old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
     choice = engine_here(config, checkpoint, old_plan, first)
+    folder = run_folder(config)
+    lock = claim(folder, config, checkpoint, rank=accelerator.process_index)
     return Start(
         asked=config,
         config=with_engine(config, choice),
         checkpoint=checkpoint,
-        warnings=passed_over,
+        warnings=(*passed_over, *(lock.notes if lock else ())),
         old_plan=old_plan,
         auto=in_words(config, choice),
         accelerator=accelerator,
         first=first,
+        folder=folder,
+        lock=lock,
         stop=stop,
         capture=capture,
     )
@@ -256,6 +278,7 @@ def assemble(
         template=rows.template,
         tokenizer=rows.tokenizer,
         replica=replica,
+        lock=start.lock,
         stop=stop,
         capture=start.capture,
         changes=tuple(("warning", warning) for warning in start.warnings),

@@ -61,6 +61,7 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
         folder,
         text,
         row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))),
+        check=run.lock.check if run.lock is not None else lambda: None,
     )
     coming = range(run.first_update, run.plan.updates + 1)
     evaluations = [*([0] if run.first_update == 1 else []), *coming]

@@ -24,9 +24,6 @@ TICK_S = 0.5
 EARLY_S = 5.0  # from a stop during start-up to the end of a process that does not get there itself
 LATE_S = 10.0  # the same for a stop that comes after the run's end
 ORPHAN_S = 600.0  # the same for a run whose launcher is gone
-CLOSE_S = 60.0  # for what closes a run: files, watchdog, process group
-TRACKERS_S = 300.0  # the same with trackers, which may send what is left to send
-REPORT_S = 300.0
 EXIT_S = 20.0  # for the interpreter's own end
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by Accelerate's launcher
 

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType
 from glassloop.config.config import Config
 from glassloop.engines.unsloth_checks import check_unsloth
 from glassloop.loop.commands import launch_command
+from glassloop.loop.meeting import meet
 
 # Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs that it lacks, on every rank.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -141,18 +142,24 @@ def make_accelerator(config: Config) -> Accelerator:
         None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend
     )  # a lone process has no collectives to carry
     process_group = InitProcessGroupKwargs(backend=asked, timeout=timeout)
-    rejoin(backend, timeout)
-    accelerator = Accelerator(
-        cpu=not on_cuda(),
-        mixed_precision=MIXED_PRECISION[config.execution.precision],
-        gradient_accumulation_steps=1,  # the loop accumulates itself
-        log_with=list(config.tracking.to) or None,
-        project_dir=config.run.dir if config.tracking.to else None,
-        kwargs_handlers=[
-            process_group,
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False),
-        ],
-    )
+
+    def join() -> Accelerator:
+        rejoin(backend, timeout)
+        return Accelerator(
+            cpu=not on_cuda(),
+            mixed_precision=MIXED_PRECISION[config.execution.precision],
+            gradient_accumulation_steps=1,  # the loop accumulates itself
+            log_with=list(config.tracking.to) or None,
+            project_dir=config.run.dir if config.tracking.to else None,
+            kwargs_handlers=[
+                process_group,
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, find_unused_parameters=False
+                ),
+            ],
+        )
+
+    accelerator = meet(join, config.execution.collective_timeout_s)
     kind = accelerator.distributed_type
     if kind in REFUSED_LAUNCHES:
         raise ValueError(

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from glassloop.config.config import Config, as_dict
 from glassloop.data.batches import Batches
 from glassloop.data.rows import Example, Row
+from glassloop.disk.lock import FolderLock
 from glassloop.formula.dist import gather_objects
 from glassloop.health.decision import Outcome
 from glassloop.health.inspection import Inspection
+from glassloop.loop.claim import release
 from glassloop.loop.commands import launch_command, replay_command, replay_of
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
 from glassloop.loop.generation import EvaluationSetup
@@ -55,6 +57,8 @@ class Run:
     capture: CaptureFlag
     inspection: Inspection
     watchdog: Watchdog | None = None
+    lock: FolderLock | None = None  # on the folder; rank 0's
+    last_line: str | None = None  # for the screen, below everything else
     measured_gib: dict[str, float] = field(default_factory=dict)  # by phase; {} without a GPU
     changes: tuple[tuple[str, str], ...] = ()  # (kind, message) of events: how a resume differs
     observers: list[Observer] = field(default_factory=list)
@@ -292,7 +296,7 @@ class Run:
         return failure is None
 
     def stopped(self, update: int, why: str) -> int:
-        """End on demand after `update` updates, with a checkpoint. Exit code 0, or 1 if it could not be saved."""
+        """End on demand after `update` updates, with a checkpoint. Exit code as StopFlag says, or 1 if it could not be saved."""
         saved = update == 0 or self.save(update)
         self.event(
             update,
@@ -300,7 +304,9 @@ class Run:
             f"{why} ({self.stop.by or 'another rank'})",
             self.resume_command if update else None,
         )
-        return 0 if saved else 1
+        if update and saved:
+            self.last_line = f"stopped after update {update}; resume: {self.resume_command}"
+        return self.stop.exit_code if saved else 1
 
     def failed(self, update: int, why: str | None, command: str) -> int:
         """End because update `update` could not be applied; the adapters as they were before it are saved. Exit code 1."""
@@ -342,13 +348,16 @@ class Run:
         return f"{command} --resume {self.folder}"
 
     def close_observers(self) -> None:
-        """Close files, terminal and trackers."""
+        """Close files, terminal and trackers; let the next writer in."""
         for observer in self.observers:
             observer.close()
+        release(self.lock)
 
     def close(self) -> None:
-        """Close observers, watchdog and the process group."""
+        """Close observers, watchdog, signals and the process group."""
         self.close_observers()
+        self.stop.restore()
+        self.capture.restore()
         if self.watchdog is not None:
             self.watchdog.close()
         self.accelerator.end_training()

@@ -84,6 +84,7 @@ class JsonlObserver:
         folder: the run's folder; made if missing.
         text: record.text. none: no id and no text of a row in any file. ids: ids. full: ids and text.
         row_text: a row's text by its id; needed under full.
+        check: called before each write; raises OSError where the folder is another one by now.
 
     Raises:
         OSError: a file cannot be opened or written; the message names it. The file is left parseable.
@@ -91,11 +92,16 @@ class JsonlObserver:
     """
 
     def __init__(
-        self, folder: Path, text: TextPolicy = "ids", row_text: Callable[[str], str] | None = None
+        self,
+        folder: Path,
+        text: TextPolicy = "ids",
+        row_text: Callable[[str], str] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         assert text != "full" or row_text is not None, "record.text=full needs row_text"
         self._text: TextPolicy = text
         self._row_text = row_text
+        self._check = check
         self._folder = Path(folder)
         with named(self._folder, CURE):
             make(self._folder)
@@ -159,6 +165,7 @@ class JsonlObserver:
 
     def sync(self) -> None:
         """Forces every line to the disk. Before a checkpoint is saved: a run that goes on from it needs the lines of its updates."""
+        self._check()
         for name, file in self._files.items():
             with named(self._folder / name, CURE):
                 os.fsync(file)
@@ -178,6 +185,7 @@ class JsonlObserver:
     def _append(self, name: str, lines: Iterable[str]) -> None:
         # backslashreplace: a lone surrogate from a source's JSON becomes the JSON escape that it came from
         data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+        self._check()
         file = self._files[name]
         size = os.fstat(file).st_size
         with named(self._folder / name, CURE):

@@ -137,7 +137,7 @@ class TerminalObserver:
             f"[{event.update}/{self._updates}] {event.kind}: {event.message}",
             STYLES.get(event.kind, ""),
         )
-        if event.command:
+        if event.command and event.kind != "stopped":  # the last line on the screen has that one
             self._print(f"    type: {event.command}")
 
     def on_sample(self, sample: SampleRecord) -> None:

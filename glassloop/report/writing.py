@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -34,4 +35,5 @@ def report_at_the_end(folder: Path) -> None:
         )
     except Exception as error:  # a fault of the page must not become one of the run
         line = f"report of {folder} not written: {type(error).__name__}: {error}\n    type: glassloop report {folder}"
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the screen is what has gone
+            print(line, file=sys.stderr, flush=True)

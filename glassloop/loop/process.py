@@ -1,0 +1,73 @@
+"""What surrounds a run in its process: refusals, the ways to end, exit codes, the last line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from glassloop.formula.dist import leave
+from glassloop.loop.guard import Guard, say
+from glassloop.loop.replica import ReplicasDiffer
+from glassloop.loop.run import Run
+from glassloop.loop.signals import StoppedEarly
+from glassloop.plan.contract import ContractBroken
+
+CLOSE_S = 60.0  # for what closes a run: files, watchdog, process group
+TRACKERS_S = 300.0  # the same with trackers, which may have much to send
+REPORT_S = 300.0
+
+
+def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
+    """The run that `build` makes, or an exit code: 2 if it is refused, 130 or 1 if it is stopped."""
+    try:
+        guard.starts()
+        try:
+            run = build()
+        except (ValueError, OSError, ContractBroken) as error:
+            if os.environ.get("GLASSLOOP_TRACEBACK"):
+                raise
+            if (
+                os.environ.get("LOCAL_RANK", "0") == "0"
+            ):  # once a host: hosts may refuse differently
+                say(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)")
+            leave()
+            return 2
+        guard.begins()
+        return run
+    except StoppedEarly as why:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say(f"stopped by {why} before the first update: nothing was trained")
+        guard.code = guard.stop.exit_code or 1
+        leave()
+        return guard.code
+
+
+def carried_out(
+    run: Run, guard: Guard, train: Callable[[Run], int], report: Callable[[Path], None]
+) -> int:
+    """Train, then close everything, each part within its time. Returns the exit code."""
+    code = 1
+    try:
+        code = train(run)
+    except (ContractBroken, ReplicasDiffer) as error:
+        code = run.broken(error)
+    except OSError as error:  # the disk takes not even a line: nobody could follow the run
+        if os.environ.get("GLASSLOOP_TRACEBACK"):
+            raise
+        say(f"\nended: {error}")
+    except RuntimeError as error:
+        if (lost := run.lost(error)) is None:
+            raise
+        say(f"\n{lost}")
+        os._exit(1)  # without the others, the process group could not even be left
+    finally:
+        guard.code = code
+        with guard.within(TRACKERS_S if run.config.tracking.to else CLOSE_S, "closing the run"):
+            run.close()
+    if run.replica.rank == 0:
+        with guard.within(REPORT_S, "writing the report"):
+            report(run.folder)
+        if run.last_line:
+            say(run.last_line)
+    return code
