@@ -28,6 +28,7 @@ EXIT_S = 20.0  # for the interpreter's own end
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by Accelerate's launcher
 
 _active: Guard | None = None
+_forking = threading.local()
 
 
 class Guard:
@@ -57,6 +58,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         global _active
+        self.stop.guarded = True
         self.stop.listen()
         self._mouth.setblocking(False)
         self._before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
@@ -155,6 +157,16 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def _before_fork() -> None:
+    """Hold signals back, so that none meets a child that still has this run's handlers."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS) if _active else None
+
+
+def _in_parent() -> None:
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _in_child() -> None:
     """Give a forked child its signals back: those of a pool's workers are not this run's."""
     global _active
@@ -162,6 +174,7 @@ def _in_child() -> None:
         signal.set_wakeup_fd(-1)
         _active.stop.restore()
         _active = None
+    _in_parent()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -356,7 +356,8 @@ class Run:
     def close(self) -> None:
         """Close observers, watchdog, signals and the process group."""
         self.close_observers()
-        self.stop.restore()
+        if not self.stop.guarded:
+            self.stop.restore()
         self.capture.restore()
         if self.watchdog is not None:
             self.watchdog.close()

@@ -20,12 +20,14 @@ class StopFlag:
     Attributes:
         by: the signal's name, or why else.
         raises: a signal also raises StoppedEarly, since the run has not begun.
+        guarded: a Guard puts the handlers back, after the run's end.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.by: str | None = None
         self.raises = False
+        self.guarded = False
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
