@@ -159,15 +159,16 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     first = partial(one_first, accelerator.is_local_main_process)
     old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
     choice = engine_here(config, checkpoint, old_plan, first)
+    resolved, auto = with_engine(config, choice), in_words(config, choice)
     folder = run_folder(config)
     lock = claim(folder, config, checkpoint, rank=accelerator.process_index)
     return Start(
         asked=config,
-        config=with_engine(config, choice),
+        config=resolved,
         checkpoint=checkpoint,
         warnings=(*passed_over, *(lock.notes if lock else ())),
         old_plan=old_plan,
-        auto=in_words(config, choice),
+        auto=auto,
         accelerator=accelerator,
         first=first,
         folder=folder,

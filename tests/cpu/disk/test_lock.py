@@ -113,19 +113,22 @@ def test_a_folder_made_for_a_run_that_is_refused_does_not_stay(tmp_path: Path) -
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     held = hold(tmp_path / "run")
     ready, go = os.pipe()
+    born, told = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(go)
+        os.write(told, b"x")
         os.read(ready, 1)  # lives on until the parent closes its end
         os._exit(0)
+    os.read(born, 1)
     try:
         os.close(held._handle)  # as the end of the parent does
         lock._held.discard(held._handle)
         held._over.set()
         hold(tmp_path / "run").release()
     finally:
-        os.close(go)
-        os.close(ready)
+        for handle in (go, ready, born, told):
+            os.close(handle)
         os.waitpid(child, 0)
 
 
