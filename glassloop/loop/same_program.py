@@ -31,6 +31,7 @@ PLACES = (
     "run.dir",
     "run.name",
 )
+CURE = "install one version on every host, and start all ranks with one command"
 ABSENT = "nothing"
 SHOWN = 12  # differences that a message names
 
@@ -44,10 +45,14 @@ def require_same_program(config: Config) -> None:
         return
     mine = program(config)
     digests = gather_objects({part: _digest(values) for part, values in mine.items()})
-    differing = [part for part in mine if len({_held(one, part) for one in digests}) > 1]
+    if older := [str(rank) for rank, held in enumerate(digests) if not isinstance(held, dict)]:
+        raise ValueError(
+            f"rank {', '.join(older)} runs an older glassloop than this one, which compares no "
+            f"programs: {CURE}"
+        )
+    differing = [part for part in mine if len({held.get(part) for held in digests}) > 1]
     if differing:
-        details = gather_objects({part: mine[part] for part in differing})
-        raise ValueError(difference(details))
+        raise ValueError(difference(gather_objects({part: mine[part] for part in differing})))
 
 
 def program(config: Config) -> dict[str, dict[str, str]]:
@@ -70,15 +75,15 @@ def program(config: Config) -> dict[str, dict[str, str]]:
     }
 
 
-def difference(details: list[Any]) -> str:
+def difference(details: list[dict[str, dict[str, str]]]) -> str:
     """What the ranks' programs differ in, with the value of each rank.
 
     Args:
         details: by rank, part -> name -> value of the parts that differ.
     """
     lines = []
-    for part in dict.fromkeys(part for one in details for part in _parts(one)):
-        of_ranks = [_parts(one).get(part, {}) for one in details]
+    for part in details[0]:
+        of_ranks = [one.get(part, {}) for one in details]
         for name in dict.fromkeys(name for values in of_ranks for name in values):
             held: dict[str, list[int]] = {}
             for rank, values in enumerate(of_ranks):
@@ -91,7 +96,7 @@ def difference(details: list[Any]) -> str:
             "ranks run different programs, so they would train on different formulas:",
             *lines[:SHOWN],
             *more,
-            "Install one version on every host, and start all ranks with one command",
+            CURE,
         ]
     )
 
@@ -104,15 +109,6 @@ def _of_ranks(part: str, held: Mapping[str, list[int]]) -> list[str]:
         who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         told.append(f"{who}: {without_secrets(shown)}")
     return told
-
-
-def _parts(details: Any) -> dict[str, dict[str, Any]]:
-    """A rank's answer; empty where it runs a glassloop that does not answer this question."""
-    return details if isinstance(details, dict) else {}
-
-
-def _held(digests: Any, part: str) -> str:
-    return str(_parts(digests).get(part, ABSENT))
 
 
 def _leaves(tree: Any, name: str = "") -> dict[str, str]:
