@@ -45,6 +45,7 @@ from glassloop.loop.replica import Replica, ReplicasDiffer
 from glassloop.loop.run import Run
 from glassloop.loop.watchdog import WAITS
 from glassloop.plan.contract import ContractBroken
+from glassloop.predict.hardware import card_here
 from glassloop.report.writing import report_at_the_end
 
 
@@ -305,7 +306,7 @@ def train(run: Run) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0: done or stopped, 1: failed, 2: refused before it began."""
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
+        config = parse(sys.argv[1:] if argv is None else argv, cards_here=card_here)
         run = build_run(config)
     except (ValueError, OSError, ContractBroken) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
