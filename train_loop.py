@@ -44,6 +44,7 @@ from glassloop.loop.process import begun, carried_out
 from glassloop.loop.replica import Replica, ReplicasDiffer
 from glassloop.loop.run import Run
 from glassloop.loop.watchdog import WAITS
+from glassloop.predict.hardware import card_here
 from glassloop.report.writing import report_at_the_end
 
 
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     with Guard() as guard:
-        run = begun(guard, lambda: build_run(parse(words), guard.stop))
+        run = begun(guard, lambda: build_run(parse(words, cards_here=card_here), guard.stop))
         if isinstance(run, int):
             return run
         return carried_out(run, guard, train, report_at_the_end)

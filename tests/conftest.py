@@ -203,7 +203,7 @@ def run_of(tmp_path: Path, tiny_llama: Path):
                 "max_tokens": 96,
             },
             "batch": {"size": 2, "accumulation": 4},
-            "schedule": {"updates": 60},
+            "schedule": {"updates": 60, "warmup_updates": 5},
             "optimizer": {"lr": 1e-2},
             "execution": {"engine": "peft"},  # named: on a GPU the default is another
             "evaluation": {"samples": 0},

@@ -7,12 +7,15 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from glassloop.config.config import Config
+    from glassloop.data.dataset import Dataset
     from glassloop.plan.changes import Change
     from glassloop.plan.outlook import Outlook
+    from glassloop.plan.steps import StepPlan
     from glassloop.plan.work import TokenCounts
     from glassloop.predict.hardware import Present
 
@@ -25,13 +28,14 @@ def main(argv: list[str]) -> int:
     Exit code 0; ValueError for what cannot be planned.
     """
     from glassloop.config.arguments import parse
+    from glassloop.predict.hardware import card_here
 
     own = _parser()
     if {"-h", "--help"} & set(argv):
         own.print_help()
         print("\nAll other words are those of train_loop.py:\n")
     given, words = own.parse_known_args(argv)
-    config = parse(words, prog="glassloop plan")
+    config = parse(words, prog="glassloop plan", cards_here=card_here)
     outlook, notes = look(config, given)
     changes = [
         _changed(one, outlook, given, words) for one in given.compare or _usual_changes(outlook)
@@ -118,8 +122,11 @@ def look(config: Config, given: argparse.Namespace) -> tuple[Outlook, list[str]]
         )
     counts, rows_from = None, ""
     if given.with_data:
-        rows, counts, rows_from, more = _with_data(config, ranks, present)
-        notes += more
+        from glassloop.data.dataset import summary
+
+        seen = measure(config, ranks, present)
+        rows, counts, rows_from = len(seen.dataset.train.rows), seen.counts, seen.rows_from
+        notes += summary(seen.dataset, config.data)
     else:
         found = count_rows(config.data, given.rows)
         if found.rows is None:
@@ -159,12 +166,20 @@ def _ranks(
     ]
 
 
-def _with_data(
-    config: Config, ranks: int, present: Sequence[Present]
-) -> tuple[int, TokenCounts, str, list[str]]:
-    """Rows through the run's own pipeline."""
+@dataclass(frozen=True)
+class Measured:
+    """Rows of a run as its own pipeline makes them, and what they add up to."""
+
+    dataset: Dataset
+    plan: StepPlan
+    counts: TokenCounts
+    rows_from: str
+
+
+def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
+    """Load tokenizer and rows, and count tokens. Raises ValueError for rows of no use."""
     from glassloop.data.batches import Batches
-    from glassloop.data.dataset import build_rows, summary
+    from glassloop.data.dataset import build_rows
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
     from glassloop.data.token_counts import count_tokens
@@ -193,7 +208,7 @@ def _with_data(
     )
     train = dataset.train
     how = f"loaded: {len(train.dropped):,} dropped and {train.cut:,} cut at {config.data.max_tokens:,} tokens"
-    return len(train.rows), count_tokens(batches), how, summary(dataset, config.data)
+    return Measured(dataset, plan, count_tokens(batches), how)
 
 
 def _usual_changes(outlook: Outlook) -> list[str]:
@@ -212,6 +227,7 @@ def _changed(
     from glassloop.config.arguments import parse
     from glassloop.plan.changes import Change, change
     from glassloop.plan.outlook import plan_of
+    from glassloop.predict.hardware import card_here
 
     ranks, fields = outlook.plan.ranks, []
     for word in text.replace(",", " ").split():
@@ -223,7 +239,9 @@ def _changed(
     if not ranks:
         raise ValueError(f'--compare "{text}": a run has at least one rank')
     try:
-        config = parse(_over(words, fields), prog="glassloop plan") if fields else outlook.config
+        config = outlook.config
+        if fields:
+            config = parse(_over(words, fields), prog="glassloop plan", cards_here=card_here)
         other = plan_of(config, outlook.plan.rows, ranks)
     except ValueError as error:
         return Change(text, refused=str(error).replace("\n", "; "))

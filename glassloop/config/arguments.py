@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
 
@@ -17,7 +20,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from glassloop.config.config import Config, as_dict
-from glassloop.config.presets import EXPECTATIONS, HARDWARE, PRESETS
+from glassloop.config.hardware import EXAMPLES, hardware_values
+from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.trust import CACHE, FIELDS, unasked
 
 # What users of other trainers type, and what it is called here.
@@ -37,6 +41,7 @@ PEER_NAMES = {
     "num_train_epochs": "schedule.epochs",
     "num_epochs": "schedule.epochs",
     "warmup_steps": "schedule.warmup_updates",
+    "warmup_ratio": "schedule.warmup_share",
     "lr_scheduler_type": "schedule.kind",
     "lr_scheduler": "schedule.kind",
     "max_seq_length": "data.max_tokens",
@@ -82,21 +87,36 @@ SHORTHANDS = {
 }
 
 
+HERE = "here"  # --hardware without a name
+EITHER = {  # section -> two fields that say one thing
+    "batch": ("accumulation", "rows_per_update"),
+    "schedule": ("updates", "epochs"),
+}
+
+
 class ConfigError(ValueError):
     """A config that cannot be used. The message names each field, its value and the cure."""
 
 
-def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
-    """Config of a command line: `PRESET [--config FILE.yaml] [--hardware NAME] [--section.field VALUE | section.field=VALUE] ...`.
+def parse(
+    argv: list[str], prog: str = "train_loop.py", cards_here: Callable[[], str] | None = None
+) -> Config:
+    """Parse a command line: PRESET, --config, --hardware and fields, in any order after PRESET.
 
-    Prints and exits with 0 on --help and --print_config. Raises ConfigError for anything that cannot be used.
+    Prints and exits with 0 on --help and --print_config. Says on stderr what --hardware changed.
+
+    Args:
+        cards_here: names this machine's cards, for --hardware without a name.
+
+    Raises:
+        ConfigError: for anything that cannot be used.
     """
     parser = _Parser(
         prog=prog,
         usage="%(prog)s [PRESET] [--config FILE.yaml] [--hardware NAME] [--section.field VALUE] ...",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Fine-tune a 4-bit model with LoRA. Presets: {', '.join(PRESETS)}. Hardware: {', '.join(HARDWARE)}.\n"
+        description=f"Fine-tune a 4-bit model with LoRA. Presets: {', '.join(PRESETS)}.\n"
         "Precedence: preset < YAML file < command line. A field is given as --section.field VALUE or section.field=VALUE;\n"
         "null stands for no value, a list is written with commas.",
     )
@@ -105,7 +125,13 @@ def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
         metavar="FILE",
         help="YAML file with sections and fields as --print_config prints them",
     )
-    parser.add_argument("--hardware", metavar="NAME", help="execution fields for a set of cards")
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        nargs="?",
+        const=HERE,
+        help="settings for a set of cards (" + ", ".join(EXAMPLES) + "); no name: the cards here",
+    )
     parser.add_argument(
         "--print_config", action="store_true", help="print the resolved config as YAML and exit"
     )
@@ -127,9 +153,10 @@ def parse(argv: list[str], prog: str = "train_loop.py") -> Config:
     if has_preset:
         values = {"preset": argv[0], **_named(PRESETS, argv[0], "preset")}
     if hardware is not None:
-        _merge(values, _named(HARDWARE, hardware, "--hardware"))
+        _merge_hardware(values, hardware, cards_here)
     if file is not None:
         _merge(values, _read_yaml(Path(file)))
+    _check_said_once(given)
     _merge(values, _nested(given))
     config = from_values(values)
     _check_trust(config, given, None if resumed is None else f"{resumed}/config.yaml", file)
@@ -147,6 +174,45 @@ def _check_trust(config: Config, given: dict[str, str], run: str | None, file: s
     asked = given if run is not None else {**given, CACHE: ""}  # --config is asked for by name
     if (why := unasked(config, asked, source, FIELDS)) is not None:
         raise ConfigError(why)
+
+
+def _merge_hardware(
+    values: dict[str, Any], name: str, cards_here: Callable[[], str] | None
+) -> None:
+    """Put what a set of cards wants over `values`, and say on stderr what that changed."""
+    if name == HERE:
+        if cards_here is None:
+            raise ConfigError(f"--hardware needs a name here, for example {EXAMPLES[1]}")
+        name = cards_here()
+    before = as_dict(from_values(values))
+    try:
+        _merge(values, hardware_values(name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        changed = changed_fields(before, as_dict(from_values(values)))
+        said = ", ".join(f"{field} {old} -> {new}" for field, old, new in changed)
+        _say_once(f"hardware  {name}: {said or 'changes nothing'}")
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Print a line on stderr, once in a process."""
+    print(text, file=sys.stderr)
+
+
+def changed_fields(
+    before: dict[str, Any], after: dict[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """Fields that differ between two configs: (dotted name, old value, new value)."""
+    found: list[tuple[str, Any, Any]] = []
+    for name, new in after.items():
+        old = before[name]
+        if isinstance(new, dict):
+            found += changed_fields(old, new, f"{prefix}{name}.")
+        elif new != old:
+            found.append((prefix + name, old, new))
+    return found
 
 
 def with_old_engine(values: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +270,16 @@ def _add_fields(
             )
 
 
+def _check_said_once(given: dict[str, str]) -> None:
+    """Raise ConfigError if the command line gives both numbers of updates and of epochs."""
+    updates, epochs = (given.get(f"schedule.{name}") for name in EITHER["schedule"])
+    if updates not in (None, "null") and epochs is not None:
+        raise ConfigError(
+            f"schedule.updates = {updates} and schedule.epochs = {epochs} both say how long the "
+            "run is: keep one"
+        )
+
+
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
@@ -228,12 +304,17 @@ def _nested(given: dict[str, str]) -> dict[str, Any]:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
     """Put the values of a higher layer over those of a lower one, in place.
 
-    Accumulation and rows per update say one thing in two ways: whichever the higher layer gives replaces both below.
+    Of two fields that say one thing, the one that the higher layer gives replaces both below. A
+    warmup that outlasts the higher layer's updates falls back to its share.
     """
-    pair = ("accumulation", "rows_per_update")
-    if any(name in (above.get("batch") or {}) for name in pair):
-        for name in pair:
-            below.get("batch", {}).pop(name, None)
+    for section, pair in EITHER.items():
+        if any((above.get(section) or {}).get(name) is not None for name in pair):
+            for name in pair:
+                (below.get(section) or {}).pop(name, None)
+    upper, lower = above.get("schedule") or {}, below.get("schedule") or {}
+    updates, warmup = str(upper.get("updates")), lower.get("warmup_updates")
+    if "warmup_updates" not in upper and updates.isdigit() and (warmup or 0) > int(updates):
+        del lower["warmup_updates"]
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
             _merge(below[key], value)

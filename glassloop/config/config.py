@@ -24,6 +24,7 @@ from glassloop.config.sections import (
     TrackingConfig,
 )
 
+ALL_LINEAR = "all-linear"  # as lora.targets: every linear layer but the head
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -55,7 +56,17 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that an input of A is zeroed in training."""
     targets: tuple[str, ...] = PROJECTIONS
-    """Names of the linear layers that get an adapter (the last part of the module's name)."""
+    """Linear layers that get an adapter, by the last part of their name. all-linear: every one but
+    the head."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        if ALL_LINEAR in self.targets and len(self.targets) > 1:
+            raise ValueError(
+                f"lora.targets = {', '.join(self.targets)}: {ALL_LINEAR} already has every layer; "
+                "name it alone"
+            )
+        return self
 
 
 class Columns(Section):
@@ -102,14 +113,16 @@ class DataConfig(Section):
     """Held-out rows taken after shuffling by `seed`; None: all."""
     heldout_duplicates: Literal["refuse", "drop"] = "refuse"
     """Training rows that ask exactly what a held-out row asks: refused with their number, or left out of training and counted."""
-    template: Literal["r1", "instruct", "chat"] = "r1"
-    """r1: DeepSeek's chat format, reasoning kept. instruct: the recipe's text form. chat: the tokenizer's own."""
+    template: Literal["auto", "r1", "instruct", "chat"] = "auto"
+    """r1: DeepSeek's chat format, reasoning kept. instruct: a plain text form. chat: the tokenizer's
+    own. auto: r1 for DeepSeek-R1's tokenizers, else chat; instruct if there is no chat template."""
     system: str | None = None
     """System prompt put before every row that brings none."""
     labels: Literal["response", "everything"] = "response"
     """Tokens that carry loss: the assistant's turns (EOS included), or all but BOS."""
-    scam_reasoning: Literal["cues", "none"] = "cues"
-    """What stands between the think tags of a scam row that brings no reasoning: its type's cues, or no think block."""
+    scam_reasoning: Literal["cues", "none", "drop"] = "cues"
+    """Think block of a scam row that brings no reasoning: its type's cues, or none. drop: no think
+    block in any row, its own reasoning left out."""
     max_tokens: int = Field(default=2048, ge=8)
     """Longest row in tokens."""
     too_long: Literal["drop", "cut"] = "drop"
@@ -181,23 +194,26 @@ class BatchConfig(Section):
 
 
 class ScheduleConfig(Section):
-    updates: int | None = Field(default=60, ge=1)
+    updates: int | None = Field(default=None, ge=1)
     """Optimizer updates of the run; overrides `epochs`. None: from `epochs`."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the rows, used where `updates` is None."""
+    """Passes over the rows, if `updates` is None. Given, it replaces a preset's `updates`."""
     kind: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after warmup. linear and cosine fall towards 0 and never reach it."""
-    warmup_updates: int = Field(default=5, ge=0)
-    """Updates over which the learning rate rises linearly."""
+    warmup_updates: int | None = Field(default=None, ge=0)
+    """Updates over which the learning rate rises linearly. None: `warmup_share` of the run."""
+    warmup_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of the run's updates that warm up, rounded up. Ignored if `warmup_updates` is a number."""
     first: Literal["peak_over_warmup", "zero"] = "peak_over_warmup"
     """lr of update 1: peak / warmup, or 0 as transformers' Trainer has it (that update then trains nothing)."""
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
-        if self.updates is not None and self.warmup_updates > self.updates:
+        if None not in (self.updates, self.warmup_updates) and self.warmup_updates > self.updates:  # type: ignore[operator]
             raise ValueError(
-                f"schedule.warmup_updates = {self.warmup_updates} is more than schedule.updates = {self.updates}: "
-                "the peak would never be reached; lower schedule.warmup_updates"
+                f"schedule.warmup_updates = {self.warmup_updates} is more than "
+                f"schedule.updates = {self.updates}: the peak would never be reached. "
+                "Lower schedule.warmup_updates, or set it to null."
             )
         return self
 
@@ -361,6 +377,13 @@ def _refuse_first(engine: str, refused: Iterable[tuple[bool, str]]) -> None:
     for broken, text in refused:
         if broken:
             raise ValueError(f"{engine} and {text}, or set execution.engine=peft")
+
+
+def settled(config: Config, *, template: str, warmup_updates: int) -> Config:
+    """Fill in what tokenizer and rows decided, so that a recorded config names it."""
+    data = config.data.model_copy(update={"template": template})
+    schedule = config.schedule.model_copy(update={"warmup_updates": warmup_updates})
+    return config.model_copy(update={"data": data, "schedule": schedule})
 
 
 def as_dict(config: Config) -> dict[str, Any]:

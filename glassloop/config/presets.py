@@ -1,7 +1,4 @@
-"""Named starting points: functions that return the values in which a run differs from the defaults (which are the recipe).
-
-A hardware variant touches how an update is carried out (batch.size, execution.*), never what it is: rows per update stay.
-"""
+"""Named starting points: functions that return the values in which a run differs from the defaults."""
 
 from __future__ import annotations
 
@@ -18,6 +15,9 @@ EXPECTATIONS = {
 }
 
 
+RECIPE_SCHEDULE = {"updates": 60, "warmup_updates": 5}
+
+
 def r1_8b_scam() -> dict[str, Any]:
     """The recipe on scam calls: 600 of BothBosu/scam-dialogue's training rows, 16 rows an update, 60 updates."""
     return {
@@ -27,7 +27,9 @@ def r1_8b_scam() -> dict[str, Any]:
             "rows": 600,
             "heldout": "test",
             "heldout_rows": 64,
+            "template": "r1",
         },
+        "schedule": dict(RECIPE_SCHEDULE),
         "batch": {"size": 2, "rows_per_update": 16},
         "tracking": {"to": ["wandb"]},
     }
@@ -43,7 +45,9 @@ def r1_8b_medical() -> dict[str, Any]:
             "rows": 600,
             "heldout": 0.005,
             "heldout_rows": 64,
+            "template": "r1",
         },
+        "schedule": dict(RECIPE_SCHEDULE),
         "batch": {"size": 2, "rows_per_update": 16},
         "tracking": {"to": ["wandb"]},
     }
@@ -62,7 +66,7 @@ def r1_8b_notebook() -> dict[str, Any]:
             "labels": "everything",
         },
         "batch": {"size": 4, "accumulation": 4},
-        "schedule": {"first": "zero"},
+        "schedule": {**RECIPE_SCHEDULE, "first": "zero"},
         "execution": {"precision": "fp16"},
         "tracking": {"to": ["wandb"]},
     }
@@ -95,38 +99,4 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "r1_8b_medical": r1_8b_medical,
     "r1_8b_notebook": r1_8b_notebook,
     "smollm2_demo": smollm2_demo,
-}
-
-
-def on_3090() -> dict[str, Any]:
-    """24 GB, Ampere: bf16, micro-batches of 2 with recomputed activations."""
-    return {"batch": {"size": 2}, "execution": {"precision": "bf16", "checkpointing": True}}
-
-
-def on_2x3090() -> dict[str, Any]:
-    """Two of them: the recipe's own layout, 2 rows x 2 ranks x 4 micro-batches."""
-    return {
-        "batch": {"size": 2, "ranks": 2},
-        "execution": {"precision": "bf16", "checkpointing": True},
-    }
-
-
-def on_2x4090() -> dict[str, Any]:
-    """Two 24 GB cards of the Ada generation: as on 2x3090."""
-    return on_2x3090()
-
-
-def on_2xa100() -> dict[str, Any]:
-    """Two 40 or 80 GB cards: micro-batches of 4 rows, so 2 of them make the same 16 rows an update."""
-    return {
-        "batch": {"size": 4, "ranks": 2},
-        "execution": {"precision": "bf16", "checkpointing": True},
-    }
-
-
-HARDWARE: dict[str, Callable[[], dict[str, Any]]] = {
-    "3090": on_3090,
-    "2x3090": on_2x3090,
-    "2x4090": on_2x4090,
-    "2xa100": on_2xa100,
 }

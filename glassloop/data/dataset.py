@@ -91,10 +91,11 @@ def summary(dataset: Dataset, data: DataConfig) -> list[str]:
         )
         lines.append(("held-out", f"{loaded.heldout_source}: {took}"))
     opening = ", so the prompt opens <think>" if dataset.template.opens_think else ""
+    auto = f" (auto: {dataset.template.why})" if dataset.template.why else ""
     lines.append(
         (
             "template",
-            f"{dataset.template.name}; {reasoned:,} of {len(answers):,} assistant turns have reasoning{opening}",
+            f"{dataset.template.name}{auto}; {reasoned:,} of {len(answers):,} assistant turns have reasoning{opening}",
         )
     )
     for name, part in (("training", train), ("held-out", heldout)):

@@ -303,7 +303,7 @@ def _label(value: Any, where: str) -> str:
 
 def _scam(cells: Mapping[str, Any], label: str, data: DataConfig, where: str) -> list[Turn]:
     question = SCAM_QUESTION + _text(cells["dialogue"], "dialogue", where, empty="refuse").strip()
-    reasoning = cells.get("reasoning")
+    reasoning = None if data.scam_reasoning == "drop" else cells.get("reasoning")
     if reasoning is not None and not (isinstance(reasoning, str) and not reasoning.strip()):
         reasoning = _text(reasoning, "reasoning", where, empty="refuse")
     else:

@@ -29,6 +29,7 @@ from glassloop.data.tokens import Codec, Part, encode_rows, literal, make_codec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Name = Literal["r1", "instruct", "chat"]
 R1_MARKS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 PREAMBLE = "Write a response that answers the question below."
 THINK_FIRST = " Before you answer, think it through step by step, so that the answer is sound."
@@ -39,7 +40,7 @@ INSTRUCTION = "You know the field of the question well. Answer it."
 class Template:
     """How conversations of one run become tokens."""
 
-    name: Literal["r1", "instruct", "chat"]
+    name: Name
     codec: Codec
     parts: Parts
     message: MessageOf
@@ -50,6 +51,8 @@ class Template:
     tokens."""
     stop_ids: tuple[int, ...]
     """Tokens that end an answer; every row that is not cut ends in one, supervised."""
+    why: str = ""
+    """Reason of data.template=auto for this one; empty if it was named."""
 
     def encode(self, example: Example) -> Row:
         """The whole conversation, never cut. Raises ValueError for a conversation that the template cannot write."""
@@ -96,10 +99,11 @@ def make_template(
     answers = [turn for example in examples for turn in example.turns if turn.role == "assistant"]
     opens_think = all(turn.reasoning is not None for turn in answers)
     codec = make_codec(tokenizer)
-    if data.template == "chat":
+    name, why = template_for(tokenizer, codec) if data.template == "auto" else (data.template, "")
+    if name == "chat":
         parts, message, source, stop_ids = chat_parts(codec, tokenizer)
         template = Template("chat", codec, parts, message, False, data.labels, source, stop_ids)
-    elif data.template == "r1":
+    elif name == "r1":
         missing = [mark for mark in R1_MARKS if mark not in codec.control]
         wanted = ", ".join(missing) or "to begin with"
         if missing or codec.begin is None:
@@ -116,7 +120,17 @@ def make_template(
             "instruct", codec, parts, _message("\n"), opens_think, data.labels, source, (codec.end,)
         )
     _check(template, tokenizer, examples, thinks=opens_think)
-    return template
+    return replace(template, why=why)
+
+
+def template_for(tokenizer: PreTrainedTokenizerBase, codec: Codec) -> tuple[Name, str]:
+    """The template that data.template=auto takes for a tokenizer, and why."""
+    own = tokenizer.chat_template
+    if codec.begin is not None and all(mark in codec.control for mark in R1_MARKS):
+        return "r1", "the tokenizer has DeepSeek-R1's marks"
+    if own.get("default") if isinstance(own, dict) else own:
+        return "chat", "the tokenizer's own"
+    return "instruct", "the tokenizer has no chat template, as a base model's"
 
 
 def fit(row: Row, max_tokens: int, policy: Literal["drop", "cut"]) -> Row | None:

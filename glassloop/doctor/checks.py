@@ -331,7 +331,7 @@ def check_disk(
     shapes, why = shapes_of(config.model.id)
     if shapes is None:
         return [Finding(NOTE, "disk", f"sizes are not known: {why}")]
-    n = shapes.lora_weights(config.lora.r, config.lora.targets)
+    n = shapes.trainable(config.lora.r, config.lora.targets)
     one = round((4 + disk_state_bytes(config.optimizer.name)) * n)
     kept = (
         config.checkpoint.keep + 1 + (config.data.heldout is not None)

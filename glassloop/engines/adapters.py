@@ -74,18 +74,24 @@ def draw_adapters(model: peft.PeftModel, *, seed: int, base_name: str, commit: s
 
 
 def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Raise ValueError, with the names that exist, unless each target is the last part of some linear layer's name (the head is none)."""
+    """Raise ValueError, with the names that exist, for a target that names no linear layer."""
+    linear = linear_names(hf)
+    if unknown := [target for target in targets if target not in linear]:
+        raise ValueError(
+            f"lora.targets = {', '.join(unknown)}: {type(hf).__name__} has no such linear layer. "
+            f"It has {', '.join(linear)}. Name those, or set lora.targets=all-linear."
+        )
+
+
+def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
+    """Last parts of the names of all linear layers but the head, in the model's order."""
     head = hf.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
+    found = {
+        name.rpartition(".")[2]: None
         for name, module in hf.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    unknown = [target for target in targets if target not in linear]
-    if unknown:
-        raise ValueError(
-            f"lora.targets = {', '.join(unknown)}: {type(hf).__name__} has no such linear layer; it has {', '.join(sorted(linear))}"
-        )
+    return tuple(found)
 
 
 def load_adapter(

@@ -127,15 +127,16 @@ def make_inspection(config: Config, *, rows: int, rows_per_update: int) -> Inspe
     Args:
         rows: of the training set. rows_per_update: of a whole window.
     """
-    stability = config.stability
+    stability, warmup = config.stability, config.schedule.warmup_updates
+    assert warmup is not None  # config.settled
     return Inspection(
         stability=stability,
         record=config.record,
         max_norm=config.optimizer.max_grad_norm,
-        healthy_at=config.schedule.warmup_updates + 1,
+        healthy_at=warmup + 1,
         detectors=Detectors(
             rows_per_update=min(rows, rows_per_update),
-            warmup_updates=config.schedule.warmup_updates,
+            warmup_updates=warmup,
             window_updates=stability.window_updates,
             false_alarm_rate=stability.false_alarm_rate,
             no_learning_updates=stability.no_learning_updates,

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from glassloop.config.config import Config, as_dict
+from glassloop.config.config import Config, as_dict, settled
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, build_rows
 from glassloop.data.sources import Loaded, load_examples
@@ -30,7 +30,7 @@ from glassloop.loop.conditions import (
     planned_facts,
     target_shapes,
 )
-from glassloop.loop.engine_here import engine_here
+from glassloop.loop.engine_here import engine_here, with_linear_names
 from glassloop.loop.folder import check_no_run_in, observe, rewrite_plan, run_folder
 from glassloop.loop.header import header
 from glassloop.loop.launch import check_launch, hush, make_accelerator
@@ -112,6 +112,7 @@ def build_run(config: Config, stop: StopFlag | None = None) -> Run:
 def build_in_folder(start: Start) -> Run:
     """Build the run in its folder, which is locked."""
     rows = read_rows(start)
+    start = settle(start, rows)
     config, accelerator, folder = start.config, start.accelerator, start.folder
     check_same_rows(start.old_plan, rows.digest, str(folder / "plan.json"))
     tracker = make_tracker_observer(  # before the model: a login that does not work shows here
@@ -158,6 +159,7 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     hush(accelerator.process_index)
     first = partial(one_first, accelerator.is_local_main_process)
     old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
+    config = with_linear_names(config, first)
     choice = engine_here(config, checkpoint, old_plan, first)
     resolved, auto = with_engine(config, choice), in_words(config, choice)
     folder = run_folder(config)
@@ -204,6 +206,16 @@ def read_rows(start: Start) -> Rows:
     cure = "the ranks read different data or tokenizers; give every host the same files"
     require_same("training rows", digest, cure)
     return Rows(tokenizer, template, dataset, digest, batches, done, tracker_ids)
+
+
+def settle(start: Start, rows: Rows) -> Start:
+    """Name the template and the warmup that tokenizer and rows decided, as the folder keeps them."""
+    template, warmup = rows.template.name, rows.batches.plan.warmup
+    return replace(
+        start,
+        asked=settled(start.asked, template=template, warmup_updates=warmup),
+        config=settled(start.config, template=template, warmup_updates=warmup),
+    )
 
 
 def load_replica(start: Start, rows: Rows) -> tuple[Start, Replica, dict[str, float]]:

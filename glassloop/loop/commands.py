@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from glassloop.health.stability import Finding
+from glassloop.loop.ranks import STARTED_BY
 
 
 def launch_command(ranks: int, *, on_cuda: bool) -> str:
-    """The command that starts `ranks` processes, up to train_loop.py's own words."""
+    """First words of a command that starts `ranks` ranks like this one, as it was started."""
+    if STARTED_BY in os.environ:
+        return "glassloop train"
     if not on_cuda:
         name, processes = "cpu_2proc", "" if ranks == 2 else f" --num_processes {ranks}"
     elif ranks == 1:

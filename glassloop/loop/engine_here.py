@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from glassloop.base.source import loading_errors, resolve_source
 from glassloop.config.arguments import with_old_engine
-from glassloop.config.config import Config, ModelConfig
+from glassloop.config.config import ALL_LINEAR, Config, ModelConfig
+from glassloop.engines.adapters import linear_names
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda
 from glassloop.plan.engine import Choice, choose_engine
@@ -61,6 +62,27 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
             source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
         ).to_dict()
     return found
+
+
+def with_linear_names(config: Config, first: Callable[[], AbstractContextManager[Any]]) -> Config:
+    """Name the layers of lora.targets=all-linear, from the model's structure without weights."""
+    if ALL_LINEAR not in config.lora.targets:
+        return config
+    model = config.model
+
+    def read() -> tuple[str, ...]:
+        source = resolve_source(model)
+        with loading_errors(model), torch.device("meta"):
+            settings = AutoConfig.from_pretrained(
+                source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
+            )
+            hf = AutoModelForCausalLM.from_config(
+                settings, trust_remote_code=model.trust_remote_code
+            )
+        return linear_names(hf)
+
+    names = in_turn(first, read, "reading the model's structure")
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"targets": names})})
 
 
 def lacking_here() -> str:

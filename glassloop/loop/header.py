@@ -9,6 +9,7 @@ from glassloop.config.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, summary
 from glassloop.loop.replica import Replica
+from glassloop.plan.outlook import overridden
 from glassloop.plan.steps import describe
 from glassloop.plan.work import chooses_passes
 
@@ -29,9 +30,6 @@ def header(
     execution, lora, report = config.execution, config.lora, replica.plain_engine.report
     model = f"{report.name} {report.commit or ''}".rstrip()
     origin = "read from the cache" if report.from_cache else "loaded"
-    overrides = ""
-    if config.schedule.updates is not None:
-        overrides = f" (schedule.updates overrides epochs = {config.schedule.epochs:g})"
     asked, windows, updates = describe(batches.plan)
     lossy = execution.engine == "peft" and execution.precision == "bf16"
     audit = audit_table(dtype_audit(replica.plain_engine.hf))
@@ -41,7 +39,7 @@ def header(
         *(f"data      {line}" for line in summary(dataset, config.data)),
         f"asked     {asked}",
         f"          {windows}",
-        f"          {updates}{overrides}",
+        f"          {updates}{overridden(config)}",
         *([f"engine    {auto}"] if auto else []),
         f"executed  {execution_of(config, batches, replica.device)}",
         *([f"          {LOST_IN_BF16}"] if lossy else []),

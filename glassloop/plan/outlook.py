@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from glassloop.config.config import Config
@@ -56,6 +56,12 @@ class Outlook:
     tokens: TokenCounts | None
     unknown: tuple[str, ...]
     engine: str  # that it is planned for, in words
+    times_here: tuple[CardTime, ...] = ()  # of this machine's cards
+
+    @property
+    def here(self) -> tuple[Verdict, ...]:
+        """Verdicts on this machine's cards."""
+        return self.verdicts[len(PLANNED_FOR) :]
 
 
 def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
@@ -70,10 +76,19 @@ def plan_of(config: Config, rows: int, ranks: int) -> StepPlan:
         updates=schedule.updates,
         epochs=schedule.epochs,
         warmup=schedule.warmup_updates,
+        warmup_share=schedule.warmup_share,
         peak=config.optimizer.lr,
         kind=schedule.kind,
         first=schedule.first,
     )
+
+
+def overridden(config: Config) -> str:
+    """Name a schedule.epochs that schedule.updates overrides, in brackets; empty without one."""
+    updates, epochs = config.schedule.updates, config.schedule.epochs
+    if updates is None or epochs == 1:
+        return ""
+    return f" (schedule.updates overrides epochs = {epochs:g})"
 
 
 def look_ahead(
@@ -124,7 +139,8 @@ def look_ahead(
         counts,
         counts.heaviest_share if counts else plan.size * plan.accumulation * config.data.max_tokens,
     )
-    n = shapes.lora_weights(work.r, work.targets)
+    n = shapes.trainable(work.r, config.lora.targets)
+    work = replace(work, targets=shapes.apart(work.targets))
     engine = config.execution.engine
 
     def judged(gpu: Gpu, free_gib: float | None = None) -> Verdict:
@@ -159,6 +175,13 @@ def look_ahead(
         unknown.append(
             "time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32"
         )
+
+    def times(of: Sequence[Verdict]) -> tuple[CardTime, ...]:
+        if config.execution.precision == "fp32" or not known:
+            return ()
+        found = (card_time(config, plan, shapes, v.card, mean, counts, on_card=v) for v in of)
+        return tuple(time for time in found if time is not None)
+
     return Outlook(
         config=config,
         machines=machines,
@@ -174,14 +197,8 @@ def look_ahead(
         ledger_names=names,
         usual=usual[0],
         verdicts=tuple(verdicts),
-        times=()
-        if config.execution.precision == "fp32" or not known
-        else tuple(
-            time
-            for one in verdicts[: len(PLANNED_FOR)]
-            if (time := card_time(config, plan, shapes, one.card, mean, counts, on_card=one))
-            is not None
-        ),
+        times=times(verdicts[: len(PLANNED_FOR)]),
+        times_here=times(verdicts[len(PLANNED_FOR) :]),
         row_tokens=mean,
         tokens=counts,
         unknown=tuple(unknown),
@@ -219,7 +236,7 @@ def card_time(
     work: dict[str, Any] = dict(
         rows=rows * padded, row_tokens=row_tokens, supervised_share=share / padded
     )
-    work |= dict(r=config.lora.r, targets=config.lora.targets)
+    work |= dict(r=config.lora.r, targets=shapes.apart(config.lora.targets))
     if config.execution.engine == "fused":
         kept, held = (0, 0) if on_card is None else (on_card.kept or 0, on_card.held or 0)
         one = fused_pass_time(shapes, card, **work, kept=kept, held=held)

@@ -45,6 +45,7 @@ class StepPlan:
     tail: str  # "keep": the rest is a smaller update; "drop": it is left out
     updates: int
     lr: tuple[float, ...]  # lr[u - 1] is the learning rate of update u
+    warmup: int = 0  # updates over which it rises
 
     @property
     def rows_per_update(self) -> int:
@@ -88,6 +89,11 @@ class StepPlan:
         return {"schema": SCHEMA, **asdict(self), **derived}
 
 
+def warmup_of(updates: int, given: int | None, share: float) -> int:
+    """Updates that warm up: as given, or a share of the run, rounded up."""
+    return math.ceil(round(share * updates, 9)) if given is None else given
+
+
 def make_plan(
     *,
     rows: int,
@@ -97,12 +103,17 @@ def make_plan(
     tail: str,
     updates: int | None,
     epochs: float,
-    warmup: int,
+    warmup: int | None,
     peak: float,
     kind: str,
     first: str,
+    warmup_share: float = 0.0,
 ) -> StepPlan:
-    """Count windows and updates. Raises ValueError where the rows make no window or the warmup outlasts the run."""
+    """Count windows and updates.
+
+    A warmup of None is `warmup_share` of the updates, rounded up. Raises ValueError if the rows
+    make no window, or if a given warmup is longer than the run.
+    """
     per_update = size * ranks * accumulation
     full, left = divmod(rows, per_update)
     windows = full + (1 if left and tail == "keep" else 0)
@@ -113,16 +124,17 @@ def make_plan(
         )
     if updates is None:
         updates = max(1, math.ceil(round(epochs * windows, 9)))
+    warmup = warmup_of(updates, warmup, warmup_share)
     if warmup > updates:
         raise ValueError(
             f"schedule.warmup_updates = {warmup} is more than the {updates} updates of the run: "
-            "the peak would never be reached; lower schedule.warmup_updates"
+            "the peak would never be reached. Lower schedule.warmup_updates, or set it to null."
         )
     lr = tuple(
         lr_at(u, updates=updates, warmup=warmup, peak=peak, kind=kind, first=first)
         for u in range(1, updates + 1)
     )
-    return StepPlan(rows, size, ranks, accumulation, full, left, tail, updates, lr)
+    return StepPlan(rows, size, ranks, accumulation, full, left, tail, updates, lr, warmup)
 
 
 def describe(plan: StepPlan) -> list[str]:

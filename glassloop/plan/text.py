@@ -1,22 +1,29 @@
-"""An outlook in sentences, tables and one small plot, at most 100 columns wide."""
+"""An outlook in sentences, tables and one small plot, as wide as the terminal."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
-from glassloop.plan.outlook import CardTime, Outlook
+from glassloop.plan.outlook import CardTime, Outlook, overridden
 from glassloop.plan.steps import StepPlan
 from glassloop.plan.work import TokenCounts, chooses_passes
-from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB
+from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, Verdict
 from glassloop.predict.ledger import GIB
 from glassloop.predict.roofline import CALIBRATED_ON, errors
 
-WIDTH = 100
-PLOT_WIDTH, PLOT_HEIGHT = 80, 8
+NARROWEST, WIDEST = 60, 120  # columns that are ever used
+PLOT_HEIGHT = 8
+KEPT = "kept: layers that keep their activations; in 16 bits: layers that hold their weights so"
 LABEL = 10  # columns before a line's text
+
+
+def width() -> int:
+    """Columns to write in: the terminal's, 80 without one."""
+    return min(WIDEST, max(NARROWEST, shutil.get_terminal_size((80, 24)).columns))
 
 
 def render(outlook: Outlook) -> list[str]:
@@ -31,13 +38,13 @@ def render(outlook: Outlook) -> list[str]:
 
 
 def wrapped(line: str) -> list[str]:
-    """A line in pieces of at most WIDTH columns, those after the first below its text."""
-    if len(line) <= WIDTH:
+    """A line in pieces that fit the terminal, those after the first below its text."""
+    if len(line) <= width():
         return [line]
     indent = " " * (LABEL + (len(line[LABEL:]) - len(line[LABEL:].lstrip())) + 2)
     return textwrap.wrap(
         line,
-        WIDTH,
+        width(),
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
@@ -106,11 +113,6 @@ def _steps(outlook: Outlook) -> list[str]:
             for times, rows in sorted(plan.times_trained.items(), reverse=True)
         )
         seen = f"{plan.rows_trained:,} rows trained on in all: {often}"
-    overrides = (
-        f" (schedule.updates overrides epochs = {config.schedule.epochs:g})"
-        if config.schedule.updates is not None
-        else ""
-    )
     asked = f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = {plan.rows_per_update} rows an update"
     activations = "recomputed" if config.execution.checkpointing else "stored"
     if config.execution.engine == "fused" and config.execution.checkpointing:
@@ -123,7 +125,7 @@ def _steps(outlook: Outlook) -> list[str]:
         ("executed", f"{how}; {config.execution.reduction} reduction, activations {activations}"),
         ("engine", outlook.engine),
         ("epoch", epoch_sentence(plan)),
-        ("run", f"{plan.updates} updates = {plan.epochs:.2f} epochs{overrides}"),
+        ("run", f"{plan.updates} updates = {plan.epochs:.2f} epochs{overridden(config)}"),
         ("", seen),
     ]
     return [f"{name:<{LABEL}}{text}" for name, text in rows]
@@ -149,17 +151,18 @@ def shown_updates(updates: int, warmup_end: int) -> list[int]:
 def _lr(plan: StepPlan) -> list[str]:
     peak_at = plan.lr.index(max(plan.lr)) + 1
     cells = [f"{u:>4}: {plan.lr[u - 1]:.3e}" for u in shown_updates(plan.updates, peak_at)]
+    many = (width() - LABEL + 2) // (len(cells[0]) + 2)
     table = [
-        f"{'lr' if start == 0 else '':<{LABEL}}" + "  ".join(cells[start : start + 5])
-        for start in range(0, len(cells), 5)
+        f"{'lr' if start == 0 else '':<{LABEL}}" + "  ".join(cells[start : start + many])
+        for start in range(0, len(cells), many)
     ]
     return [*table, *plot(plan.lr)]
 
 
 def plot(values: Sequence[float]) -> list[str]:
     """A column an update (the largest of several where there are more than fit), from 0 to the largest value."""
-    width = min(PLOT_WIDTH, len(values))
-    bounds = [round(i * len(values) / width) for i in range(width + 1)]
+    wide = min(width() - LABEL - 2, len(values))
+    bounds = [round(i * len(values) / wide) for i in range(wide + 1)]
     columns = [max(values[start:end]) for start, end in pairwise(bounds)]
     top = max(values)
     heights = [
@@ -176,7 +179,7 @@ def plot(values: Sequence[float]) -> list[str]:
             + "".join("*" if height >= level else " " for height in heights).rstrip()
         )
     last = str(len(values))
-    axis = f"{'update':>{LABEL - 1}} +1" + last.rjust(max(len(last), width - 1))
+    axis = f"{'update':>{LABEL - 1}} +1" + last.rjust(max(len(last), wide - 1))
     return [*lines, axis]
 
 
@@ -228,10 +231,8 @@ def _memory(outlook: Outlook) -> list[str]:
         f"{'':<{LABEL}}{phase:<12}" + "".join(f"{one[phase] / GIB:>10.2f}" for one in per_phase)
         for phase in per_phase[0]
     ]
-    peak = max(
-        outlook.ledger.phases,
-        key=lambda phase: outlook.ledger.phases[phase] if phase != "peak" else 0,
-    )  # type: ignore[union-attr]
+    phases = per_phase[0]
+    peak = max(phases, key=lambda phase: phases[phase] if phase != "peak" else 0)
     largest = sorted(
         (term for term in outlook.ledger.terms if peak in term.phases),
         key=lambda term: -term.size_bytes,
@@ -255,33 +256,45 @@ def _memory(outlook: Outlook) -> list[str]:
 
 
 def _cards(outlook: Outlook) -> list[str]:
-    chosen = outlook.config.memory.profile
-    profile = chosen if isinstance(chosen, str) else f"{chosen:g} GiB"
+    """A table of need and use by card: the least that works, what is asked, what that leaves."""
     nccl = f" + {NCCL_GIB} NCCL" if outlook.plan.ranks > 1 else ""
+    blank = " " * LABEL
     lines = [
-        f"{'cards':<{LABEL}}GiB needed = peak + {FRAGMENTATION:.0%} fragmentation + {CONTEXT_GIB} CUDA context{nccl}; rows an update stay "
-        f"{outlook.plan.rows_per_update}"
+        f"{'cards':<{LABEL}}GiB a rank = peak + {FRAGMENTATION:.0%} fragmentation + {CONTEXT_GIB} "
+        f"CUDA context{nccl}; rows an update stay {outlook.plan.rows_per_update}",
+        f"{blank}least: one row a pass, as few activations kept as possible; asked: {_asked(outlook)}",
+        *([f"{blank}{KEPT}"] if outlook.config.execution.engine == "fused" else []),
+        f"{blank}{'card':<9}{'has':>6}{'least':>7}{'asked':>7}{'spare':>7}",
     ]
     for one in outlook.verdicts:
-        if one.fits:
-            passes = (
-                f", in passes of {one.pass_tokens:,} tokens"
-                if chooses_passes(outlook.config)
-                else ""
-            )
-            text = f"fits; {profile}: {one.tiers}{passes}" if one.tiers else "fits"
-            text += f"; also {one.faster} ({one.faster_gib:.1f})" if one.faster else ""
-        else:
-            text = (
-                f"does NOT fit; {one.cure} does ({one.cure_gib:.1f})"
-                if one.cure
-                else "does NOT fit, and no smaller pass does: lower data.max_tokens"
-            )
-        note = f"; {one.note}" if one.note else ""
-        lines.append(
-            f"{'':<{LABEL}}{one.card:<9}{one.needed_gib:>6.1f} of {one.has_gib:>6.1f}  {text}{note}"
-        )
+        least = "-" if one.least_gib is None else f"{one.least_gib:.1f}"
+        numbers = f"{one.has_gib:>6.1f}{least:>7}{one.needed_gib:>7.1f}{one.spare_gib:>7.1f}"
+        lines.append(f"{blank}{one.card:<9}{numbers}  {_judgement(one, outlook)}")
     return lines
+
+
+def _asked(outlook: Outlook) -> str:
+    """What the column `asked` is computed for."""
+    config = outlook.config
+    if config.execution.engine == "fused" and config.execution.checkpointing:
+        return f"memory.profile={config.memory.profile}"
+    return f"activations {'recomputed' if config.execution.checkpointing else 'stored'}"
+
+
+def _judgement(one: Verdict, outlook: Outlook) -> str:
+    """Whether a card fits, what is kept there, and the fields that change it."""
+    note = f"; {one.note}" if one.note else ""
+    if one.fits:
+        text = "fits"
+        if one.kept is not None and outlook.shapes is not None:
+            held = f", {one.held} in 16 bits" if one.held else ""
+            text += f": {one.kept}/{outlook.shapes.layers} kept{held}"
+        if chooses_passes(outlook.config) and one.pass_tokens:
+            text += f", passes of {one.pass_tokens:,}"
+        return text + (f"; also {one.faster} ({one.faster_gib:.1f})" if one.faster else "") + note
+    if one.cure:
+        return f"does NOT fit; {one.cure} does ({one.cure_gib:.1f}){note}"
+    return f"does NOT fit, nor any smaller pass: lower data.max_tokens{note}"
 
 
 def _time(outlook: Outlook) -> list[str]:

@@ -21,6 +21,7 @@ class Verdict:
 
     Attributes:
         needed_gib: peak, fragmentation, context and NCCL, as asked. has_gib: the card's memory, or what is free of it.
+        least_gib: the same with one row a pass and as few activations kept as the engine can do with.
         cure: fields that make it fit with the same rows an update, where it does not; None where nothing does or nothing is needed.
         cure_gib: what is needed then.
         faster: fields with which activations are stored, where that fits too and was not asked for; None otherwise. faster_gib: what that needs.
@@ -42,6 +43,22 @@ class Verdict:
     held: int | None = None
     pass_tokens: int | None = None
     tiers: str = ""
+    least_gib: float | None = None
+
+    @property
+    def spare_gib(self) -> float:
+        """What the run as asked leaves free."""
+        return self.has_gib - self.needed_gib
+
+
+def least_work(work: Work) -> Work:
+    """The same rows in the smallest passes, with as few activations kept as possible."""
+    small = replace(work, checkpointing=True, profile="min")
+    if work.between is not None:
+        return replace(small, tokens=work.between[0], between=None)
+    if work.packed:
+        return small
+    return replace(small, rows=1, supervised_tokens=_share(work, 1))
 
 
 def budget_bytes(has_gib: float, ranks: int) -> int:
@@ -80,8 +97,9 @@ def verdict(
     def needs(one: Work) -> float:
         return needed_gib(shapes, carried_out(one), ranks, engine)
 
-    asked = needs(work)
+    asked, least = needs(work), needs(least_work(work))
     found = Verdict(gpu.key, asked <= has, asked, has, None, None, None, None, note)
+    found = replace(found, least_gib=min(least, asked))
     if engine == "fused":
         how = carried_out(work)
         tiers = tiers_of(shapes, how)

@@ -40,9 +40,15 @@ GPUS = (
     Gpu("V100-32", ("Tesla V100-SXM2-32GB", "Tesla V100-PCIE-32GB"), 31.73, None, 0.900, (7, 0)),
     Gpu("A10G", ("A10G",), 21.98, 70.0, 0.600, (8, 6)),
     Gpu("L4", ("L4",), 21.95, 121.0, 0.300, (8, 9)),
+    Gpu("3060", ("GeForce RTX 3060",), 11.76, 25.6, 0.360, (8, 6)),
     Gpu("3090", ("GeForce RTX 3090",), 23.68, 71.0, 0.936, (8, 6)),
     Gpu("3090Ti", ("GeForce RTX 3090 Ti",), 23.68, 80.0, 1.008, (8, 6)),
+    Gpu("4070", ("GeForce RTX 4070",), 11.71, 58.3, 0.504, (8, 9)),
+    Gpu("4080", ("GeForce RTX 4080",), 15.70, 97.5, 0.717, (8, 9)),
     Gpu("4090", ("GeForce RTX 4090",), 23.52, 165.2, 1.008, (8, 9)),
+    Gpu("5060Ti", ("GeForce RTX 5060 Ti",), 15.48, 47.4, 0.448, (12, 0)),
+    Gpu("5070Ti", ("GeForce RTX 5070 Ti",), 15.48, 87.9, 0.896, (12, 0)),
+    Gpu("5080", ("GeForce RTX 5080",), 15.48, 112.6, 0.960, (12, 0)),
     Gpu("5090", ("GeForce RTX 5090",), 31.36, 209.5, 1.792, (12, 0)),
     Gpu("A6000", ("RTX A6000",), 47.4, 154.8, 0.768, (8, 6)),
     Gpu("L40S", ("L40S",), 44.4, 362.0, 0.864, (8, 9)),
@@ -54,7 +60,13 @@ GPUS = (
 )
 PLANNED_FOR = (
     "3090",
+    "4070",
+    "5060Ti",
+    "4080",
     "4090",
+    "5090",
+    "L40S",
+    "A6000",
     "A100-40",
     "A100-80",
     "H100",
@@ -120,3 +132,20 @@ def parse_smi(answer: str) -> tuple[Present, ...]:
                 Present(parts[0], int(parts[1]) / 1024, int(parts[2]) / 1024, parts[3], capability)
             )
     return tuple(found)
+
+
+def card_here(present: tuple[Present, ...] | None = None) -> str:
+    """Name of this machine's kind of card, as --hardware takes it; `cpu` without one.
+
+    Raises ValueError for cards that are not in the table, or for several kinds.
+    """
+    names = {card.name for card in (gpus_present() if present is None else present)}
+    if not names:
+        return "cpu"
+    keys = {gpu.key.lower() if (gpu := gpu_named(name)) else None for name in names}
+    if len(keys) > 1 or None in keys:
+        raise ValueError(
+            f"--hardware: this machine has {', '.join(sorted(names))}; name the card whose "
+            "settings all ranks take, for example --hardware 3090"
+        )
+    return str(keys.pop())

@@ -1,4 +1,6 @@
-"""A decoder's shapes from its config.json, or from a table of well-known ones: what memory, time and parameter counts are computed from.
+"""A decoder's shapes from its config.json, or from a table of well-known models.
+
+Memory, time and parameter counts are computed from them.
 
 Legend: H hidden size, I intermediate size, V vocabulary, L layers.
 """
@@ -13,12 +15,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # model_type of decoders with q, k, v, o, gate, up, down and two RMS norms a layer
+from glassloop.predict.known import Row, sizes_by_name
+
+NORMS = {  # model_type -> RMS norms of hidden size in a layer
+    "llama": 2,
+    "mistral": 2,
+    "qwen2": 2,
+    "qwen3": 2,
+    "phi3": 2,
+    "gemma2": 4,
+    "gemma3_text": 4,
+}
+HEAD_NORMS = ("qwen3", "gemma3_text")  # with a norm of q and one of k, of head size
+ALL_LINEAR = "all-linear"
+JOINED = {  # phi3's names of projections that lie in one matrix
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Shapes:
     vocabulary: int
     tied_head: bool = False
     biased: tuple[str, ...] = ()  # names of projections that have a bias
+    family: str = "llama"  # config.json's model_type
 
     @property
     def q_width(self) -> int:
@@ -46,7 +60,7 @@ class Shapes:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of each linear layer of one decoder layer."""
+        """Name -> (in, out) of each projection of one decoder layer, joined ones apart."""
         h, i = self.hidden, self.intermediate
         attention = {
             "q_proj": (h, self.q_width),
@@ -77,7 +91,20 @@ class Shapes:
 
     @property
     def norm_weights(self) -> int:
-        return (2 * self.layers + 1) * self.hidden
+        heads = 2 * self.head_dim if self.family in HEAD_NORMS else 0
+        return (NORMS[self.family] * self.layers + 1) * self.hidden + self.layers * heads
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Name -> (in, out) of each linear layer of one decoder layer, under the model's names."""
+        if self.family != "phi3":
+            return self.projections
+        apart = self.projections
+        joined = {
+            name: (apart[parts[0]][0], sum(apart[part][1] for part in parts))
+            for name, parts in JOINED.items()
+        }
+        return {**joined, "o_proj": apart["o_proj"], "down_proj": apart["down_proj"]}
 
     @property
     def weights(self) -> int:
@@ -85,12 +112,28 @@ class Shapes:
         return self.linear_weights + self.embedding_weights + self.head_weights + self.norm_weights
 
     def lora_weights(self, r: int, targets: Sequence[str]) -> int:
-        """Trainable parameters: r x (in + out) for each target of each layer. Raises ValueError for a target that is not there."""
-        if unknown := [target for target in targets if target not in self.projections]:
-            raise ValueError(
-                f"lora.targets = {', '.join(unknown)}: {self.name} has {', '.join(self.projections)}"
-            )
+        """Weights of adapters on these `projections`: r x (in + out) each, in all layers."""
         return self.layers * sum(r * sum(self.projections[target]) for target in targets)
+
+    def trainable(self, r: int, targets: Sequence[str]) -> int:
+        """Trainable parameters with these lora.targets, under the model's own names.
+
+        Raises ValueError for a target that the model does not have.
+        """
+        there = self.linear_layers
+        names = tuple(there) if ALL_LINEAR in targets else targets
+        if unknown := [target for target in names if target not in there]:
+            raise ValueError(
+                f"lora.targets = {', '.join(unknown)}: {self.name} has {', '.join(there)}. "
+                f"Name those, or set lora.targets={ALL_LINEAR}."
+            )
+        return self.layers * sum(r * sum(there[target]) for target in names)
+
+    def apart(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """Names of `projections` that the targets reach, for costs."""
+        if ALL_LINEAR in targets:
+            return tuple(self.projections)
+        return tuple(part for name in targets for part in JOINED.get(name, (name,)))
 
 
 KNOWN = {
@@ -125,9 +168,12 @@ def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
     cached = _downloaded_config(model_id)
     if cached is not None:
         return _from_file(cached, model_id)
+    if (row := sizes_by_name(model_id)) is not None:
+        return _from_row(row, model_id), "known by its name; a run reads its config.json"
     return (
         None,
-        f"model.id = {model_id} is neither a local folder, nor downloaded, nor in glassloop's own table: download it first",
+        f"model.id = {model_id} is no local folder, is not downloaded, and its sizes are not known "
+        "by name. Download it first.",
     )
 
 
@@ -144,6 +190,15 @@ def config_values(model_id: str) -> dict[str, Any] | None:
             "head_dim": known.head_dim,
         }
     file = path / "config.json" if path.is_dir() else _downloaded_config(model_id)
+    if file is None and (row := sizes_by_name(model_id)) is not None:
+        one = _from_row(row, model_id)
+        return {
+            "model_type": one.family,
+            "hidden_size": one.hidden,
+            "intermediate_size": one.intermediate,
+            "num_attention_heads": one.heads,
+            "head_dim": one.head_dim,
+        }
     with contextlib.suppress(OSError, ValueError):
         found = None if file is None else json.loads(file.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else None
@@ -153,7 +208,7 @@ def config_values(model_id: str) -> dict[str, Any] | None:
 def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
     """Shapes from a config.json's content; None for an architecture of another kind. Raises ValueError where a size is missing."""
     values = values.get("text_config") or values
-    if values.get("model_type") not in FAMILIES:
+    if values.get("model_type") not in NORMS:
         return None
     try:
         heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
@@ -168,6 +223,7 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
             vocabulary=int(values["vocab_size"]),
             tied_head=bool(values.get("tie_word_embeddings", False)),
             biased=_biased(values),
+            family=str(values["model_type"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -187,6 +243,14 @@ def _biased(values: dict[str, Any]) -> tuple[str, ...]:
     return (*found, *mlp) if values.get("mlp_bias") else found
 
 
+def _from_row(row: Row, model_id: str) -> Shapes:
+    """Shapes of a row of known.py."""
+    family, layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, tied = row
+    name = model_id.rstrip("/").rpartition("/")[2]
+    sizes = (layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary)
+    return Shapes(name, *sizes, tied, _biased({"model_type": family}), family)
+
+
 def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -198,7 +262,7 @@ def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
     if shapes is None:
         return (
             None,
-            f"model.id = {model_id}: model_type {values.get('model_type')} is not one of {', '.join(FAMILIES)}",
+            f"model.id = {model_id}: model_type {values.get('model_type')} is not one of {', '.join(NORMS)}",
         )
     return shapes, str(file)
 

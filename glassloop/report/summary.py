@@ -1,4 +1,7 @@
-"""A run in plain words: how it ended, whether it learned, whether it was stable, what to look at. Every sentence rests on a record."""
+"""A run in plain words: how it ended, whether it learned and was stable, what to look at.
+
+Every sentence rests on a record.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ SCORES = {  # of an evaluation, with what people call them; higher is better
 }
 MOST_TO_LOOK_AT = 6
 PADDING_SHARE = 0.3  # of the computed places: worth a word from here on
+ENDED_SHARE = 0.5  # of answers that should end by themselves at least
+ENDED_FALL = 0.1  # of that share, against the base model: worth a warning
 UNMOVED_SHARE = 0.5  # of the adapters' entries that a step leaves as they are: the same
 
 
@@ -164,6 +169,7 @@ def was_it_stable(run: RunData) -> list[Say]:
 def what_to_look_at(run: RunData) -> list[Say]:
     """At most MOST_TO_LOOK_AT places that stand out, with the command to type; things that were said already are left out."""
     found = [
+        *_endless_answers(run),
         *_worst_row(run),
         *_largest_norm(run),
         *_padding(run),
@@ -265,6 +271,27 @@ def _training_loss(run: RunData, *, alone: bool) -> Say:
     return Say(
         "learned", "look" if alone else "good", f"Training loss fell {moved}.{repeated}{without}"
     )
+
+
+def _endless_answers(run: RunData) -> list[Say]:
+    """Warn of generated answers that ran out of room instead of ending."""
+    if not run.evaluations or not run.evaluations[-1]["scores"].get("answers"):
+        return []
+    last = run.evaluations[-1]
+    now = number(last["scores"].get("ended"))
+    before = number((last.get("base") or run.evaluations[0]["scores"]).get("ended"))
+    fell = now is not None and before is not None and before - now >= ENDED_FALL
+    if now is None or not (fell or now < ENDED_SHARE):
+        return []
+    length = setting(run.config, "evaluation.max_new_tokens", "unknown")
+    verb = "no longer end" if fell else "do not end"
+    was = "" if before is None else f" (base model: {before:.0%} end)"
+    said = (
+        f"{1 - now:.0%} of the adapter's answers {verb} by themselves{was}: they ran to "
+        f"evaluation.max_new_tokens = {length}. Read the answers below. If they repeat themselves, "
+        "lower optimizer.lr or train longer; if they are only long, raise that limit."
+    )
+    return [Say("look", "bad", said, last["update"] or None)]
 
 
 def _worst_row(run: RunData) -> list[Say]:

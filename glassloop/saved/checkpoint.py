@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from glassloop.config.config import Config, as_dict
 from glassloop.disk import publish as folders
 from glassloop.disk.publish import REPLACED
 from glassloop.disk.publish import NotSaved as CheckpointNotSaved
@@ -381,11 +382,28 @@ def _check_same_run(
     wrong = [
         f"{name} was {old!r} and now is {new!r}"
         for name, (old, new) in config_changes(state.config, config).items()
-        if name.partition(".")[0] in MATH and name not in FREE and name not in allow_changed
+        if name.partition(".")[0] in MATH
+        and name not in FREE
+        and name not in allow_changed
+        and not _is_newer(name, new, state.config)
     ]
     if wrong:
         cure = f"leave it as it was, or begin a new run from these adapters with model.init_adapter={path}"
         raise ValueError(f"{'; '.join(wrong)}: {cure}")
+
+
+def _is_newer(name: str, value: Any, saved: dict[str, Any]) -> bool:
+    """Whether the version that saved did not know the field, and it has its default now."""
+    known: Any = saved
+    default: Any = as_dict(Config())
+    lacking = False
+    for part in name.split("."):
+        if not isinstance(default, dict) or part not in default:
+            return False
+        default = default[part]
+        lacking = lacking or not isinstance(known, dict) or part not in known
+        known = None if lacking else known[part]
+    return lacking and value == default
 
 
 def _parsed(contents: dict[str, bytes], name: str, parse: Callable[[bytes], Any]) -> Any:

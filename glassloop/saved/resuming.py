@@ -12,7 +12,7 @@ from typing import Any
 
 from glassloop.config.config import BatchConfig, Config, ScheduleConfig
 from glassloop.disk.publish import SUMS
-from glassloop.plan.steps import StepPlan, lr_at
+from glassloop.plan.steps import StepPlan, lr_at, warmup_of
 from glassloop.saved.checkpoint import State, best_checkpoint, last_checkpoint, read_state
 
 
@@ -172,7 +172,7 @@ def _lengthening(schedule: ScheduleConfig, saved: State, updates: int, plan: Ste
     """What a longer schedule does to the learning rate of the coming updates."""
     done, peak = saved.update, float(saved.config["optimizer"]["lr"])
     known = {
-        "warmup": schedule.warmup_updates,
+        "warmup": warmup_of(updates, schedule.warmup_updates, schedule.warmup_share),
         "peak": peak,
         "kind": schedule.kind,
         "first": schedule.first,

@@ -77,7 +77,7 @@ function build(one) {
   const bars = uPlot.paths.bars({ size: [0.92, 60] });
   const options = {
     width, height: spec.height || 220,
-    padding: [16, 12, 0, 0],
+    padding: [16, 26, 0, 0],
     legend: { show: false },
     cursor: {
       sync: { key: "run", scales: ["x", null] }, drag: { x: true, y: false, setScale: false, dist: 6 }, points: { size: 6 },
@@ -85,8 +85,8 @@ function build(one) {
     },
     scales: { x: { time: false, range: (u, low, high) => board.zoom || widened(low, high) }, y: { distr: one.log ? 3 : 1, range: one.log ? logRange : spec.fromZero ? zeroRange : undefined } },
     axes: [
-      { ...axis, label: "update", labelSize: 16, labelFont: axis.font, size: 30, gap: 3, values: (u, ticks) => ticks.map((t) => (Number.isInteger(t) ? t.toLocaleString("en") : "")) },
-      { ...axis, size: spec.percent ? 72 : 62, values: (u, ticks) => ticks.map((t) => (t === null ? "" : spec.percent ? `${+(100 * t).toPrecision(3)} %` : tick(t))) },
+      { ...axis, label: "update", labelSize: 20, labelFont: axis.font, size: 32, gap: 3, values: (u, ticks) => ticks.map((t) => (Number.isInteger(t) ? t.toLocaleString("en") : "")) },
+      { ...axis, size: roomFor, values: (u, ticks) => ticks.map((t) => (t === null ? "" : spec.percent ? `${+(100 * t).toPrecision(3)} %` : tick(t))) },
     ],
     series: [{}, ...drawn.map((s, i) => ({
       label: s.name, show: one.shown[i], stroke: css(s.colour), width: s.width || 1.6, dash: s.dash,
@@ -108,6 +108,8 @@ function build(one) {
   showValues(one, null);
 }
 
+// Pixels for the longest label of an axis, its tick and gap.
+const roomFor = (u, labels) => Math.max(50, ...(labels || []).map((label) => 20 + 7.2 * label.length));
 const widened = (low, high) => (low === high ? [low - 0.5, high + 0.5] : [low - 0.5, high + 0.5]);
 const zeroRange = (u, low, high) => [0, high > 0 ? high * 1.06 : 1];
 const logRange = (u, low, high) => [low / 1.15, high * 1.15];

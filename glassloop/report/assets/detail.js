@@ -81,11 +81,11 @@ function rowTable(run, update) {
   const { rows } = run, indices = rows?.byUpdate.get(update);
   if (!indices) return make("p", { class: "quiet" }, rows ? "No row of this update is on record." : "Rows are not on record (record.text = none).");
   const lines = indices.map((row) => ({ row, nats: rows.supervised[row] ? rows.loss[row] / rows.supervised[row] : null }));
-  const rank = (value) => (value === null ? -1 : Number.isFinite(value) ? value : Infinity);
-  lines.sort((a, b) => rank(b.nats) - rank(a.nats));
+  const share = ({ row, nats }) => (nats === null ? -1 : Number.isFinite(rows.loss[row]) ? rows.loss[row] : Infinity);
+  lines.sort((a, b) => share(b) - share(a));
   const whole = lines.reduce((sum, { row }) => sum + (finite(rows.loss[row]) ? rows.loss[row] : 0), 0);
   const heads = ["row", "#loss, nats/token", "#share of the loss", "#supervised", "#real", "#rank", "#micro-batch", ...(hasTexts(run) ? ["text"] : [])];
-  return make("div", {}, make("h3", {}, "Its rows, the costliest first"), make("div", { class: "scroll" }, table(
+  return make("div", {}, make("h3", {}, "Its rows, the largest share of the loss first"), make("div", { class: "scroll" }, table(
     heads,
     lines.map(({ row, nats }) => ({ cells: [rows.ids[rows.id[row]], show(nats), whole > 0 && finite(rows.loss[row]) ? percent(rows.loss[row] / whole) : "–", show(rows.supervised[row]), show(rows.real[row]), rows.rank[row], rows.micro_batch[row], ...(hasTexts(run) ? [rowText(run, rows.ids[rows.id[row]])] : [])] })))));
 }

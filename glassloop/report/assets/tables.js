@@ -52,8 +52,10 @@ function answers(run) {
   if (!samples.length) return [absent(text ? "No answer was generated: evaluation.samples says how many are." : "Generated answers are left out.")];
   return samples.map((sample) => {
     const boxes = sample.answers.map((one) => make("div", {}, make("h3", {}, one.base ? "Before: the base model" : `After update ${one.update}: the adapter`, make("span", { class: "quiet" }, ` · ${show(one.answer_tokens)} tokens`)), make("pre", {}, one.answer || "(nothing)")));
-    const asked = [["Asked", sample.prompt], ["The row's own answer", sample.expected]].filter(([, value]) => value !== null && value !== undefined);
-    return make("div", {}, make("h3", {}, sample.id), asked.map(([name, value]) => make("details", {}, make("summary", {}, name), make("pre", {}, value))), make("div", { class: "two" }, boxes));
+    const there = (value) => value !== null && value !== undefined;
+    if (there(sample.prompt)) boxes.unshift(make("div", {}, make("h3", {}, "Asked"), make("pre", {}, sample.prompt)));
+    const expected = there(sample.expected) ? make("details", {}, make("summary", {}, "The row's own answer"), make("pre", {}, sample.expected)) : null;
+    return make("div", {}, make("h3", {}, sample.id), make("div", { class: "side" }, boxes), expected);
   });
 }
 

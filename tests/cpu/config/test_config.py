@@ -16,7 +16,8 @@ from glassloop.config.arguments import (
     to_yaml,
 )
 from glassloop.config.config import Config, as_dict
-from glassloop.config.presets import HARDWARE, PRESETS
+from glassloop.config.hardware import BF16
+from glassloop.config.presets import PRESETS
 
 
 def test_command_line_beats_file_beats_hardware_beats_preset(tmp_path: Path) -> None:
@@ -65,14 +66,14 @@ def test_the_recipe_value_for_value() -> None:
     )
 
 
-@pytest.mark.parametrize("hardware", HARDWARE)
+@pytest.mark.parametrize("hardware", ["cpu", "t4", "3090", "2x3090", "4xA100", "2x5060ti"])
 @pytest.mark.parametrize("preset", ["r1_8b_scam", "r1_8b_medical"])
 def test_hardware_changes_how_an_update_is_carried_out_and_not_what_it_is(
     preset: str, hardware: str
 ) -> None:
     plain, on_cards = as_dict(parse([preset])), as_dict(parse([preset, "--hardware", hardware]))
     for section in plain:
-        if section not in ("execution", "batch"):
+        if section not in ("execution", "batch", "memory"):
             assert plain[section] == on_cards[section]
     ranks = on_cards["batch"]["ranks"] or 1
     assert (
@@ -108,6 +109,8 @@ def test_hardware_changes_how_an_update_is_carried_out_and_not_what_it_is(
         ),
         (["batch.accumulation=2", "batch.rows_per_update=8"], "say the same thing twice"),
         (["--hardware", "2x409"], "Did you mean 2x4090"),
+        (["--hardware", "0x4090"], "0x4090 is not known"),
+        (["--hardware"], "--hardware needs a name here"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
         (["--resume", "runs/x"], "leave the preset out"),
         (["oops"], "unrecognized arguments: oops"),
@@ -172,3 +175,22 @@ def test_print_config_prints_the_notebooks_curve(capsys: pytest.CaptureFixture[s
         parse(["r1_8b_notebook", "--print_config"])
     assert done.value.code == 0
     assert "60: 1.327" in capsys.readouterr().out
+
+
+def test_hardware_says_what_it_changed_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse(["r1_8b_scam", "--hardware"], cards_here=lambda: "2xt4")
+    assert (config.execution.precision, config.execution.layout) == ("fp16", "literal")
+    said = capsys.readouterr()
+    assert said.err == "hardware  2xt4: batch.ranks None -> 2, execution.precision bf16 -> fp16\n"
+    assert said.out == ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    parse(["r1_8b_scam", "--hardware", "2x3090"])
+    assert capsys.readouterr().err == ""
+
+
+def test_hardware_knows_the_cards_that_a_plan_knows() -> None:
+    from glassloop.predict.hardware import GPUS
+
+    assert {gpu.key.lower(): gpu.has_bf16 for gpu in GPUS} == BF16

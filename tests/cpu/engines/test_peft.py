@@ -316,7 +316,7 @@ def test_other_architectures_work_with_their_own_targets(
         GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     ).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match="GPT2LMHeadModel has no such linear layer; it has c_attn, c_fc, c_proj"
+        ValueError, match=r"GPT2LMHeadModel has no such linear layer\. It has c_attn, c_proj, c_fc"
     ):
         engine_of(tmp_path)
     for quantization in ("none", "nf4"):

@@ -72,7 +72,7 @@ TABLE = {
         "pydantic safetensors torch",
         late="bitsandbytes huggingface_hub peft transformers",
     ),
-    "train_loop": Rule("config data formula health loop plan report", "torch"),
+    "train_loop": Rule("config data formula health loop plan predict report", "torch"),
     "replay": Rule(
         "config data disk engines formula health loop plan record saved", "accelerate torch yaml"
     ),

@@ -2,7 +2,15 @@
 
 import pytest
 
-from glassloop.predict.hardware import GPUS, PLANNED_FOR, gpu_named, gpus_present, parse_smi
+from glassloop.predict.hardware import (
+    GPUS,
+    PLANNED_FOR,
+    Present,
+    card_here,
+    gpu_named,
+    gpus_present,
+    parse_smi,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +71,14 @@ def test_nvidia_smis_answer_is_read_and_odd_lines_are_passed_over():
 def test_a_machine_without_nvidia_smi_has_no_cards(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus_present() == ()
+
+
+def test_the_card_here_is_named_as_hardware_takes_it() -> None:
+    def cards(*names: str) -> tuple[Present, ...]:
+        return tuple(Present(name, 24.0, 23.0, "570", (8, 6)) for name in names)
+
+    assert card_here(()) == "cpu"
+    assert card_here(cards("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 3090")) == "3090"
+    for odd in (("GeForce RTX 3090", "GeForce RTX 4090"), ("A card to come",)):
+        with pytest.raises(ValueError, match=odd[0]):
+            card_here(cards(*odd))

@@ -133,11 +133,11 @@ def test_an_unknown_architecture_is_not_taken_for_a_known_one(tmp_path):
     shapes, why = shapes_of(str(tmp_path))
     assert shapes is None and "model_type gemma3 is not one of" in why
     shapes, why = shapes_of("owner/never-heard-of")
-    assert shapes is None and "download it first" in why
+    assert shapes is None and "Download it first" in why
     with pytest.raises(ValueError, match="lacks or garbles a size"):
         shapes_from_config({"model_type": "llama", "hidden_size": 64}, "x")
     with pytest.raises(ValueError, match=r"lora.targets = c_attn: .* has q_proj"):
-        R1.lora_weights(8, ("c_attn",))
+        R1.trainable(8, ("c_attn",))
 
 
 def test_an_engine_without_a_profile_is_refused():

@@ -117,6 +117,26 @@ def test_the_summary_says_whether_it_learned(tmp_path: Path) -> None:
     assert "no proof" in said(worse, "learned")
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "word"),
+    [(1.0, 0.25, "no longer end"), (0.1, 0.2, "do not end"), (0.0, 1.0, None), (None, 0.4, "do")],
+)
+def test_answers_that_do_not_end_are_a_warning(
+    before: float | None, now: float, word: str | None, tmp_path: Path
+) -> None:
+    folder = write_run(tmp_path / "run", faults=False)
+    file = folder / "evaluations.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line, ended in zip(lines, (before, *[now] * (len(lines) - 1)), strict=True):
+        line["scores"] |= {"answers": 8, "ended": ended}
+        line["base"] = None
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    looked = said(folder, "look")
+    assert ("Nothing stands out." in looked) == (word is None)
+    if word is not None:
+        assert f"{1 - now:.0%} of the adapter's answers {word}" in looked
+
+
 def test_a_trend_within_scatter_is_no_learning(tmp_path: Path) -> None:
     folder = tmp_path / "flat"
     drawn = random.Random(1)

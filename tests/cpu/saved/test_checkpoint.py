@@ -1126,3 +1126,14 @@ def test_a_failure_that_is_not_the_disks_is_not_called_so(
     with pytest.raises(RuntimeError, match="no such template"):
         save(run, trained, tokenizer, state_at(60))
     assert names(run) == ["update_000020", "update_000040"]
+
+
+def test_a_field_that_an_older_version_did_not_know_may_have_its_default_now(
+    tmp_path: Path, trained: Bench, tokenizer: Any, other: Bench, scratch: Bench
+) -> None:
+    old = changed_config("seed", 3407)
+    del old["schedule"]["warmup_share"], old["data"]["columns"]["question"]
+    saved = save(tmp_path, trained, tokenizer, state_at(20, config=old)).path
+    message = refused(saved, other, config=changed_config("schedule.warmup_share", 0.5))
+    assert "schedule.warmup_share was None and now is 0.5" in message
+    assert load(saved, scratch).update == 20

@@ -57,8 +57,9 @@ def test_more_ranks_are_told_that_some_have_no_saved_random_numbers() -> None:
 
 
 def test_a_longer_run_says_what_it_does_to_the_learning_rate() -> None:
-    config = Config.model_validate({"schedule": {"updates": 120}})
-    allowed, told = changes(config, saved(), plan(config), {"updates": 60})
+    recorded = saved(schedule={"updates": 60, "warmup_updates": 5})
+    config = Config.model_validate({"schedule": {"updates": 120, "warmup_updates": 5}})
+    allowed, told = changes(config, recorded, plan(config), {"updates": 60})
     assert allowed == ("schedule.updates", "schedule.epochs")
     assert (
         "trains 120 updates instead of 60, so the learning rate falls later: lr(21) was 0.000143, is 0.000172"

@@ -1,0 +1,164 @@
+"""What `glassloop train` guessed, in a short block, each guess with the setting that changes it."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+from glassloop.plan.outlook import Outlook
+from glassloop.plan.text import LABEL, duration, width
+from glassloop.predict.flops import flops_of
+from glassloop.predict.ledger import GIB, ledger_of
+
+SETTING = 27  # columns of the settings at the right
+LIBRARIES_GIB = 0.7  # of a process with torch, transformers and peft loaded
+FEW = 20  # updates below which a run hardly learns
+CPU_SHARE = 0.5  # of a product's rate that training reaches on a CPU (measured: 0.4 to 0.6)
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What is known of a run's rows, in words and numbers."""
+
+    source: str
+    format: str
+    template: str  # with why, if it was chosen
+    rows: int
+    left_out: int  # dropped for their length, or skipped
+    median_tokens: int
+    longest_tokens: int
+    cut: int
+    supervised_share: float
+    heldout: int
+    notes: tuple[str, ...] = ()
+
+
+def overview_lines(
+    outlook: Outlook, rows: RowFacts, *, cpu_flops_per_s: float | None = None
+) -> list[str]:
+    """Lines of the block: guesses, then what fits and how long it takes.
+
+    Args:
+        cpu_flops_per_s: of all ranks together, for a run on the CPU; None: on GPUs.
+    """
+    config, plan = outlook.config, outlook.plan
+    left = f", {rows.left_out:,} left out" if rows.left_out else ""
+    cut = f", {rows.cut:,} cut" if rows.cut else ""
+    fits, notes = _fits(outlook, on_cpu=cpu_flops_per_s is not None)
+    base = "4 bits (NF4)" if config.model.quantization == "nf4" else "not quantised"
+    guesses = [
+        ("model", f"{config.model.id}, {base}, LoRA r = {config.lora.r}", "--model, lora.r"),
+        ("rows", f"{rows.rows:,} of {rows.source}{left}", "data.source, data.rows"),
+        ("format", rows.format, "data.format, data.columns.*"),
+        *(("", note, "") for note in rows.notes),
+        ("template", rows.template, "data.template"),
+        ("held out", _heldout(rows), "data.heldout"),
+        (
+            "tokens",
+            f"{rows.median_tokens:,} a row (median), {rows.longest_tokens:,} at most{cut}; "
+            f"{rows.supervised_share:.0%} supervised",
+            "data.max_tokens",
+        ),
+        (
+            "update",
+            f"{plan.size} rows x {_count(plan.ranks, 'rank')} x {plan.accumulation} = "
+            f"{plan.rows_per_update} rows",
+            "batch.rows_per_update",
+        ),
+        (
+            "length",
+            f"{_epochs(plan.epochs)} = {_count(plan.updates, 'update')}, lr {max(plan.lr):.3g}, "
+            f"{plan.warmup} warm up",
+            "--epochs, optimizer.lr",
+        ),
+        ("engine", _engine(outlook, on_cpu=cpu_flops_per_s is not None), "execution.engine"),
+        ("memory", fits, "batch.size"),
+        ("time", _time(outlook, rows, cpu_flops_per_s), ""),
+    ]
+    lines = [f"{'':<{LABEL}}{'guessed or asked':<{_middle()}}change it with"]
+    for name, text, setting in guesses:
+        lines += _row(name, text, setting)
+    if plan.updates < FEW:
+        more = -(-FEW * plan.epochs // plan.updates)
+        notes.append(
+            f"{_count(plan.updates, 'update')} may be few to learn from: --epochs {more:g}"
+        )
+    for note in notes:
+        lines += _row("note", note, "")
+    return lines
+
+
+def _middle() -> int:
+    return width() - LABEL - SETTING
+
+
+def _row(name: str, text: str, setting: str) -> list[str]:
+    """A guess and its setting, wrapped between the two columns."""
+    room = _middle() - 2 if setting else width() - LABEL
+    pieces = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+    first = f"{name:<{LABEL}}{pieces[0]:<{room}}" + (f"  {setting}" if setting else "")
+    return [first.rstrip(), *(f"{'':<{LABEL}}{piece}" for piece in pieces[1:])]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _epochs(epochs: float) -> str:
+    return "1 epoch" if epochs == 1 else f"{epochs:.3g} epochs"
+
+
+def _heldout(rows: RowFacts) -> str:
+    if not rows.heldout:
+        return "nothing: no evaluation"
+    return f"{_count(rows.heldout, 'row')}, never trained on"
+
+
+def _engine(outlook: Outlook, *, on_cpu: bool) -> str:
+    execution = outlook.config.execution
+    engine = "peft" if on_cpu and execution.engine == "fused" else execution.engine
+    return f"{engine}, {execution.precision}, {execution.layout} passes"
+
+
+def _fits(outlook: Outlook, *, on_cpu: bool) -> tuple[str, list[str]]:
+    """What is needed of the cards here, and what to note."""
+    if outlook.shapes is None:
+        return "not known before the model is here", list(outlook.unknown)
+    if on_cpu:
+        if outlook.work is None:
+            return "not predicted", list(outlook.unknown)
+        peak = ledger_of(outlook.shapes, outlook.work, "peft").peak_bytes / GIB
+        return f"about {peak + LIBRARIES_GIB:.1f} GiB of the host for each rank", []
+    here = outlook.here
+    if not here:
+        return "not predicted: this card is not in the table", list(outlook.unknown)
+    one = min(here, key=lambda verdict: verdict.spare_gib)
+    numbers = f"{one.needed_gib:.1f} of {one.has_gib:.1f} GiB free on {one.card}"
+    if one.fits:
+        return f"fits: {numbers}; {one.least_gib:.1f} would do", []
+    cure = f"{one.cure} does" if one.cure else "lower data.max_tokens"
+    return f"does NOT fit: {numbers}", [f"{cure}; without it the run shrinks its passes by itself"]
+
+
+def _time(outlook: Outlook, rows: RowFacts, cpu_flops_per_s: float | None) -> str:
+    """Predicted time of training alone."""
+    if cpu_flops_per_s is None:
+        here = {one.card for one in outlook.here}
+        found = [time for time in outlook.times_here if time.card in here]
+        if not found:
+            return "not predicted for these cards"
+        return f"about {duration(max(time.run_s for time in found))} to train, predicted"
+    counts, shapes, config = outlook.tokens, outlook.shapes, outlook.config
+    if counts is None or shapes is None:
+        return "not predicted"
+    one = flops_of(
+        shapes,
+        [(rows.median_tokens, max(1, round(rows.median_tokens * rows.supervised_share)))],
+        r=config.lora.r,
+        targets=shapes.apart(config.lora.targets),
+        checkpointing=config.execution.checkpointing,
+    )
+    slots = counts.literal_slots if config.execution.layout == "literal" else counts.packed_slots
+    flops = (one.model + one.recompute) / rows.median_tokens * slots
+    seconds = flops / (cpu_flops_per_s * CPU_SHARE)
+    return f"about {duration(seconds)} to train on this CPU, without start and evaluation"
