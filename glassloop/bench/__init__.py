@@ -1,1 +1,4 @@
-"""How fast updates are, and what they cost: arms in fresh processes, a matrix of them, tables, comparisons, one line for a card."""
+"""Speed and cost of updates: arms in fresh processes, a matrix of them, tables.
+
+May import verify, replay, report and what stands above them.
+"""

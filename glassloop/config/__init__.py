@@ -1,0 +1,4 @@
+"""What a run is asked: sections, presets, command line, YAML. No torch.
+
+Imports no other room.
+"""

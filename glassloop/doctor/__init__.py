@@ -1,1 +1,4 @@
-"""What `glassloop doctor` checks on a machine, and what known error messages mean."""
+"""Checks of a machine, and what known error messages mean.
+
+May import engines and what stands above it.
+"""

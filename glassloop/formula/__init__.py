@@ -1,0 +1,4 @@
+"""Terms of the formula on tensors: loss, optimizer, reduction. Numbers, no config.
+
+May import data.
+"""

@@ -1,1 +1,4 @@
-"""What `glassloop plan` says: step math, changes, counts of rows and tokens, and how it is written. Torch only where tokens are counted."""
+"""What a run will do: steps, contract, choice of engine, outlook. No torch.
+
+May import config and predict.
+"""

@@ -1,1 +1,4 @@
-"""What a run will take, from arithmetic alone: GPU facts, model shapes, memory by phase, time. Nothing here imports torch."""
+"""Bytes, FLOPs and seconds from shapes alone. No torch.
+
+Imports no other room.
+"""

@@ -1,1 +1,4 @@
-"""A recorded update carried out again, on one process: does it come out as recorded, what in it stands out, and what would have changed it."""
+"""A recorded update computed again: does it reproduce, what stands out, what changes it.
+
+May import train_loop and what stands above it.
+"""

@@ -1,1 +1,4 @@
-"""A run's folder, seen: one page that opens offline, two runs beside each other, a live view. Never imports torch."""
+"""A run's folder, seen: a page that opens offline, comparisons, a live view. No torch.
+
+May import record and stats.
+"""

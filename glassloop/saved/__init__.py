@@ -1,0 +1,4 @@
+"""What survives a process: state, checkpoint, capsule, resuming.
+
+May import formula, data, disk and plan.
+"""

@@ -1,1 +1,4 @@
-"""Small grids of runs that answer a claim: what is asked, what ran, what it says. No torch."""
+"""Small grids of runs that test a claim. No torch.
+
+May import verify, report and what stands above them.
+"""
