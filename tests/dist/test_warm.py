@@ -128,5 +128,7 @@ def test_what_it_starts_is_warm_unless_imports_would_differ(
 
 def test_other_programs_and_options_start_as_usual() -> None:
     assert run(["/bin/sh", "-c", "exit 5"]).returncode == 5
-    done = run([sys.executable, "-O", "-c", "import sys; print('torch' in sys.modules, __debug__)"])
-    assert done.stdout == "False False\n"
+    tells = ["-c", "import sys; print('torch' in sys.modules, __debug__)"]
+    assert run([sys.executable, *tells]).stdout == "True True\n"
+    assert run([sys.executable, "-O", *tells]).stdout == "False False\n"
+    assert run([sys.executable, *tells], preexec_fn=os.setsid).stdout == "False True\n"

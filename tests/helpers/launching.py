@@ -96,33 +96,15 @@ class _Server:
         if self.asked.recv(1) != b"!":
             raise RuntimeError(f"tests/helpers/warm.py ended with {self.process.wait()}")
 
-    def fork_exec(
-        self, args, names, close_fds, kept, cwd, env, in_read, in_write, out_read, out_write,
-        err_read, err_write, told_read, told_write, restore_signals, new_session, group, *rest,
-    ) -> int:  # fmt: skip
+    def fork_exec(self, *given: Any) -> int:
         """Stand in for subprocess._fork_exec: ask the server, and adopt what it forks."""
-        given = [os.fsdecode(one).partition("=")[::2] for one in env] if env is not None else None
-        around = dict(given) if given is not None else dict(os.environ)
-        if set(kept) != {told_write} or not warm.understood(args, around, self.env):
-            return warm.GENUINE(
-                args, names, close_fds, kept, cwd, env, in_read, in_write, out_read, out_write,
-                err_read, err_write, told_read, told_write, restore_signals, new_session, group,
-                *rest,
-            )  # fmt: skip
-        message = {
-            "args": [os.fsdecode(one) for one in args],
-            "env": around,
-            "cwd": os.fsdecode(cwd or os.getcwd()),
-            "new_session": bool(new_session),
-            "group": group,
-        }
-        streams = [
-            own if given == -1 else given
-            for own, given in enumerate((in_read, out_write, err_write))
-        ]
+        asked = warm.Asked(*given[: len(warm.Asked._fields)])
+        if asked.others or not asked.understood(self.env):
+            return warm.GENUINE(*given)
         _adopt(True)
         try:
-            warm.send(self.asked, message, streams)
+            here = {"cwd": os.getcwd()} if asked.cwd is None else {}
+            warm.send(self.asked, asked.program() | here, asked.streams)
             return warm.LENGTH.unpack(self.asked.recv(warm.LENGTH.size))[0]
         finally:
             _adopt(False)

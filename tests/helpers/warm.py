@@ -8,8 +8,8 @@ the process that asked. What it starts with `subprocess` is forked too, so that 
 `accelerate launch` starts warm ranks.
 
 A fork differs from a started process in three ways. All forks share the seed of hash(). They see
-no CUDA device. Libraries have read the variables of AT_IMPORT already. `understood` tells which
-commands a fork can stand for; the others start as usual.
+no CUDA device. Libraries have read the variables of AT_IMPORT already. `Asked.understood` tells
+which commands a fork can stand for; the others start as usual.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 LIBRARIES = (
     "torch",
@@ -67,14 +67,70 @@ GENUINE = getattr(subprocess, "_fork_exec", None)  # None: off Linux, or another
 HERE = sys.modules[__name__]
 
 
-def understood(args: Sequence[Any], env: Mapping[str, str], known: Mapping[str, str]) -> bool:
-    """Return whether a fork of a process with environment `known` can stand for this command."""
-    words = [os.fsdecode(one) for one in args]
-    if words[:1] != [sys.executable]:
-        return False
-    program = next((one for one in words[1:] if one != "-u"), "-")
-    plain = program in ("-m", "-c") or not program.startswith("-")
-    return plain and _at_import(env) == _at_import(known)
+class Asked(NamedTuple):
+    """What subprocess asks of `_fork_exec`, by position."""
+
+    args: Sequence[Any]
+    names: Any
+    close_fds: bool
+    kept: tuple[int, ...]
+    cwd: Any
+    environment: Sequence[bytes] | None
+    in_read: int
+    in_write: int
+    out_read: int
+    out_write: int
+    err_read: int
+    err_write: int
+    told_read: int
+    told_write: int
+    restore_signals: bool
+    new_session: bool
+    group: int
+    gid: Any
+    gids: Any
+    uid: Any
+    umask: int
+    first: Any  # preexec_fn
+
+    @property
+    def env(self) -> dict[str, str]:
+        if self.environment is None:
+            return dict(os.environ)
+        return dict(os.fsdecode(one).split("=", 1) for one in self.environment)
+
+    @property
+    def streams(self) -> list[int]:
+        """Descriptors for 0, 1 and 2."""
+        given = enumerate((self.in_read, self.out_write, self.err_write))
+        return [own if one == -1 else one for own, one in given]
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """Further descriptors that the process keeps."""
+        return tuple(one for one in self.kept if one != self.told_write)
+
+    def program(self) -> dict[str, Any]:
+        """Arguments of `Place.become`, but for descriptors."""
+        return {
+            "args": [os.fsdecode(one) for one in self.args],
+            "env": self.env,
+            "cwd": None if self.cwd is None else os.fsdecode(self.cwd),
+            "new_session": bool(self.new_session),
+            "group": self.group,
+        }
+
+    def understood(self, known: Mapping[str, str]) -> bool:
+        """Whether a fork of a process with environment `known` can stand for this command."""
+        words = [os.fsdecode(one) for one in self.args]
+        program = next((one for one in words[1:] if one != "-u"), "-")
+        return (
+            words[:1] == [sys.executable]
+            and (program in ("-m", "-c") or not program.startswith("-"))
+            and _at_import(self.env) == _at_import(known)
+            and bool(self.close_fds)
+            and self[-5:] == (None, None, None, -1, None)
+        )
 
 
 def _at_import(env: Mapping[str, str]) -> dict[str, str]:
@@ -150,37 +206,17 @@ class Place:
     def __init__(self, path: list[str], env: dict[str, str]):
         self.path, self.env = path, env
 
-    def fork_exec(
-        self, args, names, close_fds, kept, cwd, env, in_read, in_write, out_read, out_write,
-        err_read, err_write, told_read, told_write, restore_signals, new_session, group, *rest,
-    ) -> int:  # fmt: skip
+    def fork_exec(self, *given: Any) -> int:
         """Stand in for subprocess._fork_exec: fork this process where that will do."""
-        given = [os.fsdecode(one).partition("=")[::2] for one in env] if env is not None else None
-        around = dict(given) if given is not None else dict(os.environ)
-        if not close_fds or not understood(args, around, self.env):
-            return GENUINE(
-                args, names, close_fds, kept, cwd, env, in_read, in_write, out_read, out_write,
-                err_read, err_write, told_read, told_write, restore_signals, new_session, group,
-                *rest,
-            )  # fmt: skip
+        asked = Asked(*given[: len(Asked._fields)])
+        if not asked.understood(self.env):
+            return GENUINE(*given)
         flush()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of a fork beside threads
             pid = os.fork()
         if pid == 0:
-            streams = [
-                own if given == -1 else given
-                for own, given in enumerate((in_read, out_write, err_write))
-            ]
-            self.become(
-                args=[os.fsdecode(one) for one in args],
-                env=around,
-                cwd=None if cwd is None else os.fsdecode(cwd),
-                new_session=bool(new_session),
-                group=group,
-                streams=streams,
-                kept=tuple(one for one in kept if one != told_write),
-            )
+            self.become(**asked.program(), streams=asked.streams, kept=asked.others)
         return pid
 
     def become(
