@@ -10,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # before huggingface_hub is imported: a test that asks a hub is a fault
+import apart  # first: libraries read HOME when they are imported
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks a hub is a fault
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: more threads than free cores wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free cores wait for each other
 
 import pytest
 import torch
@@ -41,22 +39,41 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEXT = [
-    "The caller says that your account is locked and asks for the code that was sent to your phone.",
-    "A nurse calls to confirm the appointment on Tuesday at 9:30; nothing is asked for and nothing is paid.",
-    "First look at who is calling, then at what they want, then at how they want it paid. <think>gift cards</think>",
-    "Question: what is 12 + 30? Answer: 42. Héllo, naïve café, 3.5 mg, (see below).\n\n- one\n- two\n",
+    "The caller says that your account is locked and asks for the code that was sent to your"
+    " phone.",
+    "A nurse calls to confirm the appointment on Tuesday at 9:30; nothing is asked for and nothing"
+    " is paid.",
+    "First look at who is calling, then at what they want, then at how they want it paid."
+    " <think>gift cards</think>",
+    "Question: what is 12 + 30? Answer: 42. Héllo, naïve café, 3.5 mg, (see below).\n\n"
+    "- one\n- two\n",
 ]
+
+
+REPOSITORY = apart.in_repository() if apart.OWNER else set()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a session that leaves something in its temporary folder, its home or the repository."""
+    if apart.OWNER and (left := apart.left_behind(REPOSITORY)):
+        print(f"\nThe tests left behind {len(left)}:", *left[:20], sep="\n  ", file=sys.stderr)
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure() -> None:
+    if apart.OWNER:
+        apart.remove()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """glassloop's cache for the session: nobody's home folder is touched, and nothing is left from another run."""
+    """Give glassloop a cache of the session's own."""
     os.environ["GLASSLOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _accelerator_apart() -> None:
-    """A module's runs have their own precision: Accelerate keeps the first one's for the whole process."""
+    """Let a module's runs choose a precision: Accelerate keeps the process's first one."""
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(True)
 
@@ -85,7 +102,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llama(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
-    """Folder of a Llama with 2 layers of hidden size 64 (bf16, untied head), and the tiny tokenizer."""
+    """Folder of a bf16 Llama, 2 layers of hidden size 64, untied head, with the tiny tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -126,9 +143,7 @@ def tiny_qwen2(
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
-            torch.nn.init.normal_(
-                parameter, std=0.1
-            )  # made as zeros, which would hide a bias that is lost
+            torch.nn.init.normal_(parameter, std=0.1)  # zeros would hide a bias that is lost
     return _saved(model, tiny_tokenizer, tmp_path_factory.mktemp("tiny-qwen2"))
 
 
@@ -157,7 +172,10 @@ def _saved(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: P
 
 @pytest.fixture(scope="session")
 def engine_of() -> Callable[..., PeftEngine]:
-    """Builds an engine from a folder: fp32, unquantised, r = 4, on the CPU, unless told otherwise; other fields go to ModelConfig."""
+    """Build an engine from a folder: by default fp32, unquantised, r = 4, on the CPU.
+
+    Other fields go to ModelConfig.
+    """
     from glassloop.config.config import LoraConfig, ModelConfig
     from glassloop.engines.peft import build_engine
 
@@ -171,7 +189,7 @@ def engine_of() -> Callable[..., PeftEngine]:
         **model: object,
     ) -> PeftEngine:
         return build_engine(
-            ModelConfig(id=str(folder), **{"quantization": "none", **model}),  # type: ignore[arg-type]
+            ModelConfig.model_validate({"id": str(folder), "quantization": "none", **model}),
             lora or LoraConfig(r=4, alpha=8),
             precision=precision,
             checkpointing=checkpointing,
@@ -185,7 +203,7 @@ def engine_of() -> Callable[..., PeftEngine]:
 
 @pytest.fixture
 def run_of(tmp_path: Path, tiny_llama: Path):
-    """Builds a run of the reference engine on 37 short rows, 8 an update; every call starts from the same adapters."""
+    """Build a run of the reference engine on 37 short rows, 8 an update, from equal adapters."""
     from accelerate.state import AcceleratorState
     from launching import write_rows
 

@@ -1,4 +1,4 @@
-"""The page of a run with planted faults, in a browser: it is drawn, follows a selection, and takes rows for data."""
+"""The page of a run with planted faults, in a browser: drawing, selection, rows as data."""
 
 from __future__ import annotations
 
@@ -24,24 +24,34 @@ FIGURES = (
     "padding",
     "time",
 )
-INK = """id => { const c = document.querySelector(`#${id} .plot canvas`), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-               let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n }"""  # pixels that are drawn on
+# Pixels that are drawn on.
+INK = """id => {
+  const c = document.querySelector(`#${id} .plot canvas`);
+  const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+  let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n }"""
 
+# [contrast as WCAG defines it, where] of all text but that of mixed backgrounds.
 CONTRASTS = """() => {
+  const linear = x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
   const light = c => {
-    const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255).map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => linear(x / 255));
     return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2];
   };
   const behind = e => {
-    for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)|transparent/.test(c)) return c; }
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor;
+      if (!/, 0\\)|transparent/.test(c)) return c;
+    }
     return 'rgb(255, 255, 255)';
   };
-  const seen = [...document.querySelectorAll('h1, h2, .how, .quiet, .tag, th, td, .legend button, .link, .k, .v, code')];
+  const texts = 'h1, h2, .how, .quiet, .tag, th, td, .legend button, .link, .k, .v, code';
+  const seen = [...document.querySelectorAll(texts)];
   return seen.filter(e => e.innerText?.trim() && behind(e).startsWith('rgb')).map(e => {
     const a = light(getComputedStyle(e).color), b = light(behind(e));
-    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), `${e.className} ${e.innerText.slice(0, 30)}`];
+    const where = `${e.className} ${e.innerText.slice(0, 30)}`;
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), where];
   });
-}"""  # [contrast as WCAG defines it, where] of all text but that of mixed backgrounds
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +89,8 @@ def test_the_policy_refuses_what_the_page_does_not_hold(opened) -> None:
     refused = opened.js(
         """() => new Promise(done => {
            document.addEventListener('securitypolicyviolation', e => done(e.effectiveDirective));
-           const s = document.createElement('script'); s.textContent = 'window.hacked = 3'; document.body.append(s);
+           const s = document.createElement('script');
+           s.textContent = 'window.hacked = 3'; document.body.append(s);
            setTimeout(() => done(null), 500) })"""
     )
     assert refused == "script-src-elem"
@@ -103,7 +114,8 @@ def test_a_selected_update_is_followed_by_every_panel(opened) -> None:
     for update in (8, 20):
         select(opened, update)
         record = opened.js(
-            f"(() => {{ const r = readRun(JSON.parse(document.getElementById('data').textContent)); return r.columns.loss[{update - 1}] }})()"
+            "readRun(JSON.parse(document.getElementById('data').textContent))"
+            f".columns.loss[{update - 1}]"
         )
         shown = opened.js(f"show({record})")
         assert f"Update {update} of 40" in opened.text("#chosen")
@@ -149,11 +161,12 @@ def test_the_time_of_an_update_is_told_apart(opened) -> None:
     select(opened, 5)
     told = opened.page.locator("#detail .strip").get_attribute("aria-label")
     assert (
-        told
-        == "compute 1 s, wait for other ranks 0.2500 s, gate 0.3500 s, reduce 0.2000 s, optimizer 0.1000 s, the rest 0.1000 s"
+        told == "compute 1 s, wait for other ranks 0.2500 s, gate 0.3500 s, reduce 0.2000 s, "
+        "optimizer 0.1000 s, the rest 0.1000 s"
     )
     widths = opened.js(
-        "[...document.querySelectorAll('#detail .strip span')].map(e => e.getBoundingClientRect().width)"
+        "[...document.querySelectorAll('#detail .strip span')]"
+        ".map(e => e.getBoundingClientRect().width)"
     )
     assert [width / sum(widths) for width in widths] == pytest.approx(
         [0.5, 0.125, 0.175, 0.1, 0.05, 0.05], abs=0.002
@@ -236,7 +249,8 @@ def test_it_fits_1000_pixels_and_paper(opened) -> None:
     assert opened.js("document.documentElement.dataset.theme") == "light"
     assert (
         opened.js(
-            "Math.max(...[...document.querySelectorAll('.panel')].map(e => e.getBoundingClientRect().width))"
+            "Math.max(...[...document.querySelectorAll('.panel')]"
+            ".map(e => e.getBoundingClientRect().width))"
         )
         <= 703
     )  # A4 less margins

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import apart
 import pytest
-from launching import ROOT, environment
+from launching import ROOT, environment, run
 
 VERIFY = [sys.executable, "-m", "glassloop.cli", "verify", "--device", "cpu"]
 
@@ -34,16 +35,19 @@ class Verified:
 def run_verify(*arguments: str, root: Path = ROOT) -> Verified:
     """The command as a user starts it, with the glassloop that lies in `root`."""
     env = environment(PYTHONPATH=str(root))
-    done = subprocess.run(
-        [*VERIFY, *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=500
-    )
+    done = run([*VERIFY, *arguments], cwd=root, env=env, timeout_s=500)
     return Verified(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")
 def verified() -> Verified:
-    """`glassloop verify --json` on this tree."""
-    return run_verify("--json")
+    """`glassloop verify --json` on this tree, run once for all workers of pytest-xdist."""
+    kept = apart.SESSION / "verified.json"
+    with open(apart.SESSION / "verified.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_text(json.dumps(vars(run_verify("--json"))))
+    return Verified(**json.loads(kept.read_text()))
 
 
 @pytest.fixture(scope="session")

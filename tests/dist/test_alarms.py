@@ -1,4 +1,7 @@
-"""Two ranks and an update that is not as it should be: both see it, both do the same, and it is kept with the command to look at it."""
+"""An unusual update on one of two ranks: both ranks see it and react alike.
+
+The update is kept, with the command that replays it.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""The benchmark as a user starts it: fresh processes, one and two ranks, checked against the reference; a peer beside it."""
+"""The benchmark on one and two ranks, checked against the reference, and with a peer beside it."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import launching
 import pytest
-from launching import ROOT, environment
 
 TINY = [
     "--device",
@@ -27,15 +26,8 @@ TINY = [
 ]
 
 
-def run(*words: str, expect: int = 0, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+def run(*words: str, expect: int = 0) -> str:
+    done = launching.run([sys.executable, *words], timeout_s=400)
     assert done.returncode == expect, (
         f"exit code {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
     )

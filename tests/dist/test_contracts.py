@@ -1,4 +1,7 @@
-"""The plan is a contract: each line broken on purpose on rank 1 stops both ranks at the right update, with both numbers."""
+"""The plan is a contract: a line broken on rank 1 stops both ranks at that update.
+
+The message has the planned and the counted number.
+"""
 
 from __future__ import annotations
 

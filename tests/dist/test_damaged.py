@@ -1,4 +1,4 @@
-"""One rank's copy of a checkpoint is damaged: no rank trains, and the message names rank and file."""
+"""One rank's copy of a checkpoint is damaged: no rank trains; the message names rank and file."""
 
 from __future__ import annotations
 

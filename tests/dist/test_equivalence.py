@@ -1,6 +1,8 @@
-"""How an update is laid out may not change it: micro-batches, ranks, padding, packing, recomputation, reduction, probes, clipping.
+"""An update's layout does not change the update.
 
-What every member is compared with is the formula, computed row by row by transformers and PEFT without the loop.
+The layouts vary micro-batches, ranks, padding, packing, recomputation, reduction, probes and
+clipping. The reference is the formula, which transformers and PEFT compute row by row without
+the loop.
 """
 
 from __future__ import annotations

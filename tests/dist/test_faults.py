@@ -1,4 +1,7 @@
-"""Two ranks, and a fault on one of them: both take the same decision, nothing is applied by halves, and the record says what it was."""
+"""A fault on one of two ranks: both ranks decide alike, and the record names the fault.
+
+No rank applies half an update.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A disk that is really full: a small one of its own, mounted where only this test's processes see it."""
+"""A full disk: the run keeps its checkpoints, and says what to do.
+
+The disk is real and small; only the test's process sees it.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment, write_rows
+from launching import HERE, run, write_rows
 
 from glassloop.disk.publish import read
 from glassloop.saved.checkpoint import REQUIRED
-
-APART = ["unshare", "--mount", "sh", "-c"]
-MOUNT = 'mount -t tmpfs -o size=$0 glassloop "$1" && shift && "$@"; code=$?; cp -a "$DISK/." "$KEPT"; exit $code'
 
 
 @pytest.fixture
 def words(tmp_path: Path, tiny_llama: Path) -> list[str]:
     rows = write_rows(tmp_path / "rows.jsonl", 37)
     return [
-        f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "lora.r=4", "batch.size=2",
-        "batch.accumulation=1", "schedule.updates=12", "schedule.warmup_updates=2", "execution.precision=fp32", "execution.preflight=false",
-        "evaluation.samples=0", "record.capsules=0", "checkpoint.every_updates=2", "checkpoint.keep=100", f"run.dir={tmp_path / 'disk'}",
+        f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat",
+        "data.max_tokens=96", "lora.r=4", "batch.size=2", "batch.accumulation=1",
+        "schedule.updates=12", "schedule.warmup_updates=2", "execution.precision=fp32",
+        "execution.preflight=false", "evaluation.samples=0", "record.capsules=0",
+        "checkpoint.every_updates=2", "checkpoint.keep=100", f"run.dir={tmp_path / 'disk'}",
         "run.name=full",
     ]  # fmt: skip
 
@@ -32,20 +34,15 @@ def words(tmp_path: Path, tiny_llama: Path) -> list[str]:
 def run_on(
     size: str, words: list[str], tmp_path: Path
 ) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A run on a disk of that size; what was on it in the end lies in the folder."""
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*APART, "mount -t tmpfs x /mnt"], capture_output=True).returncode
-    ):
+    """Train on a disk of that size; return the end and the folder of what was on the disk."""
+    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "x", "/mnt"]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("mounting a disk needs unshare and the right to mount")
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
-    command = [*APART, MOUNT, size, str(disk), sys.executable, str(ROOT / "train_loop.py"), *words]
-    env = environment(DISK=str(disk), KEPT=str(kept))
-    return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
-    ), kept / "full"
+    command = [sys.executable, str(HERE / "small_disk.py"), size, str(disk), str(kept), *words]
+    return run(command), kept / "full"
 
 
 def published(folder: Path) -> list[str]:

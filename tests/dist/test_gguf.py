@@ -1,4 +1,4 @@
-"""A merged SmolLM2 as GGUF: llama.cpp reads the prompt as the same ids, and writes the same greedy tokens.
+"""A merged SmolLM2 as GGUF: llama.cpp reads the same prompt ids and writes the same tokens.
 
 Needs llama-cpp-python and, since no wheel carries the converter, its source distribution unpacked:
 

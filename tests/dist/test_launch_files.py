@@ -18,9 +18,10 @@ import json, os, torch
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 total = accelerator.reduce(torch.ones(1)).item()
-line = json.dumps({"rank": accelerator.process_index, "ranks": accelerator.num_processes, "sum": total,
-                  "backend": torch.distributed.get_backend(), "device": accelerator.device.type,
-                  "precision": accelerator.mixed_precision, "cuda": torch.cuda.device_count()})
+line = json.dumps({"rank": accelerator.process_index, "ranks": accelerator.num_processes,
+                  "sum": total, "backend": torch.distributed.get_backend(),
+                  "device": accelerator.device.type, "precision": accelerator.mixed_precision,
+                  "cuda": torch.cuda.device_count()})
 os.write(1, (line + "\\n").encode())  # one write, so that two ranks' lines stay apart
 accelerator.end_training()
 """

@@ -1,4 +1,4 @@
-"""Updates that two ranks carried out, replayed on one process: bit for bit, and a fault on rank 1 is found there."""
+"""Updates of two ranks, replayed on one process bit for bit; a fault on rank 1 is found there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command as a user types it, on two ranks: refusals, a whole run, Ctrl-C, and going on from there."""
+"""The command as a user types it, on two ranks: refusals, a whole run, Ctrl-C, and the resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from launching import LAUNCH, ROOT, TWO_CPUS, environment, launch, write_rows
+from launching import LAUNCH, ROOT, TWO_CPUS, launch, run, start, write_rows
 
 TRAIN = ROOT / "train_loop.py"
 
@@ -24,10 +24,13 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> list[st
     folder = tmp_path_factory.mktemp("run")
     rows = write_rows(folder / "rows.jsonl", 37)
     return [
-        f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "data.heldout=0.2",
-        "lora.r=4", "batch.size=1", "batch.accumulation=2", "schedule.updates=24", "schedule.warmup_updates=2", "optimizer.lr=1e-2",
-        "execution.precision=fp32", "execution.deterministic=true", "evaluation.every_updates=10", "evaluation.generate_rows=2",
-        "evaluation.max_new_tokens=4", "evaluation.samples=1", "checkpoint.every_updates=10", f"run.dir={folder}",
+        f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat",
+        "data.max_tokens=96", "data.heldout=0.2", "lora.r=4", "batch.size=1",
+        "batch.accumulation=2", "schedule.updates=24", "schedule.warmup_updates=2",
+        "optimizer.lr=1e-2", "execution.precision=fp32", "execution.deterministic=true",
+        "evaluation.every_updates=10", "evaluation.generate_rows=2",
+        "evaluation.max_new_tokens=4", "evaluation.samples=1", "checkpoint.every_updates=10",
+        f"run.dir={folder}",
     ]  # fmt: skip
 
 
@@ -37,7 +40,7 @@ def lines(folder: Path, name: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(words: list[str]) -> Path:
-    output = launch(TRAIN, *words, "run.name=whole")
+    output = launch(TRAIN, *words, "run.name=whole", cold=True)
     folder = Path(next(word for word in words if word.startswith("run.dir="))[8:]) / "whole"
     (folder / "output.txt").write_text(output)
     return folder
@@ -95,12 +98,11 @@ def test_the_rows_on_record_are_the_rows_of_the_plan(whole):
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(whole, words):
-    """SIGINT to the launcher's whole process group, as Ctrl-C in a terminal; then --resume: rows, losses, adapter bit for bit."""
+    """Send SIGINT to the launcher's process group, as Ctrl-C does, and resume bit for bit."""
     folder = whole.parent / "stopped"
-    process = subprocess.Popen(
-        [*LAUNCH, str(TWO_CPUS), str(TRAIN), *words, "run.name=stopped"], cwd=ROOT, env=environment(), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    command = [*LAUNCH, str(TWO_CPUS), str(TRAIN), *words, "run.name=stopped"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = start(command, start_new_session=True, **pipes)
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (
@@ -129,7 +131,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(whole, words):
 
 
 def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) -> None:
-    """Refused with both numbers unless asked; then the same rows in every update, and what is no longer the same is said."""
+    """Refuse without --resume.reshape; with it, keep each update's rows and say what differs."""
     folder = shutil.copytree(whole, whole.parent / "reshaped")
     alone = [
         sys.executable,
@@ -142,20 +144,10 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
         "execution.preflight=false",
     ]
 
-    def once(*more):
-        return subprocess.run(
-            [*alone, *more],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-
-    refused = once()
+    refused = run(alone)
     assert refused.returncode == 2
     assert "it was saved by 2 ranks, this run has 1: start 2" in refused.stderr
-    went_on = once("--resume.reshape")
+    went_on = run([*alone, "--resume.reshape"])
     assert went_on.returncode == 0, went_on.stderr[-3000:]
     told = {event["kind"]: event["message"] for event in lines(folder, "events.jsonl")}
     assert "goes on with 1 rank instead of 2: the same 4 rows an update" in told["reshaped"]
@@ -185,14 +177,7 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
     }
     assert losses[folder][21] == pytest.approx(losses[whole][21], rel=1e-5)
     assert sorted(losses[folder]) == list(range(1, 31))
-    again = subprocess.run(
-        [*alone[:4], "--at", "30"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    again = run([*alone[:4], "--at", "30"])
     assert "has done all of its 30 updates" in again.stderr  # config.yaml says what the run is now
 
 

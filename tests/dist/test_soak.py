@@ -1,17 +1,17 @@
-"""A killed run goes on to the end of one that nobody killed: rows, losses, norms, optimizer and adapter bit for bit.
+"""A killed run resumes to the end of an undisturbed run, bit for bit.
 
-A sample; `make soak` does all.
+Rows, losses, norms, optimizer and adapter are compared, for a sample of kills; `make soak` does
+all kills.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from launching import HERE, environment, write_rows
+from launching import HERE, run, write_rows
 
 ALL = bool(os.environ.get("GLASSLOOP_SOAK"))
 SAMPLE = ["--every", "23", "--random", "4", "--launched", "0"]
@@ -29,7 +29,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
         str(rows),
         *([] if ALL else SAMPLE),
     ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=3600)
+    done = run(command, timeout_s=3600)
     counts = re.search(r"^kills: (\d+) .*$", done.stderr, re.M)
     assert done.returncode == 0 and counts, done.stderr[-6000:]
     print(f"\n{counts[0]}")

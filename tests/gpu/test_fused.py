@@ -1,4 +1,7 @@
-"""The fused engine on one CUDA device: kernels by their bits or against fp64 truth, gradients against fp32 truth, tiers bit for bit."""
+"""The fused engine on one CUDA device.
+
+Kernels are held to bits or to fp64 truth, gradients to fp32 truth, tiers to bits.
+"""
 
 from __future__ import annotations
 
@@ -251,7 +254,8 @@ def test_a_run_learns_as_the_reference_engine_does(run_of):
     losses = {}
     for engine in ("peft", "fused"):
         run = run_of(execution={"engine": engine})
-        losses[engine] = [update_once(run, u).record.loss_nats for u in range(1, 41)]  # type: ignore[union-attr]
+        outcomes = (update_once(run, u) for u in range(1, 41))
+        losses[engine] = [one.record.loss_nats for one in outcomes]  # type: ignore[union-attr]
     learned = losses["peft"][0] - losses["peft"][-1]
     assert learned > 1
     assert abs(sum(losses["fused"][-5:]) - sum(losses["peft"][-5:])) / 5 < 0.05 * learned

@@ -1,4 +1,4 @@
-"""Replays on one CUDA device: an fp16 overflow is precision's doing, and an NF4 update comes back within the noise floor."""
+"""Replays on one CUDA device: fp16 overflow is blamed on precision; NF4 is within noise."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A run that is saved and taken up again does the next update as the one that went on: 8-bit optimizer state byte for byte, weights bit for bit.
+"""A resumed run does the next update as an undisturbed one: 8-bit states and weights by bits.
 
-On one CUDA device, in NF4 and bf16. GLASSLOOP_RESUME_ON_CPU=1 does the same on a CPU, without the paged optimizer and fp16.
+On one CUDA device, in NF4 and bf16. GLASSLOOP_RESUME_ON_CPU=1 does the same on a CPU, without the
+paged optimizer and fp16.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def updates(run: Any, first: int, last: int) -> list[tuple[Any, Any, str]]:
 
 
 def bits(run: Any) -> dict[str, Any]:
-    """Bytes of every matrix and of every tensor of the optimizer's state; its plain values; random numbers, the GPU's among them."""
+    """Bytes of all matrices, of the optimizer's state and of the random numbers, the GPU's too."""
     tensors, plain = snapshots.optimizer_state(run.replica.optimizer, run.replica.adapters.flat)
     tensors |= snapshots.adapter_matrices(run.replica.adapters)
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} | {

@@ -1,4 +1,4 @@
-"""On a GPU: optimizer states, the paged ones too, and the GPU's random numbers come back byte for byte."""
+"""Optimizer states on a GPU, paged ones too, and its random numbers come back byte for byte."""
 
 from __future__ import annotations
 

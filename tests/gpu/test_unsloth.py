@@ -71,11 +71,12 @@ EXECUTIONS = (
     {"layout": "packed", "pass_tokens": 384},
     {"precision": "fp16"},
 )
-REFERENCES: list = []  # of each execution the reference engine's record, gradient and row sums; last a run and its update 4
+# Of each execution the reference's record, gradient and row sums; last a run and its update 4.
+REFERENCES: list = []
 
 
 def first_update(wide_run, engine: str, execution: dict):
-    """Record, gradient and row sums of update 1, from adapters whose B is not 0, which would hide what A does."""
+    """Record, gradient and row sums of update 1. B is not 0: that would hide what A does."""
     run = wide_run(
         engine,
         execution=execution,
@@ -100,7 +101,7 @@ def first_update(wide_run, engine: str, execution: dict):
 
 @pytest.fixture
 def references(wide_run):
-    """The reference engine's, all before unsloth is imported: it patches transformers for the whole process."""
+    """The reference engine's, before the import of unsloth, which patches transformers."""
     if not REFERENCES:
         assert "unsloth" not in sys.modules
         REFERENCES.extend(first_update(wide_run, "peft", execution) for execution in EXECUTIONS)
@@ -129,7 +130,7 @@ def test_the_reference_is_refused_where_unsloth_has_patched_the_process(wide_run
 
 
 def saved_at_3(wide_run, engine: str):
-    """A run with a checkpoint after update 3 that has gone on to update 4, and that update's record."""
+    """A run with a checkpoint after update 3 that has done update 4, and that update's record."""
     run = wide_run(engine)
     run.begin()
     for u in (1, 2, 3):

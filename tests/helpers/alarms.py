@@ -1,6 +1,7 @@
-"""What two ranks see and do when an update is unusual. `accelerate launch alarms.py FOLDER MODEL ROWS` writes FOLDER/alarms.json.
+"""Checks of two ranks when an update is unusual.
 
-As in faults.py, each check runs on both ranks and its value is what it returned on each.
+`accelerate launch alarms.py FOLDER MODEL ROWS` writes FOLDER/alarms.json. As in faults.py, each
+check runs on both ranks; its value is what it returned on each.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def spiked(run, at: int = SPIKE_AT) -> None:
 
 
 def updates(run, first: int, last: int):
-    """Carry out updates and tell observers, as train() does."""
+    """Do updates and inform observers, as train() does."""
     outcome = None
     for u in range(first, last + 1):
         run.now = u
@@ -188,7 +189,7 @@ def noise_scale() -> dict:
 
 
 def gone_back() -> dict:
-    """train() to the end; then from update 2 again, once as it was and once without the window of update 4."""
+    """Train to the end; resume at update 2, once unchanged and once without update 4's window."""
     run = run_of("back", checkpoint={"every_updates": 2, "keep": 9})
     code = train(run)
     run.close_observers()

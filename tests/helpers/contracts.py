@@ -1,4 +1,7 @@
-"""The plan's contract on two ranks: each line broken on purpose, and memory that runs out. Writes FOLDER/contracts.json, as faults.py does."""
+"""Checks of the plan's contract on two ranks: each line broken on purpose, memory that runs out.
+
+`accelerate launch contracts.py FOLDER MODEL ROWS` writes FOLDER/contracts.json, as faults.py does.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ REAL_BUILD_PASS = train_loop.build_pass
 
 
 def broken_at(run, change) -> dict:
-    """Two good updates, then `change` on rank 1 only: what both ranks say, and whether anything moved."""
+    """Do two good updates, then `change` rank 1: what both ranks say, and what moved."""
     update_once(run, 1)
     update_once(run, 2)
     before = state(run)

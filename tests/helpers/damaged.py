@@ -1,4 +1,6 @@
-"""Two ranks with a copy of a run each, one of them damaged, as on two hosts. `accelerate launch damaged.py FOLDER MODEL ROWS` writes damaged.json.
+"""Two ranks with a copy of a run each, as on two hosts; rank 1's copy is damaged.
+
+`accelerate launch damaged.py FOLDER MODEL ROWS` writes damaged.json.
 
 The last case goes through main(), which prints the refusal and ends with exit code 2.
 """
@@ -26,7 +28,7 @@ NAMES = (
     "rng_rank0.json",
     "rng_rank1.json",
 )
-# not state.json: it is looked at before the ranks meet, and a process that refuses there simply ends
+# not state.json: a process reads it before the ranks meet, and one that refuses there ends
 
 
 def saved_run() -> Path:

@@ -1,7 +1,7 @@
-"""Held-out evaluation on two ranks: checks to call inside an accelerate launch, and the toys that the one-process tests share.
+"""Checks of held-out evaluation on two ranks, and toys that tests of one process share.
 
-Each check takes the rank and the number of ranks, and raises AssertionError where a promise is broken. All of them:
-accelerate launch --config_file accelerate_configs/... tests/helpers/evaluation_checks.py
+A check takes the rank and the number of ranks. It raises AssertionError where a promise is broken.
+`accelerate launch --config_file accelerate_configs/... evaluation_checks.py` runs all of them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ToyEngine(nn.Module):
                     "num_attention_heads": 4,
                     "num_key_value_heads": 2,
                     "max_position_embeddings": POSITIONS,
-                    "initializer_range": 0.3,  # far from uniform, so that the likeliest token is clear
+                    "initializer_range": 0.3,  # far from uniform: the likeliest token is clear
                     "use_cache": False,
                     **config,
                 }
@@ -204,7 +204,10 @@ def train(
     between: Any = None,
     autocast: Any = nullcontext,
 ) -> torch.Tensor:
-    """Flat adapters after some updates of two micro-batches a rank. `between(update)` runs before, amid and after each."""
+    """Flat adapters after updates of two micro-batches a rank.
+
+    `between(update)` runs before, amid and after each.
+    """
     adapters = FlatAdapters(engine.named_parameters())
     optimizer = make_optimizer(
         "adamw", adapters.flat, lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01
@@ -274,7 +277,7 @@ def check_two_ranks_find_what_one_process_finds(rank: int, ranks: int) -> None:
 
 
 def check_uneven_answers_end(rank: int, ranks: int) -> None:
-    """One rank's answers run to the limit, the other's are one token long, or it has none at all."""
+    """Let one rank's answers reach the limit, the other's have one token, or none at all."""
 
     class Uneven(ToyTemplate):
         stop_ids = tuple(range(VOCABULARY)) if rank == 0 else ()
@@ -331,7 +334,7 @@ def _fail(*_: Any) -> None:
 
 
 def check_training_does_not_notice(rank: int, ranks: int) -> None:
-    """Loss, answers and base, before, amid and after every update on all ranks: the same bits, and no rank waits."""
+    """Evaluate before, amid and after each update: the weights keep their bits, no rank waits."""
     bystander = ToyEngine(four_bit=True)
     plain = train(bystander, 3, rank=rank, ranks=ranks)
     engine = ToyEngine(four_bit=True)

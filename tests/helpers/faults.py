@@ -1,6 +1,7 @@
-"""What two ranks do when something goes wrong on one of them. `accelerate launch faults.py FOLDER MODEL ROWS` writes FOLDER/faults.json.
+"""Checks of two ranks when something goes wrong on one of them.
 
-Every check below runs on both ranks; its value is what it returned on each, so that a test can see whether they agree.
+`accelerate launch faults.py FOLDER MODEL ROWS` writes FOLDER/faults.json. Each check runs on both
+ranks; its value is what it returned on each, so that a test can see whether they agree.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def nothing_supervised():
 
 
 def unwrapped_forward():
-    """The mutant: DDP is asked for, but the loop calls the module inside its wrapper, so nothing is reduced."""
+    """Call the module inside DDP's wrapper, a mutant: nothing is reduced."""
     run = run_of("unwrapped", execution={"reduction": "ddp"})
     run.replica.engine = Unsynchronised(run.replica.plain_engine)
     for u in range(1, 4):

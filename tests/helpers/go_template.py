@@ -1,4 +1,7 @@
-"""The part of Go's text/template that a Modelfile of ours uses, interpreted from the text alone: enough to see what Ollama would write."""
+"""An interpreter for the part of Go's text/template that our Modelfile uses.
+
+It shows what Ollama would write.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs that are damaged or mean harm, and what each gets: the table in docs/reliability.md is made of this list."""
+"""Inputs that are damaged or mean harm, and what each gets: docs/reliability.md has this list."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Bytes that live at once while the engine computes, counted on a CPU with the allocations of a GPU.
+"""Count the bytes that live at once while an engine computes, on a CPU with a GPU's allocations.
 
-What a CPU would allocate otherwise is exchanged for stand-ins with a GPU's allocations: 16-bit dequantisation by bitsandbytes, fused RMS norms, flash
-attention with its saved log-sum-exp. Values are wrong, sizes are right.
+Stand-ins with a GPU's allocations replace what a CPU allocates otherwise: 16-bit dequantisation by
+bitsandbytes, fused RMS norms, flash attention with its saved log-sum-exp. Values are wrong, sizes
+are right.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from glassloop.formula.optim import FlatAdapters
 
 
 class Live(TorchDispatchMode):
-    """Counts the storages that operations make, until they are freed. `known`: tensors that were there before."""
+    """Count the storages that operations make, until they are freed; not those of `known`."""
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
@@ -51,7 +52,7 @@ class Live(TorchDispatchMode):
 
 
 def peaks(engine, adapters: FlatAdapters, p: Pass, *, autocast: bool) -> dict[str, int]:
-    """Peak bytes of forward, logits and backward of a pass, beside the base and the flat buffers."""
+    """Peak bytes of a pass's forward, logits and backward, beside the base and flat buffers."""
     with as_on_a_gpu():
         live = Live(
             [*engine.parameters(), *engine.buffers(), adapters.flat, adapters.grad, *vars_of(p)]
@@ -156,7 +157,10 @@ def _sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, e
 
 
 def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
-    """The same of the engine `fused`, beside what it holds between passes: its kernels are stand-ins that allocate as they do on a GPU."""
+    """Peak bytes of a pass of `fused`, beside what it holds between passes.
+
+    Its kernels are stand-ins that allocate as they do on a GPU.
+    """
     from glassloop.engines.fused import engine as whole
 
     with fused_as_on_a_gpu():

@@ -1,8 +1,10 @@
-"""A disk that forgets what was not synced: it watches a folder while code works in it, and can lay out what a loss of power may have left.
+"""A disk that forgets what was not synced.
 
-The model: a folder's names after a crash are those at its last sync, or at any moment since; which one is drawn for each folder apart. A
-file's bytes are those at its last sync, those now, or something in between: cut short, or zeros where bytes were not yet written. A rename
-is whole or not done. What nobody synced may therefore be lost in any combination, and nothing more.
+It watches a folder while code works in it, and lays out what a loss of power may have left. A
+folder's names after a crash are those at its last sync, or at any moment since, drawn for each
+folder apart. A file's bytes are those at its last sync, those now, or something in between: cut
+short, or zeros where bytes were not yet written. A rename is whole or not done. So what nobody
+synced may be lost in any combination, and nothing more.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ CALLS = (
 
 @dataclass(eq=False)
 class Node:
-    """A file or folder. `past`: what it held at its last sync (the first) and whenever it was looked at since."""
+    """A file or folder. `past`: what it held at its last sync, and at each look since."""
 
     folder: bool
     past: list[Any] = field(default_factory=list)  # bytes of a file, Names of a folder
@@ -66,7 +68,7 @@ def nothing_unsynced(node: Node, past: tuple[Any, ...]) -> Any:
 
 
 def names_without_bytes(node: Node, past: tuple[Any, ...]) -> Any:
-    """Every name is there, and of the bytes only those that were synced: what a rename before a sync leaves."""
+    """Every name, and only the bytes that were synced: what a rename before a sync leaves."""
     return past[-1] if node.folder else past[0]
 
 
@@ -91,7 +93,7 @@ def anything(drawn: random.Random) -> Callable[[Node, tuple[Any, ...]], Any]:
 
 
 class LossyDisk:
-    """Watches `root`, which counts as synced at the start; `crashes` has a Crash for the moment after each call."""
+    """Watch `root`, synced at the start; `crashes` has a Crash for the moment after each call."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

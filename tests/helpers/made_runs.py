@@ -1,4 +1,7 @@
-"""Folders of runs that never ran: written with the product's own records and observer, with faults at known updates."""
+"""Folders of runs that never ran, written with the product's records and observer.
+
+Faults lie at known updates.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ SPIKE, BROKEN, REDONE = (
     31,
     12,
 )  # the loss leaps; the loss is not a number and nothing is applied; done twice, after a resume
-EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><b>&amp; bold</b>"
+EVIL = (
+    "</script><script>window.hacked = 1</script>"
+    "<img src=x onerror='window.hacked = 2'><b>&amp; bold</b>"
+)
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -141,7 +147,12 @@ def write_run(
     offset: float = 0.0,
     from_update: int = 1,
 ) -> Path:
-    """A run's folder. offset: added to the loss of all updates from `from_update` on. faults: SPIKE, BROKEN and REDONE are planted."""
+    """Write a run's folder.
+
+    Args:
+        offset: added to the loss of updates from `from_update` on, in nats.
+        faults: plant SPIKE, BROKEN and REDONE.
+    """
     folder.mkdir(parents=True)
     drawn = random.Random(seed)
     texts = {f"train:{i}": f"row {i}: the caller asks for a code" for i in range(rows)} | {

@@ -1,4 +1,4 @@
-"""Runs on one rank with a fault planted in them, each in a folder of its own, for the tests of replay, bisection and trials."""
+"""Runs on one rank with a planted fault, for tests of replay, bisection and trials."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def spoiled_base(
 
 
 def sure_base(model: Path, folder: Path) -> Path:
-    """A model that is sure of what comes next: its own continuations cost it little, others a lot."""
+    """A model that is sure of what comes next: its continuations cost it little, others a lot."""
 
     def sharpen(weights: dict[str, torch.Tensor]) -> None:
         weights["lm_head.weight"] *= 20
@@ -47,7 +47,7 @@ def sure_base(model: Path, folder: Path) -> Path:
 def continuations(
     model: Path, *, worst: bool = False, rows: int = ROWS, start: int = 40
 ) -> tuple[Row, ...]:
-    """Rows of 20 tokens that the model continues itself, or, `worst`, with the token that it expects least each time."""
+    """Rows of 20 tokens, each the model's likeliest next one, or, `worst`, its unlikeliest."""
     hf = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     made = []
     for index in range(rows):
@@ -76,7 +76,7 @@ def planted_run(
     updates: int = UPDATES,
     **sections: dict,
 ) -> Path:
-    """Carry out `updates` updates with the training loop, `spoil` the run before the last, and return the run's folder."""
+    """Train `updates` updates, `spoil` the run before the last, and return the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     source = write_lines(folder / "rows.jsonl", len(rows))
     values = {

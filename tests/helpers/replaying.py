@@ -1,4 +1,6 @@
-"""Two-rank runs to be replayed on one process. `accelerate launch replaying.py FOLDER MODEL ROWS` leaves them in FOLDER/runs.
+"""Two-rank runs to be replayed on one process.
+
+`accelerate launch replaying.py FOLDER MODEL ROWS` leaves them in FOLDER/runs.
 
 MODEL is one that is sure of itself (planted.sure_base), with NaN in the embedding of token 511.
 """
@@ -27,7 +29,7 @@ def whole(name: str, updates: int, **sections: dict) -> None:
 
 
 def planted(name: str, spoil: Callable[[Run, int], Row]) -> None:
-    """Updates on the model's own continuations; before the last, the first row of rank 1's last pass is spoiled."""
+    """Train on the model's continuations; spoil a row of rank 1's last pass before the end."""
     source = write_lines(FOLDER / f"{name}-{ROWS}.jsonl", ROWS)
     run = run_of(
         name,

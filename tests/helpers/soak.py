@@ -1,10 +1,12 @@
-"""Kills a run at every call that changes the disk, and at random moments; goes on with what is left; compares the end with a run that nobody killed.
+"""Kill a run at calls that change the disk and at random moments, resume, and compare the end.
 
     soak.py FOLDER MODEL ROWS [--every N] [--random N] [--launched N]
 
-Most runs are forks of this process, which has done a whole run already: imports and model code are warm, and a kill costs about two seconds.
-`--every N` takes each N-th call, `--random N` kills so often by the clock, `--launched N` so often through the launcher, with two ranks. Prints the
-counts, and ends with 1 where a run came to another end.
+The end must be that of a run that nobody killed. Most runs are forks of this process, which has
+done a whole run already: imports and model code are warm, and a kill costs about two seconds.
+`--every N` takes each N-th call, `--random N` kills N times by the clock, `--launched N` kills N
+times through the launcher, with two ranks. Prints the counts; ends with 1 where a run ended
+otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from glassloop.saved.capsule import find_capsules, read_capsule
 from glassloop.saved.checkpoint import last_checkpoint, read_state
 
 UPDATES = 4
-LONGEST_S = 120  # of a fork; a run takes two seconds, and one that hangs is killed by a signal that counts as a wrong end
+LONGEST_S = 120  # of a fork; a run takes 2 s, and one that hangs is killed and counts as wrong
 CALLS = (
     "write",
     "fsync",
@@ -51,16 +53,18 @@ Kill = tuple[int, bool]  # before which call; whether a write has written half o
 
 def words_of(model: str, rows: str, runs: Path, updates: int = UPDATES) -> list[str]:
     return [
-        f"model.id={model}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96", "data.heldout=0.2", "lora.r=4",
-        "lora.dropout=0.1", "batch.size=2", "batch.accumulation=1", f"schedule.updates={updates}", "schedule.warmup_updates=2",
-        "optimizer.lr=1e-2", "execution.precision=fp32", "execution.deterministic=true", "execution.preflight=false",
-        "execution.checkpointing=false", "evaluation.every_updates=2", "evaluation.generate_rows=0", "evaluation.samples=0",
-        "checkpoint.every_updates=1", "checkpoint.keep=1", "record.probe_every_updates=2", f"run.dir={runs}",
+        f"model.id={model}", f"data.source={rows}", "data.template=chat", "data.max_tokens=96",
+        "data.heldout=0.2", "lora.r=4", "lora.dropout=0.1", "batch.size=2", "batch.accumulation=1",
+        f"schedule.updates={updates}", "schedule.warmup_updates=2", "optimizer.lr=1e-2",
+        "execution.precision=fp32", "execution.deterministic=true", "execution.preflight=false",
+        "execution.checkpointing=false", "evaluation.every_updates=2",
+        "evaluation.generate_rows=0", "evaluation.samples=0", "checkpoint.every_updates=1",
+        "checkpoint.keep=1", "record.probe_every_updates=2", f"run.dir={runs}",
     ]  # fmt: skip
 
 
 class Disk:
-    """Counts the calls that change something below `root`; dies by SIGKILL at the one it is told."""
+    """Count the calls that change something below `root`; die by SIGKILL at `kill`."""
 
     def __init__(self, root: Path, kill: Kill | None) -> None:
         self.root, self.kill = f"{root}/", kill
@@ -70,7 +74,11 @@ class Disk:
         for name in CALLS:
             setattr(os, name, self._counted(name, getattr(os, name)))
         genuine = io.open
-        builtins.open = io.open = lambda *a, **k: self._file(genuine(*a, **k), a[0])  # pyright: ignore[reportAttributeAccessIssue]
+
+        def opened(*words: Any, **named: Any) -> Any:
+            return self._file(genuine(*words, **named), words[0])
+
+        builtins.open = io.open = opened  # pyright: ignore[reportAttributeAccessIssue]
 
     def reached(self, kind: str, half: Callable[[], Any] | None = None) -> None:
         if self.kill is not None and self.kill[0] == len(self.kinds):
@@ -134,7 +142,7 @@ class Written:
 def forked(
     argv: list[str], log: Path, root: Path, kill: Kill | None = None, after_s: float | None = None
 ) -> int | None:
-    """Exit code of the command in a fork of this process; None where it was killed, as `kill` or `after_s` say."""
+    """Exit code of the command in a fork; None where `kill` or `after_s` killed it."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -179,7 +187,11 @@ def goes_on(words: list[str], folder: Path) -> list[str] | None:
 
 
 def end_of(folder: Path) -> dict[str, Any]:
-    """What must not depend on kills: the last attempt at each update, and the last checkpoint. Raises ValueError where something is torn."""
+    """What must not depend on kills: the last attempt at each update, and the last checkpoint.
+
+    Raises:
+        ValueError: where something is torn.
+    """
     end: dict[str, Any] = {"plan": json.loads((folder / "plan.json").read_text())}
     for name in ("metrics", "rows", "evaluations", "probes"):
         lines = read_jsonl(folder / f"{name}.jsonl")
@@ -224,7 +236,7 @@ class Soak:
         self.log = work / "log.txt"
 
     def reference(self) -> int:
-        """A run that nobody kills, in this process, and one in a fork, which must be alike. Returns the calls of the second."""
+        """Run once here and once in a fork, which must be alike; return the calls of the fork."""
         assert train_loop.main([*self.words, "run.name=warm"]) == 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(
@@ -273,7 +285,7 @@ class Soak:
         self.compare(folder, what)
 
     def at_random(self, count: int, longest_s: float) -> None:
-        """Kill by the clock, again and again until the run is done, until `count` kills are spent."""
+        """Kill by the clock until the run is done; repeat until `count` kills are spent."""
         drawn, run = random.Random(11), 0
         while self.kills["by the clock"] < count:
             folder, run = self.work / f"runs/clock{run}", run + 1
@@ -285,7 +297,7 @@ class Soak:
             self.finish(folder, f"run {run} killed by the clock")
 
     def launched(self, count: int) -> None:
-        """The same through the launcher, with two ranks: all processes are killed at once, or one rank only."""
+        """Kill two launched ranks: all processes at once, or one rank."""
         words = words_of(self.words[0][9:], self.words[1][12:], self.work / "runs", updates=40)
         assert self.launch([*words, "run.name=two"]).wait() == 0, self.log.read_text()[-3000:]
         self.whole = end_of(self.work / "runs/two")

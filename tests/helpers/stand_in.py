@@ -1,6 +1,7 @@
-"""A stand-in for the package unsloth where there is no GPU: the same calls, on transformers and PEFT, with the habits that glassloop must bear.
+"""A stand-in for the package unsloth where there is no GPU: its calls and habits.
 
-It prints, seeds every generator, zeroes the embedding's row of the pad token, chooses a pad token of its own, and leaves generation's marks.
+It rests on transformers and PEFT. It prints, seeds every generator, zeroes the embedding's row of
+the pad token, chooses a pad token of its own, and leaves generation's marks.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ class FastLanguageModel:
         calls.append(asked)
         print("==((====))==  a banner")
         hf = transformers.AutoModelForCausalLM.from_pretrained(
-            asked["model_name"], dtype=asked["dtype"], device_map=asked["device_map"], attn_implementation="sdpa"
+            asked["model_name"], dtype=asked["dtype"], device_map=asked["device_map"],
+            attn_implementation="sdpa",
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(asked["model_name"])
         if tokenizer.pad_token_id != tokenizer.eos_token_id:
             with torch.no_grad():
                 hf.get_input_embeddings().weight[tokenizer.pad_token_id] = 0
-        tokenizer.pad_token = tokenizer.eos_token if tokenizer.pad_token != tokenizer.eos_token else "<|user|>"
+        same = tokenizer.pad_token == tokenizer.eos_token
+        tokenizer.pad_token = "<|user|>" if same else tokenizer.eos_token
         hf.config.pad_token_id = tokenizer.pad_token_id
         FastLanguageModel.spoil(hf)
         hf.max_seq_length = asked["max_seq_length"]

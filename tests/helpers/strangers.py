@@ -1,10 +1,11 @@
-"""The same rows trained by different hands: glassloop, a plain loop, transformers' Trainer, TRL's SFTTrainer.
+"""Train the same rows with glassloop, a plain loop, transformers' Trainer, TRL's SFTTrainer.
 
     python strangers.py FOLDER MODEL NAME ...          NAME: glassloop | plain | transformers | trl
 
-`glassloop` makes the problem and goes first: it writes FOLDER/problem.json (rows as ids and labels, in the order of its updates) and
-FOLDER/start.safetensors (adapters under PEFT's names). The others read both and import nothing of glassloop. Each writes FOLDER/NAME.json,
-loss and gradient norm of its updates, and FOLDER/NAME.safetensors, its adapters after the last one.
+`glassloop` makes the problem and goes first. It writes FOLDER/problem.json (rows as ids and labels,
+in the order of its updates) and FOLDER/start.safetensors (adapters under PEFT's names). The others
+read both and import nothing of glassloop. Each writes FOLDER/NAME.json (loss and gradient norm of
+its updates) and FOLDER/NAME.safetensors (its adapters after the last one).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Adapters = dict[str, torch.Tensor]
 
 
 def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
-    """Makes the problem, and trains it through build_run and update_once, as train_loop.py would."""
+    """Make the problem, and train it with build_run and update_once, as train_loop.py would."""
     from launching import write_rows
 
     from glassloop.config.arguments import from_values
@@ -166,7 +167,7 @@ def with_trl(folder: Path, model: str) -> tuple[Updates, Adapters]:
         lora_model(folder, model),
         Dataset.from_list(json.loads((folder / "problem.json").read_text())),
     )
-    # A max_length would also drop the rows without labels, and every window after them would hold other rows.
+    # A max_length would drop rows without labels, and later windows would hold other rows.
     config = SFTConfig(**trainer_settings(folder), max_length=None)
     trainer = SFTTrainer(
         model=hf,
@@ -179,7 +180,7 @@ def with_trl(folder: Path, model: str) -> tuple[Updates, Adapters]:
 
 
 def lora_model(folder: Path, model: str):
-    """The base in fp32, by transformers, and PEFT's adapters with the values of start.safetensors."""
+    """The fp32 base of transformers, with PEFT's adapters of start.safetensors."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -197,7 +198,10 @@ def lora_model(folder: Path, model: str):
 
 
 def trainer_settings(folder: Path) -> dict:
-    """Arguments of both trainers. Nothing that bears on the numbers is left to a default that TRL or a later version may change."""
+    """Arguments of both trainers.
+
+    None that affects the numbers is left to a default, which TRL or a later version may change.
+    """
     return {
         "output_dir": str(folder / "trainer"),
         "per_device_train_batch_size": SIZE,
@@ -225,7 +229,7 @@ def trainer_settings(folder: Path) -> dict:
 
 
 def logged(trainer) -> Updates:
-    """What a Trainer logged of each update. Its state keeps the numbers whole; only the lines it prints are rounded."""
+    """What a Trainer logged of each update; its state has the numbers unrounded."""
     return [
         {"loss": e["loss"], "grad_norm": e["grad_norm"]}
         for e in trainer.state.log_history

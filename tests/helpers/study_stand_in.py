@@ -1,9 +1,10 @@
-"""A study whose cells are written instead of trained, so that hundreds of ways to end can be looked at.
+"""A study whose cells are written, not trained: a test can see hundreds of ways to end.
 
 Its folder and the repository's stand in PYTHONPATH.
 
 python study_stand_in.py study FILE ...   is `glassloop study FILE ...` with such cells
-python study_stand_in.py --config FILE    is one of them: lora.r = 13 ends with exit code 3, lora.r = 66 diverges, others end well
+python study_stand_in.py --config FILE    is one of them: lora.r = 13 ends with exit code 3,
+                                          lora.r = 66 diverges, others end well
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ axes:
 seeds: [1, 2, 3]
 measure: [loss, stability]
 claims:
-  - {says: a higher rank ends lower, quantity: heldout_loss, cell: {lora.r: 8}, against: {lora.r: 4}, expect: lower}
+  - says: a higher rank ends lower
+    quantity: heldout_loss
+    cell: {lora.r: 8}
+    against: {lora.r: 4}
+    expect: lower
 """
 
 

@@ -1,4 +1,4 @@
-"""A small run for scripts that are launched as `accelerate launch SCRIPT FOLDER MODEL ROWS`, and ways to spoil it."""
+"""A small run for scripts launched with FOLDER MODEL ROWS, and ways to spoil it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_of(name: str, **sections: dict) -> Run:
 
 
 def poisoned(run: Run, rank: int, at_pass: int, change) -> None:
-    """On one rank, pass `change` the result of its pass number `at_pass` instead of returning it."""
+    """Have `change` make another result of one rank's pass number `at_pass`."""
     engine, calls = run.replica.engine, iter(range(1000))
 
     def call(p):

@@ -1,4 +1,4 @@
-"""A finished run of a tiny model for tests of what is done with it afterwards, and ways to spoil a copy of it."""
+"""A finished run of a tiny model, for tests of its use, and ways to spoil a copy of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def write_calls(path: Path, rows: int = 24) -> Path:
     """Calls of format scam; each row of training carries SECRET_ROW."""
     lines = [
         {
-            "dialogue": f"caller: {SECRET_ROW}, number {n}. receiver: {'no' if n % 2 else 'yes'} {n * 7}.",
+            "dialogue": f"caller: {SECRET_ROW}, number {n}. "
+            f"receiver: {'no' if n % 2 else 'yes'} {n * 7}.",
             "type": "ssn" if n % 2 else "wrong",
             "label": n % 2,
         }
@@ -67,7 +68,7 @@ def finished_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
 
 
 def louder(adapters: FlatAdapters, scale: float = 0.05) -> None:
-    """B away from zero, so that an adapter that is left out, or scaled wrongly, changes the loss."""
+    """Move B from zero: an adapter that is left out, or scaled wrongly, then changes the loss."""
     drawn = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, place in adapters.slices.items():
@@ -81,7 +82,7 @@ def copy_of(run: Path, to: Path) -> Path:
 
 
 def signed_anew(checkpoint: Path) -> None:
-    """Sums of a checkpoint's files as they are now, so that what is wrong inside one has to be found inside."""
+    """Write a checkpoint's sums anew, so that only a look inside a file finds what is wrong."""
     sums = checkpoint / "SHA256SUMS"
     names = [line.split()[1] for line in sums.read_text().splitlines()]
     sums.write_text(

@@ -1,4 +1,7 @@
-"""Launched as `accelerate launch unsloth_ranks.py FOLDER MODEL ROWS SITE`: the engine `unsloth` on two ranks, on the stand-in in SITE."""
+"""The engine `unsloth` on two ranks, with the stand-in in SITE.
+
+Launched as `accelerate launch unsloth_ranks.py FOLDER MODEL ROWS SITE`.
+"""
 
 from __future__ import annotations
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from launching import environment
+from launching import environment, run
 from transformers import get_scheduler
 
 from glassloop.plan.steps import make_plan
@@ -26,14 +25,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "helpers" / "strangers.py"
 def train(folder: Path, model: Path, *names: str, **env: str) -> None:
     """Run the named ones in a process of their own: trainers keep global state, and TRL patches."""
     command = [sys.executable, str(SCRIPT), str(folder), str(model), *names]
-    done = subprocess.run(
-        command,
-        env=environment(CUDA_VISIBLE_DEVICES="", **env),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run(command, env=environment(CUDA_VISIBLE_DEVICES="", **env))
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import study_stand_in
-from launching import write_rows
+from launching import run, write_rows
 from made_runs import write_run
 
 from glassloop.cli.__main__ import main
@@ -298,7 +298,8 @@ def test_real_runs_answer_and_a_cell_run_again_elsewhere_has_the_same_numbers(
 ) -> None:
     file, out, other = tmp_path / "tiny.yaml", tmp_path / "out", tmp_path / "other"
     file.write_text(TINY.format(model=tiny_llama, rows=write_rows(tmp_path / "rows.jsonl", 40)))
-    assert main(["study", str(file), "--out", str(out)]) == 0
+    study = [sys.executable, "-m", "glassloop.cli", "study", str(file), "--out"]
+    assert run([*study, str(out)]).returncode == 0
     found = results(out)
     (claim,) = found["claims"]
     assert claim["difference"] < 0 and len(claim["pairs"]) == 2
@@ -308,7 +309,7 @@ def test_real_runs_answer_and_a_cell_run_again_elsewhere_has_the_same_numbers(
         and cell["values"]["noise_scale"] is not None
         and cell["values"]["diverged"] == 0
     )
-    assert main(["study", str(file), "--out", str(other), "--only", cell["cell"]]) == 0
+    assert run([*study, str(other), "--only", cell["cell"]]).returncode == 0
     again = next(one for one in results(other)["cells"] if one["cell"] == cell["cell"])
     timed = ("update_s", "tokens_per_s")
     assert {name: value for name, value in again["values"].items() if name not in timed} == {

@@ -1,0 +1,343 @@
+"""Python processes that start with the libraries imported: a fork in place of an exec.
+
+An import of torch, transformers and peft costs 5 CPU seconds; a launch of two ranks, 13.
+`python warm.py FD` is a server that imports them once and forks for each request (launching.py
+asks). The fork gets what an exec would give it: arguments, environment, working directory,
+descriptors, session, signals. It imports glassloop anew, ends as Python ends, and is a child of
+the process that asked. What it starts with `subprocess` is forked too, so that the genuine
+`accelerate launch` starts warm ranks.
+
+A fork differs from a started process in three ways. All forks share the seed of hash(). They see
+no CUDA device. Libraries have read the variables of AT_IMPORT already. `Asked.understood` tells
+which commands a fork can stand for; the others start as usual.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import logging
+import os
+import random
+import runpy
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "accelerate.commands.launch",
+    "torch.distributed.run",
+    "pydantic",
+    "yaml",
+)
+AT_IMPORT = (
+    "BNB_",
+    "HF_HOME",
+    "HF_HUB_",
+    "HUGGINGFACE_",
+    "MKL_",
+    "OMP_",
+    "PYTORCH_",
+    "TRANSFORMERS_",
+    "TRITON_",
+)
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "-1"}  # CUDA does not survive a fork
+LENGTH = struct.Struct("!I")
+GENUINE = getattr(subprocess, "_fork_exec", None)  # None: off Linux, or another Python's way
+HERE = sys.modules[__name__]
+
+
+class Asked(NamedTuple):
+    """What subprocess asks of `_fork_exec`, by position."""
+
+    args: Sequence[Any]
+    names: Any
+    close_fds: bool
+    kept: tuple[int, ...]
+    cwd: Any
+    environment: Sequence[bytes] | None
+    in_read: int
+    in_write: int
+    out_read: int
+    out_write: int
+    err_read: int
+    err_write: int
+    told_read: int
+    told_write: int
+    restore_signals: bool
+    new_session: bool
+    group: int
+    gid: Any
+    gids: Any
+    uid: Any
+    umask: int
+    first: Any  # preexec_fn
+
+    @property
+    def env(self) -> dict[str, str]:
+        if self.environment is None:
+            return dict(os.environ)
+        return dict(os.fsdecode(one).split("=", 1) for one in self.environment)
+
+    @property
+    def streams(self) -> list[int]:
+        """Descriptors for 0, 1 and 2."""
+        given = enumerate((self.in_read, self.out_write, self.err_write))
+        return [own if one == -1 else one for own, one in given]
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """Further descriptors that the process keeps."""
+        return tuple(one for one in self.kept if one != self.told_write)
+
+    def program(self) -> dict[str, Any]:
+        """Arguments of `Place.become`, but for descriptors."""
+        return {
+            "args": [os.fsdecode(one) for one in self.args],
+            "env": self.env,
+            "cwd": None if self.cwd is None else os.fsdecode(self.cwd),
+            "new_session": bool(self.new_session),
+            "group": self.group,
+        }
+
+    def understood(self, known: Mapping[str, str]) -> bool:
+        """Whether a fork of a process with environment `known` can stand for this command."""
+        words = [os.fsdecode(one) for one in self.args]
+        program = next((one for one in words[1:] if one != "-u"), "-")
+        return (
+            words[:1] == [sys.executable]
+            and (program in ("-m", "-c") or not program.startswith("-"))
+            and _at_import(self.env) == _at_import(known)
+            and bool(self.close_fds)
+            and self[-5:] == (None, None, None, -1, None)
+        )
+
+
+def _at_import(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name.startswith(AT_IMPORT)}
+
+
+# ---- the server
+
+
+def serve(number: int) -> None:
+    """Fork for each request on the socket `number`, until its other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    place = Place(sys.path[1:], dict(os.environ))
+    subprocess._fork_exec = place.fork_exec  # type: ignore[attr-defined]
+    gc.collect()
+    gc.freeze()
+    asked = socket.socket(fileno=number)
+    asked.sendall(b"!")
+    while (request := receive(asked)) is not None:
+        message, descriptors = request
+        asked.sendall(LENGTH.pack(_adopted(place, message, descriptors)))
+        for one in descriptors:
+            os.close(one)
+
+
+def receive(asked: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Read one request and its three descriptors; None at the end."""
+    head, descriptors, _, _ = socket.recv_fds(asked, LENGTH.size, 3)
+    if not head:
+        return None
+    size = LENGTH.unpack(head)[0]
+    data = b""
+    while len(data) < size:
+        data += asked.recv(size - len(data))
+    return json.loads(data), descriptors
+
+
+def send(asked: socket.socket, message: dict[str, Any], descriptors: list[int]) -> None:
+    """Write one request and its three descriptors."""
+    data = json.dumps(message).encode()
+    socket.send_fds(asked, [LENGTH.pack(len(data))], descriptors)
+    asked.sendall(data)
+
+
+def _adopted(place: Place, message: dict[str, Any], descriptors: list[int]) -> int:
+    """Fork twice; the second one loses its parent, so that whoever asked adopts it."""
+    read, write = os.pipe()
+    between = os.fork()
+    if between == 0:
+        middle = os.getpid()
+        pid = os.fork()
+        if pid:
+            os.write(write, LENGTH.pack(pid))
+            os._exit(0)
+        while os.getppid() == middle:  # not yet adopted
+            time.sleep(0.0005)
+        place.become(**message, streams=descriptors, kept=())
+    os.close(write)
+    pid = LENGTH.unpack(os.read(read, LENGTH.size))[0]
+    os.close(read)
+    os.waitpid(between, 0)
+    return pid
+
+
+# ---- a fork that becomes a program
+
+
+class Place:
+    """What a fork needs to know of the server: its path and environment."""
+
+    def __init__(self, path: list[str], env: dict[str, str]):
+        self.path, self.env = path, env
+
+    def fork_exec(self, *given: Any) -> int:
+        """Stand in for subprocess._fork_exec: fork this process where that will do."""
+        asked = Asked(*given[: len(Asked._fields)])
+        if not asked.understood(self.env):
+            return GENUINE(*given)
+        flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of a fork beside threads
+            pid = os.fork()
+        if pid == 0:
+            self.become(**asked.program(), streams=asked.streams, kept=asked.others)
+        return pid
+
+    def become(
+        self, *, args: list[str], env: dict[str, str], cwd: str | None, new_session: bool,
+        group: int, streams: list[int], kept: tuple[int, ...],
+    ) -> NoReturn:  # fmt: skip
+        """Be the program from here on, and end with it."""
+        code = 255
+        try:
+            gc.freeze()  # what the parent left is nobody's to collect
+            for own, given in enumerate(streams):
+                os.dup2(given, own)
+            for one in map(int, os.listdir("/proc/self/fd")):
+                if one > 2 and one not in kept:
+                    with contextlib.suppress(OSError):  # the listing's own
+                        os.close(one)
+            if new_session:
+                os.setsid()
+            if group >= 0:
+                os.setpgid(0, group)
+            if cwd is not None:
+                os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(env)
+            _fresh_signals()
+            _fresh_state()
+            code = self._run(args[1:])
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        finally:
+            flush()
+            os._exit(code)
+
+    def _run(self, words: list[str]) -> int:
+        """Run `script`, `-m module` or `-c code` with the arguments behind it; return the code."""
+        unbuffered = "-u" in words[:1] or bool(os.environ.get("PYTHONUNBUFFERED"))
+        words = words[1:] if words[:1] == ["-u"] else words
+        for stream in (sys.stdout, sys.stderr):
+            lines = stream is sys.stderr and not unbuffered
+            stream.reconfigure(write_through=unbuffered, line_buffering=lines)
+        asked = os.environ.get("PYTHONPATH")
+        asked_paths = asked.split(os.pathsep) if asked else []
+        paths = list(dict.fromkeys([*map(os.path.abspath, asked_paths), *self.path]))
+        main = types.ModuleType("__main__")
+        main.__dict__["__builtins__"] = __builtins__
+        sys.modules["__main__"] = main
+        code = 0
+        try:
+            if words[0] == "-m":
+                sys.path[:] = [os.getcwd(), *paths]
+                sys.argv[:] = ["-m", *words[2:]]
+                sys.modules.pop(words[1], None)  # or runpy warns that it is imported
+                runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
+            elif words[0] == "-c":
+                sys.path[:] = ["", *paths]
+                sys.argv[:] = ["-c", *words[2:]]
+                exec(compile(words[1], "<string>", "exec"), main.__dict__)
+            else:
+                folder = os.path.dirname(os.path.realpath(words[0]))
+                sys.path[:] = [folder, *paths]
+                sys.argv[:] = words
+                main.__dict__["__file__"] = os.path.abspath(words[0])
+                with open(words[0], "rb") as file:
+                    program = compile(file.read(), words[0], "exec")
+                exec(program, main.__dict__)
+        except SystemExit as ended:
+            code = _exit_code(ended.code)
+        except KeyboardInterrupt:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            code = 1
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        return code
+
+
+def _exit_code(code: object) -> int:
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _fresh_signals() -> None:
+    """Forget handlers, as an exec does; what is ignored stays ignored."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _fresh_state() -> None:
+    """Forget what the parent ran: its modules, clean-ups at exit, random numbers, folders."""
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    installed = (sys.prefix, sys.base_prefix)
+    for name, module in list(sys.modules.items()):
+        origin = getattr(module, "__file__", None)
+        if origin and not origin.startswith(installed) and module is not HERE:
+            del sys.modules[name]
+    sys.path_importer_cache.clear()
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    tempfile.tempdir = None
+    random.seed()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed()
+
+
+def flush() -> None:
+    """Write out what Python and C hold back, or a fork would write it once more."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    ctypes.CDLL(None).fflush(None)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
