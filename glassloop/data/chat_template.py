@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from glassloop.data.bounded import TemplateError, bounded
 from glassloop.data.rows import Turn
 from glassloop.data.tokens import Codec, Part, literal
 
@@ -28,6 +29,7 @@ TODAY = datetime.date(
 Parts = Callable[
     [Sequence[Turn], bool], list[Part]
 ]  # (turns, generation prompt?) -> what the template writes
+LONGEST = 1_000_000  # characters that a template writes around contents
 MessageOf = Callable[[Turn], dict[str, str]]  # what apply_chat_template takes for a turn
 CURE = "set data.template=r1 or instruct, or use rows without reasoning or with one assistant turn only"
 
@@ -121,17 +123,20 @@ def _render(
     messages: list[dict[str, str]],
     generation_prompt: bool,
 ) -> str:
-    from jinja2 import TemplateError
-
+    roles = ", ".join(message["role"] for message in messages)
+    refusal = f"data.template = chat: the tokenizer's chat template refuses turns {roles}"
     try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=source, add_generation_prompt=generation_prompt, tokenize=False
-        )
+        with bounded("it"):
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=source,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"data.template = chat: the tokenizer's chat template refuses turns {roles}: {error}; {CURE}"
-        ) from error
+        raise ValueError(f"{refusal}: {error}; {CURE}") from error
+    if len(text) > LONGEST:
+        raise ValueError(f"{refusal}: it writes {len(text):,} characters of its own; {CURE}")
     return str(text)
 
 

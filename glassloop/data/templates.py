@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from glassloop.config.config import DataConfig
+from glassloop.data.bounded import bounded
 from glassloop.data.chat_template import MessageOf, Parts, chat_parts
 from glassloop.data.rows import IGNORE, Example, Row, Turn
 from glassloop.data.tokens import Codec, Part, encode_rows, literal, make_codec
@@ -294,13 +295,14 @@ def _check(
         probes.append(Example(several.row_id, (*asked, Turn("user", "And a bee?"), answer)))
     for probe in probes:
         row, prompt = template.encode(probe), template.prompt_ids(probe)
-        saved = tokenizer.apply_chat_template(
-            template.messages(probe)[:-1],
-            chat_template=template.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        with bounded("the chat template"):
+            saved = tokenizer.apply_chat_template(
+                template.messages(probe)[:-1],
+                chat_template=template.chat_template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
         begins = list(row.input_ids[: len(prompt)]) == prompt
         ends = row.supervised[-1] and row.input_ids[-1] in template.stop_ids
         if saved != prompt or not begins or not ends:

@@ -30,6 +30,11 @@ REFUSED_LAUNCHES = {
     "bnb_4bit_quant_storage=bf16 with bf16 adapters there); 8B in NF4 fits each 24 GB card without it",
     DistributedType.MEGATRON_LM: "Megatron-LM brings its own loop",
 }
+ASKED_BY = {  # what Accelerate reads; it imports the package at once
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
+}
 
 
 def on_cuda() -> bool:
@@ -51,6 +56,13 @@ def hush(rank: int) -> None:
 
 def check_launch(config: Config) -> None:
     """Raise ValueError, with the command or field that cures it, for a start that would not do what was asked."""
+    for name, kind in ASKED_BY.items():
+        if str(os.environ.get(name)).lower() in ("1", "true", "yes", "y", "on", "t"):
+            raise ValueError(
+                f"the launch file, or {name}={os.environ[name]} in the environment, asks for "
+                f"{kind.value}: {REFUSED_LAUNCHES[kind]}. Use accelerate_configs/ddp_2gpu.yaml, "
+                f"and unset {name}"
+            )
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     visible = torch.cuda.device_count() if on_cuda() else 0
     words = " ".join(sys.argv[1:])
@@ -163,7 +175,8 @@ def make_accelerator(config: Config) -> Accelerator:
     kind = accelerator.distributed_type
     if kind in REFUSED_LAUNCHES:
         raise ValueError(
-            f"the launch file asks for {kind.value}: {REFUSED_LAUNCHES[kind]}. Use accelerate_configs/ddp_2gpu.yaml"
+            f"the launch file asks for {kind.value}: {REFUSED_LAUNCHES[kind]}. "
+            "Use accelerate_configs/ddp_2gpu.yaml"
         )
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(

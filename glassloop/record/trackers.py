@@ -63,6 +63,11 @@ def check_tracking(tracking: TrackingConfig) -> None:
     if "wandb" not in tracking.to:
         return
     asked = os.environ.get("WANDB_MODE") or tracking.wandb_mode
+    if asked not in ("online", "offline"):
+        raise ValueError(
+            f"tracking.to = {list(tracking.to)}, but WANDB_MODE={asked} in the environment turns "
+            "Weights & Biases off: set tracking.to=null, or unset WANDB_MODE"
+        )
     if asked != tracking.wandb_mode:
         raise ValueError(
             f"tracking.wandb_mode = {tracking.wandb_mode}, but the environment says WANDB_MODE={asked}: "

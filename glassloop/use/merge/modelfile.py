@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glassloop.data.bounded import TemplateError, bounded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -72,9 +74,11 @@ def quoted(text: str) -> str:
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    return str(
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    )
+    with bounded("the chat template"):
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    return str(text)
 
 
 def _mark(n: int) -> str:
@@ -87,7 +91,7 @@ def _between(tokenizer: Any, roles: Sequence[str]) -> list[str] | None:
         text = render_chat(
             tokenizer, [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
         )
-    except Exception:  # a template raises what it likes
+    except TemplateError:
         return None
     parts = []
     for i in range(len(roles)):

@@ -548,7 +548,7 @@ OPENS_THINK = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }
         (
             CHATML.replace("{% for", "{{ raise_exception('no roles at all') }}{% for"),
             UNTHOUGHT,
-            "refuses turns user.*: no roles at all; set",
+            "refuses turns user.*: no roles at all .*; set",
         ),
     ],
     ids=[

@@ -81,6 +81,16 @@ def test_launch_settings_that_hide_the_formula_are_refused_with_the_reason(
         assert "bnb_4bit_quant_storage=bf16 with bf16 adapters" in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", launch.ASKED_BY)
+def test_a_launch_by_environment_is_refused_before_its_package_is_imported(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match=rf"{name}=true .* unset {name}") as refusal:
+        launch.check_launch(parse(["smollm2_demo"]))
+    assert launch.REFUSED_LAUNCHES[launch.ASKED_BY[name]] in str(refusal.value)
+
+
 def test_a_lone_process_may_be_given_a_backend(run_of) -> None:
     """It has nobody to speak with: no process group is made, and none is missed."""
     run = run_of(execution={"backend": "gloo", "precision": "fp32"})

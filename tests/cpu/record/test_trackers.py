@@ -163,9 +163,17 @@ def test_a_key_is_never_part_of_a_message(
     assert KEY not in str(caught.value) + "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"), [("online", "offline"), ("online", "disabled"), ("offline", "online")]
-)
+@pytest.mark.parametrize("mode", ["disabled", "dryrun"])
+def test_an_environment_that_turns_wandb_off_has_the_cure_that_works(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(ValueError, match=rf"WANDB_MODE={mode} .* set tracking.to=null"):
+        check_tracking(online())
+    check_tracking(TrackingConfig(to=()))
+
+
+@pytest.mark.parametrize(("asked", "said"), [("online", "offline"), ("offline", "online")])
 def test_an_environment_that_says_otherwise_is_named(
     monkeypatch: pytest.MonkeyPatch, asked: Any, said: str
 ) -> None:
