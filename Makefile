@@ -43,8 +43,8 @@ test: .venv/dev.stamp  ## Run the tests; those that need a GPU say so and are sk
 test-all: .venv/dev.stamp  ## Run the tests, and those that repeat a promise at length
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ALL) $(ARGS)
 
-soak: .venv/dev.stamp  ## Kill a run hundreds of times and resume it (10 minutes)
-	GLASSLOOP_SOAK=1 $(BIN)/python -m pytest -s tests/dist/test_soak.py
+soak: .venv/dev.stamp  ## Kill a run hundreds of times and resume it; end many (15 minutes)
+	GLASSLOOP_SOAK=1 $(BIN)/python -m pytest -s tests/dist/test_soak.py tests/dist/test_ends.py
 
 # The newest versions write their numbers down first; the oldest must find the same.
 verify-oldest: .venv/dev.stamp .venv-oldest/run.stamp  ## Prove the math on the oldest versions

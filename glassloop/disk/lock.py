@@ -88,7 +88,10 @@ class FolderLock:
                 f"{self.folder} was taken over by {self._taken} while this process stood still: "
                 "this run ends, so that its folder has one writer"
             )
-        path = self._path_now()
+        try:
+            path = self._path_now()
+        except OSError:
+            return  # out of reach just now: what the disk refuses is said where it is written
         if path == self.path:
             return
         if path is not None:

@@ -51,6 +51,22 @@ def test_two_ranks_apply_the_schedule_of_one(faults):
     assert closed_form[58] > 0
 
 
+def test_ranks_with_another_config_or_code_are_refused_by_field_and_file(faults):
+    lr = both(faults, "other_lr_on_rank_1")
+    assert "optimizer.lr: rank 0: 0.01; rank 1: 0.02\n" in lr
+    code = both(faults, "other_code_on_rank_1")
+    assert "glassloop/formula/loss.py: rank 0: sha256 " in code
+    assert "rank 1: sha256 ffffffffffff" in code
+
+
+def test_a_folder_that_is_written_is_refused_on_every_rank(faults):
+    first, second = faults["folder_of_a_living_run"]
+    assert "is being written by process " in first
+    assert second.startswith("locking ")
+    assert "failed on another rank (rank 0: Held: " in second
+    assert first in second
+
+
 def test_a_nan_on_rank_1_is_skipped_by_both_and_names_rank_pass_and_row(faults):
     by_rank = faults["nan_on_rank_1"]
     for result in by_rank:

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import launching
 import pytest
-from launching import LAUNCH, ROOT, TWO_CPUS, launch, write_rows
+from launching import LAUNCH, ROOT, TWO_CPUS, ranks_of, write_rows
+
+from glassloop.disk.lock import LOCK
+from glassloop.loop.watchdog import _alive
 
 TRAIN = ROOT / "train_loop.py"
 
@@ -33,9 +36,29 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> list[st
 
 
 def start(words: list[str], name: str, *launcher: str, cold: bool = False) -> subprocess.Popen[str]:
-    command = [*LAUNCH, str(TWO_CPUS), *launcher, str(TRAIN), *words, f"run.name={name}"]
+    return started([*words, f"run.name={name}"], *launcher, cold=cold)
+
+
+def started(words: list[str], *launcher: str, cold: bool = False) -> subprocess.Popen[str]:
+    command = [*LAUNCH, str(TWO_CPUS), *launcher, str(TRAIN), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return launching.start(command, cold=cold, start_new_session=True, **pipes)
+
+
+def events_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def output_of_orphans(process: subprocess.Popen, within_s: float) -> str:
+    """Kill a launcher at once; what its ranks print until the last one has ended, in time."""
+    ranks = ranks_of(process.pid)
+    process.kill()
+    killed = time.monotonic()
+    output, _ = process.communicate(timeout=within_s)  # the ranks keep the pipe open
+    assert time.monotonic() - killed < within_s
+    assert len(ranks) == 2
+    assert not any(map(_alive, ranks))
+    return output
 
 
 def updates(folder: Path) -> int:
@@ -69,9 +92,9 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_killed_rank_ends_the_other_one_which_names_it(words):
+def test_a_killed_rank_ends_the_other_one_and_a_killed_launcher_both_with_a_checkpoint(words):
     folder = Path(words[-1][8:]) / "killed"
-    process = start([*words, "schedule.updates=60"], "killed", cold=True)
+    process = start(words, "killed", cold=True)
     pid = pid_of_rank(folder, 1, after_updates=8)
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -85,8 +108,18 @@ def test_a_killed_rank_ends_the_other_one_which_names_it(words):
         json.loads(data)["update"] for name, data in saved.items() if name.endswith("state.json")
     )
     assert last % 5 == 0  # a periodic one: nothing was saved on the way out
-    more = ["run.name=null", "checkpoint.every_updates=null"]
-    launch(TRAIN, "--resume", str(folder), "--at", str(last), *more, timeout_s=200)
+    resume = ["--resume", str(folder), "--at", str(last), "checkpoint.every_updates=null"]
+    resumed = started(resume)
+    before = updates(folder)
+    pid_of_rank(folder, 1, after_updates=before + 4)
+    told = output_of_orphans(resumed, within_s=40)
+    event = events_of(folder)[-1]
+    assert event["kind"] == "stopped"
+    assert f"the launcher, process {resumed.pid}, is gone" in event["message"]
+    assert event["update"] == last + updates(folder) - before
+    assert (folder / f"checkpoints/update_{event['update']:06d}").is_dir()
+    assert told.rstrip().endswith(f"--resume {folder}")  # the last line
+    assert not (folder / LOCK).exists()
 
 
 def test_a_hanging_rank_is_given_up_with_the_position_of_each(words):
@@ -129,20 +162,34 @@ def test_with_max_restarts_the_run_goes_on_by_itself(words):
     assert events.count("resumed") == 1
 
 
+def test_ranks_whose_launcher_is_killed_during_start_up_end_too(words):
+    process = start(words, "orphaned", cold=True)
+    deadline = time.monotonic() + 60
+    while len(ranks_of(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    output = output_of_orphans(process, within_s=90)  # imports alone take 8 s, and more under load
+    assert "is gone" in output
+    assert not (Path(words[-1][8:]) / "orphaned").exists()
+
+
 @pytest.mark.parametrize(
-    "to_all", [True, False], ids=["as SLURM, to all processes", "to the launcher alone"]
+    ("number", "to_all"),
+    [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGINT, False)],
+    ids=["SIGTERM to all processes, as SLURM", "SIGHUP, as a lost ssh", "SIGINT, as Ctrl-C"],
 )
-def test_a_termination_signal_saves_a_checkpoint_of_what_is_done(words, to_all):
-    folder = Path(words[-1][8:]) / f"terminated{to_all}"
+def test_a_signal_saves_a_checkpoint_of_what_is_done(words, number, to_all):
+    folder = Path(words[-1][8:]) / f"ended_by_{number.name}"
     process = start([*words, "checkpoint.every_updates=null"], folder.name)
     pid_of_rank(folder, 1, after_updates=6)
-    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     asked = time.monotonic()
-    process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert time.monotonic() - asked < 25  # the launcher kills after 30
-    event = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()][-1]
+    event = events_of(folder)[-1]
     assert event["kind"] == "stopped"
-    assert "SIGTERM" in event["message"]
+    assert number.name in event["message"]
+    ours = output.partition("Traceback")[0]  # the launcher's own, which it prints when it is asked
+    assert f"--resume {folder}" in ours.split("report ")[1]
     (saved,) = [
         json.loads(data)["update"]
         for name, data in checkpoints(folder).items()

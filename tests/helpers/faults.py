@@ -16,6 +16,7 @@ from tiny import FOLDER, poisoned, run_of, state
 
 from glassloop.data.rows import Row
 from glassloop.formula.dist import gather_objects, leave
+from glassloop.loop import same_program
 from train_loop import update_once
 
 
@@ -220,7 +221,51 @@ def ledger():
     }
 
 
+def refused(**sections):
+    """The refusal of a run, in words."""
+    try:
+        run_of("refused", **sections).close_observers()
+        return None
+    except ValueError as error:
+        return str(error)
+
+
+def other_lr_on_rank_1():
+    """The config of one rank differs: named before anything is built."""
+    return refused(optimizer={"lr": (0.01, 0.02)[int(os.environ["RANK"])]})
+
+
+def other_code_on_rank_1():
+    """One rank has another file of the package."""
+    genuine = same_program.program
+
+    def program(config):
+        found = genuine(config)
+        if os.environ["RANK"] == "1":
+            found["code"]["glassloop/formula/loss.py"] = "f" * 64
+        return found
+
+    same_program.program = program
+    try:
+        return refused()
+    finally:
+        same_program.program = genuine
+
+
+def folder_of_a_living_run():
+    """A second run resumes the first one, which still writes."""
+    run = run_of("living")
+    try:
+        return refused(resume={"run": str(run.folder), "at": 0})
+    finally:
+        run.close_observers()
+        gather_objects(None)
+
+
 CHECKS = [
+    other_lr_on_rank_1,
+    other_code_on_rank_1,
+    folder_of_a_living_run,
     learning_rates_of_60_updates,
     nan_on_rank_1,
     infinite_gradient_on_rank_1,

@@ -136,6 +136,17 @@ def _forking() -> Iterator[None]:
             subprocess._fork_exec = warm.GENUINE  # type: ignore[attr-defined]
 
 
+def ranks_of(launcher: int) -> list[int]:
+    """The launcher's processes."""
+    try:
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        ]
+    except OSError:
+        return []
+
+
 def write_rows(path: Path, rows: int) -> Path:
     """Write a jsonl file of prompts (1 to 14 words) and completions (1 to 9), always alike."""
     words = [

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import tqdm
-from launching import LAUNCH, ROOT, TWO_CPUS, environment
+from launching import LAUNCH, ROOT, TWO_CPUS, environment, ranks_of
 
 import train_loop
 from glassloop.record.jsonl import read_jsonl
@@ -330,17 +330,6 @@ class Soak:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment(), start_new_session=True, stdout=log, stderr=log
             )
-
-
-def ranks_of(launcher: int) -> list[int]:
-    """The launcher's processes."""
-    try:
-        return [
-            int(pid)
-            for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-        ]
-    except OSError:
-        return []
 
 
 def killed(pid: int) -> bool:

@@ -219,6 +219,20 @@ def test_a_renamed_folder_is_noticed_with_its_new_name(tmp_path: Path) -> None:
     assert (tmp_path / "best" / "config.yaml").exists()
 
 
+def test_a_folder_that_is_out_of_reach_for_a_moment_is_not_called_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = hold(tmp_path / "run")
+
+    def stale(_path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as during:
+        during.setattr(lock.os, "lstat", stale)
+        held.check()
+    held.release()
+
+
 @pytest.mark.parametrize("way", ["removed", "replaced"])
 def test_a_lock_file_that_goes_ends_the_run(way: str, tmp_path: Path) -> None:
     held = hold(tmp_path / "run")

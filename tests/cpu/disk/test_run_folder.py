@@ -1,15 +1,18 @@
-"""A run has a folder of its own, whoever else begins one at the same moment."""
+"""A run has a folder of its own, whoever else begins one, moves it or makes it read-only."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import time
 from pathlib import Path
 
 import pytest
 
-from glassloop.disk.lock import Held
+from glassloop.disk.lock import LOCK, FolderMoved, Held
 from glassloop.loop import build
+from train_loop import train
 
 
 def test_two_runs_that_begin_in_the_same_second_have_two_folders(run_of, monkeypatch):
@@ -55,3 +58,61 @@ def test_a_run_that_is_refused_late_leaves_no_folder(run_of, monkeypatch, tmp_pa
     with pytest.raises(ValueError, match="no such model"):
         run_of(run={"name": "refused", "dir": str(tmp_path / "runs")})
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def at_update(run, update, action):
+    """Let `action` happen between two updates, as another process would do it."""
+    genuine = run.inspection.half_way
+
+    def half_way(window):
+        if window.update == update:
+            action()
+        return genuine(window)
+
+    run.inspection.half_way = half_way
+
+
+def test_a_run_whose_folder_is_renamed_ends_and_names_the_new_place(run_of, tmp_path):
+    run = run_of(run={"name": "old"}, schedule={"updates": 6}, checkpoint={"every_updates": 1})
+    new = run.folder.with_name("new")
+    at_update(run, 3, lambda: run.folder.rename(new))
+    with pytest.raises(FolderMoved, match=rf"was renamed in mid-run, its files are in {new}: "):
+        train(run)
+    run.close()
+    assert not run.folder.exists()  # nothing was made under the old name
+    lines = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2]
+    assert [path.name for path in sorted((new / "checkpoints").glob("update_*"))][-1] == (
+        "update_000002"
+    )
+    assert not (new / LOCK).exists()
+    resumed = run_of(resume={"run": str(new)}, schedule={"updates": 6})
+    assert resumed.first_update == 3
+    resumed.close_observers()
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "stop"])
+def test_a_folder_that_becomes_read_only_keeps_its_checkpoints_and_the_run_ends_with_1(
+    on_failure, run_of, monkeypatch
+):
+    every = {"every_updates": 1, "keep": 9, "on_failure": on_failure}
+    schedule = {"updates": 4, "warmup_updates": 1}
+    run = run_of(run={"name": "sealed"}, schedule=schedule, checkpoint=every)
+    genuine = os.mkdir
+
+    def sealed(path, *args, **options):
+        if str(path).startswith(str(run.folder)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        genuine(path, *args, **options)
+
+    at_update(run, 3, lambda: monkeypatch.setattr(os, "mkdir", sealed))
+    assert train(run) == 1
+    run.close_observers()
+    saved = sorted(path.name for path in (run.folder / "checkpoints").glob("update_*"))
+    assert saved == ["update_000001", "update_000002"]
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    warnings = [event["message"] for event in events if event["kind"] == "warning"]
+    assert "Read-only file system" in warnings[0]
+    assert "make the folder writable for this user, or set run.dir to one that is" in warnings[0]
+    metrics = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == (4 if on_failure == "warn" else 3)
