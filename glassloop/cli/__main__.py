@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import glassloop
 from glassloop import cli
+from glassloop.record.printable import refusal
 
 USAGE = "usage: glassloop COMMAND [ARGUMENT] ..."
 TRAINING = """To train:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (
             os.environ.get("LOCAL_RANK", "0") == "0"
         ):  # once a host, where a launcher started several
-            print(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)", file=sys.stderr)
+            print(refusal(error), file=sys.stderr)
         return 2
 
 

@@ -64,7 +64,7 @@ def render(row: Row, tokenizer: Any) -> Text:
     """Every token of a row, told apart with and without colour."""
     from rich.text import Text
 
-    from glassloop.record.terminal import visible
+    from glassloop.record.printable import visible
 
     control = set(tokenizer.get_added_vocab().values())
     text = Text()

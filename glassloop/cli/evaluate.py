@@ -204,6 +204,7 @@ def as_object(
 
 def save(trained: Any, found: dict[str, Any]) -> str:
     """Into the run's folder, one file an evaluation. Returns its path, or "nowhere" and why."""
+    from glassloop.disk.opening import NotPlain, require_plain_folder
     from glassloop.disk.publish import make, write_json
 
     if trained.run is None:
@@ -211,10 +212,13 @@ def save(trained: Any, found: dict[str, Any]) -> str:
     folder = trained.run / FOLDER
     path = folder / f"{trained.checkpoint.name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     try:
+        require_plain_folder(folder)
         make(folder)
         write_json(path, found)
     except OSError as error:
         return f"nowhere, so push will not find it: {folder} cannot be written ({error.strerror})"
+    except NotPlain as error:
+        return f"nowhere, so push will not find it: {error}"
     return os.path.relpath(path)
 
 

@@ -380,9 +380,9 @@ def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
 
 def harmless(text: str, encoding: str) -> str:
     """What a model wrote, its line breaks kept and whatever else a terminal would obey made visible."""
-    from glassloop.record.terminal import printable
+    from glassloop.record.printable import printable
 
-    return "\n".join(printable(line, encoding) for line in text.split("\n"))
+    return printable(text, encoding, keep="\n")
 
 
 def ending(reply: Reply, most: int) -> str:

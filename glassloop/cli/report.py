@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     own.add_argument(
         "--no-text",
         action="store_true",
-        help="to share: no row's text or id, no answer, no system prompt, no command line",
+        help="to share: no row, answer, system prompt, command line, folder or name of a user",
     )
     own.add_argument(
         "--png", type=Path, metavar="FILE", help="the curves as a picture too (needs matplotlib)"

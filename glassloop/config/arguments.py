@@ -23,6 +23,9 @@ from glassloop.config.config import Config, as_dict
 from glassloop.config.hardware import EXAMPLES, hardware_values
 from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.trust import CACHE, FIELDS, unasked
+from glassloop.disk.opening import NotPlain, open_plain
+from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
+from glassloop.disk.secrets import secrets_in
 
 # What users of other trainers type, and what it is called here.
 PEER_NAMES = {
@@ -149,7 +152,7 @@ def parse(
             raise ConfigError(
                 f"preset = {argv[0]} beside --resume {resumed}: the run's own config.yaml says how it goes on; leave the preset out"
             )
-        values = with_old_engine(_read_yaml(Path(resumed) / "config.yaml"))
+        values = with_old_engine(_read_yaml(Path(resumed) / "config.yaml", of_a_run=True))
     if has_preset:
         values = {"preset": argv[0], **_named(PRESETS, argv[0], "preset")}
     if hardware is not None:
@@ -233,6 +236,12 @@ def to_yaml(config: Config) -> str:
 def from_values(values: dict[str, Any]) -> Config:
     """Config from nested plain values, such as a run's config.yaml; raises ConfigError."""
     _check_names(values)
+    for name, what in secrets_in(values):
+        raise ConfigError(
+            f"{name} holds what looks like {what}. A config is written into the run's folder, "
+            "checkpoints and reports: remove it, and log in (hf auth login, wandb login) or set "
+            "it in the environment (HF_TOKEN, WANDB_API_KEY)"
+        )
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -343,16 +352,16 @@ def _normalise(argument: str) -> str:
     return SHORTHANDS.get(name, name) + equals + value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, *, of_a_run: bool = False) -> dict[str, Any]:
+    """The fields of a YAML file; that of a run's folder is not read through a link."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(open_plain(path) if of_a_run else path, "rb") as file:
+            values = plain_yaml(file.read(4 * MOST_CHARACTERS).decode("utf-8"))
+    except NotPlain as error:
+        raise ConfigError(f"--resume {path.parent}: {error}") from None
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: broken UTF-8, or a date that is none
+    except ValueError as error:
         raise ConfigError(f"--config {path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Files and folders published whole, locks, the environment. No torch on top.
+"""Files: opened as a stranger's, published whole, locks, secrets, the environment.
 
-Imports no other room.
+No torch on top. Imports no other room.
 """

@@ -1,13 +1,13 @@
-"""Where a run took place: versions, GPUs, driver, commit, command line. No host name, and no secret.
+"""Where a run took place: versions, GPUs, driver, commit, command line.
+
+No host name is kept, and no secret.
 
 Nothing here imports torch before `environment()` is called.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import glassloop
+from glassloop.disk.secrets import command_line
 
 ENV_SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -27,21 +28,6 @@ OPTIONAL_PACKAGES = (
     "trl",
     "flash-attn",
 )  # those that are installed decide too
-HIDDEN = "(hidden)"
-
-# names whose value is a secret: HF_TOKEN, WANDB_API_KEY, AWS_ACCESS_KEY_ID; not max_tokens, not TOKENIZERS_PARALLELISM
-_SECRET_NAME = re.compile(
-    r"(^|[_.-])(token|key|apikey|secret|password|passwd|credentials?)([_-]id)?$", re.IGNORECASE
-)
-_SECRET_SHAPES = (
-    re.compile(
-        r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|wandb_v\d_\w{16,})"
-    ),
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # user:password@ of an address
-    re.compile(
-        r"(?<=[?&])((?:access_|api_)?(?:token|key|secret|signature|sig)=)[^&\s]+", re.IGNORECASE
-    ),
-)
 
 
 def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -101,50 +87,6 @@ def git_commit(file: Path) -> dict[str, Any] | None:
         "commit": commit,
         "changed": bool(_answer([*git, "status", "--porcelain", "--untracked-files=no"])),
     }
-
-
-def command_line(argv: Sequence[str]) -> list[str]:
-    """The command line with secrets hidden: `--hub_token abc`, `--hub_token=abc`, and what `without_secrets` knows."""
-    shown: list[str] = []
-    hide_next = False
-    for word in argv:
-        name, sign, _ = word.partition("=")
-        secret = bool(_SECRET_NAME.search(name.lstrip("-")))
-        if hide_next:
-            word = HIDDEN
-        elif secret and sign:
-            word = f"{name}={HIDDEN}"
-        shown.append(without_secrets(word))
-        hide_next = secret and word.startswith("-") and not sign
-    return shown
-
-
-def without_secrets(value: Any) -> Any:
-    """A copy of plain JSON values in which secrets read "(hidden)".
-
-    Hidden are values under a secret's name, values of environment variables with such a name, and strings that look like an
-    access token or carry a password in an address.
-    """
-    known = [
-        text for name, text in os.environ.items() if _SECRET_NAME.search(name) and len(text) >= 8
-    ]
-    return _hide(value, sorted(known, key=len, reverse=True))
-
-
-def _hide(value: Any, known: list[str]) -> Any:
-    if isinstance(value, dict):
-        return {
-            k: HIDDEN if v is not None and _SECRET_NAME.search(str(k)) else _hide(v, known)
-            for k, v in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_hide(item, known) for item in value]
-    if not isinstance(value, str):
-        return value
-    for secret in known:
-        value = value.replace(secret, HIDDEN)
-    token, address, query = _SECRET_SHAPES
-    return query.sub(rf"\g<1>{HIDDEN}", address.sub(HIDDEN, token.sub(HIDDEN, value)))
 
 
 def _answer(command: list[str]) -> str | None:

@@ -14,12 +14,20 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from glassloop.disk.opening import (
+    NotPlain,
+    read_plain,
+    require_plain_entries,
+    require_plain_folder,
+)
+
 SUMS = "SHA256SUMS"
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no larger file is read
+IN_A_RUN = ("checkpoints", "capsules")  # folders of a run that hold published ones
 REPLACED = (
     ".replaced"  # suffix of a folder that stood where a new one of the same name is being put
 )
@@ -52,9 +60,9 @@ def publish(
     """
     work = target.with_name(f".{target.name}.writing")
     try:
+        require_plain_folder(target.parent)
         make(target.parent)
-        if work.exists():
-            shutil.rmtree(work)  # left by a process that died here
+        _discard(work)  # left by a process that died here
         work.mkdir()
         if also is not None:
             also(work)
@@ -72,13 +80,15 @@ def publish(
             "".join(f"{_digest((work / name).read_bytes())}  {name}\n" for name in names).encode(),
         )
         sync(work)
-        if target.exists():
+        if os.path.lexists(target):
             aside = target.with_name(target.name + REPLACED)
-            if aside.exists():
+            if os.path.lexists(aside):
                 remove(aside)
             os.rename(target, aside)
         os.rename(work, target)
         sync(target.parent)
+    except NotPlain as error:
+        raise NotSaved(f"{target} was not saved: {error}") from error
     except OSError as error:
         raise NotSaved(f"{target} was not saved: {error}; {cure(error, limit)}") from error
     finally:
@@ -139,11 +149,10 @@ def named(path: Path, cure: str) -> Iterator[None]:
 def remove(folder: Path) -> None:
     """Take the published name away first, also on the disk, so that what a dying removal leaves is not taken for a torn folder."""
     doomed = folder.with_name(f".{folder.name}.removing")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    _discard(doomed)
     os.rename(folder, doomed)
     sync(folder.parent)
-    shutil.rmtree(doomed)
+    _discard(doomed)
 
 
 def unfinished(parent: Path) -> list[Path]:
@@ -151,7 +160,7 @@ def unfinished(parent: Path) -> list[Path]:
     return sorted(
         path
         for path in parent.glob(".*")
-        if path.suffix in (".writing", ".removing") and path.is_dir()
+        if path.suffix in (".writing", ".removing") and (path.is_symlink() or path.is_dir())
     )
 
 
@@ -161,6 +170,9 @@ def read(folder: Path, required: Collection[str], only: str | None = None) -> di
     Raises:
         ValueError: names the file that is missing, corrupt, cut short or not a plain file, or a `required` one that has no sum.
     """
+    if folder.parent.name in IN_A_RUN:
+        require_plain_folder(folder.parent)
+    require_plain_folder(folder)
     digests: dict[str, str] = {}
     sums = _bytes(folder / SUMS)
     for line in sums.decode("utf-8", "replace").split("\n")[:-1]:
@@ -178,6 +190,8 @@ def read(folder: Path, required: Collection[str], only: str | None = None) -> di
         raise ValueError(
             f"{SUMS} is corrupt or cut short: it does not list {', '.join(sorted(missing))}"
         )
+    if only is None:
+        require_plain_entries(folder)  # libraries open files that have no sum, too
     contents = {}
     for name in digests if only is None else [only]:
         data = _bytes(folder / name)
@@ -192,7 +206,7 @@ def read(folder: Path, required: Collection[str], only: str | None = None) -> di
 def sweep(parent: Path) -> None:
     """Remove what is unfinished."""
     for path in unfinished(parent):
-        shutil.rmtree(path)
+        _discard(path)
 
 
 def cure(error: OSError, limit: str) -> str:
@@ -204,6 +218,14 @@ def cure(error: OSError, limit: str) -> str:
     return (
         "see whether the disk is healthy and the folder still there, or set run.dir to another one"
     )
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder with what is in it, or a file, or a link and not what it leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _write(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -229,9 +251,7 @@ def _digest(data: bytes) -> str:
 
 def _bytes(path: Path) -> bytes:
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise ValueError(f"{path.name} is not a plain file")
-        return path.read_bytes()
+        return read_plain(path, MEMORY_BYTES)
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing") from error
     except OSError as error:

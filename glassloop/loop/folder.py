@@ -14,7 +14,8 @@ from glassloop.config.config import Config
 from glassloop.config.sections import ResumeConfig
 from glassloop.data.dataset import Dataset
 from glassloop.disk.environment import environment
-from glassloop.disk.publish import make, write_json, write_text
+from glassloop.disk.opening import read_plain
+from glassloop.disk.publish import make, replace_file, write_json, write_text
 from glassloop.formula.dist import gather_objects
 from glassloop.loop.run import Run
 from glassloop.record.observers import JsonlObserver
@@ -34,7 +35,7 @@ def run_folder(config: Config) -> Path:
 
 def check_no_run_in(folder: Path) -> None:
     """Raise ValueError, on all ranks, if `folder` already holds a run."""
-    if any(gather_objects((folder / "config.yaml").exists())):
+    if any(gather_objects(os.path.lexists(folder / "config.yaml"))):
         raise ValueError(
             f"run.name = {folder.name}: {folder} already holds a run; "
             f"choose another name, or resume that run: --resume {folder}"
@@ -87,11 +88,10 @@ def rewrite_plan(run: Run, old: dict[str, Any]) -> None:
     ):
         return
     for name in ("plan.json", "config.yaml"):
-        if (path := run.folder / name).exists():
-            write_text(
-                path.with_stem(f"{path.stem}_{run.first_update - 1:06d}"),
-                path.read_text(encoding="utf-8"),
-            )
+        path = run.folder / name
+        if os.path.lexists(path):
+            kept = path.with_stem(f"{path.stem}_{run.first_update - 1:06d}")
+            replace_file(kept, read_plain(path))
     write_json(run.folder / "plan.json", new)
     write_text(
         run.folder / "config.yaml",

@@ -12,6 +12,7 @@ from glassloop.loop.replica import ReplicasDiffer
 from glassloop.loop.run import Run
 from glassloop.loop.signals import StoppedEarly
 from glassloop.plan.contract import ContractBroken
+from glassloop.record.printable import refusal
 
 CLOSE_S = 60.0  # for what closes a run: files, watchdog, process group
 TRACKERS_S = 300.0  # the same with trackers, which may have much to send
@@ -30,7 +31,7 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
             if (
                 os.environ.get("LOCAL_RANK", "0") == "0"
             ):  # once a host: hosts may refuse differently
-                say(f"refused: {error}\n(GLASSLOOP_TRACEBACK=1 shows where)")
+                say(refusal(error))
             leave()
             return 2
         guard.begins()

@@ -14,7 +14,8 @@ from typing import Any
 
 import glassloop
 from glassloop.config.config import Config, as_dict
-from glassloop.disk.environment import package_version, without_secrets
+from glassloop.disk.environment import package_version
+from glassloop.disk.secrets import without_secrets
 from glassloop.formula.dist import gather_objects, is_distributed
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "numpy")

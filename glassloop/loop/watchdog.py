@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from glassloop.disk.opening import read_plain, require_plain_folder
 from glassloop.disk.publish import replace_file
 
 PATIENCE_S = 10.0  # from a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher kills after 30
@@ -73,20 +74,21 @@ class Watchdog:
         self.rank, self.ranks = rank, ranks
         self.timeout_s, self.patience_s = timeout_s, patience_s
         self.asked_to_stop = asked_to_stop
-        self._now = (0, "starts", time.time())
+        self._now = (0, "starts", time.time(), time.monotonic())
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Call it when the folder exists."""
         if self.ranks > 1:
+            require_plain_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
     def does(self, update: int, what: str) -> None:
-        self._now = (update, what, time.time())
+        self._now = (update, what, time.time(), time.monotonic())
 
     def close(self) -> None:
         """This rank has ended in good order."""
@@ -96,15 +98,18 @@ class Watchdog:
             self._thread.join()
             self._write()
 
+    def waited_s(self) -> float:
+        """For how long this rank has waited for the others; a clock that is set changes nothing."""
+        _, doing, _, since = self._now
+        return time.monotonic() - since if doing == WAITS else 0.0
+
     def positions(self) -> list[Position]:
         """What every rank said last, in rank order; those that cannot be read are left out."""
         found = []
         for rank in range(self.ranks):
             try:
                 found.append(
-                    Position(
-                        **json.loads((self.folder / f"rank{rank}.json").read_text(encoding="utf-8"))
-                    )
+                    Position(**json.loads(read_plain(self.folder / f"rank{rank}.json", 65_536)))
                 )
             except (OSError, ValueError, TypeError):
                 continue
@@ -137,8 +142,7 @@ class Watchdog:
             positions = self.positions()
             others_gone = any(position.gone for position in positions)
             gone_since = (gone_since or time.monotonic()) if others_gone else None
-            _, doing, since = self._now
-            waited = time.time() - since if doing == WAITS else 0.0
+            waited = self.waited_s()
             if gone_since is not None and time.monotonic() - gone_since >= self.patience_s:
                 self._end(self._message(positions))
             elif self.asked_to_stop() and waited >= self.patience_s:
@@ -167,7 +171,7 @@ class Watchdog:
         )
 
     def _write(self) -> None:
-        update, doing, since = self._now
+        update, doing, since, _ = self._now
         told = Position(self.rank, socket.gethostname(), os.getpid(), update, doing, since)
         path = self.folder / f"rank{self.rank}.json"
         try:

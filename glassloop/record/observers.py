@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from glassloop.disk.opening import open_plain
 from glassloop.disk.publish import make, named, sync
 from glassloop.record.jsonl import (
     EVALUATIONS,
@@ -88,7 +89,7 @@ class JsonlObserver:
 
     Raises:
         OSError: a file cannot be opened or written; the message names it. The file is left parseable.
-        ValueError: a file of the folder is damaged, or was written by a newer glassloop.
+        ValueError: a file of the folder is damaged, a link, or was written by a newer glassloop.
     """
 
     def __init__(
@@ -115,10 +116,8 @@ class JsonlObserver:
         self._update_ids: list[str] = []  # rows of the last update, which its events may name
         for name in names:
             with named(self._folder / name, CURE):
-                self._files[name] = os.open(
-                    self._folder / name,
-                    os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC,
-                    0o666,
+                self._files[name] = open_plain(
+                    self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 )
         with named(self._folder, CURE):
             sync(self._folder)  # their names
@@ -219,9 +218,15 @@ def under_policy(event: Event, text: TextPolicy, row_ids: Iterable[str] = ()) ->
 
 def _attempts(folder: Path, names: tuple[str, ...]) -> dict[int, int]:
     highest: dict[int, int] = {}
-    for path in (folder / name for name in names):
-        for record in read_jsonl(path) if path.exists() else ():
-            highest[record["update"]] = max(highest.get(record["update"], 0), record["attempt"])
+    for path in (folder / name for name in names if os.path.lexists(folder / name)):
+        for record in read_jsonl(path):
+            update, attempt = record.get("update"), record["attempt"]
+            if type(update) is not int or type(attempt) is not int:
+                raise ValueError(
+                    f"{path}: update = {update!r:.80}, attempt = {attempt!r:.80} are not counts; "
+                    "the file was damaged or edited. Remove the line"
+                )
+            highest[update] = max(highest.get(update, 0), attempt)
     return highest
 
 

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from glassloop.config.arguments import from_values, with_old_engine
 from glassloop.config.config import Config
 from glassloop.config.trust import FIELDS, Words, unasked
+from glassloop.disk.opening import read_plain
+from glassloop.disk.plain_yaml import plain_yaml
+from glassloop.record.checked import LARGEST, MOST_COUNT, is_shallow
 from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
@@ -31,9 +33,15 @@ from glassloop.record.jsonl import (
     PROBES,
     ROWS,
     SAMPLES,
-    read_jsonl,
+    read_records,
 )
 
+USED_SETTINGS: dict[str, tuple[type, ...]] = {  # of a config, in reports and studies
+    "seed": (int, type(None)),
+    "execution.precision": (str, type(None)),
+    "optimizer.max_grad_norm": (int, float, type(None)),
+    "schedule.warmup_updates": (int, type(None)),
+}
 WINDOW_UPDATES = 20  # applied updates whose medians are the usual loss and norm
 ENDS = ("finished", "failed", "stopped")
 Record = dict[
@@ -106,21 +114,28 @@ def end_of(events: Sequence[Record]) -> Record | None:
 
 
 def read_run(folder: Path) -> RunData:
-    """Raises ValueError where the folder holds no run, or a file of it is damaged or newer than this glassloop."""
+    """Read everything that the reports show.
+
+    Raises ValueError where the folder holds no run, or a file of it is damaged, a link, or newer
+    than this glassloop.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"RUN = {folder} is no folder: name a run's folder (runs/NAME)")
-    if not any((folder / name).exists() for name in (METRICS, EVENTS, "config.yaml", "plan.json")):
+    if not any(
+        os.path.lexists(folder / name) for name in (METRICS, EVENTS, "config.yaml", "plan.json")
+    ):
         raise ValueError(
-            f"RUN = {folder} holds no run (no {METRICS}, no config.yaml): name a run's folder (runs/NAME)"
+            f"RUN = {folder} holds no run (no {METRICS}, no config.yaml): "
+            "name a run's folder (runs/NAME)"
         )
-    updates, replaced = standing(_lines(folder / METRICS))
+    updates, replaced = standing(read_records(folder / METRICS))
     attempts = {record["update"]: record["attempt"] for record in updates}
 
     def counted(name: str) -> list[Record]:
         return [
             record
-            for record in _lines(folder / name)
+            for record in read_records(folder / name)
             if attempts.get(record["update"]) == record["attempt"]
         ]
 
@@ -130,12 +145,12 @@ def read_run(folder: Path) -> RunData:
         replaced=replaced,
         probes=standing(counted(PROBES))[0],
         rows=counted(ROWS),
-        evaluations=standing(_lines(folder / EVALUATIONS))[0],
-        samples=_lines(folder / SAMPLES),
-        events=_lines(folder / EVENTS),
-        plan=_json(folder / "plan.json"),
-        env=_json(folder / "env.json"),
-        config=_yaml(folder / "config.yaml"),
+        evaluations=standing(read_records(folder / EVALUATIONS))[0],
+        samples=read_records(folder / SAMPLES),
+        events=read_records(folder / EVENTS),
+        plan=_plan(folder / "plan.json"),
+        env=_env(folder / "env.json"),
+        config=_config(folder / "config.yaml"),
     )
 
 
@@ -160,8 +175,8 @@ def leading_to(records: Iterable[Record], update: int) -> dict[int, Record]:
         by_update.setdefault(record["update"], {})[record["attempt"]] = record
     chain: dict[int, Record] = {}
     attempt = max(by_update.get(update, {0: {}}))
-    for u in range(update, 0, -1):
-        if fitting := [a for a in by_update.get(u, {}) if a <= attempt]:
+    for u in sorted((u for u in by_update if 1 <= u <= update), reverse=True):
+        if fitting := [a for a in by_update[u] if a <= attempt]:
             attempt = max(fitting)
             chain[u] = by_update[u][attempt]
     return dict(sorted(chain.items()))
@@ -169,7 +184,7 @@ def leading_to(records: Iterable[Record], update: int) -> dict[int, Record]:
 
 def trajectory(folder: Path, update: int) -> dict[int, Record]:
     """`leading_to` of a run's metrics. Raises ValueError where `update` is not on record."""
-    records = _lines(folder / METRICS)
+    records = read_records(folder / METRICS)
     chain = leading_to(records, update)
     if update not in chain:
         last = max((record["update"] for record in records), default=None)
@@ -183,7 +198,7 @@ def trajectory(folder: Path, update: int) -> dict[int, Record]:
 def row_records(folder: Path) -> dict[tuple[int, int], list[Record]]:
     """Lines of rows.jsonl by (update, attempt), in the order of ranks and passes; empty under record.text = none."""
     rows: dict[tuple[int, int], list[Record]] = {}
-    for record in _lines(folder / ROWS):
+    for record in read_records(folder / ROWS):
         rows.setdefault((record["update"], record["attempt"]), []).append(record)
     return rows
 
@@ -211,7 +226,7 @@ def is_run(folder: Path) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     """The recorded config as plain values. Raises ValueError where config.yaml cannot be read."""
     path = folder / "config.yaml"
-    values = _yaml(path)
+    values = _config(path)
     if values is None:
         raise ValueError(
             f"{path} is missing or holds no sections: name the folder of a run, "
@@ -272,25 +287,80 @@ def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _lines(path: Path) -> list[Record]:
-    return read_jsonl(path) if path.exists() else []
-
-
-def _json(path: Path) -> Record | None:
-    if not path.exists():
+def read_object(path: Path) -> Record | None:
+    """The fields of a JSON file; None without a file. Raises ValueError naming the file."""
+    if (data := _bytes(path)) is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep; {_DAMAGED}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); the file was damaged or edited") from None
+        raise ValueError(f"{path}: not JSON ({error}); {_DAMAGED}") from None
+    if not isinstance(value, dict) or not is_shallow(value):
+        raise ValueError(f"{path}: not a JSON object, or nested too deep; {_DAMAGED}")
+    return value
 
 
-def _yaml(path: Path) -> Record | None:
-    if not path.exists():
+_DAMAGED = "the file was damaged or edited: put back a copy"
+
+
+def _config(path: Path) -> Record | None:
+    """config.yaml, with the fields that readers use checked; None without sections."""
+    if (data := _bytes(path)) is None:
         return None
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({error}); the file was damaged or edited") from None
-    return value if isinstance(value, dict) else None
+        value = plain_yaml(data.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable YAML ({error}); {_DAMAGED}") from None
+    if not isinstance(value, dict):
+        return None
+    for name, kinds in USED_SETTINGS.items():
+        found = setting(value, name)
+        if not isinstance(found, kinds):
+            raise ValueError(
+                f"{path}: {name} = {found!r:.80} is a {type(found).__name__}; {_DAMAGED}"
+            )
+    return value
+
+
+def _env(path: Path) -> Record | None:
+    """env.json, with the fields that readers use checked."""
+    env = read_object(path)
+    found = env or {}
+    gpus, git = found.get("gpus") or [], found.get("git") or {}
+    sound = (
+        isinstance(found.get("packages") or {}, dict)
+        and isinstance(gpus, list)
+        and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus)
+        and isinstance(git, dict)
+        and isinstance(git.get("commit") or "", str)
+    )
+    if not sound:
+        raise ValueError(f"{path}: packages, gpus or git are not as a run writes them; {_DAMAGED}")
+    return env
+
+
+def _plan(path: Path) -> Record | None:
+    """plan.json, with the fields that readers use checked."""
+    plan = read_object(path)
+    by_update = (plan or {}).get("by_update") or {}
+    columns = by_update if isinstance(by_update, dict) else {"by_update": by_update}
+    for name, value in {"lr": (plan or {}).get("lr"), **columns}.items():
+        numbers = value if isinstance(value, list) else [] if value is None else [None]
+        if not all(isinstance(one, int | float) and abs(one) <= LARGEST for one in numbers):
+            raise ValueError(f"{path}: {name} is not a list of numbers; {_DAMAGED}")
+    for name, most in (("ranks", 65_535), ("updates", MOST_COUNT)):
+        value = (plan or {}).get(name, 0)
+        if not isinstance(value, int) or not 0 <= value <= most:
+            raise ValueError(f"{path}: {name} = {value!r:.80} is not a count; {_DAMAGED}")
+    if not isinstance((plan or {}).get("contract") or {}, dict):
+        raise ValueError(f"{path}: contract has no fields; {_DAMAGED}")
+    return plan
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return read_plain(path)
+    except FileNotFoundError:
+        return None

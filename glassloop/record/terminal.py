@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import unicodedata
 from collections.abc import Iterable
 from typing import TextIO, cast
 
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from glassloop.record.observers import RunInfo, TextPolicy
+from glassloop.record.printable import printable
 from glassloop.record.records import (
     EvaluationRecord,
     Event,
@@ -40,7 +40,6 @@ NOT_SHOWN = {
     "verdict_rows",
     "answer_tokens_median",
 }  # scores that evaluations.jsonl has room for
-JOINERS = "\u200c\u200d"  # parts of ordinary words and signs, though of a category that is escaped otherwise
 
 
 class _Lasting:
@@ -235,30 +234,6 @@ def evaluation_line(record: EvaluationRecord) -> str:
     ]
     size = f"{record.rows:,} rows, {record.supervised_tokens:,} supervised tokens, {record.seconds:.1f} s"
     return f"held-out: {', '.join(parts)} [{size}]"
-
-
-def printable(text: str, encoding: str = "utf-8") -> str:
-    r"""Text that is safe on a terminal: line breaks and other control, formatting and unassigned characters as escapes (\x1b).
-
-    Characters that `encoding` does not have are escaped too.
-    """
-    safe = (
-        char if _harmless(char) else char.encode("unicode_escape").decode("ascii") for char in text
-    )
-    return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def visible(text: str) -> str:
-    """`text` with line breaks as ⏎ and what a terminal would obey or hide written as an escape."""
-    return "".join(
-        char if char.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(char) or repr(char)[1:-1]
-        for char in text
-    )
-
-
-def _harmless(char: str) -> bool:
-    category = unicodedata.category(char)
-    return (category[0] != "C" and category not in ("Zl", "Zp")) or char in JOINERS
 
 
 def _columns(updates: int) -> list[tuple[str, int]]:

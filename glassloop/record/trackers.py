@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from glassloop.config.config import TrackingConfig
-from glassloop.disk.environment import package_version, without_secrets
-from glassloop.record.jsonl import EVALUATIONS, METRICS, SAMPLES
+from glassloop.disk.environment import package_version
+from glassloop.disk.opening import require_plain_folder
+from glassloop.disk.secrets import without_secrets
+from glassloop.record.jsonl import EVALUATIONS, METRICS, SAMPLES, read_jsonl
 from glassloop.record.observers import RunInfo, TextPolicy
 from glassloop.record.records import (
     EvaluationRecord,
@@ -242,6 +244,8 @@ def make_tracker_observer(
     if not tracking.to or not accelerator.is_main_process:
         return None
     asked = tuple(dict.fromkeys(tracking.to))
+    for name in asked:
+        require_plain_folder(Path(folder) / name)  # where it writes
     assert {str(name) for name in accelerator.log_with} == set(asked), (
         "Accelerator(log_with=list(tracking.to), project_dir=...)"
     )
@@ -364,7 +368,7 @@ def evaluation_metrics(record: EvaluationRecord) -> dict[str, float | int]:
 def _records_in(folder: Path) -> int:
     """Lines of the run's files, at least as many as there were calls of wandb's log."""
     paths = [folder / name for name in (METRICS, EVALUATIONS, SAMPLES)]
-    return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
+    return sum(len(read_jsonl(path)) for path in paths if os.path.lexists(path))
 
 
 def _where(name: str, tracker: Any) -> str:

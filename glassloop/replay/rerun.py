@@ -18,6 +18,7 @@ from glassloop.data.dataset import build_rows
 from glassloop.data.rows import Row
 from glassloop.data.sources import load_examples
 from glassloop.data.templates import make_template
+from glassloop.disk.opening import read_plain
 from glassloop.engines.peft import load_tokenizer
 from glassloop.loop.conditions import hash_of
 from glassloop.plan.outlook import plan_of
@@ -272,9 +273,7 @@ def _with_as_many_passes(batches: Batches, record: Record) -> Window:
 def _other_rows(folder: Path, digest: str) -> list[str]:
     """A note where plan.json says that the run began with other rows."""
     try:
-        saved = json.loads((folder / "plan.json").read_text(encoding="utf-8")).get(
-            "rows_digest", digest
-        )
+        saved = json.loads(read_plain(folder / "plan.json")).get("rows_digest", digest)
     except (OSError, ValueError, AttributeError):
         return []
     return (

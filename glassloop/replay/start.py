@@ -17,6 +17,7 @@ from glassloop.config.config import Config
 from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.disk.environment import PACKAGES, package_version
+from glassloop.disk.opening import read_plain
 from glassloop.record.reading import is_run, read_config, trajectory, usual, with_overrides
 from glassloop.replay.replica import Parts, make_parts, state_of
 from glassloop.replay.reproduce import Scene, recorded_numbers
@@ -284,7 +285,7 @@ def _from_run(
 def _other_packages(folder: Path) -> list[str]:
     """Packages that env.json has in other versions than are installed here."""
     try:
-        saved = json.loads((folder / "env.json").read_text(encoding="utf-8"))["packages"]
+        saved = json.loads(read_plain(folder / "env.json"))["packages"]
     except (OSError, ValueError, KeyError):
         return []
     here = {name: package_version(name) for name in PACKAGES}

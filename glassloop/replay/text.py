@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from glassloop.record.terminal import visible
+from glassloop.record.printable import visible
 
 if TYPE_CHECKING:
     from glassloop.replay.bisect import Bisection, Part, TokenLoss

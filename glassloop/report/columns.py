@@ -29,9 +29,10 @@ def column(values: Iterable[Any]) -> dict[str, Any]:
     }
 
 
-def whole_numbers(values: Sequence[int], kind: str) -> dict[str, str]:
-    """{"u8" | "u16" | "u32": base64}. Raises OverflowError where a value does not fit."""
-    return {kind: _base64(np.array(values, dtype={"u8": "<u1", "u16": "<u2", "u32": "<u4"}[kind]))}
+def whole_numbers(values: Sequence[int]) -> dict[str, str]:
+    """{"u16" | "u32": base64}, whichever holds the largest of the counts."""
+    kind, dtype = ("u16", "<u2") if max(values, default=0) < 2**16 else ("u32", "<u4")
+    return {kind: _base64(np.array(values, dtype=dtype))}
 
 
 def heat(values: Sequence[Sequence[Any] | None], rows: int) -> dict[str, Any] | None:

@@ -8,17 +8,19 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glassloop.record.printable import BREAK, printable
 from glassloop.record.reading import RunData, number, setting
 from glassloop.report.comparing import ComparedRuns, Comparison
 from glassloop.report.partings import Parting
 
 MOST_DIFFERENCES = 40
+SHOWN = 400  # characters of a setting
 
 
 def render(found: Comparison) -> RenderableType:
     """Tables and sentences, for a rich Console. Texts of a run are shown as they are, never as markup."""
     parts: list[RenderableType] = [_runs(found), _differences(found)]
-    parts.append(Text(f"\nnoise floor  {found.floor:.2g} relative, {found.floor_from}"))
+    parts.append(line(f"\nnoise floor  {found.floor:.2g} relative, {found.floor_from}"))
     for pair, side in zip(
         found.pairs, found.sides[1:] or found.sides * len(found.pairs), strict=False
     ):
@@ -28,17 +30,17 @@ def render(found: Comparison) -> RenderableType:
             else f"{pair.a.name} and {pair.b.name}"
         )
         parts.append(
-            Text(
+            line(
                 f"\n{names}: {pair.a.name} beside {pair.b.name}, {pair.compared:,} updates in common",
                 style="bold",
             )
         )
-        parts += [Text(f"  {line}") for line in parting_lines(pair)]
+        parts += [line(f"  {one}") for one in parting_lines(pair)]
         style = (
             "green" if pair.verdict.endswith("lower") or pair.verdict == "the same" else "yellow"
         )
-        parts.append(Text(f"  verdict on {found.measure}: {pair.verdict}", style=f"bold {style}"))
-        parts.append(Text(f"  {pair.why}"))
+        parts.append(line(f"  verdict on {found.measure}: {pair.verdict}", style=f"bold {style}"))
+        parts.append(line(f"  {pair.why}"))
     return Group(*parts)
 
 
@@ -69,6 +71,17 @@ def value(one: Any) -> str:
     if one is None:
         return "-"
     return f"{one:.6g}" if isinstance(one, float) else str(one)
+
+
+def line(text: str, style: str = "") -> Text:
+    """A line that a terminal shows as it is, whatever file its words come from."""
+    return Text(printable(text, keep=BREAK), style=style)
+
+
+def short(one: Any) -> str:
+    """A setting's value in at most SHOWN characters; "-" where there is none."""
+    text = "-" if one is None else str(one)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def console() -> Console:
@@ -107,24 +120,24 @@ def _runs(found: Comparison) -> Table:
                 "-" if speed is None else f"{speed:,.0f}",
                 value(score),
             )
-            table.add_row(*map(Text, cells))
+            table.add_row(*map(line, cells))
     return table
 
 
 def _differences(found: Comparison) -> RenderableType:
     if not found.differences:
-        return Text(
+        return line(
             "\nNothing was asked differently: config, versions, code and hardware are the same."
         )
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("field")
     for run in found.runs:
-        table.add_column(Text(run.name), overflow="fold")
+        table.add_column(line(run.name), overflow="fold")
     for name, values in found.differences[:MOST_DIFFERENCES]:
-        table.add_row(Text(name), *(Text("-" if one is None else str(one)) for one in values))
+        table.add_row(line(name), *(line(short(one)) for one in values))
     more = len(found.differences) - MOST_DIFFERENCES
     return Group(
-        Text("\nAsked differently", style="bold"),
+        line("\nAsked differently", style="bold"),
         table,
-        *([Text(f"and {more} more")] if more > 0 else []),
+        *([line(f"and {more} more")] if more > 0 else []),
     )

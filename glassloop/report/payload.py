@@ -1,18 +1,20 @@
-"""What the page is given: a run as one JSON object of columns, lists and texts. Rows' text stands in it as data, never as markup."""
+"""The data of a run's page: one JSON object of columns, lists and texts.
+
+Rows' text stands in it as data, never as markup.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 import time
-from dataclasses import replace
 from typing import Any
 
 import glassloop
-from glassloop.record.observers import under_policy
+from glassloop.disk.secrets import without_secrets
 from glassloop.record.reading import Record, RunData, flat, number, setting
-from glassloop.record.records import Event
 from glassloop.report.columns import column, heat, whole_numbers
+from glassloop.report.sharing import PACKED, without_names, without_text
 from glassloop.report.summary import as_objects, summarise
 
 SCHEMA = 1
@@ -44,16 +46,34 @@ BY_RANK = {
 }
 MATRIX_QUANTITIES = ("grad_norm", "update_norm", "update_to_weight", "unmoved_share", "weight_norm")
 WORST_ROWS = 12
+NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+EVALUATION = (
+    "update",
+    "loss_nats",
+    "rows",
+    "supervised_tokens",
+    "scores",
+    "base",
+    "seconds",
+    "attempt",
+)
 TEXT_CHARACTERS = 4000  # of one text at most
 ALL_TEXTS_CHARACTERS = 2_500_000
 
 
 def payload(run: RunData, *, text: bool = True) -> dict[str, Any]:
-    """The page's data. text: False leaves out row ids, rows' texts and generated answers, for a page that is shared."""
-    if not text:
-        run = without_text(run)
-    updates = run.updates
-    ranks = run.ranks
+    """The page's data, without secrets.
+
+    Args:
+        text: False leaves out row ids, rows' texts, generated answers, folders and names of people,
+            for a page that is shared.
+    """
+    data = without_secrets(_payload(run if text else without_text(run), text), leave=PACKED)
+    return data if text else without_names(data)
+
+
+def _payload(run: RunData, text: bool) -> dict[str, Any]:
+    updates, ranks = run.updates, run.ranks
     return {
         "schema": SCHEMA,
         "kind": "run",
@@ -89,7 +109,7 @@ def payload(run: RunData, *, text: bool = True) -> dict[str, Any]:
             for record in run.replaced[:500]
         ],
         "plan": _plan(run),
-        "evaluations": run.evaluations,
+        "evaluations": [{name: one[name] for name in EVALUATION} for one in run.evaluations],
         "events": [
             {name: event.get(name) for name in ("update", "kind", "message", "command")}
             for event in run.events
@@ -101,8 +121,8 @@ def payload(run: RunData, *, text: bool = True) -> dict[str, Any]:
         "memory": memory(run.events),
         "max_grad_norm": setting(run.config, "optimizer.max_grad_norm"),
         "layout": setting(run.config, "execution.layout"),
-        "config": {name: _finite(value) for name, value in flat(run.config).items()},
-        "env": flat(run.env),
+        "config": _finite(flat(run.config)),
+        "env": _finite(flat(run.env)),
     }
 
 
@@ -113,80 +133,25 @@ def memory(events: list[Record]) -> dict[str, Any] | None:
     for event in events:
         if event["kind"] == "memory":
             for phase, predicted, measured in re.findall(
-                r"([a-z]+) ([\d.]+|unknown) / ([\d.]+)", event["message"]
+                rf"([a-z]+) ({NUMBER}|unknown) / ({NUMBER})", event["message"]
             ):
                 phases[phase] = [
                     None if predicted == "unknown" else float(predicted),
                     float(measured),
                 ]
         if event["kind"] == "preflight" and (
-            total := re.search(r"peak [\d.]+ GiB of ([\d.]+)", event["message"])
+            total := re.search(rf"peak {NUMBER} GiB of ({NUMBER})", event["message"])
         ):
             card = float(total[1])
     return {"phases": phases, "card": card} if phases or card else None
 
 
-def without_text(run: RunData) -> RunData:
-    """The run as it may be shared: rows are numbered, nothing that a row says or that the model answered is left.
-
-    Ids are replaced wherever they stand, in messages and reasons too. The system prompt and the command line that may hold it go as well.
-    """
-    ids = {row["row_id"] for row in run.rows} | {sample["row_id"] for sample in run.samples}
-    alias = {row_id: f"row {i}" for i, row_id in enumerate(sorted(ids, key=_natural), 1)}
-    any_id = "|".join(re.escape(row_id) for row_id in sorted(alias, key=len, reverse=True))
-    pattern = re.compile(rf"(?<!\w)({any_id})(?!\w)") if any_id else None
-
-    def cleaned(text: str | None) -> str | None:
-        return (
-            text
-            if text is None or pattern is None
-            else pattern.sub(lambda found: alias[found[1]], text)
-        )
-
-    def event_of(record: Record) -> Record:
-        # details may hold ids of rows that have no record; under_policy finds them by their key
-        event = Event(
-            record["update"],
-            record["kind"],
-            record["message"],
-            record.get("command"),
-            record.get("details") or {},
-        )
-        clean = under_policy(
-            replace(event, message=cleaned(event.message) or "", command=cleaned(event.command)),
-            "none",
-        )
-        return {
-            **record,
-            "message": clean.message,
-            "command": clean.command,
-            "details": clean.details,
-        }
-
-    rows = [{**row, "row_id": alias[row["row_id"]]} for row in run.rows]
-    for row in rows:
-        row.pop("text", None)
-    config = run.config
-    if config and setting(config, "data.system"):
-        config = {**config, "data": {**config["data"], "system": "(left out)"}}
-    env = (
-        {name: value for name, value in run.env.items() if name != "command"}
-        if run.env
-        else run.env
-    )
-    return replace(
-        run,
-        updates=[{**record, "reason": cleaned(record["reason"])} for record in run.updates],
-        events=[event_of(event) for event in run.events],
-        rows=rows,
-        samples=[],
-        config=config,
-        env=env,
-    )
-
-
 def _finite(value: Any) -> Any:
-    """A number that is not finite as text: YAML has them, JSON has not."""
+    """The value with numbers that are not finite as text: YAML has them, JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -210,7 +175,7 @@ def _plan(run: RunData) -> dict[str, Any] | None:
         "rows": column(by_update.get("rows") or []),
         "supervised": column(by_update.get("supervised_tokens") or []),
         "real": column(by_update.get("real_tokens") or []),
-        "numbers": scalars | (plan.get("contract") or {}),
+        "numbers": _finite(scalars | (plan.get("contract") or {})),
     }
 
 
@@ -241,13 +206,13 @@ def _rows(rows: list[Record]) -> dict[str, Any] | None:
     place = {row_id: i for i, row_id in enumerate(ids)}
     return {
         "ids": ids,
-        "id": whole_numbers([place[row["row_id"]] for row in rows], "u32"),
-        "update": whole_numbers([row["update"] for row in rows], "u32"),
-        "rank": whole_numbers([row["rank"] for row in rows], "u16"),
-        "micro_batch": whole_numbers([row["micro_batch"] for row in rows], "u16"),
+        "id": whole_numbers([place[row["row_id"]] for row in rows]),
+        "update": whole_numbers([row["update"] for row in rows]),
+        "rank": whole_numbers([row["rank"] for row in rows]),
+        "micro_batch": whole_numbers([row["micro_batch"] for row in rows]),
         "loss_sum": column(row["loss_sum_nats"] for row in rows),
-        "supervised": whole_numbers([row["supervised_tokens"] for row in rows], "u32"),
-        "real": whole_numbers([row["real_tokens"] for row in rows], "u32"),
+        "supervised": whole_numbers([row["supervised_tokens"] for row in rows]),
+        "real": whole_numbers([row["real_tokens"] for row in rows]),
         "worst": worst_rows(rows),
     }
 
@@ -310,11 +275,4 @@ def _samples(samples: list[Record]) -> list[dict[str, Any]]:
             ],
         }
         for row_id, found in by_row.items()
-    ]
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    """Sorts "train:9" before "train:10"."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)
     ]

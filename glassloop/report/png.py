@@ -59,7 +59,7 @@ def write_png(run: RunData, path: Path) -> None:
             shares = [record.get(own) for record in run.updates]
             draw(
                 axes,
-                [None if share is None else share[rank] for share in shares],
+                [None if share is None or rank >= len(share) else share[rank] for share in shares],
                 f"rank {rank}",
                 rank + 1,
                 0.8,

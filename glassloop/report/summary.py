@@ -151,7 +151,7 @@ def was_it_stable(run: RunData) -> list[Say]:
             else ""
         )
         said.append(Say("stable", "good", f"Every update was applied and no detector spoke{calm}."))
-    clips = [record["clip_coef"] for record in run.updates if record["clip_coef"] is not None]
+    clips = [clip for one in run.updates if (clip := number(one["clip_coef"])) is not None]
     clipped = sum(value < 1 for value in clips)
     if clips and clipped / len(clips) > 0.5:
         mean = statistics.fmean(clips)
@@ -225,7 +225,7 @@ def _scores(evaluations: list[Record]) -> list[Say]:
         if old is not None and new is not None:
             parts.append(f"{name} {old:.0%} to {new:.0%}")
     answers = last["scores"].get("answers")
-    if not parts or not answers:
+    if not parts or not answers or not isinstance(answers, int):
         return []
     few = " So few answers say little." if answers < 30 else ""
     return [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,9 +15,20 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from glassloop.record.jsonl import EVALUATIONS, EVENTS, METRICS
-from glassloop.record.reading import Record, end_of, number
-from glassloop.record.terminal import STYLES, printable
+from glassloop.disk.opening import open_plain, require_plain_folder
+from glassloop.record.checked import check
+from glassloop.record.jsonl import (
+    EVALUATIONS,
+    EVENTS,
+    KINDS,
+    METRICS,
+    MOST_LINE_BYTES,
+    parsed,
+    too_long,
+)
+from glassloop.record.printable import printable
+from glassloop.record.reading import Record, end_of, number, read_object
+from glassloop.record.terminal import STYLES
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT = 5.0  # times the usual time of an update without a new one: worth a word
@@ -28,35 +39,49 @@ NOT_SHOWN = (
     "capsule",
     "checkpoint",
 )  # kinds of events; of checkpoints the last is
+CHUNK_BYTES = 16 * 2**20
 LABEL = 12  # columns before a curve
 
 
 class Tail:
-    """The lines of a growing file, each once. A torn last line waits for its rest; a file that got shorter is read anew."""
+    """The records of a growing file, each once.
+
+    A torn last line waits for its rest; a file that got shorter is read anew.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read = 0  # bytes
+        self._lines = 0
         self._rest = b""
 
     def new(self) -> tuple[list[Record], bool]:
-        """(records since the last call, whether the file was begun anew)."""
+        """(records since the last call, whether the file was begun anew).
+
+        Raises ValueError as `read_records` does.
+        """
         try:
-            size = self.path.stat().st_size
-            anew = size < self._read
-            if anew:
-                self._read, self._rest = 0, b""
-            if size == self._read:
-                return [], anew
-            with self.path.open("rb") as file:
-                file.seek(self._read)
-                data = file.read()
+            file = os.fdopen(open_plain(self.path), "rb")
         except FileNotFoundError:
             return [], False
-        self._read += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        records = [_parsed(line) for line in lines]
-        return [record for record in records if record is not None], anew
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            anew = size < self._read
+            if anew:
+                self._read, self._lines, self._rest = 0, 0, b""
+            records: list[Record] = []
+            file.seek(self._read)
+            while self._read < size and (data := file.read(CHUNK_BYTES)):
+                self._read += len(data)
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                if len(self._rest) > MOST_LINE_BYTES:
+                    raise too_long(f"{self.path}, line {self._lines + len(lines) + 1}")
+                for line in lines:
+                    self._lines += 1
+                    if line.strip():
+                        where = f"{self.path}, line {self._lines}"
+                        records.append(check(parsed(line, where), KINDS[self.path.name], where))
+        return records, anew
 
 
 class Watched:
@@ -108,14 +133,10 @@ class Watched:
 
     def ranks(self) -> list[dict[str, Any]]:
         """What each rank says that it does; nothing where there is one rank only."""
-        found = []
-        for path in sorted(
-            (self.folder / "ranks").glob("rank*.json"), key=lambda one: (len(one.name), one.name)
-        ):
-            position = _parsed(path.read_bytes()) if path.exists() else None
-            if position is not None:
-                found.append(position)
-        return found
+        folder = self.folder / "ranks"
+        require_plain_folder(folder)
+        paths = sorted(folder.glob("rank*.json"), key=lambda one: (len(one.name), one.name))
+        return [position for path in paths if (position := read_object(path)) is not None]
 
 
 class Screen:
@@ -268,17 +289,14 @@ def _updates(records: Sequence[Record]) -> Table:
         alarms = ", ".join(record.get("alarms") or ()).replace("_", " ")
         note = f"SKIPPED: {record['reason']}" if record["action"] == "skipped" else alarms
         style = "red" if record["action"] == "skipped" else "yellow" if alarms else ""
+        clip = number(record["clip_coef"])
         cells = (
             str(record["update"]),
             str(record["epoch"]),
             f"{record['lr']:.2e}",
             _value(number(record["loss_nats"])),
             _value(number(record["grad_norm_pre_clip"])),
-            "-"
-            if record["clip_coef"] is None
-            else ""
-            if record["clip_coef"] >= 1
-            else f"{record['clip_coef']:.3f}",
+            "-" if clip is None else "" if clip >= 1 else f"{clip:.3f}",
             f"{record['supervised_tokens']:,}",
             f"{record['update_s']:.2f}",
             printable(note),
@@ -288,8 +306,14 @@ def _updates(records: Sequence[Record]) -> Table:
 
 
 def _rank_line(position: dict[str, Any], width: int) -> Text:
-    since = _duration(max(0.0, time.time() - float(position.get("since", time.time()))))
-    text = f"rank {position.get('rank')}: update {position.get('update')}, {position.get('doing')}, for {since}"
+    since = position.get("since")
+    waited = "an unknown time"
+    if isinstance(since, int | float) and abs(since) < 2 * time.time():
+        waited = _duration(max(0.0, time.time() - since))
+    text = (
+        f"rank {position.get('rank')}: update {position.get('update')}, {position.get('doing')}, "
+        f"for {waited}"
+    )
     return Text(printable(text)[:width], style="dim")
 
 
@@ -315,11 +339,3 @@ def _duration(seconds: float) -> str:
     return (
         f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
     )
-
-
-def _parsed(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

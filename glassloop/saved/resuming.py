@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glassloop.config.config import BatchConfig, Config, ScheduleConfig
+from glassloop.disk.opening import read_plain
 from glassloop.disk.publish import SUMS
 from glassloop.plan.steps import StepPlan, lr_at, warmup_of
 from glassloop.saved.checkpoint import State, best_checkpoint, last_checkpoint, read_state
@@ -40,7 +41,7 @@ def _begun_by(launcher: int, runs: Path) -> Path | None:
     found = []
     for path in runs.glob("*/env.json"):
         try:
-            env = json.loads(path.read_text(encoding="utf-8"))
+            env = json.loads(read_plain(path))
         except (OSError, ValueError):
             continue
         if env.get("launcher_pid") == launcher and (path.parent / "config.yaml").exists():
@@ -71,7 +72,9 @@ def sums_of(checkpoint: Path | None) -> str:
     """What two ranks' copies of a checkpoint must have in common: its name and a digest of its sums."""
     if checkpoint is None:
         return "none"
-    return f"{checkpoint.name}, sums {hashlib.sha256((checkpoint / SUMS).read_bytes()).hexdigest()[:16]}"
+    return (
+        f"{checkpoint.name}, sums {hashlib.sha256(read_plain(checkpoint / SUMS)).hexdigest()[:16]}"
+    )
 
 
 def checkpoint_at(folder: Path, update: int) -> Path | None:
@@ -112,7 +115,7 @@ def position(
 
 def _tracker_ids(run: Path) -> dict[str, str]:
     try:
-        ids = json.loads((run / "env.json").read_text(encoding="utf-8"))["tracker_ids"]
+        ids = json.loads(read_plain(run / "env.json"))["tracker_ids"]
         return {str(name): str(value) for name, value in ids.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # it died before it wrote one, or an older glassloop did
@@ -201,7 +204,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     """plan.json of a run; {} where there is none. Raises ValueError where it is damaged."""
     path = folder / "plan.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_plain(path))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -9,6 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glassloop.record.printable import printable
+from glassloop.report.compare_text import line
 from glassloop.study.answers import Answers
 from glassloop.study.critical import lines
 from glassloop.study.quantities import QUANTITIES
@@ -54,42 +56,42 @@ def columns_of(study: Study, groups: Sequence[Group]) -> list[str]:
 def render(answers: Answers) -> RenderableType:
     """Tables by measure and sentences, for a rich Console."""
     parts: list[RenderableType] = [
-        Text(f"\n{answers.study.name}: {answers.study.question}", style="bold")
+        line(f"\n{answers.study.name}: {answers.study.question}", style="bold")
     ]
     shown = columns_of(answers.study, answers.groups)
     for measure in ("loss", "stability", "memory", "time"):
         if names := [name for name in shown if QUANTITIES[name].measure == measure]:
             parts += [
-                Text(f"\n{measure}: mean, and standard deviation over seeds"),
+                line(f"\n{measure}: mean, and standard deviation over seeds"),
                 _table(answers.groups, names),
             ]
     for result in answers.results:
         if result.kind in ("partial", "absent", "other"):
-            parts.append(Text(f"  no result: {result.cell.name}: {result.why}", style="yellow"))
+            parts.append(line(f"  no result: {result.cell.name}: {result.why}", style="yellow"))
     if answers.judged:
-        parts.append(Text("\nclaims", style="bold"))
+        parts.append(line("\nclaims", style="bold"))
     for one in answers.judged:
         parts.append(
-            Text(
+            line(
                 f"  {one.verdict}: {one.claim.says}",
                 style=f"bold {STYLES.get(one.verdict, 'yellow')}",
             )
         )
-        parts.append(Text(f"    {one.claim.quantity}: {one.why}"))
+        parts.append(line(f"    {one.claim.quantity}: {one.why}"))
     for found in answers.critical:
         parts += [
-            Text("\ncritical accumulation", style="bold"),
-            *(Text(f"  {line}") for line in lines(found)),
+            line("\ncritical accumulation", style="bold"),
+            *(line(f"  {one}") for one in lines(found)),
         ]
     for one in answers.diverged:
-        parts.append(Text(f"\ndiverged: {one.cell}, update {one.update}, {one.why}"))
+        parts.append(line(f"\ndiverged: {one.cell}, update {one.update}, {one.why}"))
         parts.append(
-            Text(f"  {one.command}", no_wrap=True, overflow="ignore")
+            Text(printable(f"  {one.command}"), no_wrap=True, overflow="ignore")
         )  # whole, to be copied
         if one.answer:
-            parts += [Text(f"    {line}") for line in one.answer.strip().splitlines()[-12:]]
+            parts += [line(f"    {said}") for said in one.answer.strip().splitlines()[-12:]]
     if answers.study.cannot_say:
-        parts.append(Text(f"\nwhat this cannot say: {answers.study.cannot_say}"))
+        parts.append(line(f"\nwhat this cannot say: {answers.study.cannot_say}"))
     return Lines(*parts)
 
 
@@ -112,5 +114,5 @@ def _table(groups: Sequence[Group], names: Sequence[str]) -> Table:
             f"{group.finished}/{len(group.results)}",
             *(spread_text(group.spread(name)) for name in names),
         ]
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(line, cells))
     return table

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MOST = 1_000_000  # of cells beside each other, or seconds
 MEASURES = ("loss", "stability", "memory", "time")
 
 
@@ -21,7 +22,8 @@ class Complaint:
     file: str
 
     def __call__(self, field: str, value: Any, cure: str) -> StudyError:
-        return StudyError(f"{self.file}: {field} = {value!r}: {cure}")
+        shown = repr(value) if len(repr(value)) <= 200 else f"{value!r:.200}..."
+        return StudyError(f"{self.file}: {field} = {shown}: {cure}")
 
 
 def word(value: Any) -> str:
@@ -53,7 +55,9 @@ def seeds(value: Any, bad: Complaint) -> tuple[int, ...]:
     sound = (
         isinstance(value, list)
         and value
-        and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value)
+        and all(
+            isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**32 for one in value
+        )
     )
     if not sound or len(set(value)) < len(value):
         raise bad(
@@ -65,15 +69,15 @@ def seeds(value: Any, bad: Complaint) -> tuple[int, ...]:
 
 
 def measures(value: Any, bad: Complaint) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not set(value) <= set(MEASURES):
+    if not isinstance(value, list) or not value or not all(one in MEASURES for one in value):
         raise bad("measure", value, f"a list of {', '.join(MEASURES)}")
     return tuple(one for one in MEASURES if one in value)
 
 
 def whole(values: Mapping[str, Any], key: str, default: int, bad: Complaint) -> int:
     value = values.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise bad(key, value, f"a whole number from 1 on (default {default})")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+        raise bad(key, value, f"a whole number from 1 to {MOST:,} (default {default})")
     return value
 
 
@@ -85,7 +89,7 @@ def flag(values: Mapping[str, Any], key: str, bad: Complaint) -> bool:
 
 def number(values: Mapping[str, Any], key: str, place: str, bad: Complaint) -> float:
     value = values.get(key, 0.0)
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e60:
         raise bad(f"{place}.{key}", value, "a number (YAML reads 5e-4 as text: write 5.0e-4)")
     return float(value)
 

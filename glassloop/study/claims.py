@@ -55,7 +55,7 @@ def read_claim(item: Any, place_in_list: int, axes: Axes, bad: Complaint) -> Cla
     if not isinstance(item.get("says"), str):
         raise bad(f"{place}.says", item.get("says"), "the claim in words")
     quantity = item.get("quantity")
-    if quantity not in QUANTITIES:
+    if not isinstance(quantity, str) or quantity not in QUANTITIES:
         raise bad(
             f"{place}.quantity", quantity, f"not measured; {near(str(quantity), tuple(QUANTITIES))}"
         )
@@ -64,6 +64,8 @@ def read_claim(item: Any, place_in_list: int, axes: Axes, bad: Complaint) -> Cla
         raise bad(
             f"{place}.expect", None, "higher, lower or about: what the claim says of the difference"
         )
+    if isinstance(item.get("against"), int | float) and not abs(item["against"]) < 1e60:
+        raise bad(f"{place}.against", item["against"], "a finite number, or cells")
     cell = _selected(item.get("cell"), f"{place}.cell", axes, bad)
     against = item.get("against")
     if not (isinstance(against, int | float) and not isinstance(against, bool)):

@@ -152,6 +152,8 @@ def _of_setting(setting: str, groups: Sequence[Group], equal: str | None) -> Cri
         for result in results
         if result.run is not None
     )
+    if not micro:
+        return None
     by_cell = {
         int(group.settings[AXIS]): spread.mean
         for group in groups
@@ -255,7 +257,8 @@ def _loss_point(result: CellResult) -> tuple[float, float] | None:
     gain = result.values.get("heldout_gain")
     if result.run is None or result.kind != "done" or gain is None or not gain > 0:
         return None
-    return 1 / _tokens(result.run), 1 / gain
+    tokens = _tokens(result.run)
+    return (1 / tokens, 1 / gain) if tokens else None
 
 
 def _mean(values: Mapping[int, float], micro_tokens: float) -> float | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glassloop.disk.opening import read_plain, require_plain_folder
 from glassloop.disk.publish import write_text
 from glassloop.record.reading import RunData, number
 from glassloop.study.quantities import SPIKES, first_bad
@@ -37,7 +38,7 @@ def divergences(results: Sequence[CellResult], out: Path) -> list[Divergence]:
         if result.run is not None and result.values.get("diverged"):
             update, why = where_to_look(result.run)
             answer = _file(out, result.cell.name)
-            text = answer.read_text(encoding="utf-8") if answer.exists() else None
+            text = _answer(answer)
             command = f"glassloop replay {result.run.folder} --update {update} --bisect --try"
             found.append(Divergence(result.cell.name, update, why, command, text))
     return found
@@ -79,7 +80,9 @@ def where_to_look(run: RunData) -> tuple[int, str]:
 def _told_to_diverge(run: RunData) -> list[dict[str, Any]]:
     """Alarms of the detector `diverged`."""
     return [
-        event for event in run.events if event["kind"] == "alarm" and "since" in event["details"]
+        event
+        for event in run.events
+        if event["kind"] == "alarm" and isinstance(event["details"].get("since"), int)
     ]
 
 
@@ -88,8 +91,8 @@ def bisect(
 ) -> str:
     """Run the command of a divergence and keep what it printed beside the study; an answer that is there already is not asked for again."""
     path = _file(out, one.cell)
-    if path.exists():
-        return path.read_text(encoding="utf-8")
+    if (kept := _answer(path)) is not None:
+        return kept
     words = [sys.executable, "-m", "glassloop.cli", *one.command.split()[1:]]
     try:
         done = subprocess.run(
@@ -107,6 +110,15 @@ def bisect(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, done.stdout)
     return done.stdout
+
+
+def _answer(path: Path) -> str | None:
+    """What a bisection printed; None where none is kept."""
+    require_plain_folder(path.parent)
+    try:
+        return read_plain(path).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return None
 
 
 def _file(out: Path, cell: str) -> Path:

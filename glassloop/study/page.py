@@ -113,8 +113,7 @@ def _values(group: Group, name: str) -> dict[str, Any]:
 def _curves(group: Group) -> dict[str, Any]:
     """Mean over the seeds' runs, update by update; infinite where one of them is not finite."""
     runs = [result.run for result in group.results if result.run is not None]
-    last = max((run.updates[-1]["update"] for run in runs if run.updates), default=0)
-    updates = list(range(1, last + 1))
+    updates = sorted({one["update"] for run in runs for one in run.updates})
     return {
         "update": updates,
         **{name: column(_mean_curve(runs, field, updates)) for name, field in CURVES.items()},

@@ -71,7 +71,7 @@ def overfit_gap(run: RunData) -> float | None:
 
 def _norms(run: RunData) -> list[tuple[int, float]]:
     """(update, norm before clipping) of the sound updates after warmup."""
-    warmup = int(setting(run.config, "schedule.warmup_updates", 0))
+    warmup = setting(run.config, "schedule.warmup_updates") or 0
     found = [
         (one["update"], number(one["grad_norm_pre_clip"]))
         for one in run.updates
@@ -115,7 +115,7 @@ def spikes(run: RunData) -> float | None:
 
 
 def clip_share(run: RunData) -> float | None:
-    clips = [one["clip_coef"] for one in run.updates if one["clip_coef"] is not None]
+    clips = [clip for one in run.updates if (clip := number(one["clip_coef"])) is not None]
     return sum(clip < 1 for clip in clips) / len(clips) if clips else None
 
 

@@ -106,11 +106,7 @@ def read_results(cells: Sequence[Cell], out: Path) -> list[CellResult]:
 def _why_none(state: CellState, attempt: Mapping[str, Any] | None) -> str:
     """Why a cell has no result: what its folder says, and how it ended last."""
     folder = state.why or ("not run yet" if attempt is None else "no run's folder")
-    said = (
-        " ".join((attempt or {}).get("said", "").split())[-300:]
-        if attempt and attempt["said"]
-        else ""
-    )
+    said = " ".join(str(attempt["said"]).split())[-300:] if attempt and attempt["said"] else ""
     return (
         folder
         if attempt is None

@@ -24,8 +24,10 @@ from typing import Any
 import glassloop
 from glassloop.config.arguments import to_yaml
 from glassloop.config.config import as_dict
+from glassloop.disk.opening import open_plain, read_plain, require_plain_folder
 from glassloop.disk.publish import write_text
 from glassloop.predict.hardware import gpus_present
+from glassloop.record.checked import is_finite
 from glassloop.record.jsonl import read_jsonl
 from glassloop.record.reading import RunData, flat, read_run
 from glassloop.study.checks import StudyError
@@ -35,6 +37,8 @@ from glassloop.verify.processes import LAUNCHER_VARIABLES, launch_file
 
 ATTEMPTS = "attempts.jsonl"  # one line a process that was started
 NO_MATTER = ("run.", "resume.", "model.cache_dir", "preset")  # fields that say where things lie
+ATTEMPT_FIELDS = ("cell", "exit_code", "seconds", "beside", "said")
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 POLL_S = 0.2
 PATIENCE_S = 20.0  # for a cell that is told to end
 LAST_WORDS = 600  # characters of what a failed cell printed
@@ -73,7 +77,9 @@ class Going:
 def state_of(cell: Cell, out: Path) -> CellState:
     """Read from disk alone. Raises ValueError where a file of the run is damaged."""
     folder = run_folder(cell, out)
-    if not (folder / "config.yaml").exists():
+    require_plain_folder(folder.parent)
+    require_plain_folder(folder)
+    if not os.path.lexists(folder / "config.yaml"):
         return CellState("absent")
     run = read_run(folder)
     ours, theirs = _asked(as_dict(cell.config)), _asked(run.config or {})
@@ -178,13 +184,22 @@ def run_cells(
 
 def attempts(out: Path) -> list[dict[str, Any]]:
     """What was started so far: cell, exit_code, seconds, beside, device, said."""
-    return read_jsonl(out / ATTEMPTS) if (out / ATTEMPTS).exists() else []
+    path = out / ATTEMPTS
+    lines = read_jsonl(path) if os.path.lexists(path) else []
+    for line in lines:
+        missing = [name for name in ATTEMPT_FIELDS if name not in line]
+        if missing or not isinstance(line["cell"], str) or not is_finite(line["seconds"]):
+            raise ValueError(
+                f"{path}: cell = {line.get('cell')!r:.80}, seconds = {line.get('seconds')!r:.80}"
+                f"{f', {missing[0]} is missing' if missing else ''}; the file was damaged or "
+                "edited. Remove the line"
+            )
+    return lines
 
 
 def command(cell: Cell, out: Path) -> list[str]:
     """How the cell's process is started; writes the files that it reads."""
-    asked = out / "asked" / f"{cell.name}.yaml"
-    asked.parent.mkdir(parents=True, exist_ok=True)
+    asked = _room(out, "asked") / f"{cell.name}.yaml"
     write_text(asked, to_yaml(cell.config))
     ranks = cell.config.batch.ranks or 1
     words = ["train_loop", "--config", str(asked)]
@@ -246,9 +261,8 @@ def _begin(
     folder = run_folder(cell, out)
     if folder.exists():  # begun and not ended, or to be done again
         shutil.rmtree(folder)
-    log = out / "logs" / f"{cell.name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as printed:
+    log = _room(out, "logs") / f"{cell.name}.txt"
+    with open(open_plain(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as printed:
         process = subprocess.Popen(
             command(cell, out),
             env=environment(slot, parallel),
@@ -265,7 +279,7 @@ def _after(one: Going, out: Path, timeout_s: float) -> str | None:
     """Write down how a cell ended; why there is no result, or None."""
     state, code = state_of(one.cell, out), one.process.returncode
     log = out / "logs" / f"{one.cell.name}.txt"
-    said = log.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
+    said = read_plain(log).decode("utf-8", "replace").strip()[-LAST_WORDS:]
     why = None
     if not state.finished:
         ended = (
@@ -284,7 +298,7 @@ def _after(one: Going, out: Path, timeout_s: float) -> str | None:
         "device": ",".join(one.slot) or "cpu",
         "said": None if state.finished else said,
     }
-    with open(out / ATTEMPTS, "a", encoding="utf-8") as file:
+    with open(open_plain(out / ATTEMPTS, APPEND), "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if (
         state.finished
@@ -319,15 +333,20 @@ def first_slot() -> tuple[str, ...]:
 
 def _locked(cell: Cell, out: Path) -> int | None:
     """A descriptor that holds the cell's lock; None where another process does."""
-    path = out / "locks" / cell.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    lock = open_plain(_room(out, "locks") / cell.name, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
         return None
     return lock
+
+
+def _room(out: Path, name: str) -> Path:
+    """A folder of the study's, made where it is missing."""
+    require_plain_folder(out / name)
+    (out / name).mkdir(parents=True, exist_ok=True)
+    return out / name
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

@@ -20,17 +20,17 @@ A claim is about the difference of a quantity: the cell's minus what it is set a
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from glassloop.config.arguments import field_names, parse
 from glassloop.config.config import Config
 from glassloop.config.trust import TRUST
+from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
 from glassloop.study.checks import (
     Complaint,
     StudyError,
@@ -74,6 +74,7 @@ PAIR = (
     "batch.accumulation",
     "batch.rows_per_update",
 )  # two names of one thing: the later word replaces the earlier
+MOST_CELLS = 10_000
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -111,12 +112,13 @@ class Cell:
 def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Raises StudyError for a file, or words, that no study can be made of."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            values = plain_yaml(file.read(4 * MOST_CHARACTERS).decode("utf-8"))
     except OSError as error:
         raise StudyError(
             f"{path}: {error.strerror}; name a study's YAML file, such as studies/rank.yaml"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise StudyError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise StudyError(
@@ -170,6 +172,12 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 def cells_of(study: Study, out: Path) -> list[Cell]:
     """The grid, every seed's cells together, so that a study that is cut off has compared something. Raises StudyError."""
+    cells = math.prod(len(settings) for _, settings in study.axes) * len(study.seeds)
+    if cells > MOST_CELLS:
+        raise StudyError(
+            f"{study.file}: axes and seeds make {cells:,} cells, {MOST_CELLS:,} at most: "
+            "leave out settings, or make several studies of them"
+        )
     base = _parsed(study, study.words, "base")
     found: list[Cell] = []
     for seed in study.seeds:
@@ -270,7 +278,7 @@ def _words(base: Any, overrides: Sequence[str], axes: Axes, bad: Complaint) -> t
             raise bad(
                 where, given, f"every cell has a value of its own: {on_axes[name]} says which"
             )
-        if name.startswith(("run.", "resume.")) or given in ("-h", "--help", "--print_config"):
+        if name.startswith(("run.", "resume")) or given in ("-h", "--help", "--print_config"):
             raise bad(where, given, "a study names its cells' folders itself: leave it out")
     words = [*CELL_WORDS, *in_base[len(preset) :]]
     return (

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hostile_runs
+
 from glassloop.config.arguments import from_values, parse
 from glassloop.config.config import DataConfig, as_dict
 from glassloop.data.dataset import build_rows, summary
@@ -331,6 +333,7 @@ def sections() -> Iterator[tuple[str, list[Case]]]:
             ("a link in place of a capsule's file", saved("capsules", linked("capsule.json"))),
         ],
     )
+    yield "A run's folder", hostile_runs.cases()
     yield (
         "Models and adapters",
         [

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from glassloop.disk.opening import read_plain, require_plain_folder
 from glassloop.plan.steps import StepPlan
 from glassloop.record.reading import RunData, read_run
 from glassloop.use.measuring import Report
@@ -178,9 +179,10 @@ def newest_evaluation(trained: Trained) -> Evaluation | None:
     if trained.run is None:
         return None
     wanted, found = adapter_hash(trained), []
+    require_plain_folder(trained.run / "evaluated")
     for path in sorted((trained.run / "evaluated").glob("*.json")):
         try:
-            one = json.loads(path.read_text(encoding="utf-8"))
+            one = json.loads(read_plain(path))
         except ValueError as error:
             raise ValueError(
                 f"{path} is not JSON ({error}): remove it, and run glassloop evaluate again"

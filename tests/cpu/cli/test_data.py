@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from glassloop.cli.data import main, render
 from glassloop.data.rows import Row
-from glassloop.record.terminal import visible
+from glassloop.record.printable import visible
 
 
 @pytest.fixture

@@ -16,13 +16,8 @@ import torch
 
 from glassloop.config.config import Config, as_dict
 from glassloop.disk import environment as module
-from glassloop.disk.environment import (
-    command_line,
-    environment,
-    git_commit,
-    nvidia_driver,
-    without_secrets,
-)
+from glassloop.disk.environment import environment, git_commit, nvidia_driver
+from glassloop.disk.secrets import command_line, without_secrets
 
 
 def test_it_names_versions_gpus_driver_and_command(

@@ -84,6 +84,19 @@ def test_a_rank_that_ended_in_order_or_is_on_another_host_is_not_gone(
     assert not any(position.gone for position in dog.positions())
 
 
+@pytest.mark.parametrize("jump_s", [86_400, -86_400])
+def test_a_clock_that_jumps_ends_no_rank(tmp_path, monkeypatch, jump_s):
+    dog = watchdog(tmp_path)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + jump_s)
+    assert dog.waited_s() < 30
+    began = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: began() + 100)
+    assert dog.waited_s() >= 100
+    dog.does(7, "steps")
+    assert dog.waited_s() == 0
+
+
 def test_one_rank_alone_has_nobody_to_lose(tmp_path):
     alone = Watchdog(tmp_path, 0, 1, timeout_s=60, asked_to_stop=lambda: False)
     alone.start()

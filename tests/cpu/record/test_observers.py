@@ -363,7 +363,7 @@ def test_a_checkpoint_event_puts_what_was_written_on_the_disk(
     observer.close()
 
 
-@pytest.mark.parametrize("broken", ["replace", "fsync"])
+@pytest.mark.parametrize("broken", ["rename", "fsync"])
 def test_a_published_file_is_the_old_one_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -388,7 +388,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    fsync, replace = os.fsync, os.replace
+    fsync, rename = os.fsync, os.rename
 
     def spy_fsync(file: int) -> None:
         calls.append(
@@ -398,12 +398,12 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(
         )
         fsync(file)
 
-    def spy_replace(source: Any, target: Any) -> None:
+    def spy_rename(source: Any, target: Any) -> None:
         calls.append("rename")
-        replace(source, target)
+        rename(source, target)
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "replace", spy_replace)
+    monkeypatch.setattr(os, "rename", spy_rename)
     write_text(tmp_path / "config.yaml", "12345")
     assert calls == ["5 bytes", "rename", "folder"]
 

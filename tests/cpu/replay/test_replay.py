@@ -17,7 +17,7 @@ from planted import continuations, planted_run, spoiled_base, sure_base
 from glassloop.cli.__main__ import main
 from glassloop.data.rows import Row
 from glassloop.loop.run import Run
-from glassloop.record.reading import trajectory
+from glassloop.record.reading import leading_to
 from glassloop.replay.bisect import Bisection, Part, bisect
 from glassloop.replay.layers import LayerFinding, MatrixStat, compare
 from glassloop.replay.reproduce import Compared, Reproduction, carry_out, enter, replayed
@@ -558,15 +558,13 @@ def test_growth_of_all_matrices_is_no_departure_and_one_layer_of_two_cannot_hide
     assert [s.weight_factor for s in compare(one, None)] == [1e-3, 1e-3, 1000.0, 1000.0]
 
 
-def test_the_records_of_a_trajectory_are_those_that_led_to_the_update(tmp_path):
-    def line(update: int, attempt: int) -> str:
-        return json.dumps({"update": update, "attempt": attempt, "schema": 1}) + "\n"
-
-    first = [(u, 1) for u in range(1, 8)]
-    second = [(u, 2) for u in range(4, 7)]  # went on from 3 and ended at 6; 7 is of the first start
-    (tmp_path / "metrics.jsonl").write_text("".join(line(*one) for one in first + second))
-    assert [record["attempt"] for record in trajectory(tmp_path, 7).values()] == [1] * 7
-    assert [record["attempt"] for record in trajectory(tmp_path, 6).values()] == [1, 1, 1, 2, 2, 2]
+def test_the_records_of_a_trajectory_are_those_that_led_to_the_update():
+    first = [{"update": u, "attempt": 1} for u in range(1, 8)]
+    second = [{"update": u, "attempt": 2} for u in range(4, 7)]  # resumed after 3, ended at 6
+    lines = first + second
+    assert [record["attempt"] for record in leading_to(lines, 7).values()] == [1] * 7
+    assert [record["attempt"] for record in leading_to(lines, 6).values()] == [1, 1, 1, 2, 2, 2]
+    assert leading_to(lines, 8) == {}
 
 
 # Planted faults

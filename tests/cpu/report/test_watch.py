@@ -14,7 +14,7 @@ from rich.console import Console
 
 from glassloop.cli.__main__ import main
 from glassloop.record.observers import JsonlObserver
-from glassloop.record.records import Event
+from glassloop.record.records import Event, to_json
 from glassloop.report.watching import Screen, Tail, Watched, sparkline
 
 
@@ -29,14 +29,21 @@ def test_a_tail_gives_each_line_once_and_waits_for_a_torn_one(tmp_path: Path) ->
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
     assert tail.new() == ([], False)
-    path.write_bytes(b'{"update": 1}\n{"upd')
-    assert tail.new() == ([{"update": 1}], False)
-    assert tail.new() == ([], False)
+    drawn = random.Random(1)
+    first, second = (to_json(update_record(u, 10, drawn=drawn)).encode() + b"\n" for u in (1, 2))
+    path.write_bytes(first + second[:5])
+    assert seen(tail) == ([1], False)
+    assert seen(tail) == ([], False)
     with path.open("ab") as file:
-        file.write(b'ate": 2}\n')
-    assert tail.new() == ([{"update": 2}], False)
-    path.write_bytes(b'{"update": 1}\n')  # shorter: begun anew
-    assert tail.new() == ([{"update": 1}], True)
+        file.write(second[5:])
+    assert seen(tail) == ([2], False)
+    path.write_bytes(first)  # shorter: begun anew
+    assert seen(tail) == ([1], True)
+
+
+def seen(tail: Tail) -> tuple[list[int], bool]:
+    records, anew = tail.new()
+    return [record["update"] for record in records], anew
 
 
 def test_a_growing_run_is_followed_to_its_end(tmp_path: Path) -> None:

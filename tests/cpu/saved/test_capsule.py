@@ -367,7 +367,7 @@ def test_a_link_is_not_followed(tmp_path):
     outside = tmp_path / "outside.json"
     (path / "rng_rank1.json").rename(outside)
     (path / "rng_rank1.json").symlink_to(outside)
-    with pytest.raises(ValueError, match="is not a plain file"):
+    with pytest.raises(ValueError, match="is a link, not a plain file"):
         read_capsule(path)
 
 

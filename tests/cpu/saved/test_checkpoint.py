@@ -580,7 +580,7 @@ def test_a_link_or_a_folder_in_place_of_a_file_is_refused(
         (at_40 / "state.json").symlink_to(tmp_path / "elsewhere.json")
     else:
         (at_40 / "state.json").mkdir()
-    assert "state.json is not a plain file" in refused(at_40, other)
+    assert "not a plain file: it was not followed" in refused(at_40, other)
 
 
 def test_files_that_are_not_listed_are_left_alone(at_40: Path, scratch: Bench) -> None:

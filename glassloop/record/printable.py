@@ -1,0 +1,36 @@
+"""Text from a file, a model or a library, made safe for a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+
+BREAK = "\n"
+JOINERS = "\u200c\u200d"  # parts of ordinary words, though of a category that is escaped
+
+
+def printable(text: str, encoding: str = "utf-8", *, keep: str = "") -> str:
+    r"""Text that a terminal shows and does not obey.
+
+    Line breaks and other control, formatting and unassigned characters become escapes (\x1b), and
+    so do characters that `encoding` does not have. Those in `keep` stay.
+    """
+    safe = (
+        char if char in keep or _harmless(char) else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+    return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def visible(text: str) -> str:
+    """`printable` text of a token or a row, with its line breaks as ⏎ and tabs as ⇥."""
+    return printable(text.replace("\n", "⏎").replace("\t", "⇥"))
+
+
+def refusal(error: BaseException) -> str:
+    """What a person reads of input that is refused; its text may come from a file."""
+    return f"refused: {printable(str(error), keep=BREAK)}\n(GLASSLOOP_TRACEBACK=1 shows where)"
+
+
+def _harmless(char: str) -> bool:
+    category = unicodedata.category(char)
+    return (category[0] != "C" and category not in ("Zl", "Zp")) or char in JOINERS
