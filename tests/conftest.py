@@ -177,7 +177,7 @@ def engine_of() -> Callable[..., PeftEngine]:
     Other fields go to ModelConfig.
     """
     from glassloop.config.config import LoraConfig, ModelConfig
-    from glassloop.engines.peft import build_engine
+    from glassloop.engines.build import build_engine
 
     def build(
         folder: Path,

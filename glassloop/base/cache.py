@@ -23,19 +23,15 @@ ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process
 def cache_root(cache_dir: str | None) -> Path:
     """Return model.cache_dir, else $GLASSLOOP_CACHE, else ~/.cache/glassloop.
 
-    The folder and its CACHEDIR.TAG (https://bford.info/cachedir/) are made if they are missing.
+    The folder and its CACHEDIR.TAG (https://bford.info/cachedir/) are made if they are missing. It
+    need not be writable: what another user or an administrator has made is read.
     """
-    root = (
-        Path(cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop")
-        .expanduser()
-        .absolute()
-    )
+    asked = cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop"
+    root = Path(asked).expanduser().absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"model.cache_dir = {root} cannot be made ({error}): name a folder that can be written"
-        ) from error
+        raise _unwritable(root, error) from error
     tag = root / "CACHEDIR.TAG"
     if not tag.exists() and os.access(root, os.W_OK):  # another's cache may be read-only
         tag.write_text(
@@ -44,17 +40,27 @@ def cache_root(cache_dir: str | None) -> Path:
     return root
 
 
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"model.cache_dir: the cache {folder} cannot be written ({error.strerror or error}): set "
+        "model.cache_dir or GLASSLOOP_CACHE to a folder of your own"
+    )
+
+
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `folder` when the block ends well; so `folder` exists whole or not at all.
 
     Two writers may race: the first rename wins, and the other's copy is thrown away.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        if time.time() - leftover.stat().st_mtime > ABANDONED_S:
-            shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".{folder.name}.*"):
+            if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from error
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,53 @@ def audit_table(groups: list[DtypeGroup]) -> str:
             f"{g.kind:24}{g.dtype:10}{trains:8}{g.tensors:>8}{g.parameters:>16,}{g.size_bytes / 2**20:>10.1f}"
         )
     return "\n".join(lines)
+
+
+def unquantised_note(hf: nn.Module) -> str:
+    """Count the layers' weights that NF4 leaves in 16 bits, as a note; empty if there are none.
+
+    bitsandbytes quantises linear layers. Experts that lie in one tensor a layer are none, and
+    embedding, head, norms and biases stay as they are in every model.
+    """
+    groups = [g for g in dtype_audit(hf) if g.kind in ("experts", "other", "linear")]
+    if not (count := sum(g.parameters for g in groups)):
+        return ""
+    kinds = ", ".join(f"{g.parameters:,} {g.kind} in {g.dtype}" for g in groups)
+    size = sum(g.size_bytes for g in groups) / 2**30
+    return f"NF4 leaves {count:,} weights of the layers unquantised ({kinds}): {size:.2f} GiB"
+
+
+def check_token_ids(
+    rows: Iterable[tuple[str, Sequence[int]]],
+    others: Mapping[str, int | None],
+    size: int,
+    tokenizer: Any,
+    model_id: str,
+) -> None:
+    """Raise ValueError for a token id that the embedding does not have.
+
+    Args:
+        rows: id and token ids of every row. others: what else is fed to the model, by its name.
+        size: rows of the embedding.
+    """
+    cure = (
+        "the tokenizer knows more tokens than the model was resized for; take the tokenizer that "
+        "belongs to the model, or a model with resized embeddings"
+    )
+    for name, token in others.items():
+        if token is not None and token >= size:
+            raise ValueError(
+                f"model.id = {model_id}: the {name} token {tokenizer.convert_ids_to_tokens(token)!r} "
+                f"has id {token}, and the embedding has {size} rows: {cure}"
+            )
+    odd = [(row_id, token) for row_id, ids in rows if (token := max(ids)) >= size]
+    if odd:
+        (row_id, token), count = odd[0], len(odd)
+        raise ValueError(
+            f"model.id = {model_id}: token {tokenizer.convert_ids_to_tokens(token)!r} of row {row_id} "
+            f"has id {token}, and the embedding has {size} rows ({count} rows hold such tokens): "
+            f"{cure}"
+        )
 
 
 def check_dtypes(hf: nn.Module, precision: str) -> None:
@@ -246,7 +293,9 @@ def _kind(full: str, name: str, module: nn.Module, is_head: bool) -> str:
         return "bias"
     if hasattr(module, "quant_state"):
         return "quantised linear"
-    return "linear" if isinstance(module, nn.Linear) else "other"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "experts" if "experts" in full.split(".") else "other"
 
 
 def _kinds(hf: nn.Module) -> Iterator[tuple[str, Tensor, int, bool]]:

@@ -81,6 +81,7 @@ def load_base(
     precision: str,
     device: torch.device,
     first: Callable[[], AbstractContextManager[Any]],
+    source: BaseSource | None = None,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """The frozen base on `device`, linear layers in NF4 or all of it in the dtype of `precision`.
 
@@ -99,7 +100,7 @@ def load_base(
     hf: PreTrainedModel | None = None
     made = False
     with first():
-        source = resolve_source(model)
+        source = source or resolve_source(model)
         notes = [source.note] if source.note else []
         own = own_quantization(source, model)
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
@@ -139,6 +140,7 @@ def find_base(
     precision: str,
     device: torch.device,
     first: Callable[[], AbstractContextManager[Any]],
+    source: BaseSource | None = None,
 ) -> LoadReport:
     """What load_base would report, for an engine that loads the same files itself. A base in NF4 only; quantises it if need be.
 
@@ -146,7 +148,7 @@ def find_base(
     """
     started, dtype = time.monotonic(), DTYPES[precision]
     with first():
-        source = resolve_source(model)
+        source = source or resolve_source(model)
         copy = None
         if own_quantization(source, model) is None:
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
@@ -155,7 +157,8 @@ def find_base(
                 gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
                 torch.cuda.empty_cache()
     if copy is None:
-        _, report = load_base(model, precision=precision, device=device, first=first)
+        shared: dict[str, Any] = dict(precision=precision, device=device, first=first)
+        _, report = load_base(model, **shared, source=source)
         return report if report.folder else replace(report, folder=str(downloaded(source)))
     return LoadReport(
         name=source.name,
@@ -197,8 +200,18 @@ def _load(
             damaged_copy(model, copy, wrong) if copy else f"model.id = {model.id}: {wrong}: {cure}"
         )
     hf.requires_grad_(False)
+    if copy is None and quantize is None:
+        _to_dtype(hf, dtype)
     prepare_4bit(hf, dtype)
     return hf
+
+
+def _to_dtype(hf: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen what a repository that comes quantised stores in 16 bits; transformers ignores dtype."""
+    for parameter in hf.parameters():
+        narrow = parameter.is_floating_point() and parameter.element_size() < dtype.itemsize
+        if narrow and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _draw(

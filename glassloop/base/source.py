@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from glassloop.base.cache import cache_root
 from glassloop.base.random import PREFIX, VERSION, random_folder
@@ -22,6 +23,8 @@ from glassloop.config.config import ModelConfig
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")  # the first kind that is there, as transformers chooses
 HUB_TIMEOUT_S = 10.0
+READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
 class BaseError(ValueError):
@@ -85,12 +88,25 @@ def resolve_source(model: ModelConfig) -> BaseSource:
             raise BaseError(
                 f"model.id = {model.id} is a folder without config.json: name the folder that save_pretrained wrote"
             )
+        check_no_pointers(folder)
         return BaseSource(name=str(folder.absolute()), commit=None, folder=folder.absolute())
     if model.id.startswith(("/", "./", "../", "~")) or model.id.count("/") > 1:
         raise BaseError(
             f"model.id = {model.id} is no folder on this machine: give a hub id (owner/name) or an existing folder"
         )
     return _hub_source(model)
+
+
+def check_no_pointers(folder: Path) -> None:
+    """Raise BaseError for a file that stands for one in Git LFS: a clone without its large files."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in READ or not file.is_file() or file.stat().st_size > POINTER_BYTES:
+            continue
+        if file.read_bytes().startswith(POINTER):
+            raise BaseError(
+                f"model.id = {folder}: {file.name} is a Git LFS pointer, not the file itself: "
+                f"type `git lfs pull` in {folder}"
+            )
 
 
 def _hub_source(model: ModelConfig) -> BaseSource:
@@ -132,6 +148,27 @@ def _hub_source(model: ModelConfig) -> BaseSource:
     snapshot = Path(cached).parent  # .../snapshots/<commit>
     note = f"the hub cannot be reached: using the downloaded copy of {model.id}, commit {snapshot.name}"
     return BaseSource(name=model.id, commit=snapshot.name, folder=snapshot, note=note)
+
+
+def config_of(source: BaseSource, model: ModelConfig) -> dict[str, Any]:
+    """The base's config as plain values. Raises BaseError naming model.id if there is none."""
+    from transformers import AutoConfig
+
+    with loading_errors(model):
+        return AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
+        ).to_dict()
+
+
+def locate_base(model: ModelConfig) -> tuple[BaseSource, dict[str, Any]]:
+    """The base's source and config: what a run asks for once, before anything is loaded."""
+    source = resolve_source(model)
+    return source, config_of(source, model)
+
+
+def vocabulary_of(values: dict[str, Any]) -> int:
+    """Rows of the embedding, of a base's config."""
+    return int((values.get("text_config") or values)["vocab_size"])
 
 
 def downloaded(source: BaseSource) -> Path:
@@ -181,14 +218,19 @@ def base_files(folder: Path) -> list[Path]:
 def _read_memo(memo: Path) -> dict[str, str]:
     try:
         return json.loads(memo.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {}  # only a memory of hashes: without it they are computed again
 
 
 def _write_memo(memo: Path, hashes: dict[str, str]) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=memo.parent, prefix=f".{memo.name}.")
+    """Remember hashes, if the cache can be written: another user's, or a read-only one, cannot."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=memo.parent, prefix=f".{memo.name}.")
+    except OSError:
+        return
     with os.fdopen(descriptor, "w") as handle:
         json.dump(hashes, handle, indent=1)
+    os.chmod(temporary, 0o644)  # mkstemp makes it private, and the next user could not read it
     os.replace(temporary, memo)
 
 

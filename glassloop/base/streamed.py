@@ -66,6 +66,7 @@ def load_streamed(
     precision: str,
     device: torch.device,
     first: Callable[[], AbstractContextManager[Any]],
+    source: BaseSource | None = None,
     locking: Locking = "try",
 ) -> tuple[PreTrainedModel, LoadReport, HostPages]:
     """The frozen base in NF4 over a file of layers; what is not quantised is on `device`.
@@ -81,7 +82,7 @@ def load_streamed(
     """
     started, dtype = time.monotonic(), DTYPES[precision]
     with first():
-        source = resolve_source(model)
+        source = source or resolve_source(model)
         notes = [source.note] if source.note else []
         own = own_quantization(source, model)
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")

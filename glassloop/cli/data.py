@@ -36,7 +36,7 @@ def show_data(config: Config, show: int) -> int:
     from glassloop.data.dataset import build_rows, summary
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
-    from glassloop.engines.peft import load_tokenizer
+    from glassloop.engines.build import load_tokenizer
 
     loaded = load_examples(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)

@@ -183,7 +183,7 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
     from glassloop.data.token_counts import count_tokens
-    from glassloop.engines.peft import load_tokenizer
+    from glassloop.engines.build import load_tokenizer
     from glassloop.plan.engine_lines import planned_engine
     from glassloop.plan.outlook import plan_of
     from glassloop.plan.work import pass_tokens_for, usual_budget

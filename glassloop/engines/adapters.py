@@ -13,25 +13,33 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from glassloop.config.config import LoraConfig
 
-PLAIN = {  # fields of adapter_config.json that change what an adapter computes, and the value that plain LoRA has
-    "bias": "none",
-    "use_rslora": False,
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
+# Fields of adapter_config.json that do not change what a trained adapter computes. Every other one
+# must be as in the run's own, those that a newer PEFT has included.
+NO_MATTER = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "peft_version",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
 }
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")  # by initialising
+CONFIG_BYTES = 1 << 20  # of adapter_config.json, at most
 
 
 def attach_lora(
@@ -56,7 +64,14 @@ def attach_lora(
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )  # peft 0.21 asks by the old name
-        model = peft.get_peft_model(hf, config, autocast_adapter_dtype=True)
+        try:
+            model = peft.get_peft_model(hf, config, autocast_adapter_dtype=True)
+        except ValueError as error:
+            raise ValueError(
+                f"lora.targets = {', '.join(lora.targets)}: PEFT cannot adapt them in "
+                f"{type(hf).__name__} ({error}): name only layers outside its experts"
+            ) from error
+    check_plain_layers(model, lora.targets)  # type: ignore[arg-type]
     draw_adapters(model, seed=seed, base_name=base_name, commit=commit)  # type: ignore[arg-type]
     return model  # type: ignore[return-value]
 
@@ -71,6 +86,20 @@ def draw_adapters(model: peft.PeftModel, *, seed: int, base_name: str, commit: s
             drawn = torch.empty(parameter.shape)
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             parameter.data.copy_(drawn)
+
+
+def check_plain_layers(model: peft.PeftModel, targets: tuple[str, ...]) -> None:
+    """Raise ValueError if PEFT adapted a tensor that is no linear layer: the experts of a layer."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+    if wrapped:
+        kind = type(model.get_base_model()).__name__
+        names = [name.rpartition(".")[2] for name in targets]
+        outside = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
+        raise ValueError(
+            f"lora.targets = {', '.join(targets)}: {kind} has dense layers and layers of experts "
+            f"under these names, and experts are not trained here ({len(wrapped)} such tensors): "
+            f"set lora.targets={','.join(outside) or 'q_proj,v_proj'}"
+        )
 
 
 def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
@@ -99,63 +128,95 @@ def load_adapter(
 ) -> None:
     """Put the weights of a saved PEFT LoRA adapter into the fresh ones.
 
-    Raises ValueError naming model.init_adapter and every difference between its adapter_config.json and the run's config: kind, r,
-    alpha, targets, base, revision, or a variant of LoRA that is not trained here.
+    Raises ValueError naming model.init_adapter: a file is missing, damaged or too large, weights are
+    not finite, or adapter_config.json differs from the run's config (every difference is named).
     """
     path = Path(folder).expanduser()
-    try:
-        saved: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"model.init_adapter = {folder} has no adapter_config.json: name the folder of a PEFT adapter"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"model.init_adapter = {folder}: adapter_config.json is not JSON ({error}): take an undamaged adapter"
-        ) from error
-    if not isinstance(saved, dict):
-        raise ValueError(
-            f"model.init_adapter = {folder}: adapter_config.json holds no fields: take an undamaged adapter"
-        )
-    differences = adapter_differences(saved, lora, base_name=base_name, commit=commit)
+    saved = _saved_config(path, folder)
+    own = model.peft_config["default"].to_dict()
+    differences = adapter_differences(saved, own, lora, base_name=base_name, commit=commit)
     if differences:
         raise ValueError(
             f"model.init_adapter = {folder} does not fit this run: {'; '.join(differences)}"
         )
-    if not (path / "adapter_model.safetensors").is_file():
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
         raise ValueError(
-            f"model.init_adapter = {folder} has no adapter_model.safetensors, and pickled weights (adapter_model.bin) are not read: "
-            "load it in PEFT where you trust it, and save it again"
+            f"model.init_adapter = {folder} has no adapter_model.safetensors, and pickled weights "
+            "(adapter_model.bin) are not read: load it in PEFT if you trust it, and save it again"
         )
-    try:
-        weights = peft.load_peft_weights(str(path), device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"model.init_adapter = {folder}: its weights cannot be read ({error}): take an undamaged adapter"
-        ) from error
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    odd = sorted(weights.keys() ^ expected.keys()) or sorted(
-        n for n in weights if weights[n].shape != expected[n].shape
-    )
-    if odd:
+    peft.set_peft_model_state_dict(model, _weights(file, folder, expected))
+
+
+def _saved_config(path: Path, folder: str) -> dict[str, Any]:
+    """Read adapter_config.json as plain fields. Raises ValueError naming model.init_adapter."""
+    file = path / "adapter_config.json"
+    if not file.is_file():
         raise ValueError(
-            f"model.init_adapter = {folder}: {len(odd)} tensors are missing, unknown or of another shape ({', '.join(odd[:3])})"
+            f"model.init_adapter = {folder} has no adapter_config.json: "
+            "name the folder of a PEFT adapter"
         )
-    peft.set_peft_model_state_dict(model, weights)
+    damaged = f"model.init_adapter = {folder}: adapter_config.json"
+    if (size := file.stat().st_size) > CONFIG_BYTES:
+        raise ValueError(f"{damaged} has {size:,} bytes: take an undamaged adapter")
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{damaged} is not JSON ({error}): take an undamaged adapter") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{damaged} holds no fields: take an undamaged adapter")
+    return saved
+
+
+def _weights(file: Path, folder: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors; names and shapes are compared before any is read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  (not a dict)
+            odd = sorted(shapes.keys() ^ expected.keys()) or sorted(
+                name for name in shapes if shapes[name] != tuple(expected[name].shape)
+            )
+            if odd:
+                raise ValueError(
+                    f"model.init_adapter = {folder}: {len(odd)} tensors are missing, unknown or of "
+                    f"another shape ({', '.join(odd[:3])})"
+                )
+            weights = {name: tensors.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"model.init_adapter = {folder}: its weights cannot be read ({error}): "
+            "take an undamaged adapter"
+        ) from error
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+            raise ValueError(
+                f"model.init_adapter = {folder}: {name} holds values that are no finite numbers "
+                f"({str(tensor.dtype).removeprefix('torch.')}): take an undamaged adapter"
+            )
+    return weights
 
 
 def adapter_differences(
-    saved: dict[str, Any], lora: LoraConfig, *, base_name: str, commit: str | None
+    saved: dict[str, Any],
+    own: dict[str, Any],
+    lora: LoraConfig,
+    *,
+    base_name: str,
+    commit: str | None,
 ) -> list[str]:
-    """What in a saved adapter_config.json contradicts the run's config, each as 'field: there, here'."""
+    """What in a saved adapter_config.json contradicts the run's, each as 'field: there, here'.
+
+    own: the fields of the adapter that this run has made.
+    """
     if saved.get("peft_type") != "LORA":
         return [f"peft_type is {saved.get('peft_type')}, only LORA is trained here"]
     targets = saved.get("target_modules") or []
-    targets = [targets] if isinstance(targets, str) else targets
+    names = targets if isinstance(targets, list) else [targets]
     fields = {
         "lora.r": (saved.get("r"), lora.r),
         "lora.alpha": (saved.get("lora_alpha"), lora.alpha),
-        "lora.targets": (sorted(targets), sorted(lora.targets)),
+        "lora.targets": (sorted(map(str, names)), sorted(lora.targets)),
     }
     differences = [
         f"{field} is {there} in the adapter, {here} in the config"
@@ -169,9 +230,13 @@ def adapter_differences(
         differences.append(
             f"it was trained on commit {saved['revision']}, model.revision gives {commit}"
         )
+    if str(saved.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
+        differences.append(
+            f"init_lora_weights is {saved['init_lora_weights']}: it changes the base"
+        )
     differences += [
-        f"{field} is {saved[field]}, not trained here"
-        for field, plain in PLAIN.items()
-        if (saved.get(field) or plain) != plain
+        f"{field} is {value}, not trained here"
+        for field, value in saved.items()
+        if field not in NO_MATTER and value and value != own.get(field)
     ]
     return differences

@@ -1,4 +1,4 @@
-"""The engine: a frozen base, LoRA adapters beside its linear layers, and a forward pass that ends in loss sums.
+"""The reference engine: transformers, PEFT and bitsandbytes under the loop's own loss.
 
 Legend: B rows, T tokens, H hidden size, V vocabulary, R rank of the adapters.
 """
@@ -6,155 +6,16 @@ Legend: B rows, T tokens, H hidden size, V vocabulary, R rank of the adapters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from glassloop.base.checks import check_devices, check_dtypes, check_plain_head, check_unpatched
-from glassloop.base.host_pages import HostPages
-from glassloop.base.layer_file import NotStreamable
-from glassloop.base.quantised import LoadReport, load_base
-from glassloop.base.source import loading_errors, resolve_source
-from glassloop.base.streamed import load_streamed
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.base.quantised import LoadReport
 from glassloop.data.rows import Pass
-from glassloop.engines.adapters import attach_lora, load_adapter
-from glassloop.engines.norms import fuse_norms
 from glassloop.formula.loss import token_loss_sums
-from glassloop.plan.honoured import GROUPS
-
-if TYPE_CHECKING:
-    from glassloop.engines.fused.engine import FusedEngine
-
-
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.id`, at the same commit as its weights.
-
-    Where it names no pad token, EOS is used for padding: masks go by length here, so the two are never confused.
-    Raises ValueError naming model.id where there is no tokenizer or it has no EOS.
-    """
-    source = resolve_source(model)
-    with loading_errors(model):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.id = {model.id} has a tokenizer without an EOS token: no row could teach it to stop; take another model"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def build_engine(
-    model: ModelConfig,
-    lora: LoraConfig,
-    *,
-    precision: str,
-    checkpointing: bool,
-    seed: int,
-    device: torch.device,
-    first: Callable[[], AbstractContextManager[Any]],
-    engine: str = "peft",
-    longest_row: int | None = None,
-    memory_base: str | int = "auto",
-) -> Engine:
-    """Load the base onto `device`, attach adapters in fp32, and check what must be true before training.
-
-    Args:
-        precision: bf16 | fp16 | fp32, the dtype of the base and of its matrix products. Autocast is the caller's.
-        checkpointing: recompute each decoder layer in the backward pass.
-        seed: of the fresh adapters' A matrices; equal on all ranks, so that their adapters are equal.
-        first: context in which one rank of a host goes before the others (it downloads and quantises).
-        engine: peft | fused | unsloth. longest_row: tokens; None: as many as the model has positions (unsloth has to know).
-        memory_base: memory.base, for the engine fused.
-
-    Returns:
-        The engine, in training mode.
-
-    Raises:
-        ValueError: for a model, target, adapter folder or launch that cannot train as asked; names the field and the cure.
-    """
-    assert engine in ("peft", "fused", "unsloth"), engine
-    shared: dict[str, Any] = dict(precision=precision, device=device, first=first)
-    only_on_cpu: tuple[str, ...] = ()
-    pages = None
-    if engine == "unsloth":
-        from glassloop.engines import unsloth
-
-        hf, report = unsloth.load_with_unsloth(
-            model,
-            lora,
-            load_tokenizer(model),
-            checkpointing=checkpointing,
-            seed=seed,
-            longest_row=longest_row,
-            **shared,
-        )
-        only_on_cpu = unsloth.ON_CPU
-    else:
-        base, report, pages = _load(model, engine, memory_base, shared)
-        check_unpatched(base, engine)
-        check_plain_head(base, device, report.name)
-        fuse_norms(base)
-        hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
-        if checkpointing and engine == "peft":
-            recompute_layers(base, model.id)
-    if model.init_adapter is not None:
-        load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)  # type: ignore[arg-type]
-    check_devices(hf, device, but=only_on_cpu)
-    check_dtypes(hf, precision)
-    if engine == "fused":
-        return _fused_engine(hf, report, checkpointing, pages).train()
-    return (PeftEngine(hf, report) if engine == "peft" else _unsloth_engine(hf, report)).train()
-
-
-def _load(
-    model: ModelConfig, engine: str, memory_base: str | int, shared: dict[str, Any]
-) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
-    """The base; for fused over a file of layers, if its weights have that form."""
-    if engine != "fused" or model.quantization != "nf4":
-        return *load_base(model, **shared), None
-    locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")
-    try:
-        return load_streamed(model, GROUPS, **shared, locking=locking)  # type: ignore[arg-type]
-    except NotStreamable as error:
-        if locking == "must":
-            raise ValueError(
-                f"memory.base = {memory_base}: the base cannot stream ({error}): set it to gpu"
-            ) from error
-        return *load_base(model, **shared), None
-
-
-def _fused_engine(
-    hf: nn.Module, report: LoadReport, checkpointing: bool, pages: HostPages | None
-) -> FusedEngine:
-    """glassloop's own path over the same storage. Recomputed layers are the least that it needs; room.py may let it keep some."""
-    try:
-        from glassloop.engines.fused.engine import FusedEngine
-    except ImportError as error:
-        raise ValueError(
-            f"execution.engine = fused needs triton, which cannot be imported here ({error}): pip install triton, or set execution.engine=peft"
-        ) from error
-    return FusedEngine(hf, report, keep=not checkpointing, pages=pages)
-
-
-def _unsloth_engine(hf: nn.Module, report: LoadReport) -> PeftEngine:
-    """Unsloth's decoder under the reference's loss; see unsloth_engine.py."""
-    from glassloop.engines import unsloth
-
-    return PeftEngine(
-        hf,
-        report,
-        name="unsloth",
-        packed_bounds=unsloth.packed_bounds,
-        before_training_pass=unsloth.train_again,
-    )
 
 
 class PeftEngine(nn.Module):
@@ -281,9 +142,6 @@ class PeftEngine(nn.Module):
                 f"of another, and differs by {off:.1e} from the row alone): {cure}"
             )
         self._packing_checked = True
-
-
-Engine = Union[PeftEngine, "FusedEngine"]  # what the loop calls: the same forward, hf and report
 
 
 def recompute_layers(base: PreTrainedModel, model_id: str = "") -> None:

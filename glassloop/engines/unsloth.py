@@ -29,6 +29,8 @@ from torch import nn
 from glassloop.base.cache import cache_root
 from glassloop.base.checks import base_checksum, check_plain_head
 from glassloop.base.quantised import DTYPES, LoadReport, find_base, prepare_4bit
+from glassloop.base.source import BaseSource
+from glassloop.base.still import silence
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import check_targets, draw_adapters
 from glassloop.engines.unsloth_checks import OTHER_ENGINE, check_unsloth
@@ -77,6 +79,7 @@ def load_with_unsloth(
     device: torch.device,
     first: Callable[[], AbstractContextManager[Any]],
     longest_row: int | None,
+    source: BaseSource | None = None,
 ) -> tuple[nn.Module, LoadReport]:
     """The base with fresh adapters, loaded and patched by Unsloth onto this rank's device. Other arguments as in model.build_engine.
 
@@ -88,7 +91,7 @@ def load_with_unsloth(
         ValueError: where Unsloth cannot run here or not this model, or where the base it holds is not bit for bit the one that peft would have.
     """
     check_unsloth(on_cuda=device.type == "cuda")
-    report = find_base(model, precision=precision, device=device, first=first)
+    report = find_base(model, precision=precision, device=device, first=first, source=source)
     with first():
         fast = import_unsloth()
     assert report.folder is not None
@@ -117,6 +120,7 @@ def load_with_unsloth(
         put_back_pad_rows(base, Path(report.folder), own_tokenizer, tokenizer)
         notes = check_same_base(base, report, own_tokenizer, tokenizer)
         base.requires_grad_(False)
+        notes += filter(None, [silence(base)])
         prepare_4bit(base, DTYPES[precision])
         check_plain_head(base, device, report.name)
         check_targets(base, lora.targets)

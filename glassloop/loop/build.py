@@ -13,17 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from glassloop.base.source import BaseSource, locate_base, vocabulary_of
 from glassloop.config.config import Config, as_dict, settled
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, build_rows
 from glassloop.data.sources import Loaded, load_examples
 from glassloop.data.templates import Template, make_template
 from glassloop.disk.lock import FolderLock
-from glassloop.engines.peft import load_tokenizer
+from glassloop.engines.build import load_tokenizer
 from glassloop.formula.dist import all_or_none, gather_objects, in_turn, one_first, require_same
 from glassloop.health.inspection import make_inspection
 from glassloop.loop.claim import claim, release
 from glassloop.loop.conditions import (
+    check_rows,
     contract_of,
     found_facts,
     hash_of,
@@ -70,6 +72,8 @@ class Start:
 
     asked: Config  # execution.engine may be auto
     config: Config  # the engine has its name
+    source: BaseSource
+    vocabulary: int  # rows of the base's embedding
     checkpoint: Path | None  # to resume from
     warnings: tuple[str, ...]  # checkpoints that are not whole, an engine that is not sound
     old_plan: dict[str, Any]  # plan.json of the run to resume; {} for a new one
@@ -159,14 +163,17 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     hush(accelerator.process_index)
     first = partial(one_first, accelerator.is_local_main_process)
     old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
-    config = with_linear_names(config, first)
-    choice = engine_here(config, checkpoint, old_plan, first)
+    source, values = in_turn(first, lambda: locate_base(config.model), "reading the model's config")
+    config = with_linear_names(config, source, first)
+    choice = engine_here(config, checkpoint, old_plan, values)
     resolved, auto = with_engine(config, choice), in_words(config, choice)
     folder = run_folder(config)
     lock = claim(folder, config, checkpoint, rank=accelerator.process_index)
     return Start(
         asked=config,
         config=resolved,
+        source=source,
+        vocabulary=vocabulary_of(values),
         checkpoint=checkpoint,
         warnings=(*passed_over, *(lock.notes if lock else ())),
         old_plan=old_plan,
@@ -185,11 +192,12 @@ def read_rows(start: Start) -> Rows:
     config, run = start.config, start.config.resume.run
 
     def read() -> tuple[Any, Loaded]:
-        return load_tokenizer(config.model), load_examples(config.data, config.seed)
+        return load_tokenizer(config.model, start.source), load_examples(config.data, config.seed)
 
     tokenizer, loaded = in_turn(start.first, read, "reading tokenizer and data")
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
     dataset = build_rows(loaded, template, config.data)
+    check_rows(config, dataset, tokenizer, start.vocabulary)
     plan = plan_of(config, len(dataset.train.rows), start.accelerator.num_processes)
     cure = "copy the run's folder of one host to the others, or name one with --at"
     require_same("checkpoints to resume from", sums_of(start.checkpoint), cure)
@@ -227,7 +235,7 @@ def load_replica(start: Start, rows: Rows) -> tuple[Start, Replica, dict[str, fl
     config, accelerator = start.config, start.accelerator
     device, rank = device_of(accelerator), accelerator.process_index
     pad_id = cast(int, rows.tokenizer.pad_token_id)
-    engine = load_engine(config, device, rank=rank, first=start.first)
+    engine = load_engine(config, device, rank=rank, first=start.first, source=start.source)
     cure = "the ranks loaded different bases; clear the cache of one, or pin model.revision"
     require_same("base weights", engine.report.checksum, cure)
     loaded_gib = allocated_gib(device)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from glassloop.base.checks import dtype_audit
+from glassloop.base.checks import check_token_ids, dtype_audit
 from glassloop.config.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset
@@ -27,6 +27,13 @@ from glassloop.plan.contract import Contract
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STORED = {"nf4": "uint8"}  # quantised weights lie in bytes
+
+
+def check_rows(config: Config, dataset: Dataset, tokenizer: Any, size: int) -> None:
+    """Raise ValueError for a token id that the base's embedding, of `size` rows, does not have."""
+    rows = (*dataset.train.rows, *dataset.heldout.rows)
+    ids = ((row.row_id, row.input_ids) for row in rows)
+    check_token_ids(ids, {"pad": tokenizer.pad_token_id}, size, tokenizer, config.model.id)
 
 
 def planned_facts(

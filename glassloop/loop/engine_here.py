@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from glassloop.base.source import loading_errors, resolve_source
+from glassloop.base.source import BaseSource, loading_errors
 from glassloop.config.arguments import with_old_engine
-from glassloop.config.config import ALL_LINEAR, Config, ModelConfig
+from glassloop.config.config import ALL_LINEAR, Config
 from glassloop.engines.adapters import linear_names
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda
@@ -24,16 +24,13 @@ LEAST = (8, 0)  # compute capability that fused was written and tested for
 
 
 def engine_here(
-    config: Config,
-    checkpoint: Path | None,
-    plan: Mapping[str, Any],
-    first: Callable[[], AbstractContextManager[Any]],
+    config: Config, checkpoint: Path | None, plan: Mapping[str, Any], model: Mapping[str, Any]
 ) -> Choice:
-    """Decide alike on all ranks, which all take part. A run that goes on keeps the engine that it had.
+    """Choose the run's engine, alike on all ranks, which all take part. A resumed run keeps its own.
 
     Args:
-        checkpoint: that the run goes on from. plan: plan.json of the run that goes on; empty for a new one.
-        first: context in which one rank of a host goes before the others (it downloads the model's config.json).
+        checkpoint: of the run that is resumed. plan: its plan.json; empty for a new run.
+        model: the base's config.
     """
     if config.execution.engine != "auto":
         return choose_engine(config, None, on_cuda=on_cuda())
@@ -41,8 +38,7 @@ def engine_here(
         return Choice(before, "as the run began")
     choice = choose_engine(config, None, on_cuda=on_cuda())
     if choice.engine != "fused":
-        return choice  # without a look at the model
-    model = in_turn(first, lambda: config_of(config.model), "reading the model's config")
+        return choice
     lacking = next(filter(None, gather_objects(lacking_here())), "")
     return choose_engine(config, model, on_cuda=True, lacking=lacking)
 
@@ -54,24 +50,15 @@ def engine_before(checkpoint: Path | None, plan: Mapping[str, Any]) -> str | Non
     return plan.get("contract", {}).get("engine")
 
 
-def config_of(model: ModelConfig) -> dict[str, Any]:
-    """The model's config as plain values. Raises ValueError naming model.id where there is none."""
-    source = resolve_source(model)
-    with loading_errors(model):
-        found = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
-        ).to_dict()
-    return found
-
-
-def with_linear_names(config: Config, first: Callable[[], AbstractContextManager[Any]]) -> Config:
+def with_linear_names(
+    config: Config, source: BaseSource, first: Callable[[], AbstractContextManager[Any]]
+) -> Config:
     """Name the layers of lora.targets=all-linear, from the model's structure without weights."""
     if ALL_LINEAR not in config.lora.targets:
         return config
     model = config.model
 
     def read() -> tuple[str, ...]:
-        source = resolve_source(model)
         with loading_errors(model), torch.device("meta"):
             settings = AutoConfig.from_pretrained(
                 source.path, revision=source.revision, trust_remote_code=model.trust_remote_code

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from glassloop.config.config import Config
 from glassloop.data.rows import Row
-from glassloop.engines.peft import Engine, PeftEngine, recompute_layers
+from glassloop.engines.build import Engine
+from glassloop.engines.peft import PeftEngine, recompute_layers
 from glassloop.formula.dist import gather_objects
 from glassloop.formula.optim import FlatAdapters
 from glassloop.plan.engine import Choice

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import set_seed
 
+from glassloop.base.source import BaseSource
 from glassloop.config.config import Config
-from glassloop.engines.peft import Engine, build_engine
+from glassloop.engines.build import Engine, build_engine
 from glassloop.formula.dist import broadcast_from_rank_0, first_difference, gather_objects
 from glassloop.formula.optim import FlatAdapters, LossScale, bit_sum, make_optimizer
 from glassloop.saved.state import restore_rng, rng_state
@@ -90,6 +91,7 @@ def load_engine(
     *,
     rank: int,
     first: Callable[[], AbstractContextManager[Any]],
+    source: BaseSource | None = None,
 ) -> Engine:
     """Build the config's engine with fresh adapters.
 
@@ -98,6 +100,7 @@ def load_engine(
 
     Args:
         first: context in which one rank of a host runs before the others (it downloads and caches).
+        source: of the base, where the caller has located it.
     """
     set_seed(config.seed + rank)
     return build_engine(
@@ -108,6 +111,7 @@ def load_engine(
         seed=config.seed,
         device=device,
         first=first,
+        source=source,
         engine=config.execution.engine,
         longest_row=config.data.max_tokens,
         memory_base=config.memory.base,

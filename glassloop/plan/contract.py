@@ -13,6 +13,14 @@ from typing import Any
 from glassloop.plan.steps import StepPlan
 
 SCHEMA = 2  # of plan.json; 1 had the step arithmetic alone
+# Facts that a launcher decides and that are read back from it.
+FROM_THE_LAUNCHER = (
+    "processes",
+    "devices",
+    "collectives",
+    "mixed precision",
+    "compiler of the launcher",
+)
 
 
 class ContractBroken(RuntimeError):
@@ -63,7 +71,15 @@ class Contract:
             if self.facts[name] != found[name]
         ]
         if broken:
-            cure = "a launcher's setting, a default Accelerate config file or a library changed it; glassloop doctor says which"
+            launched = [
+                name for name in FROM_THE_LAUNCHER if self.facts.get(name) != found.get(name)
+            ]
+            cure = (
+                "the launcher's arguments, its environment (ACCELERATE_...) or an Accelerate "
+                f"config file set {', '.join(launched)}; glassloop doctor shows them"
+                if launched
+                else "please report it with the command line and this message"
+            )
             raise ContractBroken(
                 f"the run is not the one that was planned ({'; '.join(broken)}): {cure}"
             )

@@ -12,7 +12,6 @@ from typing import Any
 HONOURED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama", "qwen2"),
     "hidden_act": ("silu",),
-    "attention_dropout": (0, 0.0, None),
     "pretraining_tp": (1, None),
     "sliding_window": (None,),
     "partial_rotary_factor": (1, 1.0, None),

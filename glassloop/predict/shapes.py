@@ -136,6 +136,7 @@ class Shapes:
         return tuple(part for name in targets for part in JOINED.get(name, (name,)))
 
 
+MOST_LAYERS = 10_000  # that are looked at one by one
 KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes(
         "DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256
@@ -231,6 +232,30 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
         ) from error
 
 
+def expert_weights(values: dict[str, Any]) -> int:
+    """Weights of all experts of a mixture, by the usual names of its sizes; 0 for another model."""
+    values = values.get("text_config") or values
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    count = next((int(values[name]) for name in names if values.get(name)), 0)
+    if not count:
+        return 0
+    inner = int(values.get("moe_intermediate_size") or values["intermediate_size"])
+    dense, step = set(values.get("mlp_only_layers") or ()), values.get("decoder_sparse_step") or 1
+    first = int(values.get("first_k_dense_replace") or 0)
+    layers = range(first, min(int(values["num_hidden_layers"]), MOST_LAYERS))
+    sparse = sum(layer not in dense and (layer + 1) % int(step) == 0 for layer in layers)
+    return sparse * count * 3 * int(values["hidden_size"]) * inner
+
+
+def _experts(values: dict[str, Any]) -> str:
+    try:
+        weights = expert_weights(values)
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return ""  # a size is garbled, and the model is not supported here in any case
+    size = f"{2 * weights / 2**30:.1f} GiB"
+    return f"; NF4 leaves its {weights:,} weights of experts in 16 bits ({size})" if weights else ""
+
+
 def _biased(values: dict[str, Any]) -> tuple[str, ...]:
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
     found = (
@@ -262,7 +287,8 @@ def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
     if shapes is None:
         return (
             None,
-            f"model.id = {model_id}: model_type {values.get('model_type')} is not one of {', '.join(NORMS)}",
+            f"model.id = {model_id}: model_type {values.get('model_type')} is not one of "
+            f"{', '.join(NORMS)}{_experts(values)}",
         )
     return shapes, str(file)
 

@@ -19,7 +19,7 @@ from glassloop.data.rows import Row
 from glassloop.data.sources import load_examples
 from glassloop.data.templates import make_template
 from glassloop.disk.opening import read_plain
-from glassloop.engines.peft import load_tokenizer
+from glassloop.engines.build import load_tokenizer
 from glassloop.loop.conditions import hash_of
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import chooses_passes, pass_tokens_for

@@ -26,7 +26,8 @@ from glassloop.config.trust import OPTIONS
 from glassloop.data.rows import Example, Turn
 from glassloop.data.templates import Template, make_template
 from glassloop.disk import publish as folders
-from glassloop.engines.peft import PeftEngine, build_engine
+from glassloop.engines.build import build_engine
+from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import FlatAdapters
 from glassloop.loop.generation import EvaluationSetup
 from glassloop.record.reading import with_overrides

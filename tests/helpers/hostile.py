@@ -200,6 +200,33 @@ def pickled_base(path: Path) -> None:
     (path / "pytorch_model.bin").write_bytes(HARM)
 
 
+def pointer(name: str) -> Callable[[Path], None]:
+    """A file as a clone without Git LFS has it."""
+    content = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    return lambda path: (path / name).write_text(content) and None
+
+
+def pad_beyond(path: Path) -> None:
+    """A pad token that was added, and an embedding that was not resized."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(512 - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(path)
+
+
+def adapter_with(**fields: Any) -> Callable[[Place], str]:
+    """A run that starts from the checkpoint's adapter with other fields in adapter_config.json."""
+
+    def gets(place: Place) -> str:
+        source = next((place.run.folder / "checkpoints").glob("update_*"))
+        known = json.loads((source / "adapter_config.json").read_text())
+        return adapter({"adapter_config.json": json.dumps(known | fields).encode()})(place)
+
+    return gets
+
+
 def adapter(files: dict[str, bytes]) -> Callable[[Place], str]:
     """A run that starts from an adapter of these files; those not named are the checkpoint's."""
 
@@ -339,10 +366,20 @@ def sections() -> Iterator[tuple[str, list[Case]]]:
         [
             ("a model that brings its own Python code", base(own_code)),
             ("a model whose weights are a harmful pickle", base(pickled_base)),
+            ("weights that are a Git LFS pointer", base(pointer("model.safetensors"))),
+            ("a tokenizer.json that is a Git LFS pointer", base(pointer("tokenizer.json"))),
+            ("a config.json that is a Git LFS pointer", base(pointer("config.json"))),
+            ("a pad token beyond the embedding", base(pad_beyond)),
             ("an adapter as a pickle (adapter_model.bin)", adapter({"adapter_model.bin": HARM})),
             (
                 "a pickle called adapter_model.safetensors",
                 adapter({"adapter_model.safetensors": HARM}),
+            ),
+            ("an adapter whose target_modules is a number", adapter_with(target_modules=5)),
+            ("an adapter of a variant that glassloop does not know", adapter_with(use_new=[1])),
+            (
+                "an adapter whose initialisation changed its base",
+                adapter_with(init_lora_weights="pissa"),
             ),
             ("an adapter_config.json that is a list", adapter({"adapter_config.json": b"[]"})),
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from glassloop.base.checks import (
     check_devices,
     check_dtypes,
     check_plain_head,
+    check_token_ids,
     dtype_audit,
 )
+from glassloop.config.config import LoraConfig
 from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")
@@ -242,3 +245,84 @@ def test_a_model_of_patched_classes_is_refused():
     Linear.forward.__module__ = "unsloth_zoo.patches"
     with pytest.raises(ValueError, match=r"unsloth_zoo.patches"):
         check_unpatched(model, "fused")
+
+
+def test_weights_that_nf4_leaves_unquantised_are_counted_and_said(
+    engine_of: EngineOf, tmp_path: Path
+) -> None:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    Qwen2MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    experts = 2 * 4 * 3 * 64 * 64
+    engine = engine_of(
+        tmp_path, quantization="nf4", precision="bf16", lora=LoraConfig(targets=("q_proj",))
+    )
+    groups = {group.kind: group for group in dtype_audit(engine.hf)}
+    assert groups["experts"].parameters == experts and groups["experts"].dtype == "bfloat16"
+    (note,) = engine.report.notes
+    assert note.startswith("NF4 leaves ") and f"{experts:,} experts in bfloat16" in note
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_token_id_and_rows(tiny_tokenizer) -> None:
+    rows = [("r0", (5, 6)), ("r1", (7, 511))]
+    check_token_ids(rows, {"pad": 0}, 512, tiny_tokenizer, "m")
+    with pytest.raises(
+        ValueError, match=r"token .* of row r1 has id 511, and the embedding has 511"
+    ):
+        check_token_ids(rows, {"pad": 0}, 511, tiny_tokenizer, "m")
+    with pytest.raises(ValueError, match=r"the pad token .* has id 511, and the embedding has 511"):
+        check_token_ids(rows[:1], {"pad": 511}, 511, tiny_tokenizer, "m")
+
+
+@pytest.mark.parametrize("change", ["pad", "template"])
+def test_a_run_refuses_tokens_beyond_the_embedding_before_a_weight_is_read(
+    run_of, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    from glassloop.loop import replica
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "short")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(512 - len(tokenizer))])
+    if change == "pad":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    else:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+        tokenizer.chat_template = "<|im_start|>" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(replica, "build_engine", None)
+    said = r"'\[PAD\]'" if change == "pad" else r"'<\|im_start\|>' of row \S+"
+    with pytest.raises(
+        ValueError, match=rf"token {said} has id 512, and the embedding has 512 rows"
+    ):
+        run_of(model={"id": str(folder)})
+
+
+def test_a_base_that_comes_quantised_in_16_bits_is_widened_to_fp32(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=settings, device_map={"": "cpu"}
+    )
+    model.save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, quantization="nf4", precision="fp32", double_quantization=False)
+    dtypes = {group.kind: group.dtype for group in dtype_audit(engine.hf)}
+    assert dtypes["embedding"] == dtypes["head"] == dtypes["norm"] == "float32"

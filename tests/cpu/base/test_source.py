@@ -47,7 +47,7 @@ def test_cache_is_the_field_else_the_variable_else_home(
     monkeypatch.delenv("GLASSLOOP_CACHE")
     assert cache.cache_root(None) == tmp_path / ".cache" / "glassloop"
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"model.cache_dir = .* cannot be made"):
+    with pytest.raises(ValueError, match=r"model.cache_dir: the cache .*file/x cannot be written"):
         cache.cache_root(str(tmp_path / "file" / "x"))
 
 
@@ -262,3 +262,51 @@ def test_local_folders_that_cannot_be_are_refused(
         resolve_source(
             ModelConfig(id=name.format(folder=tiny_llama, empty=tmp_path), revision=revision)
         )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_clone_without_its_large_files_is_told_from_damage(
+    tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "clone")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        resolve_source(ModelConfig(id=str(folder)))
+
+
+def test_a_memo_of_hashes_can_be_read_by_the_next_user(tiny_llama: Path, tmp_path: Path) -> None:
+    memo = tmp_path / "file_hashes.json"
+    source = resolve_source(ModelConfig(id=str(tiny_llama)))
+    base_hash(source, memo)
+    assert memo.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_cache_that_cannot_be_written_is_read_and_costs_the_memo_alone(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's cache is, or a read-only one."""
+    made = load(tiny_llama, tmp_path)[1].checksum
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "file_hashes.json").unlink()
+    monkeypatch.setattr(cache.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(base_source.tempfile, "mkstemp", refuse)
+    assert load(tiny_llama, tmp_path)[1].checksum == made
+    with pytest.raises(
+        ValueError, match=r"cannot be written \(Permission denied\): set model.cache"
+    ):
+        load(tiny_llama, tmp_path / "other")
+
+
+def test_a_home_that_cannot_be_written_is_named_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLASSLOOP_CACHE")
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.raises(
+        ValueError, match=r"cache /dev/null/.cache/glassloop cannot be written.*GLAS"
+    ):
+        cache.cache_root(None)

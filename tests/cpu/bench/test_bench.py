@@ -29,7 +29,7 @@ from glassloop.cli import bench as bench_command
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
-from glassloop.engines.peft import build_engine, load_tokenizer
+from glassloop.engines.build import build_engine, load_tokenizer
 from glassloop.predict.flops import flops_of
 from glassloop.predict.shapes import KNOWN
 

@@ -213,7 +213,7 @@ def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     from glassloop.data.dataset import build_rows
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
-    from glassloop.engines.peft import load_tokenizer
+    from glassloop.engines.build import load_tokenizer
 
     rows = write_rows(tmp_path / "rows.jsonl", 37)
     words = [

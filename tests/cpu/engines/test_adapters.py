@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from glassloop.base import quantised as base_cache
 from glassloop.config.config import LoraConfig
@@ -62,7 +63,7 @@ def test_unknown_targets_are_refused_with_the_names_that_exist(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=r"lora.targets = c_attn: LlamaForCausalLM has no such.*down_proj, gate_proj, k_proj",
+        match=r"lora.targets = c_attn: LlamaForCausalLM has no such.*k_proj, v_proj, o_proj",
     ):
         engine_of(tiny_llama, lora=LoraConfig(targets=("q_proj", "c_attn")))
     with pytest.raises(ValueError, match=r"lora.targets = lm_head: "):
@@ -117,6 +118,11 @@ def test_saved_adapter_gives_the_same_logits_elsewhere(
         ({"use_dora": True, "r": 2}, "lora.r is 2 .*; use_dora is True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"peft_type": "LOHA"}, "peft_type is LOHA, only LORA"),
+        ({"target_modules": 5}, r"lora.targets is \['5'\] in the adapter"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\], not trained"),
+        ({"use_qalora": True}, "use_qalora is True, not trained here"),
+        ({"use_of_tomorrow": {"a": 1}}, "use_of_tomorrow is {'a': 1}, not trained here"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa.*changes the base"),
     ],
 )
 def test_init_adapter_that_differs_is_refused_by_field(
@@ -155,6 +161,85 @@ def test_init_adapter_that_is_damaged_or_missing_is_refused(
     weights.unlink()
     with pytest.raises(ValueError, match=r"model.init_adapter"):
         engine_of(tiny_llama, init_adapter=str(tmp_path))
+
+
+def test_init_adapter_with_numbers_that_are_not_finite_is_refused(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = saved_adapter(engine_of, tiny_llama, tmp_path) / "adapter_model.safetensors"
+    whole = load_file(weights)
+    name = list(whole)[3]
+    for odd in (whole[name].clone().fill_(torch.nan), whole[name].to(torch.int8)):
+        save_file(whole | {name: odd}, weights)
+        with pytest.raises(ValueError, match=f"{name} holds values that are no finite numbers"):
+            engine_of(tiny_llama, init_adapter=str(tmp_path))
+
+
+@pytest.mark.timeout(60)
+def test_init_adapter_of_pipes_or_without_end_is_refused_at_once(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path
+) -> None:
+    adapter = saved_adapter(engine_of, tiny_llama, tmp_path)
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(ValueError, match=r"has no adapter_model.safetensors"):
+        engine_of(tiny_llama, init_adapter=str(adapter))
+    with open(config, "r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"adapter_config.json has 1,099,511,627,776 bytes"):
+        engine_of(tiny_llama, init_adapter=str(adapter))
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(ValueError, match=r"has no adapter_config.json"):
+        engine_of(tiny_llama, init_adapter=str(adapter))
+
+
+COMMON = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+
+
+def test_a_model_with_dense_layers_and_experts_is_refused_with_targets_that_fit(
+    engine_of: EngineOf, tmp_path: Path
+) -> None:
+    config = Qwen3MoeConfig(
+        **COMMON,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"experts are not trained here .2 such tensors.*") as told:
+        engine_of(tmp_path)
+    cure = str(told.value).rpartition("lora.targets=")[2].split(",")
+    assert cure == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    engine = engine_of(tmp_path, lora=LoraConfig(r=4, alpha=8, targets=tuple(cure)))
+    assert len([n for n, p in engine.hf.named_parameters() if p.requires_grad]) == 2 * 4 * 2
+
+
+def test_what_peft_refuses_names_the_targets(engine_of: EngineOf, tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(
+        **COMMON,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"lora.targets = gate_proj: PEFT cannot adapt them in Qwen"
+    ):
+        engine_of(tmp_path, lora=LoraConfig(r=4, alpha=8, targets=("gate_proj",)))
 
 
 def test_adapter_config_names_base_and_commit(

@@ -20,7 +20,8 @@ from glassloop.base.checks import (
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Pass, Row
-from glassloop.engines.peft import PeftEngine, load_tokenizer
+from glassloop.engines.build import load_tokenizer
+from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")
 EngineOf = Callable[..., PeftEngine]
@@ -225,9 +226,8 @@ def test_generating_between_two_updates_changes_nothing(
     batch = pass_of(rows_of(12, 17))
     checked = engine_of(tiny_llama, quantization="nf4")
     randomise_b(checked)
-    monkeypatch.setattr(
-        "glassloop.engines.peft.check_plain_head", lambda hf, device, model_id: None
-    )
+    for check in ("check_plain_head", "check_still"):
+        monkeypatch.setattr(f"glassloop.engines.build.{check}", lambda hf, device, model_id: None)
     engine = engine_of(tiny_llama, quantization="nf4")
     randomise_b(engine)
     before = gradient(engine, batch)  # nothing ran without gradient so far
@@ -358,7 +358,7 @@ def test_tokenizer_keeps_its_own_pad_and_borrows_eos_where_it_has_none(
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     for missing, expected in (
         ("pad_token", None),
-        ("eos_token", "has a tokenizer without an EOS token"),
+        ("eos_token", "the tokenizer has no EOS token"),
     ):
         settings.pop(missing)
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -14,7 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
-from glassloop.engines.peft import PeftEngine, build_engine
+from glassloop.engines.build import build_engine
+from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import FlatAdapters
 from glassloop.loop import build, proving
 from glassloop.plan.engine import Choice

@@ -23,7 +23,8 @@ from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines import unsloth as unsloth_engine
 from glassloop.engines import unsloth_checks as checks
-from glassloop.engines.peft import PeftEngine, build_engine
+from glassloop.engines.build import build_engine
+from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import FlatAdapters
 from glassloop.plan.outlook import look_ahead, plan_of
 from glassloop.plan.text import render

@@ -33,7 +33,8 @@ from glassloop.data.batches import build_pass
 from glassloop.data.formats import verdict_of
 from glassloop.data.rows import Example, Row, Turn
 from glassloop.data.templates import make_template
-from glassloop.engines.peft import PeftEngine, build_engine, load_tokenizer
+from glassloop.engines.build import build_engine, load_tokenizer
+from glassloop.engines.peft import PeftEngine
 from glassloop.loop import evaluation
 from glassloop.loop.evaluation import Answer, row_losses, scores
 from glassloop.loop.generation import generate, unchanged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from glassloop.plan.contract import SCHEMA, Contract, ContractBroken, check_same_rows
@@ -50,6 +52,15 @@ def test_each_fact_is_compared_and_both_values_are_named(name):
     CONTRACT.check_facts(dict(FACTS))
     with pytest.raises(ContractBroken, match=f"{name}: planned {FACTS[name]}, found other"):
         CONTRACT.check_facts(FACTS | {name: "other"})
+
+
+def test_the_message_blames_a_launcher_only_for_what_a_launcher_sets():
+    contract = replace(CONTRACT, facts={"mixed precision": "bf16", "trainable parameters": 5})
+    found = {"mixed precision": "no", "trainable parameters": 6}
+    with pytest.raises(ContractBroken, match=r"an Accelerate config file set mixed precision; gla"):
+        contract.check_facts(found)
+    with pytest.raises(ContractBroken, match=r"parameters: planned 5, found 6\): please report it"):
+        contract.check_facts(found | {"mixed precision": "bf16"})
 
 
 def test_plan_json_has_every_line_and_other_rows_are_refused():

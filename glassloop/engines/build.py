@@ -1,0 +1,181 @@
+"""From a config to an engine: the base, its adapters, and what must be true before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from glassloop.base.checks import (
+    check_devices,
+    check_dtypes,
+    check_plain_head,
+    check_unpatched,
+    unquantised_note,
+)
+from glassloop.base.host_pages import HostPages
+from glassloop.base.layer_file import NotStreamable
+from glassloop.base.quantised import LoadReport, load_base
+from glassloop.base.source import BaseSource, loading_errors, resolve_source
+from glassloop.base.still import check_still, silence
+from glassloop.base.streamed import load_streamed
+from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.engines.adapters import attach_lora, load_adapter
+from glassloop.engines.norms import fuse_norms
+from glassloop.engines.peft import PeftEngine, recompute_layers
+from glassloop.plan.honoured import GROUPS
+
+if TYPE_CHECKING:
+    from glassloop.engines.fused.engine import FusedEngine
+
+Engine = Union[PeftEngine, "FusedEngine"]  # what the loop calls: the same forward, hf and report
+
+
+def load_tokenizer(model: ModelConfig, source: BaseSource | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `model.id`, at the same commit as its weights.
+
+    A tokenizer that names no pad token pads with EOS. Masks go by length, so the two never mix.
+
+    Args:
+        source: of the base, where the caller has resolved it.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no EOS; names model.id.
+    """
+    source = source or resolve_source(model)
+    with loading_errors(model):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.id = {model.id}: the tokenizer has no EOS token, so the model cannot learn to "
+            "stop. Choose another model"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_engine(
+    model: ModelConfig,
+    lora: LoraConfig,
+    *,
+    precision: str,
+    checkpointing: bool,
+    seed: int,
+    device: torch.device,
+    first: Callable[[], AbstractContextManager[Any]],
+    engine: str = "peft",
+    longest_row: int | None = None,
+    memory_base: str | int = "auto",
+    source: BaseSource | None = None,
+) -> Engine:
+    """Load the base onto `device` and attach fp32 adapters; returns the engine in training mode.
+
+    Args:
+        precision: bf16 | fp16 | fp32, of the base and its matrix products. Autocast is the caller's.
+        checkpointing: recompute each decoder layer in the backward pass.
+        seed: of the fresh adapters' A matrices; equal on all ranks, so that their adapters are.
+        first: context in which one rank of a host goes before the others, to download and quantise.
+        engine: peft | fused | unsloth.
+        longest_row: tokens, for unsloth; None: as many as the model has positions.
+        memory_base: memory.base, for fused.
+        source: of the base, where the caller has resolved it.
+
+    Raises:
+        ValueError: a model, target, adapter folder or launch cannot train as asked; names the field
+            and the cure.
+    """
+    assert engine in ("peft", "fused", "unsloth"), engine
+    shared: dict[str, Any] = dict(precision=precision, device=device, first=first, source=source)
+    only_on_cpu: tuple[str, ...] = ()
+    pages = None
+    if engine == "unsloth":
+        from glassloop.engines import unsloth
+
+        hf, report = unsloth.load_with_unsloth(
+            model,
+            lora,
+            load_tokenizer(model, source),
+            checkpointing=checkpointing,
+            seed=seed,
+            longest_row=longest_row,
+            **shared,
+        )
+        only_on_cpu = unsloth.ON_CPU
+    else:
+        base, report, pages = _load(model, engine, memory_base, shared)
+        check_unpatched(base, engine)
+        check_plain_head(base, device, report.name)
+        report = prepared(base, report, model, device)
+        fuse_norms(base)
+        hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
+        if checkpointing and engine == "peft":
+            recompute_layers(base, model.id)
+    if model.init_adapter is not None:
+        load_adapter(hf, model.init_adapter, lora, base_name=report.name, commit=report.commit)  # type: ignore[arg-type]
+    check_devices(hf, device, but=only_on_cpu)
+    check_dtypes(hf, precision)
+    if engine == "fused":
+        return _fused_engine(hf, report, checkpointing, pages).train()
+    return (PeftEngine(hf, report) if engine == "peft" else _unsloth_engine(hf, report)).train()
+
+
+def prepared(
+    base: PreTrainedModel, report: LoadReport, model: ModelConfig, device: torch.device
+) -> LoadReport:
+    """Turn off the base's own dropout; returns the report with notes on that and on NF4."""
+    quietened = silence(base)
+    check_still(base, device, report.name)
+    left = unquantised_note(base) if model.quantization == "nf4" else ""
+    return replace(report, notes=(*report.notes, *filter(None, (quietened, left))))
+
+
+def _load(
+    model: ModelConfig, engine: str, memory_base: str | int, shared: dict[str, Any]
+) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
+    """Load the base; for fused over a file of layers, if its weights have that form."""
+    if engine != "fused" or model.quantization != "nf4":
+        return *load_base(model, **shared), None
+    locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")
+    try:
+        return load_streamed(model, GROUPS, **shared, locking=locking)  # type: ignore[arg-type]
+    except NotStreamable as error:
+        if locking == "must":
+            raise ValueError(
+                f"memory.base = {memory_base}: the base cannot stream ({error}): set it to gpu"
+            ) from error
+        return *load_base(model, **shared), None
+
+
+def _fused_engine(
+    hf: nn.Module, report: LoadReport, checkpointing: bool, pages: HostPages | None
+) -> FusedEngine:
+    """The fused engine over the same storage. It recomputes all layers until memory.py chooses."""
+    try:
+        from glassloop.engines.fused.engine import FusedEngine
+    except ImportError as error:
+        raise ValueError(
+            f"execution.engine = fused needs triton, which cannot be imported here ({error}): "
+            "pip install triton, or set execution.engine=peft"
+        ) from error
+    return FusedEngine(hf, report, keep=not checkpointing, pages=pages)
+
+
+def _unsloth_engine(hf: nn.Module, report: LoadReport) -> PeftEngine:
+    """Unsloth's decoder under the reference's loss."""
+    from glassloop.engines import unsloth
+
+    return PeftEngine(
+        hf,
+        report,
+        name="unsloth",
+        packed_bounds=unsloth.packed_bounds,
+        before_training_pass=unsloth.train_again,
+    )
