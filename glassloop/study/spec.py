@@ -28,7 +28,8 @@ from typing import Any
 
 import yaml
 
-from glassloop.config.arguments import field_names, parse
+from glassloop.config.arguments import parse
+from glassloop.config.names import field_names
 from glassloop.config.config import Config
 from glassloop.config.trust import TRUST
 from glassloop.study.checks import (
