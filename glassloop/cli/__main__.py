@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import pkgutil
 import sys
@@ -19,8 +20,7 @@ from glassloop import cli
 from glassloop.record.printable import refusal
 
 USAGE = "usage: glassloop COMMAND [ARGUMENT] ..."
-TRAINING = """To train:
-  accelerate launch --config_file accelerate_configs/single_gpu.yaml train_loop.py PRESET [section.field=VALUE] ..."""
+TRAINING = "To train: glassloop train FILE --model ID"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in command_names():
         print(_unknown(name), file=sys.stderr)
         return 2
+    # PEFT imports bitsandbytes, which warns of an inference kernel for CPUs that training never uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = importlib.import_module(_module(name))
     try:
         code = command.main(rest) or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,7 @@ def replay(
     """Replays and prints; returns the exit code. Raises ValueError for what cannot be replayed."""
     from glassloop.loop.launch import hush
     from glassloop.replay import text as text
+    from glassloop.replay.progress import Progress, silent
     from glassloop.replay.reproduce import reproduce
 
     if not where.is_dir():
@@ -119,14 +121,19 @@ def replay(
     if bisected or tried:
         from glassloop.replay.bisect import bisect
 
-        found = bisect(opened.scene, opened.healthy)
+        progress = Progress("bisect", sys.stderr)
+        found = bisect(opened.scene, opened.healthy, silent if as_json else progress)
+        progress.close()
     if found is not None and bisected:
         say(text.bisection(opened, found, decoder(opened)))
     if found is not None and tried:
         from glassloop.replay.trials import try_out
 
         floor = max(reproduction.loss_floor, reproduction.norm_floor)
-        trials = try_out(opened.scene, opened.config, found, opened.usual, floor)
+        progress = Progress("try", sys.stderr)
+        told = silent if as_json else progress
+        trials = try_out(opened.scene, opened.config, found, opened.usual, floor, told)
+        progress.close()
         say(text.trials(opened, trials))
     conclusion = text.conclusion(opened, reproduction, found if bisected else None, trials)
     command = next_command(where, opened, found if bisected else None, trials)

@@ -1,7 +1,8 @@
 """From preset, YAML file and command line to one Config.
 
-pydantic converts and checks every value, whichever layer it came from, and gives each option its help; argparse splits the words. What is
-refused is refused with the nearest name, or with the name it has here if another trainer calls it so.
+argparse splits the words. pydantic converts and checks every value, whichever layer it came from,
+and gives each option its help. A refusal names the nearest field, or the field's name here if
+another trainer calls it so.
 """
 
 from __future__ import annotations
@@ -14,91 +15,31 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard, cast
+from typing import Any, NoReturn, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from glassloop.config.config import Config, as_dict
 from glassloop.config.hardware import EXAMPLES, hardware_values
+from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
 from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.trust import CACHE, FIELDS, unasked
 from glassloop.disk.opening import NotPlain, open_plain
 from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
 from glassloop.disk.secrets import secrets_in
 
-# What users of other trainers type, and what it is called here.
-PEER_NAMES = {
-    "per_device_train_batch_size": "batch.size",
-    "micro_batch_size": "batch.size",
-    "gradient_accumulation_steps": "batch.accumulation",
-    "train_batch_size": "batch.rows_per_update",
-    "learning_rate": "optimizer.lr",
-    "optim": "optimizer.name",
-    "weight_decay": "optimizer.weight_decay",
-    "max_grad_norm": "optimizer.max_grad_norm",
-    "adam_beta1": "optimizer.beta1",
-    "adam_beta2": "optimizer.beta2",
-    "adam_epsilon": "optimizer.eps",
-    "max_steps": "schedule.updates",
-    "num_train_epochs": "schedule.epochs",
-    "num_epochs": "schedule.epochs",
-    "warmup_steps": "schedule.warmup_updates",
-    "warmup_ratio": "schedule.warmup_share",
-    "lr_scheduler_type": "schedule.kind",
-    "lr_scheduler": "schedule.kind",
-    "max_seq_length": "data.max_tokens",
-    "max_length": "data.max_tokens",
-    "sequence_len": "data.max_tokens",
-    "cutoff_len": "data.max_tokens",
-    "packing": "execution.layout=packed",
-    "sample_packing": "execution.layout=packed",
-    "gradient_checkpointing": "execution.checkpointing",
-    "use_gradient_checkpointing": "execution.checkpointing",
-    "bf16": "execution.precision=bf16",
-    "fp16": "execution.precision=fp16",
-    "mixed_precision": "execution.precision",
-    "load_in_4bit": "model.quantization=nf4",
-    "model_name": "model.id",
-    "model_name_or_path": "model.id",
-    "base_model": "model.id",
-    "dataset_name": "data.source",
-    "dataset": "data.source",
-    "datasets": "data.source",
-    "train_on_inputs": "data.labels=everything",
-    "completion_only_loss": "data.labels=response",
-    "assistant_only_loss": "data.labels=response",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "target_modules": "lora.targets",
-    "lora_target_modules": "lora.targets",
-    "report_to": "tracking.to",
-    "wandb_project": "tracking.project",
-    "output_dir": "run.dir",
-    "run_name": "run.name",
-    "eval_steps": "evaluation.every_updates",
-    "save_steps": "checkpoint.every_updates",
-    "save_total_limit": "checkpoint.keep",
-    "resume_from_checkpoint": "resume.run",
-}
 SHORTHANDS = {
     "--resume": "--resume.run",
     "--at": "--resume.at",
     "--without-window": "--resume.without_windows",
     "--init_adapter": "--model.init_adapter",
 }
-
-
 HERE = "here"  # --hardware without a name
 EITHER = {  # section -> two fields that say one thing
     "batch": ("accumulation", "rows_per_update"),
     "schedule": ("updates", "epochs"),
 }
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used. The message names each field, its value and the cure."""
 
 
 def parse(
@@ -120,8 +61,9 @@ def parse(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Fine-tune a 4-bit model with LoRA. Presets: {', '.join(PRESETS)}.\n"
-        "Precedence: preset < YAML file < command line. A field is given as --section.field VALUE or section.field=VALUE;\n"
-        "null stands for no value, a list is written with commas.",
+        "Precedence: preset < --hardware < YAML file < command line.\n"
+        "A field is given as --section.field VALUE or section.field=VALUE.\n"
+        "null stands for no value. A list is written with commas.",
     )
     parser.add_argument(
         "--config",
@@ -150,7 +92,8 @@ def parse(
     if (resumed := given.get("resume.run")) is not None:
         if has_preset:
             raise ConfigError(
-                f"preset = {argv[0]} beside --resume {resumed}: the run's own config.yaml says how it goes on; leave the preset out"
+                f"preset = {argv[0]} beside --resume {resumed}: a resumed run has its own "
+                "config.yaml; leave the preset out"
             )
         values = with_old_engine(_read_yaml(Path(resumed) / "config.yaml", of_a_run=True))
     if has_preset:
@@ -219,13 +162,11 @@ def changed_fields(
 
 
 def with_old_engine(values: dict[str, Any]) -> dict[str, Any]:
-    """A recorded config, in which every engine has its name: one that does not say is from before there was a choice."""
+    """Name the engine of a recorded config; one without a name is from before there was a choice."""
     execution = values.get("execution") or {}
-    return (
-        values | {"execution": {"engine": "peft", **execution}}
-        if isinstance(execution, dict)
-        else values
-    )
+    if not isinstance(execution, dict):
+        return values
+    return values | {"execution": {"engine": "peft", **execution}}
 
 
 def to_yaml(config: Config) -> str:
@@ -235,7 +176,7 @@ def to_yaml(config: Config) -> str:
 
 def from_values(values: dict[str, Any]) -> Config:
     """Config from nested plain values, such as a run's config.yaml; raises ConfigError."""
-    _check_names(values)
+    check_names(values)
     for name, what in secrets_in(values):
         raise ConfigError(
             f"{name} holds what looks like {what}. A config is written into the run's folder, "
@@ -251,10 +192,10 @@ def from_values(values: dict[str, Any]) -> Config:
 def _add_fields(
     parser: argparse.ArgumentParser, model: type[BaseModel] = Config, prefix: str = ""
 ) -> None:
-    """One option a field, with the field's docstring as help. Values stay text: pydantic converts and checks them."""
+    """Add one option a field, with its docstring as help. Values stay text for pydantic."""
     group = parser.add_argument_group(prefix.rstrip(".")) if prefix else parser
     for name, info in model.model_fields.items():
-        if _is_section(info.annotation):
+        if is_section(info.annotation):
             _add_fields(parser, info.annotation, f"{prefix}{name}.")
         elif prefix + name != "preset":
             choices = re.findall(r"Literal\[(.*?)\]", str(info.annotation))
@@ -266,16 +207,14 @@ def _add_fields(
             )
             shown = "null" if default is None else default
             text = f"{info.description} (default: {shown})".replace("%", "%%")
-            few, alone = (
-                ("?", "true") if info.annotation is bool else (None, None)
-            )  # --resume.reshape alone says it
+            flag = info.annotation is bool  # --resume.reshape alone is true
             group.add_argument(
                 f"--{prefix}{name}",
                 metavar=metavar,
                 help=text,
                 default=argparse.SUPPRESS,
-                nargs=few,
-                const=alone,
+                nargs="?" if flag else None,
+                const="true" if flag else None,
             )
 
 
@@ -289,12 +228,8 @@ def _check_said_once(given: dict[str, str]) -> None:
         )
 
 
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def _nested(given: dict[str, str]) -> dict[str, Any]:
-    """{"batch.size": "2"} as {"batch": {"size": "2"}}; null as None, commas as a list where the field is one."""
+    """Nest {"batch.size": "2"} as {"batch": {"size": "2"}}; null is None, commas make a list."""
     values: dict[str, Any] = {}
     for dotted, text in given.items():
         *sections, last = dotted.split(".")
@@ -321,8 +256,9 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
             for name in pair:
                 (below.get(section) or {}).pop(name, None)
     upper, lower = above.get("schedule") or {}, below.get("schedule") or {}
-    updates, warmup = str(upper.get("updates")), lower.get("warmup_updates")
-    if "warmup_updates" not in upper and updates.isdigit() and (warmup or 0) > int(updates):
+    updates, warmup = str(upper.get("updates")), str(lower.get("warmup_updates"))
+    both = updates.isdigit() and warmup.isdigit()
+    if both and "warmup_updates" not in upper and int(warmup) > int(updates):
         del lower["warmup_updates"]
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
@@ -332,20 +268,20 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Turns argparse's exit into ConfigError, with the nearest name for what it does not know."""
+    """A parser that raises ConfigError, with the nearest name for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         if unknown:
             names = [word for word in unknown.group(1).split() if word.startswith("--")]
             message = (
-                "\n".join(_unknown(name.lstrip("-").split("=")[0]) for name in names) or message
+                "\n".join(unknown_name(name.lstrip("-").split("=")[0]) for name in names) or message
             )
         raise ConfigError(message)
 
 
 def _normalise(argument: str) -> str:
-    """`section.field=value` gets its dashes; --resume and --init_adapter their full names."""
+    """Write an argument in full: dashes for section.field=value, --resume as --resume.run."""
     if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", argument):
         argument = "--" + argument
     name, equals, value = argument.partition("=")
@@ -361,13 +297,13 @@ def _read_yaml(path: Path, *, of_a_run: bool = False) -> dict[str, Any]:
         raise ConfigError(f"--resume {path.parent}: {error}") from None
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # broken UTF-8, an odd date
         raise ConfigError(f"--config {path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"--config {path}: expected sections such as `batch:`, found {type(values).__name__}"
         )
-    _check_names(values)
+    check_names(values)
     return values
 
 
@@ -379,58 +315,13 @@ def _named(table: dict[str, Any], name: str, what: str) -> dict[str, Any]:
     return table[name]()
 
 
-def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All fields as dotted names."""
-    names: list[str] = []
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        names += field_names(kind, f"{prefix}{name}.") if _is_section(kind) else [prefix + name]
-    return names
-
-
-def _unknown(name: str) -> str:
-    """What to say of a name that is no field: what it is called here, or the nearest names."""
-    last = name.rsplit(".", 1)[-1]
-    if last in PEER_NAMES:
-        return f"{name} is not a field of glassloop: it is called {PEER_NAMES[last]} here"
-    fields = field_names()
-    same_end = [field for field in fields if field.rsplit(".", 1)[-1] == last]
-    near = same_end or difflib.get_close_matches(name, fields, n=2, cutoff=0.5)
-    near = near or [
-        f
-        for f in fields
-        if f.rsplit(".", 1)[-1]
-        in difflib.get_close_matches(last, {f.rsplit(".", 1)[-1] for f in fields}, n=1)
-    ]
-    hint = f": did you mean {' or '.join(near)}?" if near else ": --help lists all fields"
-    return f"{name} is not a field of glassloop{hint}"
-
-
-def _check_names(values: dict[str, Any], model: type[BaseModel] = Config, prefix: str = "") -> None:
-    complaints: list[str] = []
-    _collect_unknown(values, model, prefix, complaints)
-    if complaints:
-        raise ConfigError("\n".join(complaints))
-
-
-def _collect_unknown(
-    values: dict[str, Any], model: type[BaseModel], prefix: str, complaints: list[str]
-) -> None:
-    for key, value in values.items():
-        info = model.model_fields.get(key) if isinstance(key, str) else None
-        if info is None:
-            complaints.append(_unknown(f"{prefix}{key}"))
-        elif _is_section(info.annotation) and isinstance(value, dict):
-            _collect_unknown(value, info.annotation, f"{prefix}{key}.", complaints)
-
-
 def _explain(error: ValidationError) -> str:
-    """One line a complaint: field, value, what is wrong."""
+    """Explain each complaint in one line: field, value, what is wrong."""
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"] if not str(part)[:1].isupper())
         if item["type"] == "extra_forbidden":
-            lines.append(_unknown(name))
+            lines.append(unknown_name(name))
         elif item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):
             lines.append(str(item.get("ctx", {})["error"]))  # our own checks name their fields
         else:

@@ -1,11 +1,11 @@
-"""Named starting points: functions that return the values in which a run differs from the defaults."""
+"""Presets: functions that return the values in which a run differs from the defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-# Loss that the recipe's own notebook printed, by update: medical-o1, 500 rows, one T4, fp16. What to expect of r1_8b_notebook.
+# Loss that the recipe's own notebook printed, by update: medical-o1, 500 rows, one T4, fp16.
 NOTEBOOK_LOSS_NATS = {10: 1.914, 20: 1.421, 30: 1.366, 40: 1.329, 50: 1.295, 60: 1.327}
 
 EXPECTATIONS = {
@@ -19,7 +19,7 @@ RECIPE_SCHEDULE = {"updates": 60, "warmup_updates": 5}
 
 
 def r1_8b_scam() -> dict[str, Any]:
-    """The recipe on scam calls: 600 of BothBosu/scam-dialogue's training rows, 16 rows an update, 60 updates."""
+    """The recipe on scam calls: 600 rows, 60 updates of 16."""
     return {
         "data": {
             "source": "BothBosu/scam-dialogue",
@@ -36,7 +36,7 @@ def r1_8b_scam() -> dict[str, Any]:
 
 
 def r1_8b_medical() -> dict[str, Any]:
-    """The recipe on medical reasoning: 600 rows with question, chain of thought and response."""
+    """The recipe on medical reasoning: question, chain of thought, response."""
     return {
         "data": {
             "source": "FreedomIntelligence/medical-o1-reasoning-SFT",
@@ -54,7 +54,7 @@ def r1_8b_medical() -> dict[str, Any]:
 
 
 def r1_8b_notebook() -> dict[str, Any]:
-    """What the recipe's notebook really ran: one GPU, fp16, its text form, loss on the whole text, lr(1) = 0."""
+    """The recipe's notebook as it ran: one GPU, fp16, loss on the whole text, lr(1) = 0."""
     return {
         "data": {
             "source": "FreedomIntelligence/medical-o1-reasoning-SFT",
@@ -73,24 +73,24 @@ def r1_8b_notebook() -> dict[str, Any]:
 
 
 def smollm2_demo() -> dict[str, Any]:
-    """The embedded default: SmolLM2-135M in NF4 on glassloop's own sample of calls, small enough for two CPU processes."""
+    """SmolLM2-135M in NF4 on glassloop's own sample of calls, for two CPU ranks."""
     return {
         "model": {"id": "smollm2"},
         "data": {
             "source": "sample",
             "format": "scam",
+            "scam_reasoning": "drop",
             "template": "chat",
             "heldout": 0.2,
-            "heldout_rows": 12,
             "max_tokens": 384,
         },
-        "batch": {"size": 2, "rows_per_update": 8},
-        "schedule": {"updates": 10, "warmup_updates": 2},
+        "batch": {"size": 2, "rows_per_update": 4},
+        "schedule": {"epochs": 1, "warmup_updates": 2},
         "optimizer": {"lr": 2e-3},
         "execution": {"precision": "fp32", "checkpointing": False},
-        "evaluation": {"generate_rows": 4, "max_new_tokens": 72, "samples": 1},
-        "checkpoint": {"every_updates": 5},
-        "record": {"probe_every_updates": 1},
+        "evaluation": {"generate_rows": 19, "max_new_tokens": 32, "samples": 1},
+        "checkpoint": {"every_updates": 10},
+        "record": {"probe_every_updates": 5},
     }
 
 

@@ -1,4 +1,4 @@
-"""The sections of a config that say how a run is carried out, watched, kept and taken up again; the others are in config.py."""
+"""Sections on how a run is executed, watched, kept and resumed. The others are in config.py."""
 
 from __future__ import annotations
 
@@ -23,31 +23,40 @@ class Section(BaseModel):
 
 
 class ExecutionConfig(Section):
-    """How an update is carried out. Nothing here changes its gradient beyond rounding."""
+    """How an update is computed. Nothing here changes its gradient beyond rounding."""
 
     engine: Engine = "auto"
-    """auto: on a CUDA GPU fused wherever it carries out what is asked, else peft; on a CPU peft; the header says which, and why. peft: transformers
-    + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama and Qwen2 in NF4, for speed. unsloth: the model as Unsloth loads and
-    patches it (extra `unsloth`, a GPU)."""
+    """auto: fused on a CUDA GPU if it supports the run, else peft; the header says which, and why.
+    peft: transformers + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama
+    and Qwen2 in NF4, for speed. unsloth: the model as Unsloth loads and patches it (extra
+    `unsloth`, a GPU)."""
     layout: Literal["literal", "packed"] = "literal"
-    """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as `pass_tokens` allows."""
+    """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as
+    `pass_tokens` allows."""
     pass_tokens: int | None = Field(default=None, ge=8)
-    """Most slot tokens of one packed pass on one rank. None: batch.size x data.max_tokens; fused on a GPU, unless memory.profile is min: as many as
-    leave room to keep every layer whole, chosen at the start and kept in plan.json."""
+    """Most slot tokens of one packed pass on one rank. None: batch.size x data.max_tokens. fused on
+    a GPU, unless memory.profile is min: as many as leave room to keep every layer whole, chosen at
+    the start and kept in plan.json."""
     reduction: Literal["explicit", "ddp"] = "explicit"
-    """explicit: one summed all-reduce of the flat gradient, in the open. ddp: DistributedDataParallel, for comparison."""
+    """explicit: one summed all-reduce of the flat gradient, in the open. ddp:
+    DistributedDataParallel, for comparison."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Library for collectives. auto: nccl on GPUs, gloo on CPUs. gloo lets two ranks share one GPU, to check results and not speed."""
+    """Library for collectives. auto: nccl on GPUs, gloo on CPUs. gloo lets two ranks share one GPU,
+    to check results and not speed."""
     collective_timeout_s: int = Field(default=1800, ge=10)
-    """Seconds a rank waits for the others before it gives up; covers one rank's download and quantisation of the base."""
+    """Seconds a rank waits for the others before it gives up. They include one rank's download and
+    quantisation of the base."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Compute precision (autocast). Adapters, their gradients and the loss stay fp32."""
     checkpointing: bool = True
-    """Recompute activations in the backward pass instead of storing them. fused: only as many as `memory.profile` asks for."""
+    """Recompute activations in the backward pass instead of storing them. fused: only as many as
+    `memory.profile` asks for."""
     preflight: bool = True
-    """Before update 1, compute each rank's heaviest pass, forward and backward, without a step: what does not fit shows at once."""
+    """Before update 1, compute each rank's heaviest pass, forward and backward, without a step. A
+    run that does not fit shows it at once."""
     on_out_of_memory: Literal["smaller", "stop"] = "smaller"
-    """Where a rank runs out of memory in an update: all ranks do it again in passes of half the rows (explicit reduction), or the run ends."""
+    """Reaction if a rank runs out of memory in an update. smaller: all ranks re-run it in passes of
+    half the rows (explicit reduction). stop: the run ends."""
     deterministic: bool = False
     """Refuse kernels whose result may differ from run to run (slower)."""
 
@@ -56,25 +65,30 @@ class MemoryConfig(Section):
     """What the engine `fused` may take. Nothing here changes a gradient."""
 
     profile: Literal["min", "fill"] | Annotated[float, Field(gt=0)] = "fill"
-    """min: as little as possible. fill: what the GPU has free, to recompute fewer layers. A number: GiB of the GPU that a rank may use in all."""
+    """min: as little as possible. fill: what the GPU has free, to recompute fewer layers. A number:
+    GiB of the GPU that a rank may use in all."""
     base: (
         Literal["auto", "gpu", "host"]
         | Annotated[int, Field(ge=0)]
         | Annotated[str, Field(pattern=r"^\d+(\.\d+)?GiB$")]
     ) = "auto"
-    """Where the quantised layers lie: all on the GPU; all on the host, each copied ahead of its use;
-    auto: on the GPU as far as they fit. A whole number: layers on the GPU. 12GiB: their memory there."""
+    """Where the quantised layers lie. gpu: all on the GPU. host: all on the host, each copied ahead
+    of its use. auto: on the GPU as far as they fit. A whole number: layers on the GPU. 12GiB: their
+    memory there."""
     host_gib: float = Field(default=8.0, ge=0)
-    """Pinned host memory that a rank may take for layers' large tensors, where the GPU is to hold little."""
+    """Pinned host memory, in GiB, that a rank may take for layers' large tensors, if the GPU is to
+    hold little."""
 
 
 class StabilityConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What all ranks do when loss or gradient is not finite: end the run, or leave the update out and go on."""
+    """Reaction of all ranks to a loss or gradient that is not finite: end the run, or skip the
+    update."""
     max_skipped: int = Field(default=5, ge=1)
     """Updates in a row that may be skipped before the run ends all the same."""
     on_spike: Literal["warn", "clip", "skip", "stop"] = "warn"
-    """What all ranks do when gradient norm or loss leaps out of its window: note it, clip to the window's mean norm, leave out, end."""
+    """Reaction of all ranks to a gradient norm or loss that leaps out of its window: note it, clip
+    to the window's mean norm, skip the update, end the run."""
     on_vanishing: Literal["warn", "stop"] = "warn"
     """The same where the gradient norm falls out of its window."""
     on_no_learning: Literal["warn", "stop"] = "warn"
@@ -88,14 +102,16 @@ class StabilityConfig(Section):
     no_learning_updates: int = Field(default=40, ge=10)
     """Updates over which the loss has to fall at all."""
     initial_loss_scale: float = Field(default=65536.0, gt=0)
-    """fp16 only: the factor on the loss at update 1; halved on overflow, doubled after `loss_scale_growth_updates`."""
+    """fp16 only: the factor on the loss at update 1. It is halved on overflow, and doubled after
+    `loss_scale_growth_updates`."""
     loss_scale_growth_updates: int = Field(default=2000, ge=1)
     """fp16 only: finite updates in a row after which the factor doubles."""
 
 
 class EvaluationConfig(Section):
     every_updates: int | None = Field(default=None, ge=1)
-    """Updates between evaluations on held-out rows. None: only before the first update and after the last."""
+    """Updates between evaluations on held-out rows. None: only before the first update and after
+    the last."""
     generate_rows: int = Field(default=8, ge=0)
     """Held-out rows that are answered in an evaluation (greedy); 0: loss only."""
     max_new_tokens: int = Field(default=256, ge=1)
@@ -110,16 +126,17 @@ class CheckpointConfig(Section):
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept; the best by held-out loss is kept beside them."""
     on_failure: Literal["warn", "stop"] = "warn"
-    """What happens where the disk refuses a checkpoint: the run goes on and says so, or ends with exit code 1."""
+    """Reaction to a disk that refuses a checkpoint. warn: say so and continue. stop: end with exit
+    code 1."""
 
 
 class RecordConfig(Section):
     text: Literal["none", "ids", "full"] = "ids"
-    """What is written about rows, in the run's folder and trackers: nothing, ids, or ids and text."""
+    """Content of rows in the run's folder and trackers: nothing, ids, or ids and text."""
     probe_every_updates: int | None = Field(default=10, ge=1)
     """Updates between probes of every adapter matrix (probes.jsonl). None: none."""
     capture_updates: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Updates that are kept whole in a capsule, whatever becomes of them. SIGUSR1 captures the next one of a running job."""
+    """Updates that a capsule keeps whole, good or bad. SIGUSR1 keeps a running job's next one."""
     capsules: int = Field(default=4, ge=0)
     """Most capsules kept: the healthy one, those asked for, the newest bad ones. 0: none."""
     capsules_gib: float = Field(default=2.0, gt=0)
@@ -132,7 +149,8 @@ class TrackingConfig(Section):
     project: str = "glassloop"
     """Project name in the tracker."""
     wandb_mode: Literal["online", "offline"] = "online"
-    """online needs a Weights & Biases login; offline writes to the run's folder, to be synced later."""
+    """online needs a Weights & Biases login. offline writes to the run's folder, to be synced
+    later."""
 
 
 class RunConfig(Section):
@@ -144,10 +162,12 @@ class RunConfig(Section):
 
 class ResumeConfig(Section):
     run: str | None = None
-    """Folder of a run to go on with, from its last complete checkpoint."""
+    """Folder of a run to resume, from its last complete checkpoint."""
     at: int | None = Field(default=None, ge=0)
-    """Go on from the checkpoint after this many updates instead; 0: from the beginning."""
+    """Resume from the checkpoint after this many updates instead; 0: from the beginning."""
     without_windows: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Updates whose rows are left out: they are listed as skipped, and the others keep their number and lr."""
+    """Updates whose rows are left out. They are listed as skipped; the others keep their number and
+    lr."""
     reshape: bool = False
-    """Go on with another number of ranks than saved the checkpoint: same rows in the same order, same rows an update."""
+    """Resume with another number of ranks than saved the checkpoint: the same rows in the same
+    order, the same rows an update."""

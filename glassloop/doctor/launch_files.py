@@ -116,9 +116,9 @@ def _launch_file(config: Config, path: Path, what: str) -> list[Finding]:
             )
         )
     own = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[config.execution.precision]
-    mixed = {False: "no", True: "yes"}.get(
-        values.get("mixed_precision"), values.get("mixed_precision")
-    )  # type: ignore[call-overload]
+    mixed = values.get("mixed_precision")
+    if isinstance(mixed, bool):  # YAML's no and yes
+        mixed = "yes" if mixed else "no"
     if mixed not in (None, own, "no"):
         text = f"{what}: mixed_precision {mixed} has no effect: execution.precision = {config.execution.precision} decides"
         found.append(Finding(NOTE, "launcher", text))

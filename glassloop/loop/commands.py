@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from glassloop.health.stability import Finding
 from glassloop.loop.ranks import STARTED_BY
+
+CALL = "caller: Your card is blocked. Read me the code that we just sent you."
 
 
 def launch_command(ranks: int, *, on_cuda: bool) -> str:
@@ -21,6 +24,16 @@ def launch_command(ranks: int, *, on_cuda: bool) -> str:
         name, processes = "ddp_2gpu", "" if ranks == 2 else f" --num_processes {ranks}"
     file = f"accelerate_configs/{name}.yaml"
     return f"accelerate launch --config_file {file}{processes} train_loop.py"
+
+
+def generate_command(folder: Path, form: str) -> str:
+    """The command that asks a finished run. form: data.format."""
+    name = shlex.quote(str(folder))
+    return (
+        f'glassloop generate {name} --call "{CALL}"'
+        if form == "scam"
+        else (f'glassloop generate {name} "YOUR QUESTION"')
+    )
 
 
 def replay_command(folder: Path, update: int) -> str:

@@ -16,7 +16,7 @@ from glassloop.formula.dist import gather_objects
 from glassloop.health.decision import Outcome
 from glassloop.health.inspection import Inspection
 from glassloop.loop.claim import release
-from glassloop.loop.commands import launch_command, replay_command, replay_of
+from glassloop.loop.commands import generate_command, launch_command, replay_command, replay_of
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
 from glassloop.loop.generation import EvaluationSetup
 from glassloop.loop.replica import Replica
@@ -57,8 +57,8 @@ class Run:
     capture: CaptureFlag
     inspection: Inspection
     watchdog: Watchdog | None = None
-    lock: FolderLock | None = None  # on the folder; rank 0's
     last_line: str | None = None  # for the screen, below everything else
+    lock: FolderLock | None = None  # on the folder; rank 0's
     measured_gib: dict[str, float] = field(default_factory=dict)  # by phase; {} without a GPU
     changes: tuple[tuple[str, str], ...] = ()  # (kind, message) of events: how a resume differs
     observers: list[Observer] = field(default_factory=list)
@@ -339,6 +339,9 @@ class Run:
         """After the last update. Exit code 0, or 1 if the final checkpoint could not be saved."""
         saved = self.save(self.plan.updates)
         self.event(self.plan.updates, "finished", f"run folder {self.folder}")
+        if saved:
+            ask = generate_command(self.folder, self.config.data.format)
+            self.last_line = f"ask it: {ask}"
         return 0 if saved else 1
 
     @property

@@ -27,7 +27,7 @@ from glassloop.record.records import (
     UpdateRecord,
 )
 
-WIDTH = 120  # columns of an update's line at most
+WIDTH = 120  # columns of an update's line at most; without extreme values it has 80
 HEADING_EVERY = 20  # update lines between two headings
 STYLES = {  # by kind of event
     **dict.fromkeys(("skipped", "warning", "alarm", "clipped"), "yellow"),
@@ -117,7 +117,8 @@ class TerminalObserver:
     def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None:
         left = self._left(record)
         if self._lines % HEADING_EVERY == 0:
-            self._print(heading(record.updates), "bold")
+            for line in heading(record.updates).splitlines():
+                self._print(line, "bold")
         self._lines += 1
         self._print(update_line(record), "yellow" if record.action == "skipped" else "")
         if self._bar is not None:
@@ -182,15 +183,18 @@ class TerminalObserver:
 
 
 def heading(updates: int) -> str:
-    """Names and units of the columns of `update_line`."""
-    return " ".join(title.rjust(width) for title, width in _columns(updates))
+    """Titles of the columns of `update_line`, and their units in a second line."""
+    columns = _columns(updates)
+    titles = " ".join(title.rjust(width) for title, _, width in columns)
+    units = " ".join(unit.rjust(width) for _, unit, width in columns)
+    return f"{titles}\n{units}"
 
 
 def update_line(record: UpdateRecord) -> str:
-    """One update in at most 120 columns. "-" where a value does not exist; the clip column is blank where nothing was clipped.
+    """One update in a line. "-" for a value that does not exist; no clip if nothing was clipped.
 
-    A skipped update shows its reason in place of tokens and speed; a reason that does not fit is cut with an ellipsis, and
-    stands whole in metrics.jsonl.
+    A skipped update shows its reason in place of tokens and speed. A reason that does not fit into
+    WIDTH is cut with an ellipsis, and stands whole in metrics.jsonl.
     """
     clip = record.clip_coef
     cells = [
@@ -198,7 +202,7 @@ def update_line(record: UpdateRecord) -> str:
         str(record.epoch),
         f"{record.lr:.2e}",
         _fixed(record.loss_nats),
-        "-" if record.grad_norm_pre_clip is None else f"{record.grad_norm_pre_clip:.4g}",
+        "-" if record.grad_norm_pre_clip is None else f"{record.grad_norm_pre_clip:.3g}",
         "-"
         if clip is None
         else ""
@@ -210,9 +214,9 @@ def update_line(record: UpdateRecord) -> str:
         f"{record.supervised_tokens:,}/{record.real_tokens:,}",
         f"{record.real_tokens_per_s:,.0f}",
         f"{record.update_s:.2f}" if record.update_s < 1000 else f"{record.update_s:.0f}",
-        "-" if record.rank_peak_gib is None else f"{max(record.rank_peak_gib):.2f}",
+        "-" if record.rank_peak_gib is None else f"{max(record.rank_peak_gib):.1f}",
     ]
-    widths = [width for _, width in _columns(record.updates)]
+    widths = [width for *_, width in _columns(record.updates)]
     if record.action != "skipped":
         return " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
     line = " ".join(cell.rjust(width) for cell, width in zip(cells[:5], widths[:5], strict=True))
@@ -236,20 +240,20 @@ def evaluation_line(record: EvaluationRecord) -> str:
     return f"held-out: {', '.join(parts)} [{size}]"
 
 
-def _columns(updates: int) -> list[tuple[str, int]]:
-    """Title and width of each column."""
+def _columns(updates: int) -> list[tuple[str, str, int]]:
+    """Title, unit and width of each column; 80 columns in all, if a run has at most 99 updates."""
     return [
-        ("update", max(6, 2 * len(str(updates)) + 1)),
-        ("epoch", 5),
-        ("lr", 8),
-        ("loss nats", 9),
-        ("norm pre-clip", 13),
-        ("clip", 6),
-        ("rows", 4),
-        ("supervised/real tok", 19),
-        ("real tok/s, all ranks", 21),
-        ("s", 6),
-        ("peak GiB", 8),
+        ("update", "", max(6, 2 * len(str(updates)) + 1)),
+        ("ep", "", 3),
+        ("lr", "", 8),
+        ("loss", "nats", 6),
+        ("norm", "", 7),  # before clipping
+        ("clip", "", 6),
+        ("rows", "", 4),
+        ("sup./real", "tokens", 12),
+        ("real", "tok/s", 7),  # of all ranks together
+        ("", "s", 6),
+        ("peak", "GiB", 5),
     ]
 
 

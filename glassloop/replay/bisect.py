@@ -7,7 +7,7 @@ update is its doing. What is not finite stands out first; else what is far above
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -16,6 +16,7 @@ import torch
 from glassloop.data.batches import Window, build_pass
 from glassloop.data.rows import IGNORE, Row
 from glassloop.replay.layers import LayerFinding, MatrixStat, inspect_layers
+from glassloop.replay.progress import Tell, silent
 from glassloop.replay.replica import Parts
 from glassloop.replay.reproduce import Carried, Scene, carry_out, enter, replayed
 from glassloop.saved.state import restore_rng, rng_state
@@ -83,18 +84,29 @@ class Bisection:
     tokens: tuple[TokenLoss, ...]  # in order
 
 
-def bisect(scene: Scene, healthy: Scene | None) -> Bisection:
-    """Walk the update down. The parts are left in an undefined state: `enter` puts them right."""
+def bisect(scene: Scene, healthy: Scene | None, tell: Tell = silent) -> Bisection:
+    """Walk the update down. The parts are left in an undefined state: `enter` puts them right.
+
+    `tell` is called before each part: the whole, the passes, each row, the layers.
+    """
+    few = len(scene.window.rows) <= MOST_ROWS
+    total = 3 + (len(scene.window.rows) if few else 1)
+    tell(0, total, "the whole update")
     healthy_rows = _medians(row_parts(healthy, None)) if healthy is not None else None
     parts = enter(scene)
     whole = replayed(scene)
     ranks = _rank_parts(scene, whole)
     rank = _suspect(ranks)
+    tell(1, total, "each pass")
     passes = _pass_parts(scene)
     one_pass = _suspect([part for part in passes if rank is None or part.rank == rank.rank])
-    few = len(scene.window.rows) <= MOST_ROWS
     fallback = one_pass or max(passes, key=_weight)
-    rows = row_parts(scene, None if few else (fallback.rank, fallback.index or 0), healthy_rows)
+    rows = row_parts(
+        scene,
+        None if few else (fallback.rank, fallback.index or 0),
+        healthy_rows,
+        lambda done, name: tell(min(2 + done, total - 2), total, f"{name} alone"),
+    )
     row = _suspect(rows)
     everything = len(rows) > 1 and not any(part.finite for part in rows)
     row = None if everything else row
@@ -111,6 +123,7 @@ def bisect(scene: Scene, healthy: Scene | None) -> Bisection:
         pieces, states = _window(scene, rows_of_part), (scene.state.rng_states[part.rank],)
     else:
         looked_at, pieces, states = "the whole update", scene.window, scene.state.rng_states
+    tell(total - 1, total, f"layers of {looked_at}")
     matrices, layer = inspect_layers(scene, healthy, pieces, states)
     return Bisection(
         ranks=ranks,
@@ -163,7 +176,10 @@ def _pass_parts(scene: Scene) -> tuple[Part, ...]:
 
 
 def row_parts(
-    scene: Scene, only: tuple[int, int] | None, healthy: tuple[float, float] | None = None
+    scene: Scene,
+    only: tuple[int, int] | None,
+    healthy: tuple[float, float] | None = None,
+    tell: Callable[[int, str], None] = lambda _done, _name: None,
 ) -> tuple[Part, ...]:
     """Each row alone, its share still divided by the update's N.
 
@@ -175,6 +191,7 @@ def row_parts(
     for rank, index, row in scene.places():
         if only is not None and (rank, index) != only:
             continue
+        tell(len(parts), scene.row_names[row])
         carried = carry_out(
             scene.parts,
             scene.rows,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -30,6 +31,7 @@ from glassloop.config.config import Config
 from glassloop.data.batches import Window
 from glassloop.formula.optim import l2_norm, make_optimizer
 from glassloop.replay.bisect import Bisection
+from glassloop.replay.progress import Tell, silent
 from glassloop.replay.replica import Parts, make_parts
 from glassloop.replay.reproduce import (
     Scene,
@@ -53,6 +55,7 @@ AS_IT_WAS, WITHOUT_ROW, FP32, EAGER, PEFT = (
     "peft engine",
 )
 ADAMW, FRESH_ADAMW, HALF_LR = "32-bit AdamW", "32-bit AdamW, fresh moments", "half the lr"
+IN_ORDER = (AS_IT_WAS, WITHOUT_ROW, HALF_LR, ADAMW, FRESH_ADAMW, FP32, EAGER, PEFT)
 
 
 @dataclass(frozen=True)
@@ -102,24 +105,39 @@ def try_out(
     found: Bisection,
     usual: tuple[float, float] | None,
     noise_floor: float,
+    tell: Tell = silent,
 ) -> Trials:
-    """Carry the update out in every way, then judge. `usual`: loss and norm of sound updates. `noise_floor`: relative, of loss and norm."""
+    """Re-run the update in every way, then judge.
+
+    Args:
+        usual: loss and norm of sound updates. noise_floor: relative, of loss and norm.
+        tell: is called before each trial.
+    """
     replayed(scene)
     grad = (
         scene.parts.replica.adapters.grad / scene.parts.replica.scale.value
     )  # g of the update as it was, before clipping
-    slower = replace(scene, lr=scene.lr / 2)
-    trials = [
-        _attempt(AS_IT_WAS, scene, enter(scene), grad),
-        _without_row(scene, found, grad),
-        _attempt(HALF_LR, slower, enter(slower), grad),
-    ]
-    trials += _adamw(scene, config, grad)
-    trials += _other_engines(scene, config, grad)
+    coming = chain(
+        _same_engine(scene, found, grad),
+        _adamw(scene, config, grad),
+        _other_engines(scene, config, grad),
+    )
+    trials = []
+    for done, name in enumerate(IN_ORDER):
+        tell(done, len(IN_ORDER), name)
+        trials.append(next(coming))
     enter(scene)
     return Trials(
         tuple(trials), judge({trial.name: trial for trial in trials}, found, usual, noise_floor)
     )
+
+
+def _same_engine(scene: Scene, found: Bisection, grad: Tensor) -> Iterator[Trial]:
+    """The update as it was, without its worst row, and at half the rate."""
+    yield _attempt(AS_IT_WAS, scene, enter(scene), grad)
+    yield _without_row(scene, found, grad)
+    slower = replace(scene, lr=scene.lr / 2)
+    yield _attempt(HALF_LR, slower, enter(slower), grad)
 
 
 def _attempt(

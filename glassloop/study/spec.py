@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.config.arguments import field_names, parse
+from glassloop.config.arguments import parse
 from glassloop.config.config import Config
+from glassloop.config.names import field_names
 from glassloop.config.trust import TRUST
 from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
 from glassloop.study.checks import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def test_a_command_unlike_any_lists_all_and_says_how_to_train(
     assert main(["zzz"]) == 2
     err = capsys.readouterr().err
     assert "echo-twice" in err
-    assert "accelerate launch" in err
+    assert "glassloop train FILE" in err
 
 
 @pytest.mark.usefixtures("echo_twice")
@@ -166,3 +167,14 @@ def test_every_command_has_a_main_and_a_summary(name: str) -> None:
     assert 0 < len(summary) <= 110, (
         f"glassloop/cli/{name}.py: the docstring's first line is what --help shows"
     )
+
+
+def test_bitsandbytes_stays_silent_about_kernels_that_training_never_uses() -> None:
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        assert main(["generate", "no run"]) == 2
+        assert not logger.isEnabledFor(logging.WARNING)
+    finally:
+        logger.setLevel(before)

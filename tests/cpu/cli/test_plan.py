@@ -162,7 +162,7 @@ def test_machines_share_the_ranks_and_stand_in_the_command(capsys):
         ),
         (["smollm2_demo"], "accelerate_configs/cpu_2proc.yaml train_loop.py smollm2_demo"),
         (
-            ["smollm2_demo", "--ranks", "4"],
+            ["smollm2_demo", "--ranks", "4", "batch.size=1"],
             "accelerate_configs/cpu_2proc.yaml --num_processes 4 train_loop.py",
         ),
     ],

@@ -53,7 +53,8 @@ def test_the_cells_plan_train_ask_and_report(
         run_cell(source, values, ran.append)
     assert ran == [0] * 4
     assert (tmp_path / "runs/first/report.html").is_file()
-    assert "finished" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert 'ask it: glassloop generate runs/first "YOUR QUESTION"' in printed.out + printed.err
 
 
 def run_cell(source: str, values: dict[str, str], done: Callable[[int], None]) -> None:

@@ -113,7 +113,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, st
     capsys.readouterr()
     code = main(["replay", *map(str, words)])
     printed = capsys.readouterr()
-    return code, printed.out + printed.err
+    return code, printed.err + printed.out
 
 
 def as_object(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> dict[str, Any]:
@@ -465,6 +465,8 @@ def test_every_line_but_the_command_fits_120_columns(whole, capsys):
     assert lines[-1].startswith("next      ")
     assert max(map(len, lines[:-1])) <= 120
     assert output.count("\nverdict   ") == 1
+    assert "try       1 of 8: as it was" in lines
+    assert lines[0].startswith("bisect    1 of ")
 
 
 def test_the_next_command_leads_on(whole, capsys):
@@ -521,7 +523,11 @@ def test_losses_of_tokens_add_up_to_the_rows(opened):
 
 def test_bisecting_leaves_the_scene_as_it_was(opened):
     before = replayed(opened.scene)
-    bisect(opened.scene, opened.healthy)
+    told = []
+    bisect(opened.scene, opened.healthy, lambda *one: told.append(one))
+    rows = len(opened.scene.window.rows)
+    assert [done for done, _, _ in told] == list(range(3 + rows))
+    assert {total for _, total, _ in told} == {3 + rows}
     after = replayed(opened.scene)
     assert replace(before, rng_after=()) == replace(after, rng_after=())
 
