@@ -24,6 +24,7 @@ from glassloop.config.config import Config, as_dict
 from glassloop.config.hardware import EXAMPLES, hardware_values
 from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
 from glassloop.config.presets import EXPECTATIONS, PRESETS
+from glassloop.config.resumed import values_of_run
 from glassloop.config.trust import CACHE, FIELDS, unasked
 from glassloop.disk.opening import NotPlain, open_plain
 from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
@@ -89,13 +90,17 @@ def parse(
         given.pop(name) for name in ("config", "hardware", "print_config")
     )
     values: dict[str, Any] = {}
-    if (resumed := given.get("resume.run")) is not None:
+    resumes = given.get("resume.run", "null") != "null"
+    if resumes:
         if has_preset:
             raise ConfigError(
-                f"preset = {argv[0]} beside --resume {resumed}: a resumed run has its own "
-                "config.yaml; leave the preset out"
+                f"preset = {argv[0]} beside --resume {given['resume.run']}: a resumed run takes its "
+                "own config.yaml; leave the preset out"
             )
-        values = with_old_engine(_read_yaml(Path(resumed) / "config.yaml", of_a_run=True))
+        try:
+            values = with_old_engine(values_of_run(given, functools.partial(_read_yaml, of_a_run=True)))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if has_preset:
         values = {"preset": argv[0], **_named(PRESETS, argv[0], "preset")}
     if hardware is not None:
@@ -105,7 +110,7 @@ def parse(
     _check_said_once(given)
     _merge(values, _nested(given))
     config = from_values(values)
-    _check_trust(config, given, None if resumed is None else f"{resumed}/config.yaml", file)
+    _check_trust(config, given, f"{given['resume.run']}/config.yaml" if resumes else None, file)
     if print_config:
         sys.stdout.write(to_yaml(config))
         if expected := EXPECTATIONS.get(config.preset):

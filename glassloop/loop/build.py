@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +23,7 @@ from glassloop.disk.lock import FolderLock
 from glassloop.engines.build import load_tokenizer
 from glassloop.formula.dist import all_or_none, gather_objects, in_turn, one_first, require_same
 from glassloop.health.inspection import make_inspection
+from glassloop.loop.changed import recorded_config
 from glassloop.loop.claim import claim, release
 from glassloop.loop.conditions import (
     check_rows,
@@ -33,7 +34,7 @@ from glassloop.loop.conditions import (
     target_shapes,
 )
 from glassloop.loop.engine_here import engine_here, with_linear_names
-from glassloop.loop.folder import check_no_run_in, observe, rewrite_plan, run_folder
+from glassloop.loop.folder import check_no_run_in, observe, run_folder
 from glassloop.loop.header import header
 from glassloop.loop.launch import check_launch, hush, make_accelerator
 from glassloop.loop.memory import allocated_gib, choose_pass_tokens, spend_memory
@@ -48,11 +49,13 @@ from glassloop.plan.engine import in_words, with_engine
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import pass_tokens_for
 from glassloop.record.trackers import check_tracking, make_tracker_observer
+from glassloop.saved.changes import Notice, changes
 from glassloop.saved.checkpoint import load_checkpoint, read_state
 from glassloop.saved.resuming import (
     after_restart,
+    beginning,
     best_heldout,
-    changes,
+    check_same_beginning,
     find_checkpoint,
     position,
     read_plan,
@@ -60,10 +63,22 @@ from glassloop.saved.resuming import (
     sums_of,
     with_past,
 )
+from glassloop.saved.run_state import RunState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Past:
+    """The run to resume as its folder has it; all empty for a new run."""
+
+    checkpoint: Path | None = None  # None: from the beginning
+    saved: RunState | None = None  # where the run stands
+    recorded: Config | None = None  # its config.yaml
+    plan: dict[str, Any] = field(default_factory=dict)  # its plan.json
+    passed_over: tuple[str, ...] = ()  # a note for each checkpoint that is not whole
 
 
 @dataclass(frozen=True)
@@ -74,9 +89,8 @@ class Start:
     config: Config  # the engine has its name
     source: BaseSource
     vocabulary: int  # rows of the base's embedding
-    checkpoint: Path | None  # to resume from
+    past: Past
     warnings: tuple[str, ...]  # checkpoints that are not whole, an engine that is not sound
-    old_plan: dict[str, Any]  # plan.json of the run to resume; {} for a new one
     auto: str  # the choice of execution.engine = auto, in words
     accelerator: Accelerator
     first: Callable[[], AbstractContextManager[Any]]  # one rank of a host before the others
@@ -118,7 +132,7 @@ def build_in_folder(start: Start) -> Run:
     rows = read_rows(start)
     start = settle(start, rows)
     config, accelerator, folder = start.config, start.accelerator, start.folder
-    check_same_rows(start.old_plan, rows.digest, str(folder / "plan.json"))
+    check_same_rows(start.past.plan, rows.digest, str(folder / "plan.json"))
     tracker = make_tracker_observer(  # before the model: a login that does not work shows here
         accelerator,
         config.tracking,
@@ -137,22 +151,32 @@ def build_in_folder(start: Start) -> Run:
         run.header = (*run.header, *tracker.lines())
     if config.resume.run is None:
         check_no_run_in(folder)  # again: one may have ended there before this one had the lock
+    if start.past.saved is not None:
+        resume(run, start, start.past.saved)
     if replica.rank == 0:
-        observe(run, rows.dataset, tracker)
+        observe(run, rows.dataset, tracker, start.past.recorded, start.past.plan)
     run.attempt = gather_objects(run.attempt)[0]
-    if start.checkpoint is not None:
-        resume(run, start, start.checkpoint)
     spend_memory(run)
     return run
 
 
+def past_of(config: Config) -> tuple[Config, Past]:
+    """Read the run to resume. Returns the config too: the run stays in its folder."""
+    if config.resume.run is None:
+        return config, Past()
+    folder, ranks = Path(config.resume.run), int(os.environ.get("WORLD_SIZE", "1"))
+    checkpoint, passed_over = find_checkpoint(config)
+    plan, recorded = read_plan(folder), recorded_config(folder)
+    saved = read_state(checkpoint) if checkpoint else beginning(as_dict(recorded), plan, ranks)
+    config = config.model_copy(update={"run": recorded.run})
+    if config.resume.reshape:
+        config = reshaped(config, saved, ranks)
+    return config, Past(checkpoint, saved, recorded, plan, passed_over)
+
+
 def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     """Check launch and config, meet the other ranks, choose the engine."""
-    config = after_restart(config)
-    checkpoint, passed_over = find_checkpoint(config)
-    if checkpoint is not None and config.resume.reshape:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        config = reshaped(config, read_state(checkpoint), ranks)
+    config, past = past_of(after_restart(config))
     check_launch(config)
     check_tracking(config.tracking)
     accelerator = make_accelerator(config)
@@ -162,22 +186,19 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     capture.listen()
     hush(accelerator.process_index)
     first = partial(one_first, accelerator.is_local_main_process)
-    old_plan = read_plan(Path(config.resume.run)) if config.resume.run is not None else {}
     source, values = in_turn(first, lambda: locate_base(config.model), "reading the model's config")
     config = with_linear_names(config, source, first)
-    choice = engine_here(config, checkpoint, old_plan, values)
-    resolved, auto = with_engine(config, choice), in_words(config, choice)
+    choice = engine_here(config, past.checkpoint, past.plan, values)
     folder = run_folder(config)
-    lock = claim(folder, config, checkpoint, rank=accelerator.process_index)
+    lock = claim(folder, config, past.checkpoint, rank=accelerator.process_index)
     return Start(
         asked=config,
-        config=resolved,
+        config=with_engine(config, choice),
         source=source,
         vocabulary=vocabulary_of(values),
-        checkpoint=checkpoint,
-        warnings=(*passed_over, *(lock.notes if lock else ())),
-        old_plan=old_plan,
-        auto=auto,
+        past=past,
+        warnings=(*past.passed_over, *(lock.notes if lock else ())),
+        auto=in_words(config, choice),
         accelerator=accelerator,
         first=first,
         folder=folder,
@@ -200,11 +221,11 @@ def read_rows(start: Start) -> Rows:
     check_rows(config, dataset, tokenizer, start.vocabulary)
     plan = plan_of(config, len(dataset.train.rows), start.accelerator.num_processes)
     cure = "copy the run's folder of one host to the others, or name one with --at"
-    require_same("checkpoints to resume from", sums_of(start.checkpoint), cure)
-    done, tracker_ids = position(start.checkpoint, plan, run)
+    require_same("checkpoints to resume from", sums_of(start.past.checkpoint), cure)
+    done, tracker_ids = position(start.past.checkpoint, plan, run)
     batches = Batches(
         rows=dataset.train.rows,
-        plan=with_past(plan, start.old_plan, done),
+        plan=with_past(plan, start.past.plan, done),
         seed=config.seed,
         layout=config.execution.layout,
         pass_tokens=pass_tokens_for(config, None, None),
@@ -264,7 +285,7 @@ def load_replica(start: Start, rows: Rows) -> tuple[Start, Replica, dict[str, fl
 def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batches, Contract]:
     """Passes and contract. Raises ContractBroken if this is not the run that was planned."""
     config, device, hf = start.config, replica.device, replica.plain_engine.hf
-    tokens = choose_pass_tokens(config, hf.config.to_dict(), device, start.old_plan)
+    tokens = choose_pass_tokens(config, hf.config.to_dict(), device, start.past.plan)
     batches = replace(rows.batches, pass_tokens=tokens)
     planned = planned_facts(
         config,
@@ -302,7 +323,7 @@ def assemble(
         lock=start.lock,
         stop=stop,
         capture=start.capture,
-        changes=tuple(("warning", warning) for warning in start.warnings),
+        changes=tuple(Notice("warning", warning) for warning in start.warnings),
         inspection=make_inspection(config, rows=trained, rows_per_update=per_update),
         first_update=rows.updates_done + 1,
         measured_gib=measured_gib,
@@ -316,14 +337,17 @@ def assemble(
     )
 
 
-def resume(run: Run, start: Start, checkpoint: Path) -> None:
+def resume(run: Run, start: Start, saved: RunState) -> None:
     """Restore the checkpoint, on all ranks or none, and note how the run differs from it."""
     config, replica = run.config, run.replica
-    allowed, told = changes(config, read_state(checkpoint), run.plan, start.old_plan)
-    run.changes = (*run.changes, *told)
+    allowed, notices = changes(config, saved, run.plan, start.past.plan)
+    run.changes = (*run.changes, *notices)
+    if start.past.checkpoint is None:
+        check_same_beginning(saved, config, replica.ranks, allowed)
+        return
     with all_or_none("restoring the checkpoint"):
         state = load_checkpoint(
-            checkpoint,
+            start.past.checkpoint,
             adapters=replica.adapters,
             optimizer=replica.optimizer,
             rank=replica.rank,
@@ -338,5 +362,3 @@ def resume(run: Run, start: Start, checkpoint: Path) -> None:
     run.batches = replace(run.batches, halvings=state.details.get("halvings", 0))
     run.tiers = state.details.get("tiers")
     run.best_heldout_nats = best_heldout(run.folder)
-    if replica.rank == 0:
-        rewrite_plan(run, start.old_plan)

@@ -11,12 +11,11 @@ from typing import Any
 
 from glassloop.config.arguments import to_yaml
 from glassloop.config.config import Config
-from glassloop.config.sections import ResumeConfig
 from glassloop.data.dataset import Dataset
 from glassloop.disk.environment import environment
-from glassloop.disk.opening import read_plain
-from glassloop.disk.publish import make, replace_file, write_json, write_text
+from glassloop.disk.publish import make, write_json, write_text
 from glassloop.formula.dist import gather_objects
+from glassloop.loop.changed import record_resume
 from glassloop.loop.run import Run
 from glassloop.record.observers import JsonlObserver
 from glassloop.record.terminal import TerminalObserver
@@ -42,20 +41,20 @@ def check_no_run_in(folder: Path) -> None:
         )
 
 
-def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None:
-    """Rank 0: write the folder's first files and start the observers."""
+def observe(
+    run: Run,
+    dataset: Dataset,
+    tracker: TrackerObserver | None,
+    recorded: Config | None,
+    old_plan: dict[str, Any],
+) -> None:
+    """Rank 0: write the folder's first files and start the observers.
+
+    Args:
+        recorded: config.yaml of the run to resume, None for a new one. old_plan: its plan.json.
+    """
     config, folder = run.config, run.folder
     make(folder)
-    if config.resume.run is None:
-        assert run.contract is not None
-        write_json(folder / "plan.json", run.contract.as_dict())
-    started = {
-        "launcher_pid": os.getppid(),
-        "tracker_ids": tracker.tracker_ids() if tracker else {},
-    }
-    write_json(folder / "env.json", environment(sys.argv) | started)
-    if config.resume.run is None:  # last: a folder with this file holds a run that can resume
-        write_text(folder / "config.yaml", to_yaml(config))
     text = config.record.text
     by_id = {row.row_id: row for row in dataset.train.rows}
     jsonl = JsonlObserver(
@@ -64,6 +63,15 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
         row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))),
         check=run.lock.check if run.lock is not None else lambda: None,
     )
+    start = this_start(tracker)
+    if recorded is not None:
+        record_resume(run, recorded, old_plan, start)
+    else:
+        assert run.contract is not None
+        write_json(folder / "plan.json", run.contract.as_dict())
+    write_json(folder / "env.json", start)
+    if recorded is None:  # last: a folder with this file holds a run that can resume
+        write_text(folder / "config.yaml", to_yaml(config))
     coming = range(run.first_update, run.plan.updates + 1)
     evaluations = [*([0] if run.first_update == 1 else []), *coming]
     again = (jsonl.evaluation_attempt(u) for u in evaluations)
@@ -75,25 +83,9 @@ def observe(run: Run, dataset: Dataset, tracker: TrackerObserver | None) -> None
         run.tracker_ids = tracker.tracker_ids
 
 
-def rewrite_plan(run: Run, old: dict[str, Any]) -> None:
-    """If a resumed run's plan changed, rewrite plan.json and config.yaml.
-
-    The old ones stay as plan_000020.json and config_000020.yaml.
-    """
-    assert run.contract is not None
-    new = run.contract.as_dict()
-    if all(
-        old.get(name) == (list(new[name]) if name == "lr" else new[name])
-        for name in ("updates", "ranks", "size", "accumulation", "lr")
-    ):
-        return
-    for name in ("plan.json", "config.yaml"):
-        path = run.folder / name
-        if os.path.lexists(path):
-            kept = path.with_stem(f"{path.stem}_{run.first_update - 1:06d}")
-            replace_file(kept, read_plain(path))
-    write_json(run.folder / "plan.json", new)
-    write_text(
-        run.folder / "config.yaml",
-        to_yaml(run.config.model_copy(update={"resume": ResumeConfig()})),
-    )
+def this_start(tracker: TrackerObserver | None) -> dict[str, Any]:
+    """The content of env.json: machine, versions, command, launcher, trackers."""
+    return environment(sys.argv) | {
+        "launcher_pid": os.getppid(),
+        "tracker_ids": tracker.tracker_ids() if tracker else {},
+    }

@@ -26,7 +26,9 @@ from glassloop.plan.contract import Contract
 from glassloop.plan.steps import StepPlan
 from glassloop.record.observers import Observer, RunInfo
 from glassloop.record.records import EvaluationRecord, Event, SampleRecord
-from glassloop.saved.checkpoint import State, save_checkpoint
+from glassloop.saved.changes import Notice
+from glassloop.saved.checkpoint import save_checkpoint
+from glassloop.saved.run_state import RunState
 from glassloop.saved.state import rng_state
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class Run:
     last_line: str | None = None  # for the screen, below everything else
     lock: FolderLock | None = None  # on the folder; rank 0's
     measured_gib: dict[str, float] = field(default_factory=dict)  # by phase; {} without a GPU
-    changes: tuple[tuple[str, str], ...] = ()  # (kind, message) of events: how a resume differs
+    changes: tuple[Notice, ...] = ()  # how this start differs from the last, or from what was asked
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
     sync_records: Callable[[], None] = lambda: None  # forces what observers wrote to the disk
@@ -104,8 +106,8 @@ class Run:
             "resumed" if resumed else "started",
             f"run folder {self.folder}" + (again if resumed else ""),
         )
-        for kind, message in self.changes:
-            self.event(done, kind, message)
+        for notice in self.changes:
+            self.event(done, notice.kind, notice.message, **notice.details)
         if self.config.resume.at is not None:
             self.save(
                 done
@@ -248,7 +250,7 @@ class Run:
         rng_states = gather_objects(rng_state(self.replica.device))
         failure = None
         if self.replica.rank == 0:
-            state = State(
+            state = RunState(
                 update=update,
                 epoch=max(update - 1, 0) // self.plan.windows_per_epoch,
                 world_size=self.replica.ranks,

@@ -108,10 +108,20 @@ class Contract:
                 )
 
 
+def has_rows_digest(saved: Mapping[str, Any]) -> bool:
+    """Whether a run's plan.json says which rows the run began with."""
+    return saved.get("schema", 0) >= SCHEMA and "rows_digest" in saved
+
+
 def check_same_rows(saved: Mapping[str, Any], digest: str, where: str) -> None:
-    """Raise ValueError where a run that goes on would train other rows than it began with. `saved`: its plan.json."""
-    if saved.get("schema", 0) >= SCHEMA and saved["rows_digest"] != digest:
+    """Raise ValueError if a resumed run would train other rows than it began with.
+
+    Args:
+        saved: the run's plan.json.
+    """
+    if has_rows_digest(saved) and saved["rows_digest"] != digest:
         raise ValueError(
-            f"the rows are not those that the run began with ({where} has {saved['rows_digest']}, now they are {digest}): data, tokenizer or "
-            "template changed. Give it the same ones, or begin a new run with --init_adapter"
+            f"the rows are not those that the run began with ({where} has {saved['rows_digest']}, "
+            f"now they are {digest}): data, tokenizer or template changed. Give it the same ones "
+            "(data.source=PATH if they moved), or begin a new run with --init_adapter"
         )

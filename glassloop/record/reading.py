@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,9 +224,9 @@ def is_run(folder: Path) -> bool:
     return (folder / METRICS).is_file() and (folder / "config.yaml").is_file()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The recorded config as plain values. Raises ValueError where config.yaml cannot be read."""
-    path = folder / "config.yaml"
+def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
+    """The recorded config as plain values. Raises ValueError if the file cannot be read."""
+    path = folder / name
     values = _config(path)
     if values is None:
         raise ValueError(
@@ -233,6 +234,28 @@ def read_config(folder: Path) -> dict[str, Any]:
             "or of one of its capsules"
         )
     return values
+
+
+def file_of(folder: Path, record: Record, name: str) -> str:
+    """The name that a file of the run has today, as it was when an update ran.
+
+    A start that rewrites config.yaml or plan.json keeps the one before as config_000020.yaml, and
+    names it in an event of the kind "changed".
+
+    Args:
+        record: the update's. name: "config.yaml" or "plan.json".
+    """
+    stem, _, end = name.partition(".")
+    kept_name = re.compile(rf"{stem}_\d{{6,}}(_\d+)?\.{end}")
+    place = (record["attempt"], record["update"])
+    for event in read_jsonl(folder / EVENTS) if (folder / EVENTS).exists() else ():
+        if event["kind"] != "changed" or place > (event["attempt"], event["update"]):
+            continue
+        kept = event["details"].get("kept")
+        for one in kept if isinstance(kept, list) else ():
+            if isinstance(one, str) and kept_name.fullmatch(one):
+                return one
+    return name
 
 
 def with_overrides(

@@ -23,12 +23,12 @@ from glassloop.engines.build import load_tokenizer
 from glassloop.loop.conditions import hash_of
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import chooses_passes, pass_tokens_for
-from glassloop.record.reading import Record, number, row_records
+from glassloop.record.reading import Record, file_of, number, row_records
 from glassloop.replay.replica import Parts, make_parts, state_of
 from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step
-from glassloop.saved.checkpoint import State as Saved
 from glassloop.saved.checkpoint import load_checkpoint, read_state
 from glassloop.saved.resuming import read_plan
+from glassloop.saved.run_state import RunState
 from glassloop.saved.state import rng_state
 
 Say = Callable[[str], None]  # takes a line for people
@@ -70,7 +70,8 @@ def rerun(
     rows, pad_id, digest = load_rows(config)
     lines = row_records(folder)
     plan = plan_of(config, len(rows), ranks)
-    chosen = read_plan(folder).get("pass_tokens") if chooses_passes(config) else None
+    planned = read_plan(folder, file_of(folder, record, "plan.json"))
+    chosen = planned.get("pass_tokens") if chooses_passes(config) else None
     pass_tokens = chosen or pass_tokens_for(config, None, None)
     batches = Batches(
         rows,
@@ -195,7 +196,7 @@ def _start(
     )
 
 
-def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Path, Saved]]:
+def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Path, RunState]]:
     """Checkpoints of the trajectory whose state can be read, the one after most updates first."""
     last = chain[max(chain)]["attempt"]
     known = []

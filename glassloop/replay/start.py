@@ -18,7 +18,7 @@ from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.disk.environment import PACKAGES, package_version
 from glassloop.disk.opening import read_plain
-from glassloop.record.reading import is_run, read_config, trajectory, usual, with_overrides
+from glassloop.record.reading import file_of, is_run, read_config, trajectory, usual, with_overrides
 from glassloop.replay.replica import Parts, make_parts, state_of
 from glassloop.replay.reproduce import Scene, recorded_numbers
 from glassloop.replay.rerun import OnTheWay, Say, load_rows, rerun
@@ -256,9 +256,11 @@ def _check_base(parts: Parts, base_hash: str, owner: str) -> None:
 def _from_run(
     folder: Path, update: int, overrides: Mapping[str, str], say: Say, notes: list[str]
 ) -> Opened:
-    values = read_config(folder)
-    config = with_overrides(values, overrides)
     chain = trajectory(folder, update)
+    kept = file_of(folder, chain[update], "config.yaml")
+    config = with_overrides(read_config(folder, kept), overrides)
+    if others := sorted(u for u in chain if file_of(folder, chain[u], "config.yaml") != kept):
+        notes.append(f"updates up to {others[-1]} ran with other settings than {kept} has")
     scene, on_the_way = rerun(folder, chain, config, overrides, say, notes)
     notes += _other_packages(folder)
     healthy = None

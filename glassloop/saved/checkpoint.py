@@ -7,7 +7,7 @@
         adapter_config.json           # and the tokenizer's files, chat_template.jinja among them
         optimizer.safetensors  optimizer.json
         rng_rank0.json ...            # one a rank
-        state.json                    # State
+        state.json                    # RunState
         SHA256SUMS                    # of all files above
 
 Rank 0 saves, every rank loads. Older checkpoints are removed once a new one is published and synced. Safetensors and JSON only;
@@ -20,79 +20,30 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
-from glassloop.config.config import Config, as_dict
 from glassloop.disk import publish as folders
 from glassloop.disk.publish import REPLACED
 from glassloop.disk.publish import NotSaved as CheckpointNotSaved
 from glassloop.formula.optim import FlatAdapters
 from glassloop.saved import state as snapshots
+from glassloop.saved.changes import check_same_math
+from glassloop.saved.run_state import SCHEMA, STATE, RunState, parsed, state_from
 from glassloop.saved.state import rng_state, saved_name
 
-__all__ = [
-    "CheckpointNotSaved",
-    "Saved",
-    "State",
-    "best_checkpoint",
-    "config_changes",
-    "last_checkpoint",
-    "load_checkpoint",
-    "read_state",
-]
-__all__ += ["rng_state", "save_checkpoint", "saved_name"]
+__all__ = ["CheckpointNotSaved", "Saved", "best_checkpoint", "last_checkpoint"]
+__all__ += ["load_checkpoint", "read_state", "rng_state", "save_checkpoint", "saved_name"]
 
-SCHEMA = 1  # raised when a field changes its meaning; older ones open
-ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
+ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 REQUIRED = (ADAPTER, "adapter_config.json", OPTIMIZER, "optimizer.json", STATE)
 LIMIT = "checkpoint.keep"  # the config field that says how many are kept
 PUBLISHED = re.compile(rf"update_\d{{6,}}({re.escape(REPLACED)})?")
-MATH = (
-    "seed",
-    "model",
-    "lora",
-    "data",
-    "batch",
-    "schedule",
-    "optimizer",
-)  # parts of a config that say what an update computes
-FREE = (
-    "model.cache_dir",
-    "model.init_adapter",
-    "model.trust_remote_code",
-    "batch.ranks",
-)  # fields in them that do not
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run stands between two updates, in plain JSON types."""
-
-    update: int  # windows that are done, skipped ones included; the next one is update + 1
-    epoch: int  # 0-based pass over the rows that the last window belonged to
-    world_size: int
-    base_hash: str  # of the frozen base's bytes; another base is refused
-    config: dict[str, Any]  # the whole config
-    versions: dict[str, str] = field(default_factory=dict)  # package -> version
-    attempt: int = 1  # of the updates that this process does, as in their records
-    loss_scale: float = 1.0  # fp16: factor on the next update's loss
-    finite_updates: int = 0  # fp16: finite updates in a row since the factor last changed
-    heldout_loss_nats: float | None = (
-        None  # of these very weights, token mean; None where not measured or not finite
-    )
-    tracker_ids: dict[str, str] = field(default_factory=dict)  # tracker -> id of its run
-    details: dict[str, Any] = field(
-        default_factory=dict
-    )  # what other parts keep: detector windows, passes, memory tiers
-    serial: int = 0  # given by save_checkpoint: one more than any other in the folder has, so the last one saved is the newest
-    schema: int = SCHEMA
 
 
 @dataclass(frozen=True)
@@ -107,7 +58,7 @@ class Saved:
 
 def save_checkpoint(
     folder: Path,
-    state: State,
+    state: RunState,
     *,
     adapters: FlatAdapters,
     peft_model: Any,
@@ -224,7 +175,7 @@ def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
     ]
     for path in [*unknown, *known]:
         try:
-            _state(folders.read(path, REQUIRED))
+            state_from(folders.read(path, REQUIRED))
         except ValueError as error:
             notes.append(f"{path} is not whole: {error}: ignored")
         else:
@@ -232,9 +183,9 @@ def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, tuple(notes)
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> RunState:
     """Where a checkpoint stands; its other files are not looked at. Raises ValueError naming the file at fault."""
-    return _state(folders.read(path, REQUIRED, only=STATE))
+    return state_from(folders.read(path, REQUIRED, only=STATE))
 
 
 def best_checkpoint(run: Path) -> Path | None:
@@ -242,7 +193,7 @@ def best_checkpoint(run: Path) -> Path | None:
     return _best(_newest_first(run / "checkpoints"))
 
 
-def _newest_first(folder: Path) -> dict[Path, State]:
+def _newest_first(folder: Path) -> dict[Path, RunState]:
     """Published checkpoints whose state can be read, the last one saved first; their other files are not looked at."""
     known = {}
     for path in folder.glob("update_*"):
@@ -257,12 +208,12 @@ def _newest_first(folder: Path) -> dict[Path, State]:
     }
 
 
-def _current(known: dict[Path, State]) -> list[Path]:
+def _current(known: dict[Path, RunState]) -> list[Path]:
     """Without those that were replaced."""
     return [path for path in known if path.suffix != REPLACED or path.with_suffix("") not in known]
 
 
-def _best(known: dict[Path, State]) -> Path | None:
+def _best(known: dict[Path, RunState]) -> Path | None:
     losses = {
         path: loss
         for path in _current(known)
@@ -282,7 +233,7 @@ def load_checkpoint(
     config: dict[str, Any],
     allow_changed: Collection[str] = (),
     reshape: bool = False,
-) -> State:
+) -> RunState:
     """Restore adapters, optimizer and this rank's random numbers. Everything is checked before anything is changed.
 
     Call it on every rank, and last: what draws random numbers between it and the next update makes that update another one.
@@ -298,7 +249,7 @@ def load_checkpoint(
     """
     try:
         contents = folders.read(path, REQUIRED)
-        state = _state(contents)
+        state = state_from(contents)
         _check_same_run(
             state,
             path,
@@ -316,19 +267,19 @@ def load_checkpoint(
             )
         device = adapters.flat.device
         known = rank if rank < state.world_size else 0
-        rng = _parsed(
+        rng = parsed(
             contents,
             f"rng_rank{known}.json",
             lambda data: snapshots.checked_rng(json.loads(data), device),
         )
-        flat = _parsed(
+        flat = parsed(
             contents,
             ADAPTER,
             lambda data: snapshots.flat_from(safetensors.torch.load(data), adapters),
         )
         tensors, plain = (
-            _parsed(contents, OPTIMIZER, safetensors.torch.load),
-            _parsed(contents, "optimizer.json", json.loads),
+            parsed(contents, OPTIMIZER, safetensors.torch.load),
+            parsed(contents, "optimizer.json", json.loads),
         )
         moments = snapshots.built_optimizer_state(optimizer, adapters.flat, tensors, plain)
     except ValueError as error:
@@ -341,28 +292,8 @@ def load_checkpoint(
     return state
 
 
-def config_changes(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields ("lora.r") whose values differ, with both; a field that one side lacks is None there."""
-
-    def leaves(tree: Any, name: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {name: list(tree) if isinstance(tree, tuple) else tree}
-        return {
-            k: leaf
-            for key, branch in tree.items()
-            for k, leaf in leaves(branch, f"{name}.{key}".lstrip(".")).items()
-        }
-
-    old, new = leaves(saved), leaves(present)
-    return {
-        name: (old.get(name), new.get(name))
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    }
-
-
 def _check_same_run(
-    state: State,
+    state: RunState,
     path: Path,
     world_size: int,
     base_hash: str,
@@ -379,61 +310,5 @@ def _check_same_run(
         raise ValueError(
             f"it was made on the base {state.base_hash}, this run has the base {base_hash}: {cure}"
         )
-    wrong = [
-        f"{name} was {old!r} and now is {new!r}"
-        for name, (old, new) in config_changes(state.config, config).items()
-        if name.partition(".")[0] in MATH
-        and name not in FREE
-        and name not in allow_changed
-        and not _is_newer(name, new, state.config)
-    ]
-    if wrong:
-        cure = f"leave it as it was, or begin a new run from these adapters with model.init_adapter={path}"
-        raise ValueError(f"{'; '.join(wrong)}: {cure}")
-
-
-def _is_newer(name: str, value: Any, saved: dict[str, Any]) -> bool:
-    """Whether the version that saved did not know the field, and it has its default now."""
-    known: Any = saved
-    default: Any = as_dict(Config())
-    lacking = False
-    for part in name.split("."):
-        if not isinstance(default, dict) or part not in default:
-            return False
-        default = default[part]
-        lacking = lacking or not isinstance(known, dict) or part not in known
-        known = None if lacking else known[part]
-    return lacking and value == default
-
-
-def _parsed(contents: dict[str, bytes], name: str, parse: Callable[[bytes], Any]) -> Any:
-    try:
-        return parse(contents[name])
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{name} does not fit: {error}") from error
-
-
-def _state(contents: dict[str, bytes]) -> State:
-    """The state in its file; raises ValueError naming the field that is missing, unknown or of a wrong type."""
-    plain = _parsed(contents, STATE, json.loads)
-    if not isinstance(plain, dict) or not isinstance(plain.get("schema"), int):
-        raise ValueError(f"{STATE} is malformed: it says no schema")
-    if plain["schema"] > SCHEMA:
-        raise ValueError(
-            f"{STATE} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one"
-        )
-    plain.pop("order_seed", None)  # older checkpoints have it; config["seed"] says the same
-    fields = {f.name: f for f in dataclasses.fields(State)}
-    needed = {
-        name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING
-    }
-    if odd := (needed - plain.keys()) | (plain.keys() - fields.keys()):
-        raise ValueError(f"{STATE} is malformed: missing or unknown: {', '.join(sorted(odd))}")
-    kinds = {"int": int, "float": (int, float), "str": str, "dict": dict}
-    for name, value in plain.items():
-        kind, _, rest = str(fields[name].type).partition(" ")
-        if not isinstance(value, kinds[kind.partition("[")[0]]) and not (
-            value is None and rest == "| None"
-        ):
-            raise ValueError(f"{STATE} is malformed: {name} is {value!r}")
-    return State(**plain)
+    kept = f"begin a new run from these adapters with model.init_adapter={path}"
+    check_same_math(state.config, config, allow_changed, f"leave it as it was, or {kept}")

@@ -6,15 +6,18 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glassloop.config.config import BatchConfig, Config, ScheduleConfig
+from glassloop.config.config import BatchConfig, Config, as_dict
 from glassloop.disk.opening import read_plain
 from glassloop.disk.publish import SUMS
-from glassloop.plan.steps import StepPlan, lr_at, warmup_of
-from glassloop.saved.checkpoint import State, best_checkpoint, last_checkpoint, read_state
+from glassloop.plan.steps import StepPlan
+from glassloop.saved.changes import WHERE_BASE, check_same_math
+from glassloop.saved.checkpoint import best_checkpoint, last_checkpoint, read_state
+from glassloop.saved.run_state import RunState
 
 
 def after_restart(config: Config) -> Config:
@@ -66,6 +69,35 @@ def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
             f"resume.run = {folder} has no complete checkpoint ({found}): begin it again (--resume {folder} --at 0), or name another folder"
         )
     return checkpoint, notes
+
+
+def beginning(recorded: dict[str, Any], plan: dict[str, Any], ranks: int) -> RunState:
+    """Where a run stands that begins again (--at 0).
+
+    Args:
+        recorded: its config. plan: its plan.json. ranks: of this start, if the plan has none.
+    """
+    before = int(plan.get("ranks", ranks))
+    return RunState(update=0, epoch=0, world_size=before, base_hash="", config=recorded)
+
+
+def check_same_beginning(
+    saved: RunState, config: Config, ranks: int, allowed: Collection[str]
+) -> None:
+    """Raise ValueError if a run that begins again would compute something else.
+
+    Args:
+        allowed: fields that may differ all the same; the base is not known here, so it may not.
+    """
+    if saved.world_size != ranks and not config.resume.reshape:
+        raise ValueError(
+            f"resume.run = {config.resume.run} began with {saved.world_size} ranks, this start has "
+            f"{ranks}: start {saved.world_size} (accelerate launch --num_processes "
+            f"{saved.world_size}), or resume with {ranks}: --resume.reshape"
+        )
+    others = [name for name in allowed if name not in WHERE_BASE]
+    cure = "leave it as it was, or begin a new run"
+    check_same_math(saved.config, as_dict(config), others, cure)
 
 
 def sums_of(checkpoint: Path | None) -> str:
@@ -121,7 +153,7 @@ def _tracker_ids(run: Path) -> dict[str, str]:
         return {}  # it died before it wrote one, or an older glassloop did
 
 
-def reshaped(config: Config, saved: State, ranks: int) -> Config:
+def reshaped(config: Config, saved: RunState, ranks: int) -> Config:
     """The config of a run that goes on with `ranks` ranks: rows of an update stay, accumulation follows.
 
     Raises ValueError, with batch sizes that fit, where the rows do not divide.
@@ -140,59 +172,6 @@ def with_past(plan: StepPlan, old: dict[str, Any], done: int) -> StepPlan:
     return replace(plan, lr=(*old.get("lr", plan.lr)[:done], *plan.lr[done:]))
 
 
-def changes(
-    config: Config, saved: State, plan: StepPlan, old: dict[str, Any]
-) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """How the run that goes on is not the one that was saved: fields that may differ, and events (kind, message) that say what it does."""
-    allowed: list[str] = []
-    told: list[tuple[str, str]] = []
-    if config.resume.reshape:
-        allowed += ["batch.size", "batch.accumulation", "batch.rows_per_update"]
-    if plan.ranks != saved.world_size:
-        told.append(("reshaped", _reshaping(saved.world_size, plan)))
-    schedule = ScheduleConfig.model_validate(saved.config["schedule"])
-    updates = schedule.updates or old.get("updates", plan.updates)
-    if plan.updates > updates:
-        allowed += ["schedule.updates", "schedule.epochs"]
-        told.append(("longer", _lengthening(schedule, saved, updates, plan)))
-    return tuple(allowed), tuple(told)
-
-
-def _reshaping(ranks: int, plan: StepPlan) -> str:
-    return (
-        f"goes on with {plan.ranks} rank{'s' if plan.ranks > 1 else ''} instead of {ranks}: the same {plan.rows_per_update} rows an update in the "
-        f"same order, as {plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches. No longer bit for bit what {ranks} would do: "
-        "losses and gradients are summed in another order (last bits), and dropout draws other numbers, since rows move between ranks"
-        + (
-            f"; ranks {ranks} to {plan.ranks - 1} begin with random numbers of their own"
-            if plan.ranks > ranks
-            else ""
-        )
-    )
-
-
-def _lengthening(schedule: ScheduleConfig, saved: State, updates: int, plan: StepPlan) -> str:
-    """What a longer schedule does to the learning rate of the coming updates."""
-    done, peak = saved.update, float(saved.config["optimizer"]["lr"])
-    known = {
-        "warmup": warmup_of(updates, schedule.warmup_updates, schedule.warmup_share),
-        "peak": peak,
-        "kind": schedule.kind,
-        "first": schedule.first,
-    }
-    coming = sorted(
-        {done + 1, (done + updates + 1) // 2, updates, updates + 1, plan.updates}
-        & set(range(done + 1, plan.updates + 1))
-    )
-    was = {
-        u: f"{lr_at(u, updates=updates, **known):.3g}" if u <= updates else "none" for u in coming
-    }
-    table = ", ".join(f"lr({u}) was {was[u]}, is {plan.lr[u - 1]:.3g}" for u in coming)
-    last = f"; update {done} had {plan.lr[done - 1]:.3g}" if done else ""
-    effect = "" if schedule.kind == "constant" else ", so the learning rate falls later"
-    return f"trains {plan.updates} updates instead of {updates}{effect}: {table}{last}"
-
-
 def best_heldout(folder: Path) -> float:
     """The lowest held-out loss of the run's checkpoints, in nats a token; infinite where none has one."""
     best = best_checkpoint(folder)
@@ -200,9 +179,9 @@ def best_heldout(folder: Path) -> float:
     return math.inf if loss is None else loss
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
-    """plan.json of a run; {} where there is none. Raises ValueError where it is damaged."""
-    path = folder / "plan.json"
+def read_plan(folder: Path, name: str = "plan.json") -> dict[str, Any]:
+    """plan.json of a run; {} if there is none. Raises ValueError if it is damaged."""
+    path = folder / name
     try:
         return json.loads(read_plain(path))
     except FileNotFoundError:

@@ -34,11 +34,11 @@ from glassloop.record.reading import with_overrides
 from glassloop.saved.checkpoint import (
     ADAPTER,
     REQUIRED,
-    State,
     best_checkpoint,
     last_checkpoint,
     read_state,
 )
+from glassloop.saved.run_state import RunState
 from glassloop.saved.state import flat_from
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Trained:
 
     run: Path | None
     checkpoint: Path
-    state: State
+    state: RunState
     config: Config
     why: str
     notes: tuple[str, ...]

@@ -31,7 +31,7 @@ def test_each_file_that_one_rank_finds_damaged_is_refused_by_both_which_name_ran
 def test_ranks_that_would_go_on_from_different_checkpoints_do_not(damaged: dict[str, Any]) -> None:
     first, second = damaged["passed over by one"]
     assert first == second
-    assert "ranks hold different checkpoints to go on from (rank 0: update_000004, sums " in first
+    assert "ranks hold different checkpoints to resume from (rank 0: update_000004, sums " in first
     assert "rank 1: update_000002, sums " in first
 
 

@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_one_rank_instead_of_two_and_for_longer(whole: Path) 
     went_on = run([*alone, "--resume.reshape"])
     assert went_on.returncode == 0, went_on.stderr[-3000:]
     told = {event["kind"]: event["message"] for event in lines(folder, "events.jsonl")}
-    assert "goes on with 1 rank instead of 2: the same 4 rows an update" in told["reshaped"]
+    assert "resumed with 1 rank instead of 2: the same 4 rows an update" in told["reshaped"]
     assert "No longer bit for bit" in told["reshaped"]
     assert "trains 30 updates instead of 24" in told["longer"]
     old, new = (

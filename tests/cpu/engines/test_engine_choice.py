@@ -313,7 +313,7 @@ def test_a_run_on_a_gpu_says_fused_keeps_it_in_its_folder_and_goes_on_with_it_wi
     assert run.replica.plain_engine.name == "peft"  # that of the checkpoint
     run.close_observers()
     run = resumed(run.folder, "execution.engine=auto", "--at", "0")
-    assert run.replica.plain_engine.name == "fused"  # that the run was begun with
+    assert run.replica.plain_engine.name == "peft"  # that plan.json has since the last resume
     run.close_observers()
 
 

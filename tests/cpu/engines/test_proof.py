@@ -208,8 +208,9 @@ def test_a_run_whose_fused_engine_is_unsound_takes_peft_and_says_so(
     assert run.replica.plain_engine.name == run.config.execution.engine == "peft"
     assert run.contract.facts["engine"] == "peft"
     assert any(line.startswith(f"engine    peft (auto: {why}") for line in run.header)
-    ((kind, message),) = run.changes
-    assert kind == "warning" and why in message and message.endswith(": the run takes peft")
+    (notice,) = run.changes
+    assert notice.kind == "warning" and why in notice.message
+    assert notice.message.endswith(": the run takes peft")
     assert "engine: peft" in (run.folder / "config.yaml").read_text()
     assert run.replica.plain_engine.hf.get_base_model().is_gradient_checkpointing
 

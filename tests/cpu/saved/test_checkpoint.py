@@ -29,16 +29,16 @@ from glassloop.disk import publish as folders
 from glassloop.formula.optim import FlatAdapters, make_optimizer
 from glassloop.saved import checkpoint
 from glassloop.saved import state as snapshots
+from glassloop.saved.changes import config_changes
 from glassloop.saved.checkpoint import (
     CheckpointNotSaved,
     Saved,
-    State,
     best_checkpoint,
-    config_changes,
     last_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from glassloop.saved.run_state import RunState
 
 CPU = torch.device("cpu")
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
@@ -125,15 +125,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def state_at(update: int, **changed: Any) -> State:
-    state = State(update=update, epoch=0, world_size=RANKS, base_hash=BASE, config=CONFIG)
+def state_at(update: int, **changed: Any) -> RunState:
+    state = RunState(update=update, epoch=0, world_size=RANKS, base_hash=BASE, config=CONFIG)
     return replace(
         state,
         **{"versions": {"torch": torch.__version__}, "tracker_ids": {"wandb": "abc"}, **changed},
     )
 
 
-def save(run: Path, one: Bench, tokenizer: Any, state: State, keep: int = 9) -> Saved:
+def save(run: Path, one: Bench, tokenizer: Any, state: RunState, keep: int = 9) -> Saved:
     return save_checkpoint(
         run / "checkpoints",
         state,
@@ -149,7 +149,7 @@ def save(run: Path, one: Bench, tokenizer: Any, state: State, keep: int = 9) -> 
     )
 
 
-def load(path: Path, one: Bench, rank: int = 1, **changed: Any) -> State:
+def load(path: Path, one: Bench, rank: int = 1, **changed: Any) -> RunState:
     given = {"world_size": RANKS, "base_hash": BASE, "config": CONFIG, **changed}
     return load_checkpoint(path, adapters=one.adapters, optimizer=one.optimizer, rank=rank, **given)
 
@@ -699,7 +699,7 @@ def test_a_state_written_without_later_fields_opens(at_40: Path, scratch: Bench)
             | {name: value for name, value in s.items() if name not in later}
         ),
     )
-    assert load(at_40, scratch) == State(40, 0, RANKS, BASE, CONFIG)
+    assert load(at_40, scratch) == RunState(40, 0, RANKS, BASE, CONFIG)
 
 
 # Random numbers
@@ -1001,7 +1001,7 @@ def test_a_kill_at_any_step_loses_at_most_the_checkpoint_under_way_also_without_
     assert 5 < published < kills
 
 
-def trace_of(run: Path, one: Bench, tokenizer: Any, state: State) -> list[tuple[str, str, str]]:
+def trace_of(run: Path, one: Bench, tokenizer: Any, state: RunState) -> list[tuple[str, str, str]]:
     """(step, name, second name) of every sync, rename and removal."""
     seen: list[tuple[str, str, str]] = []
 

@@ -14,13 +14,17 @@ from glassloop.config.config import Config, as_dict
 from glassloop.loop.build import build_run
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.steps import StepPlan
-from glassloop.saved.checkpoint import State, read_state
-from glassloop.saved.resuming import changes, reshaped, with_past
+from glassloop.saved.changes import changes
+from glassloop.saved.checkpoint import read_state
+from glassloop.saved.resuming import reshaped, with_past
+from glassloop.saved.run_state import RunState
 from train_loop import train, update_once
 
+BASE = ("model.id", "model.revision")  # may differ: the base's hash says what it is
 
-def saved(update: int = 20, ranks: int = 2, **sections: Any) -> State:
-    return State(update, 0, ranks, "sha256:base", as_dict(Config.model_validate(sections)))
+
+def saved(update: int = 20, ranks: int = 2, **sections: Any) -> RunState:
+    return RunState(update, 0, ranks, "sha256:base", as_dict(Config.model_validate(sections)))
 
 
 def plan(config: Config, ranks: int = 2) -> StepPlan:
@@ -50,29 +54,29 @@ def test_ranks_that_do_not_divide_the_rows_are_refused_with_sizes_that_do() -> N
 def test_more_ranks_are_told_that_some_have_no_saved_random_numbers() -> None:
     config = reshaped(Config.model_validate({"resume": {"run": "x", "reshape": True}}), saved(), 4)
     allowed, told = changes(config, saved(), plan(config, 4), {})
-    assert allowed == ("batch.size", "batch.accumulation", "batch.rows_per_update")
-    assert told[0][0] == "reshaped"
-    assert "goes on with 4 ranks instead of 2: the same 16 rows" in told[0][1]
-    assert "ranks 2 to 3 begin with random numbers of their own" in told[0][1]
+    assert allowed == (*BASE, "batch.size", "batch.accumulation", "batch.rows_per_update")
+    assert told[0].kind == "reshaped"
+    assert "resumed with 4 ranks instead of 2: the same 16 rows" in told[0].message
+    assert "ranks 2 to 3 begin with random numbers of their own" in told[0].message
 
 
 def test_a_longer_run_says_what_it_does_to_the_learning_rate() -> None:
     recorded = saved(schedule={"updates": 60, "warmup_updates": 5})
     config = Config.model_validate({"schedule": {"updates": 120, "warmup_updates": 5}})
     allowed, told = changes(config, recorded, plan(config), {"updates": 60})
-    assert allowed == ("schedule.updates", "schedule.epochs")
+    assert allowed == (*BASE, "schedule.updates", "schedule.epochs")
     assert (
         "trains 120 updates instead of 60, so the learning rate falls later: lr(21) was 0.000143, is 0.000172"
-        in told[0][1]
+        in told[0].message
     )
-    assert "lr(61) was none, is 0.000103" in told[0][1]
-    assert told[0][1].endswith("update 20 had 0.000174")
+    assert "lr(61) was none, is 0.000103" in told[0].message
+    assert told[0].message.endswith("update 20 had 0.000174")
 
 
 @pytest.mark.parametrize("updates", [60, 40])
 def test_the_same_length_is_no_change_and_a_shorter_one_is_not_allowed(updates: int) -> None:
     config = Config.model_validate({"schedule": {"updates": updates}})
-    assert changes(config, saved(), plan(config), {"updates": 60}) == ((), ())
+    assert changes(config, saved(), plan(config), {"updates": 60}) == (BASE, ())
 
 
 def test_updates_that_are_done_keep_the_learning_rate_that_they_had() -> None:
