@@ -1,4 +1,4 @@
-"""Show rows as the model will see them, token by token, and count tokens, cuts, duplicates and classes."""
+"""Rows as the model sees them, and counts of what was read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from glassloop.data.rows import Row
 if TYPE_CHECKING:
     from rich.text import Text
 
-LEGEND = "[token] is supervised: the model learns to write it. token| is only read. «token» is a control token, all else is text."
+LEGEND = (
+    "[token] is supervised: the model learns to write it. token| is only read. "
+    "«token» is a control token, all else is text."
+)
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop data PRESET [--show N] [section.field=VALUE ...]`; loads the tokenizer and the rows, no model. Exit code 0."""
+    """`glassloop data PRESET [--show N] [section.field=VALUE ...]`; returns exit code 0.
+
+    Loads the tokenizer and the rows, no model.
+    """
     from glassloop.config.arguments import parse
 
     own = argparse.ArgumentParser(prog="glassloop data", add_help=False, allow_abbrev=False)
@@ -30,7 +36,10 @@ def main(argv: list[str]) -> int:
 
 
 def show_data(config: Config, show: int) -> int:
-    """Prints the first `show` training rows and the counts. Raises ValueError for data or a tokenizer that cannot be used."""
+    """Print the first `show` training rows and the counts.
+
+    Raises ValueError for data or a tokenizer that cannot be used.
+    """
     from rich.console import Console
 
     from glassloop.data.dataset import build_rows, summary
@@ -83,7 +92,7 @@ def render(row: Row, tokenizer: Any) -> Text:
 
 
 def _characters(row: Row, tokenizer: Any) -> Iterator[tuple[Sequence[int], bool]]:
-    """Tokens one by one; neighbours that hold the bytes of one character (an emoji) together."""
+    """Tokens one by one, those of one character (an emoji) together."""
     start = 0
     for end in range(1, len(row) + 1):
         last = end == len(row) or row.supervised[end] != row.supervised[start]

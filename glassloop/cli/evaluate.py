@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 def columns_of(text: str | None) -> dict[str, str]:
     """{"dialogue": "text"} of "dialogue=text,label=is_scam". Raises ValueError naming the word and the roles that there are."""
-    from glassloop.config.config import Columns
+    from glassloop.config.data import Columns
 
     found = {}
     for word in (text or "").split(",") if text else ():

@@ -233,8 +233,8 @@ class Session:
         return 0
 
     def first_turns(self, question: str) -> list[Turn]:
-        from glassloop.data.formats import SCAM_QUESTION
         from glassloop.data.rows import Turn
+        from glassloop.data.scam import SCAM_QUESTION
 
         text = SCAM_QUESTION + question.strip() if self.given.call else question
         return [

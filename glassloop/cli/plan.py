@@ -126,7 +126,7 @@ def look(config: Config, given: argparse.Namespace) -> tuple[Outlook, list[str]]
 
         seen = measure(config, ranks, present)
         rows, counts, rows_from = len(seen.dataset.train.rows), seen.counts, seen.rows_from
-        notes += summary(seen.dataset, config.data)
+        notes += [*summary(seen.dataset, config.data), *seen.by_source]
     else:
         found = count_rows(config.data, given.rows)
         if found.rows is None:
@@ -174,6 +174,7 @@ class Measured:
     plan: StepPlan
     counts: TokenCounts
     rows_from: str
+    by_source: tuple[str, ...] = ()  # lines on the parts of a mix
 
 
 def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
@@ -182,7 +183,7 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     from glassloop.data.dataset import build_rows
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
-    from glassloop.data.token_counts import count_tokens
+    from glassloop.data.token_counts import count_tokens, rows_by_source
     from glassloop.engines.build import load_tokenizer
     from glassloop.plan.engine_lines import planned_engine
     from glassloop.plan.outlook import plan_of
@@ -208,7 +209,8 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     )
     train = dataset.train
     how = f"loaded: {len(train.dropped):,} dropped and {train.cut:,} cut at {config.data.max_tokens:,} tokens"
-    return Measured(dataset, plan, count_tokens(batches), how)
+    by_source = tuple(rows_by_source(batches, loaded.mixed))
+    return Measured(dataset, plan, count_tokens(batches), how, by_source)
 
 
 def _usual_changes(outlook: Outlook) -> list[str]:

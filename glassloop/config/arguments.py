@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from glassloop.config.config import Config, as_dict
+from glassloop.config.data import items_of
 from glassloop.config.hardware import EXAMPLES, hardware_values
 from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
 from glassloop.config.presets import EXPECTATIONS, PRESETS
@@ -243,10 +244,8 @@ def _nested(given: dict[str, str]) -> dict[str, Any]:
         for section in sections:
             model = cast(type[BaseModel], model.model_fields[section].annotation)
             place = place.setdefault(section, {})
-        if str(model.model_fields[last].annotation).startswith("tuple"):
-            place[last] = [] if text in ("null", "[]", "") else text.strip("[]").split(",")
-        else:
-            place[last] = None if text == "null" else text
+        is_list = str(model.model_fields[last].annotation).startswith("tuple")
+        place[last] = items_of(text) if is_list else None if text == "null" else text
     return values
 
 

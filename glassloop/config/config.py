@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from glassloop.config.data import DataConfig as DataConfig
 from glassloop.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -65,87 +66,6 @@ class LoraConfig(Section):
             raise ValueError(
                 f"lora.targets = {', '.join(self.targets)}: {ALL_LINEAR} already has every layer; "
                 "name it alone"
-            )
-        return self
-
-
-class Columns(Section):
-    """Which column of the source holds what; None: the format's own name for it."""
-
-    question: str | None = None
-    """Column with what the user asks."""
-    reasoning: str | None = None
-    """Column with the chain of thought."""
-    response: str | None = None
-    """Column with the answer."""
-    messages: str | None = None
-    """Column with a list of chat turns."""
-    dialogue: str | None = None
-    """Column with a phone call's text (format scam)."""
-    type: str | None = None
-    """Column with the kind of call (format scam)."""
-    label: str | None = None
-    """Column with 1 for a scam, 0 for an honest call (format scam)."""
-
-
-class DataConfig(Section):
-    source: str = Field(default="BothBosu/scam-dialogue", min_length=1)
-    """Hub id of a data set, a local folder, a csv, json, jsonl or parquet file, or `sample` for glassloop's own rows."""
-    config: str | None = None
-    """Name of the data set's configuration on the hub (medical-o1 has `en`)."""
-    split: str = "train"
-    """Split that training rows come from."""
-    revision: str | None = None
-    """Hub commit, tag or branch of the data set."""
-    format: Literal[
-        "auto", "scam", "reasoning", "messages", "sharegpt", "prompt_completion", "alpaca"
-    ] = "auto"
-    """How a source's columns become turns. auto: decided from the column names, and printed."""
-    columns: Columns = Columns()
-    """Names of columns where they differ from the format's own."""
-    rows: int | None = Field(default=None, ge=1)
-    """Rows taken after shuffling by `seed`; None: all."""
-    shuffle: bool = True
-    """Shuffle by `seed` before rows are taken. Sources are often sorted by class."""
-    heldout: str | float | None = None
-    """Rows never trained on: a split's name, a file, or a fraction in (0, 1) drawn by `seed`. None: no evaluation."""
-    heldout_rows: int | None = Field(default=None, ge=1)
-    """Held-out rows taken after shuffling by `seed`; None: all."""
-    heldout_duplicates: Literal["refuse", "drop"] = "refuse"
-    """Training rows that ask exactly what a held-out row asks: refused with their number, or left out of training and counted."""
-    template: Literal["auto", "r1", "instruct", "chat"] = "auto"
-    """r1: DeepSeek's chat format, reasoning kept. instruct: a plain text form. chat: the tokenizer's
-    own. auto: r1 for DeepSeek-R1's tokenizers, else chat; instruct if there is no chat template."""
-    system: str | None = None
-    """System prompt put before every row that brings none."""
-    labels: Literal["response", "everything"] = "response"
-    """Tokens that carry loss: the assistant's turns (EOS included), or all but BOS."""
-    scam_reasoning: Literal["cues", "none", "drop"] = "cues"
-    """Think block of a scam row that brings no reasoning: its type's cues, or none. drop: no think
-    block in any row, its own reasoning left out."""
-    max_tokens: int = Field(default=2048, ge=8)
-    """Longest row in tokens."""
-    too_long: Literal["drop", "cut"] = "drop"
-    """A longer row is dropped, or cut at `max_tokens` (then it teaches no EOS). Counted either way."""
-
-    @field_validator("heldout", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        """A command line brings 0.1 as text."""
-        try:
-            return float(value) if isinstance(value, str) else value
-        except ValueError:
-            return value
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if isinstance(self.heldout, float) and not 0 < self.heldout < 1:
-            raise ValueError(
-                f"data.heldout = {self.heldout}: a fraction must lie between 0 and 1 (for example 0.1)"
-            )
-        if self.heldout_rows is not None and self.heldout is None:
-            raise ValueError(
-                f"data.heldout_rows = {self.heldout_rows} needs data.heldout: a split, a file or a fraction"
             )
         return self
 

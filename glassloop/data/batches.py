@@ -1,7 +1,7 @@
-"""Which rows make up each update, and in what passes each rank computes them.
+"""Rows of each update, and the passes that each rank computes.
 
-The order is a function of seed and epoch and of nothing else, so every rank knows every window without asking, and update u can be rebuilt at
-any time. Legend: B rows, T tokens.
+The order is a function of seed and epoch alone. So every rank knows every window without asking,
+and update u can be rebuilt at any time. Legend: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from glassloop.plan.steps import StepPlan
 
 @dataclass(frozen=True)
 class Window:
-    """The rows of one update, and for each rank its passes, each a tuple of indices into the training rows."""
+    """The rows of one update, and for each rank its passes.
+
+    Rows are indices into the training rows.
+    """
 
     update: int
     epoch: int
@@ -32,7 +35,10 @@ class Window:
 
 @lru_cache(maxsize=4)
 def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Permutation of range(rows), a function of its arguments alone (Python's own generator, stable over versions)."""
+    """Permutation of range(rows), a function of its arguments alone.
+
+    Python's own generator is stable over versions.
+    """
     order = list(range(rows))
     random.Random(f"rows:{seed}:{epoch}").shuffle(order)
     return tuple(order)
@@ -41,7 +47,10 @@ def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 def literal_passes(
     rows: Sequence[int], size: int, ranks: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Exactly the micro-batches asked for: micro-batch m of rank r takes rows [(m * ranks + r) * size, ... + size)."""
+    """Exactly the micro-batches asked for.
+
+    Micro-batch m of rank r takes rows [(m * ranks + r) * size, ... + size).
+    """
     chunks = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
     return tuple(tuple(chunks[rank::ranks]) for rank in range(ranks))
 
@@ -49,7 +58,10 @@ def literal_passes(
 def packed_passes(
     rows: Sequence[int], lengths: Sequence[int], ranks: int, pass_tokens: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """The same rows in few passes of at most `pass_tokens` tokens: longest first to the lightest rank, then first fit in a pass."""
+    """The same rows in few passes of at most `pass_tokens` tokens.
+
+    The longest row goes first, to the lightest rank, then into the first pass with room.
+    """
     by_length = sorted(rows, key=lambda row: (-lengths[row], row))
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -82,9 +94,8 @@ class Batches:
     seed: int
     layout: str  # "literal" | "packed"
     pass_tokens: int  # packed only: most tokens of a pass
-    two_passes_every: int | None = (
-        None  # every so many updates a lone rank's only packed pass is cut in two, for the noise scale
-    )
+    # Updates after which a lone rank's only packed pass is cut in two, for the noise scale.
+    two_passes_every: int | None = None
     halvings: int = 0  # how often passes were cut in two since they did not fit into memory
 
     def window(self, update: int) -> Window:
@@ -113,7 +124,7 @@ class Batches:
         return Window(update, epoch, rows, passes, packed=self.layout == "packed")
 
     def heaviest(self) -> Window:
-        """Each rank's pass with the most slot tokens of all updates, as a window of its own, numbered 0."""
+        """Each rank's pass with the most slot tokens, as window 0."""
         heaviest: list[tuple[int, tuple[int, ...]]] = [(0, ())] * self.plan.ranks
         for update in range(1, self.plan.updates + 1):
             for rank, passes in enumerate(self.window(update).passes):
@@ -137,12 +148,15 @@ class Batches:
         return [self.rows[row] for one in window.passes[rank] for row in one]
 
     def supervised_tokens(self, window: Window) -> int:
-        """N of the formula: supervised tokens of the whole window, over all ranks."""
+        """N of the formula: supervised tokens of a window, all ranks."""
         return sum(self.rows[row].supervised_tokens for row in window.rows)
 
 
 def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device) -> Pass:
-    """Tensors of one pass. Padded: right padding to the longest row. Packed: rows end to end, positions restart."""
+    """Tensors of one pass.
+
+    Padded: right padding to the longest row. Packed: rows end to end, positions restart.
+    """
     lengths = [len(row) for row in rows]
     shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
     whole = np.empty((4, *shape), dtype=np.int64)  # one copy to the device
@@ -175,7 +189,10 @@ def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.
 
 
 def empty_pass(row: Row, *, pad_id: int, device: torch.device) -> Pass:
-    """A pass without any supervised place, for a rank that has no rows while others wait for its gradient (DDP)."""
+    """A pass without any supervised place.
+
+    For a rank that has no rows while others wait for its gradient (DDP).
+    """
     unsupervised = Row(row.row_id, row.input_ids[:8], (False,) * len(row.input_ids[:8]))
     built = build_pass([unsupervised], packed=False, pad_id=pad_id, device=device)
     return replace(built, real_tokens=0, slot_tokens=0)

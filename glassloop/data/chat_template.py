@@ -1,60 +1,77 @@
-"""The tokenizer's own chat template, whatever it is: what it writes around contents, and which part of it the model learns to
-write.
+"""The tokenizer's own chat template as parts, with supervision.
 
-The template is rendered with a mark from Unicode's private use area in place of each content, whitespace at a content's ends
-left in place so that a template that trims does trim. Between the marks stands what the template wrote. What it renders as
-generation prompt for the turns before an assistant turn must be how its rendering of the whole begins: from there on that turn
-is supervised, up to its end token. If the template ends no turn, the last one gets EOS. If the template writes an empty think
-block into answers without reasoning, as Qwen3's does, that is its own form and stays.
+The template is rendered with a mark from Unicode's private use area in place of each content,
+whitespace at a content's ends left in place so that a template that trims does trim. Between the
+marks stands what the template wrote. What it renders as generation prompt for the turns before an
+assistant turn must be how its rendering of the whole begins: from there on that turn is supervised,
+up to its end token. If the template ends no turn, the last one gets EOS. If the template writes an
+empty think block into answers without reasoning, as Qwen3's does, that is its own form and stays.
+
+Names and arguments of tool calls are rendered as they are, since templates write them as JSON; a
+row whose calls or tools spell a control token is a fault.
 """
 
 from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from glassloop.data.bounded import TemplateError, bounded
-from glassloop.data.rows import Turn
-from glassloop.data.tokens import Codec, Part, literal
+from glassloop.data.names import shorten
+from glassloop.data.rows import RowFault, Turn
+from glassloop.data.tokens import Codec, Part, answer, literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TODAY = datetime.date(
-    2024, 7, 26
-)  # for templates that write a date: the one that Llama's fall back to
-Parts = Callable[
-    [Sequence[Turn], bool], list[Part]
-]  # (turns, generation prompt?) -> what the template writes
+# For templates that write a date: the one that Llama's fall back to.
+TODAY = datetime.date(2024, 7, 26)
+# (turns, generation prompt?, tools) -> what the template writes.
+Parts = Callable[[Sequence[Turn], bool, str | None], list[Part]]
 LONGEST = 1_000_000  # characters that a template writes around contents
-MessageOf = Callable[[Turn], dict[str, str]]  # what apply_chat_template takes for a turn
-CURE = "set data.template=r1 or instruct, or use rows without reasoning or with one assistant turn only"
+MessageOf = Callable[[Turn], dict[str, Any]]  # what apply_chat_template takes for a turn
+Render = Callable[[Sequence[Turn], bool], str]
+CURE = (
+    "set data.template=r1 or instruct, or use rows without reasoning or with one assistant turn "
+    "only"
+)
+SYSTEM_CURE = (
+    "set data.system_turn=user to put the system prompt before the first question, or "
+    "data.system_turn=drop to leave it out"
+)
 
 
 def chat_parts(
     codec: Codec, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Parts, MessageOf, str, tuple[int, ...]]:
-    """The template as a function, messages as it takes them, the jinja source to save, the stop ids.
+) -> tuple[Parts, MessageOf, str, tuple[int, ...], bool]:
+    """Make the template a function.
 
-    Reasoning becomes part of the content, `<think>\\n...\\n</think>\\n\\n`, where the template writes that once and whole; else
-    it goes beside the content as `reasoning_content`, where the template writes that. Raises ValueError for a tokenizer without
-    a chat template.
+    Returns it with its messages, jinja source, stop ids, and whether it lists tools.
+
+    Reasoning becomes part of the content, in think tags as the row has them or on lines of their
+    own, if the template writes that once and whole; else it goes beside the content as
+    `reasoning_content`, if the template writes that. Raises ValueError for a tokenizer without a
+    chat template.
     """
     source = _source(tokenizer)
     skeletons: dict[str, str] = {}
 
-    def render(turns: Sequence[Turn], generation_prompt: bool, apart: bool) -> str:
-        """Text with marks for contents. Rows share it wherever roles and outer whitespace are equal."""
-        messages = [
-            _message(turn.role, *_marked(turn, place), apart) for place, turn in enumerate(turns)
-        ]
-        shape = repr((messages, generation_prompt))
-        if shape not in skeletons:
-            skeletons[shape] = _render(tokenizer, source, messages, generation_prompt)
-        return skeletons[shape]
+    def render(
+        turns: Sequence[Turn], generation_prompt: bool, apart: bool, tools: str | None = None
+    ) -> str:
+        """Text with marks for contents, shared by rows of one shape."""
+        messages = [_marked(turn, place, apart) for place, turn in enumerate(turns)]
+        shape = repr((messages, generation_prompt, tools))
+        if (text := skeletons.get(shape)) is None:
+            text = _render(tokenizer, source, messages, generation_prompt, tools)
+            if tools is None and not any(turn.extra for turn in turns):
+                skeletons[shape] = text
+        return text
 
     probe = [Turn("user", "u"), Turn("assistant", "a", "r")]
     tail = render([probe[0], Turn("assistant", "a")], False, False).rpartition(_mark(1, "c"))[2]
@@ -63,27 +80,55 @@ def chat_parts(
     ways = [apart for apart in (False, True) if _writes_reasoning(render(probe, False, apart))]
     apart = ways[0] if ways else None
 
-    def marked(turns: Sequence[Turn], generation_prompt: bool) -> str:
-        return render(turns, generation_prompt, bool(apart))
-
-    def parts(turns: Sequence[Turn], generation_prompt: bool) -> list[Part]:
+    def parts(turns: Sequence[Turn], generation_prompt: bool, tools: str | None) -> list[Part]:
         if apart is None and any(turn.reasoning is not None for turn in turns):
-            raise ValueError(
-                f"data.template = chat: the tokenizer's chat template drops or doubles reasoning; {CURE}"
+            raise RowFault(
+                "reasoning that the template drops",
+                "data.template = chat: the tokenizer's chat template drops or doubles reasoning; "
+                + CURE,
             )
-        return _parts(codec, marked, turns, generation_prompt, stop_ids)
+        _check_calls(codec, turns, tools)
+        before: Render = lambda some, prompt: render(some, prompt, bool(apart), tools)  # noqa: E731
+        return _parts(codec, before, turns, generation_prompt, stop_ids)
 
-    return (
-        parts,
-        lambda turn: _message(turn.role, turn.content, turn.reasoning, bool(apart)),
-        source,
-        stop_ids,
-    )
+    def message(turn: Turn) -> dict[str, Any]:
+        shaped = _shaped(turn, bool(apart))
+        return _message(shaped, shaped.content, shaped.reasoning, bool(apart))
+
+    tool = [{"type": "function", "function": {"name": "glassloop_probe", "parameters": {}}}]
+    listing = "glassloop_probe" in render(probe[:1], False, False, json.dumps(tool))
+    return parts, message, source, stop_ids, listing
+
+
+def _check_calls(codec: Codec, turns: Sequence[Turn], tools: str | None) -> None:
+    """Raise RowFault if a tool or its call spells a control token."""
+    packed = [turn.extra for turn in turns if turn.extra] + ([tools] if tools else [])
+    for text in (text for one in packed for text in _strings(json.loads(one))):
+        if spelled := codec.spelled(text):
+            raise RowFault(
+                "control token in a tool call",
+                f"a tool or its call spells the control token {min(spelled)} in {shorten(text)}; "
+                "leave the row out",
+            )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def _writes_reasoning(text: str) -> bool:
-    """True where user, reasoning and content stand in `text` once and in order, with one closing tag at most between the last
-    two."""
+    """True if user, reasoning and content stand once, in order.
+
+    Between the last two stands one closing tag at most.
+    """
     places = [text.find(mark) for mark in (_mark(0, "c"), _mark(1, "r"), _mark(1, "c"))]
     return (
         -1 not in places
@@ -92,12 +137,24 @@ def _writes_reasoning(text: str) -> bool:
     )
 
 
-def _message(role: str, content: str, reasoning: str | None, apart: bool) -> dict[str, str]:
+def _shaped(turn: Turn, apart: bool) -> Turn:
+    """The turn as written; reasoning beside the content loses outer breaks."""
+    if not apart or not turn.inline or turn.reasoning is None:
+        return turn
+    return replace(turn, reasoning=turn.reasoning.strip("\n"), content=turn.content.lstrip("\n"))
+
+
+def _message(turn: Turn, content: str, reasoning: str | None, apart: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": content}
+    if turn.extra is not None:
+        message |= json.loads(turn.extra)
     if reasoning is None:
-        return {"role": role, "content": content}
+        return message
     if apart:
-        return {"role": role, "content": content, "reasoning_content": reasoning}
-    return {"role": role, "content": f"<think>\n{reasoning}\n</think>\n\n{content}"}
+        return message | {"reasoning_content": reasoning}
+    if turn.inline:
+        return message | {"content": f"<think>{reasoning}</think>{content}"}
+    return message | {"content": f"<think>\n{reasoning}\n</think>\n\n{content}"}
 
 
 def _source(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -107,7 +164,8 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
     if not source:
         name = tokenizer.name_or_path
         raise ValueError(
-            f"data.template = chat: the tokenizer of {name} has no chat template; set data.template=instruct"
+            f"data.template = chat: the tokenizer of {name} has no chat template; set "
+            "data.template=instruct"
         )
     # A prompt that changed with the day of the run could not be what training saw.
     return re.sub(
@@ -120,23 +178,29 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     source: str,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     generation_prompt: bool,
+    tools: str | None,
 ) -> str:
-    roles = ", ".join(message["role"] for message in messages)
-    refusal = f"data.template = chat: the tokenizer's chat template refuses turns {roles}"
+    roles = [message["role"] for message in messages]
+    kind = "refused by the chat template"
+    refusal = (
+        f"data.template = chat: the tokenizer's chat template refuses turns {', '.join(roles)}"
+    )
+    cure = SYSTEM_CURE if "system" in roles else CURE
     try:
         with bounded("it"):
             text = tokenizer.apply_chat_template(
                 messages,
+                tools=None if tools is None else json.loads(tools),
                 chat_template=source,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
     except TemplateError as error:
-        raise ValueError(f"{refusal}: {error}; {CURE}") from error
+        raise RowFault(kind, f"{refusal}: {error}; {cure}") from error
     if len(text) > LONGEST:
-        raise ValueError(f"{refusal}: it writes {len(text):,} characters of its own; {CURE}")
+        raise RowFault(kind, f"{refusal}: it writes {len(text):,} characters of its own; {cure}")
     return str(text)
 
 
@@ -148,20 +212,28 @@ def _mark(place: int, what: str) -> str:
 MARK = re.compile("\ue000(\\d+)([cr])\ue001")
 
 
-def _marked(turn: Turn, place: int) -> tuple[str, str | None]:
-    """Content and reasoning, each as a mark with the whitespace around it."""
+def _marked(turn: Turn, place: int, apart: bool) -> dict[str, Any]:
+    """A turn's message with marks for content and reasoning, outer whitespace kept."""
 
     def mark(text: str, what: str) -> str:
         core = text.strip()
         before, _, after = text.partition(core) if core else ("", "", "")
         return before + _mark(place, what) + after
 
-    return mark(turn.content, "c"), None if turn.reasoning is None else mark(turn.reasoning, "r")
+    shaped = _shaped(turn, apart)
+    content = mark(shaped.content, "c") if _has_content(turn) else ""
+    reasoning = None if shaped.reasoning is None else mark(shaped.reasoning, "r")
+    return _message(shaped, content, reasoning, apart)
+
+
+def _has_content(turn: Turn) -> bool:
+    """False for a turn that only calls tools."""
+    return turn.extra is None or bool(turn.content.strip()) or turn.role != "assistant"
 
 
 def _parts(
     codec: Codec,
-    render: Callable[[Sequence[Turn], bool], str],
+    render: Render,
     turns: Sequence[Turn],
     generation_prompt: bool,
     stop_ids: tuple[int, ...],
@@ -170,24 +242,37 @@ def _parts(
     expected = [
         _mark(place, what)
         for place, turn in enumerate(turns)
-        for what in ("c" if turn.reasoning is None else "rc")
+        for what in ("r" * (turn.reasoning is not None) + "c" * _has_content(turn))
     ]
+    cure = SYSTEM_CURE if turns and turns[0].role == "system" else CURE
+    called = [call["function"]["name"] for turn in turns for call in _calls_of(turn)]
+    if any(name not in text for name in called):
+        raise RowFault(
+            "tool calls",
+            "data.template = chat: the tokenizer's chat template writes no tool calls; leave such "
+            "rows out or choose a model whose template does",
+        )
     if [match.group() for match in MARK.finditer(text)] != expected:
-        raise ValueError(
-            f"data.template = chat: the tokenizer's chat template drops, repeats or moves text of a turn; {CURE}"
+        raise RowFault(
+            "text that the template drops",
+            "data.template = chat: the tokenizer's chat template drops, repeats or moves text of a "
+            f"turn; {cure}",
         )
     marks = [*MARK.finditer(text)]
-    spans = []  # (begin, end) in text of what is supervised
+    spans: list[tuple[int, int, bool]] = []  # (begin, end) of an assistant turn; supervised?
     ended = True
     for place, turn in enumerate(turns):
         if turn.role == "assistant":
             before = render(turns[:place], True)
             if not text.startswith(before):
-                raise ValueError(
-                    "data.template = chat: the tokenizer's template does not write its own generation prompt before an answer "
-                    f"(...{before[-40:]!r}), so training would not see what generation sees; {CURE}"
+                raise RowFault(
+                    "answer without the generation prompt",
+                    "data.template = chat: the tokenizer's template does not write its own "
+                    f"generation prompt before an answer (...{before[-40:]!r}), so training would "
+                    f"not see what generation sees; {cure}",
                 )
-            behind = next(mark.end() for mark in marks if mark.group() == _mark(place, "c"))
+            own = [mark.end() for mark in marks if int(mark.group(1)) == place]
+            behind = max(own, default=len(before))
             until = next((mark.start() for mark in marks if mark.start() >= behind), len(text))
             marks_of_control = codec.pattern.finditer(text, behind, until)
             end = next(
@@ -195,22 +280,25 @@ def _parts(
                 None,
             )
             ended = end is not None
-            spans.append((len(before), behind if end is None else end))
-    # What a template writes behind the last end token of a whole conversation is left out: a row ends in its end token.
+            spans.append((len(before), behind if end is None else end, turn.trained))
+    # A row ends in its end token: what a template writes behind the last one is left out.
     whole = not generation_prompt and turns[-1].role == "assistant"
-    cuts = {0, spans[-1][1] if whole else len(text), *(cut for span in spans for cut in span)}
+    cuts = {0, spans[-1][1] if whole else len(text), *(cut for span in spans for cut in span[:2])}
     cuts.update(edge for mark in marks for edge in mark.span())
     parts: list[Part] = []
     for start, stop in itertools.pairwise(sorted(cuts)):
-        supervised = any(begin <= start < end for begin, end in spans)
+        supervised = any(begin <= start < end and learned for begin, end, learned in spans)
         if mark := next((mark for mark in marks if mark.start() == start), None):
             turn = turns[int(mark.group(1))]
-            parts.append(
-                (
-                    (turn.content if mark.group(2) == "c" else turn.reasoning or "").strip(),
-                    supervised,
-                )
-            )
+            own_text = (turn.content if mark.group(2) == "c" else turn.reasoning or "").strip()
+            if turn.role == "assistant":
+                parts += answer(codec, own_text, supervised)
+            else:
+                parts.append((own_text, supervised))
         else:
             parts += literal(codec, text[start:stop], supervised)
-    return parts if ended or not whole else [*parts, (stop_ids[0], True)]
+    return parts if ended or not whole else [*parts, (stop_ids[0], turns[-1].trained)]
+
+
+def _calls_of(turn: Turn) -> list[Any]:
+    return [] if turn.extra is None else json.loads(turn.extra).get("tool_calls", [])

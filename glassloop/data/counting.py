@@ -1,68 +1,57 @@
-"""How many training rows a run will have, counted without loading a data set or a tokenizer."""
+"""Count of training rows, without a tokenizer."""
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from glassloop.config.config import DataConfig
-
-SAMPLE = Path(__file__).resolve().parents[2] / "data" / "calls.jsonl"
+from glassloop.data.opening import names_files, open_source
 
 
 @dataclass(frozen=True)
 class RowCount:
-    """rows: None where only loading the data could tell. how: where the number comes from, or what to do for one."""
+    """A number of rows and where it comes from.
+
+    Attributes:
+        rows: None if only loading the data could tell.
+        how: The source of the number, or what to do for one.
+    """
 
     rows: int | None
     how: str
 
 
 def count_rows(data: DataConfig, given: int | None = None) -> RowCount:
-    """Training rows before any is dropped for its length: `given`, data.rows, or those of a local file less the held-out ones.
+    """Count training rows before any is dropped for its length.
 
-    Raises ValueError where the source is a local file that is not there.
+    `given`, data.rows, or the rows of local files less the held-out ones. Raises ValueError for a
+    local source that cannot be read.
     """
     if given is not None:
         return RowCount(given, "--rows")
     if data.rows is not None:
         return RowCount(
             data.rows,
-            f"data.rows; fewer if some have more than {data.max_tokens:,} tokens (--with-data counts them)",
+            f"data.rows; fewer if some have more than {data.max_tokens:,} tokens (--with-data "
+            "counts them)",
         )
-    file = SAMPLE if data.source == "sample" else Path(data.source).expanduser()
-    if file.suffix.lower() not in (".csv", ".json", ".jsonl"):
-        return RowCount(
-            None,
-            f"data.source = {data.source} is not a csv, json or jsonl file, and data.rows is not set: say --rows N, or --with-data",
-        )
-    if not file.is_file():
-        raise ValueError(
-            f"data.source = {data.source}: there is no such file (looked in {Path.cwd()})"
-        )
-    try:
-        total = _rows_of(file)
-    except (ValueError, TypeError, csv.Error, OSError) as error:
-        return RowCount(
-            None,
-            f"data.source = {data.source} could not be counted ({error}): --with-data says what is wrong",
-        )
-    how = f"counted in {file.name}"
-    if isinstance(data.heldout, float):
-        held = round(data.heldout * total)
-        total, how = total - held, f"{how}, less {held:,} held out"
-    return RowCount(total, f"{how}; fewer if some cannot be used (--with-data counts them)")
-
-
-def _rows_of(file: Path) -> int:
-    if file.suffix.lower() == ".csv":
-        csv.field_size_limit(max(csv.field_size_limit(), file.stat().st_size))
-        with open(file, newline="", encoding="utf-8-sig") as handle:
-            return max(0, sum(1 for row in csv.reader(handle) if row) - 1)
-    with open(file, encoding="utf-8-sig") as handle:
-        if file.suffix.lower() == ".json" and (text := handle.read()).lstrip().startswith("["):
-            return len(json.loads(text))
-        handle.seek(0)
-        return sum(1 for line in handle if line.strip())
+    parts = [(one.source, one.split, one.rows, one.weight) for one in data.mix]
+    total, names = 0, []
+    for place, split, rows, weight in parts or [(data.source, data.split, None, 1.0)]:
+        if not names_files(place) and not Path(place).expanduser().exists():
+            return RowCount(
+                None,
+                f"data.source = {place} is not a local file or folder, and data.rows is not set: "
+                "say --rows N, or --with-data",
+            )
+        found = len(open_source(data, place, split, "data.source").rows)
+        held = round(data.heldout * found) if isinstance(data.heldout, float) else 0
+        left = found - held if rows is None else min(rows, found - held)
+        total += round(left * weight)
+        less = f", less {held:,} held out" if held else ""
+        times = f", {weight:g} times each" if weight != 1 else ""
+        names.append(f"counted in {Path(place).name}{less}{times}")
+    return RowCount(
+        total, f"{'; '.join(names)}; fewer if some cannot be used (--with-data counts them)"
+    )

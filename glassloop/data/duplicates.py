@@ -1,11 +1,11 @@
-"""Rows that stand on both sides of the line between training and held-out rows.
+"""Rows that repeat each other within training or across to held-out rows.
 
-What is compared is what the model is asked: all user turns, without the words that format scam puts before a call. Answers and
-system turns do not count.
+Compared is what the model is asked: all user turns, without the words that format scam puts before
+a call, and whole texts. Answers and system turns do not count.
 
 * exact: equal once runs of whitespace are one space;
-* near: not exact, and the sets of runs of three words (lower case, without punctuation) have a Jaccard index, shared / all, of
-  0.7 or more.
+* near: not exact, and the sets of runs of three words (lower case, without punctuation) have a
+  Jaccard index, shared / all, of 0.7 or more.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from glassloop.data.formats import SCAM_QUESTION
 from glassloop.data.rows import Example
+from glassloop.data.scam import SCAM_QUESTION
 
 RUN_WORDS = 3
 NEAR_JACCARD = 0.7
 
 
 def asked(example: Example) -> str:
-    """What is compared of an example, whitespace made single spaces."""
+    """The text of an example that is compared, whitespace made single spaces."""
     return " ".join(
         " ".join(
             turn.content.removeprefix(SCAM_QUESTION)
             for turn in example.turns
-            if turn.role == "user"
+            if turn.role in ("user", "text")
         ).split()
     )
 
@@ -39,20 +39,25 @@ def key(example: Example) -> bytes:
 
 
 def repeated(examples: Iterable[Example]) -> int:
-    """Examples that are an exact duplicate of an earlier one."""
-    counts = Counter(map(key, examples))
+    """Number of examples that exactly repeat an earlier one.
+
+    Copies of a mix do not count.
+    """
+    counts = Counter(key(example) for example in examples if "+" not in example.row_id)
     return counts.total() - len(counts)
 
 
 def near_duplicates(train: Sequence[Example], heldout: Sequence[Example]) -> list[tuple[str, str]]:
-    """(training row id, held-out row id) for each training row that has a near duplicate among the held-out rows, the nearest
-    one.
+    """Find the nearest near duplicate of each training row among held-out rows.
 
-    An index from runs to held-out rows finds what is shared; the time grows with the pairs of rows that share a run.
+    Returns:
+        (training row id, held-out row id) for each training row that has one.
+
+    An index from runs to held-out rows finds what is shared; the time grows with the pairs of rows
+    that share a run.
     """
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(
-        list
-    )  # run of words -> held-out rows that have it
+    # run of words -> held-out rows that have it
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     sizes = []
     for place, example in enumerate(heldout):
         runs = _runs(example)

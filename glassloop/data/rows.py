@@ -1,7 +1,7 @@
-"""The three forms a training example takes on its way to the model.
+"""Three forms of a training example: Example, Row and Pass.
 
-Example: who said what (no tokens). Row: token ids and which of them carry loss. Pass: tensors of one forward + backward.
-Legend: B rows, T tokens.
+Example: who said what (no tokens). Row: token ids and which of them carry loss. Pass: tensors of
+one forward + backward. Legend: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -15,31 +15,60 @@ if TYPE_CHECKING:
 IGNORE = -100  # the target of a place that carries no loss; torch's cross_entropy ignores it too
 
 
+class RowFault(ValueError):
+    """A row that cannot train; `kind` names the fault in counts."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Skip(Exception):
+    """A row that teaches nothing; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation. `reasoning` is the chain of thought of an assistant turn, None where there is none."""
+    """One message of a conversation, or a whole text.
 
-    role: str  # "system" | "user" | "assistant"
+    Attributes:
+        role: system | user | assistant | tool; text: a row that is trained whole.
+        reasoning: chain of thought of an assistant turn; None without one.
+        trained: False for an assistant turn that carries no loss (weight 0, train false).
+        inline: The reasoning stood in the content, between think tags, with nothing before it.
+        extra: JSON object of the message's tool_calls, name and tool_call_id; None without any.
+    """
+
+    role: str
     content: str
     reasoning: str | None = None
+    trained: bool = True
+    inline: bool = False
+    extra: str | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation before templating. `row_id` is the row's place in its source ("train:17"), stable under shuffling."""
+    """A conversation before templating.
+
+    Attributes:
+        row_id: The row's place in its source ("train:17"), stable under shuffling.
+        label: Class of the row ("scam" | "honest"), for balance and verdicts; None without one.
+        tools: JSON list of the tools that the conversation may call; None without any.
+    """
 
     row_id: str
     turns: tuple[Turn, ...]
-    label: str | None = (
-        None  # class of the row, for balance and verdicts ("scam" | "honest"); None where there is none
-    )
+    label: str | None = None
+    tools: str | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A templated, tokenised example. `supervised[t]` says that token t is a label, predicted from the tokens before it.
+    """A templated, tokenised example.
 
-    `supervised[0]` is always False: nothing stands before the first token.
+    `supervised[t]`: token t is a label, predicted from the tokens before it. `supervised[0]` is
+    always False: nothing stands before the first token.
     """
 
     row_id: str
@@ -57,19 +86,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one rank computes in one forward + backward. Padded passes are (B, T); packed ones (1, T) with several rows."""
+    """Input of one forward + backward on one rank.
+
+    Padded passes are (B, T); packed ones are (1, T) and hold several rows.
+    """
 
     row_ids: tuple[str, ...]  # rows of this pass, in order
     input_ids: torch.Tensor  # (B, T) int64
-    targets: (
-        torch.Tensor
-    )  # (B, T) int64: the token that follows, or IGNORE; the label shift is already done
-    position_ids: (
-        torch.Tensor
-    )  # (B, T) int64: place within its row; restarts at each row of a packed pass
-    row_of: (
-        torch.Tensor
-    )  # (B, T) int64: index into row_ids; padding belongs to the row that it pads
+    # (B, T) int64: the token that follows, or IGNORE; the label shift is already done
+    targets: torch.Tensor
+    # (B, T) int64: place within its row; restarts at each row of a packed pass
+    position_ids: torch.Tensor
+    # (B, T) int64: index into row_ids; padding belongs to the row that it pads
+    row_of: torch.Tensor
     places: torch.Tensor  # (S,) int64: flat indices of the supervised places, counted on the host
     lengths: tuple[int, ...]  # real tokens of each row
     packed: bool

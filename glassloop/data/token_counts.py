@@ -1,13 +1,19 @@
-"""Tokens of a run's updates, counted from its real rows: by kind, with padding and packed."""
+"""Tokens and sources of a run's updates, counted from its real rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from glassloop.data.batches import Batches, packed_passes
+from glassloop.data.sources import MixedPart
 from glassloop.plan.work import TokenCounts
 
 
 def count_tokens(batches: Batches) -> TokenCounts:
-    """Counts over all updates of the plan, in both layouts; the heaviest pass is that of the layout that the run has."""
+    """Count over all updates of the plan, in both layouts.
+
+    The heaviest pass is that of the layout that the run has.
+    """
     lengths = [len(row) for row in batches.rows]
     supervised = [row.supervised_tokens for row in batches.rows]
     plan, real, labels = batches.plan, 0, 0
@@ -44,3 +50,21 @@ def count_tokens(batches: Batches) -> TokenCounts:
         *heaviest[1:],
         share,
     )
+
+
+def rows_by_source(batches: Batches, mixed: Sequence[MixedPart]) -> list[str]:
+    """Lines that count the rows of a mix by source and update."""
+    per_update: dict[str, list[int]] = {part.prefix: [] for part in mixed}
+    for update in range(1, batches.plan.updates + 1):
+        ids = [batches.rows[row].row_id for row in batches.window(update).rows]
+        for prefix, counts in per_update.items():
+            counts.append(sum(row_id.startswith(prefix) for row_id in ids))
+    lines = []
+    for part in mixed:
+        counts = per_update[part.prefix]
+        mean = sum(counts) / len(counts)
+        lines.append(
+            f"{'mix':<12} {part.name}: {sum(counts):,} rows in all updates, {min(counts)} to "
+            f"{max(counts)} an update (mean {mean:.1f})"
+        )
+    return lines

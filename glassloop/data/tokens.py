@@ -1,64 +1,88 @@
-"""Text to token ids, with the tokens that control a conversation kept apart from the text of rows.
+"""Token ids of text, with rows' text kept apart from control tokens.
 
-A row's text is encoded by a copy of the tokenizer that knows no added token, so `<｜Assistant｜>`, `<think>` or an end-of-text
-mark in a row stays text. (`split_special_tokens=True` is not enough: some of them are added tokens that do not count as
-special.) Control tokens come from templates, as ids.
+A row's text is encoded by a copy of the tokenizer that knows no added token, so `<｜Assistant｜>`,
+`<think>` or an end-of-text mark in a row stays text. (`split_special_tokens=True` is not enough:
+some of them are added tokens that do not count as special.) Control tokens come from templates, as
+ids, and from answers if `data.answer_tokens` names them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
+
+from glassloop.data.names import listed
+from glassloop.data.rows import RowFault
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Part = tuple[
-    int | str, bool
-]  # a control token's id or a piece of text, and whether it is supervised
+# A control token's id or a piece of text, and whether it is supervised.
+Part = tuple[int | str, bool]
 
 
 @dataclass(frozen=True)
 class Codec:
-    """What a tokenizer does to parts. Two copies, since some tokenizers put a space before text, and must not do so within a
-    text."""
+    """A tokenizer split into plain text and control tokens.
+
+    Two copies of the plain one, since some tokenizers put a space before text, and must not do so
+    within a text.
+    """
 
     opening: Tokenizer  # for text at the start of a row or behind a control token
     within: Tokenizer  # for text that goes on where the supervised part begins or ends
     control: dict[str, int]  # added tokens by their text, those of mere whitespace left out
     pattern: re.Pattern[str]  # finds them, the longest first
+    in_answers: re.Pattern[str]  # finds those that an answer may use
     never_text: frozenset[int]  # ids that no text may turn into
-    begin: int | None  # BOS, None where the tokenizer has none
+    begin: int | None  # BOS; None if the tokenizer has none
     end: int  # EOS
 
     def control_of(self, match: re.Match[str]) -> int:
-        """The control token that `pattern` found."""
+        """Return the id of the control token that `pattern` or `in_answers` found."""
         return self.control[match.group(match.lastindex or 0)]
 
+    def spelled(self, text: str) -> set[str]:
+        """Control tokens whose spelling stands in the text of a row."""
+        if self.openings.isdisjoint(text):
+            return set()
+        return {match.group(match.lastindex or 0) for match in self.pattern.finditer(text)}
 
-def make_codec(tokenizer: PreTrainedTokenizerBase) -> Codec:
-    """Raises ValueError for a tokenizer without a `tokenizers` backend or without EOS, or one that makes control tokens of
-    plain text."""
+    @cached_property
+    def openings(self) -> frozenset[str]:
+        """First characters of control tokens."""
+        return frozenset(text[0] for text in self.control)
+
+
+def make_codec(tokenizer: PreTrainedTokenizerBase, answer_tokens: tuple[str, ...] = ()) -> Codec:
+    """Split a tokenizer. `answer_tokens`: control tokens that answers may use.
+
+    Raises ValueError for a tokenizer without a `tokenizers` backend or without EOS, one that makes
+    control tokens of plain text, and an answer token that it lacks.
+    """
     name = tokenizer.name_or_path
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"model.id = {name}: {type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json"
+            f"model.id = {name}: {type(tokenizer).__name__} is no fast tokenizer; convert it to a "
+            "tokenizer.json"
         )
     begin, end, unknown = (
         cast("int | None", getattr(tokenizer, f"{what}_token_id")) for what in ("bos", "eos", "unk")
     )
     if end is None:
         raise ValueError(
-            f"model.id = {name}: its tokenizer has no end token, so no answer could end; choose a model that has one"
+            f"model.id = {name}: its tokenizer has no end token, so no answer could end; choose a "
+            "model that has one"
         )
     written = json.loads(backend.to_str())
     added = {token["content"]: token for token in written["added_tokens"]}
-    # Runs of spaces or line breaks steer nothing, and the model knows them as text: they stay as they are.
+    # Runs of spaces or line breaks steer nothing, and the model knows them as text: they stay.
     blank = {
         text for text, token in added.items() if not token["special"] and not text.strip(" \t\n\r▁")
     }
@@ -66,23 +90,36 @@ def make_codec(tokenizer: PreTrainedTokenizerBase) -> Codec:
     steps = {where: _steps(written, within=where) for where in (False, True)}
     opening = _plain(written, blank, steps[False])
     within = opening if steps[True] == steps[False] else _plain(written, blank, steps[True])
-    ordered = sorted(control, key=len, reverse=True)
-    pattern = "|".join(
-        r"\s*" * added[t]["lstrip"] + f"({re.escape(t)})" + r"\s*" * added[t]["rstrip"]
-        for t in ordered
-    )
+    missing = [text for text in answer_tokens if text not in control]
+    if missing:
+        raise ValueError(
+            f"data.answer_tokens = {listed(missing)}: the tokenizer of {name} has no such control "
+            f"token; it has {listed(list(control))}"
+        )
     never_text = frozenset(control.values()) - ({unknown} - {begin, end})
     for text, token in control.items():
         if token in never_text and token in opening.encode(text, add_special_tokens=False).ids:
             raise ValueError(
-                f"model.id = {name}: its tokenizer turns the plain text {text!r} into control token {token}, so rows could "
-                "not be told from a conversation's marks; choose a model with a byte-level tokenizer"
+                f"model.id = {name}: its tokenizer turns the plain text {text!r} into control "
+                f"token {token}, so rows could not be told from a conversation's marks; choose a "
+                "model with a byte-level tokenizer"
             )
-    return Codec(opening, within, control, re.compile(pattern or r"(?!)"), never_text, begin, end)
+    pattern, in_answers = _pattern(added, control), _pattern(added, answer_tokens)
+    return Codec(opening, within, control, pattern, in_answers, never_text, begin, end)
+
+
+def _pattern(added: dict[str, Any], tokens: Iterable[str]) -> re.Pattern[str]:
+    """Pattern of tokens' spelling, the longest first, with whitespace they swallow."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    pattern = "|".join(
+        r"\s*" * added[t]["lstrip"] + f"({re.escape(t)})" + r"\s*" * added[t]["rstrip"]
+        for t in ordered
+    )
+    return re.compile(pattern or r"(?!)")
 
 
 def _plain(written: dict[str, Any], keep: set[str], steps: dict[str, Any]) -> Tokenizer:
-    """A copy of the tokenizer without control tokens, with other `steps` before its model and none behind it."""
+    """Copy the tokenizer without control tokens, with other `steps` before its model."""
     from tokenizers import Tokenizer
 
     kept = {
@@ -96,7 +133,8 @@ def _plain(written: dict[str, Any], keep: set[str], steps: dict[str, Any]) -> To
     moved = [text for text, token in kept.items() if copy.token_to_id(text) != token]
     if moved:  # they are numbered behind a control token that is gone
         raise ValueError(
-            f"the tokenizer's whitespace tokens {moved} cannot be told from its control tokens; choose another model"
+            f"the tokenizer's whitespace tokens {moved} cannot be told from its control tokens; "
+            "choose another model"
         )
     return copy
 
@@ -110,7 +148,10 @@ def _steps(written: dict[str, Any], *, within: bool) -> dict[str, Any]:
 
 
 def _without_prefix(step: dict[str, Any] | None, within: bool) -> dict[str, Any] | None:
-    """A pre-tokenizer step that puts no space before text: never for `within`, only what every piece of text gets otherwise."""
+    """A pre-tokenizer step that puts no space before text.
+
+    `within`: never; else only the space that every piece of text gets.
+    """
     if step is None:
         return None
     step = dict(step)
@@ -133,10 +174,19 @@ def _without_prepend(step: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def literal(codec: Codec, text: str, supervised: bool = False) -> list[Part]:
-    """Text that a template wrote: the control tokens in it become ids, the rest stays text."""
+    """Text that a template wrote, with its control tokens as ids."""
+    return _split(codec, codec.pattern, text, supervised)
+
+
+def answer(codec: Codec, text: str, supervised: bool) -> list[Part]:
+    """Text of an answer, with the tokens of data.answer_tokens as ids."""
+    return _split(codec, codec.in_answers, text, supervised)
+
+
+def _split(codec: Codec, pattern: re.Pattern[str], text: str, supervised: bool) -> list[Part]:
     parts: list[Part] = []
     end = 0
-    for match in codec.pattern.finditer(text):
+    for match in pattern.finditer(text):
         parts += [(text[end : match.start()], supervised), (codec.control_of(match), supervised)]
         end = match.end()
     return [*parts, (text[end:], supervised)]
@@ -144,10 +194,13 @@ def literal(codec: Codec, text: str, supervised: bool = False) -> list[Part]:
 
 def encode_rows(
     codec: Codec, rows: Sequence[Sequence[Part]], row_ids: Sequence[str]
-) -> list[tuple[list[int], list[bool]]]:
-    """Ids and supervision of each row of parts.
+) -> list[tuple[list[int], list[bool]] | RowFault]:
+    """Encode each row of parts as ids and supervision.
 
-    Neighbouring text with equal supervision is joined first, so it is encoded as one text; where supervision changes, tokens end.
+    A row whose text gives control tokens gets a fault in its place.
+
+    Neighbouring text with equal supervision is joined first, so it is encoded as one text; where
+    supervision changes, tokens end.
     """
     texts: dict[bool, list[str]] = {False: [], True: []}  # within -> texts, in order
     joined = [_join(parts) for parts in rows]
@@ -159,19 +212,19 @@ def encode_rows(
         False: iter(codec.opening.encode_batch_fast(texts[False], add_special_tokens=False)),
         True: iter(codec.within.encode_batch_fast(texts[True], add_special_tokens=False)),
     }
-    result = []
+    result: list[tuple[list[int], list[bool]] | RowFault] = []
     for parts, row_id in zip(joined, row_ids, strict=True):
         ids: list[int] = []
         supervised: list[bool] = []
+        controls: set[int] = set()
         for place, (part, flag) in enumerate(parts):
             new = [part] if isinstance(part, int) else next(encoded[_is_within(parts, place)]).ids
-            if isinstance(part, str) and not codec.never_text.isdisjoint(new):
-                raise ValueError(
-                    f"row {row_id}: its text turns into control tokens {codec.never_text & {*new}}; leave the row out"
-                )
+            if isinstance(part, str):
+                controls |= codec.never_text.intersection(new)
             ids += new
             supervised += [flag] * len(new)
-        result.append((ids, supervised))
+        fault = f"row {row_id}: its text turns into control tokens {controls}; leave the row out"
+        result.append(RowFault("control tokens", fault) if controls else (ids, supervised))
     return result
 
 

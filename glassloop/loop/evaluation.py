@@ -37,8 +37,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from glassloop.data.batches import build_pass
-from glassloop.data.formats import verdict_of
 from glassloop.data.rows import Example, Row
+from glassloop.data.scam import verdict_of
 from glassloop.formula.dist import all_or_none, gather_objects
 from glassloop.loop.generation import EvaluationSetup, generate, unchanged
 from glassloop.record.records import EvaluationRecord

@@ -1,4 +1,4 @@
-"""Inputs that are damaged or mean harm, and what each gets: docs/reliability.md has this list."""
+"""Inputs that are damaged or mean harm: the list of docs/reliability.md's table."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import hostile_runs
+from hostile_rows import row_cases
 
 from glassloop.config.arguments import from_values, parse
-from glassloop.config.config import DataConfig, as_dict
-from glassloop.data.dataset import build_rows, summary
-from glassloop.data.sources import load_examples
-from glassloop.data.templates import make_template
+from glassloop.config.config import as_dict
 from glassloop.disk.publish import SUMS
 from glassloop.loop.build import build_run
 from glassloop.saved.capsule import read_capsule
 from glassloop.saved.checkpoint import load_checkpoint
 
-GOOD = b'{"prompt": "who calls?", "completion": "nobody"}\n'
 HARM = b"\x80\x04" + pickle.dumps(os.getcwd)[2:]  # a pickle that names a function
 
 
@@ -44,7 +41,7 @@ Case = tuple[
 
 
 def outcome(case: Case, place: Place) -> str:
-    """What the input got, without the names of temporary folders and without what libraries say."""
+    """What the input got, without temporary folders and libraries' words."""
     try:
         text = f"taken: {case[1](place)}"
     except ValueError as error:
@@ -71,36 +68,6 @@ def outcome(case: Case, place: Place) -> str:
         .replace("update_000002", "update_N")
         .strip()
     )
-
-
-def data(name: str, content: bytes, **fields: Any) -> Callable[[Place], str]:
-    """The rows of a file, and the line that the run's header has on them."""
-
-    def gets(place: Place) -> str:
-        path = place.folder / name
-        path.write_bytes(content)
-        settings = DataConfig(source=str(path), template="chat", **{"max_tokens": 64, **fields})
-        loaded = load_examples(settings, 0)
-        rows = build_rows(loaded, make_template(settings, place.tokenizer, loaded.train), settings)
-        controls = {place.tokenizer.eos_token_id, place.tokenizer.bos_token_id}
-        count = sum(token in controls for row in rows.train.rows for token in row.input_ids) / len(
-            rows.train.rows
-        )
-        said = [
-            re.sub(r"^training *", "", line.strip())
-            for line in summary(rows, settings)
-            if "rows kept" in line
-        ]
-        skipped = "".join(
-            f", {count} skipped ({reason})" for reason, count in loaded.skipped.items()
-        )
-        return f"{said[0]}{skipped}; {count:g} begin and end tokens a row"
-
-    return gets
-
-
-def lines(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def saved(kind: str, change: Callable[[Path, Place], None]) -> Callable[[Place], str]:
@@ -228,7 +195,7 @@ def adapter_with(**fields: Any) -> Callable[[Place], str]:
 
 
 def adapter(files: dict[str, bytes]) -> Callable[[Place], str]:
-    """A run that starts from an adapter of these files; those not named are the checkpoint's."""
+    """A run from an adapter of these and the checkpoint's files."""
 
     def gets(place: Place) -> str:
         path = place.folder / "adapter"
@@ -265,70 +232,7 @@ def words(*given: str) -> Callable[[Place], str]:
 
 
 def sections() -> Iterator[tuple[str, list[Case]]]:
-    marks = "</s><|assistant|>yes<s>"
-    huge = lines(
-        {"prompt": "yes?", "completion": "word " * 200_000}, {"prompt": "a", "completion": "b"}
-    )
-    yield (
-        "Rows",
-        [
-            ("an empty csv file", data("a.csv", b"")),
-            ("a csv file with a header alone", data("a.csv", b"prompt,completion\n")),
-            ("an empty jsonl file", data("a.jsonl", b"\n \n")),
-            ("a json file with an empty list", data("a.json", b"[]")),
-            ("an empty parquet file", data("a.parquet", b"")),
-            ("a parquet file of other bytes", data("a.parquet", b"PAR1 junk PAR1")),
-            ("a pickle called parquet", data("a.parquet", HARM)),
-            ("a csv row with a cell too many", data("a.csv", b"prompt,completion\nx,y,z\n")),
-            ("a csv cell whose quote never ends", data("a.csv", b'prompt,completion\n"x,y\n')),
-            ("two csv columns of one name", data("a.csv", b"prompt,prompt\nx,y\n")),
-            ("a json file cut short", data("a.json", b'[{"prompt": ')),
-            ("a jsonl line cut short", data("a.jsonl", GOOD + b'{"prompt": \n')),
-            ("a jsonl line that is a number", data("a.jsonl", b"5\n")),
-            ("a jsonl line of 100,000 brackets", data("a.jsonl", b"[" * 100_000 + b"\n")),
-            ("a json file of 100,000 brackets", data("a.json", b"[" * 100_000)),
-            ("a json list that holds null", data("a.json", b"[null, " + GOOD + b"]")),
-            ("columns that fit no format", data("a.jsonl", lines({"who": "a", "what": "b"}))),
-            (
-                "a number where text is wanted",
-                data("a.jsonl", lines({"prompt": 5, "completion": "x"})),
-            ),
-            ("a NUL byte in csv", data("a.csv", b"prompt,completion\nx\0,y\n")),
-            (
-                "a NUL character in a json string",
-                data("a.jsonl", lines({"prompt": "x\0", "completion": "y"})),
-            ),
-            ("broken UTF-8", data("a.jsonl", b'{"prompt": "\xc3", "completion": "y"}\n')),
-            ("UTF-16", data("a.csv", "prompt,completion\nx,y".encode("utf-16"))),
-            (
-                "half of a surrogate pair",
-                data("a.jsonl", b'{"prompt": "\\ud800", "completion": "y"}\n'),
-            ),
-            (
-                "an empty answer among others",
-                data("a.jsonl", lines({"prompt": "a", "completion": " "}) + GOOD),
-            ),
-            ("a row of a million characters, too_long = drop", data("a.jsonl", huge)),
-            (
-                "a row of a million characters, too_long = cut",
-                data("a.jsonl", huge, too_long="cut"),
-            ),
-            (
-                "control tokens as text in question and answer",
-                data("a.jsonl", lines({"prompt": marks, "completion": marks})),
-            ),
-            (
-                "the same row without them",
-                data("a.jsonl", lines({"prompt": "yes", "completion": "yes"})),
-            ),
-            (
-                "a file that is not there",
-                lambda place: str(
-                    load_examples(DataConfig(source=str(place.folder / "none.csv")), 0)
-                ),
-            ),
-        ],
-    )
+    yield ("Rows", row_cases(HARM))
     yield (
         "Checkpoints and capsules",
         [

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from glassloop.data.formats import SCAM_QUESTION
+from glassloop.data.scam import SCAM_QUESTION
 from glassloop.plan.steps import describe
 from glassloop.use.card.curves import svg
 from glassloop.use.card.escape import words

@@ -202,7 +202,28 @@ def test_rows_are_counted_without_loading_them(tmp_path):
     with pytest.raises(ValueError, match="there is no such file"):
         count_rows(DataConfig(source=str(tmp_path / "none.csv")))
     (tmp_path / "bad.json").write_text("[{")
-    assert count_rows(DataConfig(source=str(tmp_path / "bad.json"))).rows is None
+    with pytest.raises(ValueError, match=r"bad\.json, line 1: Expecting property name"):
+        count_rows(DataConfig(source=str(tmp_path / "bad.json")))
+    assert count_rows(DataConfig(source=f"{tmp_path}/rows.*")).rows == 21
+    mix = [{"source": f"{tmp_path}/rows.csv", "weight": 2}, {"source": "sample", "rows": 9}]
+    assert count_rows(DataConfig(mix=mix)).rows == 23  # type: ignore[arg-type]
+    assert count_rows(DataConfig(mix=[*mix, {"source": "owner/name"}])).rows is None  # type: ignore[list-item]
+
+
+def test_a_mix_is_counted_by_source_and_update(capsys, tiny_llama, tmp_path):
+    from launching import write_rows
+
+    one, two = (write_rows(tmp_path / f"{name}.jsonl", 8) for name in "ab")
+    words = [
+        f"model.id={tiny_llama}",
+        f"data.mix=[{{source: {one}, weight: 2}}, {{source: {two}}}]",
+        "data.template=chat",
+        "schedule.updates=6",
+        "batch.accumulation=2",
+    ]
+    text = flat(said(capsys, *words, "--ranks", "2", "--with-data"))
+    assert "a.jsonl: 16 rows an epoch (weight 2)" in text
+    assert re.search(r"b\.jsonl: 16 rows in all updates, \d to \d an update \(mean 2\.7\)", text)
 
 
 def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):

@@ -1,4 +1,4 @@
-"""Windows and passes: every row of an epoch once, the same rows whatever the layout, and tensors that say what they hold."""
+"""Windows and passes: every row of an epoch once, in every layout."""
 
 import pytest
 import torch
@@ -37,9 +37,18 @@ def batches(
     pass_tokens: int = 64,
 ) -> Batches:
     plan = make_plan(
-        rows=rows, size=size, ranks=ranks, accumulation=accumulation, tail=tail, updates=None, epochs=2.0, warmup=0, peak=1.0,
-        kind="constant", first="zero",
-    )  # fmt: skip
+        rows=rows,
+        size=size,
+        ranks=ranks,
+        accumulation=accumulation,
+        tail=tail,
+        updates=None,
+        epochs=2.0,
+        warmup=0,
+        peak=1.0,
+        kind="constant",
+        first="zero",
+    )
     return Batches(
         tuple(row(i, 4 + i % 13) for i in range(rows)),
         plan,
@@ -95,7 +104,7 @@ def test_601_rows_duplicate_none_and_drop_only_on_request():
 def test_the_order_is_a_function_of_seed_and_epoch_alone():
     assert epoch_order(5, 3407, 0) == epoch_order(5, 3407, 0)
     assert epoch_order(50, 3407, 0) != epoch_order(50, 3407, 1) != epoch_order(50, 3408, 1)
-    # Written down, so that a new version of Python or glassloop cannot change old runs' order unseen.
+    # Written down: a new version of Python or glassloop cannot change old runs' order unseen.
     assert epoch_order(8, 3407, 0) == (3, 4, 5, 7, 6, 0, 2, 1)
 
 

@@ -1,6 +1,8 @@
-"""Rows kept, dropped and cut, and the numbers that are printed of them."""
+"""Rows kept, dropped and cut, and their printed numbers."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -8,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from glassloop.config.config import DataConfig
 from glassloop.data.dataset import Dataset, build_rows, quantiles, summary
 from glassloop.data.rows import Example, Turn
-from glassloop.data.sources import Loaded
+from glassloop.data.sources import Loaded, MixedPart
 from glassloop.data.templates import make_template
 
 
@@ -31,12 +33,8 @@ def loaded(train: list[Example], heldout: list[Example]) -> Loaded:
         heldout_total=320,
         skipped={"empty response": 2},
         heldout_skipped={},
-        repeated=3,
-        heldout_repeated=0,
         exact_across=1,
-        near_across=(("train:5", "test:7"),),
-        labels={"honest": 2, "scam": 1},
-        heldout_labels={"honest": 1} if heldout else {},
+        notes=("columns read: dialogue=text; not read: columns id",),
     )
 
 
@@ -134,15 +132,89 @@ def test_the_summary_says_what_was_taken_left_out_and_cut(
     for part in (
         "calls.csv, format scam: took 3 of 1,280 rows, shuffled by seed; skipped 2 empty response",
         "other.csv: took 1 of 320 rows",
-        "chat; 0 of 4 assistant turns have reasoning",
+        "columns read: dialogue=text; not read: columns id",
+        "chat; 0 of 3 assistant turns have reasoning",
         "2 rows kept, 1 dropped, 0 cut at 60 tokens",
         f"max {dataset.train.untouched_tokens[-1]}",
         f"{dataset.train.supervised_tokens} of {dataset.train.tokens} tokens supervised",
-        "3 exact within training, 0 exact within held-out",
-        "1 exact across (left out of training), 1 near across; train:5 ~ test:7",
-        "training: 2 honest, 1 scam; held-out: 1 honest",
+        "0 exact within training, 0 exact within held-out",
+        "1 exact across (left out of training), ",
+        "training: 2 honest; held-out: 1 honest",
     ):
         assert part in text
     alone, config = build(tiny_tokenizer, [example(0, 2)], [], shuffle=False)
     assert "across" not in "\n".join(summary(alone, config))
     assert "in the source's order" in summary(alone, config)[0]
+
+
+def test_everything_that_is_counted_is_counted_of_rows_that_are_kept(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [example(0, 2), example(2, 2), example(1, 90), example(3, 90)]  # scams are long
+    dataset, config = build(tiny_tokenizer, rows, [example(4, 2), example(5, 90)], max_tokens=60)
+    text = "\n".join(summary(dataset, config))
+    assert "training: 2 honest; held-out: 1 honest" in text
+    assert (dataset.repeated, dataset.heldout_repeated) == (1, 0)
+    assert "0 of 3 assistant turns have reasoning" in text
+    cut, config = build(tiny_tokenizer, rows, [], max_tokens=60, too_long="cut")
+    assert "training: 2 honest" in "\n".join(
+        summary(cut, config)
+    )  # no answer is left of the others
+
+
+def test_rows_that_the_template_cannot_write_are_refused_with_their_number_or_left_out(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    calls = '{"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}'
+    turns = (Turn("user", "go on"), Turn("assistant", "", extra=calls))
+    rows = [example(0, 2), Example("train:1", turns), Example("train:2", turns)]
+    match = (
+        r"row train:1: .*writes no tool calls.*\. 2 of 3 rows cannot train \(2 tool calls\): "
+        r"correct them, or leave them out with data\.on_bad_row=skip"
+    )
+    with pytest.raises(ValueError, match=match):
+        build(tiny_tokenizer, rows, [])
+    dataset, config = build(tiny_tokenizer, rows, [], on_bad_row="skip")
+    assert [row.row_id for row in dataset.train.rows] == ["train:0"]
+    assert "1 rows kept, 0 dropped" in "\n".join(summary(dataset, config))
+    assert "left out 2 tool calls" in "\n".join(summary(dataset, config))
+    with pytest.raises(
+        ValueError, match=r"none of 2 training rows can be written \(2 tool calls\)"
+    ):
+        build(tiny_tokenizer, rows[1:], [], on_bad_row="skip")
+
+
+def test_control_tokens_that_rows_spell_are_named_with_the_setting_for_answers(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [
+        Example("train:0", (Turn("user", "go <pad>"), Turn("assistant", "a <|user|>"))),
+        Example("train:1", (Turn("user", "on"), Turn("assistant", "b"))),
+    ]
+    dataset, config = build(tiny_tokenizer, rows, [])
+    text = "\n".join(summary(dataset, config))
+    assert "1 rows spell control tokens (" in text
+    assert "which stay text; data.answer_tokens='<|user|>' lets answers use them" in text
+    dataset, config = build(tiny_tokenizer, rows, [], answer_tokens=("<|user|>",))
+    text = "\n".join(summary(dataset, config))
+    assert "1 rows spell control tokens (<pad>), which stay text" in text
+    assert "lets answers" not in text
+
+
+def test_tools_that_the_template_does_not_list_are_said(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    offered = Example("train:0", example(0, 1).turns, tools='[{"name": "f"}]')
+    dataset, config = build(tiny_tokenizer, [offered], [])
+    assert "the tools of 1 rows are not written: it lists no tools" in "\n".join(
+        summary(dataset, config)
+    )
+
+
+def test_the_parts_of_a_mix_are_counted(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = DataConfig(template="chat")
+    rows = [example(0, 1), example(2, 1)]
+    template = make_template(config, tiny_tokenizer, rows)
+    mixed = (MixedPart("a.csv", 2.0, 2, "1/"),)
+    built = build_rows(replace(loaded(rows, []), mixed=mixed), template, config)
+    assert "mix          a.csv: 2 rows an epoch (weight 2)" in summary(built, config)

@@ -1,4 +1,4 @@
-"""Promises of data/calls.jsonl, the product's own sample. Numbers that data/README.md states are held here."""
+"""Promises of data/calls.jsonl, the product's own sample, and numbers of data/README.md."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def calls() -> list[dict[str, Any]]:
 
 
 def turns_of(dialogue: str) -> list[tuple[str, str]]:
-    """(speaker, what is said) in order; what stands before the first speaker is a speaker named ''."""
+    """(speaker, words) in order; '' speaks before the first speaker."""
     before, *parts = SPEAKER.split(dialogue)
     turns = list(zip(parts[::2], parts[1::2], strict=True))
     return [("", before), *turns] if before else turns

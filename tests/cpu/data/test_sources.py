@@ -1,198 +1,21 @@
-"""Which rows are read, what becomes of their columns, and what is refused, by name."""
+"""Rows of a source that are taken, held out, dropped and mixed."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+from row_files import ids, load, pairs, refused, write
 
 from glassloop.config.config import DataConfig
-from glassloop.data import sources
-from glassloop.data.duplicates import near_duplicates
-from glassloop.data.formats import CONCLUSIONS, CUES, OTHER_CUES, SCAM_QUESTION, VERDICTS
+from glassloop.data import opening
+from glassloop.data.duplicates import near_duplicates, repeated
 from glassloop.data.rows import Example, Turn
-from glassloop.data.sources import Loaded, load_examples, order, verdict_of
+from glassloop.data.scam import SCAM_QUESTION
+from glassloop.data.sources import load_examples, order
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
-CALL = "caller: Hello. receiver: Who is this?"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _datasets_cache_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """`rows` as the kind of file that the name says; its path."""
-    if path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    else:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_text(
-            "\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]",
-            encoding="utf-8",
-        )
-    return str(path)
-
-
-def load(
-    tmp_path: Path,
-    cells: list[dict[str, Any]],
-    name: str = "rows.jsonl",
-    seed: int = 0,
-    **data: Any,
-) -> Loaded:
-    return load_examples(DataConfig(source=write(tmp_path / name, cells), **data), seed)
-
-
-def pairs(count: int) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"Question {number}?", "completion": f"Answer {number}."}
-        for number in range(count)
-    ]
-
-
-def ids(examples: tuple[Example, ...]) -> list[str]:
-    return [example.row_id for example in examples]
-
-
-def refused(
-    tmp_path: Path, cells: list[dict[str, Any]], match: str, name: str = "rows.jsonl", **data: Any
-) -> None:
-    with pytest.raises(ValueError, match=match):
-        load(tmp_path, cells, name, **data)
-
-
-# Files
-
-
-@pytest.mark.parametrize(
-    "name", ["rows.csv", "rows.json", "rows.jsonl", "rows.parquet", "a [1] *.csv"]
-)
-def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path, name: str) -> None:
-    dialogues = ['caller: "Hi, there"\nreceiver: é', "12", "NA"]
-    rows = [
-        {"dialogue": dialogue, "type": "null", "label": number % 2}
-        for number, dialogue in enumerate(dialogues)
-    ]
-    loaded = load(tmp_path, rows, name, shuffle=False)
-    assert loaded.format == "scam"
-    assert ids(loaded.train) == ["train:0", "train:1", "train:2"]
-    assert [
-        example.turns[0].content.removeprefix(SCAM_QUESTION) for example in loaded.train
-    ] == dialogues
-    assert [example.label for example in loaded.train] == ["honest", "scam", "honest"]
-
-
-def test_a_folder_is_read_with_its_splits(tmp_path: Path) -> None:
-    write(tmp_path / "train.jsonl", pairs(3))
-    write(tmp_path / "test.jsonl", [{"prompt": "Else?", "completion": "Yes."}])
-    loaded = load_examples(DataConfig(source=str(tmp_path), heldout="test", shuffle=False), 0)
-    assert ids(loaded.train) == ["train:0", "train:1", "train:2"]
-    assert ids(loaded.heldout) == ["test:0"]
-
-
-def test_a_hub_id_is_asked_for_with_config_split_and_revision(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def fake(**arguments: Any) -> datasets.Dataset:
-        asked.append(arguments)
-        return datasets.Dataset.from_list(
-            [{"Question": arguments["split"], "Complex_CoT": "Hm.", "Response": "Yes."}] * 2
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    data = DataConfig(
-        source="who/what", config="en", split="train[:9]", revision="abc", heldout="test"
-    )
-    loaded = load_examples(data, 0)
-    common = {"path": "who/what", "name": "en", "revision": "abc"}
-    assert asked == [{**common, "split": "train[:9]"}, {**common, "split": "test"}]
-    assert sorted(ids(loaded.train)) == ["train[:9]:0", "train[:9]:1"]
-
-
-def test_what_the_hub_refuses_is_said_with_the_fields_to_look_at(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fake(**_: Any) -> None:
-        raise ConnectionError("no way there")
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    with pytest.raises(
-        ValueError,
-        match=r"data\.source = who/what cannot be read: no way there.*data\.config, data\.split",
-    ):
-        load_examples(DataConfig(source="who/what"), 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("a.csv", b"", r"data\.source = .*a\.csv: the file is empty"),
-        ("a.jsonl", b"\n \n", "the file is empty"),
-        ("a.csv", b"prompt,completion\n", "has no rows"),
-        ("a.json", b"[]", "has no rows"),
-        (
-            "a.csv",
-            b"prompt,completion\nx,\xff\xfe\n",
-            r"line 2 is not UTF-8 near b'.*\\xff\\xfe.*iconv",
-        ),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xc3"}\n', "line 2 is not UTF-8"),
-        ("a.csv", b"prompt,completion\nx,y\nx\0,y\n", "NUL byte in line 3"),
-        (
-            "a.csv",
-            "prompt,completion\nx,y".encode("utf-16"),
-            "NUL byte in line 1.*not UTF-8|line 1 is not UTF-8",
-        ),
-        (
-            "a.csv",
-            b"prompt,completion\nx,y\nx,y,z\n",
-            r"row 1: 3 cells \['x', 'y', 'z'\] for 2 columns",
-        ),
-        ("a.csv", b"prompt,completion\nx,y,z\n", "row 0: 3 cells"),
-        ("a.csv", b"prompt,completion\nx\n", "row 0: 1 cells"),
-        ("a.csv", b'prompt,completion\n"x,y\n', "line 2: unexpected end of data"),
-        ("a.csv", b"prompt,prompt\nx,y\n", "columns prompt, prompt are not all different"),
-        (
-            "a.jsonl",
-            b'{"prompt": "a"}\n{"prompt": \n',
-            r"line 2: Expecting value in '\{\"prompt\": '",
-        ),
-        ("a.jsonl", b"5\n", "line 1: '5' is not a JSON object"),
-        (
-            "a.json",
-            b'[{"prompt": ',
-            "cannot be read: Expected object or value.*; the file is damaged",
-        ),
-        ("a.parquet", b"junk", "cannot be read: Parquet"),
-        ("a.txt", b"x", r"a file must end in \.csv, \.json, \.jsonl, \.parquet, not \.txt"),
-    ],
-)
-def test_a_damaged_file_is_refused_with_its_name_and_the_place(
-    tmp_path: Path, name: str, content: bytes, match: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=match):
-        load_examples(DataConfig(source=str(tmp_path / name)), 0)
-
-
-def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no such file"):
-        load_examples(DataConfig(source=str(tmp_path / "calls.csv")), 0)
 
 
 def test_the_sample_loads_and_its_absence_says_where_it_lies(
@@ -202,7 +25,7 @@ def test_the_sample_loads_and_its_absence_says_where_it_lies(
     assert loaded.format == "scam"
     assert len(loaded.train) + len(loaded.heldout) >= 64
     assert all(example.turns[-1].reasoning for example in loaded.train)
-    monkeypatch.setattr(sources, "SAMPLE", tmp_path / "calls.jsonl")
+    monkeypatch.setattr(opening, "SAMPLE", tmp_path / "calls.jsonl")
     with pytest.raises(ValueError, match="is missing; the sample lies in a checkout"):
         load_examples(DataConfig(source="sample"), 0)
 
@@ -268,7 +91,7 @@ def test_heldout_rows_may_come_from_a_file_and_be_limited(tmp_path: Path) -> Non
         ({"rows": 6}, r"data\.rows = 6, but .* has only 5 usable rows of 5; set data\.rows=5"),
         (
             {"heldout": "test"},
-            r"data\.heldout = test: data\.source = .* is one file without splits",
+            r"data\.heldout = test: data\.source = .* names files, which have no splits",
         ),
         ({"heldout": "train"}, r"data\.heldout = train is also data\.split"),
         ({"heldout": "1.5"}, "a fraction must lie between 0 and 1"),
@@ -279,7 +102,7 @@ def test_heldout_rows_may_come_from_a_file_and_be_limited(tmp_path: Path) -> Non
             r"data\.heldout_rows = 3, but .* has only 2 usable rows of 2",
         ),
         ({"heldout": "gone.csv"}, r"data\.heldout = gone\.csv: there is no such file"),
-        ({"split": "test"}, r"data\.split = test: .* is one file and has no splits"),
+        ({"split": "test"}, r"data\.split = test: .* names files, which have no splits"),
     ],
 )
 def test_rows_that_are_not_there_are_refused(
@@ -314,8 +137,7 @@ def test_exact_duplicates_across_are_dropped_and_counted_if_asked(tmp_path: Path
 
 
 def test_repetitions_within_training_are_counted(tmp_path: Path) -> None:
-    loaded = load(tmp_path, [*pairs(3), *pairs(2)])
-    assert loaded.repeated == 2
+    assert repeated(load(tmp_path, [*pairs(3), *pairs(2)]).train) == 2
 
 
 def ask(row_id: str, text: str) -> Example:
@@ -349,338 +171,104 @@ def test_real_rows_load_balanced_with_their_near_duplicate_found() -> None:
     loaded = load_examples(DataConfig(source=train, heldout=test, rows=600), 3407)
     assert (len(loaded.train), loaded.total, len(loaded.heldout)) == (600, 1280, 320)
     assert loaded.format == "scam"
-    assert 0.4 < loaded.labels["scam"] / 600 < 0.6
-    assert loaded.heldout_labels == {"honest": 160, "scam": 160}
-    assert loaded.near_across == (("train:1105", "heldout:259"),)
-    assert loaded.repeated == loaded.exact_across == 0
+    assert 0.4 < sum(example.label == "scam" for example in loaded.train) / 600 < 0.6
+    assert sum(example.label == "scam" for example in loaded.heldout) == 160
+    assert near_duplicates(loaded.train, loaded.heldout) == [("train:1105", "heldout:259")]
+    assert repeated(loaded.train) == loaded.exact_across == 0
 
 
-# Scam
+# Rows with faults
 
 
-def call(**cells: Any) -> dict[str, Any]:
-    return {"dialogue": CALL, "type": "ssn", "label": 1, **cells}
+def faulty() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [*pairs(4)]
+    rows[1]["completion"] = 7
+    rows[3] = {"prompt": "", "completion": "x"}
+    return rows
 
 
-def test_a_call_becomes_a_question_cues_and_a_verdict(tmp_path: Path) -> None:
-    (example,) = load(tmp_path, [call()]).train
-    question, answer = example.turns
-    assert question == Turn("user", SCAM_QUESTION + CALL)
-    assert answer == Turn(
-        "assistant", "Verdict: scam", f"{CUES['ssn', 'scam']} {CONCLUSIONS['scam']}"
-    )
-    assert example.label == "scam"
-
-
-def test_the_prompt_of_a_call_depends_on_neither_type_nor_label(tmp_path: Path) -> None:
-    rows = [
-        call(type=kind, label=int(label == "scam"))
-        for kind, label in [*CUES, ("odd", "scam"), ("odd", "honest")]
-    ]
-    loaded = load(tmp_path, rows)
-    assert {example.turns[0] for example in loaded.train} == {Turn("user", SCAM_QUESTION + CALL)}
-    assert {example.label for example in loaded.train} == {"scam", "honest"}
-
-
-@pytest.mark.parametrize(("kind", "label"), [("odd", 1), ("odd", 0), ("ssn", 0), (None, 1)])
-def test_a_type_that_is_unknown_or_known_for_the_other_class_gets_the_general_cues(
-    tmp_path: Path, kind: str, label: int
-) -> None:
-    name = "scam" if label else "honest"
-    (example,) = load(tmp_path, [call(type=kind, label=label)]).train
-    assert example.turns[1].reasoning == f"{OTHER_CUES[name]} {CONCLUSIONS[name]}"
-
-
-def test_no_reasoning_stands_in_a_call_if_none_is_asked_for(tmp_path: Path) -> None:
-    (example,) = load(tmp_path, [{"dialogue": CALL, "label": "0"}], scam_reasoning="none").train
-    assert example.turns[1] == Turn("assistant", "Verdict: not a scam", None)
-
-
-def test_reasoning_and_response_of_a_call_are_kept_where_it_brings_them(tmp_path: Path) -> None:
-    rows = [
-        call(reasoning="They hurry.", response="Hang up.\nVerdict: scam"),
-        call(reasoning="", response="Verdict: scam"),
-    ]
-    loaded = load(tmp_path, rows, shuffle=False)
-    assert loaded.train[0].turns[1] == Turn("assistant", "Hang up.\nVerdict: scam", "They hurry.")
-    assert loaded.train[1].turns[1].reasoning == f"{CUES['ssn', 'scam']} {CONCLUSIONS['scam']}"
-
-
-@pytest.mark.parametrize(
-    ("response", "claim"),
-    [("Verdict: not a scam", "says honest"), ("It is bad.", "names no verdict")],
-)
-def test_a_response_that_contradicts_the_label_is_refused(
-    tmp_path: Path, response: str, claim: str
-) -> None:
+def test_rows_with_faults_are_refused_with_the_first_and_their_number(tmp_path: Path) -> None:
     refused(
         tmp_path,
-        [call(response="Verdict: scam"), call(response=response)],
-        rf"row 1: the response {claim}, but label = 1 says scam",
+        faulty(),
+        r"rows\.jsonl, row 1: response = 7 is int.*\. 2 of 4 rows cannot train \(1 response is not "
+        r"text, 1 empty question\): correct them, or leave them out with data\.on_bad_row=skip",
+        shuffle=False,
     )
 
 
-@pytest.mark.parametrize("label", [1, "1", 1.0, True, "scam", " Scam "])
-def test_a_scams_label_may_be_written_in_several_ways(tmp_path: Path, label: Any) -> None:
-    assert load(tmp_path, [call(label=label)]).train[0].label == "scam"
-
-
-@pytest.mark.parametrize("label", [2, "", "maybe", None, 0.5])
-def test_another_label_is_refused(tmp_path: Path, label: Any) -> None:
-    refused(tmp_path, [call(label=label)], "row 0: label = .*labelled 1 or scam, 0 or honest")
-
-
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("Verdict: scam", "scam"),
-        ("Hang up.\n**Verdict:** Scam.", "scam"),
-        ("Verdict: 'not a scam'", "honest"),
-        ("verdict : Not a scam!", "honest"),
-        ("Verdict: scam\nOn second thought:\nVerdict: not a scam", "honest"),
-        ("Verdict: scam\n</think>\n\nVerdict: not a scam<end>", None),
-        ("Verdict: scam\n</think>\n\nVerdict: not a scam", "honest"),
-        ("Verdict: scam\n</think>\n\nI do not know.", None),
-        ("Verdict: scam or not a scam", None),
-        ("Verdict:", None),
-        ("This is a scam.", None),
-        ("", None),
-        *[(text, label) for label, text in VERDICTS.items()],
-    ],
-)
-def test_the_verdict_is_read_from_the_last_verdict_line(text: str, verdict: str | None) -> None:
-    assert verdict_of(text) == verdict
-
-
-# Other formats
-
-
-def turns(loaded: Loaded) -> list[tuple[str, str, str | None]]:
-    return [(turn.role, turn.content, turn.reasoning) for turn in loaded.train[0].turns]
-
-
-BLOCK = "<think>\nHm.\n</think>\n\nYes."
-
-
-@pytest.mark.parametrize(
-    ("kind", "row", "want"),
-    [
-        ("reasoning", {"Question": "Q?", "Complex_CoT": "Hm.", "Response": "Yes."}, [("user", "Q?", None), ("assistant", "Yes.", "Hm.")]),
-        ("prompt_completion", {"prompt": "Q?", "completion": " Yes."}, [("user", "Q?", None), ("assistant", " Yes.", None)]),
-        ("prompt_completion", {"prompt": "Q?", "completion": BLOCK}, [("user", "Q?", None), ("assistant", "\n\nYes.", "\nHm.\n")]),
-        ("alpaca", {"instruction": "Add.", "input": "1 2", "output": "3"}, [("user", "Add.\n\n1 2", None), ("assistant", "3", None)]),
-        ("alpaca", {"instruction": "Add.", "input": "", "output": "3"}, [("user", "Add.", None), ("assistant", "3", None)]),
-        ("alpaca", {"instruction": "Add.", "output": "3"}, [("user", "Add.", None), ("assistant", "3", None)]),
-        (
-            "messages",
-            {
-                "messages": [
-                    {"role": "system", "content": "Be brief."},
-                    {"role": "user", "content": "Q?"},
-                    {"role": "assistant", "content": BLOCK},
-                    {"role": "user", "content": "<think>mine</think>"},
-                    {"role": "assistant", "content": "<think>\n\n</think>No.", "reasoning_content": None},
-                    {"role": "user", "content": "left out"},
-                ]
-            },
-            [
-                ("system", "Be brief.", None),
-                ("user", "Q?", None),
-                ("assistant", "\n\nYes.", "\nHm.\n"),
-                ("user", "<think>mine</think>", None),
-                ("assistant", "No.", None),
-            ],
-        ),
-        (
-            "messages",
-            {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}]},
-            [("user", "Q?", None), ("assistant", "Yes.", "Hm.")],
-        ),
-        (
-            "sharegpt",
-            {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "Yes."}]},
-            [("user", "Q?", None), ("assistant", "Yes.", None)],
-        ),
-    ],
-)  # fmt: skip
-def test_a_format_is_told_by_its_columns_and_becomes_turns(
-    tmp_path: Path, kind: str, row: dict[str, Any], want: list[tuple[str, str, str | None]]
-) -> None:
-    loaded = load(tmp_path, [row])
-    assert loaded.format == kind
-    assert turns(loaded) == want
-    assert turns(load(tmp_path, [row], format=kind)) == want
-
-
-def test_any_columns_serve_by_a_map(tmp_path: Path) -> None:
-    row = {"id": 7, "ask": "Q?", "why": "Hm.", "say": "Yes."}
-    columns = {"question": "ask", "reasoning": "why", "response": "say"}
-    loaded = load(tmp_path, [row], columns=columns)
-    assert loaded.format == "reasoning"
-    assert turns(loaded) == [("user", "Q?", None), ("assistant", "Yes.", "Hm.")]
-    del columns["reasoning"]
-    assert turns(load(tmp_path, [row], columns=columns))[1] == ("assistant", "Yes.", None)
-    assert turns(
-        load(
-            tmp_path,
-            [{"talk": CALL, "bad": 1}],
-            columns={"dialogue": "talk", "label": "bad"},
-            scam_reasoning="none",
-        )
-    )[0] == ("user", SCAM_QUESTION + CALL, None)
-
-
-def test_a_system_prompt_stands_before_rows_that_bring_none(tmp_path: Path) -> None:
-    own = {
-        "messages": [
-            {"role": "system", "content": "Own."},
-            {"role": "user", "content": "Q?"},
-            {"role": "assistant", "content": "A."},
-        ]
-    }
-    loaded = load(
-        tmp_path, [own, {"messages": own["messages"][1:]}], system="Given.", shuffle=False
-    )
-    assert [example.turns[0] for example in loaded.train] == [
-        Turn("system", "Own."),
-        Turn("system", "Given."),
+def test_rows_with_faults_are_left_out_and_counted_if_asked(tmp_path: Path) -> None:
+    loaded = load(tmp_path, faulty(), on_bad_row="skip", shuffle=False)
+    assert ids(loaded.train) == ["train:0", "train:2"]
+    assert loaded.skipped == {"response is not text": 1, "empty question": 1}
+    assert ids(load(tmp_path, faulty(), on_bad_row="skip", shuffle=False, rows=2).train) == [
+        "train:0",
+        "train:2",
     ]
 
 
-@pytest.mark.parametrize(
-    ("row", "data", "match"),
-    [
-        (
-            {"a": "x", "b": "y"},
-            {},
-            r"columns a, b, which fit no format; say what holds what, for example data\.columns\.question=",
-        ),
-        (
-            {"a": "x", "b": "y"},
-            {"columns": {"question": "c"}},
-            r"data\.columns\.question = 'c': .* has no such column; it has a, b",
-        ),
-        (
-            {"a": "x", "b": "y"},
-            {"format": "scam"},
-            r"has no column 'dialogue', which format scam reads as dialogue; it has a, b",
-        ),
-        (
-            {"question": "x", "Complex_CoT": "y", "Response": "z"},
-            {"format": "reasoning"},
-            r"no column 'Question'.*did you mean 'question'\? \(set data\.columns\.question=NAME",
-        ),
-        ({"Question": "x", "Response": "z"}, {}, "no column 'Complex_CoT'"),
-        ({"dialogue": "x", "label": 1}, {}, "no column 'type'"),
-        ({"prompt": "x", "completion": "y"}, {"format": "alpaca"}, "no column 'instruction'"),
-        (
-            {"prompt": "x", "completion": "y"},
-            {"format": "alpaca", "columns": {"dialogue": "prompt"}},
-            r"data\.columns\.dialogue = 'prompt': format alpaca reads no such column",
-        ),
-    ],
-)
-def test_columns_that_are_missing_are_named_with_those_that_are_there(
-    tmp_path: Path, row: dict[str, Any], data: dict[str, Any], match: str
-) -> None:
-    refused(tmp_path, [row], match, **data)
+def test_faults_behind_the_rows_that_are_taken_do_not_matter(tmp_path: Path) -> None:
+    assert ids(load(tmp_path, faulty(), rows=1, shuffle=False).train) == ["train:0"]
 
 
-@pytest.mark.parametrize(
-    ("row", "match"),
-    [
-        ({"prompt": "", "completion": "y"}, "row 1: question is empty"),
-        ({"prompt": None, "completion": "y"}, "row 1: question is empty"),
-        ({"prompt": 5, "completion": "y"}, "row 1: question = 5 is int, not text"),
-        ({"prompt": ["x"], "completion": "y"}, r"row 1: question = \['x'\] is list, not text"),
-        (
-            {"prompt": "x" * 99, "completion": {"a": 1}},
-            "row 1: response = {'a': 1} is dict, not text",
-        ),
-        (
-            {"prompt": "x\0" + "y" * 99, "completion": "y"},
-            r"row 1: question = 'x\\x00y+\.\.\. holds a NUL byte at character 1",
-        ),
-    ],
-)
-def test_a_cell_that_is_no_text_is_refused_with_row_and_value(
-    tmp_path: Path, row: dict[str, Any], match: str
+def test_rows_that_all_have_faults_are_refused_in_either_way(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": 1}]
+    refused(tmp_path, rows, "1 of 1 rows cannot train")
+    refused(tmp_path, rows, "none of 1 rows can be used, 1 skipped", on_bad_row="skip")
+
+
+# Mixes
+
+
+def mix(tmp_path: Path, **data: Any) -> DataConfig:
+    one, two = write(tmp_path / "a.csv", pairs(4)), write(tmp_path / "b.jsonl", pairs(10, "Other"))
+    parts = [{"source": one, "weight": 2}, {"source": two, "weight": 0.5}]
+    return DataConfig(mix=parts, **data)  # type: ignore[arg-type]
+
+
+def test_an_epoch_of_a_mix_has_each_row_as_often_as_its_weight_says(tmp_path: Path) -> None:
+    loaded = load_examples(mix(tmp_path), 0)
+    rows = [example.row_id.split("+")[0] for example in loaded.train]
+    first = [row for row in rows if row.startswith("1/")]
+    second = [row for row in rows if row.startswith("2/")]
+    assert sorted(first) == sorted([f"1/train:{number}" for number in range(4)] * 2)
+    assert len(second) == len(set(second)) == 5
+    assert len(set(ids(loaded.train))) == 13
+    assert [(part.rows, part.weight) for part in loaded.mixed] == [(8, 2.0), (5, 0.5)]
+    assert repeated(loaded.train) == 0  # copies are no duplicates
+    assert ids(load_examples(mix(tmp_path), 0).train) == ids(loaded.train)
+    assert set(ids(load_examples(mix(tmp_path), 1).train)) != set(ids(loaded.train))
+
+
+def test_heldout_rows_of_a_mix_are_drawn_from_each_source_or_come_from_a_file(
+    tmp_path: Path,
 ) -> None:
-    refused(
-        tmp_path, [{"prompt": "x", "completion": "y"}, row], rf"rows\.jsonl, {match}", shuffle=False
-    )
+    loaded = load_examples(mix(tmp_path, heldout=0.5), 0)
+    assert {row_id[:2] for row_id in ids(loaded.heldout)} == {"1/", "2/"}
+    assert len(loaded.heldout) == 7
+    assert not set(ids(loaded.heldout)) & {row_id.split("+")[0] for row_id in ids(loaded.train)}
+    other = write(tmp_path / "other.jsonl", pairs(3, "Else"))
+    assert len(load_examples(mix(tmp_path, heldout=other), 0).heldout) == 3
 
 
 @pytest.mark.parametrize(
-    ("messages", "match"),
+    ("data", "match"),
     [
-        ("hello", "row 0: messages = 'hello'; a list of {role, content} is needed"),
-        (["hello"], "row 0: messages = .*; a list of {role, content} is needed"),
-        (
-            [{"role": "tool", "content": "x"}],
-            "row 0, message 0: role = 'tool'; known are system, user",
-        ),
-        ([{"content": "x"}], "row 0, message 0: role = None"),
-        (
-            [
-                {"role": "user", "content": "x"},
-                {"role": "assistant", "content": "", "tool_calls": [{"f": 1}]},
-            ],
-            "message 1: tool_calls = ",
-        ),
-        (
-            [{"role": "user", "content": [{"type": "text"}]}],
-            "row 0, message 0: content = .* is list, not text",
-        ),
-        ([{"role": "user", "content": " "}], "row 0, message 0: content is empty"),
+        ({"heldout": "test"}, "with data.mix it is a file or a fraction"),
+        ({"rows": 3}, "with data.mix each source has `rows` of its own"),
+        ({"mix": [{"source": "a.csv", "weight": 0}]}, "greater than 0"),
+        ({"mix": [{"weight": 1}]}, "source"),
     ],
 )
-def test_messages_that_are_none_are_refused_with_row_and_place(
-    tmp_path: Path, messages: Any, match: str
-) -> None:
-    refused(tmp_path, [{"messages": messages}], match, format="messages")
+def test_what_a_mix_cannot_do_is_refused(tmp_path: Path, data: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        load_examples(mix(tmp_path, **data) if "mix" not in data else DataConfig(**data), 0)
 
 
-def messages(*roles: str, content: str = "x") -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": role, "content": content if role == "assistant" else role} for role in roles
-        ]
-    }
+def test_a_mix_is_given_on_the_command_line() -> None:
+    from glassloop.config.arguments import ConfigError, parse
 
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (messages("user", "assistant", content=""), "empty response"),
-        (messages("user", "assistant", content="<think>Hm.</think> "), "empty response"),
-        (messages("user"), "no assistant turn"),
-        (messages("assistant"), "user and assistant do not take turns"),
-        (messages("user", "user", "assistant"), "user and assistant do not take turns"),
-        (messages("user", "system", "assistant"), "user and assistant do not take turns"),
-    ],
-)
-def test_rows_that_teach_nothing_are_skipped_and_counted_by_reason(
-    tmp_path: Path, row: dict[str, Any], reason: str
-) -> None:
-    good = {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]}
-    loaded = load(tmp_path, [row, good, row], shuffle=False)
-    assert ids(loaded.train) == ["train:1"]
-    assert loaded.skipped == {reason: 2}
-    assert loaded.total == 3
-    refused(tmp_path, [row], f"none of 1 rows can be used, 1 skipped \\({reason}\\)")
-    refused(
-        tmp_path,
-        [row, good],
-        rf"data\.rows = 2, but .* only 1 usable rows of 2, 1 skipped \({reason}\)",
-        rows=2,
-    )
-
-
-def test_an_empty_response_or_reasoning_is_skipped_and_counted(tmp_path: Path) -> None:
-    rows = [
-        {"Question": "Q?", "Complex_CoT": "Hm.", "Response": "Yes."},
-        {"Question": "Q2?", "Complex_CoT": "Hm.", "Response": None},
-        {"Question": "Q3?", "Complex_CoT": "", "Response": "Yes."},
-    ]
-    assert load(tmp_path, rows).skipped == {"empty response": 1, "empty reasoning": 1}
+    config = parse(["data.mix=[{source: a.csv, weight: 2}, {source: b.csv}]"])
+    assert [(one.source, one.weight) for one in config.data.mix] == [("a.csv", 2.0), ("b.csv", 1.0)]
+    with pytest.raises(ConfigError, match=r"data\.mix"):
+        parse(["data.mix=[{source: a.csv"])

@@ -52,7 +52,7 @@ TABLE = {
         late="bitsandbytes gguf huggingface_hub tokenizers",
     ),
     "record": Rule("config disk", "rich", late="wandb"),
-    "data": Rule("config plan", "numpy torch", late="datasets jinja2 tokenizers"),
+    "data": Rule("config plan", "numpy torch", late="huggingface_hub pyarrow tokenizers yaml"),
     "report": Rule("disk record stats", "numpy rich"),
     "formula": Rule("data", "torch", late="bitsandbytes"),
     "engines": Rule(

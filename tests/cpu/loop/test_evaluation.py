@@ -30,8 +30,8 @@ from transformers import GenerationConfig
 
 from glassloop.config.config import DataConfig, LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
-from glassloop.data.formats import verdict_of
 from glassloop.data.rows import Example, Row, Turn
+from glassloop.data.scam import verdict_of
 from glassloop.data.templates import make_template
 from glassloop.engines.build import build_engine, load_tokenizer
 from glassloop.engines.peft import PeftEngine

@@ -142,7 +142,7 @@ def test_what_cannot_be_used_is_refused(run, tmp_path, capsys):
         ),
         (
             [run, "--data", foreign, "--columns", "call=text"],
-            "question, reasoning, response, messages, dialogue, type, label",
+            "question, input, reasoning, response, system, history, messages, tools",
         ),
         ([run, "--columns", "dialogue=text"], "give --data too"),
         ([run, "--answers", -1], "--answers -1"),

@@ -1,0 +1,255 @@
+"""Rows of `data.source`: files, a folder, a hub id or the sample.
+
+Whatever it is, its files are read one by one in the order of their names, and their rows follow
+each other. A row's number counts over all of them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glassloop.config.config import DataConfig
+from glassloop.data.arrow_files import read_arrow
+from glassloop.data.folders import KINDS, choose, kind_of
+from glassloop.data.hub import open_repository
+from glassloop.data.names import listed, shown
+from glassloop.data.text_files import (
+    LFS,
+    PACKED,
+    Rows,
+    check_file,
+    read_csv,
+    read_json,
+    read_jsonl,
+)
+
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "calls.jsonl"
+READERS: dict[str, Callable[[Path, str, str, int], Rows]] = {
+    "csv": read_csv,
+    "json": read_json,
+    "jsonl": read_jsonl,
+    "arrow": read_arrow,
+}
+SPLIT = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one source as its files write them."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[dict[str, Any]]
+    split: str  # first part of row ids
+    name: str  # for messages
+    files: tuple[str, ...]  # that were read, in order
+    ends: tuple[int, ...]  # number of rows up to the end of each file
+    notes: tuple[str, ...] = ()  # what a person should know of how it was read
+    first: int = 0  # number of the first row, where data.split takes a part
+
+    def where(self, index: int) -> str:
+        """The place of a row, for messages: file and number within it."""
+        if len(self.files) == 1:
+            return f"{self.name}, row {index + self.first}"
+        at = bisect.bisect_right(self.ends, index + self.first)
+        return f"{self.files[at]}, row {index + self.first - ((0, *self.ends)[at])}"
+
+
+def open_source(data: DataConfig, place: str, split: str, field: str) -> Source:
+    """Read all rows of `place`.
+
+    `field`: the config field that named it. Raises ValueError.
+    """
+    said, limit = f"{field} = {place}", int(data.max_gib * 2**30)
+    path = SAMPLE if place == "sample" else Path(place).expanduser()
+    if place == "sample" and not path.is_file():
+        raise ValueError(
+            f"{said}: {path} is missing; the sample lies in a checkout: use one (pip install -e .)"
+        )
+    if path.is_dir():
+        source = _folder(path, data, place, split, field, limit)
+    elif names_files(place) or path.exists():
+        if field == "data.source" and split != "train":
+            raise ValueError(
+                f"data.split = {split}: {said} names files, which have no splits; leave data.split "
+                "out"
+            )
+        paths = [path] if place == "sample" or path.exists() else _paths(place, said)
+        label = place if len(paths) == 1 else f"{len(paths)} files"
+        one = [place] if len(paths) == 1 else [str(path) for path in paths]
+        source = _read(paths, one, split, label, field, limit)
+    else:
+        source = _hub(data, place, split, field, limit)
+    if not len(source.rows):
+        raise ValueError(f"{said}: {source.name} has no rows")
+    return source
+
+
+def names_files(place: str) -> bool:
+    """True for the sample, files that hold rows by name, and patterns."""
+    each = map(str.strip, place.split(","))
+    return place == "sample" or all(kind_of(name) or set(name) & set("*?[") for name in each)
+
+
+def _paths(place: str, said: str) -> list[Path]:
+    """The files of a list with commas, patterns filled in."""
+    paths: dict[Path, None] = {}
+    for name in map(str.strip, place.split(",")):
+        path = Path(name).expanduser()
+        found = [path] if path.exists() else [Path(one) for one in glob.glob(str(path))]
+        if not found:
+            one = f"no file matches {name}" if set(name) & set("*?[") else "there is no such file"
+            which = f": {name}" if name != place and not set(name) & set("*?[") else ""
+            raise ValueError(f"{said}: {one}{which} (looked in {Path.cwd()})")
+        paths.update(dict.fromkeys(sorted(found)))
+    return list(paths)
+
+
+def _read(
+    paths: Sequence[Path], names: Sequence[str], split: str, label: str, field: str, limit: int
+) -> Source:
+    """Rows of files one after the other.
+
+    Raises ValueError for tables with unequal columns.
+    """
+    columns: dict[str, None] = {}
+    rows: list[dict[str, Any]] = []
+    ends: list[int] = []
+    first: tuple[str, ...] | None = None
+    for path, name in zip(paths, names, strict=True):
+        kind = kind_of(path.name)
+        if kind is None:
+            endings = ", ".join(KINDS)
+            raise ValueError(
+                f"{field} = {name}: a file must end in {endings}, not {path.suffix or 'nothing'}"
+                + (f" (text also {', '.join(PACKED)})" if path.suffix in PACKED else "")
+            )
+        found, more = READERS[kind](path, name, field, limit)
+        if more and kind in ("csv", "arrow"):
+            first = first or found
+            if set(found) != set(first):
+                raise ValueError(
+                    f"{field} = {name}: it has columns {listed(found)}, but {names[0]} has "
+                    f"{listed(first)}; files that are read together need equal columns"
+                )
+        limit -= path.stat().st_size
+        columns.update(dict.fromkeys(found))
+        rows += more
+        ends.append(len(rows))
+    return Source(tuple(columns), rows, split, label, tuple(names), tuple(ends))
+
+
+def _folder(
+    folder: Path, data: DataConfig, place: str, split: str, field: str, limit: int
+) -> Source:
+    said = f"{field} = {place}"
+    name, part = _part(split, said)
+    if (folder / "dataset_dict.json").is_file():  # datasets.DatasetDict.save_to_disk
+        if not _inside(folder, name) or not (folder / name / "state.json").is_file():
+            there = sorted(path.parent.name for path in folder.glob("*/state.json"))
+            raise ValueError(
+                f"{said} has no split {shown(name)}; it has {listed(there)}: set data.split"
+            )
+        folder, named = folder / name, _saved(folder / name, said)
+    elif (folder / "state.json").is_file():  # datasets.Dataset.save_to_disk
+        if name != "train":
+            raise ValueError(f"data.split = {split}: {said} is one split; leave data.split out")
+        named = _saved(folder, said)
+    else:
+        names = [
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        ]
+        readme = folder / "README.md"
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+        chosen = choose(names, text, data.config, name, said)
+        named, notes = chosen.files, _notes(chosen.files, chosen.others)
+        return _sliced(_members(folder, named, split, place, field, limit), part, notes)
+    return _sliced(_members(folder, named, split, place, field, limit), part, ())
+
+
+def _members(
+    folder: Path, names: Sequence[str], split: str, place: str, field: str, limit: int
+) -> Source:
+    """Rows of files within a folder; refuses links that lead out."""
+    for name in names:
+        if not _inside(folder, name):
+            raise ValueError(
+                f"{field} = {place}: {shown(name)} leads to {(folder / name).resolve()}, outside "
+                "the folder; only files inside it are read. Name that file itself as data.source"
+            )
+    shown_names = [f"{place.rstrip('/')}/{shown(name)}" for name in names]
+    paths = [folder / name for name in names]
+    return _read(paths, shown_names, split, f"{place} ({split})", field, limit)
+
+
+def _inside(folder: Path, name: str) -> bool:
+    return (folder / name).resolve().is_relative_to(folder.resolve())
+
+
+def _notes(files: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    read = f"files read: {listed(files, 5)}"
+    return (read + (f"; of another kind and not read: {listed(others, 5)}" if others else ""),)
+
+
+def _saved(folder: Path, said: str) -> tuple[str, ...]:
+    """Names of the arrow files of a folder that `save_to_disk` wrote."""
+    check_file(folder / "state.json", str(folder / "state.json"), said.split(" = ")[0])
+    try:
+        state = json.loads((folder / "state.json").read_bytes()[: 2**20])
+        return tuple(str(file["filename"]) for file in state["_data_files"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{said}: state.json does not list its files as datasets' save_to_disk does "
+            f"({type(error).__name__}); save the data set again"
+        ) from error
+
+
+def _hub(data: DataConfig, place: str, split: str, field: str, limit: int) -> Source:
+    repo, _, own = place.partition(":")
+    if own and split not in ("train", own):
+        raise ValueError(f"data.split = {split}, but {field} = {place} names {own}: keep one")
+    split = own or split
+    said = f"{field} = {place}"
+    name, part = _part(split, said)
+    repository = open_repository(repo, data.revision, said)
+    readme = None
+    if "README.md" in repository.names:
+        text = repository.fetch("README.md").read_text(encoding="utf-8", errors="replace")
+        readme = None if text.encode()[: len(LFS)] == LFS else text
+    chosen = choose(repository.names, readme, data.config, name, said)
+    paths = [repository.fetch(file) for file in chosen.files]
+    names = [f"{repo}/{shown(file)}" for file in chosen.files]
+    source = _read(paths, names, split, f"{repo} ({split})", field, limit)
+    return _sliced(source, part, _notes(chosen.files, chosen.others))
+
+
+def _part(split: str, said: str) -> tuple[str, tuple[str | None, str | None]]:
+    """Name and slice of a split such as train[:10%]."""
+    match = SPLIT.fullmatch(split)
+    if match is None:
+        raise ValueError(
+            f"data.split = {split}: {said} has splits such as train, train[:100] or train[10%:]"
+        )
+    return match.group(1), (match.group(2), match.group(3))
+
+
+def _sliced(source: Source, part: tuple[str | None, str | None], notes: tuple[str, ...]) -> Source:
+    def place(text: str | None) -> int | None:
+        if text is None:
+            return None
+        return round(int(text[:-1]) / 100 * len(source.rows)) if text[-1] == "%" else int(text)
+
+    start, stop, _ = slice(*map(place, part)).indices(len(source.rows))
+    rows = (
+        source.rows
+        if (start, stop) == (0, len(source.rows))
+        else list(itertools.islice(source.rows, start, stop))
+    )
+    return replace(source, rows=rows, notes=notes, first=start)
