@@ -99,7 +99,9 @@ def parse(
                 "own config.yaml; leave the preset out"
             )
         try:
-            values = with_old_engine(values_of_run(given, functools.partial(_read_yaml, of_a_run=True)))
+            values = with_old_engine(
+                values_of_run(given, functools.partial(_read_yaml, of_a_run=True))
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from None
     if has_preset:
