@@ -42,10 +42,10 @@ def show_data(config: Config, show: int) -> int:
     """
     from rich.console import Console
 
+    from glassloop.base.tokenizer import load_tokenizer
     from glassloop.data.dataset import build_rows, summary
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
-    from glassloop.engines.build import load_tokenizer
 
     loaded = load_examples(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)

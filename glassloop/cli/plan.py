@@ -179,12 +179,12 @@ class Measured:
 
 def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     """Load tokenizer and rows, and count tokens. Raises ValueError for rows of no use."""
+    from glassloop.base.tokenizer import load_tokenizer
     from glassloop.data.batches import Batches
     from glassloop.data.dataset import build_rows
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
     from glassloop.data.token_counts import count_tokens, rows_by_source
-    from glassloop.engines.build import load_tokenizer
     from glassloop.plan.engine_lines import planned_engine
     from glassloop.plan.outlook import plan_of
     from glassloop.plan.work import pass_tokens_for, usual_budget

@@ -154,7 +154,7 @@ def decoder(opened: Opened) -> Any:
     """Token ids to text, under record.text = full only; None otherwise."""
     if opened.text != "full":
         return None
-    from glassloop.engines.build import load_tokenizer
+    from glassloop.base.tokenizer import load_tokenizer
 
     return load_tokenizer(opened.config.model).decode
 

@@ -207,12 +207,13 @@ def outline(config: Config, ranks: int, *, on_cpu: bool) -> list[str]:
         format=loaded.format,
         template=f"{template.name} ({template.why})" if template.why else template.name,
         rows=len(train.rows),
-        left_out=len(train.dropped) + sum(loaded.skipped.values()),
+        left_out=len(train.dropped) + sum({**loaded.skipped, **train.faulty}.values()),
         median_tokens=lengths[len(lengths) // 2],
         longest_tokens=lengths[-1],
         cut=train.cut,
         supervised_share=train.supervised_tokens / train.tokens,
         heldout=len(seen.dataset.heldout.rows),
+        notes=(*loaded.notes, *seen.by_source),
     )
     rate = cpu_flops_per_s(ranks) if on_cpu else None
     return overview_lines(outlook, rows, cpu_flops_per_s=rate)

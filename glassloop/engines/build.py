@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from glassloop.base.checks import (
     check_devices,
@@ -21,9 +21,10 @@ from glassloop.base.checks import (
 from glassloop.base.host_pages import HostPages
 from glassloop.base.layer_file import NotStreamable
 from glassloop.base.quantised import LoadReport, load_base
-from glassloop.base.source import BaseSource, loading_errors, resolve_source
+from glassloop.base.source import BaseSource
 from glassloop.base.still import check_still, silence
 from glassloop.base.streamed import load_streamed
+from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import attach_lora, load_adapter
 from glassloop.engines.norms import fuse_norms
@@ -34,32 +35,6 @@ if TYPE_CHECKING:
     from glassloop.engines.fused.engine import FusedEngine
 
 Engine = Union[PeftEngine, "FusedEngine"]  # what the loop calls: the same forward, hf and report
-
-
-def load_tokenizer(model: ModelConfig, source: BaseSource | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of `model.id`, at the same commit as its weights.
-
-    A tokenizer that names no pad token pads with EOS. Masks go by length, so the two never mix.
-
-    Args:
-        source: of the base, where the caller has resolved it.
-
-    Raises:
-        ValueError: there is no tokenizer, or it has no EOS; names model.id.
-    """
-    source = source or resolve_source(model)
-    with loading_errors(model):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.id = {model.id}: the tokenizer has no EOS token, so the model cannot learn to "
-            "stop. Choose another model"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def build_engine(

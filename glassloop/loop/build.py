@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from glassloop.base.source import BaseSource, locate_base, vocabulary_of
+from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config.config import Config, as_dict, settled
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, build_rows
 from glassloop.data.sources import Loaded, load_examples
 from glassloop.data.templates import Template, make_template
 from glassloop.disk.lock import FolderLock
-from glassloop.engines.build import load_tokenizer
 from glassloop.formula.dist import all_or_none, gather_objects, in_turn, one_first, require_same
 from glassloop.health.inspection import make_inspection
 from glassloop.loop.changed import recorded_config

@@ -10,7 +10,7 @@ from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, summary
 from glassloop.loop.replica import Replica
 from glassloop.plan.outlook import overridden
-from glassloop.plan.steps import describe
+from glassloop.plan.steps import counted, describe
 from glassloop.plan.work import chooses_passes
 
 LOST_IN_BF16 = (
@@ -52,7 +52,7 @@ def header(
 def execution_of(config: Config, batches: Batches, device: torch.device) -> str:
     """Layout, reduction, hardware, engine, precision and activations in words."""
     execution, cuda = config.execution, device.type == "cuda"
-    hardware = f"CPU ({torch.get_num_threads()} threads a rank)"
+    hardware = f"CPU ({counted(torch.get_num_threads(), 'thread')} a rank)"
     if cuda:
         hardware = torch.cuda.get_device_name()
     activations = "recomputed" if execution.checkpointing else "stored"

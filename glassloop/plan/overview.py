@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import dataclass
 
 from glassloop.plan.outlook import Outlook
+from glassloop.plan.steps import counted
 from glassloop.plan.text import LABEL, duration, width
 from glassloop.predict.flops import flops_of
 from glassloop.predict.ledger import GIB, ledger_of
@@ -61,13 +62,13 @@ def overview_lines(
         ),
         (
             "update",
-            f"{plan.size} rows x {_count(plan.ranks, 'rank')} x {plan.accumulation} = "
+            f"{plan.size} rows x {counted(plan.ranks, 'rank')} x {plan.accumulation} = "
             f"{plan.rows_per_update} rows",
             "batch.rows_per_update",
         ),
         (
             "length",
-            f"{_epochs(plan.epochs)} = {_count(plan.updates, 'update')}, lr {max(plan.lr):.3g}, "
+            f"{_epochs(plan.epochs)} = {counted(plan.updates, 'update')}, lr {max(plan.lr):.3g}, "
             f"{plan.warmup} warm up",
             "--epochs, optimizer.lr",
         ),
@@ -81,7 +82,7 @@ def overview_lines(
     if plan.updates < FEW:
         more = -(-FEW * plan.epochs // plan.updates)
         notes.append(
-            f"{_count(plan.updates, 'update')} may be few to learn from: --epochs {more:g}"
+            f"{counted(plan.updates, 'update')} may be few to learn from: --epochs {more:g}"
         )
     for note in notes:
         lines += _row("note", note, "")
@@ -100,10 +101,6 @@ def _row(name: str, text: str, setting: str) -> list[str]:
     return [first.rstrip(), *(f"{'':<{LABEL}}{piece}" for piece in pieces[1:])]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def _epochs(epochs: float) -> str:
     return "1 epoch" if epochs == 1 else f"{epochs:.3g} epochs"
 
@@ -111,7 +108,7 @@ def _epochs(epochs: float) -> str:
 def _heldout(rows: RowFacts) -> str:
     if not rows.heldout:
         return "nothing: no evaluation"
-    return f"{_count(rows.heldout, 'row')}, never trained on"
+    return f"{counted(rows.heldout, 'row')}, never trained on"
 
 
 def _engine(outlook: Outlook, *, on_cpu: bool) -> str:

@@ -137,16 +137,27 @@ def make_plan(
     return StepPlan(rows, size, ranks, accumulation, full, left, tail, updates, lr, warmup)
 
 
+def counted(number: int, what: str) -> str:
+    """A number with its noun: 1 rank, 2 ranks, 3 passes, 1,000 rows."""
+    ending = "" if number == 1 else "es" if what.endswith(("s", "ch")) else "s"
+    return f"{number:,} {what}{ending}"
+
+
 def describe(plan: StepPlan) -> list[str]:
     """The step math in sentences, for the header of a run."""
+    tail_rows, full = counted(plan.tail_rows, "row"), counted(plan.full_windows, "full window")
     tail = {
-        "keep": f"{plan.full_windows} full windows and one of {plan.tail_rows} rows",
-        "drop": f"{plan.full_windows} full windows; {plan.tail_rows} rows of each epoch are left out",
+        "keep": f"{full} and one of {tail_rows}",
+        "drop": f"{full}; {tail_rows} of each epoch are left out",
     }[plan.tail]
-    windows = tail if plan.tail_rows else f"{plan.full_windows} full windows"
+    updates, peak = counted(plan.updates, "update"), max(plan.lr)
     return [
-        f"{plan.size} rows x {plan.ranks} ranks x {plan.accumulation} micro-batches = {plan.rows_per_update} rows an update",
-        f"{plan.rows:,} rows make {plan.windows_per_epoch} updates an epoch ({windows})",
-        f"{plan.updates} updates are {plan.epochs:.2f} epochs; lr {plan.lr[0]:.3g} at update 1, "
-        f"{max(plan.lr):.3g} at its peak, {plan.lr[-1]:.3g} at update {plan.updates}",
+        f"{counted(plan.size, 'row')} x {counted(plan.ranks, 'rank')} x "
+        f"{counted(plan.accumulation, 'micro-batch')} = "
+        f"{counted(plan.rows_per_update, 'row')} an update",
+        f"{counted(plan.rows, 'row')} make {counted(plan.windows_per_epoch, 'update')} an epoch "
+        f"({tail if plan.tail_rows else full})",
+        f"{updates} {'is' if plan.updates == 1 else 'are'} {plan.epochs:.2f} epochs; "
+        f"lr {plan.lr[0]:.3g} at update 1, {peak:.3g} at its peak, {plan.lr[-1]:.3g} at update "
+        f"{plan.updates}",
     ]

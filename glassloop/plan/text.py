@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from glassloop.plan.outlook import CardTime, Outlook, overridden
-from glassloop.plan.steps import StepPlan
+from glassloop.plan.steps import StepPlan, counted
 from glassloop.plan.work import TokenCounts, chooses_passes
 from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, Verdict
 from glassloop.predict.ledger import GIB
@@ -100,7 +100,8 @@ def _steps(outlook: Outlook) -> list[str]:
         )
     else:
         how = (
-            f"literal: {plan.accumulation} passes of {plan.size} rows on each of {plan.ranks} ranks"
+            f"literal: {counted(plan.accumulation, 'pass')} of "
+            f"{counted(plan.size, 'row')} on each of {counted(plan.ranks, 'rank')}"
         )
         if plan.tail_rows and plan.tail == "keep":
             chunks = -(-plan.tail_rows // plan.size)

@@ -34,6 +34,7 @@ from glassloop.record.jsonl import (
     PROBES,
     ROWS,
     SAMPLES,
+    read_jsonl,
     read_records,
 )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config.config import Config, as_dict
 from glassloop.data.batches import Batches, Window
 from glassloop.data.dataset import build_rows
@@ -19,7 +20,6 @@ from glassloop.data.rows import Row
 from glassloop.data.sources import load_examples
 from glassloop.data.templates import make_template
 from glassloop.disk.opening import read_plain
-from glassloop.engines.build import load_tokenizer
 from glassloop.loop.conditions import hash_of
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import chooses_passes, pass_tokens_for

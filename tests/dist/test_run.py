@@ -80,7 +80,7 @@ def test_each_rank_says_how_long_its_own_passes_took(whole):
 def test_one_rank_speaks_and_says_what_was_asked_and_what_is_executed(whole):
     output = (whole / "output.txt").read_text()
     assert len(re.findall(r"^asked ", output, re.M)) == 1
-    assert "1 rows x 2 ranks x 2 micro-batches = 4 rows an update" in output
+    assert "1 row x 2 ranks x 2 micro-batches = 4 rows an update" in output
     assert len(re.findall(r"^ *\d+/24 +\d", output, re.M)) == 24
 
 

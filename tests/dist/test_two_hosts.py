@@ -111,7 +111,7 @@ def test_two_hosts_train_one_run(hosts: None, words: list[str], tmp_path: Path) 
     ]
     assert [record["update"] for record in records] == list(range(1, 9))
     assert all(len(record["rank_loss_nats"]) == 2 for record in records)
-    assert "1 rows x 2 ranks x 2 micro-batches = 4 rows an update" in outputs[0]
+    assert "1 row x 2 ranks x 2 micro-batches = 4 rows an update" in outputs[0]
     assert not (
         tmp_path / HOSTS[1] / "both/metrics.jsonl"
     ).exists()  # rank 0's host keeps the record

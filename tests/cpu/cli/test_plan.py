@@ -229,12 +229,12 @@ def test_a_mix_is_counted_by_source_and_update(capsys, tiny_llama, tmp_path):
 def test_with_data_counts_tokens_as_the_run_will(capsys, tiny_llama, tmp_path):
     from launching import write_rows
 
+    from glassloop.base.tokenizer import load_tokenizer
     from glassloop.config.arguments import parse
     from glassloop.data.batches import Batches
     from glassloop.data.dataset import build_rows
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
-    from glassloop.engines.build import load_tokenizer
 
     rows = write_rows(tmp_path / "rows.jsonl", 37)
     words = [

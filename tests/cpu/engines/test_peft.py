@@ -17,10 +17,10 @@ from glassloop.base import quantised as base_cache
 from glassloop.base.checks import (
     base_checksum,
 )
+from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Pass, Row
-from glassloop.engines.build import load_tokenizer
 from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")

@@ -74,7 +74,8 @@ TABLE = {
     ),
     "train_loop": Rule("config data formula health loop plan predict report", "torch"),
     "replay": Rule(
-        "config data disk engines formula health loop plan record saved", "accelerate torch yaml"
+        "base config data disk engines formula health loop plan record saved",
+        "accelerate torch yaml",
     ),
     "verify": Rule(
         "config data disk formula health loop",

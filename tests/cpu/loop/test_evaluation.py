@@ -28,12 +28,13 @@ from evaluation_checks import (
 from torch import nn
 from transformers import GenerationConfig
 
+from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config.config import DataConfig, LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Example, Row, Turn
 from glassloop.data.scam import verdict_of
 from glassloop.data.templates import make_template
-from glassloop.engines.build import build_engine, load_tokenizer
+from glassloop.engines.build import build_engine
 from glassloop.engines.peft import PeftEngine
 from glassloop.loop import evaluation
 from glassloop.loop.evaluation import Answer, row_losses, scores

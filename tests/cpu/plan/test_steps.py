@@ -156,3 +156,16 @@ def test_the_recipes_60_updates_train_on_352_rows_twice():
     assert (plan.rows_per_update, plan.full_windows, plan.tail_rows) == (16, 37, 8)
     assert plan.rows_trained == 952
     assert plan.times_trained == {2: 352, 1: 248}
+
+
+def test_one_of_a_kind_has_no_plural():
+    plan = make_plan(rows=9, size=1, ranks=1, accumulation=1, updates=1, **(RECIPE | {"warmup": 1}))
+    assert describe(plan)[:2] == [
+        "1 row x 1 rank x 1 micro-batch = 1 row an update",
+        "9 rows make 9 updates an epoch (9 full windows)",
+    ]
+    plan = make_plan(
+        rows=9, size=2, ranks=2, accumulation=2, updates=None, **(RECIPE | {"warmup": 1})
+    )
+    assert describe(plan)[0] == "2 rows x 2 ranks x 2 micro-batches = 8 rows an update"
+    assert "1 full window and one of 1 row)" in describe(plan)[1]
