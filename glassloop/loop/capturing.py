@@ -93,6 +93,8 @@ def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -
         config=as_dict(run.config),
         device=replica.device,
     )
+    if run.lock is not None:
+        run.lock.check()  # it would make the folder again under its old name
     try:
         saved = save_capsule(
             run.folder / "capsules",

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ from glassloop.data.batches import build_pass
 from glassloop.data.rows import Example, Row
 from glassloop.data.scam import verdict_of
 from glassloop.formula.dist import all_or_none, gather_objects
-from glassloop.loop.generation import EvaluationSetup, generate, unchanged
+from glassloop.loop.generation import EvaluationSetup, EvaluationStopped, generate, unchanged
 from glassloop.record.records import EvaluationRecord
 
 VERDICTS = ("scam", "honest")
@@ -105,6 +105,7 @@ def evaluate(
     Raises:
         ValueError: no held-out row has a supervised token.
         RuntimeError: another rank failed. The failing rank raises its own error; none waits for it.
+        EvaluationStopped: a stop was asked of a rank.
     """
     assert not isinstance(engine, DistributedDataParallel), (
         "evaluate() takes the engine itself, not its DDP wrapper"
@@ -119,16 +120,20 @@ def evaluate(
     hf: Any = engine.hf
     rank, ranks = setup.rank, setup.ranks
     my_rows, my_examples = rows[rank::ranks], examples[:generate_rows][rank::ranks]
-    with all_or_none("evaluation") if ranks > 1 else nullcontext(), unchanged(engine, setup.device):
+
+    def my_share() -> _Share:
         losses = row_losses(engine, my_rows, setup)
         share = _Share(losses, [], answer_examples(hf, my_examples, setup), [])
-        if with_base:
-            with hf.disable_adapter():
-                losses = row_losses(engine, my_rows, setup)
-                answers = answer_examples(hf, my_examples, setup)
-            share = replace(share, base_losses=losses, base_answers=answers)
+        if not with_base:
+            return share
+        with hf.disable_adapter():
+            losses = row_losses(engine, my_rows, setup)
+            answers = answer_examples(hf, my_examples, setup)
+        return replace(share, base_losses=losses, base_answers=answers)
 
-    shares: list[_Share] = gather_objects(share) if ranks > 1 else [share]
+    with all_or_none("evaluation") if ranks > 1 else nullcontext(), unchanged(engine, setup.device):
+        share = unless_stopped(my_share)
+    shares = of_all_ranks(share, ranks)
     assert len(shares) == ranks, f"setup.ranks = {ranks}, but {len(shares)} answered"
     loss_nats = math.fsum(loss for one in shares for loss in one.losses) / tokens
     all_answers = in_row_order([one.answers for one in shares])
@@ -162,6 +167,8 @@ def row_losses(engine: nn.Module, rows: Sequence[Row], setup: EvaluationSetup) -
     sums = [torch.zeros(0, device=setup.device)]
     with unchanged(engine, setup.device), setup.autocast():
         for start in range(0, len(rows), setup.batch_size):
+            if setup.stopped():
+                raise EvaluationStopped
             batch = rows[start : start + setup.batch_size]
             p = build_pass(batch, packed=False, pad_id=setup.pad_id, device=setup.device)
             _, row_loss_sums = engine(p)
@@ -186,8 +193,27 @@ def answer_together(hf: Any, examples: Sequence[Example], setup: EvaluationSetup
     Every rank must call it, and gets all answers in the order of `examples`.
     """
     with all_or_none("generation") if setup.ranks > 1 else nullcontext():
-        mine = answer_examples(hf, examples[setup.rank :: setup.ranks], setup)
-    return in_row_order(gather_objects(mine) if setup.ranks > 1 else [mine])
+        mine = unless_stopped(
+            lambda: answer_examples(hf, examples[setup.rank :: setup.ranks], setup)
+        )
+    return in_row_order(of_all_ranks(mine, setup.ranks))
+
+
+def unless_stopped(action: Callable[[], Item]) -> Item | None:
+    """What `action` gives; None where a stop interrupts it."""
+    try:
+        return action()
+    except EvaluationStopped:
+        return None
+
+
+def of_all_ranks(mine: Item | None, ranks: int) -> list[Item]:
+    """Every rank's value. Raises EvaluationStopped on all of them where one has None."""
+    found = gather_objects(mine) if ranks > 1 else [mine]
+    values: list[Item] = [value for value in found if value is not None]
+    if len(values) < len(found):
+        raise EvaluationStopped
+    return values
 
 
 def scores(answers: Sequence[Answer], *, loss_nats: float) -> dict[str, float | None]:

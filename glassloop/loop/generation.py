@@ -26,6 +26,10 @@ ROTARY_STATE = ("inv_freq", "max_seq_len_cached", "attention_scaling")
 Autocast = Callable[[], AbstractContextManager]
 
 
+class EvaluationStopped(Exception):
+    """Raised where a stop was asked in mid-evaluation, by `evaluate` on every rank."""
+
+
 @dataclass(frozen=True)
 class EvaluationSetup:
     """How rows are measured and answered; all ranks share it but for `rank`.
@@ -36,6 +40,7 @@ class EvaluationSetup:
         pad_id: fills shorter rows. It may be one of `stop_ids`.
         max_new_tokens: of an answer, stop token included.
         autocast: gives a new context of the run's compute precision at each call.
+        stopped: whether a stop was asked of this rank; looked at before each batch.
     """
 
     template: Template
@@ -48,6 +53,7 @@ class EvaluationSetup:
     autocast: Autocast = nullcontext
     rank: int = 0
     ranks: int = 1
+    stopped: Callable[[], bool] = lambda: False
 
 
 @contextlib.contextmanager
@@ -125,6 +131,8 @@ def generate(
     try:
         with unchanged(hf, setup.device), setup.autocast():
             for start in range(0, len(prompts), setup.batch_size):
+                if setup.stopped():
+                    raise EvaluationStopped
                 batch = prompts[start : start + setup.batch_size]
                 width = max(len(prompt) for prompt in batch)
                 room = setup.max_new_tokens

@@ -18,7 +18,7 @@ from glassloop.health.inspection import Inspection
 from glassloop.loop.claim import release
 from glassloop.loop.commands import generate_command, launch_command, replay_command, replay_of
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
-from glassloop.loop.generation import EvaluationSetup
+from glassloop.loop.generation import EvaluationSetup, EvaluationStopped
 from glassloop.loop.replica import Replica
 from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.loop.watchdog import Watchdog
@@ -184,8 +184,20 @@ class Run:
             )
 
     def evaluate(self, update: int) -> None:
-        """Held-out loss and scores after `update` updates, and the samples at both ends of the run. All ranks take part."""
+        """Evaluate after `update` updates, unless a stop interrupts it. All ranks take part."""
         self.does(update, "evaluates")
+        try:
+            self._evaluate(update)
+        except EvaluationStopped:
+            self.event(
+                update,
+                "warning",
+                f"the evaluation after update {update} was dropped: a stop was asked",
+                f"glassloop evaluate {self.folder}" if update else None,
+            )
+
+    def _evaluate(self, update: int) -> None:
+        """Held-out loss and scores, and the samples at both ends of the run."""
         settings = self.config.evaluation
         setup = EvaluationSetup(
             template=self.template,
@@ -198,6 +210,7 @@ class Run:
             autocast=self.accelerator.autocast,  # type: ignore[arg-type]  # its own default is None
             rank=self.replica.rank,
             ranks=self.replica.ranks,
+            stopped=lambda: self.stop.asked,
         )
         answers: list[Answer] = []
         if self.heldout:

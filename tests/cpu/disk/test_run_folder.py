@@ -72,8 +72,14 @@ def at_update(run, update, action):
     run.inspection.half_way = half_way
 
 
-def test_a_run_whose_folder_is_renamed_ends_and_names_the_new_place(run_of, tmp_path):
-    run = run_of(run={"name": "old"}, schedule={"updates": 6}, checkpoint={"every_updates": 1})
+@pytest.mark.parametrize("captured", [[], [3]], ids=["before a record", "before a capsule"])
+def test_a_run_whose_folder_is_renamed_ends_and_names_the_new_place(captured, run_of):
+    run = run_of(
+        run={"name": "old"},
+        schedule={"updates": 6},
+        checkpoint={"every_updates": 1},
+        record={"capture_updates": captured},
+    )
     new = run.folder.with_name("new")
     at_update(run, 3, lambda: run.folder.rename(new))
     with pytest.raises(FolderMoved, match=rf"was renamed in mid-run, its files are in {new}: "):
