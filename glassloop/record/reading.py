@@ -34,7 +34,6 @@ from glassloop.record.jsonl import (
     PROBES,
     ROWS,
     SAMPLES,
-    read_jsonl,
     read_records,
 )
 

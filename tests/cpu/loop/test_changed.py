@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from glassloop.config.arguments import ConfigError, field_names, parse
+from glassloop.config.arguments import ConfigError, parse
+from glassloop.config.names import field_names
 from glassloop.loop import build
 from glassloop.loop.changed import keep_aside, machine_changes, plan_changes
 from glassloop.record.jsonl import read_jsonl
