@@ -21,7 +21,7 @@ from glassloop.base.checks import (
 from glassloop.base.host_pages import HostPages
 from glassloop.base.layer_file import NotStreamable
 from glassloop.base.quantised import LoadReport, load_base
-from glassloop.base.source import BaseSource, loading_errors, resolve_source
+from glassloop.base.source import BaseSource, loading_errors, locate_base
 from glassloop.base.still import check_still, silence
 from glassloop.base.streamed import load_streamed
 from glassloop.config.config import LoraConfig, ModelConfig
@@ -47,7 +47,7 @@ def load_tokenizer(model: ModelConfig, source: BaseSource | None = None) -> PreT
     Raises:
         ValueError: there is no tokenizer, or it has no EOS; names model.id.
     """
-    source = source or resolve_source(model)
+    source = source or locate_base(model)[0]
     with loading_errors(model):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
