@@ -61,6 +61,7 @@ def outcome(case: Case, place: Place) -> str:
         text,
         flags=re.DOTALL,
     )
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return (
         text.replace("\n", " ")
         .replace("|", "\\|")
