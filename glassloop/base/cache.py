@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,16 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
 
 
 @contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well; so `folder` exists whole or not at all.
+def published(
+    folder: Path, unwritable: Callable[[Path, OSError], ValueError] = _unwritable
+) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` when the block ends well.
 
-    Two writers may race: the first rename wins, and the other's copy is thrown away.
+    So `folder` exists whole or not at all. Two writers may race: the first rename wins, and the
+    other's copy is removed.
+
+    Args:
+        unwritable: the error to raise if no folder can be made in `folder.parent`.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +66,7 @@ def published(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise _unwritable(folder.parent, error) from error
+        raise unwritable(folder.parent, error) from error
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:

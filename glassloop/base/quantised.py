@@ -36,6 +36,7 @@ from glassloop.base.source import (
     BaseError,
     BaseSource,
     base_hash,
+    check_config,
     damaged_copy,
     downloaded,
     loading_errors,
@@ -387,7 +388,8 @@ def _load_copy(
 
 
 def own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
-    """The quantization_config that a repository brings, None where its weights are not quantised."""
+    """Return the quantization_config of a repository; None if its weights are not quantised."""
+    check_config(source, model)
     with loading_errors(model):
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=model.trust_remote_code

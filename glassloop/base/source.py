@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from glassloop.base.cache import cache_root
+from glassloop.base.files import FileError, check_files
 from glassloop.base.random import PREFIX, VERSION, random_folder
 from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
 from glassloop.config.config import ModelConfig
@@ -154,10 +155,20 @@ def config_of(source: BaseSource, model: ModelConfig) -> dict[str, Any]:
     """The base's config as plain values. Raises BaseError naming model.id if there is none."""
     from transformers import AutoConfig
 
+    check_config(source, model)
     with loading_errors(model):
         return AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
         ).to_dict()
+
+
+def check_config(source: BaseSource, model: ModelConfig) -> None:
+    """Raise BaseError for files from which a library would build something absurd."""
+    with loading_errors(model):
+        try:
+            check_files(source.path, source.revision, source.folder)
+        except FileError as error:
+            raise BaseError(f"model.id = {model.id}: {error}") from error
 
 
 def locate_base(model: ModelConfig) -> tuple[BaseSource, dict[str, Any]]:
@@ -246,6 +257,7 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
     """
     from pickle import UnpicklingError
 
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -263,10 +275,13 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
         OSError,
         ValueError,
         ImportError,
-        KeyError,
+        LookupError,
         TypeError,
+        ArithmeticError,
+        AttributeError,
         RuntimeError,
         SafetensorError,
+        StrictDataclassError,
     ) as error:
         outside = (
             isinstance(error, OSError) and error.errno is not None

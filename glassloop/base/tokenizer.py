@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glassloop.base.source import BaseSource, loading_errors, resolve_source
+from glassloop.base.source import BaseSource, loading_errors, locate_base
 from glassloop.config.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def load_tokenizer(model: ModelConfig, source: BaseSource | None = None) -> PreT
     """
     from transformers import AutoTokenizer
 
-    source = source or resolve_source(model)
+    source = source or locate_base(model)[0]
     with loading_errors(model):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=model.trust_remote_code

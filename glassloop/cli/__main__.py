@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import io
 import logging
 import os
 import pkgutil
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"glassloop {glassloop.__version__}")
         return 0
     name, *rest = words
+    if isinstance(sys.stdout, io.TextIOWrapper):  # under LC_ALL=C, "ü" is shown as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     if name not in command_names():
         print(_unknown(name), file=sys.stderr)
         return 2

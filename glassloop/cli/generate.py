@@ -178,6 +178,7 @@ class Session:
         from rich.console import Console
 
         from glassloop.use.answering import sampling_of, stop_ids_of
+        from glassloop.use.questions import typed
         from glassloop.use.trained import setup_of
 
         self.given, self.template, self.loaded = given, template, loaded
@@ -192,9 +193,9 @@ class Session:
             max_new_tokens=given.max_new_tokens,
         )
         self.setup = dataclasses.replace(setup, stop_ids=stop_ids_of(template, settings))
-        self.system = (
-            (given.system or None) if given.system is not None else trained.config.data.system
-        )
+        self.system = trained.config.data.system
+        if given.system is not None:
+            self.system = typed(given.system, "--system") or None
         self.console: Console = Console(soft_wrap=True, highlight=False)
         self.sides = SIDES[given.only]
         if not given.json:
@@ -289,10 +290,9 @@ class Session:
     def show(self, number: int, question: str, replies: dict[str, Reply]) -> None:
         if self.given.json:
             told = {side: dataclasses.asdict(reply) for side, reply in replies.items()}
-            print(
-                json.dumps({"number": number, "question": question, **told}, ensure_ascii=False),
-                flush=True,
-            )
+            line = {"number": number, "question": question, **told}
+            utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+            print(json.dumps(line, ensure_ascii=not utf8), flush=True)
             return
         self.say()
         self.say(
@@ -314,6 +314,7 @@ class Session:
         """Each side has its own conversation, since its answers are other ones."""
         from glassloop.data.rows import Turn
         from glassloop.use.answering import check_lengths
+        from glassloop.use.questions import typed
 
         self.say(
             "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers (--only adapter for one)."
@@ -322,7 +323,7 @@ class Session:
         turn = 0
         while True:
             try:
-                said = input("you> ").strip()
+                said = typed(input("you> "), "what you typed").strip()
             except (EOFError, KeyboardInterrupt):
                 self.say()
                 return

@@ -88,6 +88,10 @@ def main(argv: list[str]) -> int:
     return run(given)
 
 
+def unwritable(out: Path, error: OSError) -> ValueError:
+    return ValueError(f"OUT = {out} cannot be written ({error.strerror}): name another place")
+
+
 def run(given: argparse.Namespace) -> int:
     from glassloop.loop.launch import hush
     from glassloop.use.merge.folder import check_out
@@ -106,7 +110,7 @@ def run(given: argparse.Namespace) -> int:
     lines: list[Line] = []
     beside = given.out.absolute().parent
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=beside) as spare:
-        with published(given.out) as folder:
+        with published(given.out, lambda _, error: unwritable(given.out, error)) as folder:
             job.write(folder, given.base)
             if given.bits == 4:
                 lines = [] if given.no_table else job.table(folder, Path(spare))

@@ -47,6 +47,12 @@ def main(argv: list[str]) -> int:
     return run(own.parse_args(argv))
 
 
+def unwritable(given: argparse.Namespace, error: OSError) -> ValueError:
+    return ValueError(
+        f"--dry-run {given.dry_run} cannot be written ({error.strerror}): name another place"
+    )
+
+
 def run(given: argparse.Namespace) -> int:
     from glassloop.loop.launch import hush
 
@@ -86,12 +92,10 @@ def run(given: argparse.Namespace) -> int:
         )
     if given.dry_run is not None:
         try:
-            with published(given.dry_run) as folder:
+            with published(given.dry_run, lambda _, error: unwritable(given, error)) as folder:
                 names = stage(facts, folder, given.repo, given.merged)
         except OSError as error:
-            raise ValueError(
-                f"--dry-run {given.dry_run} cannot be written ({error.strerror}): name another place"
-            ) from error
+            raise unwritable(given, error) from error
         print(
             f"would go  to {given.repo}, {'public' if given.public else 'private'}: {', '.join(names)}"
         )

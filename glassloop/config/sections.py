@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Engine = Literal["auto", "peft", "fused", "unsloth"]
 ENGINES: tuple[str, ...] = tuple(
     engine for engine in get_args(Engine) if engine != "auto"
 )  # that a run can end up with
+
+
+MANY_LINES = ("system",)  # fields of text that a model reads
+OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Section(BaseModel):
@@ -20,6 +25,17 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _one_line(cls, value: Any, info: ValidationInfo) -> Any:
+        """Names and paths are printed and become files' names: no terminal may obey them."""
+        texts = value if isinstance(value, tuple) else (value,)
+        if info.field_name not in MANY_LINES and any(
+            isinstance(text, str) and OBEYED.search(text) for text in texts
+        ):
+            raise ValueError("it holds a control character, such as a line break; remove it")
+        return value
 
 
 class ExecutionConfig(Section):

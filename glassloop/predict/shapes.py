@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from glassloop.predict.known import Row, sizes_by_name
+from glassloop.predict.sizes import odd_size
 
 NORMS = {  # model_type -> RMS norms of hidden size in a layer
     "llama": 2,
@@ -283,6 +284,8 @@ def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
         return None, f"model.id = {model_id}: {file} cannot be read ({error})"
     if not isinstance(values, dict):
         return None, f"model.id = {model_id}: {file} holds no object"
+    if (odd := odd_size(values)) is not None:
+        return None, f"model.id = {model_id}: {file} says {odd}"
     shapes = shapes_from_config(values, model_id.rstrip("/").rpartition("/")[2])
     if shapes is None:
         return (

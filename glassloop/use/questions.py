@@ -9,15 +9,19 @@ KEYS = ("question", "prompt", "dialogue")  # of a line of a .jsonl file
 
 
 def questions_of(words: list[str], file: Path | None, stdin: bytes | None) -> list[str]:
-    """The questions asked: each word one; `file` more of them; `stdin`, where there is neither or a word is `-`, one as a whole.
+    """Collect the questions: one a word, more from `file`, one from `stdin`.
 
-    A file that ends in .jsonl holds a JSON string or an object with `question`, `prompt` or `dialogue` a line; any other a question a line.
+    stdin is read if there is neither word nor file, or for the word `-`. A file that ends in .jsonl
+    holds a JSON string or an object with `question`, `prompt` or `dialogue` a line; any other file
+    holds a question a line.
 
     Raises:
-        ValueError: there is no question, or a file that cannot be read; names it, the line and the cure.
+        ValueError: there is no question, or a file cannot be read; names it, the line and the cure.
     """
     found = [
-        readable(stdin, "stdin").strip() if word == "-" and stdin is not None else word
+        readable(stdin, "stdin").strip()
+        if word == "-" and stdin is not None
+        else typed(word, "a question")
         for word in words
     ]
     if file is not None:
@@ -66,8 +70,15 @@ def _from_json(line: str, where: str) -> str:
     return value
 
 
+def typed(text: str, what: str) -> str:
+    """Read a word of the command line as UTF-8, whatever the locale made of it (LC_ALL=C)."""
+    if not any("\ud800" <= char <= "\udfff" for char in text):
+        return text
+    return readable(text.encode("utf-8", "surrogateescape"), what)
+
+
 def readable(data: bytes, what: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{what} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        raise ValueError(f"{what} is not UTF-8 (byte {error.start}): write it in UTF-8") from error

@@ -61,6 +61,7 @@ def outcome(case: Case, place: Place) -> str:
         text,
         flags=re.DOTALL,
     )
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return (
         text.replace("\n", " ")
         .replace("|", "\\|")
@@ -150,6 +151,22 @@ def base(change: Callable[[Path], None]) -> Callable[[Place], str]:
         return "it runs"
 
     return gets
+
+
+def with_json(name: str, **fields: Any) -> Callable[[Path], None]:
+    """A base whose JSON file says something else."""
+
+    def change(path: Path) -> None:
+        file = path / name
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, **fields}))
+
+    return change
+
+
+def template(text: str) -> Callable[[Path], None]:
+    """A base whose tokenizer has this chat template."""
+    return lambda path: (path / "chat_template.jinja").write_text(text) and None
 
 
 def own_code(path: Path) -> None:
@@ -274,6 +291,32 @@ def sections() -> Iterator[tuple[str, list[Case]]]:
             ("a tokenizer.json that is a Git LFS pointer", base(pointer("tokenizer.json"))),
             ("a config.json that is a Git LFS pointer", base(pointer("config.json"))),
             ("a pad token beyond the embedding", base(pad_beyond)),
+            ("a million layers", base(with_json("config.json", num_hidden_layers=10**6))),
+            ("no attention head", base(with_json("config.json", num_attention_heads=0))),
+            ("text as a size", base(with_json("config.json", hidden_size="64"))),
+            (
+                "a kind of model with terminal escapes",
+                base(with_json("config.json", model_type="\x1b]0;evil\x07")),
+            ),
+            (
+                "an index that names a file elsewhere",
+                base(
+                    with_json("model.safetensors.index.json", weight_map={"w": "../../etc/passwd"})
+                ),
+            ),
+            (
+                "a chat template that fills the memory",
+                base(template("{{ 'x' * 90000000000 }}")),
+            ),
+            (
+                "a chat template that calls itself",
+                base(template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")),
+            ),
+            ("a chat template that includes a file", base(template("{% include '/etc/passwd' %}"))),
+            (
+                "a chat template whose message has terminal escapes",
+                base(template("{{ raise_exception('\x1b]0;evil\x07') }}")),
+            ),
             ("an adapter as a pickle (adapter_model.bin)", adapter({"adapter_model.bin": HARM})),
             (
                 "a pickle called adapter_model.safetensors",
@@ -298,6 +341,10 @@ def sections() -> Iterator[tuple[str, list[Case]]]:
             (
                 "a YAML file that makes a Python object",
                 config(b"optimizer: !!python/object/apply:os.getcwd []\n"),
+            ),
+            (
+                "a YAML file that lets a model run code",
+                config(b"model:\n  trust_remote_code: true\n"),
             ),
             ("a YAML file in broken UTF-8", config(b"optimizer:\n  lr: \xc3\n")),
             ("a YAML file that is a list", config(b"- 1\n")),

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from glassloop.base.files import names_of_index
+
 INDEX = "model.safetensors.index.json"
 STATE = ".quant_state.bitsandbytes__nf4"  # bitsandbytes' suffix of a quantised weight's description
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
@@ -34,7 +36,7 @@ class Weights:
         """Tensor -> file, parts of quantised weights among them. Raises ValueError for a folder that cannot be read."""
         try:
             if (self.folder / INDEX).is_file():
-                listed = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                listed = names_of_index(self.folder / INDEX)
                 return {name: self.folder / file for name, file in listed.items()}
             found = {}
             for path in sorted(self.folder.glob("*.safetensors")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,15 @@ def test_hardware_knows_the_cards_that_a_plan_knows() -> None:
     from glassloop.predict.hardware import GPUS
 
     assert {gpu.key.lower(): gpu.has_bf16 for gpu in GPUS} == BF16
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["model.id=a\x1b]0;b\x07", "data.split=a\nb", "lora.targets=q_proj,\u202eb", "run.dir=a\tb"],
+)
+def test_no_name_or_path_holds_what_a_terminal_obeys(word: str) -> None:
+    field = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{re.escape(field)}.* control character") as refusal:
+        parse([word])
+    assert "\x1b" not in str(refusal.value)
+    assert parse(["data.system=two\nlines"]).data.system == "two\nlines"

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -346,3 +347,20 @@ def test_another_base_is_refused(run, tiny_qwen2, tmp_path, capsys, tiny_llama):
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     code, _, err = command(capsys, run, "hi", "--model", other)
     assert code == 2 and "another base" in err and "--model" in err
+
+
+def test_umlauts_arrive_and_leave_under_a_locale_without_them(run, monkeypatch):
+    """As Python has them under LC_ALL=C: bytes as lone surrogates, and an ascii stdout."""
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    typed_in_c = "Gr\u00fc\u00dfe".encode().decode("ascii", "surrogateescape")
+    for words in ([typed_in_c], [typed_in_c, "--json", "--system", typed_in_c]):
+        assert main(["generate", str(run), *words, "--max-new-tokens", "2"]) == 0
+    sys.stdout.flush()
+    *_, last = raw.getvalue().decode("ascii").splitlines()
+    assert json.loads(last)["question"] == "Gr\u00fc\u00dfe"
+
+
+def test_bytes_that_are_no_text_are_refused(run, capsys):
+    code, _, err = command(capsys, run, "\udcff")
+    assert code == 2 and "a question is not UTF-8 (byte 0)" in err

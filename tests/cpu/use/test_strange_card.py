@@ -18,6 +18,7 @@ PLANT = (
     'x"); evil("\n# Buy\n\n<script>alert(1)</script> [here](https://e.vil) www.e.vil | b\n```\n'
     "![](https://e.vil/p.png) \u202ereversed @all _a_ `"
 )
+LINE = "".join(char for char in PLANT if char not in "\n\u202e")  # a config refuses those
 CODE = {"AutoTokenizer": ["evil/repo--strange.Strange", None]}
 HEADINGS = [
     "my-model", "Use", "Training data", "Recipe", "Step math", "Curves", "Evaluation",
@@ -52,9 +53,9 @@ def evaluated(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def planted(evaluated: Path, tmp_path: Path) -> Path:
     folder = copy_of(evaluated, tmp_path / "planted")
-    write_config(folder, "data", split=PLANT, revision=PLANT, source="owner/name")
-    write_config(folder, "lora", targets=[PLANT, "q_proj"])
-    write_config(folder, "", preset=PLANT)
+    write_config(folder, "data", split=LINE, revision=LINE, source="owner/name")
+    write_config(folder, "lora", targets=[LINE, "q_proj"])
+    write_config(folder, "", preset=LINE)
     change(
         folder / "env.json",
         gpus=[{"name": PLANT}],

@@ -80,7 +80,8 @@ def test_the_command_line_may_trust_it(strange, tmp_path, capsys):
     words = ["generate", str(strange), "hi", "--max-new-tokens", "2"]
     assert said([*words, "--no-trust-remote-code"], capsys)[0] == 2  # its tokenizer needs the code
     assert not (tmp_path / "ran").exists()
-    code, text = said([*words, "--trust-remote-code"], capsys)
+    words += ["--trust-remote-code", f"--cache-dir={tmp_path / 'cache'}"]
+    code, text = said(words, capsys)
     assert code == 0 and (tmp_path / "ran").exists(), text
 
 
