@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in config, where they part first, a verdict against the seeds' spread."""
+"""Compare runs, with a verdict against the seeds' spread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop compare A B ... [--floor X] [--out FILE]`. Exit code 0; ValueError for what cannot be compared."""
+    """Compare the runs.
+
+    Exit code 0; ValueError for what cannot be compared.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop compare",
         allow_abbrev=False,

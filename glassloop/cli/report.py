@@ -1,4 +1,4 @@
-"""Write a run as one HTML page that opens offline: curves, layers, rows, events, and a summary in plain words."""
+"""Write a run as one HTML page that opens offline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop report RUN [--out FILE] [--no-text] [--png FILE]`. Exit code 0; ValueError for what cannot be read."""
+    """Write the page of RUN.
+
+    Exit code 0; ValueError for what cannot be read.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop report",
         allow_abbrev=False,

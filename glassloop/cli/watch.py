@@ -1,4 +1,4 @@
-"""Watch a run in the terminal, also over SSH: state, curves, the last updates, alarms with the command to type."""
+"""Watch a run in the terminal, also over SSH."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop watch RUN [--every S] [--once]`. Returns when the run ends: exit code 1 if it failed, else 0; 0 after Ctrl-C."""
+    """Show RUN until it ends.
+
+    Exit code 1 if it failed, else 0; 0 after Ctrl-C.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop watch",
         allow_abbrev=False,

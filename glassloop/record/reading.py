@@ -1,4 +1,4 @@
-"""A run's folder as plain values: its records, how it ended, what was planned. Nothing is written.
+"""Read a run's folder as plain values; write nothing.
 
 A resumed run does some updates again, under a higher attempt: attempts grow from start to start.
 Two rules say which of several records of an update is meant:
@@ -51,12 +51,13 @@ Record = dict[
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that a run's folder holds, without what a resumed run did again.
+    """The contents of a run's folder, without repeated updates.
 
     Attributes:
-        updates: UpdateRecords in order of their update. Of an update that was done again the last attempt, and none from a
-            course that was left when the run went back.
-        replaced: the UpdateRecords that do not count any more, in the order in which they were written.
+        updates: UpdateRecords in order of their update. Of an update that was done again the last
+            attempt, and none from a course that was left when the run went back.
+        replaced: the UpdateRecords that do not count any more, in the order in which they were
+            written.
         probes, rows: of `updates` only; rows in the order in which they were written.
         evaluations: the last of each update.
         events: all, in the order in which they were written.
@@ -88,7 +89,7 @@ class RunData:
 
     @property
     def planned_updates(self) -> int:
-        """Updates of the whole run; 0 where neither a plan nor an update says."""
+        """Updates of the whole run; 0 if unknown."""
         if self.updates:
             return int(self.updates[-1]["updates"])
         return int((self.plan or {}).get("updates", 0))
@@ -104,7 +105,10 @@ class RunData:
 
 
 def end_of(events: Sequence[Record]) -> Record | None:
-    """The event that ended a run; None while it goes, or where it was broken off without a word."""
+    """Return the event that ended a run.
+
+    None while it runs, or if it was broken off without an event.
+    """
     for event in reversed(events):
         if event["kind"] in ENDS:
             return event
@@ -155,7 +159,10 @@ def read_run(folder: Path) -> RunData:
 
 
 def standing(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """(those that count, those that were replaced): a record takes the place of all earlier ones of its update and later updates."""
+    """Split records into (current, replaced).
+
+    A record replaces all earlier ones of its update and of later updates.
+    """
     kept: list[Record] = []
     replaced: list[Record] = []
     for record in records:
@@ -166,7 +173,9 @@ def standing(records: list[Record]) -> tuple[list[Record], list[Record]]:
 
 
 def leading_to(records: Iterable[Record], update: int) -> dict[int, Record]:
-    """By number, the records of update 1 .. `update` that led to its highest attempt.
+    """Return the records that led to `update`, by number.
+
+    They lead to its highest attempt.
 
     Updates that are not on record are left out; {} where `update` itself is not.
     """
@@ -183,7 +192,10 @@ def leading_to(records: Iterable[Record], update: int) -> dict[int, Record]:
 
 
 def trajectory(folder: Path, update: int) -> dict[int, Record]:
-    """`leading_to` of a run's metrics. Raises ValueError where `update` is not on record."""
+    """Return `leading_to` of a run's metrics.
+
+    Raises ValueError if `update` is not on record.
+    """
     records = read_records(folder / METRICS)
     chain = leading_to(records, update)
     if update not in chain:
@@ -196,7 +208,10 @@ def trajectory(folder: Path, update: int) -> dict[int, Record]:
 
 
 def row_records(folder: Path) -> dict[tuple[int, int], list[Record]]:
-    """Lines of rows.jsonl by (update, attempt), in the order of ranks and passes; empty under record.text = none."""
+    """Group rows.jsonl by (update, attempt).
+
+    Rows are in the order of ranks and passes. Empty under record.text = none.
+    """
     rows: dict[tuple[int, int], list[Record]] = {}
     for record in read_records(folder / ROWS):
         rows.setdefault((record["update"], record["attempt"]), []).append(record)
@@ -204,7 +219,11 @@ def row_records(folder: Path) -> dict[tuple[int, int], list[Record]]:
 
 
 def usual(chain: Mapping[int, Record], update: int) -> tuple[float, float] | None:
-    """Median loss (nats a token) and gradient norm of the last applied updates before `update`; None where fewer than 3 are on record."""
+    """Return the usual loss and gradient norm before `update`.
+
+    They are medians of the last applied updates, in nats a token; None if fewer than 3 are on
+    record.
+    """
     applied = [r for u, r in chain.items() if u < update and r["action"] == "applied"][
         -WINDOW_UPDATES:
     ]
@@ -224,7 +243,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The recorded config as plain values. Raises ValueError where config.yaml cannot be read."""
+    """Return the recorded config as plain values.
+
+    Raises ValueError if config.yaml cannot be read.
+    """
     path = folder / "config.yaml"
     values = _config(path)
     if values is None:
@@ -262,7 +284,10 @@ def with_overrides(
 
 
 def number(value: Any) -> float | None:
-    """A record's number as a float; the strings "nan", "inf" and "-inf" too. None stays None."""
+    """Convert a recorded number to a float; None stays None.
+
+    The strings "nan", "inf" and "-inf" are numbers too.
+    """
     return None if value is None else float(value)
 
 
@@ -288,7 +313,10 @@ def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
 
 
 def read_object(path: Path) -> Record | None:
-    """The fields of a JSON file; None without a file. Raises ValueError naming the file."""
+    """Read the fields of a JSON file; None without a file.
+
+    Raises ValueError naming the file.
+    """
     if (data := _bytes(path)) is None:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Weights & Biases and TensorBoard, through Accelerate's trackers: one run, from rank 0, on an `update` axis of its own.
+"""Send records to Weights & Biases and TensorBoard.
 
-wandb's own step only ever grows, so a resumed run that redoes updates would lose them; every metric is therefore bound to
-`update`. The packages are imported inside functions.
+wandb's own step only ever grows, so a resumed run that redoes updates would lose them; every metric
+is therefore bound to `update`. The packages are imported inside functions.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ WANDB_HOST = "https://api.wandb.ai"
 
 
 def check_tracking(tracking: TrackingConfig) -> None:
-    """Refuses trackers that could not start. Reads files and the environment only: no network, no model, quick.
+    """Refuse trackers that could not start.
+
+    It reads files and the environment only, so it is quick.
 
     Raises:
-        ValueError: a package is missing, `tracking.project` is no name, WANDB_MODE contradicts `tracking.wandb_mode`, or
-            there is no Weights & Biases login for an online run.
+        ValueError: a package is missing, `tracking.project` is no name, WANDB_MODE contradicts
+            `tracking.wandb_mode`, or there is no Weights & Biases login for an online run.
     """
     if not tracking.to:
         return
@@ -54,12 +56,14 @@ def check_tracking(tracking: TrackingConfig) -> None:
         char in NOT_IN_NAMES or not char.isprintable() for char in tracking.project
     ):
         raise ValueError(
-            f"tracking.project = {tracking.project!r}: must not be empty or hold any of {NOT_IN_NAMES}"
+            f"tracking.project = {tracking.project!r}: must not be empty or hold any of "
+            f"{NOT_IN_NAMES}"
         )
     for name in tracking.to:
         if not any(package_version(package) for package in PACKAGES[name]):
             raise ValueError(
-                f"tracking.to = {list(tracking.to)}, but the package {name} is not installed: pip install {name}, "
+                f"tracking.to = {list(tracking.to)}, but the package {name} is not installed: pip "
+                f"install {name}, "
                 f"or leave {name} out of tracking.to"
             )
     if "wandb" not in tracking.to:
@@ -72,18 +76,23 @@ def check_tracking(tracking: TrackingConfig) -> None:
         )
     if asked != tracking.wandb_mode:
         raise ValueError(
-            f"tracking.wandb_mode = {tracking.wandb_mode}, but the environment says WANDB_MODE={asked}: "
+            f"tracking.wandb_mode = {tracking.wandb_mode}, but the environment says "
+            f"WANDB_MODE={asked}: "
             "unset WANDB_MODE, or set tracking.wandb_mode to the same (online or offline)"
         )
     if tracking.wandb_mode == "online" and not has_wandb_login():
         raise ValueError(
-            "tracking.wandb_mode = online, but there is no Weights & Biases login (WANDB_API_KEY, .netrc or wandb's settings): "
+            "tracking.wandb_mode = online, but there is no Weights & Biases login (WANDB_API_KEY, "
+            ".netrc or wandb's settings): "
             "type `wandb login`, or set tracking.wandb_mode=offline and `wandb sync` the run later"
         )
 
 
 def has_wandb_login() -> bool:
-    """Whether wandb would find a key where it looks for one; the key itself is neither kept nor checked."""
+    """Tell whether wandb would find a key.
+
+    The key itself is neither kept nor checked.
+    """
     settings = _wandb_settings()
     if (
         os.environ.get("WANDB_API_KEY")
@@ -124,7 +133,9 @@ def _wandb_settings() -> dict[str, str]:
 
 
 class TrackerObserver:
-    """Sends records to trackers that `make_tracker_observer` started. One that fails is given up with a warning; the run goes on.
+    """Sends records to the trackers that were started.
+
+    A tracker that fails is given up with a warning; the run continues.
 
     Args:
         trackers: Accelerate's trackers by name.
@@ -143,11 +154,14 @@ class TrackerObserver:
         self._lines = tuple(_where(name, tracker) for name, tracker in trackers.items())
 
     def tracker_ids(self) -> dict[str, str]:
-        """What continues this run after a resume: give it to `make_tracker_observer` as `resume_ids`."""
+        """Return the ids that continue this run after a resume.
+
+        Give them to `make_tracker_observer` as `resume_ids`.
+        """
         return dict(self._ids)
 
     def lines(self) -> tuple[str, ...]:
-        """For the header: where to look at the run, one line a tracker."""
+        """Return one line a tracker: where to look."""
         return self._lines
 
     def tell_config(self, config: Mapping[str, Any]) -> None:
@@ -188,7 +202,10 @@ class TrackerObserver:
         self._failed = self._failed or event.kind == "failed"
 
     def close(self) -> None:
-        """Ends the tracker's run: as failed after a "failed" event or with an exception on its way. Twice is once."""
+        """End the trackers' runs; a second call does nothing.
+
+        They end as failed after a "failed" event, or with an exception on its way.
+        """
         failed = self._failed or sys.exc_info()[0] is not None
         while self._trackers:
             name, tracker = self._trackers.popitem()
@@ -228,18 +245,23 @@ def make_tracker_observer(
     text: TextPolicy = "ids",
     updates_done: int = 0,
 ) -> TrackerObserver | None:
-    """Starts the trackers of `tracking.to` on rank 0; None on other ranks and where no tracker is asked for.
+    """Start the trackers of `tracking.to` on rank 0.
 
-    wandb gets no console output (it may show rows), no host name, no code and no git state; config goes out without secrets.
+    Returns None on other ranks, and if no tracker is asked for.
+
+    wandb gets no console output (it may show rows), no host name, no code and no git state; config
+    goes out without secrets.
 
     Args:
-        accelerator: made with `log_with=list(tracking.to)`, and with a `project_dir` where there is a tracker.
+        accelerator: made with `log_with=list(tracking.to)`, and with a `project_dir` where there is
+            a tracker.
         config_dict: the resolved config as plain JSON values.
         folder: the run's folder; trackers write below it.
         run_name: name of the run in wandb.
         resume_ids: `tracker_ids()` of the run that goes on; None: a new run.
         text: record.text.
-        updates_done: updates of the earlier start that count; TensorBoard hides what came after them.
+        updates_done: updates of the earlier start that count; TensorBoard hides what came after
+            them.
     """
     if not tracking.to or not accelerator.is_main_process:
         return None
@@ -303,7 +325,10 @@ def _wandb_arguments(
 
 
 def update_metrics(record: UpdateRecord) -> dict[str, float | int]:
-    """An update's values under the trackers' names; a value that does not exist is left out. NaN stays: a curve shows it."""
+    """Return an update's values under the trackers' names.
+
+    Missing values are left out. NaN stays: a curve shows it.
+    """
     values: dict[str, float | int | None] = {
         "train/loss_nats": record.loss_nats,
         "train/lr": record.lr,
@@ -366,7 +391,10 @@ def evaluation_metrics(record: EvaluationRecord) -> dict[str, float | int]:
 
 
 def _records_in(folder: Path) -> int:
-    """Lines of the run's files, at least as many as there were calls of wandb's log."""
+    """Count lines of the run's files.
+
+    There are at least as many as there were calls of wandb's log.
+    """
     paths = [folder / name for name in (METRICS, EVALUATIONS, SAMPLES)]
     return sum(len(read_jsonl(path)) for path in paths if os.path.lexists(path))
 

@@ -1,4 +1,4 @@
-"""The curves of a run as one picture, for places that take no HTML. Needs matplotlib, which only this asks for."""
+"""Draw a run's curves as one picture, with matplotlib."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ COLOURS = (
 
 
 def write_png(run: RunData, path: Path) -> None:
-    """Loss, gradient norm, learning rate and tokens by update. Raises ValueError where matplotlib is missing or no update is on record."""
+    """Draw loss, gradient norm, learning rate and tokens.
+
+    Raises ValueError if matplotlib is missing or no update is on record.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            f"--png {path} needs matplotlib, which is not installed: pip install 'glassloop[report]'"
+            f"--png {path} needs matplotlib, which is not installed: pip install "
+            "'glassloop[report]'"
         )
     if not run.updates:
         raise ValueError(

@@ -96,7 +96,10 @@ def how_it_ended(run: RunData) -> Say:
 
 
 def did_it_learn(run: RunData) -> list[Say]:
-    """From held-out rows where there are any; from the training loss otherwise, which repeated rows lower by themselves."""
+    """Judge by held-out rows, else by the training loss.
+
+    Repeated rows lower the training loss by themselves.
+    """
     said = []
     scored = [(record["update"], number(record["loss_nats"])) for record in run.evaluations]
     heldout = [
@@ -121,7 +124,8 @@ def was_it_stable(run: RunData) -> list[Say]:
             Say(
                 "stable",
                 "bad",
-                f"{_times(len(skipped), 'update was', 'updates were')} skipped, first update {first['update']}: {first['reason']}.",
+                f"{_times(len(skipped), 'update was', 'updates were')} skipped, first update "
+                f"{first['update']}: {first['reason']}.",
                 first["update"],
                 _command_at(run, first["update"]),
             )
@@ -132,7 +136,8 @@ def was_it_stable(run: RunData) -> list[Say]:
             Say(
                 "stable",
                 "look",
-                f"Detectors raised an alarm at {_times(len(alarmed), 'update', 'updates')} ({names}), first at update {alarmed[0]['update']}.",
+                f"Detectors raised an alarm at {_times(len(alarmed), 'update', 'updates')} "
+                f"({names}), first at update {alarmed[0]['update']}.",
                 alarmed[0]["update"],
                 _command_at(run, alarmed[0]["update"]),
             )
@@ -146,7 +151,8 @@ def was_it_stable(run: RunData) -> list[Say]:
     ]
     if not said:
         calm = (
-            f": the gradient norm stayed between {min(norms):.3g} and {max(norms):.3g} before clipping"
+            f": the gradient norm stayed between {min(norms):.3g} and {max(norms):.3g} before "
+            "clipping"
             if norms
             else ""
         )
@@ -159,15 +165,20 @@ def was_it_stable(run: RunData) -> list[Say]:
             Say(
                 "stable",
                 "look",
-                f"Clipping decided the size of most updates: {clipped:,} of {len(clips):,} were clipped, to {mean:.0%} of their norm on average "
-                f"(optimizer.max_grad_norm = {setting(run.config, 'optimizer.max_grad_norm', 'unknown')}).",
+                f"Clipping decided the size of most updates: {clipped:,} of {len(clips):,} were "
+                f"clipped, to {mean:.0%} of their norm on average "
+                "(optimizer.max_grad_norm = "
+                f"{setting(run.config, 'optimizer.max_grad_norm', 'unknown')}).",
             )
         )
     return said
 
 
 def what_to_look_at(run: RunData) -> list[Say]:
-    """At most MOST_TO_LOOK_AT places that stand out, with the command to type; things that were said already are left out."""
+    """List at most MOST_TO_LOOK_AT places that stand out.
+
+    Each has the command to type. What was said already is left out.
+    """
     found = [
         *_endless_answers(run),
         *_worst_row(run),
@@ -181,7 +192,10 @@ def what_to_look_at(run: RunData) -> list[Say]:
 
 
 def trend(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean of the first fifth, mean of the last fifth, standard error of their difference); at least 3 values each, so 6 in all."""
+    """Return (first mean, last mean, standard error of the difference).
+
+    The means are of the first and last fifth, of 3 values or more each.
+    """
     size = max(3, len(values) // 5)
     first, last = values[:size], values[-size:]
     error = math.sqrt(statistics.variance(first) / size + statistics.variance(last) / size)
@@ -191,8 +205,14 @@ def trend(values: Sequence[float]) -> tuple[float, float, float]:
 def _heldout(heldout: list[tuple[int, float]], last_record: Record) -> Say:
     (first_update, first), (last_update, last) = heldout[0], heldout[-1]
     best_update, best = min(heldout, key=lambda pair: pair[1])
-    rows = f"on {last_record['rows']:,} held-out rows ({last_record['supervised_tokens']:,} supervised tokens)"
-    change = f"from {first:.4g} nats a token after update {first_update} to {last:.4g} after update {last_update}, {rows}"
+    rows = (
+        f"on {last_record['rows']:,} held-out rows ({last_record['supervised_tokens']:,} "
+        "supervised tokens)"
+    )
+    change = (
+        f"from {first:.4g} nats a token after update {first_update} to {last:.4g} after update "
+        f"{last_update}, {rows}"
+    )
     if last >= first:
         return Say(
             "learned",
@@ -204,7 +224,8 @@ def _heldout(heldout: list[tuple[int, float]], last_record: Record) -> Say:
         return Say(
             "learned",
             "look",
-            f"It learned, then lost some of it: held-out loss went {change}; it was lowest, {best:.4g}, after update {best_update}. "
+            f"It learned, then lost some of it: held-out loss went {change}; it was lowest, "
+            f"{best:.4g}, after update {best_update}. "
             "checkpoints/best.json names the checkpoint to use.",
             best_update,
         )
@@ -249,7 +270,8 @@ def _training_loss(run: RunData, *, alone: bool) -> Say:
         return Say(
             "learned",
             "unknown",
-            f"{_times(len(losses), 'update', 'updates')} with a loss: too few to tell a trend from scatter.",
+            f"{_times(len(losses), 'update', 'updates')} with a loss: too few to tell a trend from "
+            "scatter.",
         )
     first, last, error = trend(losses)
     passes = run.updates[-1]["epoch"] + 1
@@ -264,7 +286,8 @@ def _training_loss(run: RunData, *, alone: bool) -> Say:
         return Say(
             "learned",
             "look",
-            f"Training loss did not move beyond its scatter: {moved}, give or take {2 * error:.2g}.{without}",
+            f"Training loss did not move beyond its scatter: {moved}, give or take "
+            f"{2 * error:.2g}.{without}",
         )
     if last > first:
         return Say("learned", "bad", f"Training loss rose {moved}.{without}")
@@ -295,7 +318,7 @@ def _endless_answers(run: RunData) -> list[Say]:
 
 
 def _worst_row(run: RunData) -> list[Say]:
-    """The row whose loss a token stands furthest above the middle of its update's rows."""
+    """Find the row furthest above the middle of its window."""
     by_update: dict[int, list[tuple[float, Record]]] = {}
     for row in run.rows:
         loss = number(row["loss_sum_nats"])
@@ -310,7 +333,10 @@ def _worst_row(run: RunData) -> list[Say]:
     if worst is None or worst[0] < 2:
         return []
     factor, loss, row = worst
-    said = f"Row {row['row_id']} cost {loss:.3g} nats a token at update {row['update']}, {factor:.1f} times the middle of its window."
+    said = (
+        f"Row {row['row_id']} cost {loss:.3g} nats a token at update {row['update']}, {factor:.1f} "
+        "times the middle of its window."
+    )
     return [
         Say(
             "look",
@@ -323,7 +349,7 @@ def _worst_row(run: RunData) -> list[Say]:
 
 
 def _largest_norm(run: RunData) -> list[Say]:
-    """Of the applied updates without an alarm, the one whose norm is at least 3 times the middle."""
+    """Find a norm of 3 times the middle without an alarm."""
     norms = [
         (norm, record["update"])
         for record in run.updates
@@ -337,7 +363,10 @@ def _largest_norm(run: RunData) -> list[Say]:
     norm, update = max(norms)
     if middle <= 0 or norm < 3 * middle:
         return []
-    said = f"The gradient norm of update {update} was {norm:.3g}, {norm / middle:.1f} times the middle of the run, without an alarm."
+    said = (
+        f"The gradient norm of update {update} was {norm:.3g}, {norm / middle:.1f} times the "
+        "middle of the run, without an alarm."
+    )
     return [
         Say(
             "look",
@@ -359,7 +388,8 @@ def _padding(run: RunData) -> list[Say]:
         Say(
             "look",
             "look",
-            f"{share:.0%} of the computed places were padding: execution.layout=packed does the same updates without most of it.",
+            f"{share:.0%} of the computed places were padding: execution.layout=packed does the "
+            "same updates without most of it.",
             command="glassloop bench --layouts literal,packed",
         )
     ]
@@ -373,7 +403,10 @@ def _slowest(run: RunData) -> list[Say]:
     slowest = max(later, key=lambda record: record["update_s"])
     if middle <= 0 or slowest["update_s"] < 3 * middle:
         return []
-    said = f"Update {slowest['update']} took {slowest['update_s']:.3g} s, the middle is {middle:.3g} s."
+    said = (
+        f"Update {slowest['update']} took {slowest['update_s']:.3g} s, the middle is {middle:.3g} "
+        "s."
+    )
     return [Say("look", "look", said, slowest["update"])]
 
 
@@ -383,7 +416,10 @@ def _unmoved(run: RunData) -> list[Say]:
     if not known or known[-1][1] < UNMOVED_SHARE:
         return []
     update, share = known[-1]
-    said = f"At update {update} the step left {share:.0%} of the adapters' entries bit for bit as they were: lr is small for their precision."
+    said = (
+        f"At update {update} the step left {share:.0%} of the adapters' entries bit for bit as "
+        "they were: lr is small for their precision."
+    )
     return [Say("look", "look", said, update)]
 
 

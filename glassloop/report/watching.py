@@ -1,4 +1,7 @@
-"""A run's folder while it grows: only what is new is read, and shown as one screen of a terminal."""
+"""Show a growing run as one screen of a terminal.
+
+Only what is new is read.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,7 @@ class Watched:
             return None
 
     def ranks(self) -> list[dict[str, Any]]:
-        """What each rank says that it does; nothing where there is one rank only."""
+        """Return what each rank does; [] for one rank."""
         folder = self.folder / "ranks"
         require_plain_folder(folder)
         paths = sorted(folder.glob("rank*.json"), key=lambda one: (len(one.name), one.name))
@@ -150,7 +153,10 @@ class Screen:
 
 
 def screen(watched: Watched, width: int, height: int) -> RenderableType:
-    """State, curves, the last updates, the last events; older ones give way where there is no room."""
+    """Lay out state, curves, last updates and last events.
+
+    Older ones give way if there is no room.
+    """
     curves = _curves(watched, width) if watched.updates else []
     ranks = (
         [] if watched.end is not None else [_rank_line(one, width) for one in watched.ranks()[:8]]
@@ -168,9 +174,12 @@ def screen(watched: Watched, width: int, height: int) -> RenderableType:
 
 
 def sparkline(values: Sequence[float | None], width: int, *, largest: bool = False) -> str:
-    """Values from left to right in `width` characters, low to high. Several share a character by their mean, or by their largest.
+    """Draw values in `width` characters, low to high.
 
-    A blank where there is no value, ✕ where one is not finite, ↑ where one stands so far above the rest that it would flatten them.
+    Several share a character by their mean, or by their largest.
+
+    A blank where there is no value, ✕ where one is not finite, ↑ where one stands so far above the
+    rest that it would flatten them.
     """
     if not values:
         return ""
@@ -219,10 +228,14 @@ def _state(watched: Watched, width: int) -> RenderableType:
         if silent is not None and usual is not None and silent > max(30.0, SILENT * usual):
             style, words = (
                 "yellow",
-                f"no new update for {_duration(silent)}, one takes {usual:.3g} s: evaluating, saving, waiting, or broken off",
+                f"no new update for {_duration(silent)}, one takes {usual:.3g} s: evaluating, "
+                "saving, waiting, or broken off",
             )
         elif usual is not None:
-            words += f", about {_duration(usual * (watched.planned - done))} left without evaluations and checkpoints"
+            words += (
+                f", about {_duration(usual * (watched.planned - done))} left without evaluations "
+                "and checkpoints"
+            )
     head = (
         f"{watched.folder.resolve().name}  {done:,}/{watched.planned:,} updates  "
         if watched.planned
@@ -256,7 +269,10 @@ def _curves(watched: Watched, width: int) -> list[RenderableType]:
         lines.append(line + Text(f"  {_value(values[-1])}"))
     if watched.evaluations:
         first, newest = watched.evaluations[0], watched.evaluations[-1]
-        text = f"after update {newest['update']}: {_value(number(newest['loss_nats']))}, first {_value(number(first['loss_nats']))}"
+        text = (
+            f"after update {newest['update']}: {_value(number(newest['loss_nats']))}, first "
+            f"{_value(number(first['loss_nats']))}"
+        )
         lines.append(Text(f"{'held-out':<{LABEL}}{text}", no_wrap=True, overflow="ellipsis"))
     speed = sum(last["rank_real_tokens"]) / last["update_s"] if last["update_s"] > 0 else None
     peak = max(last["rank_peak_gib"]) if last.get("rank_peak_gib") else None

@@ -1,8 +1,9 @@
-"""A study's cells: each a run of train_loop.py in processes of its own, several beside each other, recognised when they are done. No torch.
+"""Run a study's cells in processes of their own. No torch.
 
-A cell is done where its run's folder says so: the config is the one that is asked now, and the last update and the end stand in it. So a study
-that was killed at any moment goes on with the same command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is
-waited for instead of being run twice.
+A cell is done where its run's folder says so: the config is the one that is asked now, and the last
+update and the end stand in it. So a study that was killed at any moment goes on with the same
+command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is waited
+for instead of being run twice.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ LAST_WORDS = 600  # characters of what a failed cell printed
 
 @dataclass(frozen=True)
 class CellState:
-    """What a cell's folder says: "absent" | "done" | "diverged" | "partial" | "other"; `why` in words; the run where there is one."""
+    """The state of a cell's folder.
+
+    kind: "absent" | "done" | "diverged" | "partial" | "other". why: in words. run: if there is one.
+    """
 
     kind: str
     why: str = ""
@@ -75,7 +79,10 @@ class Going:
 
 
 def state_of(cell: Cell, out: Path) -> CellState:
-    """Read from disk alone. Raises ValueError where a file of the run is damaged."""
+    """Read a cell's state from disk.
+
+    Raises ValueError if a file of the run is damaged.
+    """
     folder = run_folder(cell, out)
     require_plain_folder(folder.parent)
     require_plain_folder(folder)
@@ -116,12 +123,16 @@ def run_cells(
     again: bool = False,
     deadline: float | None = None,
 ) -> dict[str, str]:
-    """Run what is not done yet. Returns {cell: why there is no result} of those that failed or were not reached.
+    """Run the cells that are not done yet.
+
+    Returns {cell: why there is no result} of those that failed or were not reached.
 
     Args:
-        parallel: cells beside each other on a device (or set of devices, where a cell has several ranks).
+        parallel: cells beside each other on a device (or set of devices, where a cell has several
+            ranks).
         again: also what is done, or was run with another config.
-        deadline: time.monotonic() at which cells under way are ended; none is begun that would not be done by then.
+        deadline: time.monotonic() at which cells under way are ended; none is begun that would not
+            be done by then.
 
     Raises:
         StudyError: a cell's folder holds a run of another config.
@@ -149,7 +160,8 @@ def run_cells(
                 if why is not None:
                     failed[one.cell.name] = why
                 say(
-                    f"[{done}/{total}] {one.cell.name}: {why or 'done'} ({one.seconds:.0f} s, {one.beside} beside each other)"
+                    f"[{done}/{total}] {one.cell.name}: {why or 'done'} ({one.seconds:.0f} s, "
+                    f"{one.beside} beside each other)"
                 )
             free = [
                 slot for slot in slots if slots.count(slot) > sum(one.slot == slot for one in going)
@@ -214,7 +226,10 @@ def command(cell: Cell, out: Path) -> list[str]:
 
 
 def environment(slot: tuple[str, ...], parallel: int) -> dict[str, str]:
-    """This process's environment for a cell: no other launcher's variables, the cell's own devices, and this very glassloop."""
+    """Return the environment of a cell's process.
+
+    It has no other launcher's variables, the cell's own devices, and this very glassloop.
+    """
     left_out = (*LAUNCHER_VARIABLES, "ACCELERATE_MIXED_PRECISION")
     kept = {
         name: value
@@ -232,7 +247,10 @@ def environment(slot: tuple[str, ...], parallel: int) -> dict[str, str]:
 
 
 def end_all(going: Sequence[Going]) -> None:
-    """End cells and whatever they have started; each may write what it has to first."""
+    """End cells and their processes.
+
+    Each may write what it has to first.
+    """
     for one in going:
         _signal(one.process, signal.SIGTERM)
     for one in going:
@@ -250,7 +268,8 @@ def _done_before(cell: Cell, out: Path, again: bool) -> bool:
     state = state_of(cell, out)
     if state.kind == "other":
         raise StudyError(
-            f"{run_folder(cell, out)} holds a run with {state.why}: name another folder with --out, or run these cells anew with --again"
+            f"{run_folder(cell, out)} holds a run with {state.why}: name another folder with "
+            "--out, or run these cells anew with --again"
         )
     return state.finished
 
@@ -276,7 +295,7 @@ def _begin(
 
 
 def _after(one: Going, out: Path, timeout_s: float) -> str | None:
-    """Write down how a cell ended; why there is no result, or None."""
+    """Record how a cell ended; say why it has no result."""
     state, code = state_of(one.cell, out), one.process.returncode
     log = out / "logs" / f"{one.cell.name}.txt"
     said = read_plain(log).decode("utf-8", "replace").strip()[-LAST_WORDS:]
@@ -308,7 +327,10 @@ def _after(one: Going, out: Path, timeout_s: float) -> str | None:
 
 
 def _slots(cells: Sequence[Cell], parallel: int) -> list[tuple[str, ...]]:
-    """Where cells run: a set of devices for each cell that may run beside others; () is the CPU."""
+    """List a set of devices for each parallel cell.
+
+    () is the CPU.
+    """
     ranks = max((cell.config.batch.ranks or 1 for cell in cells), default=1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(place) for place in range(len(gpus_present()))]

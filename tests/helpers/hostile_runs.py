@@ -1,4 +1,4 @@
-"""A run's folder from a stranger, and what reports, comparisons and a resumed run make of it."""
+"""A stranger's run, as reports and a resumed run meet it."""
 
 from __future__ import annotations
 

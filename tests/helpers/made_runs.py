@@ -88,7 +88,10 @@ def update_record(
 
 
 def probe_record(update: int, names: tuple[str, ...], *, drawn: random.Random) -> ProbeRecord:
-    """Norms of every matrix; in update 1 B is 0, so that A has no gradient and B no ratio."""
+    """Make norms of every matrix.
+
+    In update 1 B is 0, so A has no gradient and B no ratio.
+    """
     fresh = update == 1
     grads = tuple(
         0.0 if fresh and name.endswith("A") else math.exp(drawn.gauss(-3, 1)) for name in names

@@ -1,4 +1,4 @@
-"""Ways to spoil a run's folder, and everything that reads one without a model."""
+"""Spoil a run's folder, and read it in every way."""
 
 from __future__ import annotations
 

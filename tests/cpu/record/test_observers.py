@@ -1,4 +1,4 @@
-"""The run's folder: lines that survive a kill, attempts, what record.text keeps out, and files that are published whole."""
+"""Lines survive a kill, count attempts, and obey record.text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def row_record(update: int = 1, rank: int = 0, row_id: str = ID, **changes: Any)
 
 
 def probe_record() -> ProbeRecord:
-    """Of one module at update 1: A's gradient is 0, and B was 0."""
+    """Probe one module at update 1, where B is 0."""
     return ProbeRecord(
         update=1, applied=True, matrices=("m.A", "m.B"), grad_norm=(0.0, 1.0), weight_norm=(2.0, 0.0), update_norm=(0.0, 0.1),
         update_to_weight=(0.0, None), unmoved_share=(1.0, 0.0), modules=("m",), delta_norm=(0.2,),
@@ -219,7 +219,7 @@ def test_an_evaluation_counts_its_own_attempts(tmp_path: Path) -> None:
 
 
 def attempts_in(folder: Path, *updates: int) -> list[int]:
-    """The attempts that a new start in the folder would give these updates."""
+    """Return the attempts that a new start would give."""
     observer = JsonlObserver(folder)
     observer.close()
     return [observer.attempt(update) for update in updates]

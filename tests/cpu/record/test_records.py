@@ -1,4 +1,4 @@
-"""Records: frozen plain values, one line of JSON each, token counters told apart."""
+"""Records are frozen plain values, one line of JSON each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ RECORDS = [
 
 
 def strict(line: str) -> dict[str, Any]:
-    """JSON as any parser reads it: Python's own NaN and Infinity are refused."""
+    """Parse JSON strictly: NaN and Infinity are refused."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")

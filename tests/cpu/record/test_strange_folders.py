@@ -1,4 +1,4 @@
-"""A run's folder from a stranger: nothing is followed out of it, nothing hangs, nothing is obeyed."""
+"""A stranger's run: nothing is followed, hangs or is obeyed."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_plain_yaml_is_plain() -> None:
 def test_no_text_of_a_file_is_obeyed_by_a_terminal(
     folder: Path, other: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every text of every record, the config and the run's name holds an escape."""
+    """Every text of the run holds an escape."""
     evil = "\x1b]0;owned\x07\x1b[2J\r\u202e"
     for name in ("events.jsonl", "metrics.jsonl"):
         lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]

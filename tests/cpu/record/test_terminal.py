@@ -1,4 +1,4 @@
-"""The terminal: one honest line an update in 120 columns, plain where there is no terminal, safe with whatever a model says."""
+"""The terminal shows one honest line an update, safely."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sample(**changes: Any) -> SampleRecord:
 
 
 def shown(record: UpdateRecord) -> dict[str, str]:
-    """Cells of a line under the titles of its heading, cut where the heading's columns end."""
+    """Return a line's cells by the titles of its heading."""
     line, titles, end, cells = update_line(record), terminal._columns(record.updates), 0, {}
     for title, width in titles:
         cells[title] = line[end : end + width].strip()
@@ -214,7 +214,10 @@ def test_quiet_prints_nothing(stream: io.StringIO) -> None:
     assert stream.getvalue() == ""
 
 
-HOSTILE = "\x1b[2J\x1b]0;title\x07\r[bold]no markup[/bold] :smile: \u202ekcab\x9b31m\n12/60 fine\u2028more\ttab"
+HOSTILE = (
+    "\x1b[2J\x1b]0;title\x07\r[bold]no markup[/bold] :smile: \u202ekcab\x9b31m\n12/60 "
+    "fine\u2028more\ttab"
+)
 
 
 @pytest.mark.parametrize("stream_type", [io.StringIO, Screen])
@@ -261,7 +264,8 @@ def test_an_evaluation_shows_the_base_beside_the_adapter_and_no_empty_score() ->
     base = {"loss_nats": 2.5, "answers": 8, "f1": 0.25, "recall": None}
     record = EvaluationRecord(20, 2.0, 64, 5678, scores, base, seconds=12.34)
     assert evaluation_line(record) == (
-        "held-out: loss_nats 2.0000 (base 2.5000), f1 0.7500 (base 0.2500) [64 rows, 5,678 supervised tokens, 12.3 s]"
+        "held-out: loss_nats 2.0000 (base 2.5000), f1 0.7500 (base 0.2500) [64 rows, 5,678 "
+        "supervised tokens, 12.3 s]"
     )
 
 

@@ -1,6 +1,7 @@
-"""Trackers: refused in time, one run from rank 0, every value on the update axis, nothing in them that should stay here.
+"""Trackers are refused in time and get every value once.
 
-The Weights & Biases runs are real and offline, and read back from their transaction log; so are TensorBoard's event files.
+The Weights & Biases runs are real and offline, and read back from their transaction log; so are
+TensorBoard's event files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ HOST = "private-host-of-somebody"
 
 @pytest.fixture(autouse=True)
 def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No login and no settings of the machine's user are seen or written."""
+    """Hide the login and settings of the machine's user."""
     for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
         monkeypatch.delenv(name)
     home = tmp_path / "home"
@@ -195,7 +196,10 @@ def test_a_project_that_is_no_name_is_refused(project: str) -> None:
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a wandb transaction log: LevelDB's log format after a header of 7 bytes."""
+    """Read a wandb transaction log.
+
+    It is LevelDB's log format after a header of 7 bytes.
+    """
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
 
     data, at, parts = path.read_bytes(), 7, b""
@@ -276,7 +280,10 @@ class Tracked:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
-    """A run of 5 updates, resumed after 3, both trackers; the second start ends in an error, and has record.text=full."""
+    """Track a run of 5 updates, resumed after 3.
+
+    The second start ends in an error, and has record.text=full.
+    """
     from accelerate.state import AcceleratorState
 
     folder = tmp_path_factory.mktemp("run")
@@ -475,15 +482,18 @@ def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
         is_main_process=False, init_trackers=refuse, get_tracker=refuse, log_with=[]
     )
     tracking = TrackingConfig(to=("wandb",), wandb_mode="offline")
-    assert make_tracker_observer(other, tracking, {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
+    # pyright: ignore[reportArgumentType]
+    assert make_tracker_observer(other, tracking, {}, tmp_path, "a") is None
     main = SimpleNamespace(
         is_main_process=True, init_trackers=refuse, get_tracker=refuse, log_with=[]
     )
-    assert make_tracker_observer(main, TrackingConfig(), {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
+    # pyright: ignore[reportArgumentType]
+    assert make_tracker_observer(main, TrackingConfig(), {}, tmp_path, "a") is None
     with pytest.raises(
         AssertionError, match="log_with=list"
     ):  # Accelerate drops a tracker it does not know, and says nothing
-        make_tracker_observer(main, tracking, {}, tmp_path, "a")  # pyright: ignore[reportArgumentType]
+        # pyright: ignore[reportArgumentType]
+        make_tracker_observer(main, tracking, {}, tmp_path, "a")
 
 
 def test_the_loss_is_that_of_all_ranks_and_each_counter_has_its_name() -> None:

@@ -1,4 +1,4 @@
-"""What the report reads from a run's folder, what it says in words, and how it packs numbers."""
+"""The report reads a run, words a summary, and packs numbers."""
 
 from __future__ import annotations
 

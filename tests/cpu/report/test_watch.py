@@ -1,4 +1,4 @@
-"""The live view: a growing folder, whole and torn lines, every state of a run, terminals of every size."""
+"""The live view follows a run in every state and size."""
 
 from __future__ import annotations
 

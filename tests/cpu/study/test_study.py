@@ -1,4 +1,4 @@
-"""A study's cells: run once, gone on with after a kill, waited for where they outlived their study; its answer the same from the same file."""
+"""A study's cells run once, also after a kill."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def results(out: Path) -> dict:
 
 
 def stamps(out: Path) -> dict[str, int]:
-    """When each cell's records were last written: a cell that is run again has another one."""
+    """Return when each cell's records were last written."""
     return {
         path.parent.name: path.stat().st_mtime_ns
         for path in sorted(out.glob("cells/*/metrics.jsonl"))
@@ -98,7 +98,8 @@ def test_a_study_runs_every_cell_once_and_judges_its_claim(
     assert [cell["state"] for cell in found["cells"]] == ["done"] * 6
     (claim,) = found["claims"]
     assert claim["verdict"] == "supported"
-    # differences -0.099, -0.1, -0.099: mean -0.0993333, s 0.000577350, half 4.302653 * s / sqrt(3) = 0.00143422
+    # differences -0.099, -0.1, -0.099: mean -0.0993333, s 0.000577350, half 4.302653 * s / sqrt(3)
+    # = 0.00143422
     assert claim["difference"] == pytest.approx(-0.0993333, abs=1e-6)
     assert (claim["low"], claim["high"]) == pytest.approx((-0.1007676, -0.0978991), abs=1e-6)
     assert len(attempts(out)) == 6 and max(line["beside"] for line in attempts(out)) == 3
