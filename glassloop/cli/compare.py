@@ -14,8 +14,9 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser(
         prog="glassloop compare",
         allow_abbrev=False,
-        description="Runs that differ in nothing but their seed make a side; each side is compared with the first. A verdict needs two seeds a side: "
-        "with one it says 'not resolved'. Two runs of one seed on a side measure the noise floor.",
+        description="Compare runs. Runs that differ in their seed alone make a side, and each side "
+        "is compared with the first. A verdict needs two seeds a side: with one it says "
+        "'not resolved'. Two runs of one seed on a side measure the noise floor.",
     )
     own.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="folders of two runs or more"
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> int:
         "--floor",
         type=float,
         metavar="X",
-        help="relative difference that counts as noise (default: measured on repeats, else by precision)",
+        help="relative difference that counts as noise (default: measured on repeats, else by "
+        "precision)",
     )
     own.add_argument(
         "--out",

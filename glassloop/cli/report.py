@@ -14,8 +14,8 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser(
         prog="glassloop report",
         allow_abbrev=False,
-        description="Reads the run's folder alone: needs no GPU, no model and no network, and works while the run goes. train_loop.py writes "
-        "the same page when a run ends.",
+        description="Write a run's page. It reads the run's folder alone, so it needs no GPU, no "
+        "model and no network, and works during the run. A run writes the same page when it ends.",
     )
     own.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     own.add_argument(

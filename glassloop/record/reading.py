@@ -11,7 +11,6 @@ Two rules say which of several records of an update is meant:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +22,6 @@ from typing import Any
 from glassloop.config.arguments import from_values, with_old_engine
 from glassloop.config.config import Config
 from glassloop.config.trust import FIELDS, Words, unasked
-from glassloop.disk.opening import read_plain
-from glassloop.disk.plain_yaml import plain_yaml
-from glassloop.record.checked import LARGEST, MOST_COUNT, is_shallow
 from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
@@ -35,18 +31,16 @@ from glassloop.record.jsonl import (
     SAMPLES,
     read_records,
 )
+from glassloop.record.run_files import (
+    Record,
+    recorded_config,
+    recorded_environment,
+    recorded_plan,
+    setting,
+)
 
-USED_SETTINGS: dict[str, tuple[type, ...]] = {  # of a config, in reports and studies
-    "seed": (int, type(None)),
-    "execution.precision": (str, type(None)),
-    "optimizer.max_grad_norm": (int, float, type(None)),
-    "schedule.warmup_updates": (int, type(None)),
-}
 WINDOW_UPDATES = 20  # applied updates whose medians are the usual loss and norm
 ENDS = ("finished", "failed", "stopped")
-Record = dict[
-    str, Any
-]  # a line of a run's file; "inf", "-inf", "nan" stand for numbers that are not finite
 
 
 @dataclass(frozen=True)
@@ -152,9 +146,9 @@ def read_run(folder: Path) -> RunData:
         evaluations=standing(read_records(folder / EVALUATIONS))[0],
         samples=read_records(folder / SAMPLES),
         events=read_records(folder / EVENTS),
-        plan=_plan(folder / "plan.json"),
-        env=_env(folder / "env.json"),
-        config=_config(folder / "config.yaml"),
+        plan=recorded_plan(folder / "plan.json"),
+        env=recorded_environment(folder / "env.json"),
+        config=recorded_config(folder / "config.yaml"),
     )
 
 
@@ -248,7 +242,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises ValueError if config.yaml cannot be read.
     """
     path = folder / "config.yaml"
-    values = _config(path)
+    values = recorded_config(path)
     if values is None:
         raise ValueError(
             f"{path} is missing or holds no sections: name the folder of a run, "
@@ -291,16 +285,6 @@ def number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def setting(config: Record | None, name: str, default: Any = None) -> Any:
-    """config["section"]["field"] for "section.field"; `default` where it is not there."""
-    value: Any = config or {}
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return default
-        value = value[part]
-    return value
-
-
 def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
     """{"section.field": value} of a config, in its order."""
     found: dict[str, Any] = {}
@@ -310,85 +294,3 @@ def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value
     return found
-
-
-def read_object(path: Path) -> Record | None:
-    """Read the fields of a JSON file; None without a file.
-
-    Raises ValueError naming the file.
-    """
-    if (data := _bytes(path)) is None:
-        return None
-    try:
-        value = json.loads(data)
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deep; {_DAMAGED}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {_DAMAGED}") from None
-    if not isinstance(value, dict) or not is_shallow(value):
-        raise ValueError(f"{path}: not a JSON object, or nested too deep; {_DAMAGED}")
-    return value
-
-
-_DAMAGED = "the file was damaged or edited: put back a copy"
-
-
-def _config(path: Path) -> Record | None:
-    """config.yaml, with the fields that readers use checked; None without sections."""
-    if (data := _bytes(path)) is None:
-        return None
-    try:
-        value = plain_yaml(data.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable YAML ({error}); {_DAMAGED}") from None
-    if not isinstance(value, dict):
-        return None
-    for name, kinds in USED_SETTINGS.items():
-        found = setting(value, name)
-        if not isinstance(found, kinds):
-            raise ValueError(
-                f"{path}: {name} = {found!r:.80} is a {type(found).__name__}; {_DAMAGED}"
-            )
-    return value
-
-
-def _env(path: Path) -> Record | None:
-    """env.json, with the fields that readers use checked."""
-    env = read_object(path)
-    found = env or {}
-    gpus, git = found.get("gpus") or [], found.get("git") or {}
-    sound = (
-        isinstance(found.get("packages") or {}, dict)
-        and isinstance(gpus, list)
-        and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus)
-        and isinstance(git, dict)
-        and isinstance(git.get("commit") or "", str)
-    )
-    if not sound:
-        raise ValueError(f"{path}: packages, gpus or git are not as a run writes them; {_DAMAGED}")
-    return env
-
-
-def _plan(path: Path) -> Record | None:
-    """plan.json, with the fields that readers use checked."""
-    plan = read_object(path)
-    by_update = (plan or {}).get("by_update") or {}
-    columns = by_update if isinstance(by_update, dict) else {"by_update": by_update}
-    for name, value in {"lr": (plan or {}).get("lr"), **columns}.items():
-        numbers = value if isinstance(value, list) else [] if value is None else [None]
-        if not all(isinstance(one, int | float) and abs(one) <= LARGEST for one in numbers):
-            raise ValueError(f"{path}: {name} is not a list of numbers; {_DAMAGED}")
-    for name, most in (("ranks", 65_535), ("updates", MOST_COUNT)):
-        value = (plan or {}).get(name, 0)
-        if not isinstance(value, int) or not 0 <= value <= most:
-            raise ValueError(f"{path}: {name} = {value!r:.80} is not a count; {_DAMAGED}")
-    if not isinstance((plan or {}).get("contract") or {}, dict):
-        raise ValueError(f"{path}: contract has no fields; {_DAMAGED}")
-    return plan
-
-
-def _bytes(path: Path) -> bytes | None:
-    try:
-        return read_plain(path)
-    except FileNotFoundError:
-        return None

@@ -14,13 +14,10 @@ from typing import Any
 
 from glassloop.record.reading import RunData, flat, number, setting
 from glassloop.report.partings import Parting, first_partings, relative_difference
-from glassloop.stats import student_quantile
+from glassloop.report.verdict import Side, verdict_of
 
-FLOORS = {
-    "fp32": 1e-5
-    # relative difference that order of additions alone makes in a recorded number, where no two runs
-    # are repeats
-}
+# Relative difference that the order of additions makes in a recorded number, without repeats.
+FLOORS = {"fp32": 1e-5}
 OTHER_FLOOR = 2e-3  # bf16 and fp16 on a GPU: kernels add in any order
 REPEATS = 4.0  # times the largest difference of two repeats; as in glassloop replay
 REPEATS_PART = 0.05  # a relative difference of repeats from here on is no noise
@@ -34,18 +31,6 @@ NO_MATTER = (
     "preset",
 )  # fields that change no update
 OF_THE_RUN = ("run.name", "run.dir", "resume.run")  # fields that tell runs apart and nothing else
-
-
-@dataclass(frozen=True)
-class Side:
-    """Runs that were asked the same thing, one a seed or more."""
-
-    label: str  # "A", "B", ...
-    runs: tuple[RunData, ...]
-
-    @property
-    def seeds(self) -> int:
-        return len({setting(run.config, "seed") for run in self.runs})
 
 
 @dataclass(frozen=True)
@@ -195,19 +180,6 @@ def floor_of(sides: Sequence[Side]) -> tuple[float, str]:
     )
 
 
-def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Return (mean of b - mean of a, half its 95 % interval).
-
-    Each side has two values or more.
-    """
-    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
-    difference = statistics.fmean(b) - statistics.fmean(a)
-    if va + vb == 0:
-        return difference, 0.0
-    degrees = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return difference, student_quantile(0.975, degrees) * math.sqrt(va + vb)
-
-
 def _pair(
     first: Side,
     other: Side,
@@ -217,7 +189,7 @@ def _pair(
 ) -> ComparedRuns:
     a, b, same_seed = _partners(first, other)
     compared, went_in, came_out = first_partings(a, b, floor)
-    verdict, why = _verdict(first, other, scores_a, scores_b, went_in or came_out, compared)
+    verdict, why = verdict_of(first, other, scores_a, scores_b, went_in or came_out, compared)
     return ComparedRuns(a, b, same_seed, compared, went_in, came_out, verdict, why)
 
 
@@ -261,46 +233,6 @@ def _partners(first: Side, other: Side) -> tuple[RunData, RunData, bool]:
             if setting(a.config, "seed") == setting(b.config, "seed"):
                 return a, b, True
     return first.runs[0], other.runs[0], False
-
-
-def _verdict(
-    first: Side,
-    other: Side,
-    scores_a: Sequence[float | None],
-    scores_b: Sequence[float | None],
-    parting: Parting | None,
-    compared: int,
-) -> tuple[str, str]:
-    a = [score for score in scores_a if score is not None and math.isfinite(score)]
-    b = [score for score in scores_b if score is not None and math.isfinite(score)]
-    if len(a) < len(scores_a) or len(b) < len(scores_b):
-        return "not resolved", "a run has no finite value to judge by"
-    if parting is None and len(a) == len(b) == 1:
-        return (
-            "the same",
-            f"no recorded number of {compared:,} updates differs beyond the noise floor",
-        )
-    if first.seeds < 2 or other.seeds < 2:
-        few = " and ".join(side.label for side in (first, other) if side.seeds < 2)
-        apart = f"{first.label} {statistics.fmean(a):.5g}, {other.label} {statistics.fmean(b):.5g}"
-        return (
-            "not resolved",
-            f"one seed on side {few}, so nothing tells how far seeds alone part ({apart}); run "
-            "each side with more seeds: seed=1, seed=2, ...",
-        )
-    difference, half = welch(a, b)
-    words = (
-        f"{other.label} - {first.label} = {difference:+.4g}, 95 % interval "
-        f"{difference - half:+.4g} to {difference + half:+.4g}"
-    )
-    count = f"{len(a)} and {len(b)} runs"
-    if abs(difference) <= half:
-        return (
-            "not resolved",
-            f"the difference lies within the spread of the seeds: {words} ({count})",
-        )
-    lower = other.label if difference < 0 else first.label
-    return f"{lower} is lower", f"beyond the spread of the seeds: {words} ({count})"
 
 
 def _asked(run: RunData) -> dict[str, Any]:

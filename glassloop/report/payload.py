@@ -16,8 +16,9 @@ import glassloop
 from glassloop.disk.secrets import without_secrets
 from glassloop.record.reading import Record, RunData, flat, number, setting
 from glassloop.report.columns import column, heat, whole_numbers
+from glassloop.report.saying import as_objects
 from glassloop.report.sharing import PACKED, without_names, without_text
-from glassloop.report.summary import as_objects, summarise
+from glassloop.report.summary import summarise
 
 SCHEMA = 1
 SCALARS = {  # column of the page: field of UpdateRecord

@@ -15,8 +15,8 @@ from typing import Any
 
 from glassloop.record.reading import RunData
 from glassloop.report.payload import memory
+from glassloop.study.cell_state import CellState, attempts, run_folder, state_of
 from glassloop.study.quantities import QUANTITIES, measured
-from glassloop.study.running import CellState, attempts, run_folder, state_of
 from glassloop.study.spec import Cell
 
 OF_ONE_RUN = frozenset(

@@ -1,8 +1,8 @@
 """Run a study's cells in processes of their own. No torch.
 
 A cell is done where its run's folder says so: the config is the one that is asked now, and the last
-update and the end stand in it. So a study that was killed at any moment goes on with the same
-command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is waited
+update and the end stand in it. So a study that was killed at any moment continues with the
+same command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is waited
 for instead of being run twice.
 """
 
@@ -20,45 +20,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import glassloop
 from glassloop.config.arguments import to_yaml
-from glassloop.config.config import as_dict
 from glassloop.disk.opening import open_plain, read_plain, require_plain_folder
 from glassloop.disk.publish import write_text
 from glassloop.predict.hardware import gpus_present
-from glassloop.record.checked import is_finite
-from glassloop.record.jsonl import read_jsonl
-from glassloop.record.reading import RunData, flat, read_run
+from glassloop.study.cell_state import ATTEMPTS, attempts, run_folder, state_of
 from glassloop.study.checks import StudyError
-from glassloop.study.quantities import first_bad
 from glassloop.study.spec import Cell
 from glassloop.verify.processes import LAUNCHER_VARIABLES, launch_file
 
-ATTEMPTS = "attempts.jsonl"  # one line a process that was started
-NO_MATTER = ("run.", "resume.", "model.cache_dir", "preset")  # fields that say where things lie
-ATTEMPT_FIELDS = ("cell", "exit_code", "seconds", "beside", "said")
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 POLL_S = 0.2
-PATIENCE_S = 20.0  # for a cell that is told to end
+PATIENCE_S = 20.0  # for a cell that is asked to end
 LAST_WORDS = 600  # characters of what a failed cell printed
-
-
-@dataclass(frozen=True)
-class CellState:
-    """The state of a cell's folder.
-
-    kind: "absent" | "done" | "diverged" | "partial" | "other". why: in words. run: if there is one.
-    """
-
-    kind: str
-    why: str = ""
-    run: RunData | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.kind in ("done", "diverged")
 
 
 @dataclass
@@ -76,41 +52,6 @@ class Going:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
-
-
-def state_of(cell: Cell, out: Path) -> CellState:
-    """Read a cell's state from disk.
-
-    Raises ValueError if a file of the run is damaged.
-    """
-    folder = run_folder(cell, out)
-    require_plain_folder(folder.parent)
-    require_plain_folder(folder)
-    if not os.path.lexists(folder / "config.yaml"):
-        return CellState("absent")
-    run = read_run(folder)
-    ours, theirs = _asked(as_dict(cell.config)), _asked(run.config or {})
-    if ours["execution.engine"] == "auto":  # a run's folder has the engine that was chosen
-        ours["execution.engine"] = theirs.get("execution.engine")
-    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if differing:
-        name = differing[0]
-        return CellState(
-            "other", f"{name} = {theirs.get(name)}, and {ours.get(name)} is asked now", run
-        )
-    end = run.end["kind"] if run.end else None
-    if end == "finished" and run.updates and run.updates[-1]["update"] == run.planned_updates:
-        return CellState("done", run=run)
-    if end == "failed" and (bad := first_bad(run)) is not None:
-        return CellState("diverged", f"update {bad} was not finite, or not applied", run)
-    message = f": {run.end['message']}" if run.end else ""
-    return CellState(
-        "partial", f"{len(run.updates)} of {run.planned_updates} updates{message}", run
-    )
-
-
-def run_folder(cell: Cell, out: Path) -> Path:
-    return out / "cells" / cell.name
 
 
 def run_cells(
@@ -192,21 +133,6 @@ def run_cells(
     finally:
         end_all(going)
     return failed
-
-
-def attempts(out: Path) -> list[dict[str, Any]]:
-    """What was started so far: cell, exit_code, seconds, beside, device, said."""
-    path = out / ATTEMPTS
-    lines = read_jsonl(path) if os.path.lexists(path) else []
-    for line in lines:
-        missing = [name for name in ATTEMPT_FIELDS if name not in line]
-        if missing or not isinstance(line["cell"], str) or not is_finite(line["seconds"]):
-            raise ValueError(
-                f"{path}: cell = {line.get('cell')!r:.80}, seconds = {line.get('seconds')!r:.80}"
-                f"{f', {missing[0]} is missing' if missing else ''}; the file was damaged or "
-                "edited. Remove the line"
-            )
-    return lines
 
 
 def command(cell: Cell, out: Path) -> list[str]:
@@ -374,7 +300,3 @@ def _room(out: Path, name: str) -> Path:
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-
-
-def _asked(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flat(config).items() if not name.startswith(NO_MATTER)}

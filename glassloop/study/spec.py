@@ -4,14 +4,15 @@
     question: Does a higher rank lower held-out loss?
     base: smollm2_demo data.heldout=0.25 schedule.epochs=3     # words as train_loop.py takes them
     axes:
-      optimizer.lr: [2e-4, 1e-3]                               # a field and its values, or
-      rank:                                                    # a name of its own, with settings of several fields
+      optimizer.lr: [2e-4, 1e-3]            # a field and its values, or
+      rank:                                 # a name of its own, with settings of several fields
         r8: {lora.r: 8, lora.alpha: 8}
         r16: {lora.r: 16, lora.alpha: 16}
     seeds: [1, 2, 3]
-    equal: rows_seen                                           # or updates: what cells have in common where an axis changes the batch
+    equal: rows_seen                        # or updates: equal in cells of different batches
     claims:
-      - {says: r=8 underfits, quantity: heldout_loss, cell: {rank: r8}, against: {rank: r16}, expect: higher, by: 0.01}
+      - {says: r=8 underfits, quantity: heldout_loss, cell: {rank: r8}, against: {rank: r16},
+         expect: higher, by: 0.01}
 
 A claim is about the difference of a quantity: the cell's minus what it is set against, seed by seed
 (scale: share divides it by the latter). `against` may be a number. `by` is the least difference
@@ -28,10 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.config.arguments import field_names, parse
+from glassloop.config.arguments import parse
 from glassloop.config.config import Config
 from glassloop.config.trust import TRUST
 from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
+from glassloop.study.axes import read_axes
 from glassloop.study.checks import (
     Complaint,
     StudyError,
@@ -43,9 +45,8 @@ from glassloop.study.checks import (
     seeds,
     text,
     whole,
-    word,
 )
-from glassloop.study.claims import Axes, Claim, Setting, read_claim
+from glassloop.study.claims import Axes, Claim, read_claim
 
 # What a cell is asked beside its base, unless the base or the command line says otherwise: nothing
 # that costs time or disk and tells a study nothing.
@@ -134,7 +135,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     name = values.get("name", path.stem)
     if not isinstance(name, str) or not PLAIN.fullmatch(name):
         raise bad("name", name, "letters, digits, '.', '_' and '-', a letter or digit first")
-    axes = _axes(values.get("axes"), bad)
+    axes = read_axes(values.get("axes"), bad)
     study = Study(
         file=str(path),
         name=name,
@@ -241,9 +242,8 @@ def _equalised(study: Study, base: Config, config: Config, name: str) -> list[st
         return []
     words = []
     if config.schedule.warmup_updates:
-        words.append(
-            f"schedule.warmup_updates={max(1, round(config.schedule.warmup_updates * asked / ours))}"
-        )
+        warmup = max(1, round(config.schedule.warmup_updates * asked / ours))
+        words.append(f"schedule.warmup_updates={warmup}")
     if config.schedule.updates is not None:
         updates, left = divmod(config.schedule.updates * asked, ours)
         if left or not updates:
@@ -310,51 +310,6 @@ def _without_pair(words: Sequence[str], fields: Sequence[str]) -> list[str]:
     if not set(fields) & set(PAIR):
         return list(words)
     return [one for one in words if one.removeprefix("--").partition("=")[0] not in PAIR]
-
-
-def _axes(values: Any, bad: Complaint) -> Axes:
-    if not isinstance(values, dict) or not values:
-        raise bad(
-            "axes",
-            values,
-            "what is varied: a field of the config with a list of values, such as lora.r: [8, 16, "
-            "32]",
-        )
-    known, found = field_names(), []
-    for axis, given in values.items():
-        place = f"axes.{axis}"
-        if isinstance(given, list) and given:
-            if axis not in known:
-                raise bad(
-                    place, given, f"{axis} is no field of the config; {near(str(axis), known)}"
-                )
-            settings = [Setting(word(value), ((axis, word(value)),)) for value in given]
-        elif (
-            isinstance(given, dict)
-            and given
-            and all(isinstance(fields, dict) for fields in given.values())
-        ):
-            for label, fields in given.items():
-                if unknown := [field for field in fields if field not in known]:
-                    raise bad(
-                        f"{place}.{label}",
-                        fields,
-                        f"{unknown[0]} is no field of the config; {near(str(unknown[0]), known)}",
-                    )
-            settings = [
-                Setting(word(label), tuple((f, word(v)) for f, v in fields.items()))
-                for label, fields in given.items()
-            ]
-        else:
-            raise bad(
-                place,
-                given,
-                "a list of values of a field, or settings such as {r8: {lora.r: 8, lora.alpha: 8}}",
-            )
-        if len({setting.label for setting in settings}) < len(settings):
-            raise bad(place, given, "a value stands there twice; leave one out")
-        found.append((str(axis), tuple(settings)))
-    return tuple(found)
 
 
 def _short(axis: str, label: str) -> str:

@@ -4,9 +4,9 @@ The difference is taken seed by seed: a seed decides rows, their order and the f
 two cells of one seed share most of their chance. Of the n differences d_s the 95 % interval is mean
 +- t(0.975, n - 1) * s / sqrt(n), Student's paired interval (W. S. Gosset, Biometrika 6, 1908).
 
-    higher   supported: the interval lies above `by`       contradicted: it lies below `by`
-    lower    supported: it lies below -`by`                contradicted: it lies above -`by`
-    about    supported: it lies within `value` +- `within` contradicted: it lies outside, on one side
+    higher  supported: the interval lies above `by`        contradicted: it lies below `by`
+    lower   supported: it lies below -`by`                 contradicted: it lies above -`by`
+    about   supported: it lies within `value` +- `within`  contradicted: it lies outside, one side
 
 Everything else, and every claim with fewer than two seeds, is not resolved. So "contradicted" may
 mean the opposite, or an effect that is shown to be smaller than the claim is worth.

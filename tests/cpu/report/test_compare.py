@@ -10,7 +10,8 @@ from made_runs import SPIKE, write_run
 
 from glassloop.cli.__main__ import main
 from glassloop.record.reading import RunData, read_run
-from glassloop.report.comparing import compare, welch
+from glassloop.report.comparing import compare
+from glassloop.report.verdict import welch
 
 
 def made(folder: Path, **settings) -> RunData:

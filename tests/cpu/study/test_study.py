@@ -19,8 +19,8 @@ from made_runs import write_run
 from glassloop.cli.__main__ import main
 from glassloop.record.reading import read_run
 from glassloop.study import running
+from glassloop.study.cell_state import attempts
 from glassloop.study.divergence import where_to_look
-from glassloop.study.running import attempts
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = ROOT / "tests" / "helpers"
@@ -28,14 +28,16 @@ TINY = """
 name: tiny
 question: Does a real run answer?
 base: >-
-  model.id={model} data.source={rows} data.template=chat data.max_tokens=96 data.heldout=0.2 batch.size=2 batch.accumulation=2
-  schedule.updates=4 schedule.warmup_updates=1 execution.precision=fp32 execution.checkpointing=false lora.r=4 lora.alpha=8
+  model.id={model} data.source={rows} data.template=chat data.max_tokens=96 data.heldout=0.2
+  batch.size=2 batch.accumulation=2 schedule.updates=4 schedule.warmup_updates=1
+  execution.precision=fp32 execution.checkpointing=false lora.r=4 lora.alpha=8
   record.probe_every_updates=1
 axes: {{optimizer.lr: [1e-5, 3e-2]}}
 seeds: [1, 2]
 parallel: 2
 claims:
-  - {{says: a higher lr learns more, quantity: heldout_loss, cell: {{optimizer.lr: 3e-2}}, against: {{optimizer.lr: 1e-5}}, expect: lower}}
+  - {{says: a higher lr learns more, quantity: heldout_loss, expect: lower,
+      cell: {{optimizer.lr: 3e-2}}, against: {{optimizer.lr: 1e-5}}}}
 """
 
 

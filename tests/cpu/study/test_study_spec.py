@@ -21,7 +21,8 @@ axes:
     free: {optimizer.max_grad_norm: null}
 seeds: [1, 2]
 claims:
-  - {says: r=8 underfits, quantity: heldout_loss, cell: {lora.r: 8}, against: {lora.r: 16}, expect: higher}
+  - {says: r=8 underfits, quantity: heldout_loss, expect: higher,
+     cell: {lora.r: 8}, against: {lora.r: 16}}
 """
 
 
