@@ -1,4 +1,4 @@
-"""Statistics in plain float arithmetic: Student's t, intervals, and a line through past values.
+"""Student's t, intervals, and forecasts, in plain float arithmetic.
 
 A forecast stands on a least squares line and not on a mean, because loss and norm move over a run:
 around a mean, what the curve does in the window would count as scatter and hide a spike. The order
@@ -61,7 +61,9 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> Line:
 def forecast(
     xs: Sequence[float], ys: Sequence[float], x: float, y: float, widen: float = 1.0
 ) -> Forecast:
-    """y at x against the line through the points: Student's t of a new value, which knows how few points the line stands on.
+    """Compare y at x with the line through the points.
+
+    Student's t knows how few points the line stands on.
 
     widen: the new value's own sigma over that of the points.
     """
@@ -73,7 +75,7 @@ def forecast(
 
 
 def student_tail(t: float, degrees: float) -> float:
-    """P(T >= t) for Student's t with any degrees of freedom > 0.
+    """Return P(T >= t) of Student's t, for any degrees > 0.
 
     By the regularised incomplete beta function (Abramowitz and Stegun 26.7.1), which keeps its
     relative precision far out in the tail.
@@ -84,7 +86,10 @@ def student_tail(t: float, degrees: float) -> float:
 
 
 def student_quantile(share: float, degrees: float) -> float:
-    """t with P(T <= t) = share for share > 0.5 and any degrees of freedom > 0, to 1e-9 relative; by bisection."""
+    """Return t with P(T <= t) = share, for share > 0.5.
+
+    By bisection, to 1e-9 relative, for any degrees of freedom > 0.
+    """
     assert 0.5 < share < 1 and degrees > 0
     low, high = 0.0, 1.0
     while 1 - student_tail(high, degrees) < share:
@@ -101,7 +106,10 @@ def student_quantile(share: float, degrees: float) -> float:
 
 
 def wilson(hits: int, rows: int) -> Interval | None:
-    """95 % interval of a share (Wilson 1927). None where there are no rows."""
+    """Return the 95 % interval of a share (Wilson 1927).
+
+    None without rows.
+    """
     if rows == 0:
         return None
     share, z2 = hits / rows, Z95**2
@@ -111,7 +119,11 @@ def wilson(hits: int, rows: int) -> Interval | None:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p that two systems are right equally often, from the rows on which one alone is right (McNemar 1947, binomial)."""
+    """Return the exact two-sided p of McNemar (1947).
+
+    The hypothesis is that two systems are right equally often; rows on which one alone is right
+    decide.
+    """
     discordant, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(discordant, k) for k in range(fewer + 1)) / 2**discordant
     return min(1.0, 2 * tail)
@@ -120,9 +132,12 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def bootstrap(
     rows: int, statistic: Callable[[Sequence[int]], float | None], seed: int = 0
 ) -> Interval | None:
-    """95 % percentile interval of `statistic`, a function of the row numbers drawn (Efron 1979). Paired where it looks at two systems per row.
+    """Return the 95 % percentile interval of `statistic` (Efron 1979).
 
-    None with fewer than two rows, where all draws have one value, or where more than one in twenty has none.
+    It is a function of the row numbers drawn, and paired if it looks at two systems per row.
+
+    None with fewer than two rows, where all draws have one value, or where more than one in twenty
+    has none.
     """
     if rows < 2:
         return None
@@ -137,7 +152,10 @@ def bootstrap(
 
 
 def _beta(x: float, a: float, b: float) -> float:
-    """I_x(a, b), by its continued fraction (Abramowitz and Stegun 26.5.8), evaluated by Lentz's method."""
+    """Return I_x(a, b) by its continued fraction.
+
+    Abramowitz and Stegun 26.5.8, evaluated by Lentz's method.
+    """
     if x <= 0 or x >= 1:
         return 0.0 if x <= 0 else 1.0
     if x > (a + 1) / (a + b + 2):

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs in config, where they part first, a verdict against the seeds' spread."""
+"""Compare runs, with a verdict against the seeds' spread."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop compare A B ... [--floor X] [--out FILE]`. Exit code 0; ValueError for what cannot be compared."""
+    """Compare the runs.
+
+    Exit code 0; ValueError for what cannot be compared.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop compare",
         allow_abbrev=False,
-        description="Runs that differ in nothing but their seed make a side; each side is compared with the first. A verdict needs two seeds a side: "
-        "with one it says 'not resolved'. Two runs of one seed on a side measure the noise floor.",
+        description="Compare runs. Runs that differ in their seed alone make a side, and each side "
+        "is compared with the first. A verdict needs two seeds a side: with one it says "
+        "'not resolved'. Two runs of one seed on a side measure the noise floor.",
     )
     own.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="folders of two runs or more"
@@ -21,7 +25,8 @@ def main(argv: list[str]) -> int:
         "--floor",
         type=float,
         metavar="X",
-        help="relative difference that counts as noise (default: measured on repeats, else by precision)",
+        help="relative difference that counts as noise (default: measured on repeats, else by "
+        "precision)",
     )
     own.add_argument(
         "--out",

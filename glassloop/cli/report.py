@@ -1,4 +1,4 @@
-"""Write a run as one HTML page that opens offline: curves, layers, rows, events, and a summary in plain words."""
+"""Write a run as one HTML page that opens offline."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop report RUN [--out FILE] [--no-text] [--png FILE]`. Exit code 0; ValueError for what cannot be read."""
+    """Write the page of RUN.
+
+    Exit code 0; ValueError for what cannot be read.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop report",
         allow_abbrev=False,
-        description="Reads the run's folder alone: needs no GPU, no model and no network, and works while the run goes. train_loop.py writes "
-        "the same page when a run ends.",
+        description="Write a run's page. It reads the run's folder alone, so it needs no GPU, no "
+        "model and no network, and works during the run. A run writes the same page when it ends.",
     )
     own.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     own.add_argument(

@@ -178,7 +178,7 @@ def _bisect_first(results: Sequence[CellResult], out: Path, deadline: float | No
 
 
 def _show(study: Study, cells: Sequence[Cell], out: Path) -> None:
-    from glassloop.study.running import state_of
+    from glassloop.study.cell_state import state_of
     from glassloop.study.spec import rows_per_update
 
     print(f"{study.name}: {study.question}\nevery cell: {' '.join(study.words)}")

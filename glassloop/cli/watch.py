@@ -1,4 +1,4 @@
-"""Watch a run in the terminal, also over SSH: state, curves, the last updates, alarms with the command to type."""
+"""Watch a run in the terminal, also over SSH."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop watch RUN [--every S] [--once]`. Returns when the run ends: exit code 1 if it failed, else 0; 0 after Ctrl-C."""
+    """Show RUN until it ends.
+
+    Exit code 1 if it failed, else 0; 0 after Ctrl-C.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop watch",
         allow_abbrev=False,
-        description="Reads the run's folder and nothing else, so it may be started and left at any time, on any machine that sees the folder. "
-        "Where the output is no terminal, it prints one screen.",
+        description="Watch a run. It reads the run's folder alone, so it may be started and left "
+        "at any time, on any machine that sees the folder. It prints one screen if the output is "
+        "no terminal.",
     )
     own.add_argument(
-        "run", metavar="RUN", type=Path, help="folder of a run: going, finished or failed"
+        "run", metavar="RUN", type=Path, help="folder of a run: running, finished or failed"
     )
     own.add_argument(
         "--every",
@@ -33,7 +37,8 @@ def main(argv: list[str]) -> int:
     from rich.live import Live
 
     from glassloop.report.compare_text import console
-    from glassloop.report.watching import Screen, Watched
+    from glassloop.report.following import Watched
+    from glassloop.report.watching import Screen
 
     watched, out = Watched(given.run), console()
     watched.refresh()

@@ -60,7 +60,7 @@ def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """The version of an installed package; None where it is not installed. Does not import it."""
+    """Return a package's version without importing it; None if absent."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -74,7 +74,10 @@ def nvidia_driver() -> str | None:
 
 
 def git_commit(file: Path) -> dict[str, Any] | None:
-    """The commit that `file` is checked out from, and whether tracked files differ from it. None for a file outside git."""
+    """Return the git commit of `file`.
+
+    The answer also says whether tracked files differ from it. None for a file outside git.
+    """
     git = ["git", "-C", str(file.parent)]
     if (
         _answer([*git, "ls-files", "--error-unmatch", file.name]) is None
@@ -90,7 +93,10 @@ def git_commit(file: Path) -> dict[str, Any] | None:
 
 
 def _answer(command: list[str]) -> str | None:
-    """What a program prints; None where it is missing, fails or takes longer than 10 s."""
+    """Return what a program prints; None if it fails.
+
+    It fails where it is missing or takes longer than 10 s.
+    """
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=10, check=True

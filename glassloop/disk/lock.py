@@ -1,4 +1,4 @@
-"""One writer for a run's folder: a lock of the operating system, and its holder in words.
+"""Let one process write a run's folder, and name its holder.
 
 The file `run.lock` is locked (flock) while a run writes, so a crash releases it. It also says who
 holds it: for the message of a refusal, for hosts that the lock does not reach, and for file systems
@@ -41,7 +41,7 @@ class Held(ValueError):
 
 
 class FolderMoved(OSError):
-    """Raised where the folder's name no longer leads to the files that a run writes."""
+    """The folder's name no longer leads to the run's files."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Holder:
 
 
 class FolderLock:
-    """A held lock, with a thread that gives a sign of life every `BEAT_S`.
+    """A held lock, with a sign of life every `BEAT_S`.
 
     Args:
         made: the folder was made for this lock.
@@ -105,7 +105,7 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Let the next writer in; remove the folder if it was made here and is still empty."""
+        """Let the next writer in; remove an empty new folder."""
         if self._over.is_set():
             return
         self._over.set()
@@ -168,7 +168,7 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Folder
 
 
 def _opened(folder: Path) -> tuple[int, bool]:
-    """Descriptor of the folder's lock file, and whether it is a new one."""
+    """Open the folder's lock file; say whether it is new."""
     path, flags = folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         make(folder)
@@ -199,7 +199,9 @@ def _odd(path: Path) -> ValueError:
 def _won(
     folder: Path, handle: int, mine: Holder, *, fresh: bool, say: Callable[[str], None]
 ) -> tuple[str, ...] | None:
-    """Lock the open file and write its holder. Returns notes; None: it was removed, begin again."""
+    """Lock the open file and write its holder.
+
+    Returns notes; None: it was removed, begin again."""
     locks, notes = _locked(folder, handle), []
     if not locks:
         notes.append(
@@ -238,7 +240,9 @@ def _locked(folder: Path, handle: int) -> bool:
 
 
 def _watched(folder: Path, handle: int, before: Holder | None, say: Callable[[str], None]) -> str:
-    """Wait for a sign of life of a holder that cannot be asked. Returns a note; raises Held."""
+    """Wait for a sign of life of a holder elsewhere.
+
+    Returns a note; raises Held."""
     path, who = folder / LOCK, before or "no holder that can be read"
     age_s = _age_s(handle)
     say(f"{path} names {who}: watching for {WATCH_S:.0f} s whether it still writes")
@@ -281,7 +285,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Clock ticks from boot to a process's start; None where it has ended."""
+    """Return clock ticks from boot to a process's start, or None."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -307,7 +311,7 @@ def _age_s(handle: int) -> float:
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:
-    """What each sign of life changes; opened anew, so that a network disk asks its server."""
+    """Read what each sign of life changes, on a network disk too."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -330,7 +334,7 @@ def _leads_to(path: Path, handle: int) -> bool:
 
 
 def _forget() -> None:
-    """Close the locks of the parent in a forked child, which would keep them beyond its end."""
+    """Close the parent's locks in a forked child."""
     while _held:
         os.close(_held.pop())
 

@@ -1,4 +1,4 @@
-"""Opening what lies in a run's folder: plain files and plain folders alone, never through a link.
+"""Open files of a run's folder, plain ones alone.
 
 A run's folder may come from a stranger. A link in it would lead reads and writes elsewhere, a FIFO
 would wait for ever, a device has no end. So whatever lies inside of a run's folder is opened here.
@@ -25,7 +25,10 @@ CURE = "Remove it, or put a copy in its place"
 
 
 class NotPlain(ValueError):
-    """What lies under a name is a link, FIFO or device. It was neither read nor written."""
+    """A link, FIFO or device has a file's name.
+
+    It was neither read nor written.
+    """
 
 
 def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -49,7 +52,10 @@ def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Read a plain file whole. Raises as `open_plain`, and ValueError for more than `most` bytes."""
+    """Read a plain file whole.
+
+    Raises as `open_plain`, and ValueError for more than `most` bytes.
+    """
     with open(open_plain(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -61,7 +67,7 @@ def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def require_plain_folder(folder: Path) -> None:
-    """Raise NotPlain where `folder` is there and is no folder of its own, such as a link to one."""
+    """Raise NotPlain if `folder` is a link or no folder."""
     try:
         mode = os.lstat(folder).st_mode
     except FileNotFoundError:
@@ -71,7 +77,7 @@ def require_plain_folder(folder: Path) -> None:
 
 
 def require_plain_entries(folder: Path) -> None:
-    """Raise NotPlain where something in `folder` is neither a plain file nor a plain folder."""
+    """Raise NotPlain if `folder` holds a link, FIFO or device."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         mode = entry.stat(follow_symlinks=False).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

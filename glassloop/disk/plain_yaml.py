@@ -1,4 +1,4 @@
-"""YAML of a file that someone else wrote: plain values alone, bounded in size and depth."""
+"""Read YAML that someone else wrote, bounded in size and depth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ MOST_DEPTH = 100
 
 
 class _Shallow(yaml.SafeLoader):
-    """Python's own loader (libyaml's ends the process in deep nesting), MOST_DEPTH deep at most."""
+    """PyYAML's own loader, bounded in depth.
+
+    libyaml's loader ends the process where nesting is deep.
+    """
 
     depth = 0
 
@@ -26,7 +29,9 @@ class _Shallow(yaml.SafeLoader):
 
 
 def plain_yaml(text: str) -> Any:
-    """The value of a YAML text: dicts with text keys, lists, text, numbers, booleans, None.
+    """Return the value of a YAML text.
+
+    It consists of dicts with text keys, lists, text, numbers, booleans and None.
 
     Dates and other values that JSON does not have become text.
 
@@ -47,7 +52,7 @@ def plain_yaml(text: str) -> Any:
 
 
 def _measure(root: yaml.Node) -> None:
-    """Raise ValueError where the value would have too many parts, or itself as a part."""
+    """Raise ValueError for a value that is too large or endless."""
     known: dict[int, tuple[int, int]] = {}  # by id of a node: its values and depth, aliases inside
     entered: set[int] = set()
 

@@ -1,4 +1,6 @@
-"""Folders and files that are published whole or not at all; a folder has a sum of every file.
+"""Publish folders and files whole or not at all.
+
+A published folder holds a sum of every file.
 
 They are written and synced under a hidden name, renamed, and the parent is synced. So a published
 name is complete, whenever the process died. A folder's sums lie in SHA256SUMS, which
@@ -37,7 +39,10 @@ PLAIN_NAME = re.compile(
 
 
 class NotSaved(OSError):
-    """The disk refused a folder. Nothing was published under its name and nothing older was removed, so a run may go on."""
+    """The disk refused a folder.
+
+    Nothing was published and nothing older was removed, so a run may continue.
+    """
 
 
 def publish(
@@ -47,13 +52,18 @@ def publish(
     limit: str,
     also: Callable[[Path], None] | None = None,
 ) -> None:
-    """Make the folder `target` of `contents` (file name -> bytes) and of what `also` writes into the folder that it is given.
+    """Publish the folder `target`.
 
-    The last of `contents` is the last in the sums: a reader that requires it notices a list that was cut short. A folder that has
-    the name is moved aside (suffix .replaced), and stays whole there until the caller removes it.
+    It holds `contents` (file name -> bytes) and what `also` writes into the folder that it is
+    given.
+
+    The last of `contents` is the last in the sums: a reader that requires it notices a list that
+    was cut short. A folder that has the name is moved aside (suffix .replaced), and stays whole
+    there until the caller removes it.
 
     Args:
-        limit: the config field that says how many such folders are kept; a full disk's message names it.
+        limit: the config field that says how many such folders are kept; a full disk's message
+            names it.
 
     Raises:
         NotSaved: names the folder, what the disk said, and the cure.
@@ -97,7 +107,7 @@ def publish(
 
 
 def make(folder: Path) -> None:
-    """Make a folder and those above it that are missing, each with its name on the disk; one that is there is left alone."""
+    """Make a folder and its missing parents, durably."""
     if not folder.is_dir():
         make(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -105,7 +115,9 @@ def make(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Publish a file whole: after a kill at any moment, `path` holds the old bytes or the new.
+    """Replace a file whole.
+
+    After a kill at any moment, `path` holds the old bytes or the new.
 
     Args:
         durable: the same after a loss of power, for the price of two calls of fsync.
@@ -122,7 +134,9 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`replace_file` with UTF-8 text; an OSError names the file and the cure.
+    """Replace a file by UTF-8 text.
+
+    An OSError names the file and the cure.
 
     A lone surrogate, which UTF-8 cannot hold, becomes its escape.
     """
@@ -131,7 +145,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON. ValueError for a NaN or infinite number."""
+    """Write `value` as indented JSON.
+
+    Raises as `write_text`, and ValueError for a NaN or infinite number.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -147,7 +164,10 @@ def named(path: Path, cure: str) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Take the published name away first, also on the disk, so that what a dying removal leaves is not taken for a torn folder."""
+    """Remove a published folder.
+
+    Its name goes first, so a removal that dies leaves no torn folder under it.
+    """
     doomed = folder.with_name(f".{folder.name}.removing")
     _discard(doomed)
     os.rename(folder, doomed)
@@ -156,7 +176,7 @@ def remove(folder: Path) -> None:
 
 
 def unfinished(parent: Path) -> list[Path]:
-    """What processes left in `parent` that died while they wrote or removed a folder."""
+    """List what dead processes left unfinished in `parent`."""
     return sorted(
         path
         for path in parent.glob(".*")
@@ -165,10 +185,13 @@ def unfinished(parent: Path) -> list[Path]:
 
 
 def read(folder: Path, required: Collection[str], only: str | None = None) -> dict[str, bytes]:
-    """Bytes of all files of a published folder, or of `only` one, by name.
+    """Read all files of a published folder, or `only` one.
+
+    Returns bytes by name.
 
     Raises:
-        ValueError: names the file that is missing, corrupt, cut short or not a plain file, or a `required` one that has no sum.
+        ValueError: names the file that is missing, corrupt, cut short or not a plain file, or a
+            `required` one that has no sum.
     """
     if folder.parent.name in IN_A_RUN:
         require_plain_folder(folder.parent)
@@ -197,7 +220,8 @@ def read(folder: Path, required: Collection[str], only: str | None = None) -> di
         data = _bytes(folder / name)
         if _digest(data) != digests[name]:
             raise ValueError(
-                f"{name} is corrupt or cut short: its {len(data)} bytes do not have the sum in {SUMS}"
+                f"{name} is corrupt or cut short: its {len(data)} bytes do not have the sum in "
+                f"{SUMS}"
             )
         contents[name] = data
     return contents
@@ -210,7 +234,10 @@ def sweep(parent: Path) -> None:
 
 
 def cure(error: OSError, limit: str) -> str:
-    """What a person can do about a disk that refused folders of which the config field `limit` says how many are kept."""
+    """Name the cure for a disk that refused a folder.
+
+    limit: the config field that says how many such folders are kept.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"free space there, lower {limit}, or set run.dir to another disk"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -221,7 +248,7 @@ def cure(error: OSError, limit: str) -> str:
 
 
 def _discard(path: Path) -> None:
-    """Remove a folder with what is in it, or a file, or a link and not what it leads to."""
+    """Remove a folder, a file, or a link but not its target."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

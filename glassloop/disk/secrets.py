@@ -1,4 +1,4 @@
-"""Secrets: which texts are known to be some, and copies of values without them."""
+"""Find secrets in values, and hide them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def without_secrets(value: Any, leave: Collection[str] = ()) -> Any:
 
 
 def secrets_in(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(field, whose secret it looks like) of nested plain values; the secrets are not given out."""
+    """Yield (field, kind of secret), never the secret itself."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from secrets_in(item, f"{name}.{key}".lstrip("."))

@@ -389,7 +389,7 @@ def check_disk(
 
 def check_logins(config: Config, environ: Mapping[str, str]) -> list[Finding]:
     """Whether a hub token and the trackers' logins are there; they are not shown, nor tried."""
-    from glassloop.record.trackers import check_tracking
+    from glassloop.record.tracker_checks import check_tracking
 
     home = Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     token = Path(environ.get("HF_TOKEN_PATH") or home / "token").expanduser()

@@ -48,7 +48,8 @@ from glassloop.plan.contract import Contract, check_same_rows
 from glassloop.plan.engine import in_words, with_engine
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import pass_tokens_for
-from glassloop.record.trackers import check_tracking, make_tracker_observer
+from glassloop.record.tracker_checks import check_tracking
+from glassloop.record.trackers import make_tracker_observer
 from glassloop.saved.changes import Notice, changes
 from glassloop.saved.checkpoint import load_checkpoint, read_state
 from glassloop.saved.resuming import (

@@ -1,4 +1,4 @@
-"""What is known of a run and who receives it: records, observers, trackers, one reader.
+"""Records of a run, observers, trackers, the one reader.
 
 May import config and disk.
 """

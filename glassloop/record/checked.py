@@ -1,4 +1,4 @@
-"""Records of a file that someone else may have written: every field is there and of its kind."""
+"""Check that a record has every field, each of its type."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SAME_LENGTH = {  # fields of a kind whose lists have one entry for each of the s
 
 
 def check(record: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
-    """The fields of the record's kind, with defaults for those that older ones lack.
+    """Return the record with its kind's fields, defaults filled in.
 
     A row's text is kept too. Raises ValueError naming `where`, the field and its value.
     """
@@ -95,7 +95,7 @@ _CURE = "the file was damaged or edited. Remove the line, or put back a copy of 
 
 
 def is_shallow(value: Any) -> bool:
-    """Whether a value is nested less than MOST_DEPTH deep, so that it can be walked."""
+    """Tell whether a value is nested less than MOST_DEPTH deep."""
     layer = [value]
     for _ in range(MOST_DEPTH):
         layer = [
@@ -131,7 +131,7 @@ def _fields(kind: Kind) -> tuple[tuple[str, Test, str, Any], ...]:
 
 
 def _test(hint: Any, finite: bool) -> tuple[Test, str]:
-    """A test of a JSON value for a record's type, and the type in words."""
+    """Return a test for a type, and the type in words."""
     if hint is float and finite:
         return is_finite, "a finite number"
     if hint in _SIMPLE:

@@ -1,4 +1,4 @@
-"""A run's files of JSON lines: their names, how they are read, how a torn end is mended."""
+"""Read and mend a run's files of JSON lines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ MOST_LINE_BYTES = 64 * 2**20
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of one of a run's files, each with every field of its kind; [] without a file.
+    """Read the checked records of a run's file.
+
+    [] without a file.
 
     Raises:
         ValueError: as `read_jsonl`; or a field is missing or wrong. Names file, line and field.
@@ -53,7 +55,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file as dicts, in the order they were written.
+    """Read the lines of a file as dicts, in order.
 
     A torn last line (a kill, a full disk) is left out. Lines of older schema versions open: a
     missing `attempt` is 1, a missing `schema` 0. Infinite and NaN numbers stand as the strings
@@ -68,7 +70,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(line: bytes, where: str) -> dict[str, Any]:
-    """The record of a whole line. Raises ValueError, naming `where`, for what is none."""
+    """Parse a whole line.
+
+    Raises ValueError, naming `where`, for what is no record.
+    """
     if (record := _parse(line)) is None:
         raise ValueError(
             f"{where}: not a JSON object; the file was damaged or edited. Remove the line"
@@ -84,7 +89,7 @@ def parsed(line: bytes, where: str) -> dict[str, Any]:
 
 
 def mend(path: Path) -> None:
-    """Make a file of JSON lines end in a line break; without a file, do nothing.
+    """Make a file of JSON lines end in a line break.
 
     A torn last line is cut off, a whole one is ended.
     """
@@ -113,7 +118,7 @@ def too_long(where: str) -> ValueError:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, record); a blank line and a torn last one are left out."""
+    """Yield (line number, record) of every whole line."""
     with open(open_plain(path), "rb") as file:
         if os.fstat(file.fileno()).st_size > MOST_FILE_BYTES:
             raise ValueError(

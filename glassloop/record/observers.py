@@ -1,6 +1,7 @@
-"""Observers of a run: their interface, and the one that writes the run's folder.
+"""The observer interface, and the observer that writes the folder.
 
-An observer is a plain object with the methods of `Observer`. Only rank 0 has observers, and none may change what is trained.
+An observer is a plain object with the methods of `Observer`. Only rank 0 has observers, and none
+may change what is trained.
 """
 
 from __future__ import annotations
@@ -76,19 +77,24 @@ class Observer(Protocol):
 
 
 class JsonlObserver:
-    """The run's folder, written as the run goes: a line stands whole in its file as soon as the call returns.
+    """Writes records into the run's folder as they come.
 
-    A line is one write of the operating system, so a killed process loses none; power loss may lose what came after the last
-    `sync`, which is called before a checkpoint is saved and at its event. A torn last line that an earlier process left behind is mended on opening.
+    A line stands whole in its file as soon as the call returns.
+
+    A line is one write of the operating system, so a killed process loses none; power loss may lose
+    what came after the last `sync`, which is called before a checkpoint is saved and at its event.
+    A torn last line that an earlier process left behind is mended on opening.
 
     Args:
         folder: the run's folder; made if missing.
-        text: record.text. none: no id and no text of a row in any file. ids: ids. full: ids and text.
+        text: record.text. none: no id and no text of a row in any file. ids: ids. full: ids and
+            text.
         row_text: a row's text by its id; needed under full.
         check: called before each write; raises OSError where the folder is another one by now.
 
     Raises:
-        OSError: a file cannot be opened or written; the message names it. The file is left parseable.
+        OSError: a file cannot be opened or written; the message names it. The file is left
+            parseable.
         ValueError: a file of the folder is damaged, a link, or was written by a newer glassloop.
     """
 
@@ -123,11 +129,17 @@ class JsonlObserver:
             sync(self._folder)  # their names
 
     def attempt(self, update: int) -> int:
-        """The attempt that records of `update` carry in this process: 1, and one more each time a resumed run redoes it."""
+        """Return the attempt of `update` in this process.
+
+        It is 1, and one more each time that a resumed run repeats the update.
+        """
         return self._attempts.get(update, 0) + 1
 
     def evaluation_attempt(self, update: int) -> int:
-        """The same for an evaluation after `update` updates, which may be redone where the update is not."""
+        """Return the attempt of an evaluation after `update` updates.
+
+        It may be repeated where the update is not.
+        """
         return self._evaluation_attempts.get(update, 0) + 1
 
     def on_start(self, info: RunInfo) -> None:
@@ -163,7 +175,11 @@ class JsonlObserver:
             self.sync()
 
     def sync(self) -> None:
-        """Forces every line to the disk. Before a checkpoint is saved: a run that goes on from it needs the lines of its updates."""
+        """Force every line to the disk.
+
+        It is called before a checkpoint is saved: a run that resumes from it needs the lines of its
+        updates.
+        """
         self._check()
         for name, file in self._files.items():
             with named(self._folder / name, CURE):
@@ -182,7 +198,8 @@ class JsonlObserver:
         return to_json(row)
 
     def _append(self, name: str, lines: Iterable[str]) -> None:
-        # backslashreplace: a lone surrogate from a source's JSON becomes the JSON escape that it came from
+        # backslashreplace: a lone surrogate from a source's JSON becomes the JSON escape that it
+        # came from
         data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
         self._check()
         file = self._files[name]
@@ -200,8 +217,9 @@ class JsonlObserver:
 def under_policy(event: Event, text: TextPolicy, row_ids: Iterable[str] = ()) -> Event:
     """The event as record.text allows it to be kept.
 
-    Ids and texts are known by their key in `details` (ID_KEYS, TEXT_KEYS). Under none, ids found there and in `row_ids` are also
-    taken out of message and command: an event that names other rows than the last update's lists them in `details["row_ids"]`.
+    Ids and texts are known by their key in `details` (ID_KEYS, TEXT_KEYS). Under none, ids found
+    there and in `row_ids` are also taken out of message and command: an event that names other rows
+    than the last update's lists them in `details["row_ids"]`.
     """
     if text == "full":
         return event

@@ -1,4 +1,4 @@
-"""Text from a file, a model or a library, made safe for a terminal."""
+"""Make text from files and models safe for a terminal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def printable(text: str, encoding: str = "utf-8", *, keep: str = "") -> str:
 
 
 def visible(text: str) -> str:
-    """`printable` text of a token or a row, with its line breaks as ⏎ and tabs as ⇥."""
+    """Show line breaks as ⏎ and tabs as ⇥, as `printable`."""
     return printable(text.replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def refusal(error: BaseException) -> str:
-    """What a person reads of input that is refused; its text may come from a file."""
+    """Word a refusal; the error's text may come from a file."""
     return f"refused: {printable(str(error), keep=BREAK)}\n(GLASSLOOP_TRACEBACK=1 shows where)"
 
 

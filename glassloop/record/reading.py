@@ -1,4 +1,4 @@
-"""A run's folder as plain values: its records, how it ended, what was planned. Nothing is written.
+"""Read a run's folder as plain values; write nothing.
 
 A resumed run does some updates again, under a higher attempt: attempts grow from start to start.
 Two rules say which of several records of an update is meant:
@@ -11,7 +11,6 @@ Two rules say which of several records of an update is meant:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,9 +23,6 @@ from typing import Any
 from glassloop.config.arguments import from_values, with_old_engine
 from glassloop.config.config import Config
 from glassloop.config.trust import FIELDS, Words, unasked
-from glassloop.disk.opening import read_plain
-from glassloop.disk.plain_yaml import plain_yaml
-from glassloop.record.checked import LARGEST, MOST_COUNT, is_shallow
 from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
@@ -36,28 +32,27 @@ from glassloop.record.jsonl import (
     SAMPLES,
     read_records,
 )
+from glassloop.record.run_files import (
+    Record,
+    recorded_config,
+    recorded_environment,
+    recorded_plan,
+    setting,
+)
 
-USED_SETTINGS: dict[str, tuple[type, ...]] = {  # of a config, in reports and studies
-    "seed": (int, type(None)),
-    "execution.precision": (str, type(None)),
-    "optimizer.max_grad_norm": (int, float, type(None)),
-    "schedule.warmup_updates": (int, type(None)),
-}
 WINDOW_UPDATES = 20  # applied updates whose medians are the usual loss and norm
 ENDS = ("finished", "failed", "stopped")
-Record = dict[
-    str, Any
-]  # a line of a run's file; "inf", "-inf", "nan" stand for numbers that are not finite
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that a run's folder holds, without what a resumed run did again.
+    """The contents of a run's folder, without repeated updates.
 
     Attributes:
-        updates: UpdateRecords in order of their update. Of an update that was done again the last attempt, and none from a
-            course that was left when the run went back.
-        replaced: the UpdateRecords that do not count any more, in the order in which they were written.
+        updates: UpdateRecords in order of their update. Of an update that was done again the last
+            attempt, and none from a course that was left when the run went back.
+        replaced: the UpdateRecords that do not count any more, in the order in which they were
+            written.
         probes, rows: of `updates` only; rows in the order in which they were written.
         evaluations: the last of each update.
         events: all, in the order in which they were written.
@@ -89,7 +84,7 @@ class RunData:
 
     @property
     def planned_updates(self) -> int:
-        """Updates of the whole run; 0 where neither a plan nor an update says."""
+        """Updates of the whole run; 0 if unknown."""
         if self.updates:
             return int(self.updates[-1]["updates"])
         return int((self.plan or {}).get("updates", 0))
@@ -105,7 +100,10 @@ class RunData:
 
 
 def end_of(events: Sequence[Record]) -> Record | None:
-    """The event that ended a run; None while it goes, or where it was broken off without a word."""
+    """Return the event that ended a run.
+
+    None while it runs, or if it was broken off without an event.
+    """
     for event in reversed(events):
         if event["kind"] in ENDS:
             return event
@@ -149,14 +147,17 @@ def read_run(folder: Path) -> RunData:
         evaluations=standing(read_records(folder / EVALUATIONS))[0],
         samples=read_records(folder / SAMPLES),
         events=read_records(folder / EVENTS),
-        plan=_plan(folder / "plan.json"),
-        env=_env(folder / "env.json"),
-        config=_config(folder / "config.yaml"),
+        plan=recorded_plan(folder / "plan.json"),
+        env=recorded_environment(folder / "env.json"),
+        config=recorded_config(folder / "config.yaml"),
     )
 
 
 def standing(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """(those that count, those that were replaced): a record takes the place of all earlier ones of its update and later updates."""
+    """Split records into (current, replaced).
+
+    A record replaces all earlier ones of its update and of later updates.
+    """
     kept: list[Record] = []
     replaced: list[Record] = []
     for record in records:
@@ -167,7 +168,9 @@ def standing(records: list[Record]) -> tuple[list[Record], list[Record]]:
 
 
 def leading_to(records: Iterable[Record], update: int) -> dict[int, Record]:
-    """By number, the records of update 1 .. `update` that led to its highest attempt.
+    """Return the records that led to `update`, by number.
+
+    They lead to its highest attempt.
 
     Updates that are not on record are left out; {} where `update` itself is not.
     """
@@ -184,7 +187,10 @@ def leading_to(records: Iterable[Record], update: int) -> dict[int, Record]:
 
 
 def trajectory(folder: Path, update: int) -> dict[int, Record]:
-    """`leading_to` of a run's metrics. Raises ValueError where `update` is not on record."""
+    """Return `leading_to` of a run's metrics.
+
+    Raises ValueError if `update` is not on record.
+    """
     records = read_records(folder / METRICS)
     chain = leading_to(records, update)
     if update not in chain:
@@ -197,7 +203,10 @@ def trajectory(folder: Path, update: int) -> dict[int, Record]:
 
 
 def row_records(folder: Path) -> dict[tuple[int, int], list[Record]]:
-    """Lines of rows.jsonl by (update, attempt), in the order of ranks and passes; empty under record.text = none."""
+    """Group rows.jsonl by (update, attempt).
+
+    Rows are in the order of ranks and passes. Empty under record.text = none.
+    """
     rows: dict[tuple[int, int], list[Record]] = {}
     for record in read_records(folder / ROWS):
         rows.setdefault((record["update"], record["attempt"]), []).append(record)
@@ -205,7 +214,11 @@ def row_records(folder: Path) -> dict[tuple[int, int], list[Record]]:
 
 
 def usual(chain: Mapping[int, Record], update: int) -> tuple[float, float] | None:
-    """Median loss (nats a token) and gradient norm of the last applied updates before `update`; None where fewer than 3 are on record."""
+    """Return the usual loss and gradient norm before `update`.
+
+    They are medians of the last applied updates, in nats a token; None if fewer than 3 are on
+    record.
+    """
     applied = [r for u, r in chain.items() if u < update and r["action"] == "applied"][
         -WINDOW_UPDATES:
     ]
@@ -225,9 +238,9 @@ def is_run(folder: Path) -> bool:
 
 
 def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
-    """The recorded config as plain values. Raises ValueError if the file cannot be read."""
+    """Return the recorded config as plain values. Raises ValueError if it cannot be read."""
     path = folder / name
-    values = _config(path)
+    values = recorded_config(path)
     if values is None:
         raise ValueError(
             f"{path} is missing or holds no sections: name the folder of a run, "
@@ -285,18 +298,11 @@ def with_overrides(
 
 
 def number(value: Any) -> float | None:
-    """A record's number as a float; the strings "nan", "inf" and "-inf" too. None stays None."""
+    """Convert a recorded number to a float; None stays None.
+
+    The strings "nan", "inf" and "-inf" are numbers too.
+    """
     return None if value is None else float(value)
-
-
-def setting(config: Record | None, name: str, default: Any = None) -> Any:
-    """config["section"]["field"] for "section.field"; `default` where it is not there."""
-    value: Any = config or {}
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return default
-        value = value[part]
-    return value
 
 
 def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
@@ -308,82 +314,3 @@ def flat(config: Record | None, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value
     return found
-
-
-def read_object(path: Path) -> Record | None:
-    """The fields of a JSON file; None without a file. Raises ValueError naming the file."""
-    if (data := _bytes(path)) is None:
-        return None
-    try:
-        value = json.loads(data)
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deep; {_DAMAGED}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {_DAMAGED}") from None
-    if not isinstance(value, dict) or not is_shallow(value):
-        raise ValueError(f"{path}: not a JSON object, or nested too deep; {_DAMAGED}")
-    return value
-
-
-_DAMAGED = "the file was damaged or edited: put back a copy"
-
-
-def _config(path: Path) -> Record | None:
-    """config.yaml, with the fields that readers use checked; None without sections."""
-    if (data := _bytes(path)) is None:
-        return None
-    try:
-        value = plain_yaml(data.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable YAML ({error}); {_DAMAGED}") from None
-    if not isinstance(value, dict):
-        return None
-    for name, kinds in USED_SETTINGS.items():
-        found = setting(value, name)
-        if not isinstance(found, kinds):
-            raise ValueError(
-                f"{path}: {name} = {found!r:.80} is a {type(found).__name__}; {_DAMAGED}"
-            )
-    return value
-
-
-def _env(path: Path) -> Record | None:
-    """env.json, with the fields that readers use checked."""
-    env = read_object(path)
-    found = env or {}
-    gpus, git = found.get("gpus") or [], found.get("git") or {}
-    sound = (
-        isinstance(found.get("packages") or {}, dict)
-        and isinstance(gpus, list)
-        and all(isinstance(gpu, dict) and isinstance(gpu.get("name"), str) for gpu in gpus)
-        and isinstance(git, dict)
-        and isinstance(git.get("commit") or "", str)
-    )
-    if not sound:
-        raise ValueError(f"{path}: packages, gpus or git are not as a run writes them; {_DAMAGED}")
-    return env
-
-
-def _plan(path: Path) -> Record | None:
-    """plan.json, with the fields that readers use checked."""
-    plan = read_object(path)
-    by_update = (plan or {}).get("by_update") or {}
-    columns = by_update if isinstance(by_update, dict) else {"by_update": by_update}
-    for name, value in {"lr": (plan or {}).get("lr"), **columns}.items():
-        numbers = value if isinstance(value, list) else [] if value is None else [None]
-        if not all(isinstance(one, int | float) and abs(one) <= LARGEST for one in numbers):
-            raise ValueError(f"{path}: {name} is not a list of numbers; {_DAMAGED}")
-    for name, most in (("ranks", 65_535), ("updates", MOST_COUNT)):
-        value = (plan or {}).get(name, 0)
-        if not isinstance(value, int) or not 0 <= value <= most:
-            raise ValueError(f"{path}: {name} = {value!r:.80} is not a count; {_DAMAGED}")
-    if not isinstance((plan or {}).get("contract") or {}, dict):
-        raise ValueError(f"{path}: contract has no fields; {_DAMAGED}")
-    return plan
-
-
-def _bytes(path: Path) -> bytes | None:
-    try:
-        return read_plain(path)
-    except FileNotFoundError:
-        return None

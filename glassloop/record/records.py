@@ -1,7 +1,8 @@
-"""What is known of an update, a row and an event: frozen, versioned, plain values that every observer gets.
+"""Records of updates, rows and events that every observer gets.
 
-Everything that people see of a run, in the terminal, in metrics.jsonl, in a tracker, comes from one of these. A value that does not exist
-under a layout or a reduction is None, never 0. Nothing here imports torch.
+Everything that people see of a run, in the terminal, in metrics.jsonl, in a tracker, comes from one
+of these. A value that does not exist under a layout or a reduction is None, never 0. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ SCHEMA = 1  # raised when a field changes its meaning; readers open older ones
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """One update. Tuples have one entry a rank, in rank order. Losses are in nats a supervised token."""
+    """One update.
+
+    Tuples have one entry a rank, in rank order. Losses are in nats a supervised token.
+    """
 
     update: int  # 1 .. updates; a window keeps its number, also when it is skipped
     updates: int  # updates of the run
@@ -56,9 +60,13 @@ class UpdateRecord:
     rank_peak_gib: (
         tuple[float, ...] | None
     )  # largest allocation since the run began; None without a GPU
-    optimizer_s: float = 0.0  # rank 0: clipping and the step; on a GPU until they were started: they end in the next update's compute_s
+    # rank 0: clipping and the step; on a GPU until they were started: they end in the next update's
+    # compute_s
+    optimizer_s: float = 0.0
     noise_scale_tokens: float | None = (
-        None  # gradient noise scale, smoothed, in supervised tokens; None where no parts tell (see noise.py)
+        # gradient noise scale, smoothed, in supervised tokens; None where no parts tell (see
+        # noise.py)
+        None
     )
     rank_passes_s: tuple[float, ...] | None = (
         None  # each rank's passes alone; the rest of compute_s is waiting and the gate
@@ -83,9 +91,12 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class ProbeRecord:
-    """Every adapter matrix in one update. Tuples have one entry a matrix, in the order of `matrices`, or one a module.
+    """Every adapter matrix in one update.
 
-    Innocent values: fresh B is 0, so in update 1 A's gradient is 0 and B has no ratio; a skipped update moves nothing.
+    Tuples have one entry a matrix, in the order of `matrices`, or one a module.
+
+    Innocent values: fresh B is 0, so in update 1 A's gradient is 0 and B has no ratio; a skipped
+    update moves nothing.
     """
 
     update: int
@@ -106,7 +117,7 @@ class ProbeRecord:
 
 @dataclass(frozen=True)
 class RowRecord:
-    """One row in one update: where it was computed and what it cost."""
+    """One row in one update: its place and its loss."""
 
     update: int
     rank: int
@@ -121,10 +132,12 @@ class RowRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth a person's eye, with the next command to type where there is one."""
+    """An event for people, with the next command to type."""
 
     update: int  # the last update that had begun; 0 before the first
-    kind: str  # "started" | "skipped" | "stopped" | "checkpoint" | "evaluation" | "warning" | "resumed" | "finished" | ...
+    # "started" | "skipped" | "stopped" | "checkpoint" | "evaluation" | "warning" | "resumed" |
+    # "finished" | ...
+    kind: str
     message: str
     command: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -134,7 +147,10 @@ class Event:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Held-out rows after `update` updates. `scores` is the adapter's; `base` the same model without it, None if not asked."""
+    """Scores on held-out rows after `update` updates.
+
+    `scores` is the adapter's; `base` is the same model without it, None if not asked.
+    """
 
     update: int
     loss_nats: float  # token mean over all held-out rows and ranks
@@ -151,7 +167,10 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """An answer that the model generated. `prompt` and `expected` are a row's text, and None where record.text keeps it out."""
+    """An answer that the model generated.
+
+    `prompt` and `expected` are a row's text, and None where record.text keeps it out.
+    """
 
     update: int  # updates done when it was generated
     row_id: str
@@ -168,7 +187,10 @@ AnyRecord = UpdateRecord | ProbeRecord | RowRecord | Event | EvaluationRecord | 
 
 
 def to_json(record: AnyRecord) -> str:
-    """One line of JSON without line break. Infinite and NaN numbers are written as the strings "inf", "-inf", "nan", so that any parser reads it."""
+    """Return one line of JSON without line break.
+
+    Infinite and NaN numbers become the strings "inf", "-inf", "nan", so any parser reads it.
+    """
     return json.dumps(_plain(dataclasses.asdict(record)), ensure_ascii=False, allow_nan=False)
 
 

@@ -1,7 +1,8 @@
-"""What people see of a run while it goes: one line an update under a heading that names units, and a progress bar.
+"""Print a run: one line an update, and a progress bar.
 
-On a terminal the lines scroll above the bar; elsewhere they are plain text. What a model generated is shown with its
-control characters escaped, so that an answer can neither move the cursor nor pass for a line of glassloop's own.
+On a terminal the lines scroll above the bar; elsewhere they are plain text. What a model generated
+is shown with its control characters escaped, so that an answer can neither move the cursor nor pass
+for a line of glassloop's own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ NOT_SHOWN = {
 
 
 class _Lasting:
-    """A stream that falls silent when its other end is gone (closed pipe, lost connection). rich would end the process."""
+    """A stream that falls silent when its reader is gone.
+
+    rich would end the process at a closed pipe or a lost connection.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -67,7 +71,9 @@ class _Lasting:
 
 
 class TerminalObserver:
-    """Prints a run. A terminal that goes away ends the printing and not the run.
+    """Prints a run.
+
+    A terminal that goes away ends the printing and not the run.
 
     Args:
         updates: updates of the whole run.
@@ -98,7 +104,7 @@ class TerminalObserver:
         self._first_s = 0.0  # wall time of that update
 
     def header(self, lines: Iterable[str]) -> None:
-        """Prints what was asked and how it is executed, as the loop words it."""
+        """Print what was asked and how it is executed."""
         for line in lines:
             self._print(line)
 
@@ -144,7 +150,8 @@ class TerminalObserver:
         row = "a row" if self._text == "none" else sample.row_id
         who = "the base model" if sample.base else "the adapter"
         self._print(
-            f"[{sample.update}/{self._updates}] {who} answers {row} in {sample.answer_tokens:,} tokens:"
+            f"[{sample.update}/{self._updates}] {who} answers {row} in {sample.answer_tokens:,} "
+            "tokens:"
         )
         if self._text == "full" and sample.prompt is not None:
             self._block(sample.prompt, "  > ")
@@ -169,7 +176,10 @@ class TerminalObserver:
             print(line, file=self._stream)
 
     def _left(self, record: UpdateRecord) -> str:
-        """Time left at the mean pace since the first update, evaluations and checkpoints in between included."""
+        """Return the time left at the mean pace so far.
+
+        The pace includes evaluations and checkpoints.
+        """
         now = time.monotonic()
         if self._since is None:
             self._since, self._first_s = now, record.update_s
@@ -191,9 +201,11 @@ def heading(updates: int) -> str:
 
 
 def update_line(record: UpdateRecord) -> str:
-    """One update in a line. "-" for a value that does not exist; no clip if nothing was clipped.
+    """Word an update in a line.
 
-    A skipped update shows its reason in place of tokens and speed. A reason that does not fit into
+    "-" stands for a value that does not exist. The clip column is blank if nothing was clipped.
+
+    A skipped update shows its reason in place of tokens and speed; a reason that does not fit into
     WIDTH is cut with an ellipsis, and stands whole in metrics.jsonl.
     """
     clip = record.clip_coef
@@ -225,7 +237,10 @@ def update_line(record: UpdateRecord) -> str:
 
 
 def evaluation_line(record: EvaluationRecord) -> str:
-    """Held-out loss and scores on one line, the base model's value in brackets where it is another. No score, no mention."""
+    """Word held-out loss and scores on one line.
+
+    The base model's value stands in brackets if it differs. Missing scores are left out.
+    """
     base = record.base or {}
     scores = {"loss_nats": record.loss_nats} | {
         k: v for k, v in record.scores.items() if k != "loss_nats"
@@ -236,7 +251,10 @@ def evaluation_line(record: EvaluationRecord) -> str:
         for name, value in scores.items()
         if value is not None and name not in NOT_SHOWN
     ]
-    size = f"{record.rows:,} rows, {record.supervised_tokens:,} supervised tokens, {record.seconds:.1f} s"
+    size = (
+        f"{record.rows:,} rows, {record.supervised_tokens:,} supervised tokens, "
+        f"{record.seconds:.1f} s"
+    )
     return f"held-out: {', '.join(parts)} [{size}]"
 
 

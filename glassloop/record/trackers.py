@@ -1,25 +1,20 @@
-"""Weights & Biases and TensorBoard, through Accelerate's trackers: one run, from rank 0, on an `update` axis of its own.
+"""Send records to Weights & Biases and TensorBoard.
 
-wandb's own step only ever grows, so a resumed run that redoes updates would lose them; every metric is therefore bound to
-`update`. The packages are imported inside functions.
+wandb's own step only ever grows, so a resumed run that redoes updates would lose them; every metric
+is therefore bound to `update`. The packages are imported inside functions.
 """
 
 from __future__ import annotations
 
-import configparser
 import json
-import math
-import netrc
 import os
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from glassloop.config.config import TrackingConfig
-from glassloop.disk.environment import package_version
 from glassloop.disk.opening import require_plain_folder
 from glassloop.disk.secrets import without_secrets
 from glassloop.record.jsonl import EVALUATIONS, METRICS, SAMPLES, read_jsonl
@@ -32,99 +27,16 @@ from glassloop.record.records import (
     SampleRecord,
     UpdateRecord,
 )
+from glassloop.record.tracker_metrics import evaluation_metrics, probe_metrics, update_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}  # any of these
-NOT_IN_NAMES = '/\\#?%:"<>|'  # characters that a project's name may not hold
-WANDB_HOST = "https://api.wandb.ai"
-
-
-def check_tracking(tracking: TrackingConfig) -> None:
-    """Refuses trackers that could not start. Reads files and the environment only: no network, no model, quick.
-
-    Raises:
-        ValueError: a package is missing, `tracking.project` is no name, WANDB_MODE contradicts `tracking.wandb_mode`, or
-            there is no Weights & Biases login for an online run.
-    """
-    if not tracking.to:
-        return
-    if not tracking.project.strip() or any(
-        char in NOT_IN_NAMES or not char.isprintable() for char in tracking.project
-    ):
-        raise ValueError(
-            f"tracking.project = {tracking.project!r}: must not be empty or hold any of {NOT_IN_NAMES}"
-        )
-    for name in tracking.to:
-        if not any(package_version(package) for package in PACKAGES[name]):
-            raise ValueError(
-                f"tracking.to = {list(tracking.to)}, but the package {name} is not installed: pip install {name}, "
-                f"or leave {name} out of tracking.to"
-            )
-    if "wandb" not in tracking.to:
-        return
-    asked = os.environ.get("WANDB_MODE") or tracking.wandb_mode
-    if asked not in ("online", "offline"):
-        raise ValueError(
-            f"tracking.to = {list(tracking.to)}, but WANDB_MODE={asked} in the environment turns "
-            "Weights & Biases off: set tracking.to=null, or unset WANDB_MODE"
-        )
-    if asked != tracking.wandb_mode:
-        raise ValueError(
-            f"tracking.wandb_mode = {tracking.wandb_mode}, but the environment says WANDB_MODE={asked}: "
-            "unset WANDB_MODE, or set tracking.wandb_mode to the same (online or offline)"
-        )
-    if tracking.wandb_mode == "online" and not has_wandb_login():
-        raise ValueError(
-            "tracking.wandb_mode = online, but there is no Weights & Biases login (WANDB_API_KEY, .netrc or wandb's settings): "
-            "type `wandb login`, or set tracking.wandb_mode=offline and `wandb sync` the run later"
-        )
-
-
-def has_wandb_login() -> bool:
-    """Whether wandb would find a key where it looks for one; the key itself is neither kept nor checked."""
-    settings = _wandb_settings()
-    if (
-        os.environ.get("WANDB_API_KEY")
-        or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-        or settings.get("api_key")
-    ):
-        return True
-    address = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or WANDB_HOST
-    places = (
-        [Path(os.environ["NETRC"])]
-        if os.environ.get("NETRC")
-        else [Path("~/.netrc"), Path("~/_netrc")]
-    )
-    for path in (place.expanduser() for place in places):
-        try:
-            entry = netrc.netrc(path).authenticators(urlsplit(address).netloc)
-        except (
-            OSError,
-            netrc.NetrcParseError,
-        ):  # missing, unreadable or malformed: wandb finds no key there either
-            continue
-        if entry is not None and entry[2]:
-            return True
-    return False
-
-
-def _wandb_settings() -> dict[str, str]:
-    """wandb's settings files, the working folder's above the user's."""
-    home = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(
-            [home / "settings", Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"]
-        )
-    except (configparser.Error, UnicodeDecodeError):
-        return {}
-    return dict(parser["default"]) if parser.has_section("default") else {}
-
 
 class TrackerObserver:
-    """Sends records to trackers that `make_tracker_observer` started. One that fails is given up with a warning; the run goes on.
+    """Sends records to the trackers that were started.
+
+    A tracker that fails is given up with a warning; the run continues.
 
     Args:
         trackers: Accelerate's trackers by name.
@@ -143,11 +55,14 @@ class TrackerObserver:
         self._lines = tuple(_where(name, tracker) for name, tracker in trackers.items())
 
     def tracker_ids(self) -> dict[str, str]:
-        """What continues this run after a resume: give it to `make_tracker_observer` as `resume_ids`."""
+        """Return the ids that continue this run after a resume.
+
+        Give them to `make_tracker_observer` as `resume_ids`.
+        """
         return dict(self._ids)
 
     def lines(self) -> tuple[str, ...]:
-        """For the header: where to look at the run, one line a tracker."""
+        """Return one line a tracker: where to look."""
         return self._lines
 
     def tell_config(self, config: Mapping[str, Any]) -> None:
@@ -188,7 +103,10 @@ class TrackerObserver:
         self._failed = self._failed or event.kind == "failed"
 
     def close(self) -> None:
-        """Ends the tracker's run: as failed after a "failed" event or with an exception on its way. Twice is once."""
+        """End the trackers' runs; a second call does nothing.
+
+        They end as failed after a "failed" event, or with an exception on its way.
+        """
         failed = self._failed or sys.exc_info()[0] is not None
         while self._trackers:
             name, tracker = self._trackers.popitem()
@@ -228,18 +146,23 @@ def make_tracker_observer(
     text: TextPolicy = "ids",
     updates_done: int = 0,
 ) -> TrackerObserver | None:
-    """Starts the trackers of `tracking.to` on rank 0; None on other ranks and where no tracker is asked for.
+    """Start the trackers of `tracking.to` on rank 0.
 
-    wandb gets no console output (it may show rows), no host name, no code and no git state; config goes out without secrets.
+    Returns None on other ranks, and if no tracker is asked for.
+
+    wandb gets no console output (it may show rows), no host name, no code and no git state; config
+    goes out without secrets.
 
     Args:
-        accelerator: made with `log_with=list(tracking.to)`, and with a `project_dir` where there is a tracker.
+        accelerator: made with `log_with=list(tracking.to)`, and with a `project_dir` where there is
+            a tracker.
         config_dict: the resolved config as plain JSON values.
         folder: the run's folder; trackers write below it.
         run_name: name of the run in wandb.
-        resume_ids: `tracker_ids()` of the run that goes on; None: a new run.
+        resume_ids: `tracker_ids()` of the resumed run; None: a new run.
         text: record.text.
-        updates_done: updates of the earlier start that count; TensorBoard hides what came after them.
+        updates_done: updates of the earlier start that count; TensorBoard hides what came after
+            them.
     """
     if not tracking.to or not accelerator.is_main_process:
         return None
@@ -266,7 +189,7 @@ def make_tracker_observer(
         run.define_metric("*", step_metric="update")
         if (
             resume_id and tracking.wandb_mode == "offline"
-        ):  # the earlier part is on this disk only: go on above its steps
+        ):  # the earlier part is on this disk only: continue above its steps
             first_step = _records_in(Path(folder)) + 1
     if "tensorboard" in trackers:
         trackers["tensorboard"].log(
@@ -302,71 +225,11 @@ def _wandb_arguments(
     }
 
 
-def update_metrics(record: UpdateRecord) -> dict[str, float | int]:
-    """An update's values under the trackers' names; a value that does not exist is left out. NaN stays: a curve shows it."""
-    values: dict[str, float | int | None] = {
-        "train/loss_nats": record.loss_nats,
-        "train/lr": record.lr,
-        "train/grad_norm_pre_clip": record.grad_norm_pre_clip,
-        "train/clip_coef": record.clip_coef,
-        "train/epoch": record.epoch,
-        "train/rows": record.rows,
-        "train/skipped": int(record.action == "skipped"),
-        "train/loss_scale": record.loss_scale,
-        "train/rank_cosine": record.rank_cosine,
-        "tokens/supervised": record.supervised_tokens,
-        "tokens/real": record.real_tokens,
-        "tokens/slot": record.slot_tokens,
-        "speed/real_tokens_per_s_all_ranks": record.real_tokens_per_s,
-        "speed/update_s": record.update_s,
-        "speed/compute_s": record.compute_s,
-        "speed/reduce_s": record.reduce_s,
-        "speed/optimizer_s": record.optimizer_s,
-        "train/noise_scale_tokens": record.noise_scale_tokens,
-        "train/alarms": len(record.alarms),
-    }
-    for rank, loss in enumerate(record.rank_loss_nats):
-        values[f"rank{rank}/loss_nats"] = loss
-        values[f"rank{rank}/supervised_tokens"] = record.rank_supervised_tokens[rank]
-        values[f"rank{rank}/real_tokens"] = record.rank_real_tokens[rank]
-        values[f"rank{rank}/slot_tokens"] = record.rank_slot_tokens[rank]
-        values[f"rank{rank}/passes"] = record.rank_passes[rank]
-        values[f"rank{rank}/grad_norm"] = (
-            None if record.rank_grad_norm is None else record.rank_grad_norm[rank]
-        )
-        values[f"memory/rank{rank}_peak_gib"] = (
-            None if record.rank_peak_gib is None else record.rank_peak_gib[rank]
-        )
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def probe_metrics(record: ProbeRecord) -> dict[str, float]:
-    """What holds for all matrices together; probes.jsonl has each of them."""
-    values = {
-        "probe/update_to_weight": record.all_update_to_weight,
-        "probe/unmoved_share": record.all_unmoved_share,
-        "probe/delta_norm": None if record.delta_norm is None else math.hypot(*record.delta_norm),
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def evaluation_metrics(record: EvaluationRecord) -> dict[str, float | int]:
-    """An evaluation's values under heldout/, the model without adapter under heldout/base/."""
-    values: dict[str, float | int | None] = {
-        f"heldout/{name}": value for name, value in record.scores.items()
-    }
-    values |= {f"heldout/base/{name}": value for name, value in (record.base or {}).items()}
-    values |= {
-        "heldout/loss_nats": record.loss_nats,
-        "heldout/rows": record.rows,
-        "heldout/supervised_tokens": record.supervised_tokens,
-        "heldout/seconds": record.seconds,
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _records_in(folder: Path) -> int:
-    """Lines of the run's files, at least as many as there were calls of wandb's log."""
+    """Count lines of the run's files.
+
+    There are at least as many as there were calls of wandb's log.
+    """
     paths = [folder / name for name in (METRICS, EVALUATIONS, SAMPLES)]
     return sum(len(read_jsonl(path)) for path in paths if os.path.lexists(path))
 

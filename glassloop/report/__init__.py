@@ -1,4 +1,4 @@
-"""A run's folder, seen: a page that opens offline, comparisons, a live view. No torch.
+"""Reports of a run: page, comparisons, live view. No torch.
 
 May import disk, record and stats.
 """

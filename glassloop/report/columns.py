@@ -1,7 +1,10 @@
-"""Columns of numbers in little room, as text: float32 for curves, 16-bit steps on a log scale for heat maps.
+"""Pack columns of numbers as text for the page.
 
-The page decodes them (assets/data.js). Little-endian, base64. A value that does not exist is never a number: NaN in a float32 column, 0 in a heat
-map. A value that exists and is not a number stands in the column's list `nan`.
+Curves are float32; heat maps have 16-bit steps on a log scale.
+
+The page decodes them (assets/data.js). Little-endian, base64. A value that does not exist is never
+a number: NaN in a float32 column, 0 in a heat map. A value that exists and is not a number stands
+in the column's list `nan`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ ABSENT, ZERO, NOT_FINITE, FIRST_STEP, LAST_STEP = 0, 1, 2, 3, 65535  # codes of 
 
 
 def column(values: Iterable[Any]) -> dict[str, Any]:
-    """{"f32": base64, "nan": [index, ...]}: about 7 digits. None is absent; "inf" and "-inf" stay what they are."""
+    """Pack numbers as {"f32": base64, "nan": [index, ...]}.
+
+    They keep about 7 digits. None is absent; "inf" and "-inf" stay what they are.
+    """
     numbers = [number(value) for value in values]
     array = np.array([math.nan if value is None else value for value in numbers], dtype="<f4")
     return {
@@ -36,16 +42,21 @@ def whole_numbers(values: Sequence[int]) -> dict[str, str]:
 
 
 def heat(values: Sequence[Sequence[Any] | None], rows: int) -> dict[str, Any] | None:
-    """A quantity of every matrix in every probe, in codes; None where no probe has it.
+    """Pack a quantity of every matrix in every probe.
+
+    None if no probe has it.
 
     Args:
-        values: by probe, then by matrix. None: the probe has none of it, or the matrix has no value.
+        values: by probe, then by matrix. None: the probe has none of it, or the matrix has no
+            value.
         rows: matrices.
 
     Returns:
-        {"rows", "columns", "low", "high", "codes", "bins"}: codes are (rows, columns) in row order. Code 3 is `low`, 65535 is `high`, and the
-        logarithm is linear between them; 0 absent, 1 exactly zero, 2 not finite. `bins`: [first, last] probe of each column. Where there are more
-        than HEAT_COLUMNS probes, a column shows the largest of its probes, so that no spike is lost.
+        {"rows", "columns", "low", "high", "codes", "bins"}: codes are (rows, columns) in row order.
+        Code 3 is `low`, 65535 is `high`, and the logarithm is linear between them; 0 absent, 1
+        exactly zero, 2 not finite. `bins`: [first, last] probe of each column. Where there are more
+        than HEAT_COLUMNS probes, a column shows the largest of its probes, so that no spike is
+        lost.
     """
     grid = np.full((rows, len(values)), math.nan)
     exists = np.zeros((rows, len(values)), dtype=bool)

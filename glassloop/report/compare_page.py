@@ -21,7 +21,10 @@ CURVES = {
 
 
 def comparison_payload(found: Comparison) -> dict[str, Any]:
-    """The page's data. It holds no text of a row but ids where two runs were given different ones."""
+    """Return the page's data.
+
+    It holds no text of a row, but ids if two runs were given different rows.
+    """
     runs = [
         {
             "name": run.name,

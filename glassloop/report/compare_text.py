@@ -18,7 +18,10 @@ SHOWN = 400  # characters of a setting
 
 
 def render(found: Comparison) -> RenderableType:
-    """Tables and sentences, for a rich Console. Texts of a run are shown as they are, never as markup."""
+    """Return tables and sentences for a rich Console.
+
+    Texts of a run are never markup.
+    """
     parts: list[RenderableType] = [_runs(found), _differences(found)]
     parts.append(line(f"\nnoise floor  {found.floor:.2g} relative, {found.floor_from}"))
     for pair, side in zip(
@@ -31,7 +34,8 @@ def render(found: Comparison) -> RenderableType:
         )
         parts.append(
             line(
-                f"\n{names}: {pair.a.name} beside {pair.b.name}, {pair.compared:,} updates in common",
+                f"\n{names}: {pair.a.name} beside {pair.b.name}, {pair.compared:,} updates in "
+                "common",
                 style="bold",
             )
         )
@@ -63,7 +67,10 @@ def parting_lines(pair: ComparedRuns) -> list[str]:
 def _where(parting: Parting) -> str:
     rank = "" if parting.rank is None else f", rank {parting.rank}"
     off = "" if parting.off is None else f", {parting.off:.2g} off"
-    return f"parts at update {parting.update}{rank}: {parting.quantity} {value(parting.a)} / {value(parting.b)}{off}"
+    return (
+        f"parts at update {parting.update}{rank}: {parting.quantity} {value(parting.a)} / "
+        f"{value(parting.b)}{off}"
+    )
 
 
 def value(one: Any) -> str:
@@ -74,12 +81,12 @@ def value(one: Any) -> str:
 
 
 def line(text: str, style: str = "") -> Text:
-    """A line that a terminal shows as it is, whatever file its words come from."""
+    """Return text that a terminal shows and does not obey."""
     return Text(printable(text, keep=BREAK), style=style)
 
 
 def short(one: Any) -> str:
-    """A setting's value in at most SHOWN characters; "-" where there is none."""
+    """Word a setting in at most SHOWN characters; "-" for none."""
     text = "-" if one is None else str(one)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
@@ -95,7 +102,10 @@ def console() -> Console:
 
 
 def tokens_per_s(run: RunData) -> float | None:
-    """Real tokens a second over all ranks, median of the updates after the first."""
+    """Return real tokens a second over all ranks.
+
+    It is the median of the updates after the first.
+    """
     speeds = sorted(
         sum(r["rank_real_tokens"]) / r["update_s"] for r in run.updates[1:] if r["update_s"] > 0
     )

@@ -1,7 +1,7 @@
-"""Runs beside each other: what was asked differently, where they part first beyond noise, and whether the difference outlasts the seeds' spread.
+"""Compare runs: settings, first difference, verdict against the seeds' spread.
 
-Runs that differ in nothing but their seed make a side. A verdict compares the means of two sides by Welch's interval (B. L. Welch, Biometrika 34,
-1947) and needs two seeds on each.
+Runs that differ in nothing but their seed make a side. A verdict compares the means of two sides by
+Welch's interval (B. L. Welch, Biometrika 34, 1947) and needs two seeds on each.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 
 from glassloop.record.reading import RunData, flat, number, setting
 from glassloop.report.partings import Parting, first_partings, relative_difference
-from glassloop.stats import student_quantile
+from glassloop.report.verdict import Side, verdict_of
 
-FLOORS = {
-    "fp32": 1e-5
-}  # relative difference that order of additions alone makes in a recorded number, where no two runs are repeats
+# Relative difference that the order of additions makes in a recorded number, without repeats.
+FLOORS = {"fp32": 1e-5}
 OTHER_FLOOR = 2e-3  # bf16 and fp16 on a GPU: kernels add in any order
 REPEATS = 4.0  # times the largest difference of two repeats; as in glassloop replay
 REPEATS_PART = 0.05  # a relative difference of repeats from here on is no noise
@@ -32,18 +31,6 @@ NO_MATTER = (
     "preset",
 )  # fields that change no update
 OF_THE_RUN = ("run.name", "run.dir", "resume.run")  # fields that tell runs apart and nothing else
-
-
-@dataclass(frozen=True)
-class Side:
-    """Runs that were asked the same thing, one a seed or more."""
-
-    label: str  # "A", "B", ...
-    runs: tuple[RunData, ...]
-
-    @property
-    def seeds(self) -> int:
-        return len({setting(run.config, "seed") for run in self.runs})
 
 
 @dataclass(frozen=True)
@@ -109,7 +96,7 @@ def compare(runs: Sequence[RunData], floor: float | None = None) -> Comparison:
 
 
 def sides_of(runs: Sequence[RunData]) -> list[Side]:
-    """Runs by what was asked of them and of what code, in the order in which they were given."""
+    """Group runs by what was asked of which code."""
     groups: dict[str, list[RunData]] = {}
     for run in runs:
         groups.setdefault(repr(sorted(_asked(run).items(), key=lambda pair: pair[0])), []).append(
@@ -120,7 +107,10 @@ def sides_of(runs: Sequence[RunData]) -> list[Side]:
 
 
 def differences(runs: Sequence[RunData]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Fields of config, plan and environment in which runs differ; None where a run does not have one."""
+    """List fields of config, plan and environment that differ.
+
+    None stands for a field that a run does not have.
+    """
     found = []
     tables = [_everything(run) for run in runs]
     for name in dict.fromkeys(name for table in tables for name in table):
@@ -131,7 +121,10 @@ def differences(runs: Sequence[RunData]) -> list[tuple[str, tuple[Any, ...]]]:
 
 
 def measured(sides: Sequence[Side]) -> tuple[str, tuple[tuple[float | None, ...], ...]]:
-    """What the verdict rests on, in words, and its value in each run: lower is better."""
+    """Return what the verdict rests on, and each run's value.
+
+    Lower is better.
+    """
     runs = [run for side in sides for run in side.runs]
     common = set.intersection(*({one["update"] for one in run.evaluations} for run in runs))
     if common and max(common) > 0:
@@ -152,7 +145,10 @@ def measured(sides: Sequence[Side]) -> tuple[str, tuple[tuple[float | None, ...]
 
 
 def floor_of(sides: Sequence[Side]) -> tuple[float, str]:
-    """Relative noise floor, and where it comes from: repeats (same side, same seed) where there are any."""
+    """Return the relative noise floor and its source.
+
+    Repeats (same side, same seed) measure it if there are any.
+    """
     repeats = []
     for side in (
         sides if len(sides) > 1 else ()
@@ -171,25 +167,17 @@ def floor_of(sides: Sequence[Side]) -> tuple[float, str]:
         if off > REPEATS_PART:
             return (
                 assumed,
-                f"assumed: the repeats {a.name} and {b.name} part by {off:.0%}, which is no noise (glassloop compare {a.folder} {b.folder})",
+                f"assumed: the repeats {a.name} and {b.name} part by {off:.0%}, which is no noise "
+                f"(glassloop compare {a.folder} {b.folder})",
             )
         return max(
             REPEATS * off, 1e-9
         ), f"{REPEATS:g} times the largest difference of the repeats {a.name} and {b.name}"
     return (
         assumed,
-        f"assumed for {', '.join(sorted(map(str, precisions)))}; two runs of one seed on a side would measure it",
+        f"assumed for {', '.join(sorted(map(str, precisions)))}; two runs of one seed on a side "
+        "would measure it",
     )
-
-
-def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """(mean of b - mean of a, half width of its 95 % interval); two values a side at least."""
-    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
-    difference = statistics.fmean(b) - statistics.fmean(a)
-    if va + vb == 0:
-        return difference, 0.0
-    degrees = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return difference, student_quantile(0.975, degrees) * math.sqrt(va + vb)
 
 
 def _pair(
@@ -201,12 +189,12 @@ def _pair(
 ) -> ComparedRuns:
     a, b, same_seed = _partners(first, other)
     compared, went_in, came_out = first_partings(a, b, floor)
-    verdict, why = _verdict(first, other, scores_a, scores_b, went_in or came_out, compared)
+    verdict, why = verdict_of(first, other, scores_a, scores_b, went_in or came_out, compared)
     return ComparedRuns(a, b, same_seed, compared, went_in, came_out, verdict, why)
 
 
 def _same_side(a: RunData, b: RunData, floor: float) -> ComparedRuns:
-    """Two runs of one side: repeats of one seed, or two seeds of the same thing."""
+    """Compare two runs of one side."""
     same_seed = setting(a.config, "seed") == setting(b.config, "seed")
     compared, went_in, came_out = first_partings(a, b, floor)
     if went_in is None and came_out is None:
@@ -221,7 +209,10 @@ def _same_side(a: RunData, b: RunData, floor: float) -> ComparedRuns:
             f"no recorded number of {compared:,} updates differs beyond the noise floor",
         )
     if same_seed:
-        why = "the same config, seed, versions and code, and still they part: something else changed (data, a fault, hardware)"
+        why = (
+            "the same config, seed, versions and code, and still they part: something else changed "
+            "(data, a fault, hardware)"
+        )
         return ComparedRuns(a, b, same_seed, compared, went_in, came_out, "not resolved", why)
     return ComparedRuns(
         a,
@@ -236,7 +227,7 @@ def _same_side(a: RunData, b: RunData, floor: float) -> ComparedRuns:
 
 
 def _partners(first: Side, other: Side) -> tuple[RunData, RunData, bool]:
-    """Two runs of one seed where there are such, else the first of each."""
+    """Choose two runs of one seed, else the first ones."""
     for a in first.runs:
         for b in other.runs:
             if setting(a.config, "seed") == setting(b.config, "seed"):
@@ -244,44 +235,8 @@ def _partners(first: Side, other: Side) -> tuple[RunData, RunData, bool]:
     return first.runs[0], other.runs[0], False
 
 
-def _verdict(
-    first: Side,
-    other: Side,
-    scores_a: Sequence[float | None],
-    scores_b: Sequence[float | None],
-    parting: Parting | None,
-    compared: int,
-) -> tuple[str, str]:
-    a = [score for score in scores_a if score is not None and math.isfinite(score)]
-    b = [score for score in scores_b if score is not None and math.isfinite(score)]
-    if len(a) < len(scores_a) or len(b) < len(scores_b):
-        return "not resolved", "a run has no finite value to judge by"
-    if parting is None and len(a) == len(b) == 1:
-        return (
-            "the same",
-            f"no recorded number of {compared:,} updates differs beyond the noise floor",
-        )
-    if first.seeds < 2 or other.seeds < 2:
-        few = " and ".join(side.label for side in (first, other) if side.seeds < 2)
-        apart = f"{first.label} {statistics.fmean(a):.5g}, {other.label} {statistics.fmean(b):.5g}"
-        return (
-            "not resolved",
-            f"one seed on side {few}, so nothing tells how far seeds alone part ({apart}); run each side with more seeds: seed=1, seed=2, ...",
-        )
-    difference, half = welch(a, b)
-    words = f"{other.label} - {first.label} = {difference:+.4g}, 95 % interval {difference - half:+.4g} to {difference + half:+.4g}"
-    count = f"{len(a)} and {len(b)} runs"
-    if abs(difference) <= half:
-        return (
-            "not resolved",
-            f"the difference lies within the spread of the seeds: {words} ({count})",
-        )
-    lower = other.label if difference < 0 else first.label
-    return f"{lower} is lower", f"beyond the spread of the seeds: {words} ({count})"
-
-
 def _asked(run: RunData) -> dict[str, Any]:
-    """What makes a run of another side: config but the seed, ranks, versions, code and hardware."""
+    """Return what tells sides apart: settings, versions, code, hardware."""
     everything = _everything(run)
     return {
         name: value
@@ -307,7 +262,10 @@ def _everything(run: RunData) -> dict[str, Any]:
 
 
 def _largest_difference(a: RunData, b: RunData) -> float | None:
-    """Largest relative difference of loss and norm over the updates that two repeats have; None where they did not see the same rows."""
+    """Return the largest relative difference of two repeats.
+
+    It is of loss and norm; None if they did not see the same rows.
+    """
     of_b = {record["update"]: record for record in b.updates}
     offs = []
     for one in a.updates:

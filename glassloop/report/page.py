@@ -1,9 +1,13 @@
-"""One HTML file that loads nothing: styles, scripts and data stand in it, and its policy lets nothing else run.
+"""Build one HTML file that loads nothing.
 
-Curves are drawn by uPlot 1.6.32 (MIT, github.com/leeoniya/uPlot; assets/uplot.LICENSE), taken from its npm package unchanged. It was chosen for size
-(50 KB; Plotly has 4.8 MB, ECharts 1.1 MB, Vega with Vega-Lite 0.8 MB), for speed (canvas: 5,000 updates of dozens of curves in tens of
-milliseconds), because it needs neither eval nor a worker, so that a strict policy holds, and because it has no dependency. It gives nothing to a
-screen reader: legends with values, keys and labels are ours, in HTML beside each figure.
+Styles, scripts and data stand in it, and its policy lets nothing else run.
+
+Curves are drawn by uPlot 1.6.32 (MIT, github.com/leeoniya/uPlot; assets/uplot.LICENSE), taken from
+its npm package unchanged. It was chosen for size (50 KB; Plotly has 4.8 MB, ECharts 1.1 MB, Vega
+with Vega-Lite 0.8 MB), for speed (canvas: 5,000 updates of dozens of curves in tens of
+milliseconds), because it needs neither eval nor a worker, so that a strict policy holds, and
+because it has no dependency. It gives nothing to a screen reader: legends with values, keys and
+labels are ours, in HTML beside each figure.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ SCRIPTS = {
     "run": (*SHARED, "heat.js", "figures.js", "detail.js", "tables.js", "page.js"),
     "compare": (*SHARED, "compare.js"),
 }
-PICKER = "<!-- picker -->\n"  # stands in a body for picker.html; a run's page has one of its own, with buttons for marks
+# stands in a body for picker.html; a run's page has one of its own, with buttons for marks
+PICKER = "<!-- picker -->\n"
 BODIES = {"run": "page.html", "compare": "compare.html"}
 
 
@@ -34,7 +39,10 @@ def page(data: dict[str, Any]) -> str:
 
 
 def whole_page(data: dict[str, Any], body: Path, scripts: Sequence[Path]) -> str:
-    """An HTML file of these parts and STYLES; `data`, with its "title", stands in it as JSON, and its policy lets nothing but these scripts run."""
+    """Build an HTML file of these parts and STYLES.
+
+    `data`, with its "title", stands in it as JSON. The policy lets only these scripts run.
+    """
     texts = [path.read_text(encoding="utf-8") for path in scripts]
     styles = [(ASSETS / name).read_text(encoding="utf-8") for name in STYLES]
     policy = "; ".join(
@@ -76,7 +84,10 @@ def whole_page(data: dict[str, Any], body: Path, scripts: Sequence[Path]) -> str
 
 
 def as_data(value: Any) -> str:
-    """JSON that no HTML parser can mistake for markup: < > & are escapes in its strings. Numbers that are not finite must be strings already."""
+    """Write JSON that no HTML parser takes for markup.
+
+    < > & are escapes in its strings. Numbers that are not finite must be strings already.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":  # none of them stands outside of a string in JSON
         text = text.replace(sign, f"\\u{ord(sign):04x}")

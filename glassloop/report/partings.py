@@ -1,4 +1,4 @@
-"""Where two runs part first: what an update was given, and what it made of it."""
+"""Find where two runs differ first, in input and output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ GOES_IN = (
 
 @dataclass(frozen=True)
 class Parting:
-    """The first number in which two runs differ beyond the floor, in the order in which an update is computed."""
+    """The first number in which two runs differ beyond the floor.
+
+    First means: in the order in which an update is computed.
+    """
 
     update: int
     rank: int | None  # None: a number of all ranks together
@@ -31,7 +34,10 @@ class Parting:
 def first_partings(
     a: RunData, b: RunData, floor: float
 ) -> tuple[int, Parting | None, Parting | None]:
-    """(updates that both have, first difference of what went in, of what came out). Ranks are compared where both runs have equally many."""
+    """Return (common updates, first difference of input, of output).
+
+    Ranks are compared if both runs have equally many.
+    """
     of_b = {record["update"]: record for record in b.updates}
     rows_a, rows_b = _rows_by_rank(a), _rows_by_rank(b)
     compared = 0
@@ -53,7 +59,7 @@ def first_partings(
 def _in_order(
     one: dict[str, Any], two: dict[str, Any], rows_a: Any, rows_b: Any
 ) -> list[tuple[int | None, str, Any, Any]]:
-    """(rank, quantity, value in one, value in two) of an update, causes before effects."""
+    """List (rank, quantity, value, other value), causes before effects."""
     pairs: list[tuple[int | None, str, Any, Any]] = [
         (None, "learning rate", number(one["lr"]), number(two["lr"]))
     ]
@@ -103,7 +109,7 @@ def _in_order(
 
 
 def relative_difference(x: Any, y: Any) -> float | None:
-    """Relative difference of two numbers; None where they are no numbers and differ."""
+    """Return a relative difference; None for other values that differ."""
     if x == y or (
         isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y)
     ):

@@ -1,4 +1,6 @@
-"""The data of a run's page: one JSON object of columns, lists and texts.
+"""Build the data of a run's page.
+
+It is one JSON object of columns, lists and texts.
 
 Rows' text stands in it as data, never as markup.
 """
@@ -14,8 +16,9 @@ import glassloop
 from glassloop.disk.secrets import without_secrets
 from glassloop.record.reading import Record, RunData, flat, number, setting
 from glassloop.report.columns import column, heat, whole_numbers
+from glassloop.report.saying import as_objects
 from glassloop.report.sharing import PACKED, without_names, without_text
-from glassloop.report.summary import as_objects, summarise
+from glassloop.report.summary import summarise
 
 SCHEMA = 1
 SCALARS = {  # column of the page: field of UpdateRecord
@@ -127,7 +130,11 @@ def _payload(run: RunData, text: bool) -> dict[str, Any]:
 
 
 def memory(events: list[Record]) -> dict[str, Any] | None:
-    """{"phases": {phase: [predicted, measured]}, "card": GiB} in GiB, from what the preflight said; None where it measured none (no GPU)."""
+    """Return predicted and measured memory by phase, in GiB.
+
+    {"phases": {phase: [predicted, measured]}, "card": GiB}, from what the preflight said; None
+    without a GPU.
+    """
     phases: dict[str, list[float | None]] = {}
     card = None
     for event in events:
@@ -147,7 +154,7 @@ def memory(events: list[Record]) -> dict[str, Any] | None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with numbers that are not finite as text: YAML has them, JSON has not."""
+    """Turn numbers that are not finite into text, for JSON."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -180,7 +187,10 @@ def _plan(run: RunData) -> dict[str, Any] | None:
 
 
 def _probes(probes: list[Record]) -> dict[str, Any] | None:
-    """Heat maps, and the two numbers of all matrices together. Probes of another set of matrices than the last one's are left out."""
+    """Return heat maps, and the numbers of all matrices together.
+
+    Probes of another set of matrices than the last one's are left out.
+    """
     if not probes:
         return None
     names, modules = probes[-1]["matrices"], probes[-1]["modules"]
@@ -218,7 +228,10 @@ def _rows(rows: list[Record]) -> dict[str, Any] | None:
 
 
 def worst_rows(rows: list[Record]) -> list[dict[str, Any]]:
-    """The rows with the highest loss a token at any update, each once, the worst first; those that were not finite before all."""
+    """List the rows with the highest loss a token.
+
+    Each stands once, the worst first; those that were not finite come before all.
+    """
     worst: dict[str, dict[str, Any]] = {}
     for row in rows:
         loss = number(row["loss_sum_nats"])
@@ -245,7 +258,10 @@ def worst_rows(rows: list[Record]) -> list[dict[str, Any]]:
 
 
 def _texts(rows: list[Record]) -> dict[str, Any]:
-    """{"by_id", "cut", "left_out"}: each row's text once; texts of the worst rows first, as far as the room goes."""
+    """Return each row's text once: {"by_id", "cut", "left_out"}.
+
+    Texts of the worst rows come first, as far as there is room.
+    """
     known = {row["row_id"]: row["text"] for row in rows if "text" in row}
     first = [one["id"] for one in worst_rows(rows)] if known else []
     kept: dict[str, str] = {}

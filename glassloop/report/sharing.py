@@ -1,4 +1,4 @@
-"""A run as it may be shared: without rows, answers, folders and names of people."""
+"""Strip a run of rows, answers, folders and names, for sharing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ABSOLUTE = re.compile(
 
 
 def without_names(data: dict[str, Any]) -> dict[str, Any]:
-    """A page's data with absolute paths cut to their last part and names of people hidden.
+    """Cut absolute paths to their last part, and hide names.
 
     Known names are the user's own, and those of home folders in the data (/home/NAME).
     """
@@ -50,7 +50,7 @@ def without_names(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_text(run: RunData) -> RunData:
-    """The run with its rows numbered, and without what a row says or the model answered.
+    """Number a run's rows, and drop texts and answers.
 
     Ids are replaced wherever they stand, in messages and reasons too. The system prompt and the
     command line that may hold it are left out as well.
@@ -115,7 +115,10 @@ def _last_part(found: re.Match[str]) -> str:
 
 
 def _whole(name: str) -> str:
-    """A pattern of the name as a word; a long one also between underscores, as in anna_run."""
+    """Return a pattern of the name as a word.
+
+    A long name also counts between underscores, as in anna_run.
+    """
     around = r"[A-Za-z0-9]" if len(name) > 3 else r"\w"
     return rf"(?<!{around}){re.escape(name)}(?!{around})"
 

@@ -1,4 +1,4 @@
-"""A run in plain words: how it ended, whether it learned and was stable, what to look at.
+"""Sum a run up in plain words.
 
 Every sentence rests on a record.
 """
@@ -9,10 +9,10 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from glassloop.record.reading import Record, RunData, number, setting
+from glassloop.report.saying import Say, command_at, times
+from glassloop.report.standouts import what_to_look_at
 
 SCORES = {  # of an evaluation, with what people call them; higher is better
     "accuracy": "accuracy",
@@ -20,30 +20,6 @@ SCORES = {  # of an evaluation, with what people call them; higher is better
     "closed_think": "answers that close their reasoning",
     "ended": "answers that end by themselves",
 }
-MOST_TO_LOOK_AT = 6
-PADDING_SHARE = 0.3  # of the computed places: worth a word from here on
-ENDED_SHARE = 0.5  # of answers that should end by themselves at least
-ENDED_FALL = 0.1  # of that share, against the base model: worth a warning
-UNMOVED_SHARE = 0.5  # of the adapters' entries that a step leaves as they are: the same
-
-
-@dataclass(frozen=True)
-class Say:
-    """One sentence of the summary.
-
-    Attributes:
-        topic: "ended" | "learned" | "stable" | "look".
-        verdict: "good" | "bad" | "look" | "unknown": what mark stands before it.
-        text: the sentence.
-        update: which update shows it; None: none in particular.
-        command: what to type next; None: nothing.
-    """
-
-    topic: str
-    verdict: str
-    text: str
-    update: int | None = None
-    command: str | None = None
 
 
 def summarise(run: RunData) -> list[Say]:
@@ -70,7 +46,7 @@ def how_it_ended(run: RunData) -> Say:
     applied = sum(record["action"] == "applied" for record in run.updates)
     count = f"{done:,} of {run.planned_updates:,} updates done, {applied:,} of them applied"
     again = (
-        f"; {_times(len(run.replaced), 'was', 'were')} done again after a resume"
+        f"; {times(len(run.replaced), 'was', 'were')} done again after a resume"
         if run.replaced
         else ""
     )
@@ -96,7 +72,10 @@ def how_it_ended(run: RunData) -> Say:
 
 
 def did_it_learn(run: RunData) -> list[Say]:
-    """From held-out rows where there are any; from the training loss otherwise, which repeated rows lower by themselves."""
+    """Judge by held-out rows, else by the training loss.
+
+    Repeated rows lower the training loss by themselves.
+    """
     said = []
     scored = [(record["update"], number(record["loss_nats"])) for record in run.evaluations]
     heldout = [
@@ -121,9 +100,10 @@ def was_it_stable(run: RunData) -> list[Say]:
             Say(
                 "stable",
                 "bad",
-                f"{_times(len(skipped), 'update was', 'updates were')} skipped, first update {first['update']}: {first['reason']}.",
+                f"{times(len(skipped), 'update was', 'updates were')} skipped, first update "
+                f"{first['update']}: {first['reason']}.",
                 first["update"],
-                _command_at(run, first["update"]),
+                command_at(run, first["update"]),
             )
         )
     if alarmed:
@@ -132,9 +112,10 @@ def was_it_stable(run: RunData) -> list[Say]:
             Say(
                 "stable",
                 "look",
-                f"Detectors raised an alarm at {_times(len(alarmed), 'update', 'updates')} ({names}), first at update {alarmed[0]['update']}.",
+                f"Detectors raised an alarm at {times(len(alarmed), 'update', 'updates')} "
+                f"({names}), first at update {alarmed[0]['update']}.",
                 alarmed[0]["update"],
-                _command_at(run, alarmed[0]["update"]),
+                command_at(run, alarmed[0]["update"]),
             )
         )
     norms = [
@@ -146,7 +127,8 @@ def was_it_stable(run: RunData) -> list[Say]:
     ]
     if not said:
         calm = (
-            f": the gradient norm stayed between {min(norms):.3g} and {max(norms):.3g} before clipping"
+            f": the gradient norm stayed between {min(norms):.3g} and {max(norms):.3g} before "
+            "clipping"
             if norms
             else ""
         )
@@ -159,29 +141,20 @@ def was_it_stable(run: RunData) -> list[Say]:
             Say(
                 "stable",
                 "look",
-                f"Clipping decided the size of most updates: {clipped:,} of {len(clips):,} were clipped, to {mean:.0%} of their norm on average "
-                f"(optimizer.max_grad_norm = {setting(run.config, 'optimizer.max_grad_norm', 'unknown')}).",
+                f"Clipping decided the size of most updates: {clipped:,} of {len(clips):,} were "
+                f"clipped, to {mean:.0%} of their norm on average "
+                "(optimizer.max_grad_norm = "
+                f"{setting(run.config, 'optimizer.max_grad_norm', 'unknown')}).",
             )
         )
     return said
 
 
-def what_to_look_at(run: RunData) -> list[Say]:
-    """At most MOST_TO_LOOK_AT places that stand out, with the command to type; things that were said already are left out."""
-    found = [
-        *_endless_answers(run),
-        *_worst_row(run),
-        *_largest_norm(run),
-        *_padding(run),
-        *_slowest(run),
-        *_unmoved(run),
-        *_warnings(run),
-    ]
-    return found[:MOST_TO_LOOK_AT]
-
-
 def trend(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean of the first fifth, mean of the last fifth, standard error of their difference); at least 3 values each, so 6 in all."""
+    """Return (first mean, last mean, standard error of the difference).
+
+    The means are of the first and last fifth, of 3 values or more each.
+    """
     size = max(3, len(values) // 5)
     first, last = values[:size], values[-size:]
     error = math.sqrt(statistics.variance(first) / size + statistics.variance(last) / size)
@@ -191,8 +164,14 @@ def trend(values: Sequence[float]) -> tuple[float, float, float]:
 def _heldout(heldout: list[tuple[int, float]], last_record: Record) -> Say:
     (first_update, first), (last_update, last) = heldout[0], heldout[-1]
     best_update, best = min(heldout, key=lambda pair: pair[1])
-    rows = f"on {last_record['rows']:,} held-out rows ({last_record['supervised_tokens']:,} supervised tokens)"
-    change = f"from {first:.4g} nats a token after update {first_update} to {last:.4g} after update {last_update}, {rows}"
+    rows = (
+        f"on {last_record['rows']:,} held-out rows ({last_record['supervised_tokens']:,} "
+        "supervised tokens)"
+    )
+    change = (
+        f"from {first:.4g} nats a token after update {first_update} to {last:.4g} after update "
+        f"{last_update}, {rows}"
+    )
     if last >= first:
         return Say(
             "learned",
@@ -204,7 +183,8 @@ def _heldout(heldout: list[tuple[int, float]], last_record: Record) -> Say:
         return Say(
             "learned",
             "look",
-            f"It learned, then lost some of it: held-out loss went {change}; it was lowest, {best:.4g}, after update {best_update}. "
+            f"It learned, then lost some of it: held-out loss went {change}; it was lowest, "
+            f"{best:.4g}, after update {best_update}. "
             "checkpoints/best.json names the checkpoint to use.",
             best_update,
         )
@@ -249,7 +229,8 @@ def _training_loss(run: RunData, *, alone: bool) -> Say:
         return Say(
             "learned",
             "unknown",
-            f"{_times(len(losses), 'update', 'updates')} with a loss: too few to tell a trend from scatter.",
+            f"{times(len(losses), 'update', 'updates')} with a loss: too few to tell a trend from "
+            "scatter.",
         )
     first, last, error = trend(losses)
     passes = run.updates[-1]["epoch"] + 1
@@ -264,155 +245,11 @@ def _training_loss(run: RunData, *, alone: bool) -> Say:
         return Say(
             "learned",
             "look",
-            f"Training loss did not move beyond its scatter: {moved}, give or take {2 * error:.2g}.{without}",
+            f"Training loss did not move beyond its scatter: {moved}, give or take "
+            f"{2 * error:.2g}.{without}",
         )
     if last > first:
         return Say("learned", "bad", f"Training loss rose {moved}.{without}")
     return Say(
         "learned", "look" if alone else "good", f"Training loss fell {moved}.{repeated}{without}"
     )
-
-
-def _endless_answers(run: RunData) -> list[Say]:
-    """Warn of generated answers that ran out of room instead of ending."""
-    if not run.evaluations or not run.evaluations[-1]["scores"].get("answers"):
-        return []
-    last = run.evaluations[-1]
-    now = number(last["scores"].get("ended"))
-    before = number((last.get("base") or run.evaluations[0]["scores"]).get("ended"))
-    fell = now is not None and before is not None and before - now >= ENDED_FALL
-    if now is None or not (fell or now < ENDED_SHARE):
-        return []
-    length = setting(run.config, "evaluation.max_new_tokens", "unknown")
-    verb = "no longer end" if fell else "do not end"
-    was = "" if before is None else f" (base model: {before:.0%} end)"
-    said = (
-        f"{1 - now:.0%} of the adapter's answers {verb} by themselves{was}: they ran to "
-        f"evaluation.max_new_tokens = {length}. Read the answers below. If they repeat themselves, "
-        "lower optimizer.lr or train longer; if they are only long, raise that limit."
-    )
-    return [Say("look", "bad", said, last["update"] or None)]
-
-
-def _worst_row(run: RunData) -> list[Say]:
-    """The row whose loss a token stands furthest above the middle of its update's rows."""
-    by_update: dict[int, list[tuple[float, Record]]] = {}
-    for row in run.rows:
-        loss = number(row["loss_sum_nats"])
-        if row["supervised_tokens"] and loss is not None and math.isfinite(loss):
-            by_update.setdefault(row["update"], []).append((loss / row["supervised_tokens"], row))
-    worst: tuple[float, float, Record] | None = None
-    for rows in by_update.values():
-        middle = statistics.median(loss for loss, _ in rows)
-        loss, row = max(rows, key=lambda pair: pair[0])
-        if middle > 0 and len(rows) >= 4 and (worst is None or loss / middle > worst[0]):
-            worst = (loss / middle, loss, row)
-    if worst is None or worst[0] < 2:
-        return []
-    factor, loss, row = worst
-    said = f"Row {row['row_id']} cost {loss:.3g} nats a token at update {row['update']}, {factor:.1f} times the middle of its window."
-    return [
-        Say(
-            "look",
-            "look",
-            said,
-            row["update"],
-            f"glassloop replay {run.folder} --update {row['update']} --bisect",
-        )
-    ]
-
-
-def _largest_norm(run: RunData) -> list[Say]:
-    """Of the applied updates without an alarm, the one whose norm is at least 3 times the middle."""
-    norms = [
-        (norm, record["update"])
-        for record in run.updates
-        if not record.get("alarms")
-        and (norm := number(record["grad_norm_pre_clip"])) is not None
-        and math.isfinite(norm)
-    ]
-    if len(norms) < 4:
-        return []
-    middle = statistics.median(norm for norm, _ in norms)
-    norm, update = max(norms)
-    if middle <= 0 or norm < 3 * middle:
-        return []
-    said = f"The gradient norm of update {update} was {norm:.3g}, {norm / middle:.1f} times the middle of the run, without an alarm."
-    return [
-        Say(
-            "look",
-            "look",
-            said,
-            update,
-            f"glassloop replay {run.folder} --update {update} --bisect",
-        )
-    ]
-
-
-def _padding(run: RunData) -> list[Say]:
-    real = sum(sum(record["rank_real_tokens"]) for record in run.updates)
-    slots = sum(sum(record["rank_slot_tokens"]) for record in run.updates)
-    share = 1 - real / slots if slots else 0.0
-    if share < PADDING_SHARE:
-        return []
-    return [
-        Say(
-            "look",
-            "look",
-            f"{share:.0%} of the computed places were padding: execution.layout=packed does the same updates without most of it.",
-            command="glassloop bench --layouts literal,packed",
-        )
-    ]
-
-
-def _slowest(run: RunData) -> list[Say]:
-    later = run.updates[1:]  # the first one warms caches up
-    if len(later) < 4:
-        return []
-    middle = statistics.median(record["update_s"] for record in later)
-    slowest = max(later, key=lambda record: record["update_s"])
-    if middle <= 0 or slowest["update_s"] < 3 * middle:
-        return []
-    said = f"Update {slowest['update']} took {slowest['update_s']:.3g} s, the middle is {middle:.3g} s."
-    return [Say("look", "look", said, slowest["update"])]
-
-
-def _unmoved(run: RunData) -> list[Say]:
-    shares = [(probe["update"], number(probe.get("all_unmoved_share"))) for probe in run.probes]
-    known = [(update, share) for update, share in shares if share is not None]
-    if not known or known[-1][1] < UNMOVED_SHARE:
-        return []
-    update, share = known[-1]
-    said = f"At update {update} the step left {share:.0%} of the adapters' entries bit for bit as they were: lr is small for their precision."
-    return [Say("look", "look", said, update)]
-
-
-def _warnings(run: RunData) -> list[Say]:
-    kinds = ("warning", "out_of_memory")
-    return [
-        Say(
-            "look",
-            "look",
-            f"{event['message'].rstrip('.')}.",
-            event["update"] or None,
-            event["command"],
-        )
-        for event in run.events
-        if event["kind"] in kinds
-    ]
-
-
-def _command_at(run: RunData, update: int) -> str | None:
-    for event in run.events:
-        if event["update"] == update and event["command"]:
-            return event["command"]
-    return None
-
-
-def _times(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
-
-
-def as_objects(said: Sequence[Say]) -> list[dict[str, Any]]:
-    """Plain dicts for the page."""
-    return [vars(one) for one in said]

@@ -1,34 +1,25 @@
-"""A run's folder while it grows: only what is new is read, and shown as one screen of a terminal."""
+"""Show a growing run as one screen of a terminal.
+
+Only what is new is read.
+"""
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from glassloop.disk.opening import open_plain, require_plain_folder
-from glassloop.record.checked import check
-from glassloop.record.jsonl import (
-    EVALUATIONS,
-    EVENTS,
-    KINDS,
-    METRICS,
-    MOST_LINE_BYTES,
-    parsed,
-    too_long,
-)
 from glassloop.record.printable import printable
-from glassloop.record.reading import Record, end_of, number, read_object
+from glassloop.record.reading import Record, number
 from glassloop.record.terminal import STYLES
+from glassloop.report.following import Watched
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT = 5.0  # times the usual time of an update without a new one: worth a word
@@ -39,104 +30,7 @@ NOT_SHOWN = (
     "capsule",
     "checkpoint",
 )  # kinds of events; of checkpoints the last is
-CHUNK_BYTES = 16 * 2**20
 LABEL = 12  # columns before a curve
-
-
-class Tail:
-    """The records of a growing file, each once.
-
-    A torn last line waits for its rest; a file that got shorter is read anew.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._read = 0  # bytes
-        self._lines = 0
-        self._rest = b""
-
-    def new(self) -> tuple[list[Record], bool]:
-        """(records since the last call, whether the file was begun anew).
-
-        Raises ValueError as `read_records` does.
-        """
-        try:
-            file = os.fdopen(open_plain(self.path), "rb")
-        except FileNotFoundError:
-            return [], False
-        with file:
-            size = os.fstat(file.fileno()).st_size
-            anew = size < self._read
-            if anew:
-                self._read, self._lines, self._rest = 0, 0, b""
-            records: list[Record] = []
-            file.seek(self._read)
-            while self._read < size and (data := file.read(CHUNK_BYTES)):
-                self._read += len(data)
-                *lines, self._rest = (self._rest + data).split(b"\n")
-                if len(self._rest) > MOST_LINE_BYTES:
-                    raise too_long(f"{self.path}, line {self._lines + len(lines) + 1}")
-                for line in lines:
-                    self._lines += 1
-                    if line.strip():
-                        where = f"{self.path}, line {self._lines}"
-                        records.append(check(parsed(line, where), KINDS[self.path.name], where))
-        return records, anew
-
-
-class Watched:
-    """What is known of a run by now."""
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"RUN = {folder} is no folder: name a run's folder (runs/NAME)")
-        self.folder = folder
-        self.updates: list[Record] = []
-        self.events: list[Record] = []
-        self.evaluations: list[Record] = []
-        self._tails = {name: Tail(folder / name) for name in (METRICS, EVENTS, EVALUATIONS)}
-
-    def refresh(self) -> None:
-        """Reads what has been added since the last call."""
-        for name, kept in (
-            (METRICS, self.updates),
-            (EVENTS, self.events),
-            (EVALUATIONS, self.evaluations),
-        ):
-            records, anew = self._tails[name].new()
-            if anew:
-                kept.clear()
-            for record in records:
-                if name != EVENTS:  # a resumed run does updates again
-                    while kept and kept[-1]["update"] >= record["update"]:
-                        kept.pop()
-                kept.append(record)
-
-    @property
-    def end(self) -> Record | None:
-        return end_of(self.events)
-
-    @property
-    def planned(self) -> int:
-        return int(self.updates[-1]["updates"]) if self.updates else 0
-
-    def silent_s(self) -> float | None:
-        """Seconds since metrics.jsonl last grew; None before the first update."""
-        try:
-            return (
-                max(0.0, time.time() - (self.folder / METRICS).stat().st_mtime)
-                if self.updates
-                else None
-            )
-        except FileNotFoundError:
-            return None
-
-    def ranks(self) -> list[dict[str, Any]]:
-        """What each rank says that it does; nothing where there is one rank only."""
-        folder = self.folder / "ranks"
-        require_plain_folder(folder)
-        paths = sorted(folder.glob("rank*.json"), key=lambda one: (len(one.name), one.name))
-        return [position for path in paths if (position := read_object(path)) is not None]
 
 
 class Screen:
@@ -150,7 +44,10 @@ class Screen:
 
 
 def screen(watched: Watched, width: int, height: int) -> RenderableType:
-    """State, curves, the last updates, the last events; older ones give way where there is no room."""
+    """Lay out state, curves, last updates and last events.
+
+    Older ones give way if there is no room.
+    """
     curves = _curves(watched, width) if watched.updates else []
     ranks = (
         [] if watched.end is not None else [_rank_line(one, width) for one in watched.ranks()[:8]]
@@ -168,9 +65,12 @@ def screen(watched: Watched, width: int, height: int) -> RenderableType:
 
 
 def sparkline(values: Sequence[float | None], width: int, *, largest: bool = False) -> str:
-    """Values from left to right in `width` characters, low to high. Several share a character by their mean, or by their largest.
+    """Draw values in `width` characters, low to high.
 
-    A blank where there is no value, ✕ where one is not finite, ↑ where one stands so far above the rest that it would flatten them.
+    Several share a character by their mean, or by their largest.
+
+    A blank where there is no value, ✕ where one is not finite, ↑ where one stands so far above the
+    rest that it would flatten them.
     """
     if not values:
         return ""
@@ -219,10 +119,14 @@ def _state(watched: Watched, width: int) -> RenderableType:
         if silent is not None and usual is not None and silent > max(30.0, SILENT * usual):
             style, words = (
                 "yellow",
-                f"no new update for {_duration(silent)}, one takes {usual:.3g} s: evaluating, saving, waiting, or broken off",
+                f"no new update for {_duration(silent)}, one takes {usual:.3g} s: evaluating, "
+                "saving, waiting, or broken off",
             )
         elif usual is not None:
-            words += f", about {_duration(usual * (watched.planned - done))} left without evaluations and checkpoints"
+            words += (
+                f", about {_duration(usual * (watched.planned - done))} left without evaluations "
+                "and checkpoints"
+            )
     head = (
         f"{watched.folder.resolve().name}  {done:,}/{watched.planned:,} updates  "
         if watched.planned
@@ -256,7 +160,10 @@ def _curves(watched: Watched, width: int) -> list[RenderableType]:
         lines.append(line + Text(f"  {_value(values[-1])}"))
     if watched.evaluations:
         first, newest = watched.evaluations[0], watched.evaluations[-1]
-        text = f"after update {newest['update']}: {_value(number(newest['loss_nats']))}, first {_value(number(first['loss_nats']))}"
+        text = (
+            f"after update {newest['update']}: {_value(number(newest['loss_nats']))}, first "
+            f"{_value(number(first['loss_nats']))}"
+        )
         lines.append(Text(f"{'held-out':<{LABEL}}{text}", no_wrap=True, overflow="ellipsis"))
     speed = sum(last["rank_real_tokens"]) / last["update_s"] if last["update_s"] > 0 else None
     peak = max(last["rank_peak_gib"]) if last.get("rank_peak_gib") else None

@@ -1,4 +1,4 @@
-"""Writes a run's page into its folder: on demand, and by itself when a run ends."""
+"""Write a run's page into its folder."""
 
 from __future__ import annotations
 
@@ -16,24 +16,35 @@ REPORT = "report.html"
 
 
 def write_report(folder: Path, out: Path | None = None, *, text: bool = True) -> Path:
-    """Publishes the page of a run, in its folder unless `out` says where. Raises ValueError or OSError as read_run and the disk do."""
+    """Publish the page of a run.
+
+    It lies in the run's folder unless `out` says where. Raises ValueError or OSError as read_run
+    and the disk do.
+    """
     out = out or folder / REPORT
     write_text(out, page(payload(read_run(folder), text=text)))
     return out
 
 
 def report_at_the_end(folder: Path) -> None:
-    """The page of a run that has just ended, finished or not. Whatever goes wrong is said and changes nothing: the run is over."""
+    """Write the page of a run that has just ended.
+
+    Whatever goes wrong is said and changes nothing: the run is over.
+    """
     started = time.perf_counter()
     try:
         if not (folder / "events.jsonl").exists():  # refused before it had a folder
             return
         path = write_report(folder)
         print(
-            f"report {path} ({path.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)",
+            f"report {path} ({path.stat().st_size / 1e6:.1f} MB, "
+            f"{time.perf_counter() - started:.1f} s)",
             flush=True,
         )
     except Exception as error:  # a fault of the page must not become one of the run
-        line = f"report of {folder} not written: {type(error).__name__}: {error}\n    type: glassloop report {folder}"
+        line = (
+            f"report of {folder} not written: {type(error).__name__}: {error}\n    type: glassloop "
+            f"report {folder}"
+        )
         with contextlib.suppress(OSError, ValueError):  # the screen is what has gone
             print(line, file=sys.stderr, flush=True)

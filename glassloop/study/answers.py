@@ -1,4 +1,4 @@
-"""All that a study found, as its table and its page take it."""
+"""All that a study found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from glassloop.study.verdicts import Judged
 
 @dataclass(frozen=True)
 class Answers:
-    """results: of every cell. groups: cells that differ in their seed alone. judged: a verdict for each claim."""
+    """What tables and pages show.
+
+    results: of every cell. groups: cells that differ in their seed alone. judged: a verdict for
+    each claim.
+    """
 
     study: Study
     results: Sequence[CellResult]

@@ -1,4 +1,4 @@
-"""A study in the terminal: one table of the settings, and each claim with its verdict."""
+"""Show a study in the terminal: settings, claims, verdicts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHORT = {  # column heads; the page has the whole words
 
 
 def columns_of(study: Study, groups: Sequence[Group]) -> list[str]:
-    """Quantities that the study asks for, claims included, and that some setting has."""
+    """List the quantities that the study asks for and has."""
     claimed = {claim.quantity for claim in study.claims}
     return [
         name
@@ -96,7 +96,10 @@ def render(answers: Answers) -> RenderableType:
 
 
 def spread_text(spread: Spread) -> str:
-    """ "1.234 ± 0.02", the mean alone with one seed, "-" without a value."""
+    """Word a mean and deviation: "1.234 ± 0.02".
+
+    The mean stands alone with one seed; "-" without a value.
+    """
     if spread.mean is None:
         return "-"
     return f"{spread.mean:.4g}" + ("" if spread.deviation is None else f" ±{spread.deviation:.2g}")

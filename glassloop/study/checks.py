@@ -1,4 +1,4 @@
-"""Checks of a study's fields: what is wrong, in which file and field, and what to write instead. No torch."""
+"""Check a study's fields. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ MEASURES = ("loss", "stability", "memory", "time")
 
 
 class StudyError(ValueError):
-    """A study that cannot be run. The message names file, field, value and cure."""
+    """A study that cannot be run.
+
+    The message names file, field, value and cure.
+    """
 
 
 @dataclass(frozen=True)

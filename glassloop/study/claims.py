@@ -1,4 +1,4 @@
-"""A study's claims as its file has them: which cells, which quantity, which difference. No torch."""
+"""Read a study's claims from its file. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Axes = tuple[tuple[str, tuple["Setting", ...]], ...]  # name and settings of eac
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of an axis: fields of the config as the command line takes them."""
+    """One value of an axis: config fields as words."""
 
     label: str
     fields: tuple[tuple[str, str], ...]
@@ -24,11 +24,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed of the difference d = quantity(cell) - quantity(against), seed by seed.
+    """A claim on d = quantity(cell) - quantity(against), seed by seed.
 
     Attributes:
-        cell, against: axis -> label; axes that both leave open are averaged over. against may be a number.
-        scale: "absolute": d in the quantity's unit. "share": d over the value that it is set against.
+        cell, against: axis -> label; axes that both leave open are averaged over. against may be a
+            number.
+        scale: "absolute": d in the quantity's unit. "share": d over the value that it is set
+            against.
         expect: "higher": d > by. "lower": d < -by. "about": |d - value| <= within.
     """
 
@@ -81,7 +83,8 @@ def read_claim(item: Any, place_in_list: int, axes: Axes, bad: Complaint) -> Cla
         raise bad(
             f"{place}.expect",
             "about",
-            "needs value, the difference that is claimed, and within, how far from it still agrees (above 0)",
+            "needs value, the difference that is claimed, and within, how far from it still agrees "
+            "(above 0)",
         )
     if numbers["by"] < 0:
         raise bad(

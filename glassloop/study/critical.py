@@ -1,14 +1,17 @@
-"""Critical accumulation: what the gradient noise scale of single runs predicts, beside what a sweep over accumulations shows.
+"""Critical accumulation: predicted by noise scales, shown by a sweep.
 
-An update of N supervised tokens has E|g|^2 = |G|^2 + tr(Sigma) / N (noise.py), and the loss that it can take off goes with 1 / (1 + B / N), where
-B = tr(Sigma) / |G|^2 is the noise scale (McCandlish et al. 2018, arXiv:1812.06162, equations 2.5 to 2.8). So a sweep knows B in two ways of its own:
+An update of N supervised tokens has E|g|^2 = |G|^2 + tr(Sigma) / N (noise.py), and the loss that it
+can take off goes with 1 / (1 + B / N), where B = tr(Sigma) / |G|^2 is the noise scale (McCandlish
+et al. 2018, arXiv:1812.06162, equations 2.5 to 2.8). So a sweep knows B in two ways of its own:
 
     by norms    |g|^2 of each accumulation is a line in 1/N:              B = slope / intercept
     by loss     with equal updates, 1 / (fall of held-out loss) is too:   B = slope / intercept
 
-and a third of another kind where cells saw equal rows: the largest accumulation whose held-out loss is not shown to be worse than the best one's.
-The critical accumulation is B over the supervised tokens of a micro-batch on all ranks. The equations are for plain gradient descent at its best step
-size; Adam at one learning rate for all cells is another optimizer, so agreement within a factor of 2 is all that is asked.
+and a third of another kind where cells saw equal rows: the largest accumulation whose held-out loss
+is not shown to be worse than the best one's. The critical accumulation is B over the supervised
+tokens of a micro-batch on all ranks. The equations are for plain gradient descent at its best step
+size; Adam at one learning rate for all cells is another optimizer, so agreement within a factor of
+2 is all that is asked.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Compared:
-    """A prediction beside one way in which the sweep shows the same number, in supervised tokens, by seed where both exist."""
+    """A prediction beside what the sweep shows.
+
+    Both are in supervised tokens, by seed.
+    """
 
     by: str
     predicted: Mapping[int, float]
@@ -44,7 +50,8 @@ class Critical:
 
     Attributes:
         micro_tokens: supervised tokens of one micro-batch on all ranks, mean of the runs.
-        predicted_by_cell: accumulation -> noise scale in tokens, mean over seeds; an accumulation without parts to compare has none.
+        predicted_by_cell: accumulation -> noise scale in tokens, mean over seeds; an accumulation
+            without parts to compare has none.
         equal_rows: in words, where cells saw equal rows; None otherwise.
     """
 
@@ -71,7 +78,10 @@ def critical_of(groups: Sequence[Group], equal: str | None) -> list[Critical]:
 
 
 def line_ratio(points: Sequence[tuple[float, float]]) -> float | None:
-    """slope / intercept of the least squares line through points (1/N, y); None for fewer than three, or unless both are above 0."""
+    """Return slope / intercept of a line through points (1/N, y).
+
+    It is a least squares line. None for fewer than three points, or unless both are above 0.
+    """
     if len({x for x, _ in points}) < 3:
         return None
     mean_x, mean_y = statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)
@@ -83,7 +93,10 @@ def line_ratio(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def agreement(predicted: Mapping[int, float], shown: Mapping[int, float]) -> tuple[str, str]:
-    """Verdict on "within a factor of 2", from the paired interval of log(predicted / shown)."""
+    """Judge "within a factor of 2".
+
+    It uses the paired interval of log(predicted / shown).
+    """
     both = [seed for seed in predicted if seed in shown]
     if len(both) < 2:
         few = f"{len(both)} seed{'' if len(both) == 1 else 's'} with both numbers"
@@ -93,7 +106,10 @@ def agreement(predicted: Mapping[int, float], shown: Mapping[int, float]) -> tup
         )
     mean, half = interval([math.log(predicted[seed] / shown[seed]) for seed in both])
     low, high = math.exp(mean - half), math.exp(mean + half)
-    words = f"predicted / shown = {math.exp(mean):.3g}, 95 % interval {low:.3g} to {high:.3g}, {len(both)} seeds"
+    words = (
+        f"predicted / shown = {math.exp(mean):.3g}, 95 % interval {low:.3g} to {high:.3g}, "
+        f"{len(both)} seeds"
+    )
     if low >= 1 / FACTOR and high <= FACTOR:
         return SUPPORTED, words
     return (CONTRADICTED if high < 1 / FACTOR or low > FACTOR else UNRESOLVED), words
@@ -133,12 +149,14 @@ def lines(found: Critical) -> list[str]:
     ]
     for accumulation, tokens in found.predicted_by_cell.items():
         said.append(
-            f"predicted from the runs with accumulation {accumulation}: {tokens:,.0f} tokens = accumulation {tokens / found.micro_tokens:.3g}"
+            f"predicted from the runs with accumulation {accumulation}: {tokens:,.0f} tokens = "
+            f"accumulation {tokens / found.micro_tokens:.3g}"
         )
     for one in found.compared:
         shown = _mean(one.shown, found.micro_tokens)
         said.append(
-            f"shown {one.by}: {'no number' if shown is None else f'accumulation {shown:.3g}'}; within a factor of 2: {one.verdict}, {one.why}"
+            f"shown {one.by}: {'no number' if shown is None else f'accumulation {shown:.3g}'}; "
+            f"within a factor of 2: {one.verdict}, {one.why}"
         )
     return said + ([f"shown by equal rows: {found.equal_rows}"] if found.equal_rows else [])
 
@@ -196,7 +214,10 @@ def _of_setting(setting: str, groups: Sequence[Group], equal: str | None) -> Cri
 
 
 def _equal_rows(groups: Sequence[Group]) -> str:
-    """The largest accumulation whose held-out loss is not shown to lie above that of the accumulation with the lowest mean."""
+    """Word the largest accumulation not shown to be worse.
+
+    It is compared with the accumulation of the lowest mean held-out loss.
+    """
     losses = {int(group.settings[AXIS]): group.spread("heldout_loss").by_seed for group in groups}
     means = {
         key: statistics.fmean(values.values()) for key, values in losses.items() if len(values) > 1
@@ -218,7 +239,10 @@ def _equal_rows(groups: Sequence[Group]) -> str:
         if worse
         else "; none is shown to be worse"
     )
-    return f"accumulation {best} has the lowest held-out loss ({means[best]:.4g}), and up to {max(alike)} none is shown to lie above it{more}"
+    return (
+        f"accumulation {best} has the lowest held-out loss ({means[best]:.4g}), and up to "
+        f"{max(alike)} none is shown to lie above it{more}"
+    )
 
 
 def _second_half(run: RunData) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Cells that diverged: which update to look at, what to type, and, where a study asks for it, that command's answer. No torch."""
+"""Cells that diverged: which update to replay. No torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def divergences(results: Sequence[CellResult], out: Path) -> list[Divergence]:
 
 
 def where_to_look(run: RunData) -> tuple[int, str]:
-    """Where it began: the earliest update with an alarm for a spike, after which the loss stood far above its start, or that is not finite.
+    """Find the update at which divergence began.
+
+    It is the earliest one with an alarm for a spike, after which the loss stood far above its
+    start, or that is not finite.
 
     Without any of them the one with the largest gradient norm.
     """
@@ -89,7 +92,10 @@ def _told_to_diverge(run: RunData) -> list[dict[str, Any]]:
 def bisect(
     one: Divergence, out: Path, environment: dict[str, str], timeout_s: float = BISECT_TIMEOUT_S
 ) -> str:
-    """Run the command of a divergence and keep what it printed beside the study; an answer that is there already is not asked for again."""
+    """Run the command of a divergence, and keep its answer.
+
+    An answer that is there already is not asked for again.
+    """
     path = _file(out, one.cell)
     if (kept := _answer(path)) is not None:
         return kept

@@ -1,4 +1,7 @@
-"""A study as one HTML page that loads nothing: styles, scripts and policy as in the report of a run."""
+"""Build a study's HTML page, which loads nothing.
+
+Styles, scripts and policy are those of a run's report.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,10 @@ def _values(group: Group, name: str) -> dict[str, Any]:
 
 
 def _curves(group: Group) -> dict[str, Any]:
-    """Mean over the seeds' runs, update by update; infinite where one of them is not finite."""
+    """Return means over the seeds, update by update.
+
+    A mean is infinite if one of its values is not finite.
+    """
     runs = [result.run for result in group.results if result.run is not None]
     updates = sorted({one["update"] for run in runs for one in run.updates})
     return {

@@ -1,4 +1,7 @@
-"""What a study measures of a run: a name, a unit, and how it is read from the run's records. Every number is one that the run wrote down."""
+"""Quantities of a run, each with a unit.
+
+Every number is one that the run recorded.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from glassloop.report.payload import memory
 from glassloop.stats import fit
 
 SPIKES = {"norm_spike", "loss_spike"}
-RAISED = 1.1  # times the first update's loss: a run that ends above has lost what it knew, whatever the scatter of single windows
+# times the first update's loss: a run that ends above has lost what it knew, whatever the scatter
+# of single windows
+RAISED = 1.1
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a run; None where the run does not have it."""
+    """A number of a run; None if it has none."""
 
     measure: str  # which of a study's measures it belongs to
     unit: str
@@ -90,7 +95,10 @@ def norm_median(run: RunData) -> float | None:
 
 
 def norm_scatter(run: RunData) -> float | None:
-    """Standard deviation of log(norm) around its line over the updates: a run's own trend is no scatter."""
+    """Return the scatter of log(norm) around its own trend.
+
+    It is a standard deviation.
+    """
     norms = _norms(run)
     if len(norms) < 4:
         return None
@@ -120,7 +128,10 @@ def clip_share(run: RunData) -> float | None:
 
 
 def noise_scale(run: RunData) -> float | None:
-    """Median over the second half of the updates, where the smoothed estimate has settled."""
+    """Return the median over the second half of the updates.
+
+    The smoothed estimate has settled there.
+    """
     half = run.planned_updates / 2
     values = [number(one.get("noise_scale_tokens")) for one in run.updates if one["update"] > half]
     known = [value for value in values if value is not None and math.isfinite(value)]
@@ -134,7 +145,10 @@ def update_ratio(run: RunData) -> float | None:
 
 
 def first_bad(run: RunData) -> int | None:
-    """The first update whose loss or gradient is not finite, or that was not applied because of what it was; None: all are sound."""
+    """Return the first update that is not finite or skipped.
+
+    An update without supervised tokens does not count. None if all are sound.
+    """
     for one in run.updates:
         values = (number(one["loss_nats"]), number(one["grad_norm_pre_clip"]))
         broken = any(value is not None and not math.isfinite(value) for value in values)
@@ -144,7 +158,11 @@ def first_bad(run: RunData) -> int | None:
 
 
 def diverged(run: RunData) -> float | None:
-    """1 where a number was not finite, or the last fifth's training loss lies RAISED above the first update's."""
+    """Return 1.0 if training diverged, else 0.0.
+
+    It did if a number was not finite, or the last fifth's training loss lies RAISED above the first
+    update's.
+    """
     if not run.updates:
         return None
     first, last = number(run.updates[0]["loss_nats"]), train_loss(run)
@@ -162,7 +180,7 @@ def _phase(name: str) -> Callable[[RunData], float | None]:
 
 
 def peak_gib(run: RunData) -> float | None:
-    """Largest allocation of any rank over the whole run; None without a GPU."""
+    """Return the largest allocation of any rank; None without GPU."""
     peaks = run.updates[-1]["rank_peak_gib"] if run.updates else None
     return max(peaks) if peaks else None
 

@@ -1,4 +1,7 @@
-"""What a study's cells came to: every quantity of every cell, and by setting its mean and spread over seeds. Read from the runs' folders."""
+"""Results of a study's cells, by cell and by setting.
+
+They are read from the runs' folders.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from typing import Any
 
 from glassloop.record.reading import RunData
 from glassloop.report.payload import memory
+from glassloop.study.cell_state import CellState, attempts, run_folder, state_of
 from glassloop.study.quantities import QUANTITIES, measured
-from glassloop.study.running import CellState, attempts, run_folder, state_of
 from glassloop.study.spec import Cell
 
 OF_ONE_RUN = frozenset(
@@ -23,7 +26,10 @@ OF_ONE_RUN = frozenset(
 
 @dataclass(frozen=True)
 class CellResult:
-    """A cell and what it came to. run: None where it has no result; `why` says so."""
+    """A cell and its result.
+
+    run: None without a result; `why` says so.
+    """
 
     cell: Cell
     kind: str  # "done" | "diverged" | "partial" | "absent" | "other"
@@ -104,7 +110,7 @@ def read_results(cells: Sequence[Cell], out: Path) -> list[CellResult]:
 
 
 def _why_none(state: CellState, attempt: Mapping[str, Any] | None) -> str:
-    """Why a cell has no result: what its folder says, and how it ended last."""
+    """Say why a cell has no result."""
     folder = state.why or ("not run yet" if attempt is None else "no run's folder")
     said = " ".join(str(attempt["said"]).split())[-300:] if attempt and attempt["said"] else ""
     return (
@@ -125,7 +131,10 @@ def groups_of(results: Sequence[CellResult]) -> list[Group]:
 
 
 def environments_of(results: Sequence[CellResult]) -> list[dict[str, Any]]:
-    """Where the cells ran, each place once: versions, commit, GPUs as env.json has them, and how many cells are from there."""
+    """List where the cells ran, each place once.
+
+    A place has versions, commit and GPUs as env.json has them, and its count of cells.
+    """
     places: dict[str, dict[str, Any]] = {}
     for result in results:
         if result.run is not None and result.run.env:
@@ -137,7 +146,10 @@ def environments_of(results: Sequence[CellResult]) -> list[dict[str, Any]]:
 
 
 def as_plain(results: Sequence[CellResult], groups: Sequence[Group], out: Path) -> dict[str, Any]:
-    """Plain JSON of places, cells and settings; a number that is not finite is text."""
+    """Return plain JSON of places, cells and settings.
+
+    A number that is not finite is text.
+    """
     return {
         "environments": environments_of(results),
         "quantities": {

@@ -1,8 +1,9 @@
-"""A study's cells: each a run of train_loop.py in processes of its own, several beside each other, recognised when they are done. No torch.
+"""Run a study's cells in processes of their own. No torch.
 
-A cell is done where its run's folder says so: the config is the one that is asked now, and the last update and the end stand in it. So a study
-that was killed at any moment goes on with the same command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is
-waited for instead of being run twice.
+A cell is done where its run's folder says so: the config is the one that is asked now, and the last
+update and the end stand in it. So a study that was killed at any moment continues with the
+same command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is waited
+for instead of being run twice.
 """
 
 from __future__ import annotations
@@ -19,42 +20,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import glassloop
 from glassloop.config.arguments import to_yaml
-from glassloop.config.config import as_dict
 from glassloop.disk.opening import open_plain, read_plain, require_plain_folder
 from glassloop.disk.publish import write_text
 from glassloop.predict.hardware import gpus_present
-from glassloop.record.checked import is_finite
-from glassloop.record.jsonl import read_jsonl
-from glassloop.record.reading import RunData, flat, read_run
+from glassloop.study.cell_state import ATTEMPTS, attempts, run_folder, state_of
 from glassloop.study.checks import StudyError
-from glassloop.study.quantities import first_bad
 from glassloop.study.spec import Cell
 from glassloop.verify.processes import LAUNCHER_VARIABLES, launch_file
 
-ATTEMPTS = "attempts.jsonl"  # one line a process that was started
-NO_MATTER = ("run.", "resume.", "model.cache_dir", "preset")  # fields that say where things lie
-ATTEMPT_FIELDS = ("cell", "exit_code", "seconds", "beside", "said")
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 POLL_S = 0.2
-PATIENCE_S = 20.0  # for a cell that is told to end
+PATIENCE_S = 20.0  # for a cell that is asked to end
 LAST_WORDS = 600  # characters of what a failed cell printed
-
-
-@dataclass(frozen=True)
-class CellState:
-    """What a cell's folder says: "absent" | "done" | "diverged" | "partial" | "other"; `why` in words; the run where there is one."""
-
-    kind: str
-    why: str = ""
-    run: RunData | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.kind in ("done", "diverged")
 
 
 @dataclass
@@ -74,38 +54,6 @@ class Going:
         return time.monotonic() - self.began
 
 
-def state_of(cell: Cell, out: Path) -> CellState:
-    """Read from disk alone. Raises ValueError where a file of the run is damaged."""
-    folder = run_folder(cell, out)
-    require_plain_folder(folder.parent)
-    require_plain_folder(folder)
-    if not os.path.lexists(folder / "config.yaml"):
-        return CellState("absent")
-    run = read_run(folder)
-    ours, theirs = _asked(as_dict(cell.config)), _asked(run.config or {})
-    if ours["execution.engine"] == "auto":  # a run's folder has the engine that was chosen
-        ours["execution.engine"] = theirs.get("execution.engine")
-    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if differing:
-        name = differing[0]
-        return CellState(
-            "other", f"{name} = {theirs.get(name)}, and {ours.get(name)} is asked now", run
-        )
-    end = run.end["kind"] if run.end else None
-    if end == "finished" and run.updates and run.updates[-1]["update"] == run.planned_updates:
-        return CellState("done", run=run)
-    if end == "failed" and (bad := first_bad(run)) is not None:
-        return CellState("diverged", f"update {bad} was not finite, or not applied", run)
-    message = f": {run.end['message']}" if run.end else ""
-    return CellState(
-        "partial", f"{len(run.updates)} of {run.planned_updates} updates{message}", run
-    )
-
-
-def run_folder(cell: Cell, out: Path) -> Path:
-    return out / "cells" / cell.name
-
-
 def run_cells(
     cells: Sequence[Cell],
     out: Path,
@@ -116,12 +64,16 @@ def run_cells(
     again: bool = False,
     deadline: float | None = None,
 ) -> dict[str, str]:
-    """Run what is not done yet. Returns {cell: why there is no result} of those that failed or were not reached.
+    """Run the cells that are not done yet.
+
+    Returns {cell: why there is no result} of those that failed or were not reached.
 
     Args:
-        parallel: cells beside each other on a device (or set of devices, where a cell has several ranks).
+        parallel: cells beside each other on a device (or set of devices, where a cell has several
+            ranks).
         again: also what is done, or was run with another config.
-        deadline: time.monotonic() at which cells under way are ended; none is begun that would not be done by then.
+        deadline: time.monotonic() at which cells under way are ended; none is begun that would not
+            be done by then.
 
     Raises:
         StudyError: a cell's folder holds a run of another config.
@@ -149,7 +101,8 @@ def run_cells(
                 if why is not None:
                     failed[one.cell.name] = why
                 say(
-                    f"[{done}/{total}] {one.cell.name}: {why or 'done'} ({one.seconds:.0f} s, {one.beside} beside each other)"
+                    f"[{done}/{total}] {one.cell.name}: {why or 'done'} ({one.seconds:.0f} s, "
+                    f"{one.beside} beside each other)"
                 )
             free = [
                 slot for slot in slots if slots.count(slot) > sum(one.slot == slot for one in going)
@@ -182,21 +135,6 @@ def run_cells(
     return failed
 
 
-def attempts(out: Path) -> list[dict[str, Any]]:
-    """What was started so far: cell, exit_code, seconds, beside, device, said."""
-    path = out / ATTEMPTS
-    lines = read_jsonl(path) if os.path.lexists(path) else []
-    for line in lines:
-        missing = [name for name in ATTEMPT_FIELDS if name not in line]
-        if missing or not isinstance(line["cell"], str) or not is_finite(line["seconds"]):
-            raise ValueError(
-                f"{path}: cell = {line.get('cell')!r:.80}, seconds = {line.get('seconds')!r:.80}"
-                f"{f', {missing[0]} is missing' if missing else ''}; the file was damaged or "
-                "edited. Remove the line"
-            )
-    return lines
-
-
 def command(cell: Cell, out: Path) -> list[str]:
     """How the cell's process is started; writes the files that it reads."""
     asked = _room(out, "asked") / f"{cell.name}.yaml"
@@ -214,7 +152,10 @@ def command(cell: Cell, out: Path) -> list[str]:
 
 
 def environment(slot: tuple[str, ...], parallel: int) -> dict[str, str]:
-    """This process's environment for a cell: no other launcher's variables, the cell's own devices, and this very glassloop."""
+    """Return the environment of a cell's process.
+
+    It has no other launcher's variables, the cell's own devices, and this very glassloop.
+    """
     left_out = (*LAUNCHER_VARIABLES, "ACCELERATE_MIXED_PRECISION")
     kept = {
         name: value
@@ -232,7 +173,10 @@ def environment(slot: tuple[str, ...], parallel: int) -> dict[str, str]:
 
 
 def end_all(going: Sequence[Going]) -> None:
-    """End cells and whatever they have started; each may write what it has to first."""
+    """End cells and their processes.
+
+    Each may write what it has to first.
+    """
     for one in going:
         _signal(one.process, signal.SIGTERM)
     for one in going:
@@ -250,7 +194,8 @@ def _done_before(cell: Cell, out: Path, again: bool) -> bool:
     state = state_of(cell, out)
     if state.kind == "other":
         raise StudyError(
-            f"{run_folder(cell, out)} holds a run with {state.why}: name another folder with --out, or run these cells anew with --again"
+            f"{run_folder(cell, out)} holds a run with {state.why}: name another folder with "
+            "--out, or run these cells anew with --again"
         )
     return state.finished
 
@@ -276,7 +221,7 @@ def _begin(
 
 
 def _after(one: Going, out: Path, timeout_s: float) -> str | None:
-    """Write down how a cell ended; why there is no result, or None."""
+    """Record how a cell ended; say why it has no result."""
     state, code = state_of(one.cell, out), one.process.returncode
     log = out / "logs" / f"{one.cell.name}.txt"
     said = read_plain(log).decode("utf-8", "replace").strip()[-LAST_WORDS:]
@@ -308,7 +253,10 @@ def _after(one: Going, out: Path, timeout_s: float) -> str | None:
 
 
 def _slots(cells: Sequence[Cell], parallel: int) -> list[tuple[str, ...]]:
-    """Where cells run: a set of devices for each cell that may run beside others; () is the CPU."""
+    """List a set of devices for each parallel cell.
+
+    () is the CPU.
+    """
     ranks = max((cell.config.batch.ranks or 1 for cell in cells), default=1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(place) for place in range(len(gpus_present()))]
@@ -352,7 +300,3 @@ def _room(out: Path, name: str) -> Path:
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-
-
-def _asked(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flat(config).items() if not name.startswith(NO_MATTER)}

@@ -1,20 +1,22 @@
-"""A study's file: what it asks, the grid of runs, and what would support or contradict each claim. No torch.
+"""Read a study's file: question, grid of runs, claims. No torch.
 
     name: rank
     question: Does a higher rank lower held-out loss?
     base: smollm2_demo data.heldout=0.25 schedule.epochs=3     # words as train_loop.py takes them
     axes:
-      optimizer.lr: [2e-4, 1e-3]                               # a field and its values, or
-      rank:                                                    # a name of its own, with settings of several fields
+      optimizer.lr: [2e-4, 1e-3]            # a field and its values, or
+      rank:                                 # a name of its own, with settings of several fields
         r8: {lora.r: 8, lora.alpha: 8}
         r16: {lora.r: 16, lora.alpha: 16}
     seeds: [1, 2, 3]
-    equal: rows_seen                                           # or updates: what cells have in common where an axis changes the batch
+    equal: rows_seen                        # or updates: equal in cells of different batches
     claims:
-      - {says: r=8 underfits, quantity: heldout_loss, cell: {rank: r8}, against: {rank: r16}, expect: higher, by: 0.01}
+      - {says: r=8 underfits, quantity: heldout_loss, cell: {rank: r8}, against: {rank: r16},
+         expect: higher, by: 0.01}
 
-A claim is about the difference of a quantity: the cell's minus what it is set against, seed by seed (scale: share divides it by the latter).
-`against` may be a number. `by` is the least difference that is worth the claim. `about` with `value` and `within` names a range instead.
+A claim is about the difference of a quantity: the cell's minus what it is set against, seed by seed
+(scale: share divides it by the latter). `against` may be a number. `by` is the least difference
+that is worth the claim. `about` with `value` and `within` names a range instead.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from typing import Any
 
 from glassloop.config.arguments import parse
 from glassloop.config.config import Config
-from glassloop.config.names import field_names
 from glassloop.config.trust import TRUST
 from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
+from glassloop.study.axes import read_axes
 from glassloop.study.checks import (
     Complaint,
     StudyError,
@@ -43,11 +45,11 @@ from glassloop.study.checks import (
     seeds,
     text,
     whole,
-    word,
 )
-from glassloop.study.claims import Axes, Claim, Setting, read_claim
+from glassloop.study.claims import Axes, Claim, read_claim
 
-# What a cell is asked beside its base, unless the base or the command line says otherwise: nothing that costs time or disk and tells a study nothing.
+# What a cell is asked beside its base, unless the base or the command line says otherwise: nothing
+# that costs time or disk and tells a study nothing.
 CELL_WORDS = (
     "batch.ranks=1",
     "evaluation.generate_rows=0",
@@ -111,7 +113,7 @@ class Cell:
 
 
 def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """Raises StudyError for a file, or words, that no study can be made of."""
+    """Read a study. Raises StudyError naming file and field."""
     try:
         with path.open("rb") as file:
             values = plain_yaml(file.read(4 * MOST_CHARACTERS).decode("utf-8"))
@@ -123,7 +125,8 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise StudyError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise StudyError(
-            f"{path}: expected fields such as `axes:`, found {type(values).__name__}; see studies/ for examples"
+            f"{path}: expected fields such as `axes:`, found {type(values).__name__}; see studies/ "
+            "for examples"
         )
     bad = Complaint(str(path))
     for key in values:
@@ -132,7 +135,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     name = values.get("name", path.stem)
     if not isinstance(name, str) or not PLAIN.fullmatch(name):
         raise bad("name", name, "letters, digits, '.', '_' and '-', a letter or digit first")
-    axes = _axes(values.get("axes"), bad)
+    axes = read_axes(values.get("axes"), bad)
     study = Study(
         file=str(path),
         name=name,
@@ -160,7 +163,8 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise bad(
             "parallel",
             study.parallel,
-            "cells beside each other slow each other down; leave `time` out of measure, or set it to 1",
+            "cells beside each other slow each other down; leave `time` out of measure, or set it "
+            "to 1",
         )
     if study.critical and "batch.accumulation" not in dict(axes):
         raise bad(
@@ -172,7 +176,10 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def cells_of(study: Study, out: Path) -> list[Cell]:
-    """The grid, every seed's cells together, so that a study that is cut off has compared something. Raises StudyError."""
+    """Build the grid's cells, seed by seed.
+
+    So a study that is cut off has compared something. Raises StudyError.
+    """
     cells = math.prod(len(settings) for _, settings in study.axes) * len(study.seeds)
     if cells > MOST_CELLS:
         raise StudyError(
@@ -191,7 +198,8 @@ def cells_of(study: Study, out: Path) -> list[Cell]:
             name = f"{group}-seed{seed}"
             if not PLAIN.fullmatch(name) or any(name == cell.name for cell in found):
                 raise StudyError(
-                    f"{study.file}: axes: two cells would be called {name}; give the settings names of their own"
+                    f"{study.file}: axes: two cells would be called {name}; give the settings "
+                    "names of their own"
                 )
             of_cell = [
                 f"{field}={value}"
@@ -217,27 +225,31 @@ def rows_per_update(config: Config) -> int:
 
 
 def _equalised(study: Study, base: Config, config: Config, name: str) -> list[str]:
-    """Words that give a cell the base's rows, warmup in proportion, where `equal` is rows_seen. Epochs are equal rows already."""
+    """Return words that give a cell the base's rows.
+
+    Warmup follows in proportion. Epochs are equal rows already.
+    """
     if study.equal is None:
         return []
     asked, ours = rows_per_update(base), rows_per_update(config)
     if study.equal == "updates":
         if config.schedule.updates is None or config.schedule.updates != base.schedule.updates:
             raise StudyError(
-                f"{study.file}: equal = updates, but {name} has schedule.updates = {config.schedule.updates}: "
+                f"{study.file}: equal = updates, but {name} has schedule.updates = "
+                f"{config.schedule.updates}: "
                 "say schedule.updates=N in base, and leave it out of axes"
             )
         return []
     words = []
     if config.schedule.warmup_updates:
-        words.append(
-            f"schedule.warmup_updates={max(1, round(config.schedule.warmup_updates * asked / ours))}"
-        )
+        warmup = max(1, round(config.schedule.warmup_updates * asked / ours))
+        words.append(f"schedule.warmup_updates={warmup}")
     if config.schedule.updates is not None:
         updates, left = divmod(config.schedule.updates * asked, ours)
         if left or not updates:
             raise StudyError(
-                f"{study.file}: equal = rows_seen: {config.schedule.updates} updates of {asked} rows are no whole updates of {ours} "
+                f"{study.file}: equal = rows_seen: {config.schedule.updates} updates of {asked} "
+                f"rows are no whole updates of {ours} "
                 f"rows ({name}); choose schedule.updates so that the rows divide"
             )
         words.append(f"schedule.updates={updates}")
@@ -294,58 +306,17 @@ def _names(words: Sequence[str]) -> list[str]:
 
 
 def _without_pair(words: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """The words without accumulation and rows per update, where a later layer says either."""
+    """Drop accumulation and rows per update if `fields` set either."""
     if not set(fields) & set(PAIR):
         return list(words)
     return [one for one in words if one.removeprefix("--").partition("=")[0] not in PAIR]
 
 
-def _axes(values: Any, bad: Complaint) -> Axes:
-    if not isinstance(values, dict) or not values:
-        raise bad(
-            "axes",
-            values,
-            "what is varied: a field of the config with a list of values, such as lora.r: [8, 16, 32]",
-        )
-    known, found = field_names(), []
-    for axis, given in values.items():
-        place = f"axes.{axis}"
-        if isinstance(given, list) and given:
-            if axis not in known:
-                raise bad(
-                    place, given, f"{axis} is no field of the config; {near(str(axis), known)}"
-                )
-            settings = [Setting(word(value), ((axis, word(value)),)) for value in given]
-        elif (
-            isinstance(given, dict)
-            and given
-            and all(isinstance(fields, dict) for fields in given.values())
-        ):
-            for label, fields in given.items():
-                if unknown := [field for field in fields if field not in known]:
-                    raise bad(
-                        f"{place}.{label}",
-                        fields,
-                        f"{unknown[0]} is no field of the config; {near(str(unknown[0]), known)}",
-                    )
-            settings = [
-                Setting(word(label), tuple((f, word(v)) for f, v in fields.items()))
-                for label, fields in given.items()
-            ]
-        else:
-            raise bad(
-                place,
-                given,
-                "a list of values of a field, or settings such as {r8: {lora.r: 8, lora.alpha: 8}}",
-            )
-        if len({setting.label for setting in settings}) < len(settings):
-            raise bad(place, given, "a value stands there twice; leave one out")
-        found.append((str(axis), tuple(settings)))
-    return tuple(found)
-
-
 def _short(axis: str, label: str) -> str:
-    """A setting as a part of a cell's name: the field's last word with its value; a named setting by its name."""
+    """Word a setting as a part of a cell's name.
+
+    It is the field's last word with its value, or a named setting's name.
+    """
     named = axis if "." not in axis else axis.rpartition(".")[2]
     text = label if "." not in axis and not re.fullmatch(r"[\d.e-]+", label) else f"{named}{label}"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text)

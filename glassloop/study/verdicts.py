@@ -1,14 +1,15 @@
-"""A claim against what was measured: supported, contradicted, or not resolved at this sample.
+"""Judge a claim: supported, contradicted, or not resolved.
 
-The difference is taken seed by seed: a seed decides rows, their order and the first adapters, so two cells of one seed share most of their chance.
-Of the n differences d_s the 95 % interval is mean +- t(0.975, n - 1) * s / sqrt(n), Student's paired interval (W. S. Gosset, Biometrika 6, 1908).
+The difference is taken seed by seed: a seed decides rows, their order and the first adapters, so
+two cells of one seed share most of their chance. Of the n differences d_s the 95 % interval is mean
++- t(0.975, n - 1) * s / sqrt(n), Student's paired interval (W. S. Gosset, Biometrika 6, 1908).
 
-    higher   supported: the interval lies above `by`       contradicted: it lies below `by`
-    lower    supported: it lies below -`by`                contradicted: it lies above -`by`
-    about    supported: it lies within `value` +- `within` contradicted: it lies outside, on one side
+    higher  supported: the interval lies above `by`        contradicted: it lies below `by`
+    lower   supported: it lies below -`by`                 contradicted: it lies above -`by`
+    about   supported: it lies within `value` +- `within`  contradicted: it lies outside, one side
 
-Everything else, and every claim with fewer than two seeds, is not resolved. So "contradicted" may mean the opposite, or an effect that is shown to be
-smaller than the claim is worth.
+Everything else, and every claim with fewer than two seeds, is not resolved. So "contradicted" may
+mean the opposite, or an effect that is shown to be smaller than the claim is worth.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SHARE = 0.975
 
 @dataclass(frozen=True)
 class SeedPair:
-    """One seed: the cell's value, what it is set against, and their difference in the claim's scale."""
+    """One seed's two values, and their difference in the claim's scale."""
 
     seed: int
     value: float
@@ -40,7 +41,10 @@ class SeedPair:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its verdict. difference, low, high: mean and 95 % interval; None where there are too few seeds."""
+    """A claim with its verdict.
+
+    difference, low, high: mean and 95 % interval; None with too few seeds.
+    """
 
     claim: Claim
     verdict: str
@@ -52,7 +56,10 @@ class Judged:
 
 
 def judge(claim: Claim, groups: Sequence[Group], seeds: Sequence[int]) -> Judged:
-    """Pairs by seed; axes that the claim leaves open are averaged over, where all their settings have a value."""
+    """Judge a claim on pairs by seed.
+
+    Axes that the claim leaves open are averaged over, if all their settings have a value.
+    """
     pairs: list[SeedPair] = []
     without: list[int] = []
     for seed in seeds:
@@ -82,13 +89,17 @@ def decide(
         alone = f" ({told(claim, differences[0])})" if differences else ""
         return (
             UNRESOLVED,
-            f"{len(differences)} seed{'' if len(differences) == 1 else 's'} with both values{alone}: nothing tells how far seeds alone part",
+            f"{len(differences)} seed{'' if len(differences) == 1 else 's'} with both "
+            f"values{alone}: nothing tells how far seeds alone part",
             None,
         )
     mean, half = interval(differences)
     low, high = mean - half, mean + half
     other = f" from {claim.against:g}" if isinstance(claim.against, float | int) else ""
-    words = f"difference{other} {told(claim, mean)}, 95 % interval {told(claim, low)} to {told(claim, high)}, {len(differences)} seeds"
+    words = (
+        f"difference{other} {told(claim, mean)}, 95 % interval {told(claim, low)} to "
+        f"{told(claim, high)}, {len(differences)} seeds"
+    )
     if claim.expect == "about":
         bottom, top = claim.value - claim.within, claim.value + claim.within
         supported, contradicted = bottom <= low and high <= top, high < bottom or low > top
@@ -97,13 +108,16 @@ def decide(
         sign = 1 if claim.expect == "higher" else -1
         ends = sorted((sign * low, sign * high))
         supported, contradicted = ends[0] > claim.by, ends[1] < claim.by
-        bound = f"{'more' if sign > 0 else 'less'} than {told(claim, sign * claim.by) if claim.by else 0}"
+        bound = (
+            f"{'more' if sign > 0 else 'less'} than "
+            f"{told(claim, sign * claim.by) if claim.by else 0}"
+        )
     verdict = SUPPORTED if supported else CONTRADICTED if contradicted else UNRESOLVED
     return verdict, f"claimed {bound}; {words}", (mean, low, high)
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval) of two differences or more."""
+    """Return (mean, half its 95 % interval) of two differences or more."""
     n = len(differences)
     return statistics.fmean(differences), student_quantile(SHARE, n - 1) * statistics.stdev(
         differences
@@ -140,7 +154,10 @@ def as_plain(judged: Judged) -> dict[str, Any]:
 def _value(
     quantity: str, selected: Mapping[str, str], groups: Sequence[Group], seed: int
 ) -> float | None:
-    """Mean over the groups that the selection leaves open; None where one of them lacks the seed or its value is not finite."""
+    """Return the mean over the selected groups.
+
+    None if one of them lacks the seed or its value is not finite.
+    """
     chosen = [
         group
         for group in groups

@@ -1,4 +1,4 @@
-"""Student's t and intervals against tables, closed forms and cases worked out by hand."""
+"""Student's t and intervals agree with tables and closed forms."""
 
 from __future__ import annotations
 

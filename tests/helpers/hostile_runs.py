@@ -1,4 +1,4 @@
-"""A run's folder from a stranger, and what reports, comparisons and a resumed run make of it."""
+"""A stranger's run, as reports and a resumed run meet it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from glassloop.config.arguments import parse
 from glassloop.record.observers import JsonlObserver
 from glassloop.record.reading import read_run
+from glassloop.report.following import Watched
 from glassloop.report.page import page
 from glassloop.report.payload import payload
-from glassloop.report.watching import Watched
 from glassloop.saved.resuming import find_checkpoint
 
 Change = Callable[[Path], object]
@@ -55,7 +55,7 @@ def gets(do: Callable[[Path], str], change: Change) -> Callable[[Any], str]:
 
 
 def link(name: str, to: str = "") -> Change:
-    """Move a file or folder out of the run, and leave a link to it."""
+    """Move a file or folder out of the run; leave a link."""
 
     def change(folder: Path) -> None:
         outside = folder.parent / "elsewhere"

@@ -1,4 +1,4 @@
-"""Folders of runs that never ran, written with the product's records and observer.
+"""Write folders of runs that never ran.
 
 Faults lie at known updates.
 """
@@ -88,7 +88,10 @@ def update_record(
 
 
 def probe_record(update: int, names: tuple[str, ...], *, drawn: random.Random) -> ProbeRecord:
-    """Norms of every matrix; in update 1 B is 0, so that A has no gradient and B no ratio."""
+    """Make norms of every matrix.
+
+    In update 1 B is 0, so A has no gradient and B no ratio.
+    """
     fresh = update == 1
     grads = tuple(
         0.0 if fresh and name.endswith("A") else math.exp(drawn.gauss(-3, 1)) for name in names
@@ -155,9 +158,67 @@ def write_run(
     """
     folder.mkdir(parents=True)
     drawn = random.Random(seed)
+    records = [update_record(u, updates, ranks, drawn=drawn, lr=lr) for u in range(1, updates + 1)]
+    if offset:
+        records = [
+            dataclasses.replace(r, loss_nats=r.loss_nats + offset)
+            if r.update >= from_update and r.loss_nats
+            else r
+            for r in records
+        ]
+    _write_plan(folder, records, rows=rows, seed=seed, lr=lr, text=text)
     texts = {f"train:{i}": f"row {i}: the caller asks for a code" for i in range(rows)} | {
         "train:evil": f"{EVIL} asks for a code"
     }
+    jsonl = JsonlObserver(folder, text, row_text=texts.__getitem__)
+    jsonl.on_event(Event(0, "started", f"run folder {folder}"))
+    _evaluation(jsonl, 0, 3.6)
+    jsonl.on_sample(
+        SampleRecord(0, "train:1", True, "Is it a scam?", "Yes.", "base says nothing", 4)
+    )
+    names = matrices(layers)
+    for record in records:
+        update, evil = record.update, ""
+        command = f"glassloop replay {folder} --update {update} --bisect"
+        if faults and update in (SPIKE, BROKEN):
+            record, evil = _spoilt(record), "train:evil"
+        if faults and update == REDONE:
+            jsonl.on_update(_louder(record, 3.0), rows_of(record, rows, drawn=drawn))
+            jsonl.on_event(
+                Event(
+                    update - 1,
+                    "resumed",
+                    f"run folder {folder}, after {update - 1} updates",
+                    attempt=2,
+                )
+            )
+            record = dataclasses.replace(record, attempt=2)
+        jsonl.on_update(
+            record, rows_of(record, rows, drawn=drawn, last=evil) if text != "none" else ()
+        )
+        if update == 1 or update % probe_every == 0:
+            jsonl.on_probe(
+                dataclasses.replace(
+                    probe_record(update, names, drawn=drawn), attempt=record.attempt
+                )
+            )
+        if faults:
+            _tell_faults(jsonl, record, command)
+        if update % max(1, updates // 4) == 0:
+            _evaluation(jsonl, update, 1.6 + 2 * math.exp(-3 * update / updates) + offset)
+    jsonl.on_sample(
+        SampleRecord(updates, "train:1", False, "Is it a scam?", "Yes.", f"adapter says {EVIL}", 6)
+    )
+    if end:
+        jsonl.on_event(Event(updates, end, f"run folder {folder}"))
+    jsonl.close()
+    return folder
+
+
+def _write_plan(
+    folder: Path, records: list[UpdateRecord], *, rows: int, seed: int, lr: float, text: TextPolicy
+) -> None:
+    """config.yaml, plan.json and env.json of a run."""
     config = {
         "seed": seed,
         "model": {"id": "tiny"},
@@ -168,18 +229,10 @@ def write_run(
         "run": {"dir": str(folder.parent), "name": folder.name},
     }
     write_text(folder / "config.yaml", json.dumps(config))  # JSON is YAML
-    records = [update_record(u, updates, ranks, drawn=drawn, lr=lr) for u in range(1, updates + 1)]
-    if offset:
-        records = [
-            dataclasses.replace(r, loss_nats=r.loss_nats + offset)
-            if r.update >= from_update and r.loss_nats
-            else r
-            for r in records
-        ]
     plan = {
         "rows": rows,
-        "ranks": ranks,
-        "updates": updates,
+        "ranks": len(records[0].rank_passes),
+        "updates": len(records),
         "size": 2,
         "accumulation": 2,
         "lr": [r.lr for r in records],
@@ -206,71 +259,32 @@ def write_run(
             "launcher_pid": random.randrange(10**6),
         },
     )
-    jsonl = JsonlObserver(folder, text, row_text=texts.__getitem__)
-    jsonl.on_event(Event(0, "started", f"run folder {folder}"))
-    _evaluation(jsonl, 0, 3.6)
-    jsonl.on_sample(
-        SampleRecord(0, "train:1", True, "Is it a scam?", "Yes.", "base says nothing", 4)
+
+
+def _spoilt(record: UpdateRecord) -> UpdateRecord:
+    """The record of SPIKE or BROKEN, with its fault."""
+    if record.update == SPIKE:
+        return _louder(record, 8.0)
+    others = len(record.rank_passes) - 1
+    return dataclasses.replace(
+        record,
+        loss_nats=math.nan,
+        grad_norm_pre_clip=math.nan,
+        clip_coef=None,
+        action="skipped",
+        reason="loss is not finite: rank 1, pass 0, row train:evil",
+        rank_loss_nats=(1.7, *(math.nan,) * others),
     )
-    names = matrices(layers)
-    for record in records:
-        update, evil = record.update, ""
-        command = f"glassloop replay {folder} --update {update} --bisect"
-        if faults and update == SPIKE:
-            record = _louder(record, 8.0)
-            evil = "train:evil"
-        if faults and update == BROKEN:
-            record = dataclasses.replace(
-                record,
-                loss_nats=math.nan,
-                grad_norm_pre_clip=math.nan,
-                clip_coef=None,
-                action="skipped",
-                reason="loss is not finite: rank 1, pass 0, row train:evil",
-                rank_loss_nats=(1.7, *(math.nan,) * (ranks - 1)),
-            )
-            evil = "train:evil"
-        if faults and update == REDONE:
-            jsonl.on_update(_louder(record, 3.0), rows_of(record, rows, drawn=drawn))
-            jsonl.on_event(
-                Event(
-                    update - 1,
-                    "resumed",
-                    f"run folder {folder}, after {update - 1} updates",
-                    attempt=2,
-                )
-            )
-            record = dataclasses.replace(record, attempt=2)
-        jsonl.on_update(
-            record, rows_of(record, rows, drawn=drawn, last=evil) if text != "none" else ()
-        )
-        if update == 1 or update % probe_every == 0:
-            jsonl.on_probe(
-                dataclasses.replace(
-                    probe_record(update, names, drawn=drawn), attempt=record.attempt
-                )
-            )
-        if faults and update == SPIKE:
-            jsonl.on_event(
-                Event(
-                    update,
-                    "alarm",
-                    "loss_spike: loss leapt, row train:evil",
-                    command,
-                    {"value": 12.0},
-                )
-            )
-        if faults and update == BROKEN:
-            jsonl.on_event(Event(update, "skipped", f"update {update}: {record.reason}", command))
-        if update % max(1, updates // 4) == 0:
-            _evaluation(jsonl, update, 1.6 + 2 * math.exp(-3 * update / updates) + offset)
-    jsonl.on_sample(
-        SampleRecord(updates, "train:1", False, "Is it a scam?", "Yes.", f"adapter says {EVIL}", 6)
-    )
-    if end:
-        jsonl.on_event(Event(updates, end, f"run folder {folder}"))
-    jsonl.close()
-    return folder
+
+
+def _tell_faults(jsonl: JsonlObserver, record: UpdateRecord, command: str) -> None:
+    """The events of SPIKE and BROKEN."""
+    update = record.update
+    if update == SPIKE:
+        said = "loss_spike: loss leapt, row train:evil"
+        jsonl.on_event(Event(update, "alarm", said, command, {"value": 12.0}))
+    if update == BROKEN:
+        jsonl.on_event(Event(update, "skipped", f"update {update}: {record.reason}", command))
 
 
 def _louder(record: UpdateRecord, factor: float) -> UpdateRecord:

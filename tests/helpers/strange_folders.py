@@ -1,4 +1,4 @@
-"""Ways to spoil a run's folder, and everything that reads one without a model."""
+"""Spoil a run's folder, and read it in every way."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from glassloop.record.reading import read_config, read_run, row_records, traject
 from glassloop.report.compare_page import comparison_payload
 from glassloop.report.compare_text import render
 from glassloop.report.comparing import compare
+from glassloop.report.following import Watched
 from glassloop.report.page import page
 from glassloop.report.payload import payload
-from glassloop.report.watching import Screen, Watched
+from glassloop.report.watching import Screen
 from glassloop.study.divergence import where_to_look
 from glassloop.study.quantities import measured
 
 ODD: tuple[Any, ...] = (
-    None, True, -1, 0, 10**30, 1.5, 1e300, "", "nan", "-inf", "text", "\x1b[31m", [], [[]], ["nan"], [None], {}, {"a": {}},
-)  # fmt: skip
+    *(None, True, -1, 0, 10**30, 1.5, 1e300),
+    *("", "nan", "-inf", "text", "\x1b[31m"),
+    *([], [[]], ["nan"], [None], {}, {"a": {}}),
+)
 
 
 def read_everything(folder: Path, other: Path) -> None:
-    """Report with and without text, comparison, live view, replay's and a study's reading."""
+    """Read a run as reports, comparisons, views, replays and studies do."""
     run = read_run(folder)
     for text in (True, False):
         page(payload(run, text=text))

@@ -1,4 +1,4 @@
-"""A study whose cells are written, not trained: a test can see hundreds of ways to end.
+"""A study whose cells are written, not trained.
 
 Its folder and the repository's stand in PYTHONPATH.
 

@@ -1,4 +1,4 @@
-"""A config that holds a secret is refused before it is written anywhere, and the secret is not shown."""
+"""A config with a secret is refused, and the secret not shown."""
 
 from __future__ import annotations
 

@@ -145,8 +145,14 @@ def test_a_secret_on_the_command_line_is_hidden(monkeypatch: pytest.MonkeyPatch)
         "a-token-of-no-known-shape",
     ]
     assert command_line(words) == [
-        "train_loop.py", "--hub_token", "(hidden)", "--api-key=(hidden)", "--data.max_tokens", "64", "(hidden)",
-    ]  # fmt: skip
+        "train_loop.py",
+        "--hub_token",
+        "(hidden)",
+        "--api-key=(hidden)",
+        "--data.max_tokens",
+        "64",
+        "(hidden)",
+    ]
 
 
 def test_nothing_else_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:

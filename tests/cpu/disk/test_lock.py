@@ -1,4 +1,4 @@
-"""A run's folder has one writer; a second one learns who holds it, also without locks."""
+"""A run's folder has one writer, also without locks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that refuses flock, as NFS without a lock manager does."""
+    """Refuse flock, as NFS without a lock manager does."""
 
     def refuse(_handle: int, _operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -1,4 +1,7 @@
-"""The power goes off at every moment of a run: whatever was not synced may be lost, and the run goes on from its last checkpoint."""
+"""The power goes off at every moment of a run.
+
+Whatever was not synced may be lost, and the run resumes from its last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ class Watched:
 
 @pytest.fixture(params=[True, False], ids=["with a best", "without"])
 def watched(tmp_path: Path, run_of: Any, request: pytest.FixtureRequest) -> Watched:
-    """A run of three updates, a checkpoint after each (the last one twice) and two capsules, on a disk that is watched from the start."""
+    """A run of three updates on a watched disk.
+
+    It saves a checkpoint after each (the last one twice) and two capsules.
+    """
     root = (tmp_path / "disk").resolve()
     root.mkdir()
     disk = LossyDisk(root)
@@ -84,7 +90,10 @@ def watched(tmp_path: Path, run_of: Any, request: pytest.FixtureRequest) -> Watc
 
 
 def check(left: Path, crash: Crash, watched: Watched) -> int:
-    """What must hold of a run's folder after any crash; returns the update that it goes on from."""
+    """Check a run's folder after a crash.
+
+    Returns the update that it resumes from.
+    """
     folder = left / watched.folder
     found, notes = last_checkpoint(folder)
     done = 0 if found is None else read_state(found).update
@@ -155,7 +164,7 @@ def test_whatever_was_not_synced_is_lost_and_the_last_checkpoint_is_found(
 
 
 def test_a_disk_that_forgets_does_forget(tmp_path: Path) -> None:
-    """The harness itself: a rename before a sync loses bytes, one without a sync of its folder loses the name."""
+    """Check that the harness itself loses unsynced bytes and names."""
     root = (tmp_path / "disk").resolve()
     root.mkdir()
     disk = LossyDisk(root)

@@ -1,4 +1,4 @@
-"""A run has a folder of its own, whoever else begins one, moves it or makes it read-only."""
+"""A run keeps a folder of its own, whatever others do."""
 
 from __future__ import annotations
 

@@ -377,7 +377,7 @@ def test_a_recorded_config_without_an_engine_is_from_before_there_was_a_choice(t
 
 
 def test_a_cell_that_asks_for_auto_knows_its_run_again(tmp_path, run_of):
-    from glassloop.study.running import state_of
+    from glassloop.study.cell_state import state_of
     from glassloop.study.spec import Cell
 
     run = run_of(execution=AUTO, run={"dir": str(tmp_path / "cells"), "name": "one"})

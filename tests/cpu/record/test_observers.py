@@ -1,79 +1,28 @@
-"""The run's folder: lines that survive a kill, attempts, what record.text keeps out, and files that are published whole."""
+"""Lines survive a kill, count attempts, and obey record.text."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from plain_records import ID, probe_record, row_record, sample, update_record
 
-from glassloop.disk.publish import write_json, write_text
 from glassloop.record import jsonl
 from glassloop.record.jsonl import read_jsonl
 from glassloop.record.observers import JsonlObserver, RunInfo
 from glassloop.record.records import (
     EvaluationRecord,
     Event,
-    ProbeRecord,
-    RowRecord,
-    SampleRecord,
-    UpdateRecord,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
-ID, TEXT = "train:17", "the caller asks for a gift card"
-
-
-def update_record(update: int = 1, **changes: Any) -> UpdateRecord:
-    base = UpdateRecord(
-        update=update, updates=60, epoch=0, rows=2, lr=2e-4, loss_nats=2.5, grad_norm_pre_clip=1.234, clip_coef=0.81,
-        action="applied", reason=None, supervised_tokens=400, rank_loss_nats=(1.0, 3.0), rank_supervised_tokens=(100, 300),
-        rank_real_tokens=(150, 450), rank_slot_tokens=(1000, 1000), rank_passes=(1, 1), rank_grad_norm=(0.7, 0.8),
-        rank_cosine=0.9, loss_scale=None, update_s=2.0, compute_s=1.5, reduce_s=0.1, rank_peak_gib=None,
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)
-
-
-def row_record(update: int = 1, rank: int = 0, row_id: str = ID, **changes: Any) -> RowRecord:
-    base = RowRecord(
-        update,
-        rank,
-        row_id=row_id,
-        micro_batch=0,
-        loss_sum_nats=3.5,
-        supervised_tokens=5,
-        real_tokens=9,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def probe_record() -> ProbeRecord:
-    """Of one module at update 1: A's gradient is 0, and B was 0."""
-    return ProbeRecord(
-        update=1, applied=True, matrices=("m.A", "m.B"), grad_norm=(0.0, 1.0), weight_norm=(2.0, 0.0), update_norm=(0.0, 0.1),
-        update_to_weight=(0.0, None), unmoved_share=(1.0, 0.0), modules=("m",), delta_norm=(0.2,),
-        all_update_to_weight=0.05, all_unmoved_share=0.5,
-    )  # fmt: skip
-
-
-def sample(**changes: Any) -> SampleRecord:
-    base = SampleRecord(
-        update=1, row_id=ID, base=False, prompt=TEXT, expected=TEXT, answer="scam", answer_tokens=2
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def everything(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def test_a_line_is_in_its_file_when_the_call_returns_and_is_one_write(
@@ -119,7 +68,8 @@ from glassloop.record.records import UpdateRecord
 observer = JsonlObserver(Path({str(tmp_path)!r}))
 for u in range(1, 21):
     ranks = ((2.5,), (4,), (9,), (9,), (1,), None, None)
-    observer.on_update(UpdateRecord(u, 60, 0, 2, 1e-4, 2.5, 1.0, 1.0, "applied", None, 4, *ranks, None, 1.0, 1.0, 0.0, None), ())
+    numbers = (u, 60, 0, 2, 1e-4, 2.5, 1.0, 1.0, "applied", None, 4)
+    observer.on_update(UpdateRecord(*numbers, *ranks, None, 1.0, 1.0, 0.0, None), ())
 os.kill(os.getpid(), signal.SIGKILL)
 """
     ran = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
@@ -219,86 +169,10 @@ def test_an_evaluation_counts_its_own_attempts(tmp_path: Path) -> None:
 
 
 def attempts_in(folder: Path, *updates: int) -> list[int]:
-    """The attempts that a new start in the folder would give these updates."""
+    """Return the attempts that a new start would give."""
     observer = JsonlObserver(folder)
     observer.close()
     return [observer.attempt(update) for update in updates]
-
-
-def write_one_of_each(folder: Path, policy: Any) -> None:
-    observer = JsonlObserver(folder, policy, lambda row_id: TEXT)
-    reason = f"loss is not finite: rank 1, pass 0, row {ID}"
-    rows = (row_record(), row_record(rank=1, row_id="train:1", loss_sum_nats=math.nan))
-    observer.on_update(update_record(action="skipped", reason=reason), rows)
-    observer.on_event(Event(1, "skipped", reason, command=f"glassloop data --row {ID}"))
-    details = {
-        "rows": [f"{ID}:4", "train:99"],
-        "at": [{"row_id": ID, "text": TEXT}],
-        "count": {"rows": 2},
-    }
-    observer.on_event(
-        Event(1, "warning", f"rows {ID}:4, train:99, train:999 are long", details=details)
-    )
-    observer.on_sample(sample())
-    observer.close()
-
-
-def test_text_none_keeps_ids_and_text_of_rows_out_of_every_file(tmp_path: Path) -> None:
-    write_one_of_each(tmp_path, "none")
-    assert sorted(os.listdir(tmp_path)) == [
-        "evaluations.jsonl",
-        "events.jsonl",
-        "metrics.jsonl",
-        "probes.jsonl",
-    ]
-    assert ID.encode() not in everything(tmp_path)
-    assert b"gift card" not in everything(tmp_path)
-    assert (
-        read_jsonl(tmp_path / "metrics.jsonl")[0]["reason"]
-        == "loss is not finite: rank 1, pass 0, row (row)"
-    )
-    skipped, warning = read_jsonl(tmp_path / "events.jsonl")
-    assert skipped["command"] == "glassloop data --row (row)"
-    assert (
-        warning["message"] == "rows (row), (row), train:999 are long"
-    )  # not in details: an id of another row would have been there
-    assert warning["details"] == {"at": [{}], "count": {"rows": 2}}  # a count is no id
-
-
-def test_text_ids_keeps_ids_and_no_text(tmp_path: Path) -> None:
-    write_one_of_each(tmp_path, "ids")
-    assert b"gift card" not in everything(tmp_path)
-    assert [line["row_id"] for line in read_jsonl(tmp_path / "rows.jsonl")] == [ID, "train:1"]
-    assert read_jsonl(tmp_path / "events.jsonl")[1]["details"]["at"] == [{"row_id": ID}]
-    (kept,) = read_jsonl(tmp_path / "samples.jsonl")
-    assert (kept["answer"], kept["row_id"], kept["prompt"], kept["expected"]) == (
-        "scam",
-        ID,
-        None,
-        None,
-    )
-
-
-def test_text_full_keeps_both(tmp_path: Path) -> None:
-    write_one_of_each(tmp_path, "full")
-    assert [line["text"] for line in read_jsonl(tmp_path / "rows.jsonl")] == [TEXT, TEXT]
-    assert read_jsonl(tmp_path / "events.jsonl")[1]["details"]["at"] == [
-        {"row_id": ID, "text": TEXT}
-    ]
-    assert read_jsonl(tmp_path / "samples.jsonl")[0]["prompt"] == TEXT
-
-
-def test_a_poisoned_micro_batch_is_found_by_update_rank_pass_and_row(tmp_path: Path) -> None:
-    write_one_of_each(tmp_path, "ids")
-    (metric,) = read_jsonl(tmp_path / "metrics.jsonl")
-    assert (metric["update"], metric["action"]) == (1, "skipped")
-    assert "rank 1, pass 0" in metric["reason"]
-    (bad,) = [
-        line
-        for line in read_jsonl(tmp_path / "rows.jsonl")
-        if not math.isfinite(float(line["loss_sum_nats"]))
-    ]
-    assert (bad["rank"], bad["micro_batch"], bad["row_id"]) == (1, 0, "train:1")
 
 
 def test_a_full_disk_names_the_file_and_leaves_it_parseable(
@@ -361,57 +235,6 @@ def test_a_checkpoint_event_puts_what_was_written_on_the_disk(
     observer.on_event(Event(1, "checkpoint", "saved"))
     assert len(set(synced)) == 6
     observer.close()
-
-
-@pytest.mark.parametrize("broken", ["rename", "fsync"])
-def test_a_published_file_is_the_old_one_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    path = tmp_path / "env.json"
-    write_json(path, {"a": "｜", "b": [1, None]})
-    assert json.loads(path.read_text()) == {"a": "｜", "b": [1, None]}
-
-    def fail(*_: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, broken, fail)
-        with pytest.raises(OSError, match=r"env\.json .*Input/output error"):
-            write_text(path, "new")
-    assert json.loads(path.read_text()) == {"a": "｜", "b": [1, None]}
-    assert os.listdir(tmp_path) == ["env.json"]  # no temporary file is left
-    write_text(path, "new")
-    assert path.read_text() == "new"
-
-
-def test_a_file_is_on_the_disk_before_it_takes_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-    fsync, rename = os.fsync, os.rename
-
-    def spy_fsync(file: int) -> None:
-        calls.append(
-            "folder"
-            if os.path.isdir(f"/proc/self/fd/{file}")
-            else f"{os.fstat(file).st_size} bytes"
-        )
-        fsync(file)
-
-    def spy_rename(source: Any, target: Any) -> None:
-        calls.append("rename")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", spy_fsync)
-    monkeypatch.setattr(os, "rename", spy_rename)
-    write_text(tmp_path / "config.yaml", "12345")
-    assert calls == ["5 bytes", "rename", "folder"]
-
-
-def test_json_files_hold_no_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "plan.json", {"a": math.nan})
-    assert os.listdir(tmp_path) == []
 
 
 def test_an_observer_hands_on_what_it_was_given(tmp_path: Path) -> None:

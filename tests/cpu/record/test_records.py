@@ -1,4 +1,4 @@
-"""Records: frozen plain values, one line of JSON each, token counters told apart."""
+"""Records are frozen plain values, one line of JSON each."""
 
 from __future__ import annotations
 
@@ -8,30 +8,18 @@ import math
 from typing import Any
 
 import pytest
+from plain_records import update_record
 
 from glassloop.record.records import (
     SCHEMA,
     EvaluationRecord,
     Event,
     RowRecord,
-    UpdateRecord,
     to_json,
 )
 
-
-def update_record(**changes: Any) -> UpdateRecord:
-    """Update 12 of 60 on two ranks."""
-    base = UpdateRecord(
-        update=12, updates=60, epoch=0, rows=16, lr=2e-4, loss_nats=2.5, grad_norm_pre_clip=1.234, clip_coef=0.81,
-        action="applied", reason=None, supervised_tokens=400, rank_loss_nats=(1.0, 3.0), rank_supervised_tokens=(100, 300),
-        rank_real_tokens=(150, 450), rank_slot_tokens=(1000, 1000), rank_passes=(4, 4), rank_grad_norm=(0.7, 0.8),
-        rank_cosine=0.9, loss_scale=None, update_s=2.0, compute_s=1.5, reduce_s=0.1, rank_peak_gib=None,
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)
-
-
 RECORDS = [
-    update_record(),
+    update_record(12),
     RowRecord(
         update=12,
         rank=1,
@@ -60,7 +48,7 @@ RECORDS = [
 
 
 def strict(line: str) -> dict[str, Any]:
-    """JSON as any parser reads it: Python's own NaN and Infinity are refused."""
+    """Parse JSON strictly: NaN and Infinity are refused."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -97,7 +85,7 @@ def test_what_does_not_exist_is_null_and_never_zero() -> None:
     ("value", "word"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")]
 )
 def test_a_number_that_is_not_finite_is_written_and_readable(value: float, word: str) -> None:
-    line = strict(to_json(update_record(loss_nats=value, rank_loss_nats=(1.0, value))))
+    line = strict(to_json(update_record(12, loss_nats=value, rank_loss_nats=(1.0, value))))
     assert line["loss_nats"] == word
     assert line["rank_loss_nats"] == [1.0, word]
     assert str(float(line["loss_nats"])) == word
@@ -108,7 +96,7 @@ def test_a_number_that_is_not_finite_is_written_and_readable(value: float, word:
 
 def test_numbers_come_back_bit_for_bit() -> None:
     loss, norm = 2.1234567890123457, 1e-17 / 3
-    line = strict(to_json(update_record(loss_nats=loss, grad_norm_pre_clip=norm)))
+    line = strict(to_json(update_record(12, loss_nats=loss, grad_norm_pre_clip=norm)))
     assert (line["loss_nats"], line["grad_norm_pre_clip"]) == (loss, norm)
 
 
@@ -122,10 +110,10 @@ def test_text_of_any_kind_stays_on_one_line() -> None:
 
 
 def test_real_slot_and_supervised_tokens_are_told_apart_and_rates_are_over_all_ranks() -> None:
-    record = update_record()
+    record = update_record(12)
     assert (record.supervised_tokens, record.real_tokens, record.slot_tokens) == (400, 600, 2000)
     assert record.supervised_tokens == sum(record.rank_supervised_tokens)
     assert (
         record.real_tokens_per_s == 300.0
     )  # both ranks' rows over the wall time; padding does not count
-    assert math.isnan(update_record(update_s=0.0).real_tokens_per_s)
+    assert math.isnan(update_record(12, update_s=0.0).real_tokens_per_s)

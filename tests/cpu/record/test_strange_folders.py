@@ -1,4 +1,4 @@
-"""A run's folder from a stranger: nothing is followed out of it, nothing hangs, nothing is obeyed."""
+"""A stranger's run: nothing is followed, hangs or is obeyed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from strange_folders import copied, read_everything, shown, spoil
 from glassloop.cli.__main__ import main
 from glassloop.config.arguments import ConfigError, parse
 from glassloop.disk.opening import NotPlain, read_plain, require_plain_entries
-from glassloop.disk.plain_yaml import plain_yaml
 from glassloop.disk.publish import NotSaved, publish, read, sweep
 from glassloop.record.jsonl import KINDS, mend, read_records
 from glassloop.record.observers import JsonlObserver
 from glassloop.record.reading import read_run
 from glassloop.report.compare_text import render
 from glassloop.report.comparing import compare
-from glassloop.report.watching import Screen, Watched
+from glassloop.report.following import Watched
+from glassloop.report.watching import Screen
 
 pytestmark = pytest.mark.timeout(60)  # what hangs here would hang for ever
 
@@ -279,42 +279,6 @@ def test_any_value_anywhere_is_read_or_refused_with_its_file(whole: Path, other:
 
 # YAML.
 
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
-)
-BAD_YAML = {
-    "an alias bomb": (BOMB, "aliases stand for more than 100,000 values"),
-    "itself": ("a: &a [*a]", "contains itself"),
-    "a million brackets": ("[" * 250_000, "nested more than 100 deep"),
-    "a chain of aliases": (
-        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 300)),
-        "nested more than 100 deep",
-    ),
-    "a Python object": ("a: !!python/object/apply:os.getcwd []", "could not determine a construct"),
-    "a date that is none": ("a: 2001-99-01", "month must be in"),
-    "a number of 5,000 digits": ("a: " + "9" * 5_000, "4300 digits"),
-    "too long": ("a: b\n" * 60_000, "300,000 characters, 262,144 at most"),
-}
-
-
-@pytest.mark.parametrize("text, told", BAD_YAML.values(), ids=BAD_YAML)  # noqa: PT006
-def test_a_recorded_config_is_bounded(folder: Path, other: Path, text: str, told: str) -> None:
-    (folder / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=rf"config\.yaml: not readable YAML \(.*{told}"):
-        read_everything(folder, other)
-    with pytest.raises(ConfigError, match=told):
-        parse(["--config", str(folder / "config.yaml")])
-
-
-def test_plain_yaml_is_plain() -> None:
-    assert plain_yaml("a: 2001-01-01\n5: [yes, 1.5, null]\nb: &b {c: d}\ne: *b") == {
-        "a": "2001-01-01",
-        "5": [True, 1.5, None],
-        "b": {"c": "d"},
-        "e": {"c": "d"},
-    }
-    assert plain_yaml("") is None
-
 
 # Terminals.
 
@@ -322,7 +286,7 @@ def test_plain_yaml_is_plain() -> None:
 def test_no_text_of_a_file_is_obeyed_by_a_terminal(
     folder: Path, other: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every text of every record, the config and the run's name holds an escape."""
+    """Every text of the run holds an escape."""
     evil = "\x1b]0;owned\x07\x1b[2J\r\u202e"
     for name in ("events.jsonl", "metrics.jsonl"):
         lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The terminal: one honest line an update in 120 columns, plain where there is no terminal, safe with whatever a model says."""
+"""The terminal shows one honest line an update, safely."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import sys
 from typing import Any
 
+import plain_records
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,13 +41,8 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def update_record(update: int = 12, **changes: Any) -> UpdateRecord:
-    base = UpdateRecord(
-        update=update, updates=60, epoch=1, rows=16, lr=2e-4, loss_nats=2.5, grad_norm_pre_clip=1.234, clip_coef=0.8104,
-        action="applied", reason=None, supervised_tokens=400, rank_loss_nats=(1.0, 3.0), rank_supervised_tokens=(100, 300),
-        rank_real_tokens=(150, 450), rank_slot_tokens=(1000, 1000), rank_passes=(4, 4), rank_grad_norm=(0.7, 0.8),
-        rank_cosine=0.9, loss_scale=None, update_s=2.0, compute_s=1.5, reduce_s=0.1, rank_peak_gib=(7.5, 7.61),
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)
+    known = {"epoch": 1, "clip_coef": 0.8104, "rank_peak_gib": (7.5, 7.61)}
+    return plain_records.update_record(update, **(known | changes))
 
 
 def sample(**changes: Any) -> SampleRecord:
@@ -57,7 +53,7 @@ def sample(**changes: Any) -> SampleRecord:
 
 
 def shown(record: UpdateRecord) -> dict[str, str]:
-    """Cells of a line under the titles of its heading, cut where the heading's columns end."""
+    """Return a line's cells by the titles of its heading."""
     line, titles, end, cells = update_line(record), terminal._columns(record.updates), 0, {}
     for title, unit, width in titles:
         cells[f"{title} {unit}".strip()] = line[end : end + width].strip()
@@ -131,10 +127,19 @@ def test_no_line_is_wider_than_120_columns(
     reason: str | None,
 ) -> None:
     record = update_record(
-        updates, updates=updates, loss_nats=loss, grad_norm_pre_clip=norm, clip_coef=clip, lr=lr, supervised_tokens=tokens,
-        rank_real_tokens=(tokens,), update_s=seconds, rank_peak_gib=(139.81,), reason=reason,
+        updates,
+        updates=updates,
+        loss_nats=loss,
+        grad_norm_pre_clip=norm,
+        clip_coef=clip,
+        lr=lr,
+        supervised_tokens=tokens,
+        rank_real_tokens=(tokens,),
+        update_s=seconds,
+        rank_peak_gib=(139.81,),
+        reason=reason,
         action="applied" if reason is None else "skipped",
-    )  # fmt: skip
+    )
     assert len(printable(update_line(record))) <= WIDTH
     assert max(map(len, heading(updates).splitlines())) <= WIDTH
 
@@ -213,7 +218,10 @@ def test_quiet_prints_nothing(stream: io.StringIO) -> None:
     assert stream.getvalue() == ""
 
 
-HOSTILE = "\x1b[2J\x1b]0;title\x07\r[bold]no markup[/bold] :smile: \u202ekcab\x9b31m\n12/60 fine\u2028more\ttab"
+HOSTILE = (
+    "\x1b[2J\x1b]0;title\x07\r[bold]no markup[/bold] :smile: \u202ekcab\x9b31m\n12/60 "
+    "fine\u2028more\ttab"
+)
 
 
 @pytest.mark.parametrize("stream_type", [io.StringIO, Screen])
@@ -260,7 +268,8 @@ def test_an_evaluation_shows_the_base_beside_the_adapter_and_no_empty_score() ->
     base = {"loss_nats": 2.5, "answers": 8, "f1": 0.25, "recall": None}
     record = EvaluationRecord(20, 2.0, 64, 5678, scores, base, seconds=12.34)
     assert evaluation_line(record) == (
-        "held-out: loss_nats 2.0000 (base 2.5000), f1 0.7500 (base 0.2500) [64 rows, 5,678 supervised tokens, 12.3 s]"
+        "held-out: loss_nats 2.0000 (base 2.5000), f1 0.7500 (base 0.2500) [64 rows, 5,678 "
+        "supervised tokens, 12.3 s]"
     )
 
 

@@ -1,6 +1,7 @@
-"""Trackers: refused in time, one run from rank 0, every value on the update axis, nothing in them that should stay here.
+"""Trackers are refused in time and get every value once.
 
-The Weights & Biases runs are real and offline, and read back from their transaction log; so are TensorBoard's event files.
+The Weights & Biases runs are real and offline, and read back from their transaction log; so are
+TensorBoard's event files.
 """
 
 from __future__ import annotations
@@ -8,34 +9,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import random
 import signal
 import socket
-import struct
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import plain_records
 import pytest
 import torch
+from wandb_logs import history, wandb_records
 
 from glassloop.config.config import TrackingConfig
-from glassloop.record import trackers
 from glassloop.record.observers import JsonlObserver, RunInfo
 from glassloop.record.records import EvaluationRecord, Event, SampleRecord, UpdateRecord
-from glassloop.record.trackers import (
-    TrackerObserver,
-    check_tracking,
-    has_wandb_login,
-    make_tracker_observer,
-    update_metrics,
-)
+from glassloop.record.tracker_checks import check_tracking
+from glassloop.record.tracker_metrics import update_metrics
+from glassloop.record.trackers import TrackerObserver, make_tracker_observer
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "the caller asks for a gift card"
@@ -43,27 +38,10 @@ ANSWER = "this is a scam"
 HOST = "private-host-of-somebody"
 
 
-@pytest.fixture(autouse=True)
-def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No login and no settings of the machine's user are seen or written."""
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
-        monkeypatch.delenv(name)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_DIR"):
-        monkeypatch.setenv(name, str(home / name.lower()))
-    monkeypatch.chdir(tmp_path)
-
-
 def update_record(update: int = 1, **changes: Any) -> UpdateRecord:
-    base = UpdateRecord(
-        update=update, updates=60, epoch=0, rows=16, lr=2e-4, loss_nats=2.5, grad_norm_pre_clip=1.25, clip_coef=0.8,
-        action="applied", reason=None, supervised_tokens=400, rank_loss_nats=(1.0, 3.0), rank_supervised_tokens=(100, 300),
-        rank_real_tokens=(150, 450), rank_slot_tokens=(1000, 1000), rank_passes=(4, 4), rank_grad_norm=(0.5, 0.75),
-        rank_cosine=0.9, loss_scale=None, update_s=2.0, compute_s=1.5, reduce_s=0.1, rank_peak_gib=(7.5, 7.625),
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)
+    known: dict[str, Any] = {"grad_norm_pre_clip": 1.25, "clip_coef": 0.8}
+    known |= {"rank_grad_norm": (0.5, 0.75), "rank_peak_gib": (7.5, 7.625)}
+    return plain_records.update_record(update, **(known | changes))
 
 
 def evaluation(update: int) -> EvaluationRecord:
@@ -82,147 +60,7 @@ def sample(update: int) -> SampleRecord:
 # --- refusals, before a model is loaded
 
 
-def online(**changes: Any) -> TrackingConfig:
-    return TrackingConfig(to=("wandb",), **changes)
-
-
-def test_no_tracker_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "package_version", lambda name: None)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    check_tracking(TrackingConfig())
-
-
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: Any
-) -> None:
-    (tmp_path / name).mkdir()  # a folder of that name, as wandb leaves behind, is no package
-    monkeypatch.syspath_prepend(str(tmp_path))
-    known = trackers.package_version
-    monkeypatch.setattr(
-        trackers,
-        "package_version",
-        lambda one: None if one in (name, "tensorboardX") else known(one),
-    )
-    with pytest.raises(
-        ValueError, match=rf"tracking\.to.*{name} is not installed: pip install {name}"
-    ):
-        check_tracking(TrackingConfig(to=(name,), wandb_mode="offline"))
-
-
-def test_online_without_a_login_is_refused_with_both_cures() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"tracking\.wandb_mode = online.*`wandb login`.*tracking\.wandb_mode=offline",
-    ):
-        check_tracking(online())
-    check_tracking(online(wandb_mode="offline"))
-    check_tracking(TrackingConfig(to=("tensorboard",)))
-
-
-def netrc(path: Path, host: str) -> None:
-    path.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
-
-
-def test_a_login_is_found_where_wandb_looks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert not has_wandb_login()
-    netrc(tmp_path / "home" / ".netrc", "elsewhere.example")
-    assert not has_wandb_login()
-    with monkeypatch.context() as patch:
-        patch.setenv("WANDB_BASE_URL", "https://elsewhere.example/")
-        assert has_wandb_login()
-    with monkeypatch.context() as patch:
-        netrc(tmp_path / "other", "api.wandb.ai")
-        patch.setenv("NETRC", str(tmp_path / "other"))
-        assert has_wandb_login()
-    with monkeypatch.context() as patch:
-        patch.setenv("WANDB_API_KEY", KEY)
-        assert has_wandb_login()
-    netrc(tmp_path / "home" / ".netrc", "api.wandb.ai")
-    assert has_wandb_login()
-    (tmp_path / "home" / ".netrc").write_text(
-        "machine"
-    )  # malformed: wandb finds no key there either
-    assert not has_wandb_login()
-    settings = Path(os.environ["WANDB_CONFIG_DIR"]) / "settings"
-    settings.parent.mkdir()
-    settings.write_text(f"[default]\napi_key = {KEY}\n")
-    assert has_wandb_login()
-    check_tracking(online())
-
-
-def test_a_key_is_never_part_of_a_message(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with pytest.raises(ValueError, match="WANDB_MODE=disabled") as caught:
-        check_tracking(online())
-    assert KEY not in str(caught.value) + "".join(capfd.readouterr())
-
-
-@pytest.mark.parametrize("mode", ["disabled", "dryrun"])
-def test_an_environment_that_turns_wandb_off_has_the_cure_that_works(
-    monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", mode)
-    with pytest.raises(ValueError, match=rf"WANDB_MODE={mode} .* set tracking.to=null"):
-        check_tracking(online())
-    check_tracking(TrackingConfig(to=()))
-
-
-@pytest.mark.parametrize(("asked", "said"), [("online", "offline"), ("offline", "online")])
-def test_an_environment_that_says_otherwise_is_named(
-    monkeypatch: pytest.MonkeyPatch, asked: Any, said: str
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_MODE", said)
-    with pytest.raises(ValueError, match=rf"tracking\.wandb_mode = {asked}.*WANDB_MODE={said}"):
-        check_tracking(online(wandb_mode=asked))
-    monkeypatch.setenv("WANDB_MODE", asked)
-    check_tracking(online(wandb_mode=asked))
-
-
-@pytest.mark.parametrize("project", ["", "a/b", "../x", "a\nb"])
-def test_a_project_that_is_no_name_is_refused(project: str) -> None:
-    with pytest.raises(ValueError, match=r"tracking\.project"):
-        check_tracking(TrackingConfig(to=("tensorboard",), project=project))
-
-
 # --- real runs
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a wandb transaction log: LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore
-
-    data, at, parts = path.read_bytes(), 7, b""
-    while at < len(data):
-        room = 32768 - at % 32768
-        if room < 7:
-            at += room
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(parts)
-            parts = b""
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    """Logged values, by metric name, one dict a call."""
-    lines = [
-        record.history
-        for record in wandb_records(path)
-        if record.WhichOneof("record_type") == "history"
-    ]
-    return [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in line.item}
-        for line in lines
-    ]
 
 
 def start(
@@ -276,7 +114,10 @@ class Tracked:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
-    """A run of 5 updates, resumed after 3, both trackers; the second start ends in an error, and has record.text=full."""
+    """Track a run of 5 updates, resumed after 3.
+
+    The second start ends in an error, and has record.text=full.
+    """
     from accelerate.state import AcceleratorState
 
     folder = tmp_path_factory.mktemp("run")
@@ -475,83 +316,15 @@ def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
         is_main_process=False, init_trackers=refuse, get_tracker=refuse, log_with=[]
     )
     tracking = TrackingConfig(to=("wandb",), wandb_mode="offline")
-    assert make_tracker_observer(other, tracking, {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
+    # pyright: ignore[reportArgumentType]
+    assert make_tracker_observer(other, tracking, {}, tmp_path, "a") is None
     main = SimpleNamespace(
         is_main_process=True, init_trackers=refuse, get_tracker=refuse, log_with=[]
     )
-    assert make_tracker_observer(main, TrackingConfig(), {}, tmp_path, "a") is None  # pyright: ignore[reportArgumentType]
+    # pyright: ignore[reportArgumentType]
+    assert make_tracker_observer(main, TrackingConfig(), {}, tmp_path, "a") is None
     with pytest.raises(
         AssertionError, match="log_with=list"
     ):  # Accelerate drops a tracker it does not know, and says nothing
-        make_tracker_observer(main, tracking, {}, tmp_path, "a")  # pyright: ignore[reportArgumentType]
-
-
-def test_the_loss_is_that_of_all_ranks_and_each_counter_has_its_name() -> None:
-    values = update_metrics(update_record())
-    assert values["train/loss_nats"] == 2.5  # (100 x 1.0 + 300 x 3.0) / 400, neither rank's own
-    assert (values["rank0/loss_nats"], values["rank1/loss_nats"]) == (1.0, 3.0)
-    assert (values["tokens/supervised"], values["tokens/real"], values["tokens/slot"]) == (
-        400,
-        600,
-        2000,
-    )
-    assert values["speed/real_tokens_per_s_all_ranks"] == 300.0
-    for kind, total in (("supervised", 400), ("real", 600), ("slot", 2000)):
-        assert sum(values[f"rank{rank}/{kind}_tokens"] for rank in (0, 1)) == total
-    assert values["memory/rank1_peak_gib"] == 7.625
-
-
-def test_what_does_not_exist_is_not_sent() -> None:
-    values = update_metrics(
-        update_record(
-            rank_grad_norm=None, rank_cosine=None, rank_peak_gib=None, rank_loss_nats=(None, 3.0)
-        )
-    )
-    assert not {
-        "rank0/grad_norm",
-        "train/rank_cosine",
-        "memory/rank0_peak_gib",
-        "rank0/loss_nats",
-        "train/loss_scale",
-    } & set(values)
-    assert None not in values.values()
-
-
-class Broken:
-    logging_dir = "there"
-
-    def log(self, *_: Any, **__: Any) -> None:
-        raise ConnectionError("no route to host")
-
-    def finish(self) -> None:
-        raise ConnectionError("no route to host")
-
-
-def test_a_tracker_that_fails_does_not_end_the_run() -> None:
-    observer = TrackerObserver({"tensorboard": Broken()})
-    with pytest.warns(
-        UserWarning,
-        match=r"tensorboard failed at update 1 \(ConnectionError: no route to host\); metrics\.jsonl",
-    ):
-        observer.on_update(update_record(1), ())
-    with warnings.catch_warnings(action="error"):  # given up: no second warning
-        observer.on_update(update_record(2), ())
-        observer.close()
-    with pytest.warns(UserWarning, match="tensorboard failed at closing"):
-        TrackerObserver({"tensorboard": Broken()}).close()
-
-
-def test_a_failed_event_marks_the_run() -> None:
-    codes: list[int] = []
-    run = SimpleNamespace(
-        id="abc",
-        dir="/x/files",
-        settings=SimpleNamespace(mode="offline"),
-        finish=lambda exit_code: codes.append(exit_code),
-    )
-    for kind in ("stopped", "failed"):
-        observer = TrackerObserver({"wandb": SimpleNamespace(tracker=run)})
-        observer.on_event(Event(1, kind, "m"))
-        observer.close()
-        observer.close()
-    assert codes == [0, 1]
+        # pyright: ignore[reportArgumentType]
+        make_tracker_observer(main, tracking, {}, tmp_path, "a")

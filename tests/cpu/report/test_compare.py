@@ -1,4 +1,4 @@
-"""Runs beside each other: where they part, what the floor is, and when a verdict is due."""
+"""Comparisons find where runs part, and when a verdict is due."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from made_runs import SPIKE, write_run
 
 from glassloop.cli.__main__ import main
 from glassloop.record.reading import RunData, read_run
-from glassloop.report.comparing import compare, welch
+from glassloop.report.comparing import compare
+from glassloop.report.verdict import welch
 
 
 def made(folder: Path, **settings) -> RunData:
@@ -147,7 +148,8 @@ def test_ranks_may_differ_and_all_that_both_have_is_compared(tmp_path: Path) -> 
 
 def test_welch_agrees_with_a_case_worked_out_by_hand() -> None:
     difference, half = welch([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])
-    # variances 1 and 4, so s^2 = 1/3 + 4/3 and df = (5/3)^2 / ((1/9 + 16/9) / 2) = 50/17; t(0.975, 50/17) = 3.2195
+    # variances 1 and 4, so s^2 = 1/3 + 4/3 and df = (5/3)^2 / ((1/9 + 16/9) / 2) = 50/17; t(0.975,
+    # 50/17) = 3.2195
     assert difference == 4.0 and half == pytest.approx(3.2195 * (5 / 3) ** 0.5, rel=1e-3)
 
 

@@ -1,33 +1,28 @@
-"""What the report reads from a run's folder, what it says in words, and how it packs numbers."""
+"""The report reads a run, words a summary, and packs numbers."""
 
 from __future__ import annotations
 
-import base64
 import configparser
 import dataclasses
 import json
-import math
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from made_runs import BROKEN, EVIL, REDONE, SPIKE, matrices, probe_record, update_record, write_run
+from made_runs import BROKEN, REDONE, SPIKE, update_record, write_run
 
 from glassloop.cli.__main__ import main
 from glassloop.record.observers import JsonlObserver
 from glassloop.record.reading import read_run, standing
 from glassloop.record.records import Event
 from glassloop.report import writing
-from glassloop.report.columns import FIRST_STEP, HEAT_COLUMNS, LAST_STEP, column, heat
-from glassloop.report.page import as_data, page
-from glassloop.report.payload import memory, payload, worst_rows
+from glassloop.report.page import page
+from glassloop.report.payload import payload
 from glassloop.report.summary import summarise
-from glassloop.report.writing import report_at_the_end, write_report
+from glassloop.report.writing import report_at_the_end
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -35,10 +30,6 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "planted")
-
-
-def decoded(packed: dict) -> list[float]:
-    return np.frombuffer(base64.b64decode(packed["f32"]), dtype="<f4").tolist()
 
 
 def said(folder: Path, topic: str) -> str:
@@ -173,54 +164,6 @@ def test_a_resumed_run_has_not_ended(tmp_path: Path) -> None:
     assert read_run(folder).end is None
 
 
-def test_a_column_keeps_what_is_absent_apart_from_what_is_not_a_number() -> None:
-    packed = column([1.5, None, "nan", "inf", 0])
-    values = decoded(packed)
-    assert values[0] == 1.5 and math.isnan(values[1]) and values[3] == math.inf and values[4] == 0
-    assert packed["nan"] == [2]
-
-
-def test_a_heat_map_keeps_absent_zero_and_not_finite_apart() -> None:
-    packed = heat([[None, 0.0], [1e-4, "nan"], [1.0, 1e-2], None], 2)
-    assert packed is not None
-    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2").reshape(2, 4)
-    assert codes.tolist() == [
-        [0, FIRST_STEP, LAST_STEP, 0],
-        [1, 2, FIRST_STEP + (LAST_STEP - FIRST_STEP) // 2, 0],
-    ]
-    assert (packed["low"], packed["high"]) == (1e-4, 1.0)
-    assert heat([None, None], 2) is None
-
-
-def test_a_heat_map_gives_values_back_and_loses_no_spike() -> None:
-    drawn = random.Random(3)
-    values = [[math.exp(drawn.gauss(0, 3)) for _ in range(3)] for _ in range(3 * HEAT_COLUMNS)]
-    values[1234][1] = 1e9
-    packed = heat(values, 3)
-    assert (
-        packed is not None
-        and packed["columns"] == HEAT_COLUMNS
-        and packed["bins"][0][0] == 0
-        and packed["bins"][-1][1] == len(values) - 1
-    )
-    codes = (
-        np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2")
-        .reshape(3, HEAT_COLUMNS)
-        .astype(float)
-    )
-    share = (codes - FIRST_STEP) / (LAST_STEP - FIRST_STEP)
-    back = np.exp(np.log(packed["low"]) + share * (np.log(packed["high"]) - np.log(packed["low"])))
-    for i, (first, last) in enumerate(packed["bins"]):
-        assert back[:, i] == pytest.approx(np.array(values[first : last + 1]).max(axis=0), rel=1e-3)
-    assert codes.max() == LAST_STEP
-
-
-def test_markup_cannot_leave_the_data() -> None:
-    text = as_data({"a": f"{EVIL} \u2028 \ud800", "<b>": "</SCRIPT><!--"})
-    assert not re.search("[<>&\u2028]", text)
-    assert json.loads(text)["a"] == f"{EVIL} \u2028 \ud800"
-
-
 def test_the_page_holds_a_strict_policy_and_names_no_other_file(planted: Path) -> None:
     html = page(payload(read_run(planted)))
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)
@@ -234,78 +177,6 @@ def test_the_page_holds_a_strict_policy_and_names_no_other_file(planted: Path) -
         "only its own text"
     )
     assert html.count("<script") == html.count("</script>") == 9
-
-
-def test_worst_rows_put_what_is_not_finite_first() -> None:
-    def row(row_id: str, update: int, loss: float | str, tokens: int = 10) -> dict:
-        return dict(
-            row_id=row_id,
-            update=update,
-            loss_sum_nats=loss,
-            supervised_tokens=tokens,
-            rank=0,
-            micro_batch=0,
-        )
-
-    worst = worst_rows(
-        [
-            row("a", 1, 20.0),
-            row("b", 1, "nan"),
-            row("b", 2, 5.0),
-            row("c", 1, 30.0),
-            row("c", 2, 90.0),
-            row("d", 1, 1.0, 0),
-        ]
-    )
-    assert [(one["id"], one["worst_nats"], one["last_nats"], one["times"]) for one in worst] == [
-        ("b", None, 0.5, 2),
-        ("c", 9.0, 9.0, 2),
-        ("a", 2.0, 2.0, 1),
-    ]
-
-
-def test_memory_is_read_from_what_the_preflight_says() -> None:
-    events = [
-        dict(
-            kind="memory",
-            message="memory, predicted / measured GiB: load 5.31 / 5.33, adapters unknown / 5.50, peak 7.10 / 7.63",
-        ),
-        dict(
-            kind="preflight",
-            message="the heaviest pass of each rank (4,096 slot tokens at most) fits and is finite, peak 7.63 GiB of 79.2",
-        ),
-    ]
-    assert memory(events) == {
-        "phases": {"load": [5.31, 5.33], "adapters": [None, 5.5], "peak": [7.1, 7.63]},
-        "card": 79.2,
-    }
-    assert memory([]) is None
-
-
-def test_the_words_of_the_preflight_are_those_that_are_read(
-    run_of, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    from glassloop.loop import memory as room
-
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * room.GIB)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    run = run_of(execution={"precision": "fp32", "checkpointing": False})
-    run.replica.device = SimpleNamespace(type="cuda")
-    run.measured_gib = {"load": 1.0, "adapters": 1.25}
-    found = memory(
-        [
-            dict(kind="memory", message=line)
-            for line in room.memory_lines(run, run.batches.heaviest())
-        ]
-    )
-    assert found is not None and {phase: got for phase, (_, got) in found["phases"].items()} == {
-        "load": 1.0,
-        "adapters": 1.25,
-        "peak": 3.0,
-    }
-    assert all(asked is not None for asked, _ in found["phases"].values())
 
 
 def test_a_shared_page_holds_nothing_of_a_row(planted: Path, tmp_path: Path) -> None:
@@ -372,40 +243,6 @@ def test_report_and_comparison_never_import_torch(planted: Path, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_an_older_run_without_newer_fields_opens(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", updates=5, faults=False)
-    old = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for record in old:
-        for name in ("optimizer_s", "noise_scale_tokens", "alarms", "schema", "attempt"):
-            del record[name]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in old))
-    for name in (
-        "probes.jsonl",
-        "rows.jsonl",
-        "plan.json",
-        "env.json",
-        "config.yaml",
-        "events.jsonl",
-    ):
-        (folder / name).unlink()
-    data = payload(read_run(folder))
-    assert (
-        all(map(math.isnan, decoded(data["columns"]["optimizer_s"])))
-        and data["probes"] is None
-        and data["plan"] is None
-    )
-    assert write_report(folder).exists()
-
-
-def test_probes_of_a_fresh_adapter_have_no_ratio_for_b() -> None:
-    names = matrices(1)
-    probe = probe_record(1, names, drawn=random.Random(1))
-    packed = heat([probe.update_to_weight], len(names))
-    assert packed is not None
-    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<u2")
-    assert [code == 0 for code in codes] == [name.endswith("B") for name in names]
 
 
 def test_every_asset_of_the_page_is_in_a_wheel() -> None:

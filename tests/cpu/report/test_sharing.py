@@ -1,4 +1,4 @@
-"""A page that is shared: no folder, no name of a person, no secret, on whatever machine it is made."""
+"""A shared page holds no folder, name or secret."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENS = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of somebody else, with folders in every file that may hold one."""
+    """Make somebody else's run, with folders in every file."""
     monkeypatch.setenv("HOME", "/data/people/quatermain")
     monkeypatch.setenv("USER", "quatermain")
     folder = write_run(tmp_path / "ottoline_run-quatermain", updates=8, layers=1)

@@ -1,4 +1,4 @@
-"""The live view: a growing folder, whole and torn lines, every state of a run, terminals of every size."""
+"""The live view follows a run in every state and size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from glassloop.cli.__main__ import main
 from glassloop.record.observers import JsonlObserver
 from glassloop.record.records import Event, to_json
-from glassloop.report.watching import Screen, Tail, Watched, sparkline
+from glassloop.report.following import Tail, Watched
+from glassloop.report.watching import Screen, sparkline
 
 
 def shown(watched: Watched, width: int = 100, height: int = 30) -> str:

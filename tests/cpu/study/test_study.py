@@ -1,4 +1,4 @@
-"""A study's cells: run once, gone on with after a kill, waited for where they outlived their study; its answer the same from the same file."""
+"""A study's cells run once, also after a kill."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from made_runs import write_run
 from glassloop.cli.__main__ import main
 from glassloop.record.reading import read_run
 from glassloop.study import running
+from glassloop.study.cell_state import attempts
 from glassloop.study.divergence import where_to_look
-from glassloop.study.running import attempts
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = ROOT / "tests" / "helpers"
@@ -28,14 +28,16 @@ TINY = """
 name: tiny
 question: Does a real run answer?
 base: >-
-  model.id={model} data.source={rows} data.template=chat data.max_tokens=96 data.heldout=0.2 batch.size=2 batch.accumulation=2
-  schedule.updates=4 schedule.warmup_updates=1 execution.precision=fp32 execution.checkpointing=false lora.r=4 lora.alpha=8
+  model.id={model} data.source={rows} data.template=chat data.max_tokens=96 data.heldout=0.2
+  batch.size=2 batch.accumulation=2 schedule.updates=4 schedule.warmup_updates=1
+  execution.precision=fp32 execution.checkpointing=false lora.r=4 lora.alpha=8
   record.probe_every_updates=1
 axes: {{optimizer.lr: [1e-5, 3e-2]}}
 seeds: [1, 2]
 parallel: 2
 claims:
-  - {{says: a higher lr learns more, quantity: heldout_loss, cell: {{optimizer.lr: 3e-2}}, against: {{optimizer.lr: 1e-5}}, expect: lower}}
+  - {{says: a higher lr learns more, quantity: heldout_loss, expect: lower,
+      cell: {{optimizer.lr: 3e-2}}, against: {{optimizer.lr: 1e-5}}}}
 """
 
 
@@ -60,7 +62,7 @@ def results(out: Path) -> dict:
 
 
 def stamps(out: Path) -> dict[str, int]:
-    """When each cell's records were last written: a cell that is run again has another one."""
+    """Return when each cell's records were last written."""
     return {
         path.parent.name: path.stat().st_mtime_ns
         for path in sorted(out.glob("cells/*/metrics.jsonl"))
@@ -98,7 +100,8 @@ def test_a_study_runs_every_cell_once_and_judges_its_claim(
     assert [cell["state"] for cell in found["cells"]] == ["done"] * 6
     (claim,) = found["claims"]
     assert claim["verdict"] == "supported"
-    # differences -0.099, -0.1, -0.099: mean -0.0993333, s 0.000577350, half 4.302653 * s / sqrt(3) = 0.00143422
+    # differences -0.099, -0.1, -0.099: mean -0.0993333, s 0.000577350, half 4.302653 * s / sqrt(3)
+    # = 0.00143422
     assert claim["difference"] == pytest.approx(-0.0993333, abs=1e-6)
     assert (claim["low"], claim["high"]) == pytest.approx((-0.1007676, -0.0978991), abs=1e-6)
     assert len(attempts(out)) == 6 and max(line["beside"] for line in attempts(out)) == 3

@@ -1,4 +1,4 @@
-"""A study's file: the grid that it makes, and what is said of a bad one."""
+"""A study's file makes a grid, or is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ axes:
     free: {optimizer.max_grad_norm: null}
 seeds: [1, 2]
 claims:
-  - {says: r=8 underfits, quantity: heldout_loss, cell: {lora.r: 8}, against: {lora.r: 16}, expect: higher}
+  - {says: r=8 underfits, quantity: heldout_loss, expect: higher,
+     cell: {lora.r: 8}, against: {lora.r: 16}}
 """
 
 
@@ -166,7 +167,10 @@ def test_a_bad_file_is_refused_with_file_field_value_and_cure(
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path: Path) -> None:
-    text = "base: batch.size=4 batch.accumulation=4 schedule.updates=5\naxes: {batch.accumulation: [8]}\nequal: rows_seen\n"
+    text = (
+        "base: batch.size=4 batch.accumulation=4 schedule.updates=5\naxes: {batch.accumulation: "
+        "[8]}\nequal: rows_seen\n"
+    )
     with pytest.raises(ValueError, match="5 updates of 16 rows are no whole updates of 32 rows"):
         cells_of(read_study(written(tmp_path, text)), tmp_path)
 

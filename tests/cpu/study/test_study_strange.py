@@ -1,4 +1,4 @@
-"""A study's file and folder from a stranger: bounded, refused by name, nothing followed."""
+"""A stranger's study is bounded, and nothing is followed."""
 
 from __future__ import annotations
 

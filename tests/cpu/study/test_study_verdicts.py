@@ -184,7 +184,10 @@ def sweep(
     seeds: tuple[int, ...] = (1, 2),
     told: float | None = None,
 ) -> list[Group]:
-    """Accumulations whose norms and losses follow the formulas exactly, for a noise scale of noise / squared tokens."""
+    """Make accumulations that follow the formulas exactly.
+
+    The noise scale is noise / squared tokens.
+    """
     groups = []
     for accumulation in (1, 2, 4, 8):
         results = []
