@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         )
         return 0
     from glassloop.plan.changes import lines_of
-    from glassloop.plan.text import LABEL, launch_line, render, wrapped
+    from glassloop.plan.render import LABEL, launch_line, render, wrapped
 
     lines = [*render(outlook), ""]
     for number, line in enumerate(line for one in changes for line in lines_of(one)):
@@ -179,12 +179,12 @@ class Measured:
 def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     """Load tokenizer and rows, and count tokens. Raises ValueError for rows of no use."""
     from glassloop.data.batches import Batches
+    from glassloop.data.counting import count_tokens
     from glassloop.data.dataset import build_rows
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
-    from glassloop.data.token_counts import count_tokens
     from glassloop.engines.build import load_tokenizer
-    from glassloop.plan.engine_lines import planned_engine
+    from glassloop.plan.engine import planned_engine
     from glassloop.plan.outlook import plan_of
     from glassloop.plan.work import pass_tokens_for, usual_budget
     from glassloop.predict.shapes import shapes_of

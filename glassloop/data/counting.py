@@ -1,4 +1,4 @@
-"""How many training rows a run will have, counted without loading a data set or a tokenizer."""
+"""Training rows of a run, counted without loading data, and tokens of its rows once they are."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glassloop.config.config import DataConfig
+from glassloop.plan.work import TokenCounts
+
+if TYPE_CHECKING:
+    from glassloop.data.batches import Batches
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "calls.jsonl"
 
 
 @dataclass(frozen=True)
 class RowCount:
-    """rows: None where only loading the data could tell. how: where the number comes from, or what to do for one."""
+    """A number of rows, and where it comes from."""
 
-    rows: int | None
-    how: str
+    rows: int | None  # None: only loading the data could tell
+    how: str  # or what to do to get the number
 
 
 def count_rows(data: DataConfig, given: int | None = None) -> RowCount:
-    """Training rows before any is dropped for its length: `given`, data.rows, or those of a local file less the held-out ones.
+    """Count training rows before any is dropped for its length.
 
-    Raises ValueError where the source is a local file that is not there.
+    The number is `given`, data.rows, or that of a local file less the held-out rows. Raises
+    ValueError if the source is a local file that does not exist.
     """
     if given is not None:
         return RowCount(given, "--rows")
@@ -66,3 +72,45 @@ def _rows_of(file: Path) -> int:
             return len(json.loads(text))
         handle.seek(0)
         return sum(1 for line in handle if line.strip())
+
+
+def count_tokens(batches: Batches) -> TokenCounts:
+    """Count over all updates, in both layouts; the heaviest pass is of the run's own layout."""
+    from glassloop.data.batches import packed_passes  # torch: rows are counted without it
+
+    lengths = [len(row) for row in batches.rows]
+    supervised = [row.supervised_tokens for row in batches.rows]
+    plan, real, labels = batches.plan, 0, 0
+    slots, passes = {"literal": 0, "packed": 0}, {"literal": 0, "packed": 0}
+    heaviest, share = (0, 0, 0, 0), 0  # places, rows, tokens, supervised
+    for update in range(1, plan.updates + 1):
+        window = batches.window(update)
+        real += sum(lengths[row] for row in window.rows)
+        labels += sum(supervised[row] for row in window.rows)
+        chunks = [
+            window.rows[start : start + plan.size]
+            for start in range(0, len(window.rows), plan.size)
+        ]
+        bins = packed_passes(window.rows, lengths, plan.ranks, batches.pass_tokens)
+        packed = [one for rank in bins for one in rank]
+        share = max(share, *(sum(lengths[row] for one in rank for row in one) for rank in bins))
+        slots["literal"] += sum(len(chunk) * max(lengths[row] for row in chunk) for chunk in chunks)
+        slots["packed"] += sum(lengths[row] for one in packed for row in one)
+        passes["literal"] += len(chunks)
+        passes["packed"] += len(packed)
+        for one in (one for rank in window.passes for one in rank):
+            longest, total = max(lengths[row] for row in one), sum(lengths[row] for row in one)
+            rows, tokens = (1, total) if window.packed else (len(one), longest)
+            heaviest = max(
+                heaviest, (rows * tokens, rows, tokens, sum(supervised[row] for row in one))
+            )
+    return TokenCounts(
+        real,
+        labels,
+        slots["literal"],
+        passes["literal"],
+        slots["packed"],
+        passes["packed"],
+        *heaviest[1:],
+        share,
+    )

@@ -15,7 +15,7 @@ from glassloop.config.config import Config
 from glassloop.disk.environment import package_version
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.engines import unsloth_checks
-from glassloop.plan.engine_lines import planned_engine
+from glassloop.plan.engine import planned_engine
 from glassloop.plan.outlook import disk_state_bytes
 from glassloop.plan.work import work_of
 from glassloop.predict.cards import verdict

@@ -28,7 +28,7 @@ from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import attach_lora, load_adapter
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers
-from glassloop.plan.honoured import GROUPS
+from glassloop.plan.support import GROUPS
 
 if TYPE_CHECKING:
     from glassloop.engines.fused.engine import FusedEngine

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass
 
 from glassloop.plan.outlook import Outlook
-from glassloop.plan.text import LABEL, duration, width
+from glassloop.plan.render import LABEL, duration, width
 from glassloop.predict.flops import flops_of
 from glassloop.predict.ledger import GIB, ledger_of
 

@@ -30,7 +30,7 @@ from glassloop.predict.tiers import GIB, Base, Tiers, choose, head_bytes, scratc
 
 
 @dataclass
-class State:
+class PassState:
     """A pass between forward and backward."""
 
     where: Where
@@ -203,7 +203,7 @@ class FusedEngine(nn.Module):
             loss_sum, row_loss_sums, _ = self.run_forward(p, training=False)
             return loss_sum, row_loss_sums
 
-    def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, State | None]:
+    def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, PassState | None]:
         """The pass, and what its backward needs."""
         if not len(p.places):  # nothing to learn, and nothing to add
             none = torch.zeros(len(p.row_ids), device=p.input_ids.device)
@@ -237,10 +237,10 @@ class FusedEngine(nn.Module):
         labels = p.targets.flatten().index_select(0, p.places)  # (S,)
         losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
         owner = p.row_of.flatten().index_select(0, p.places)
-        state = None if grad_normed is None else State(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
+        state = None if grad_normed is None else PassState(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
         return losses.sum(), sums_by_row(losses, owner, len(p.row_ids)), state
 
-    def run_backward(self, state: State, grad: Tensor) -> None:
+    def run_backward(self, state: PassState, grad: Tensor) -> None:
         """Add the gradient of `grad` x loss sum to the adapters' own."""
         room, hidden = (
             max(linear.rank for one in self.layers for linear in (one.o, one.down)),

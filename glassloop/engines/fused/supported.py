@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glassloop.plan.honoured import GROUPS, fields_of, unsupported
+from glassloop.plan.support import GROUPS, fields_of, unsupported
 
 CURE = "set execution.engine=peft"
 

@@ -19,7 +19,7 @@ from glassloop.config.arguments import ConfigError, from_values, parse
 from glassloop.engines.fused import supported
 from glassloop.loop import engine_here
 from glassloop.plan.engine import Choice, choose_engine, in_words, with_engine
-from glassloop.plan.honoured import FIELDS, HONOURED, fields_of
+from glassloop.plan.support import FIELDS, SUPPORTED, fields_of
 from glassloop.record.reading import with_overrides
 
 LLAMA = {
@@ -129,7 +129,7 @@ def test_on_cuda_the_reference_engine_is_taken_for_a_reason_that_is_named(
 
 def test_every_field_that_the_engine_looks_at_has_a_row():
     rows = {name for _, fields, _, _ in REASONS.values() for name in fields}
-    assert set(HONOURED) <= rows
+    assert set(SUPPORTED) <= rows
 
 
 def test_every_refusal_of_the_fused_engine_names_the_reference_engine_as_cure():
@@ -195,7 +195,7 @@ def test_memory_that_only_fused_heeds_is_refused_where_auto_takes_another():
     config = from_values({"memory": {"profile": "min"}})
     assert with_engine(config, Choice("fused")).memory.profile == "min"
     with pytest.raises(
-        ValueError, match=r"memory.profile = min .*auto chose peft \(no CUDA GPU\): leave them out"
+        ValueError, match=r"auto chose peft \(no CUDA GPU\). Remove memory"
     ):
         with_engine(config, choose_engine(config, LLAMA, on_cuda=False))
 
@@ -407,7 +407,7 @@ def test_a_cell_that_asks_for_auto_knows_its_run_again(tmp_path, run_of):
         (
             ("model.id=nowhere/at-all",),
             "fused",
-            "auto: fused on CUDA, if it is a model that fused carries out",
+            "auto: fused on CUDA, if fused supports the model",
         ),
         (("execution.engine=peft",), "peft", "peft"),
         (("execution.engine=fused",), "fused", "fused"),

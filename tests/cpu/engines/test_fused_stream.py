@@ -14,7 +14,7 @@ from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.adapters import attach_lora
 from glassloop.formula.optim import FlatAdapters
-from glassloop.plan.honoured import GROUPS
+from glassloop.plan.support import GROUPS
 from glassloop.predict.tiers import Tiers
 
 pytestmark = pytest.mark.skipif(

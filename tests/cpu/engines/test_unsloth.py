@@ -27,7 +27,7 @@ from glassloop.engines.build import build_engine
 from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import FlatAdapters
 from glassloop.plan.outlook import look_ahead, plan_of
-from glassloop.plan.text import render
+from glassloop.plan.render import render
 
 CPU = torch.device("cpu")
 ROWS = [
