@@ -1,6 +1,7 @@
-"""Where glassloop keeps models that it makes once, and how such a folder appears there. No torch.
+"""The cache of models that glassloop makes once.
 
-Unlike a run's folders these are large, and several processes may make the same one at the same time.
+They are larger than a run's folders, and several processes may make the same one at a time. No
+torch.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
 
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well; so `folder` exists whole or not at all.
+    """A temporary folder that is renamed to `folder` when the block ends.
 
-    Two writers may race: the first rename wins, and the other's copy is thrown away.
+    So `folder` exists whole or not at all. If two writers race, the first rename wins, and the
+    other's copy is deleted.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +81,9 @@ def published(folder: Path) -> Iterator[Path]:
 def save_pretrained_here(model: Any, folder: Path) -> None:
     """`model.save_pretrained(folder)` on whatever rank this is.
 
-    transformers 5 writes on global rank 0 only and says nothing on the others, but a cache belongs to a host, and the first rank of a second host
-    is not global rank 0. Raises RuntimeError if nothing was written all the same.
+    transformers 5 writes on global rank 0 only and is silent on the others. A cache belongs to a
+    host, and the first rank of a second host is not global rank 0. Raises RuntimeError if nothing
+    was written all the same.
     """
     model.should_save_on_this_rank = lambda is_main_process: True
     try:

@@ -1,8 +1,9 @@
-"""The base over a mapped file of layers: made layer by layer, never whole on a card or twice on a host.
+"""The base over a mapped file of layers, made layer by layer.
 
-The model that transformers defines is built without weights; its 4-bit weights then become views of
-the file's own pages (see layer_file.py), which a card reads through its bus. `LayerFile` hands the
-same pages to an engine that copies layers ahead of their use.
+It is never whole on a card or twice on a host. The model that transformers defines is built without
+weights; its 4-bit weights then become views of the file's own pages (see layer_file.py), which a
+card reads through its bus. `LayerFile` hands the same pages to an engine that copies layers ahead
+of their use.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def load_streamed(
     source: BaseSource | None = None,
     locking: Locking = "try",
 ) -> tuple[PreTrainedModel, LoadReport, HostPages]:
-    """The frozen base in NF4 over a file of layers; what is not quantised is on `device`.
+    """Load the frozen base in NF4 over a file of layers.
+
+    What is not quantised lies on `device`.
 
     Args:
         locking: whether the layers are to stay on the host (see HostPages.of).
@@ -116,7 +119,7 @@ def layer_folder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Path, bool]:
-    """Folder of the base as a file of layers, and whether it was made just now."""
+    """Folder of the base as a file of layers, and whether it is new."""
     name = copy_name(source.name, files_hash, model, dtype, device.type)
     folder = cache_root(model.cache_dir) / "layers" / f"{name}-f{FORMAT}"
     if folder.is_dir():
@@ -158,7 +161,10 @@ def layer_folder(
 
 
 class _Files:
-    """A folder of safetensors, read one layer at a time; unquantised, or in bitsandbytes' NF4."""
+    """A folder of safetensors, read one layer at a time.
+
+    Its weights are unquantised, or in bitsandbytes' NF4.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -267,7 +273,10 @@ def model_over(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    """transformers' model whose 4-bit weights are views of the pages, as `device` sees them."""
+    """Build transformers' model with 4-bit weights that view the pages.
+
+    The pages are as `device` sees them.
+    """
     folder, file = pages.file.folder, pages.file
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -311,7 +320,7 @@ def model_over(
 def put_weights(
     layer: nn.Module, names: Sequence[str], packed: Packed, dtype: torch.dtype, *, double: bool
 ) -> None:
-    """Make the linear layers of a group bitsandbytes' 4-bit ones over `packed`, or move them there."""
+    """Make a group's linear layers 4-bit ones over `packed`, or move them."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     make_weight: Any = Params4bit  # its signature hides behind nn.Parameter's
@@ -345,7 +354,10 @@ def put_weights(
 
 
 def state_of(packed: Packed, member: int, start: int, dtype: torch.dtype) -> Any:
-    """bitsandbytes' QuantState of one member, whose weights begin at `start`; views of `packed`."""
+    """bitsandbytes' QuantState of one member, as views of `packed`.
+
+    Its weights begin at `start`.
+    """
     from bitsandbytes.functional import QuantState
 
     size = packed.rows[member] * packed.columns

@@ -1,4 +1,4 @@
-"""What computes a pass: the reference over PEFT, Unsloth, and our own in fused/.
+"""Engines that compute a pass: over PEFT, by Unsloth, our own in fused/.
 
 May import base, data, formula, plan and predict.
 """

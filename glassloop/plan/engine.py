@@ -1,4 +1,4 @@
-"""The engine of a run, from its config and the model's. Asked by a run and by `glassloop plan`."""
+"""The engine of a run, from its config and the model's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from glassloop.predict.shapes import config_values
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine, never auto, and why auto did not choose fused; empty if it did, or was not asked."""
+    """An engine, never auto, and why auto did not choose fused.
+
+    `why` is empty if it did, or was not asked.
+    """
 
     engine: str
     why: str = ""
@@ -23,7 +26,9 @@ class Choice:
 def choose_engine(
     config: Config, model: Mapping[str, Any] | None, *, on_cuda: bool, lacking: str = ""
 ) -> Choice:
-    """Choose the named engine; under auto `fused` on CUDA if it supports the run, else `peft`.
+    """Choose the named engine; under auto, fused or peft.
+
+    auto takes `fused` on CUDA if it supports the run, else `peft`.
 
     Args:
         model: of the model's config.json; None: unknown, and taken for one that fused supports.
@@ -46,7 +51,7 @@ def choose_engine(
 
 
 def with_engine(config: Config, choice: Choice) -> Config:
-    """The config with the chosen engine's name, as a run's folder has it.
+    """Put the chosen engine's name into the config.
 
     Raises ValueError for memory.* with another engine than fused.
     """
@@ -61,14 +66,14 @@ def with_engine(config: Config, choice: Choice) -> Config:
 
 
 def in_words(config: Config, choice: Choice) -> str:
-    """What the header says of auto's choice; empty if the engine was named."""
+    """auto's choice, for the header; empty if the engine was named."""
     if config.execution.engine != "auto":
         return ""
     return f"{choice.engine} (auto: {choice.why})" if choice.why else f"{choice.engine} (auto)"
 
 
 def planned_engine(config: Config) -> tuple[Config, str]:
-    """The config with the engine that it would get on CUDA, and what a plan says of that.
+    """The config with CUDA's engine, and that choice in words.
 
     Raises ValueError for fields that the chosen engine does not use.
     """

@@ -1,4 +1,7 @@
-"""What a run will be, before it begins: step math, parameters, disk, memory and time, in plain values. Imports nothing heavy."""
+"""A run's outlook: step math, parameters, disk, memory and time.
+
+Plain values, before the run begins. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ TOKENIZER_BYTES = (
 
 @dataclass(frozen=True)
 class CardTime:
-    """A prediction of one card's speed; seconds for the whole run without evaluations and checkpoints."""
+    """A prediction of one card's speed.
+
+    Seconds are for the whole run without evaluations and checkpoints.
+    """
 
     card: str
     tokens_per_s: float  # of all ranks together
@@ -45,11 +51,10 @@ class Outlook:
     checkpoint_bytes: int | None
     work: Work | None
     ledger: Ledger | None
-    other_ledger: (
-        Ledger | None
-    )  # the same with the base in the other form: bf16 beside NF4; fused: with the least memory, or the most
+    # With the base in its other form (bf16 beside NF4), or with the least or most that fused keeps.
+    other_ledger: Ledger | None
     ledger_names: tuple[str, str]
-    usual: str  # the card for which passes were cut and memory was laid out, where that depends on the card
+    usual: str  # the card that passes were cut for, where that depends on the card
     verdicts: tuple[Verdict, ...]
     times: tuple[CardTime, ...]
     row_tokens: float
@@ -104,7 +109,8 @@ def look_ahead(
     """Put an outlook together.
 
     Args:
-        row_tokens: mean tokens of a row; None: of the counted rows, else data.max_tokens (then time is an upper bound).
+        row_tokens: mean tokens of a row; None: of the counted rows, else data.max_tokens (then
+            time is an upper bound).
         present: cards of this machine, judged by their free memory.
     """
     config, planned = planned_engine(config)
@@ -157,7 +163,8 @@ def look_ahead(
     known = engine in PROFILES
     if not known:
         unknown.append(
-            f"memory and time of execution.engine={engine}: it is not modelled here; preflight measures it, glassloop bench times it"
+            f"memory and time of execution.engine={engine}: it is not modelled here; preflight "
+            "measures it, glassloop bench times it"
         )
     verdicts = [judged(gpu) for name in PLANNED_FOR if known and (gpu := gpu_named(name))]
     for card in present if known else ():
@@ -173,7 +180,8 @@ def look_ahead(
         ledger, other, names, work = ledgers_of(shapes, work, engine, usual[1])
     if known and config.execution.precision == "fp32":
         unknown.append(
-            "time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32"
+            "time: the rates of cards that are known are those of bf16 and fp16, "
+            "execution.precision is fp32"
         )
 
     def times(of: Sequence[Verdict]) -> tuple[CardTime, ...]:
@@ -220,7 +228,10 @@ def card_time(
     counts: TokenCounts | None = None,
     on_card: Verdict | None = None,
 ) -> CardTime | None:
-    """Predicted speed of one card over the run; None for a card without rates. on_card: what the engine `fused` keeps there."""
+    """Predict the speed of one card; None for a card without rates.
+
+    on_card: what the engine `fused` keeps there.
+    """
     packed = config.execution.layout == "packed"
     padded = (
         counts.literal_slots / counts.real if counts and not packed else 1.0

@@ -1,4 +1,7 @@
-"""What `glassloop train` guessed, in a short block, each guess with the setting that changes it."""
+"""The guesses of `glassloop train`, each with its setting.
+
+A short block.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ CPU_SHARE = 0.5  # of a product's rate that training reaches on a CPU (measured:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What is known of a run's rows, in words and numbers."""
+    """Facts of a run's rows, in words and numbers."""
 
     source: str
     format: str
@@ -36,7 +39,7 @@ class RowFacts:
 def overview_lines(
     outlook: Outlook, rows: RowFacts, *, cpu_flops_per_s: float | None = None
 ) -> list[str]:
-    """Lines of the block: guesses, then what fits and how long it takes.
+    """Lines of the block: guesses, fit and time.
 
     Args:
         cpu_flops_per_s: of all ranks together, for a run on the CPU; None: on GPUs.
@@ -121,7 +124,7 @@ def _engine(outlook: Outlook, *, on_cpu: bool) -> str:
 
 
 def _fits(outlook: Outlook, *, on_cpu: bool) -> tuple[str, list[str]]:
-    """What is needed of the cards here, and what to note."""
+    """Memory needed of the cards here, with notes."""
     if outlook.shapes is None:
         return "not known before the model is here", list(outlook.unknown)
     if on_cpu:

@@ -1,4 +1,7 @@
-"""An outlook in sentences, tables and one small plot, as wide as the terminal."""
+"""An outlook in sentences, tables and one small plot.
+
+It is as wide as the terminal.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def render(outlook: Outlook) -> list[str]:
 
 
 def wrapped(line: str) -> list[str]:
-    """A line in pieces that fit the terminal, those after the first below its text."""
+    """Cut a line to the terminal's width.
+
+    Pieces after the first stand below its text.
+    """
     if len(line) <= width():
         return [line]
     indent = " " * (LABEL + (len(line[LABEL:]) - len(line[LABEL:].lstrip())) + 2)
@@ -62,22 +68,33 @@ def launch_line(outlook: Outlook, words: Sequence[str]) -> str:
         file = "single_gpu" if ranks == 1 else "ddp_2gpu"
         count = "" if ranks <= 2 and machines == 1 else f" --num_processes {ranks}"
     if machines > 1:
-        count += f" --num_machines {machines} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500"
-    return f"accelerate launch --config_file accelerate_configs/{file}.yaml{count} train_loop.py {' '.join(words)}"
+        count += f" --num_machines {machines} --machine_rank R"
+        count += " --main_process_ip ADDRESS --main_process_port 29500"
+    return (
+        f"accelerate launch --config_file accelerate_configs/{file}.yaml{count} train_loop.py "
+        f"{' '.join(words)}"
+    )
 
 
 def epoch_sentence(plan: StepPlan) -> str:
-    """How rows make updates of an epoch, and what a formula that rounds down would leave out."""
+    """Rows as updates of an epoch, in a sentence.
+
+    It says what a formula that rounds down would leave out.
+    """
     full, rest, per = plan.full_windows, plan.tail_rows, plan.rows_per_update
     exact = f"{plan.rows:,} / {per} = {plan.rows / per:.10g}"
     if not rest:
         return f"{exact}: {full} updates an epoch, no tail"
     if plan.tail == "keep":
         return (
-            f"{exact}: {full} full windows and a tail of {rest} rows = {full + 1} updates an epoch; rounding down to {full} "
+            f"{exact}: {full} full windows and a tail of {rest} rows = {full + 1} updates an "
+            f"epoch; rounding down to {full} "
             f"would leave {rest} rows out"
         )
-    return f"{exact}: {full} updates an epoch; batch.tail=drop leaves {rest} rows of each epoch out (keep: {full + 1} updates)"
+    return (
+        f"{exact}: {full} updates an epoch; batch.tail=drop leaves {rest} rows of each epoch out "
+        f"(keep: {full + 1} updates)"
+    )
 
 
 def _steps(outlook: Outlook) -> list[str]:
@@ -93,7 +110,10 @@ def _steps(outlook: Outlook) -> list[str]:
         limit = outlook.work.tokens
     if packed and outlook.tokens is not None:
         mean = outlook.tokens.packed_passes / plan.updates / plan.ranks
-        how = f"packed, passes of at most {limit:,} tokens: {mean:.1f} passes a rank and update, not {plan.accumulation}"
+        how = (
+            f"packed, passes of at most {limit:,} tokens: {mean:.1f} passes a rank and update, "
+            f"not {plan.accumulation}"
+        )
     elif packed:
         how = (
             f"packed, the same rows in passes of at most {limit:,} tokens (--with-data counts them)"
@@ -104,16 +124,24 @@ def _steps(outlook: Outlook) -> list[str]:
         )
         if plan.tail_rows and plan.tail == "keep":
             chunks = -(-plan.tail_rows // plan.size)
-            how += f"; the tail's {plan.tail_rows} rows: {chunks} passes over the ranks, at most {-(-chunks // plan.ranks)} a rank"
+            most = -(-chunks // plan.ranks)
+            how += f"; the tail's {plan.tail_rows} rows: {chunks} passes over the ranks, "
+            how += f"at most {most} a rank"
     if plan.times_trained is None:
-        seen = f"{plan.rows_trained:,} rows trained on in all; which rows tails leave out differs by epoch"
+        seen = (
+            f"{plan.rows_trained:,} rows trained on in all; which rows tails leave out differs by "
+            "epoch"
+        )
     else:
         often = ", ".join(
             f"{rows:,} rows {_times(times)}"
             for times, rows in sorted(plan.times_trained.items(), reverse=True)
         )
         seen = f"{plan.rows_trained:,} rows trained on in all: {often}"
-    asked = f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = {plan.rows_per_update} rows an update"
+    asked = (
+        f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = "
+        f"{plan.rows_per_update} rows an update"
+    )
     activations = "recomputed" if config.execution.checkpointing else "stored"
     if config.execution.engine == "fused" and config.execution.checkpointing:
         activations = f"kept as memory.profile={config.memory.profile} allows"
@@ -136,7 +164,7 @@ def _times(times: int) -> str:
 
 
 def shown_updates(updates: int, warmup_end: int) -> list[int]:
-    """Updates whose lr the table shows: the warmup, about ten more, the last."""
+    """Updates of the lr table: the warmup, about ten more, the last."""
     step = max(1, math.ceil((updates - warmup_end) / 10))
     return sorted(
         {
@@ -160,7 +188,10 @@ def _lr(plan: StepPlan) -> list[str]:
 
 
 def plot(values: Sequence[float]) -> list[str]:
-    """A column an update (the largest of several where there are more than fit), from 0 to the largest value."""
+    """Plot a column an update, from 0 to the largest value.
+
+    If there are more updates than fit, a column is the largest of several.
+    """
     wide = min(width() - LABEL - 2, len(values))
     bounds = [round(i * len(values) / wide) for i in range(wide + 1)]
     columns = [max(values[start:end]) for start, end in pairwise(bounds)]
@@ -189,9 +220,12 @@ def _size(outlook: Outlook) -> list[str]:
         return [f"{'trains':<{LABEL}}not known before the model's config.json is here"]
     keep = config.checkpoint.keep + (0 if config.data.heldout is None else 1)
     return [
-        f"{'trains':<{LABEL}}{n:,} parameters: r = {config.lora.r} x (in + out) of {', '.join(config.lora.targets)}",
-        f"{'':<{LABEL}}in {outlook.shapes.layers} layers of {outlook.shapes.name} ({outlook.shapes.weights:,} weights)",
-        f"{'disk':<{LABEL}}{outlook.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint (adapter fp32, {config.optimizer.name}'s state, tokenizer); "
+        f"{'trains':<{LABEL}}{n:,} parameters: r = {config.lora.r} x (in + out) of "
+        f"{', '.join(config.lora.targets)}",
+        f"{'':<{LABEL}}in {outlook.shapes.layers} layers of {outlook.shapes.name} "
+        f"({outlook.shapes.weights:,} weights)",
+        f"{'disk':<{LABEL}}{outlook.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint (adapter "
+        f"fp32, {config.optimizer.name}'s state, tokenizer); "
         f"at most {keep} kept",
     ]
 
@@ -200,10 +234,14 @@ def _tokens(counts: TokenCounts, outlook: Outlook) -> list[str]:
     saved = 1 - counts.packed_slots / counts.literal_slots
     layout = outlook.config.execution.layout
     texts = [
-        f"{counts.real:,} real, {counts.supervised:,} supervised ({counts.supervised / counts.real:.1%}), over {outlook.plan.updates} updates",
-        f"literal: {counts.literal_slots:,} places in {counts.literal_passes:,} passes, {counts.padding_share:.1%} padding",
-        f"packed:  {counts.packed_slots:,} places in {counts.packed_passes:,} passes, no padding: {saved:.1%} fewer places",
-        f"heaviest pass ({layout}): {counts.heaviest_rows} x {counts.heaviest_tokens:,} places, {counts.heaviest_supervised:,} supervised",
+        f"{counts.real:,} real, {counts.supervised:,} supervised "
+        f"({counts.supervised / counts.real:.1%}), over {outlook.plan.updates} updates",
+        f"literal: {counts.literal_slots:,} places in {counts.literal_passes:,} passes, "
+        f"{counts.padding_share:.1%} padding",
+        f"packed:  {counts.packed_slots:,} places in {counts.packed_passes:,} passes, no padding: "
+        f"{saved:.1%} fewer places",
+        f"heaviest pass ({layout}): {counts.heaviest_rows} x {counts.heaviest_tokens:,} places, "
+        f"{counts.heaviest_supervised:,} supervised",
     ]
     return [
         f"{'tokens' if number == 0 else '':<{LABEL}}{text}" for number, text in enumerate(texts)
@@ -224,7 +262,8 @@ def _memory(outlook: Outlook) -> list[str]:
         else f"base in {asked} as asked, and in {other}"
     )
     lines = [
-        f"{'memory':<{LABEL}}GiB of a GPU by phase, predicted; {what}; heaviest pass {work.rows} x {work.tokens:,}",
+        f"{'memory':<{LABEL}}GiB of a GPU by phase, predicted; {what}; heaviest pass {work.rows} "
+        f"x {work.tokens:,}",
         f"{'':<{LABEL}}{'phase':<12}{asked:>10}{other:>10}",
     ]
     lines += [
@@ -256,13 +295,17 @@ def _memory(outlook: Outlook) -> list[str]:
 
 
 def _cards(outlook: Outlook) -> list[str]:
-    """A table of need and use by card: the least that works, what is asked, what that leaves."""
+    """A table of need and use by card.
+
+    Columns: the least that works, what is asked, what that leaves.
+    """
     nccl = f" + {NCCL_GIB} NCCL" if outlook.plan.ranks > 1 else ""
     blank = " " * LABEL
     lines = [
         f"{'cards':<{LABEL}}GiB a rank = peak + {FRAGMENTATION:.0%} fragmentation + {CONTEXT_GIB} "
         f"CUDA context{nccl}; rows an update stay {outlook.plan.rows_per_update}",
-        f"{blank}least: one row a pass, as few activations kept as possible; asked: {_asked(outlook)}",
+        f"{blank}least: one row a pass, as few activations kept as possible; asked: "
+        f"{_asked(outlook)}",
         *([f"{blank}{KEPT}"] if outlook.config.execution.engine == "fused" else []),
         f"{blank}{'card':<9}{'has':>6}{'least':>7}{'asked':>7}{'spare':>7}",
     ]
@@ -274,7 +317,7 @@ def _cards(outlook: Outlook) -> list[str]:
 
 
 def _asked(outlook: Outlook) -> str:
-    """What the column `asked` is computed for."""
+    """The request that the column `asked` is computed for."""
     config = outlook.config
     if config.execution.engine == "fused" and config.execution.checkpointing:
         return f"memory.profile={config.memory.profile}"
@@ -282,7 +325,7 @@ def _asked(outlook: Outlook) -> str:
 
 
 def _judgement(one: Verdict, outlook: Outlook) -> str:
-    """Whether a card fits, what is kept there, and the fields that change it."""
+    """A card's verdict: fit, layers kept, fields that change it."""
     note = f"; {one.note}" if one.note else ""
     if one.fits:
         text = "fits"
@@ -306,11 +349,13 @@ def _time(outlook: Outlook) -> list[str]:
         else "as given"
     )
     lines = [
-        f"{'time':<{LABEL}}predicted, not measured; {outlook.row_tokens:,.0f} tokens a row ({exact}); training alone, all ranks"
+        f"{'time':<{LABEL}}predicted, not measured; {outlook.row_tokens:,.0f} tokens a row "
+        f"({exact}); training alone, all ranks"
     ]
     lines += [f"{'':<{LABEL}}{_card_time(one)}" for one in outlook.times]
     checked = "; ".join(
-        f"{check.card}, {check.what}: {error:+.0%}{' (fitted to it)' if check in CALIBRATED_ON else ''}"
+        f"{check.card}, {check.what}: "
+        f"{error:+.0%}{' (fitted to it)' if check in CALIBRATED_ON else ''}"
         for check, _, error in errors(outlook.config.execution.engine)
     )
     return [*lines, f"{'':<{LABEL}}checked: {checked}. Other cards: never."]

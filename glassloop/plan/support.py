@@ -1,7 +1,8 @@
-"""What `fused` supports of a model's config, from plain values: known before a weight is read.
+"""Settings of a model's config that `fused` supports.
 
-The engine refuses by the same function (engines/fused/supported.py), and `execution.engine=auto`
-chooses by it (engine.py). What it supports of a run's config is in config/support.py.
+They are plain values, known before a weight is read. The engine refuses by the same function
+(engines/fused/supported.py), and `execution.engine=auto` chooses by it (engine.py). What it
+supports of a run's config is in config/support.py.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 
 def unsupported(values: Mapping[str, Any]) -> str | None:
-    """Return the first model setting that `fused` does not support, as a sentence; else None.
+    """Return the first model setting that `fused` does not support.
+
+    It is a sentence; None if `fused` supports all.
 
     Args:
         values: of config.json, or `fields_of` the loaded config; an absent field is ordinary.
@@ -71,10 +74,16 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     skipped = (values.get("quantization_config") or {}).get("llm_int8_skip_modules") or ()
     for name in skipped:
         if PARTS & set(str(name).split(".")):
-            return f"the model's own quantisation leaves out {name}, fused has every linear layer in NF4"
+            return (
+                f"the model's own quantisation leaves out {name}, fused has every linear layer in "
+                "NF4"
+            )
     for what, size in _inputs(values).items():
         if size % BLOCK:
-            return f"the model's config has {what} = {size}, fused needs a multiple of {BLOCK}, the weights that share a scale in NF4"
+            return (
+                f"the model's config has {what} = {size}, fused needs a multiple of {BLOCK}, the "
+                "weights that share a scale in NF4"
+            )
     return None
 
 

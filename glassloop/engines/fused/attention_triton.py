@@ -1,15 +1,19 @@
-"""Causal attention within each row of a pass, rows end to end, for rows too short to fill a GPU one by one; H query heads share a key head.
+"""Causal attention within each row of a pass, for short rows.
 
+Rows lie end to end and are too short to fill a GPU one by one. H query heads share a key head.
 Three kernels, none of which adds to memory that another program writes to, so that bits repeat:
 
-    forward    a program is a block of queries and a head. It walks over the row's keys up to its own.
-    queries    likewise; the gradient of q, and what `keys` needs of the output: delta = rowsum(grad * out).
-    keys       a program is a block of keys and a key head. It walks over the queries from its own to the row's end, of all the heads that share
-               it, and so adds their gradients of k and v up in registers.
+    forward    a program is a block of queries and a head. It walks over the row's keys up to its
+               own.
+    queries    likewise; the gradient of q, and what `keys` needs of the output:
+               delta = rowsum(grad * out).
+    keys       a program is a block of keys and a key head. It walks over the queries from its own
+               to the row's end, of all the heads that share it, and so adds their gradients of k
+               and v up in registers.
 
-q and k come turned by their positions; gradients leave turned back, side by side in one matrix as the product of q, k and v has them.
-Scores count in powers of 2, log2(e) being part of their scale, and so does the log-sum-exp. The algorithm is FlashAttention's (Dao 2023,
-arXiv:2307.08691).
+q and k come turned by their positions. Gradients leave turned back, side by side in one matrix as
+the product of q, k and v has them. Scores count in powers of 2, log2(e) being part of their scale,
+and so does the log-sum-exp. The algorithm is FlashAttention's (Dao 2023, arXiv:2307.08691).
 """
 
 # pyright: reportCallIssue=false
@@ -25,13 +29,15 @@ from torch import Tensor
 
 from glassloop.engines.fused.attention_work import Work
 
-# Numbers that `queries` leaves of each query for `keys`. Two of the four count: a load of fewer is not shared out among the threads, each would load
-# what all others do.
+# Numbers that `queries` leaves of each query for `keys`. Two of the four count: a load of fewer is
+# not shared out among the threads, each would load what all others do.
 WIDTH = tl.constexpr(4)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-    """Returns (T, heads, D), and the log-sum-exp to base 2 of the scaled scores, (heads, T) fp32, for `backward`.
+    """Returns (T, heads, D) and the log-sum-exp for `backward`.
+
+    The latter is to base 2, of the scaled scores, (heads, T) fp32.
 
     Args:
         q: (T, heads, D), D a power of 2 from 16 up. k, v: (T, key heads, D). Any row stride.
@@ -43,7 +49,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor
         work.tiles.forward,
     )
     _forward[(heads, len(work.forward))](
-        q, k, v, out, lse, work.forward, tokens, q.stride(0), k.stride(0), v.stride(0), size**-0.5 * math.log2(math.e),
+        q, k, v, out, lse, work.forward, tokens, q.stride(0), k.stride(0), v.stride(0),
+        size**-0.5 * math.log2(math.e),
         GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -62,7 +69,9 @@ def backward(
     work: Work,
     into: Tensor,
 ) -> None:
-    """Write the gradients of q and k before they were turned, and of v, to `into` (T, (heads + 2 key heads) * D), any row stride.
+    """Write the gradients of q, k (before they were turned) and v.
+
+    They go to `into` (T, (heads + 2 key heads) * D), any row stride.
 
     Args:
         grad: (T, heads, D), of the output. out, lse: as `forward` gave them.
@@ -74,16 +83,20 @@ def backward(
 
 
 def gradient_of_queries(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sums: Tensor, cos: Tensor, sin: Tensor,
-    work: Work, into: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sums: Tensor,
+    cos: Tensor, sin: Tensor, work: Work, into: Tensor,
 ) -> None:  # fmt: skip
-    """The first heads * D columns of `into`, and `sums` (heads, T, WIDTH) fp32: the log-sum-exp at 0, delta at WIDTH / 2."""
+    """Write the first heads * D columns of `into`, and `sums`.
+
+    `sums` (heads, T, WIDTH) fp32: the log-sum-exp at 0, delta at WIDTH / 2.
+    """
     tokens, heads, size = _checked(q, k, v, grad, out)
     assert cos.is_contiguous() and sin.is_contiguous() and into.stride(1) == 1
     tile, scale = work.tiles.queries, size**-0.5
     _queries[(heads, len(work.queries))](
         grad, q, k, v, out, lse, sums, cos, sin, into, work.queries, tokens,
-        grad.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), into.stride(0), scale, scale * math.log2(math.e),
+        grad.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), into.stride(0),
+        scale, scale * math.log2(math.e),
         GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -105,14 +118,18 @@ def gradient_of_keys(
     tile, scale = work.tiles.keys, size**-0.5
     _keys[(k.shape[1], len(work.keys))](
         grad, q, k, v, sums, cos, sin, into, work.keys, tokens,
-        grad.stride(0), q.stride(0), k.stride(0), v.stride(0), into.stride(0), scale, scale * math.log2(math.e),
+        grad.stride(0), q.stride(0), k.stride(0), v.stride(0), into.stride(0),
+        scale, scale * math.log2(math.e),
         GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def _checked(*parts: Tensor) -> tuple[int, int, int]:
-    """Tokens, heads and size of the first of them; all have their heads side by side."""
+    """Tokens, heads and size of the first tensor.
+
+    All have their heads side by side.
+    """
     assert all(t.stride(2) == 1 and t.stride(1) == t.shape[2] for t in parts)
     tokens, heads, size = parts[0].shape
     assert size >= 16 and size & (size - 1) == 0 and heads % parts[1].shape[1] == 0
@@ -132,7 +149,10 @@ def _rows(base, stride, place, length, D: tl.constexpr, MASKED: tl.constexpr):
 def _store_turned_back(
     tile, cos, sin, to, stride, place, length, OWN: tl.constexpr, D: tl.constexpr
 ):
-    """Turn (OWN, D) the other way round than positions did and write it. All pointers are the row's."""
+    """Turn (OWN, D) against the positions and write it.
+
+    All pointers are the row's.
+    """
     HALF: tl.constexpr = D // 2
     first, second = tl.split(
         tl.permute(tl.reshape(tile, (OWN, 2, HALF)), (0, 2, 1))
@@ -170,7 +190,8 @@ def _attend(
 @triton.jit(do_not_specialize=["tokens"])
 def _forward(
     q, k, v, out, lse, table, tokens, q_stride, k_stride, v_stride, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     head, heads, entry = tl.program_id(0), tl.num_programs(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
@@ -249,7 +270,8 @@ def _to_queries(
 def _queries(
     grad, q, k, v, out, lse, sums, cos, sin, into, table, tokens,
     grad_stride, q_stride, k_stride, v_stride, out_stride, into_stride, scale, scale_2,
-    GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     head, entry = tl.program_id(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
@@ -314,7 +336,10 @@ def _to_keys(
     dk, dv, k, v, q, grad, sums, q_stride, grad_stride, key, first, length, scale,
     D: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of `_keys`: queries of a head from `first` on. Beyond the row's end grad and delta are 0, and so is what they add."""
+    """One step of `_keys`: queries of a head from `first` on.
+
+    Beyond the row's end grad and delta are 0, and so is what they add.
+    """
     query = first + tl.arange(0, STEP)
     inside = query < length
     queries, grads = (
@@ -340,7 +365,8 @@ def _to_keys(
 def _keys(
     grad, q, k, v, sums, cos, sin, into, table, tokens,
     grad_stride, q_stride, k_stride, v_stride, into_stride, scale, scale_2,
-    GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     key_head, key_heads, entry = tl.program_id(0), tl.num_programs(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
