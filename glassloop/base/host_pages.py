@@ -46,7 +46,7 @@ Locking = Literal["no", "try", "must"]
 
 @dataclass
 class HostPages:
-    """The layers of a file, each on the host or on the device.
+    """The layers of a file, on the host or on the device.
 
     Attributes:
         file: the mapped file.
@@ -95,7 +95,10 @@ class HostPages:
         return pages
 
     def _lock(self) -> str | None:
-        """Lock the file's pages, or a copy of them. Returns why neither could be."""
+        """Lock the file's pages, or a copy of them.
+
+        Returns why neither could be.
+        """
         ranges = [(layer.offset, layer.nbytes) for layer in self.file.manifest.layers]
         end = sum(ranges[-1])
         own = self.file.memory[:end]
@@ -133,7 +136,7 @@ class HostPages:
         self.on_card[index] = self.blob(index).to(self.device, copy=True)
 
     def send_back(self, index: int) -> None:
-        """Drop the copy on the device; the blob is read on the host."""
+        """Drop the copy on the device; the host's is read."""
         assert self.mapped is not None, "these pages are not locked"
         del self.on_card[index]
 

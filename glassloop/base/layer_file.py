@@ -30,14 +30,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class NotStreamable(BaseError):
-    """A base that does not fit the file; the message names the weight."""
+    """A base that does not fit the file, by the weight's name."""
 
 
 @dataclass(frozen=True)
 class GroupPlace:
-    """Offsets and sizes of a group's parts in its layer's blob, in bytes.
+    """Offsets and sizes of a group's parts in its layer's blob.
 
-    `offsets` are the fp32 numbers added to each member's absmax; empty without double quantisation.
+    In bytes. `offsets` are the fp32 numbers added to each member's absmax; empty without double
+    quantisation.
     """
 
     rows: tuple[int, ...]

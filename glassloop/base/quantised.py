@@ -1,8 +1,8 @@
-"""The frozen base on the rank's device, in NF4 from a copy made once.
+"""The frozen base on the rank's device, from an NF4 copy.
 
-Quantising 8B weights reads 16 GB. The copy has 6 GB, and every rank of every later launch reads it.
-Its folder's name is a hash of all that decides its bytes. It appears by a rename. What was loaded
-from it is compared with the checksum taken when it was made.
+Quantising 8B weights reads 16 GB. The copy is made once, has 6 GB, and every rank of every later
+launch reads it. Its folder's name is a hash of all that decides its bytes. It appears by a rename.
+What was loaded from it is compared with the checksum taken when it was made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,8 +30,9 @@ from transformers import (
 )
 
 from glassloop.base.cache import cache_root, published, save_pretrained_here
-from glassloop.base.checks import base_checksum
+from glassloop.base.checksum import base_checksum
 from glassloop.base.random import drawn_shapes, fill, write_nf4
+from glassloop.base.reading import DTYPES, compare_own_quantization, own_quantization, read_model
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -44,7 +44,6 @@ from glassloop.base.source import (
 )
 from glassloop.config.config import ModelConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMAT = 1  # of a cached folder
 MANIFEST = "glassloop_base.json"
 # Files of a copy up to this size are compared by content, larger ones by size and what they load.
@@ -119,7 +118,7 @@ def load_base(
         elif source.drawn is not None:
             hf = _draw(source, model, dtype, device)
         else:
-            hf = _load(source.path, source.revision, model, dtype, device)
+            hf = read_model(source.path, source.revision, model, dtype, device)
     if copy is not None:
         hf, checksum = _load_copy(copy, model, dtype, device)
     else:
@@ -178,55 +177,13 @@ def find_base(
 
 
 def _drop_quantised(device: torch.device) -> None:
-    """Free the model that a copy was made of: as a ring of references it would stay in memory."""
+    """Free the model that a copy was made of.
+
+    As a ring of references it would stay in memory.
+    """
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _load(
-    path: str,
-    revision: str | None,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    quantize: BitsAndBytesConfig | None = None,
-    copy: Path | None = None,
-) -> PreTrainedModel:
-    settings = {} if quantize is None else {"quantization_config": quantize}
-    with loading_errors(model, copy):
-        hf, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            path,
-            revision=revision,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=model.attention,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **settings,
-        )
-    if wrong := _wrong_weights(hf, info["missing_keys"]):
-        cure = "take a complete repository or folder whose config fits its weights"
-        raise BaseError(
-            damaged_copy(model, copy, wrong) if copy else f"model.id = {model.id}: {wrong}: {cure}"
-        )
-    hf.requires_grad_(False)
-    if copy is None and quantize is None:
-        _to_dtype(hf, dtype)
-    prepare_4bit(hf, dtype)
-    return hf
-
-
-def _to_dtype(hf: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Widen the 16-bit tensors of a base that comes quantised.
-
-    transformers ignores dtype for them.
-    """
-    for parameter in hf.parameters():
-        narrow = parameter.is_floating_point() and parameter.element_size() < dtype.itemsize
-        if narrow and not hasattr(parameter, "quant_state"):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _draw(
@@ -241,42 +198,6 @@ def _draw(
         )
     fill(hf, drawn_shapes(source.drawn), device)
     return hf.eval().requires_grad_(False)  # as from_pretrained leaves it
-
-
-def _wrong_weights(hf: PreTrainedModel, missing: Iterable[str]) -> str:
-    """Name weights that transformers lets pass: drawn at random, or misshapen.
-
-    Empty if all are right.
-    """
-    if names := sorted(missing):
-        return (
-            f"{len(names)} weights are missing from its files and would be random "
-            f"({', '.join(names[:3])})"
-        )
-    for name, module in hf.named_modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
-            return (
-                f"{name} is {tuple(state.shape)} in its files, ({module.out_features}, "
-                f"{module.in_features}) in config.json"
-            )
-    return ""
-
-
-def prepare_4bit(hf: nn.Module, dtype: torch.dtype) -> None:
-    """Set the compute dtype of 4-bit layers; forbid repacking on a CPU.
-
-    bitsandbytes 0.50, on a CPU with AVX512-BF16: the first no-grad forward in eval mode repacks a
-    layer's weight for a kernel without a backward pass. Later training forwards lose part of their
-    gradient with a mere warning.
-    """
-    for module in hf.modules():
-        if hasattr(module, "quant_state") and hasattr(
-            module, "compute_dtype"
-        ):  # bitsandbytes' Linear4bit
-            module.compute_dtype = dtype  # type: ignore[assignment]
-            module.compute_type_is_set = True  # type: ignore[assignment]
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def quantized_copy(
@@ -303,7 +224,7 @@ def quantized_copy(
     hf = (
         None
         if source.drawn
-        else _load(source.path, source.revision, model, dtype, device, quantize=settings)
+        else read_model(source.path, source.revision, model, dtype, device, quantize=settings)
     )
     with published(folder) as temporary:
         if hf is None:
@@ -322,7 +243,7 @@ def quantized_copy(
                 dtype=dtype,
                 device=device,
             )
-            hf = _load(str(temporary), None, model, dtype, device)
+            hf = read_model(str(temporary), None, model, dtype, device)
         else:
             check_free_space(temporary, hf.get_memory_footprint())
             generation, hf.generation_config = hf.generation_config, GenerationConfig()
@@ -412,55 +333,8 @@ def _load_copy(
     """
     expected = _checksum_of_copy(folder, model)
     with loading_errors(model, copy=folder):
-        hf = _load(str(folder), None, model, dtype, device, copy=folder)
+        hf = read_model(str(folder), None, model, dtype, device, copy=folder)
     checksum = base_checksum(hf)
     if checksum != expected:
         raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))
     return hf, checksum
-
-
-def own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
-    """The quantization_config that a repository brings; None if it has none."""
-    with loading_errors(model):
-        config = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
-        )
-    own = getattr(config, "quantization_config", None)
-    return own if own is None or isinstance(own, dict) else own.to_dict()
-
-
-def compare_own_quantization(
-    own: dict[str, Any], model: ModelConfig, dtype: torch.dtype
-) -> list[str]:
-    """Notes on a repository that comes quantised: its settings are kept.
-
-    Raises BaseError unless they are NF4 by bitsandbytes.
-    """
-    kind = (
-        own.get("bnb_4bit_quant_type")
-        if own.get("load_in_4bit")
-        else own.get("quant_method", "unknown")
-    )
-    if kind != "nf4":
-        raise BaseError(
-            f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take "
-            "the unquantised repository"
-        )
-    if model.quantization != "nf4":
-        raise BaseError(
-            f"model.id = {model.id} comes quantised as NF4, but model.quantization = "
-            f"{model.quantization}: set it to nf4"
-        )
-    notes = [f"model.id = {model.id} comes quantised: its own NF4 weights are used"]
-    double = bool(own.get("bnb_4bit_use_double_quant"))
-    if double != model.double_quantization:
-        notes.append(
-            f"its double quantisation is {double}; model.double_quantization = "
-            f"{model.double_quantization} has no effect"
-        )
-    compute, wanted = (
-        str(d).removeprefix("torch.") for d in (own.get("bnb_4bit_compute_dtype"), dtype)
-    )
-    if compute != wanted:
-        notes.append(f"its compute dtype {compute} is replaced by {wanted}")
-    return notes

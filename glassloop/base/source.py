@@ -144,9 +144,7 @@ def _hub_source(model: ModelConfig) -> BaseSource:
             "spelling (owner/name); "
             "for a private one, log in with `hf auth login`"
         ) from error
-    except (
-        Exception
-    ) as error:  # whatever the HTTP library of the day raises when the hub is out of reach
+    except Exception as error:  # whatever the HTTP library of the day raises without a hub
         unreachable = f"{type(error).__name__}: {error}"
     cached = try_to_load_from_cache(model.id, "config.json", revision=revision)
     if not isinstance(cached, str):
@@ -177,7 +175,10 @@ def config_of(source: BaseSource, model: ModelConfig) -> dict[str, Any]:
 
 
 def locate_base(model: ModelConfig) -> tuple[BaseSource, dict[str, Any]]:
-    """Source and config of the base; a run asks once and passes them on."""
+    """Source and config of the base.
+
+    A run asks once, before anything is loaded, and passes them on.
+    """
     source = resolve_source(model)
     return source, config_of(source, model)
 

@@ -1,4 +1,4 @@
-"""A base that draws no random numbers of its own while it trains.
+"""A base without random numbers of its own in training.
 
 `lora.dropout` is the only dropout that a config asks for. A base may bring more: modules,
 functional dropout by a field of its config, layers that are skipped at random, noise in a router.

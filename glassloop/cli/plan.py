@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
         )
         return 0
     from glassloop.plan.changes import lines_of
-    from glassloop.plan.render import LABEL, launch_line, render, wrapped
+    from glassloop.plan.render import launch_line, render, wrapped
+    from glassloop.plan.render_cost import LABEL
 
     lines = [*render(outlook), ""]
     for number, line in enumerate(line for one in changes for line in lines_of(one)):

@@ -1,4 +1,5 @@
-"""Engines that compute a pass: over PEFT, by Unsloth, our own in fused/.
+"""Engines that compute a pass.
 
-May import base, data, formula, plan and predict.
+The reference over PEFT, Unsloth, and our own in fused/. May import base, data, formula, plan and
+predict.
 """

@@ -140,7 +140,7 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
 def load_adapter(
     model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_name: str, commit: str | None
 ) -> None:
-    """Put the weights of a saved PEFT LoRA adapter into the fresh ones.
+    """Put the weights of a saved LoRA adapter into fresh ones.
 
     Raises ValueError naming model.init_adapter: a file is missing, damaged or too large, weights
     are not finite, or adapter_config.json differs from the run's config (every difference is

@@ -143,7 +143,10 @@ def prepared(
 def _load(
     model: ModelConfig, engine: str, memory_base: str | int, shared: dict[str, Any]
 ) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
-    """Load the base; for fused as a file of layers if it can."""
+    """Load the base; for fused over a file of layers.
+
+    If its weights have that form.
+    """
     if engine != "fused" or model.quantization != "nf4":
         return *load_base(model, **shared), None
     locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")

@@ -29,8 +29,10 @@ from safetensors import safe_open
 from torch import nn
 
 from glassloop.base.cache import cache_root
-from glassloop.base.checks import base_checksum, check_plain_head
-from glassloop.base.quantised import DTYPES, LoadReport, find_base, prepare_4bit
+from glassloop.base.checks import check_plain_head
+from glassloop.base.checksum import base_checksum
+from glassloop.base.quantised import LoadReport, find_base
+from glassloop.base.reading import DTYPES, prepare_4bit
 from glassloop.base.source import BaseSource
 from glassloop.base.still import silence
 from glassloop.config.config import LoraConfig, ModelConfig

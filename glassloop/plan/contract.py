@@ -30,7 +30,10 @@ class ContractBroken(RuntimeError):
 
 @dataclass(frozen=True)
 class Contract:
-    """The numbers that a run must match. Tuples have one entry an update."""
+    """The numbers that a run must match.
+
+    Tuples have one entry an update.
+    """
 
     step: StepPlan
     rows: tuple[int, ...]  # of each update, over all ranks

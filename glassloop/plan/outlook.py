@@ -15,9 +15,10 @@ from glassloop.plan.steps import StepPlan, make_plan
 from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
-from glassloop.predict.ledger import PROFILES, STATE_BYTES, Ledger, Work
+from glassloop.predict.ledger import PROFILES
 from glassloop.predict.roofline import fused_pass_time, pass_time, tokens_per_s
 from glassloop.predict.shapes import Shapes, shapes_of
+from glassloop.predict.terms import STATE_BYTES, Ledger, Work
 
 SCHEMA = 1
 TOKENIZER_BYTES = (

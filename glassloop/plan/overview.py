@@ -9,9 +9,11 @@ import textwrap
 from dataclasses import dataclass
 
 from glassloop.plan.outlook import Outlook
-from glassloop.plan.render import LABEL, duration, width
+from glassloop.plan.render import width
+from glassloop.plan.render_cost import LABEL, duration
 from glassloop.predict.flops import flops_of
-from glassloop.predict.ledger import GIB, ledger_of
+from glassloop.predict.ledger import ledger_of
+from glassloop.predict.terms import GIB
 
 SETTING = 27  # columns of the settings at the right
 LIBRARIES_GIB = 0.7  # of a process with torch, transformers and peft loaded

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from glassloop.config.config import Config
 from glassloop.predict.cards import budget_bytes
 from glassloop.predict.hardware import PLANNED_FOR, Present, gpu_named
-from glassloop.predict.ledger import GIB, Ledger, Work, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import pass_tokens_of, with_tiers
+from glassloop.predict.terms import GIB, Ledger, Work
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class TokenCounts:
 
 
 def chooses_passes(config: Config) -> bool:
-    """True if a run on a GPU chooses the size of its packed passes.
+    """True if a run chooses the size of its packed passes.
 
-    It does so by what memory has room for.
+    It does so on a GPU, by what memory has room for.
     """
     execution = config.execution
     packed = execution.layout == "packed" and execution.pass_tokens is None
@@ -101,9 +102,10 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
 
 
 def usual_budget(present: Sequence[Present], ranks: int) -> tuple[str, int]:
-    """The card of a detailed plan, and what torch may take of it.
+    """The card of a detailed plan, and its budget.
 
-    It is this machine's, else the first that every plan shows.
+    It is this machine's, else the first that every plan shows. Budget: bytes that torch may take of
+    it.
     """
     for card in present:
         if card.gpu is not None:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from glassloop.predict.hardware import Gpu
-from glassloop.predict.ledger import GIB, Work, ledger_of, tiers_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import with_tiers
+from glassloop.predict.terms import GIB, Work, tiers_of
 from glassloop.predict.tiers import FRAGMENTATION, Tiers, describe
 
 CONTEXT_GIB = 0.5  # CUDA context with the kernels of torch, cuBLAS and bitsandbytes loaded

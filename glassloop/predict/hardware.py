@@ -77,7 +77,7 @@ PLANNED_FOR = (
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """Facts of the card called `name`; None if it is not in the table.
+    """Facts of the card called `name`; None if unknown.
 
     The name is torch's, nvidia-smi's or a short key. The whole name must agree: a "GeForce RTX 4090
     Laptop GPU" is not a 4090, and an "NVIDIA H100" without more is not known to be one of its

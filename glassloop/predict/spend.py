@@ -9,13 +9,14 @@ from bisect import bisect_left
 from dataclasses import replace
 
 from glassloop.predict import tiers
-from glassloop.predict.ledger import GIB, Work, fused_head_bytes, resident, tiers_of
+from glassloop.predict.ledger import fused_head_bytes
 from glassloop.predict.shapes import Shapes
+from glassloop.predict.terms import GIB, Work, resident, tiers_of
 from glassloop.predict.tiers import MOST_PASS_TOKENS, PASS_STEP, sizes_of
 
 
 def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
-    """The work as `fused` does it within so many bytes of a GPU.
+    """The work as `fused` does it within a GPU's bytes.
 
     It has a pass size, if the engine chooses it, and tiers.
     """
@@ -61,7 +62,7 @@ def resident_bytes(shapes: Shapes, work: Work) -> int:
 
 
 def pass_tokens_of(shapes: Shapes, work: Work, budget_bytes: int) -> int:
-    """Most tokens of a packed pass of which all layers can be kept.
+    """Most tokens of a packed pass with all layers kept.
 
     A multiple of PASS_STEP (engine `fused`); 0 if there is none. Every token is taken to be
     supervised; the tokens of `work` do not matter. More than MOST_PASS_TOKENS would gain nothing.

@@ -132,7 +132,7 @@ def attention_backward(
     *,
     room: int = 0,
 ) -> Tensor:
-    """Gradients of q and k before `rotate`, and of v, side by side.
+    """Gradients of q, k before `rotate`, and v, side by side.
 
     (T, (heads + 2 key heads) * D + room). The matrix is made here, since torch's kernels take most
     memory while it need not be there.

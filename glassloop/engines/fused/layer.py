@@ -182,9 +182,9 @@ def chosen(t: Tensor, places: Tensor | None) -> Tensor:
 
 
 def spread(t: Tensor, places: Tensor | None, tokens: int) -> Tensor:
-    """The reverse of `chosen`: (T, ...) with t's rows at places, else 0.
+    """The reverse of `chosen`: t's rows at places, else 0.
 
-    t: (S, ...).
+    (T, ...) of t (S, ...).
     """
     return t if places is None else t.new_zeros(tokens, *t.shape[1:]).index_copy_(0, places, t)
 

@@ -93,7 +93,10 @@ class Linear:
             self.held, self.a, self.b = None, self.a.contiguous(), self.b.contiguous()
 
     def places(self) -> list[tuple[Adapter, slice, slice]]:
-        """Each adapter with its rows of W and its columns of the fold."""
+        """Each adapter with its rows of W and columns.
+
+        The columns are the fold's.
+        """
         found, row, column = [], 0, 0
         for adapter, rows in zip(self.adapters, self.packed.rows, strict=True):
             if adapter is not None:
@@ -128,7 +131,10 @@ class Linear:
         return self.a.new_empty(tokens, self.columns + self.rank)
 
     def output(self, tokens: int) -> Tensor:
-        """(T, N + R): an output, or its gradient, with the adapters' columns."""
+        """(T, N + R): an output, or its gradient.
+
+        It has room for the adapters' columns.
+        """
         return self.a.new_empty(tokens, self.rows + self.rank)
 
     def narrow(self, x: Tensor) -> Tensor:
@@ -150,9 +156,9 @@ class Linear:
         return torch.mm(x, factor) if out is None else torch.mm(x, factor, out=out)
 
     def fold(self, grad: Tensor) -> None:
-        """Write dy B into the last R columns of grad (T, N + R).
+        """Write dy B into the last R columns of grad.
 
-        Its first N are dy. The two methods below need it.
+        grad: (T, N + R), whose first N are dy. The two methods below need it.
         """
         torch.mm(grad[:, : self.rows], self.b, out=grad[:, self.rows :])
 
@@ -194,9 +200,10 @@ class Scratch:
         self.held: dict[tuple[str, int, int], Linear] = {}
 
     def weights(self, linear: Linear) -> Tensor:
-        """(N + R, K + R): W with B at its right and sA below.
+        """W with B at its right and sA below.
 
-        Dequantises them unless the matrix holds this group's already, or the group its own.
+        (N + R, K + R). Dequantises them unless the matrix holds this group's already, or the group
+        its own.
         """
         if linear.held is not None:
             return linear.held
@@ -214,9 +221,9 @@ class Scratch:
         return linear.held is not None or self.held.get(_key(linear)) is linear
 
     def products(self, linear: Linear) -> tuple[Tensor, Tensor]:
-        """(R, K) and (N, R) fp32: room for a group's dA and dB.
+        """Room for a group's dA and dB, fp32.
 
-        They hold until the next layer's.
+        (R, K) and (N, R); they hold until the next layer's.
         """
         key = (linear.group, linear.rank, linear.rows, linear.columns)
         if key not in self.sums:

@@ -17,9 +17,9 @@ from torch import Tensor
 def add_norm_reference(
     x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor
 ) -> Tensor:
-    """Write weight * s / rms(s) to `out` (T, H), any row stride.
+    """Write weight * s / rms(s) to `out`, with s = x + y.
 
-    Returns s = x + y (T, H), which is x itself without y.
+    `out`: (T, H), any row stride. Returns s (T, H), which is x itself without y.
     """
     s = x if y is None else (x.float() + y.float()).to(x.dtype)
     wide = s.float()
@@ -30,9 +30,9 @@ def add_norm_reference(
 def norm_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, into: Tensor
 ) -> None:
-    """Add the gradient in x (T, H) of weight * x / rms(x) to `into`.
+    """Add the norm's gradient in x to `into`.
 
-    `into`: (T, H), any row stride. grad: (T, H) of the norm's output.
+    The norm is weight * x / rms(x). `into`: (T, H), any row stride. grad: (T, H) of its output.
     """
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (T, 1)

@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glassloop.base import quantised as base_cache
 from glassloop.base.checks import (
     audit_table,
-    base_checksum,
     check_devices,
     check_dtypes,
     check_plain_head,
     check_token_ids,
     dtype_audit,
 )
+from glassloop.base.checksum import base_checksum
+from glassloop.base.reading import DTYPES
 from glassloop.config.config import LoraConfig
 from glassloop.engines.peft import PeftEngine
 
@@ -68,7 +68,7 @@ def test_base_has_the_dtype_asked_for(
         elif not group.kind.startswith("quanti"):
             assert group.dtype == wanted, group
     layer = engine.hf.get_base_model().get_decoder().layers[0].mlp.up_proj.base_layer  # type: ignore[operator]
-    assert layer.compute_dtype == base_cache.DTYPES[precision]
+    assert layer.compute_dtype == DTYPES[precision]
     assert layer.support_avx512bf16_for_cpu is False
 
 
@@ -157,11 +157,9 @@ def test_base_checksum_sees_every_byte_of_a_tensor_that_ends_in_part_of_a_word()
 
 
 def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glassloop.base import checks as model_checks
-
     module = torch.nn.Linear(33, 7)
     clean = base_checksum(module)
-    monkeypatch.setattr(model_checks, "CHUNK_WORDS", 5)
+    monkeypatch.setattr("glassloop.base.checksum.CHUNK_WORDS", 5)
     assert base_checksum(module) == clean
 
 

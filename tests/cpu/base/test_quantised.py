@@ -23,8 +23,9 @@ from transformers import (
 
 from glassloop.base import quantised as base_cache
 from glassloop.base import source as base_source
-from glassloop.base.checks import base_checksum
+from glassloop.base.checksum import base_checksum
 from glassloop.base.quantised import MANIFEST, LoadReport, copy_name, load_base
+from glassloop.base.reading import DTYPES
 from glassloop.config.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_copy_is_byte_equal_to_quantising_again(
     first, report = load(tiny_qwen2, tmp_path, precision=precision, double_quantization=double)
     second, again = load(tiny_qwen2, tmp_path, precision=precision, double_quantization=double)
     assert (report.from_cache, again.from_cache) == (False, True)
-    dtype = base_cache.DTYPES[precision]
+    dtype = DTYPES[precision]
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -86,7 +87,7 @@ def test_ranks_read_what_the_first_one_made(
     """Quantised once, inside the context in which one rank goes first; every rank loads the same copy."""
     inside = []
     quantised = []
-    real = base_cache._load
+    real = base_cache.read_model
 
     def spy(*args: object, quantize: object = None, **rest: object) -> PreTrainedModel:
         quantised.append((quantize is not None, bool(inside)))
@@ -98,7 +99,7 @@ def test_ranks_read_what_the_first_one_made(
         yield
         inside.pop()
 
-    monkeypatch.setattr(base_cache, "_load", spy)
+    monkeypatch.setattr(base_cache, "read_model", spy)
     config = ModelConfig(id=str(tiny_llama), cache_dir=str(tmp_path))
     reports = [load_base(config, precision="bf16", device=CPU, first=first)[1] for _ in range(2)]
     assert quantised == [(True, True), (False, False), (False, False)]

@@ -13,10 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from glassloop.base import quantised as base_cache
-from glassloop.base.checks import (
-    base_checksum,
-)
+from glassloop.base import reading
+from glassloop.base.checksum import base_checksum
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Pass, Row
@@ -248,7 +246,7 @@ def test_generating_would_change_gradients_without_the_cure(
 
     if not has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16: bitsandbytes repacks nothing")
-    monkeypatch.setattr(base_cache, "prepare_4bit", lambda hf, dtype: None)
+    monkeypatch.setattr(reading, "prepare_4bit", lambda hf, dtype: None)
     engine, batch = engine_of(tiny_llama, quantization="nf4"), pass_of(rows_of(12, 17))
     randomise_b(engine)
     assert engine.training, "the plain-head check has repacked all layers by now"

@@ -22,8 +22,9 @@ from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters
 from glassloop.predict.cards import needed_gib, smaller_settings, verdict
 from glassloop.predict.hardware import gpu_named
-from glassloop.predict.ledger import GIB, PHASES, Work, base_bytes, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import KNOWN, Shapes, shapes_from_config, shapes_of
+from glassloop.predict.terms import GIB, PHASES, Work, base_bytes
 
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 FULL = Work(rows=2, tokens=2048, r=16, targets=PROJECTIONS)

@@ -21,9 +21,10 @@ from glassloop.predict import tiers as predicted
 from glassloop.predict.cards import budget_bytes, needed_gib, verdict
 from glassloop.predict.flops import flops_of
 from glassloop.predict.hardware import gpu_named
-from glassloop.predict.ledger import GIB, Work, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import KNOWN, shapes_of
 from glassloop.predict.spend import pass_tokens_of, resident_bytes, with_tiers
+from glassloop.predict.terms import GIB, Work
 from glassloop.predict.tiers import Tiers, sizes_of
 
 needs_triton = pytest.mark.skipif(
