@@ -1,4 +1,4 @@
-"""Dtypes, devices, the head and the base: what is checked before a model trains."""
+"""Checks of a model before it trains: dtypes, devices, head, base."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_trainables_in_16_bits_are_refused(
 
 
 def test_fp32_copies_of_base_weights_are_refused(engine_of: EngineOf, tiny_llama: Path) -> None:
-    """What prepare_model_for_kbit_training does to embedding and head."""
+    """prepare_model_for_kbit_training makes them of embedding and head."""
     engine = engine_of(tiny_llama, precision="bf16", quantization="nf4")
     base = engine.hf.get_base_model()  # type: ignore[operator]
     for layer in base.get_decoder().layers:
@@ -208,8 +208,8 @@ def test_a_base_with_numbers_that_are_not_finite_is_refused_with_model_and_weigh
     with pytest.raises(ValueError, match="take an undamaged copy of the model") as error:
         engine_of(tmp_path / "spoiled", quantization=quantization, precision="bf16")
     assert (
-        f"model.id = {tmp_path / 'spoiled'} holds infinite or NaN numbers in model.layers.1.mlp.up_proj.weight"
-        in str(error.value)
+        f"model.id = {tmp_path / 'spoiled'} holds infinite or NaN numbers in "
+        "model.layers.1.mlp.up_proj.weight" in str(error.value)
     )
 
 
@@ -218,7 +218,8 @@ def test_logits_that_overflow_are_told_from_damaged_weights(tiny_llama: Path) ->
     hf.lm_head.weight.data.fill_(6e4)
     with pytest.raises(
         ValueError,
-        match=r"model\.id = org/base computes logits .* in float16: set execution\.precision=bf16 or fp32",
+        match=r"model\.id = org/base computes logits .* in float16: "
+        r"set execution\.precision=bf16 or fp32",
     ):
         check_plain_head(hf, CPU, "org/base")
 

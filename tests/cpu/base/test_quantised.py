@@ -1,4 +1,4 @@
-"""Where a base comes from, its quantised copy, and what a person reads when it cannot be loaded."""
+"""A base's quantised copy, and messages when it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_copy_is_byte_equal_to_quantising_again(
 def test_ranks_read_what_the_first_one_made(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quantised once, inside the context in which one rank goes first; every rank loads the same copy."""
+    """One rank quantises while the others wait; all load the copy."""
     inside = []
     quantised = []
     real = base_cache.read_model
@@ -167,9 +167,10 @@ def test_changed_weights_are_quantised_again(tiny_llama: Path, tmp_path: Path) -
 def test_damage_anywhere_in_a_copy_is_found_and_named(
     tiny_llama: Path, tmp_path: Path, weights_hashed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flipped byte in any file, wherever it falls, or a cut or missing file: refused, naming the folder and the cure.
+    """A flipped byte anywhere, or a cut or missing file, is refused.
 
-    Small files are compared by hash, large ones by what loads from them.
+    The message names folder and cure. Small files are compared by hash, large ones by what loads
+    from them.
     """
     if not weights_hashed:
         monkeypatch.setattr(base_cache, "HASHED_BYTES", 50_000)
@@ -250,7 +251,10 @@ def test_too_little_disk_space_names_the_field(
 def test_generation_settings_come_along_as_they_are(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some repositories hold settings that transformers (all of them before 5.2x) refuses to save."""
+    """Some repositories hold settings that transformers refuses to save.
+
+    All of them before 5.2x.
+    """
     real = GenerationConfig.save_pretrained
 
     def strict(self: GenerationConfig, *args: object, **rest: object) -> None:
@@ -354,7 +358,8 @@ def test_model_with_code_of_its_own_runs_only_when_told_to(
 ) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     code = "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
-    code += "class OwnConfig(LlamaConfig):\n    model_type = 'own_kind'\n\n\nclass OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    code += "class OwnConfig(LlamaConfig):\n    model_type = 'own_kind'\n\n\n"
+    code += "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     (folder / "own.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
     config |= {
