@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from glassloop.base.checks import check_plain_head
-from glassloop.base.quantised import DTYPES, load_base
+from glassloop.base.quantised import load_base
+from glassloop.base.reading import DTYPES
 from glassloop.config.arguments import parse
 from glassloop.config.config import Config
 from glassloop.data.batches import build_pass
@@ -36,8 +37,9 @@ from glassloop.engines.adapters import attach_lora
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers
 from glassloop.formula.optim import FlatAdapters, l2_norm, make_optimizer
-from glassloop.predict.ledger import GIB, Work, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import Shapes, shapes_of
+from glassloop.predict.terms import GIB, Work
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARK = 0.10  # most that the predicted peak of the engine peft may be off

@@ -30,7 +30,7 @@ from glassloop.engines.fused.engine import FusedEngine
 from glassloop.engines.fused.stream import LayerStream
 from glassloop.engines.norms import fuse_norms
 from glassloop.formula.optim import FlatAdapters, l2_norm
-from glassloop.plan.honoured import GROUPS
+from glassloop.plan.support import GROUPS
 from glassloop.predict.tiers import Tiers
 
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""The frozen base: where its files are, its quantised forms, drawn weights, checks.
+"""The frozen base: its source, quantised forms, drawn weights and checks.
 
 May import config, predict and disk.
 """

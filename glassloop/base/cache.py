@@ -1,6 +1,7 @@
-"""Where glassloop keeps models that it makes once, and how such a folder appears there. No torch.
+"""The cache of models that glassloop makes once.
 
-Unlike a run's folders these are large, and several processes may make the same one at the same time.
+They are larger than a run's folders, and several processes may make the same one at a time. No
+torch.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def published(
 def save_pretrained_here(model: Any, folder: Path) -> None:
     """`model.save_pretrained(folder)` on whatever rank this is.
 
-    transformers 5 writes on global rank 0 only and says nothing on the others, but a cache belongs to a host, and the first rank of a second host
-    is not global rank 0. Raises RuntimeError if nothing was written all the same.
+    transformers 5 writes on global rank 0 only and is silent on the others. A cache belongs to a
+    host, and the first rank of a second host is not global rank 0. Raises RuntimeError if nothing
+    was written all the same.
     """
     model.should_save_on_this_rank = lambda is_main_process: True
     try:

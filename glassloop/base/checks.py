@@ -1,11 +1,12 @@
-"""What must be true of a built model before it trains: dtypes, devices, a head of plain weights, one and the same base.
+"""Checks of a built model before it trains.
+
+They cover dtypes, devices, a head of plain weights, token ids, and that all ranks have one base.
 
 Legend: H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Factors between the head's product and the logits that a head of plain weights leaves out; 1, 0 and None are no factor.
+# Factors between the head's product and the logits that a head of plain weights leaves out. 1, 0
+# and None are no factor.
 LOGIT_FACTORS = (
     "final_logit_softcapping",
     "logits_soft_cap",
@@ -23,12 +25,14 @@ LOGIT_FACTORS = (
     "logit_scale",
     "lm_head_multiplier",
 )
-CHUNK_WORDS = 1 << 22  # 32 MiB of int64 at a time
 
 
 @dataclass(frozen=True)
 class DtypeGroup:
-    """Tensors of one kind and dtype. `parameters` counts logical weights (two to a byte in NF4), `size_bytes` memory."""
+    """Tensors of one kind and dtype.
+
+    `parameters` counts logical weights (two to a byte in NF4), `size_bytes` memory.
+    """
 
     kind: str
     dtype: str
@@ -39,7 +43,10 @@ class DtypeGroup:
 
 
 def dtype_audit(hf: nn.Module) -> list[DtypeGroup]:
-    """Every parameter (and NF4's scales) by kind, dtype and whether it trains, in the order of first appearance."""
+    """Count parameters and NF4's scales by kind, dtype and trainability.
+
+    Groups come in the order of first appearance.
+    """
     groups: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
     for kind, tensor, parameters, trainable in _kinds(hf):
         group = groups[kind, str(tensor.dtype).removeprefix("torch."), trainable]
@@ -53,17 +60,16 @@ def audit_table(groups: list[DtypeGroup]) -> str:
     lines = [f"{'parameters':24}{'dtype':10}{'trains':8}{'tensors':>8}{'weights':>16}{'MiB':>10}"]
     for g in groups:
         trains = "yes" if g.trainable else "no"
-        lines.append(
-            f"{g.kind:24}{g.dtype:10}{trains:8}{g.tensors:>8}{g.parameters:>16,}{g.size_bytes / 2**20:>10.1f}"
-        )
+        size = f"{g.parameters:>16,}{g.size_bytes / 2**20:>10.1f}"
+        lines.append(f"{g.kind:24}{g.dtype:10}{trains:8}{g.tensors:>8}{size}")
     return "\n".join(lines)
 
 
 def unquantised_note(hf: nn.Module) -> str:
-    """Count the layers' weights that NF4 leaves in 16 bits, as a note; empty if there are none.
+    """Count the layers' weights that NF4 leaves in 16 bits.
 
-    bitsandbytes quantises linear layers. Experts that lie in one tensor a layer are none, and
-    embedding, head, norms and biases stay as they are in every model.
+    A note; empty if there are none. bitsandbytes quantises linear layers. Experts that lie in one
+    tensor a layer are none. Embedding, head, norms and biases stay as they are in every model.
     """
     groups = [g for g in dtype_audit(hf) if g.kind in ("experts", "other", "linear")]
     if not (count := sum(g.parameters for g in groups)):
@@ -93,24 +99,27 @@ def check_token_ids(
     for name, token in others.items():
         if token is not None and token >= size:
             raise ValueError(
-                f"model.id = {model_id}: the {name} token {tokenizer.convert_ids_to_tokens(token)!r} "
+                f"model.id = {model_id}: the {name} token "
+                f"{tokenizer.convert_ids_to_tokens(token)!r} "
                 f"has id {token}, and the embedding has {size} rows: {cure}"
             )
     odd = [(row_id, token) for row_id, ids in rows if (token := max(ids)) >= size]
     if odd:
         (row_id, token), count = odd[0], len(odd)
         raise ValueError(
-            f"model.id = {model_id}: token {tokenizer.convert_ids_to_tokens(token)!r} of row {row_id} "
+            f"model.id = {model_id}: token {tokenizer.convert_ids_to_tokens(token)!r} of row "
+            f"{row_id} "
             f"has id {token}, and the embedding has {size} rows ({count} rows hold such tokens): "
             f"{cure}"
         )
 
 
 def check_dtypes(hf: nn.Module, precision: str) -> None:
-    """Raise ValueError where a trainable is not fp32, or a base tensor other than a norm is fp32 that nobody asked for.
+    """Refuse trainables that are not fp32, and fp32 that nobody asked for.
 
-    Trainables in 16 bits lose small steps to rounding in bf16, and cannot be unscaled in fp16 (peft issue 341). fp32 copies of
-    the 16-bit embedding and head cost 2 GB on an 8B model and change nothing (peft issue 816).
+    Trainables in 16 bits lose small steps to rounding in bf16, and cannot be unscaled in fp16 (peft
+    issue 341). fp32 copies of the 16-bit embedding and head cost 2 GB on an 8B model and change
+    nothing (peft issue 816). Raises ValueError naming the tensor; norms may be fp32.
     """
     kept = tuple(getattr(_base(hf), "_keep_in_fp32_modules", None) or ()) + tuple(
         getattr(_base(hf), "_keep_in_fp32_modules_strict", None) or ()
@@ -118,7 +127,8 @@ def check_dtypes(hf: nn.Module, precision: str) -> None:
     for name, kind, parameter in named_kinds(hf):
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ValueError(
-                f"{name} trains in {parameter.dtype}, but execution.precision = {precision} needs fp32 trainables: "
+                f"{name} trains in {parameter.dtype}, but execution.precision = {precision} needs "
+                "fp32 trainables: "
                 "load adapters with autocast_adapter_dtype, or convert them to fp32"
             )
         asked = (
@@ -129,13 +139,17 @@ def check_dtypes(hf: nn.Module, precision: str) -> None:
         )
         if parameter.dtype == torch.float32 and not asked:
             raise ValueError(
-                f"{name} ({kind}) is fp32 although execution.precision = {precision}: only norms may be; "
+                f"{name} ({kind}) is fp32 although execution.precision = {precision}: only norms "
+                "may be; "
                 "do not prepare the model for k-bit training, or set execution.precision=fp32"
             )
 
 
 def check_devices(hf: nn.Module, device: torch.device, *, but: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless every parameter and buffer lies on this rank's own device. `but`: last parts of buffers' names that need not."""
+    """Raise ValueError unless all tensors lie on this rank's own device.
+
+    `but`: last parts of the names of buffers that need not.
+    """
     own = _indexed(device)
     buffers = [
         (name, tensor) for name, tensor in hf.named_buffers() if name.rpartition(".")[2] not in but
@@ -143,46 +157,52 @@ def check_devices(hf: nn.Module, device: torch.device, *, but: tuple[str, ...] =
     for name, tensor in [*hf.named_parameters(), *buffers]:
         if _indexed(tensor.device) != own:
             raise ValueError(
-                f"{name} lies on {tensor.device}, but this rank owns {own}: device_map='auto' splits a model over GPUs and leaves one "
+                f"{name} lies on {tensor.device}, but this rank owns {own}: device_map='auto' "
+                "splits a model over GPUs and leaves one "
                 "rank; load with device_map={'': the rank's device}"
             )
 
 
 @torch.no_grad()
 def check_unpatched(base: nn.Module, engine: str) -> None:
-    """Raise ValueError where unsloth, imported earlier in this process, has put its own classes or functions in transformers' place."""
+    """Raise ValueError if unsloth has patched transformers in this process."""
     for name, module in base.named_modules():
         for origin in (type(module).__module__, getattr(type(module).forward, "__module__", "")):
             if origin.startswith("unsloth"):
                 raise ValueError(
-                    f"execution.engine = {engine}: {name or 'the model'} is {origin}'s, since unsloth was imported in this process and patched "
+                    f"execution.engine = {engine}: {name or 'the model'} is {origin}'s, since "
+                    "unsloth was imported in this process and patched "
                     "transformers for all of it: start a process of its own"
                 )
 
 
 def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None:
-    """Raise ValueError where logits are more than head(decoder(x)): softcaps, scales, a quantised head; or where they are not finite.
+    """Raise ValueError unless logits are head(decoder(x)), and finite.
 
-    The loss is computed from hidden states and the head's weight, chunk by chunk; a factor in between would be left out.
-    Known names first, then four tokens through both ways. `model_id` is named in the message.
+    The loss is computed from hidden states and the head's weight, chunk by chunk, so softcaps,
+    scales and a quantised head would be left out. Known names come first, then four tokens go
+    through both ways. `model_id` is named in the message.
     """
     config = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     for field in LOGIT_FACTORS:
         value = getattr(config, field, None)
         if value is not None and value not in (0, 1):
             raise ValueError(
-                f"{config.model_type} has {field} = {value} between head and logits, which execution.engine = peft does not compute: "
+                f"{config.model_type} has {field} = {value} between head and logits, which "
+                "execution.engine = peft does not compute: "
                 "take a model without it"
             )
     head, decoder = hf.get_output_embeddings(), hf.get_decoder()  # type: ignore[operator]
     name = type(hf).__name__
     if decoder is None or decoder is hf:
         raise ValueError(
-            f"{name} does not tell its decoder from its head, which execution.engine = peft relies on: take another model"
+            f"{name} does not tell its decoder from its head, which execution.engine = peft "
+            "relies on: take another model"
         )
     if head is None or type(head) is not nn.Linear:
         raise ValueError(
-            f"{name} has no head of plain weights ({type(head).__name__}): take a model whose head is an unquantised nn.Linear"
+            f"{name} has no head of plain weights ({type(head).__name__}): take a model whose "
+            "head is an unquantised nn.Linear"
         )
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % config.vocab_size  # (1, 4)
     was_training = hf.training
@@ -197,12 +217,13 @@ def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None
         plain, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())
     ):
         raise ValueError(
-            f"the logits of {name} are not head(decoder(x)), which execution.engine = peft relies on: take another model"
+            f"the logits of {name} are not head(decoder(x)), which execution.engine = peft relies "
+            "on: take another model"
         )
 
 
 def _not_finite(hf: nn.Module, model_id: str, dtype: torch.dtype) -> str:
-    """What to say of a base whose logits are infinite or NaN: the weight at fault, where it is one."""
+    """Explain infinite or NaN logits, by the weight at fault."""
     for name, tensor in hf.named_parameters():
         state: Any = getattr(
             tensor, "quant_state", None
@@ -216,61 +237,21 @@ def _not_finite(hf: nn.Module, model_id: str, dtype: torch.dtype) -> str:
             ]
         )
         if not all(bool(part.isfinite().all()) for part in parts):
-            return f"model.id = {model_id} holds infinite or NaN numbers in {name}: take an undamaged copy of the model"
+            return (
+                f"model.id = {model_id} holds infinite or NaN numbers in {name}: take an "
+                "undamaged copy of the model"
+            )
     cure = (
         "set execution.precision=bf16 or fp32" if dtype == torch.float16 else "take another model"
     )
-    return f"model.id = {model_id} computes logits that are not finite from finite weights in {str(dtype).removeprefix('torch.')}: {cure}"
-
-
-@torch.no_grad()
-def base_checksum(hf: nn.Module) -> int:
-    """Checksum in [0, 2**64) of the bytes of all base tensors, NF4's scales included; the same before and after PEFT wraps it.
-
-    Sums of integers, so it is exact, in any order and on any device: each 8-byte word times an odd number that depends on its
-    place, modulo 2**64, then bound to the tensor's name, dtype and shape. One changed byte always changes its tensor's sum. Needs
-    about 100 MiB beside the model.
-    """
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    total = 0
-    for name, tensor in sorted(_base_tensors(hf), key=lambda pair: pair[0]):
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and place in seen:
-            continue  # a tied head
-        seen.add(place)
-        label = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode()
-        bound = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big") | 1
-        total = (total + bound * (_word_sum(tensor) + 1)) % 2**64
-    return total
-
-
-def _base_tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in hf.state_dict().items():
-        if "lora_" not in name:
-            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
-
-
-def _word_sum(tensor: Tensor) -> int:
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = raw.numel() // 8 * 8
-    words = raw[:whole]
-    if words.data_ptr() % 8 or words.storage_offset() % 8:
-        words = words.clone()
-    words = words.view(torch.int64)
-    odd = torch.arange(
-        1, 2 * min(CHUNK_WORDS, max(len(words), 1)) + 1, 2, device=raw.device
-    )  # 1, 3, 5, ...
-    total = 0
-    for start in range(0, len(words), CHUNK_WORDS):
-        chunk = words[start : start + CHUNK_WORDS]
-        # sum of x * (odd + 2 * start), int64 arithmetic wraps at 2**64 on every device
-        total += int((chunk * odd[: len(chunk)]).sum()) + 2 * start * int(chunk.sum())
-    tail = bytes(raw[whole:].tolist())
-    return (total + (2 * len(words) + 1) * int.from_bytes(tail, "little")) % 2**64
+    return (
+        f"model.id = {model_id} computes logits that are not finite from finite weights in "
+        f"{str(dtype).removeprefix('torch.')}: {cure}"
+    )
 
 
 def named_kinds(hf: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(name, kind, parameter) of every parameter, module by module; a tied one comes twice."""
+    """Yield (name, kind, parameter) of every parameter; a tied one comes twice."""
     head = _base(hf).get_output_embeddings()  # type: ignore[operator]
     for path, module in hf.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""A mapped file's pages as a card may read and copy them: page-locked in place, or in a shared copy.
+"""A mapped file's pages, readable by a card.
 
 cudaHostRegister with the flag for read-only memory locks a file's own pages in the page cache, so
 nothing is copied and every process of a host shares them. Where a driver refuses that (some
@@ -46,7 +46,7 @@ Locking = Literal["no", "try", "must"]
 
 @dataclass
 class HostPages:
-    """The layers of a file, each on the host or on the device.
+    """The layers of a file, on the host or on the device.
 
     Attributes:
         file: the mapped file.
@@ -95,7 +95,10 @@ class HostPages:
         return pages
 
     def _lock(self) -> str | None:
-        """Lock the file's pages, or a copy of them. Returns why neither could be."""
+        """Lock the file's pages, or a copy of them.
+
+        Returns why neither could be.
+        """
         ranges = [(layer.offset, layer.nbytes) for layer in self.file.manifest.layers]
         end = sum(ranges[-1])
         own = self.file.memory[:end]
@@ -119,7 +122,10 @@ class HostPages:
         return self._part(self.memory, index)
 
     def seen(self, index: int) -> Tensor:
-        """(bytes,) uint8: the blob as the device reads it, on the device or through its bus."""
+        """(bytes,) uint8: the blob as the device reads it.
+
+        It lies on the device, or is read through its bus.
+        """
         if index in self.on_card:
             return self.on_card[index]
         assert self.mapped is not None
@@ -130,7 +136,7 @@ class HostPages:
         self.on_card[index] = self.blob(index).to(self.device, copy=True)
 
     def send_back(self, index: int) -> None:
-        """Drop the copy on the device; from now on the blob is read on the host."""
+        """Drop the copy on the device; the host's is read."""
         assert self.mapped is not None, "these pages are not locked"
         del self.on_card[index]
 
@@ -147,7 +153,7 @@ class HostPages:
 
 
 def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
-    """Page-lock ranges of host memory beside each other. Returns why it was refused, else None."""
+    """Page-lock adjacent ranges of host memory; returns why it was refused."""
     base, device = pages.data_ptr(), torch.cuda.current_device()
 
     def one(place: tuple[int, int]) -> int:
@@ -166,7 +172,7 @@ def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
 
 
 def shared_copy(pages: Tensor, folder: Path) -> Tensor:
-    """The bytes in a file in shared memory, made once a host for all processes of one user."""
+    """Copy the bytes into shared memory, once a host and user."""
     key = hashlib.sha256(f"{os.getuid()}:{folder}".encode()).hexdigest()[:16]
     path, size = SHARED_MEMORY / f"glassloop-{key}", pages.numel()
     if not (path.is_file() and not path.is_symlink() and path.stat().st_size == size):

@@ -1,4 +1,4 @@
-"""The quantised base as one file in streamed form: a layer is one aligned blob.
+"""The quantised base as one file: a layer is one aligned blob.
 
 A folder of it holds config.json (and generation_config.json), `base.bin` and a manifest. `base.bin`
 begins with the layers, each a blob of codes, absmax and scales of its groups, and ends with what is
@@ -30,14 +30,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class NotStreamable(BaseError):
-    """A base whose weights do not have the form of the file; the message names the weight."""
+    """A base that does not fit the file, by the weight's name."""
 
 
 @dataclass(frozen=True)
 class GroupPlace:
-    """Where a group's parts lie in its layer's blob: (offset, bytes) each.
+    """Offsets and sizes of a group's parts in its layer's blob.
 
-    `offsets` are the fp32 numbers added to each member's absmax; empty without double quantisation.
+    In bytes. `offsets` are the fp32 numbers added to each member's absmax; empty without double
+    quantisation.
     """
 
     rows: tuple[int, ...]
@@ -50,7 +51,7 @@ class GroupPlace:
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer's blob lies in the file."""
+    """Place of a layer's blob in the file."""
 
     offset: int
     nbytes: int
@@ -59,7 +60,7 @@ class LayerPlace:
 
 @dataclass(frozen=True)
 class RestPlace:
-    """Where an unquantised tensor lies in the file."""
+    """Place of an unquantised tensor in the file."""
 
     offset: int
     shape: tuple[int, ...]
@@ -68,7 +69,10 @@ class RestPlace:
 
 @dataclass(frozen=True)
 class LayerManifest:
-    """What the file holds. `checksum` is base_checksum of a model over it, once one was built."""
+    """Contents of the file.
+
+    `checksum` is base_checksum of a model over it, once one was built.
+    """
 
     name: str
     commit: str | None
@@ -89,7 +93,10 @@ class LayerManifest:
 
 
 def read_manifest(folder: Path) -> LayerManifest:
-    """The manifest of a folder. Raises ValueError where it is damaged or the file is cut short."""
+    """Read a folder's manifest.
+
+    Raises ValueError if it is damaged or the file is cut short.
+    """
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
@@ -123,7 +130,7 @@ def _group_place(raw: dict[str, Any]) -> GroupPlace:
 
 @dataclass
 class LayerFile:
-    """A mapped file. Tensors of it are read only: nobody may write to them."""
+    """A mapped file. Its tensors are read-only."""
 
     folder: Path
     manifest: LayerManifest
@@ -154,7 +161,10 @@ class LayerFile:
         return raw.view(dtype).view(place.shape)
 
     def packed(self, index: int, blob: Tensor, shared: Shared) -> dict[str, Packed]:
-        """Group -> its weights as views of `blob`, a copy of a layer's blob on any device."""
+        """Map each group to its weights, views of a layer's blob.
+
+        `blob`: a copy of it on any device.
+        """
         found = {}
         for name, place in self.manifest.layers[index].groups.items():
             codes, absmax, scales = (
@@ -175,7 +185,7 @@ class LayerFile:
         return found
 
     def shared(self, device: torch.device) -> Shared:
-        """What all layers read besides their blobs, on `device`."""
+        """Tables that all layers read besides their blobs, on `device`."""
 
         def there(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32).to(device)
@@ -195,7 +205,10 @@ class LayerFile:
 
 @dataclass(frozen=True)
 class Shared:
-    """Tables on a device: levels (16,), table (256,) or (0,), offsets (members,) by group."""
+    """Tables on a device.
+
+    levels (16,), table (256,) or (0,), offsets (members,) by group.
+    """
 
     levels: Tensor
     table: Tensor
@@ -221,7 +234,8 @@ def write_layer_file(
         rest: what is not quantised, by its whole name.
         groups: group -> names of its members, as `layers` has them.
         known: name, commit and base_hash of the manifest.
-        dtype: of the unquantised weights, and the one that linear weights have when they are quantised.
+        dtype: of the unquantised weights, and the one that linear weights have when they are
+            quantised.
         double: quantise the absmax as well.
         device: where weights are quantised.
 
@@ -272,7 +286,7 @@ def write_manifest(folder: Path, manifest: LayerManifest) -> None:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A weight that a repository holds in NF4: codes, and bitsandbytes' state of it."""
+    """A weight that a repository holds in NF4, with bitsandbytes' state."""
 
     codes: Tensor
     state: Any
@@ -295,7 +309,7 @@ def _table(state: Any) -> tuple[float, ...]:
 
 
 def _write_group(file: Any, begin: int, members: Sequence[tuple[Tensor, Any]]) -> GroupPlace:
-    """Write a group's parts, each at a multiple of PART from the layer's beginning."""
+    """Write a group's parts, each at a multiple of PART."""
     for codes, state in members:
         if state.quant_type != "nf4" or state.blocksize != BLOCK or state.shape[1] % BLOCK:
             raise NotStreamable(

@@ -1,4 +1,7 @@
-"""NF4 weights that share an input, stacked: the form in which they are stored, streamed and read."""
+"""NF4 weights that share an input, stacked.
+
+This is the form in which they are stored, streamed and read.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ SCALE_BLOCK = 256  # absmax that share a second-level scale
 
 @dataclass(frozen=True)
 class Packed:
-    """NF4 weights stacked by rows: (N, K) in all. The model's own weights are views of these.
+    """NF4 weights stacked by rows: (N, K) in all.
+
+    The model's own weights are views of these.
 
     Attributes:
         codes: (N * K / 2,) uint8, two weights a byte, the first in the high half.
@@ -44,16 +49,16 @@ class Packed:
 
     @cached_property
     def starts(self) -> list[int]:
-        """First row of each member; past the end where there is no such member."""
+        """First row of each member; past the end for a missing one."""
         return [sum(self.rows[:member]) for member in range(MOST_MEMBERS)]
 
     @cached_property
     def befores(self) -> list[int]:
-        """Where each member's scales begin."""
+        """Offset of each member's scales."""
         return [self.scales_before(member) for member in range(MOST_MEMBERS)]
 
     def scales_before(self, member: int) -> int:
-        """Where the scales of a member begin."""
+        """Offset of the scales of a member."""
         return sum(
             -(-rows * self.columns // self.blocksize // SCALE_BLOCK) for rows in self.rows[:member]
         )

@@ -1,7 +1,8 @@
-"""The frozen base of a model, loaded onto the rank's own device; in NF4 from a copy that was quantised once.
+"""The frozen base on the rank's device, from an NF4 copy.
 
-Quantising 8B weights reads 16 GB; the copy is 6 GB and read by every rank of every later launch. Its folder's name is a hash of what
-decides its bytes, it appears by a rename, and what was loaded from it is compared with the checksum taken when it was made.
+Quantising 8B weights reads 16 GB. The copy is made once, has 6 GB, and every rank of every later
+launch reads it. Its folder's name is a hash of all that decides its bytes. It appears by a rename.
+What was loaded from it is compared with the checksum taken when it was made.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,13 +30,13 @@ from transformers import (
 )
 
 from glassloop.base.cache import cache_root, published, save_pretrained_here
-from glassloop.base.checks import base_checksum
+from glassloop.base.checksum import base_checksum
 from glassloop.base.random import drawn_shapes, fill, write_nf4
+from glassloop.base.reading import DTYPES, compare_own_quantization, own_quantization, read_model
 from glassloop.base.source import (
     BaseError,
     BaseSource,
     base_hash,
-    check_config,
     damaged_copy,
     downloaded,
     loading_errors,
@@ -44,22 +44,21 @@ from glassloop.base.source import (
 )
 from glassloop.config.config import ModelConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMAT = 1  # of a cached folder
 MANIFEST = "glassloop_base.json"
-HASHED_BYTES = (
-    1 << 20
-)  # files of a copy up to this size are compared by content, larger ones by size and what loads from them
+# Files of a copy up to this size are compared by content, larger ones by size and what they load.
+HASHED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How the base came into memory.
+    """Origin and checksum of a loaded base.
 
     Attributes:
         name, commit: what adapter_config.json will say; commit is None for a local folder.
         base_hash: 64 hex digits that stand for the base's files (see base_source.base_hash).
-        checksum: of the loaded tensors' bytes (see base_checksum); equal on ranks that hold the same base.
+        checksum: of the loaded tensors' bytes (see base_checksum); equal on ranks that hold the
+            same base.
         folder: what was read; None: the hub's own cache.
         from_cache: a quantised copy was read and nothing was quantised.
         seconds: whole time of loading, waiting for another rank included.
@@ -84,18 +83,23 @@ def load_base(
     first: Callable[[], AbstractContextManager[Any]],
     source: BaseSource | None = None,
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """The frozen base on `device`, linear layers in NF4 or all of it in the dtype of `precision`.
+    """Load the frozen base onto `device`.
+
+    Linear layers are in NF4, or all of it in the dtype of `precision`.
 
     Args:
-        first: context in which one rank of a host goes before the others: it downloads and quantises, they find it done.
+        first: context in which one rank of a host goes before the others: it downloads and
+            quantises, they find it done.
 
     Raises:
-        ValueError: naming model.id, model.attention, model.quantization or model.trust_remote_code and the cure; or a damaged copy.
+        ValueError: naming model.id, model.attention, model.quantization or
+            model.trust_remote_code and the cure; or a damaged copy.
     """
     started, dtype = time.monotonic(), DTYPES[precision]
     if model.attention == "flash_attention_2" and precision == "fp32":
         raise BaseError(
-            "model.attention = flash_attention_2 has no fp32: set model.attention=sdpa or execution.precision=bf16"
+            "model.attention = flash_attention_2 has no fp32: set model.attention=sdpa or "
+            "execution.precision=bf16"
         )
     copy: Path | None = None
     hf: PreTrainedModel | None = None
@@ -109,13 +113,12 @@ def load_base(
             notes += compare_own_quantization(own, model, dtype)
         if own is None and model.quantization == "nf4":
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
-            if made and device.type == "cuda":
-                gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
-                torch.cuda.empty_cache()
+            if made:
+                _drop_quantised(device)
         elif source.drawn is not None:
             hf = _draw(source, model, dtype, device)
         else:
-            hf = _load(source.path, source.revision, model, dtype, device)
+            hf = read_model(source.path, source.revision, model, dtype, device)
     if copy is not None:
         hf, checksum = _load_copy(copy, model, dtype, device)
     else:
@@ -143,9 +146,10 @@ def find_base(
     first: Callable[[], AbstractContextManager[Any]],
     source: BaseSource | None = None,
 ) -> LoadReport:
-    """What load_base would report, for an engine that loads the same files itself. A base in NF4 only; quantises it if need be.
+    """Report what load_base would, for an engine that loads the files itself.
 
-    `folder` is always set. A base that comes quantised is loaded once for its checksum, and dropped. Raises what load_base raises.
+    A base in NF4 only; quantises it if need be. `folder` is always set. A base that comes quantised
+    is loaded once for its checksum, and dropped. Raises what load_base raises.
     """
     started, dtype = time.monotonic(), DTYPES[precision]
     with first():
@@ -154,9 +158,8 @@ def find_base(
         if own_quantization(source, model) is None:
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
-            if made and device.type == "cuda":
-                gc.collect()  # a model is a ring of references: the one that was quantised would stay beside the one that is read
-                torch.cuda.empty_cache()
+            if made:
+                _drop_quantised(device)
     if copy is None:
         shared: dict[str, Any] = dict(precision=precision, device=device, first=first)
         _, report = load_base(model, **shared, source=source)
@@ -173,46 +176,14 @@ def find_base(
     )
 
 
-def _load(
-    path: str,
-    revision: str | None,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    quantize: BitsAndBytesConfig | None = None,
-    copy: Path | None = None,
-) -> PreTrainedModel:
-    settings = {} if quantize is None else {"quantization_config": quantize}
-    with loading_errors(model, copy):
-        hf, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            path,
-            revision=revision,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=model.attention,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **settings,
-        )
-    if wrong := _wrong_weights(hf, info["missing_keys"]):
-        cure = "take a complete repository or folder whose config fits its weights"
-        raise BaseError(
-            damaged_copy(model, copy, wrong) if copy else f"model.id = {model.id}: {wrong}: {cure}"
-        )
-    hf.requires_grad_(False)
-    if copy is None and quantize is None:
-        _to_dtype(hf, dtype)
-    prepare_4bit(hf, dtype)
-    return hf
+def _drop_quantised(device: torch.device) -> None:
+    """Free the model that a copy was made of.
 
-
-def _to_dtype(hf: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Widen what a repository that comes quantised stores in 16 bits; transformers ignores dtype."""
-    for parameter in hf.parameters():
-        narrow = parameter.is_floating_point() and parameter.element_size() < dtype.itemsize
-        if narrow and not hasattr(parameter, "quant_state"):
-            parameter.data = parameter.data.to(dtype)
+    As a ring of references it would stay in memory.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _draw(
@@ -229,32 +200,6 @@ def _draw(
     return hf.eval().requires_grad_(False)  # as from_pretrained leaves it
 
 
-def _wrong_weights(hf: PreTrainedModel, missing: Iterable[str]) -> str:
-    """What transformers lets pass: weights that it drew at random, 4-bit weights of another shape. Empty where all is well."""
-    if names := sorted(missing):
-        return f"{len(names)} weights are missing from its files and would be random ({', '.join(names[:3])})"
-    for name, module in hf.named_modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
-            return f"{name} is {tuple(state.shape)} in its files, ({module.out_features}, {module.in_features}) in config.json"
-    return ""
-
-
-def prepare_4bit(hf: nn.Module, dtype: torch.dtype) -> None:
-    """Set the compute dtype of every 4-bit layer, and keep bitsandbytes from repacking them on a CPU.
-
-    bitsandbytes 0.50, on a CPU with AVX512-BF16: the first no-grad forward in eval mode repacks a layer's weight for a kernel that has
-    no backward pass, and later training forwards lose part of their gradient with no more than a warning.
-    """
-    for module in hf.modules():
-        if hasattr(module, "quant_state") and hasattr(
-            module, "compute_dtype"
-        ):  # bitsandbytes' Linear4bit
-            module.compute_dtype = dtype  # type: ignore[assignment]
-            module.compute_type_is_set = True  # type: ignore[assignment]
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
 def quantized_copy(
     source: BaseSource,
     files_hash: str,
@@ -262,7 +207,7 @@ def quantized_copy(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Path, bool]:
-    """Folder of the base in NF4, and whether it was made just now."""
+    """Folder of the base in NF4, and whether it was made now."""
     folder = (
         cache_root(model.cache_dir)
         / "quantized"
@@ -279,7 +224,7 @@ def quantized_copy(
     hf = (
         None
         if source.drawn
-        else _load(source.path, source.revision, model, dtype, device, quantize=settings)
+        else read_model(source.path, source.revision, model, dtype, device, quantize=settings)
     )
     with published(folder) as temporary:
         if hf is None:
@@ -298,7 +243,7 @@ def quantized_copy(
                 dtype=dtype,
                 device=device,
             )
-            hf = _load(str(temporary), None, model, dtype, device)
+            hf = read_model(str(temporary), None, model, dtype, device)
         else:
             check_free_space(temporary, hf.get_memory_footprint())
             generation, hf.generation_config = hf.generation_config, GenerationConfig()
@@ -333,7 +278,8 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BaseError(
-            f"model.cache_dir: the quantised base needs {needed / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f} GiB free: "
+            f"model.cache_dir: the quantised base needs {needed / 2**30:.1f} GiB and "
+            f"{folder.parent} has {free / 2**30:.1f} GiB free: "
             "make room, or set model.cache_dir to a larger disk"
         )
 
@@ -341,9 +287,10 @@ def check_free_space(folder: Path, needed: int) -> None:
 def copy_name(
     name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype, device_type: str
 ) -> str:
-    """Folder name of a quantised copy: readable, then 16 hex digits over all that decides its bytes.
+    """Folder name of a quantised copy: readable, then 16 hex digits.
 
-    The device's type is among them: kernels of a CPU and a GPU may round a scale differently.
+    The digits hash all that decides its bytes. The device's type is among them: kernels of a CPU
+    and a GPU may round a scale differently.
     """
     decides = {
         "format": FORMAT,
@@ -364,7 +311,10 @@ def copy_name(
 
 
 def _checksum_of_copy(folder: Path, model: ModelConfig) -> int:
-    """The checksum that a quantised copy was made with. Raises BaseError naming a file that is not as it was made."""
+    """Checksum that a quantised copy was made with.
+
+    Raises BaseError naming a file that is not as it was made.
+    """
     with loading_errors(model, copy=folder):
         manifest = json.loads((folder / MANIFEST).read_text())
         expected, files = manifest["checksum"], manifest["files"]
@@ -377,53 +327,14 @@ def _checksum_of_copy(folder: Path, model: ModelConfig) -> int:
 def _load_copy(
     folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, int]:
-    """Load a quantised copy and compare it with what was written down when it was made. Raises BaseError naming a damaged folder."""
+    """Load a quantised copy and compare it with its checksum.
+
+    Raises BaseError naming a damaged folder.
+    """
     expected = _checksum_of_copy(folder, model)
     with loading_errors(model, copy=folder):
-        hf = _load(str(folder), None, model, dtype, device, copy=folder)
+        hf = read_model(str(folder), None, model, dtype, device, copy=folder)
     checksum = base_checksum(hf)
     if checksum != expected:
         raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))
     return hf, checksum
-
-
-def own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] | None:
-    """Return the quantization_config of a repository; None if its weights are not quantised."""
-    check_config(source, model)
-    with loading_errors(model):
-        config = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
-        )
-    own = getattr(config, "quantization_config", None)
-    return own if own is None or isinstance(own, dict) else own.to_dict()
-
-
-def compare_own_quantization(
-    own: dict[str, Any], model: ModelConfig, dtype: torch.dtype
-) -> list[str]:
-    """Notes on a repository that comes quantised: its settings are kept. Raises BaseError where they are not NF4 by bitsandbytes."""
-    kind = (
-        own.get("bnb_4bit_quant_type")
-        if own.get("load_in_4bit")
-        else own.get("quant_method", "unknown")
-    )
-    if kind != "nf4":
-        raise BaseError(
-            f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take the unquantised repository"
-        )
-    if model.quantization != "nf4":
-        raise BaseError(
-            f"model.id = {model.id} comes quantised as NF4, but model.quantization = {model.quantization}: set it to nf4"
-        )
-    notes = [f"model.id = {model.id} comes quantised: its own NF4 weights are used"]
-    double = bool(own.get("bnb_4bit_use_double_quant"))
-    if double != model.double_quantization:
-        notes.append(
-            f"its double quantisation is {double}; model.double_quantization = {model.double_quantization} has no effect"
-        )
-    compute, wanted = (
-        str(d).removeprefix("torch.") for d in (own.get("bnb_4bit_compute_dtype"), dtype)
-    )
-    if compute != wanted:
-        notes.append(f"its compute dtype {compute} is replaced by {wanted}")
-    return notes

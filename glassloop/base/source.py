@@ -1,6 +1,7 @@
-"""Which files a base model is: a hub commit, a local folder, SmolLM2's package, drawn weights; and what its loading errors mean.
+"""The files of a base model, and what its loading errors mean.
 
-Everything here is decided before a weight is read, so that all ranks and a later resume speak of the same bytes.
+A base is a hub commit, a local folder, SmolLM2's package or drawn weights. That is decided before a
+weight is read, so all ranks and a later resume mean the same bytes.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
 class BaseError(ValueError):
-    """A ValueError of ours about the base: it already names the field, the value and the cure."""
+    """A ValueError about the base that names field, value and cure."""
 
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base's files are, and the name that its adapters will carry.
+    """Files of a base, and the name that its adapters will carry.
 
     Attributes:
-        name: hub id, or the absolute path of a local folder; becomes base_model_name_or_path in adapter_config.json.
+        name: hub id, or the absolute path of a local folder; becomes base_model_name_or_path in
+            adapter_config.json.
         commit: hub commit of 40 hex digits; None for a local folder.
         folder: local folder to read; None: transformers downloads name@commit.
         note: what a person should know about this choice; empty where there is nothing.
@@ -52,19 +54,21 @@ class BaseSource:
 
     @property
     def path(self) -> str:
-        """What from_pretrained gets first."""
+        """First argument of from_pretrained."""
         return self.name if self.folder is None else str(self.folder)
 
     @property
     def revision(self) -> str | None:
-        """What from_pretrained gets as revision."""
+        """Argument `revision` of from_pretrained."""
         return self.commit if self.folder is None else None
 
 
 def resolve_source(model: ModelConfig) -> BaseSource:
-    """Pin `model.id` and `model.revision` to files. Asks the hub for a branch's commit; without it, takes the downloaded copy.
+    """Pin `model.id` and `model.revision` to files.
 
-    Raises BaseError naming model.id (or model.revision) and the cure: unknown, gated, out of reach and not on disk.
+    Asks the hub for a branch's commit; if it is out of reach, takes the downloaded copy. Raises
+    BaseError naming model.id (or model.revision) and the cure: unknown, gated, out of reach and not
+    on disk.
     """
     if model.id == MODEL_ID:
         folder = smollm2_folder(cache_root(model.cache_dir))
@@ -83,23 +87,26 @@ def resolve_source(model: ModelConfig) -> BaseSource:
     if folder.is_dir():
         if model.revision is not None:
             raise BaseError(
-                f"model.revision = {model.revision} means nothing for the local folder model.id = {model.id}: leave it out"
+                f"model.revision = {model.revision} means nothing for the local folder model.id = "
+                f"{model.id}: leave it out"
             )
         if not (folder / "config.json").is_file():
             raise BaseError(
-                f"model.id = {model.id} is a folder without config.json: name the folder that save_pretrained wrote"
+                f"model.id = {model.id} is a folder without config.json: name the folder that "
+                "save_pretrained wrote"
             )
         check_no_pointers(folder)
         return BaseSource(name=str(folder.absolute()), commit=None, folder=folder.absolute())
     if model.id.startswith(("/", "./", "../", "~")) or model.id.count("/") > 1:
         raise BaseError(
-            f"model.id = {model.id} is no folder on this machine: give a hub id (owner/name) or an existing folder"
+            f"model.id = {model.id} is no folder on this machine: give a hub id (owner/name) or "
+            "an existing folder"
         )
     return _hub_source(model)
 
 
 def check_no_pointers(folder: Path) -> None:
-    """Raise BaseError for a file that stands for one in Git LFS: a clone without its large files."""
+    """Raise BaseError for a Git LFS pointer in place of a file."""
     for file in sorted(folder.iterdir()):
         if file.suffix not in READ or not file.is_file() or file.stat().st_size > POINTER_BYTES:
             continue
@@ -129,30 +136,37 @@ def _hub_source(model: ModelConfig) -> BaseSource:
         raise BaseError(_gated(model.id)) from error
     except RevisionNotFoundError as error:
         raise BaseError(
-            f"model.revision = {revision} does not exist in {model.id}: give a commit, tag or branch of it"
+            f"model.revision = {revision} does not exist in {model.id}: give a commit, tag or "
+            "branch of it"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BaseError(
-            f"model.id = {model.id} is neither a folder nor a model on the hub: check the spelling (owner/name); "
+            f"model.id = {model.id} is neither a folder nor a model on the hub: check the "
+            "spelling (owner/name); "
             "for a private one, log in with `hf auth login`"
         ) from error
-    except (
-        Exception
-    ) as error:  # whatever the HTTP library of the day raises when the hub is out of reach
+    except Exception as error:  # whatever the HTTP library of the day raises without a hub
         unreachable = f"{type(error).__name__}: {error}"
     cached = try_to_load_from_cache(model.id, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise BaseError(
-            f"model.id = {model.id} (revision {revision}) is not on this machine, and the hub cannot be reached ({unreachable}): "
+            f"model.id = {model.id} (revision {revision}) is not on this machine, and the hub "
+            f"cannot be reached ({unreachable}): "
             "connect, or set model.id to a local folder"
         )
     snapshot = Path(cached).parent  # .../snapshots/<commit>
-    note = f"the hub cannot be reached: using the downloaded copy of {model.id}, commit {snapshot.name}"
+    note = (
+        f"the hub cannot be reached: using the downloaded copy of {model.id}, commit "
+        f"{snapshot.name}"
+    )
     return BaseSource(name=model.id, commit=snapshot.name, folder=snapshot, note=note)
 
 
 def config_of(source: BaseSource, model: ModelConfig) -> dict[str, Any]:
-    """The base's config as plain values. Raises BaseError naming model.id if there is none."""
+    """Read the base's config as plain values.
+
+    Raises BaseError naming model.id if there is none.
+    """
     from transformers import AutoConfig
 
     check_config(source, model)
@@ -172,7 +186,10 @@ def check_config(source: BaseSource, model: ModelConfig) -> None:
 
 
 def locate_base(model: ModelConfig) -> tuple[BaseSource, dict[str, Any]]:
-    """The base's source and config: what a run asks for once, before anything is loaded."""
+    """Source and config of the base.
+
+    A run asks once, before anything is loaded, and passes them on.
+    """
     source = resolve_source(model)
     return source, config_of(source, model)
 
@@ -183,7 +200,7 @@ def vocabulary_of(values: dict[str, Any]) -> int:
 
 
 def downloaded(source: BaseSource) -> Path:
-    """The hub's own folder on this machine with a source's files, after they were downloaded."""
+    """The hub's own folder with a source's files, after the download."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(source.name, "config.json", revision=source.commit)
@@ -194,8 +211,9 @@ def downloaded(source: BaseSource) -> Path:
 def base_hash(source: BaseSource, memo: Path) -> str:
     """64 hex digits that stand for the base's config and weights.
 
-    Hub: of name and commit, since a commit is itself a hash of all its files. Drawn weights: of their name and version. Local folder: of the
-    files' bytes, remembered in the file `memo` by path, size and time of change, so that 16 GB are read once.
+    Hub: of name and commit, since a commit is itself a hash of all its files. Drawn weights: of
+    their name and version. Local folder: of the files' bytes, remembered in the file `memo` by
+    path, size and time of change, so that 16 GB are read once.
     """
     if source.commit is not None:
         return hashlib.sha256(f"hub:{source.name}@{source.commit}".encode()).hexdigest()
@@ -221,7 +239,8 @@ def base_files(folder: Path) -> list[Path]:
     weights = next((found for kind in WEIGHT_FILES if (found := sorted(folder.glob(kind)))), [])
     if not weights:
         raise BaseError(
-            f"model.id = {folder} holds no weights (*.safetensors or *.bin): name the folder that save_pretrained wrote"
+            f"model.id = {folder} holds no weights (*.safetensors or *.bin): name the folder that "
+            "save_pretrained wrote"
         )
     return [folder / "config.json", *weights]
 
@@ -234,7 +253,10 @@ def _read_memo(memo: Path) -> dict[str, str]:
 
 
 def _write_memo(memo: Path, hashes: dict[str, str]) -> None:
-    """Remember hashes, if the cache can be written: another user's, or a read-only one, cannot."""
+    """Remember hashes if the cache can be written.
+
+    Another user's cache, or a read-only one, cannot.
+    """
     try:
         descriptor, temporary = tempfile.mkstemp(dir=memo.parent, prefix=f".{memo.name}.")
     except OSError:
@@ -251,9 +273,10 @@ def _gated(name: str) -> str:
 
 @contextmanager
 def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[None]:
-    """Turn what transformers raises about a user's choice, or about a damaged file, into a BaseError with field and cure.
+    """Turn loading errors into a BaseError with field and cure.
 
-    `copy` is the folder of a quantised copy that is being read: what has no other explanation is then damage to it.
+    They come from a user's choice or a damaged file. `copy` is the folder of a quantised copy that
+    is being read: what has no other explanation is then damage to it.
     """
     from pickle import UnpicklingError
 
@@ -269,7 +292,8 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
     ) as error:  # transformers loads *.bin with weights_only=True, which runs no code
         cure = "take a model saved as safetensors"
         raise BaseError(
-            f"model.id = {model.id}: its pickled weights hold more than tensors, or are damaged: {cure}"
+            f"model.id = {model.id}: its pickled weights hold more than tensors, or are damaged: "
+            f"{cure}"
         ) from error
     except (
         OSError,
@@ -293,13 +317,25 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
 
 def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
     text = str(error)
-    reason = f"{type(error).__name__}: {text.strip().splitlines()[0][:300] if text.strip() else 'no reason given'}"
+    reason = (
+        f"{type(error).__name__}: "
+        f"{text.strip().splitlines()[0][:300] if text.strip() else 'no reason given'}"
+    )
     if "trust_remote_code" in text:
-        return f"model.id = {model.id} brings Python code of its own, which would run here: if you trust it, set model.trust_remote_code=true"
+        return (
+            f"model.id = {model.id} brings Python code of its own, which would run here: if you "
+            "trust it, set model.trust_remote_code=true"
+        )
     if re.search(r"flash.?att", text, re.IGNORECASE):
-        return f"model.attention = {model.attention} cannot run here ({reason}): install flash-attn or set model.attention=sdpa"
+        return (
+            f"model.attention = {model.attention} cannot run here ({reason}): install flash-attn "
+            "or set model.attention=sdpa"
+        )
     if "scaled_dot_product_attention" in text:
-        return f"model.attention = {model.attention} is not there for model.id = {model.id}: set model.attention=eager"
+        return (
+            f"model.attention = {model.attention} is not there for model.id = {model.id}: set "
+            "model.attention=eager"
+        )
     if "gated" in text:
         return _gated(model.id)
     if copy is not None:
@@ -310,12 +346,19 @@ def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
         or "recognize this architecture" in text
     ):
         return (
-            f"model.id = {model.id}: this transformers knows no causal language model of its kind ({reason}): "
+            f"model.id = {model.id}: this transformers knows no causal language model of its kind "
+            f"({reason}): "
             "update transformers or take another model"
         )
-    return f"model.id = {model.id} cannot be loaded ({reason}): check model.id, model.revision and the files"
+    return (
+        f"model.id = {model.id} cannot be loaded ({reason}): check model.id, model.revision and "
+        "the files"
+    )
 
 
 def damaged_copy(model: ModelConfig, copy: Path, reason: str) -> str:
-    """What a person reads about a quantised copy that is not as it was made."""
-    return f"the quantised copy of model.id = {model.id} is damaged ({reason}): delete the folder {copy}; the next launch makes it again"
+    """Message about a quantised copy that is not as it was made."""
+    return (
+        f"the quantised copy of model.id = {model.id} is damaged ({reason}): delete the folder "
+        f"{copy}; the next launch makes it again"
+    )

@@ -1,7 +1,7 @@
-"""A base that draws no random numbers of its own while it trains.
+"""A base without random numbers of its own in training.
 
-`lora.dropout` is the only dropout that a config asks for. A base may bring more: modules, functional
-dropout by a field of its config, layers that are left out at random, noise in a router.
+`lora.dropout` is the only dropout that a config asks for. A base may bring more: modules,
+functional dropout by a field of its config, layers that are skipped at random, noise in a router.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NAMES = (
 
 
 def silence(hf: nn.Module) -> str:
-    """Set every rate of the base's own dropout to 0; returns what was set, as a note.
+    """Set the base's own dropout to 0; returns what was set.
 
     Rates are found on modules (`p` of a dropout module, numbers named *drop* or *jitter*) and in
-    the config, which some models read in every forward pass.
+    the config, which some models read in every forward pass. Returns a note; empty if all were 0.
     """
     found: dict[str, float] = {}
     for holder, field, name in _rates(hf):
@@ -51,7 +51,7 @@ def _rates(hf: nn.Module) -> Iterator[tuple[Any, str, str]]:
 
 @torch.no_grad()
 def check_still(hf: nn.Module, device: torch.device, model_id: str) -> None:
-    """Raise ValueError if two forward passes in training mode draw random numbers and differ."""
+    """Raise ValueError if training forwards draw random numbers and differ."""
     ids = torch.arange(1, 9, device=device).unsqueeze(0)
     ids = ids % hf.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # (1, 8)
     was_training, before = hf.training, _drawn(device)
@@ -65,8 +65,10 @@ def check_still(hf: nn.Module, device: torch.device, model_id: str) -> None:
         hf.train(was_training)
     if not torch.equal(one, other):
         raise ValueError(
-            f"model.id = {model_id}: {type(hf).__name__} draws random numbers in training mode, and "
-            "glassloop cannot turn them off: set its dropout to 0 in config.json, or choose another "
+            f"model.id = {model_id}: {type(hf).__name__} draws random numbers in training mode, "
+            "and "
+            "glassloop cannot turn them off: set its dropout to 0 in config.json, or choose "
+            "another "
             "model"
         )
 

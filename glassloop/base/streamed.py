@@ -1,50 +1,39 @@
-"""The base over a mapped file of layers: made layer by layer, never whole on a card or twice on a host.
+"""The base over a mapped file of layers, made layer by layer.
 
-The model that transformers defines is built without weights; its 4-bit weights then become views of
-the file's own pages (see layer_file.py), which a card reads through its bus. `LayerFile` hands the
-same pages to an engine that copies layers ahead of their use.
+It is never whole on a card or twice on a host. The model that transformers defines is built without
+weights; its 4-bit weights then become views of the file's own pages (see layer_file.py), which a
+card reads through its bus. `LayerFile` hands the same pages to an engine that copies layers ahead
+of their use.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from glassloop.base.cache import cache_root, published
-from glassloop.base.checks import base_checksum
+from glassloop.base.checksum import base_checksum
 from glassloop.base.host_pages import HostPages, Locking
 from glassloop.base.layer_file import (
-    BLOCK,
     FORMAT,
     LayerFile,
     NotStreamable,
-    Quantised,
     write_layer_file,
     write_manifest,
 )
+from glassloop.base.layer_sources import Groups, WeightFiles, reader_of
 from glassloop.base.packed import SCALE_BLOCK, Packed
-from glassloop.base.quantised import (
-    DTYPES,
-    LoadReport,
-    check_free_space,
-    compare_own_quantization,
-    copy_name,
-    own_quantization,
-    prepare_4bit,
-    quantized_copy,
-)
-from glassloop.base.random import drawn_shapes, weights_of
+from glassloop.base.quantised import LoadReport, check_free_space, copy_name, quantized_copy
+from glassloop.base.reading import DTYPES, compare_own_quantization, own_quantization, prepare_4bit
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -55,7 +44,6 @@ from glassloop.base.source import (
 )
 from glassloop.config.config import ModelConfig
 
-Groups = Mapping[str, Sequence[str]]
 COPIED = ("config.json", "generation_config.json")
 
 
@@ -69,7 +57,9 @@ def load_streamed(
     source: BaseSource | None = None,
     locking: Locking = "try",
 ) -> tuple[PreTrainedModel, LoadReport, HostPages]:
-    """The frozen base in NF4 over a file of layers; what is not quantised is on `device`.
+    """Load the frozen base in NF4 over a file of layers.
+
+    What is not quantised lies on `device`.
 
     Args:
         locking: whether the layers are to stay on the host (see HostPages.of).
@@ -116,18 +106,18 @@ def layer_folder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Path, bool]:
-    """Folder of the base as a file of layers, and whether it was made just now."""
+    """Folder of the base as a file of layers; True if new."""
     name = copy_name(source.name, files_hash, model, dtype, device.type)
     folder = cache_root(model.cache_dir) / "layers" / f"{name}-f{FORMAT}"
     if folder.is_dir():
         return folder, False
     try:
-        reader = _reader(source, dtype, device)
+        reader = reader_of(source, dtype, device)
     except (
         NotStreamable
     ):  # no safetensors, or other names than the model's: transformers reads them
         copy, _ = quantized_copy(source, files_hash, model, dtype, device)
-        reader = _Files(copy)
+        reader = WeightFiles(copy)
     known = {"name": source.name, "commit": source.commit, "base_hash": files_hash}
     with published(folder) as temporary:
         with loading_errors(model):
@@ -157,109 +147,6 @@ def layer_folder(
     return folder, True
 
 
-class _Files:
-    """A folder of safetensors, read one layer at a time; unquantised, or in bitsandbytes' NF4."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            self.files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        elif single.is_file():
-            with safe_open(single, framework="pt") as opened:
-                self.files = dict.fromkeys(opened.keys(), single.name)
-        else:
-            raise NotStreamable(f"{folder} has no model.safetensors")
-        for name in set(self.files.values()):
-            if Path(name).name != name:
-                raise BaseError(
-                    f"model.id = {folder}: its index names {name!r}, outside the folder"
-                )
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.count = int(config["num_hidden_layers"])
-        if "model.layers.0.input_layernorm.weight" not in self.files:
-            raise NotStreamable(f"{folder} names its weights otherwise than the model does")
-        self.opened: tuple[str, Any] = "", None
-
-    def get(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise BaseError(
-                f"model.id = {self.folder}: {name} is missing from its files: "
-                "take a complete repository"
-            )
-        if self.opened[0] != self.files[name]:
-            path = self.folder / self.files[name]
-            self.opened = self.files[name], safe_open(path, framework="pt").__enter__()
-        return self.opened[1].get_tensor(name)
-
-    def layers(self, groups: Groups) -> Iterator[dict[str, Tensor | Quantised]]:
-        for index in range(self.count):
-            own = f"model.layers.{index}."
-            yield {
-                name: self.weight(f"{own}{name}.weight")
-                for names in groups.values()
-                for name in names
-            }
-
-    def weight(self, name: str) -> Tensor | Quantised:
-        import bitsandbytes.functional as bnb
-
-        prefix = f"{name}."
-        state = {key: self.get(key) for key in self.files if key.startswith(prefix)}
-        if not state:
-            return self.get(name)
-        stripped = {key.removeprefix(prefix): value for key, value in state.items()}
-        found = bnb.QuantState.from_dict(stripped, device=torch.device("cpu"))
-        return Quantised(self.get(name), found)
-
-    def rest(self, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-        linear = tuple(f".{name}.weight" for names in groups.values() for name in names)
-        for name in self.files:
-            if not any(part in name for part in linear):
-                yield name, self.get(name)
-
-    def nbytes(self, groups: Groups) -> int:
-        """More than the file of layers will have."""
-        return sum((self.folder / name).stat().st_size for name in set(self.files.values()))
-
-
-class _Drawn:
-    """A model with drawn weights, drawn one layer at a time."""
-
-    def __init__(self, source: BaseSource, device: torch.device):
-        assert source.folder is not None and source.drawn is not None
-        self.folder, self.shapes, self.device = source.folder, drawn_shapes(source.drawn), device
-        parts = weights_of(self.shapes, device)
-        self.others = dict(next(parts)[1])  # embedding, norm, head
-        self.parts = parts
-
-    def layers(self, groups: Groups) -> Iterator[dict[str, Tensor | Quantised]]:
-        for index, (_, part) in enumerate(self.parts):
-            own = f"model.layers.{index}."
-            linear = [f"{name}.weight" for names in groups.values() for name in names]
-            yield {name.removesuffix(".weight"): part.pop(own + name) for name in linear}
-            self.others |= {name: tensor.cpu() for name, tensor in part.items()}
-
-    def rest(self, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-        yield from self.others.items()
-
-    def nbytes(self, groups: Groups) -> int:
-        whole = self.shapes.linear_weights * (1 / 2 + 2 / BLOCK) + 4 * self.shapes.embedding_weights
-        return int(whole)
-
-
-def _reader(source: BaseSource, dtype: torch.dtype, device: torch.device) -> _Files | _Drawn:
-    if source.drawn is not None:
-        return _Drawn(source, device)
-    if source.folder is not None:
-        return _Files(source.folder)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json"]
-    folder = snapshot_download(source.name, revision=source.commit, allow_patterns=patterns)
-    return _Files(Path(folder))
-
-
 def model_over(
     pages: HostPages,
     model: ModelConfig,
@@ -267,7 +154,10 @@ def model_over(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    """transformers' model whose 4-bit weights are views of the pages, as `device` sees them."""
+    """Build transformers' model with 4-bit weights that view the pages.
+
+    The pages are as `device` sees them.
+    """
     folder, file = pages.file.folder, pages.file
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -311,7 +201,7 @@ def model_over(
 def put_weights(
     layer: nn.Module, names: Sequence[str], packed: Packed, dtype: torch.dtype, *, double: bool
 ) -> None:
-    """Make the linear layers of a group bitsandbytes' 4-bit ones over `packed`, or move them there."""
+    """Make a group's linear layers 4-bit ones over `packed`, or move them."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     make_weight: Any = Params4bit  # its signature hides behind nn.Parameter's
@@ -345,7 +235,10 @@ def put_weights(
 
 
 def state_of(packed: Packed, member: int, start: int, dtype: torch.dtype) -> Any:
-    """bitsandbytes' QuantState of one member, whose weights begin at `start`; views of `packed`."""
+    """bitsandbytes' QuantState of one member, as views of `packed`.
+
+    Its weights begin at `start`.
+    """
     from bitsandbytes.functional import QuantState
 
     size = packed.rows[member] * packed.columns

@@ -12,7 +12,6 @@ from glassloop.bench.results import relative
 from glassloop.bench.spec import Spec
 from glassloop.predict.cards import verdict
 from glassloop.predict.hardware import gpu_named
-from glassloop.predict.ledger import Work
 from glassloop.predict.roofline import (
     ALL_SEVEN,
     RATES,
@@ -22,6 +21,7 @@ from glassloop.predict.roofline import (
     tokens_per_s,
 )
 from glassloop.predict.shapes import KNOWN
+from glassloop.predict.terms import Work
 
 NAME = "card-v1"
 # Loss of update 1, nats a token, one card: weights and rows are the same bits everywhere, so another value is another computation. None: not yet

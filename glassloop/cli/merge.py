@@ -189,7 +189,8 @@ class Job:
         import torch
 
         from glassloop.base.cache import cache_root
-        from glassloop.base.quantised import DTYPES, find_base
+        from glassloop.base.quantised import find_base
+        from glassloop.base.reading import DTYPES
         from glassloop.base.source import base_hash
         from glassloop.use.merge.folder import original_folder, read_json
         from glassloop.use.merge.weights import Weights
@@ -284,7 +285,7 @@ class Job:
         return lines
 
     def seen(self, folder: Path) -> Seen:
-        from glassloop.base.quantised import DTYPES
+        from glassloop.base.reading import DTYPES
         from glassloop.use.merge.table import look_at_folder
 
         config = self.trained.config

@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
         )
         return 0
     from glassloop.plan.changes import lines_of
-    from glassloop.plan.text import LABEL, launch_line, render, wrapped
+    from glassloop.plan.render import launch_line, render, wrapped
+    from glassloop.plan.render_cost import LABEL
 
     lines = [*render(outlook), ""]
     for number, line in enumerate(line for one in changes for line in lines_of(one)):
@@ -185,7 +186,7 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     from glassloop.data.sources import load_examples
     from glassloop.data.templates import make_template
     from glassloop.data.token_counts import count_tokens, rows_by_source
-    from glassloop.plan.engine_lines import planned_engine
+    from glassloop.plan.engine import planned_engine
     from glassloop.plan.outlook import plan_of
     from glassloop.plan.work import pass_tokens_for, usual_budget
     from glassloop.predict.shapes import shapes_of

@@ -6,7 +6,6 @@ here imports torch, and a bad value is refused before a model or a data set is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -24,6 +23,7 @@ from glassloop.config.sections import (
     StabilityConfig,
     TrackingConfig,
 )
+from glassloop.config.support import beyond
 
 ALL_LINEAR = "all-linear"  # as lora.targets: every linear layer but the head
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -191,12 +191,11 @@ class Config(Section):
                 f"execution.pass_tokens = {execution.pass_tokens} is less than data.max_tokens = {self.data.max_tokens}: "
                 "the longest row would fit in no pass"
             )
-        if execution.engine == "unsloth":
-            self._check_unsloth()
-        if execution.engine == "fused" and (beyond := self.beyond_fused()) is not None:
-            what, why, cure = beyond
+        if (found := beyond(dict(self), execution.engine)) is not None:
+            what, limit = found
             raise ValueError(
-                f"execution.engine = fused and {what}: {why}; {cure}, or set execution.engine=peft"
+                f"execution.engine = {execution.engine} and {what}: {limit.why}; {limit.cure}, "
+                "or set execution.engine=peft"
             )
         if execution.engine not in ("auto", "fused") and self.memory != MemoryConfig():
             raise ValueError(
@@ -221,82 +220,6 @@ class Config(Section):
         if self.batch.ranks is not None:
             self.batch.accumulation_for(self.batch.ranks)
         return self
-
-    def _check_unsloth(self) -> None:
-        """What the engine `unsloth` cannot do, or would do otherwise than asked."""
-        execution, model = self.execution, self.model
-        refused = (
-            (
-                model.quantization != "nf4",
-                f"model.quantization = {model.quantization}: it is given bases in NF4; set it to nf4",
-            ),
-            (
-                model.attention != "sdpa",
-                f"model.attention = {model.attention}: it chooses attention itself; leave it at sdpa",
-            ),
-            (
-                self.lora.dropout > 0,
-                f"lora.dropout = {self.lora.dropout:g}: its recomputed layers draw another mask than the first time; set it to 0",
-            ),
-            (
-                execution.precision == "fp32",
-                "execution.precision = fp32: its kernels compute in 16 bits; set it to bf16",
-            ),
-            (
-                execution.reduction == "ddp",
-                "execution.reduction = ddp, which is there to compare the reference with; set it to explicit",
-            ),
-        )
-        _refuse_first(f"execution.engine = {execution.engine}", refused)
-
-    def beyond_fused(self) -> tuple[str, str, str] | None:
-        """The first thing asked for that the engine `fused` does not carry out: (field = value, why, cure); None where there is none.
-
-        What it needs of the model is in fused/honoured.py.
-        """
-        execution, model = self.execution, self.model
-        beyond = (
-            (
-                model.quantization != "nf4",
-                (
-                    f"model.quantization = {model.quantization}",
-                    "fused has its weights in NF4",
-                    "set it to nf4",
-                ),
-            ),
-            (
-                model.attention != "sdpa",
-                (
-                    f"model.attention = {model.attention}",
-                    "fused chooses attention itself",
-                    "leave it at sdpa",
-                ),
-            ),
-            (
-                self.lora.dropout > 0,
-                (f"lora.dropout = {self.lora.dropout:g}", "fused has none", "set it to 0"),
-            ),
-            (
-                execution.precision == "fp16",
-                ("execution.precision = fp16", "fused computes in bf16 or fp32", "set it to bf16"),
-            ),
-            (
-                execution.reduction == "ddp",
-                (
-                    "execution.reduction = ddp",
-                    "fused writes gradients in place, and DDP would reduce zeros",
-                    "set it to explicit",
-                ),
-            ),
-        )
-        return next((said for broken, said in beyond if broken), None)
-
-
-def _refuse_first(engine: str, refused: Iterable[tuple[bool, str]]) -> None:
-    """Raise ValueError for the first of (it is so, what to say) that is so."""
-    for broken, text in refused:
-        if broken:
-            raise ValueError(f"{engine} and {text}, or set execution.engine=peft")
 
 
 def settled(config: Config, *, template: str, warmup_updates: int) -> Config:

@@ -15,13 +15,14 @@ from glassloop.config.config import Config
 from glassloop.disk.environment import package_version
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.engines import unsloth_checks
-from glassloop.plan.engine_lines import planned_engine
+from glassloop.plan.engine import planned_engine
 from glassloop.plan.outlook import disk_state_bytes
 from glassloop.plan.work import work_of
 from glassloop.predict.cards import verdict
 from glassloop.predict.hardware import Present
-from glassloop.predict.ledger import GIB, PROFILES, base_bytes
+from glassloop.predict.ledger import PROFILES
 from glassloop.predict.shapes import shapes_of
+from glassloop.predict.terms import GIB, base_bytes
 
 TESTED = {  # package: lowest and highest version that the tests ran with
     "torch": ("2.11", "2.13"),

@@ -1,4 +1,5 @@
-"""What computes a pass: the reference over PEFT, Unsloth, and our own in fused/.
+"""Engines that compute a pass.
 
-May import base, data, formula, plan and predict.
+The reference over PEFT, Unsloth, and our own in fused/. May import base, data, formula, plan and
+predict.
 """

@@ -1,4 +1,6 @@
-"""LoRA adapters beside the linear layers of a frozen base: W + (alpha/r) B A, A (R, in), B (out, R), both fp32.
+"""LoRA adapters beside the linear layers of a frozen base.
+
+W + (alpha/r) B A, with A (R, in) and B (out, R), both fp32.
 
 Legend: R rank of the adapters.
 """
@@ -45,10 +47,12 @@ CONFIG_BYTES = 1 << 20  # of adapter_config.json, at most
 def attach_lora(
     hf: PreTrainedModel, lora: LoraConfig, *, seed: int, base_name: str, commit: str | None
 ) -> peft.PeftModel:
-    """Wrap the base with fresh adapters: A uniform (Kaiming, a = sqrt 5), B zero, so that training starts at the base's own function.
+    """Wrap the base with fresh adapters: A uniform, B zero.
 
-    A is drawn on the CPU from a generator of its own, layer by layer: `seed` gives the same adapters on every rank and device.
-    `base_name` and `commit` go into adapter_config.json. Raises ValueError for targets that the model does not have.
+    Training so starts at the base's own function (A: Kaiming, a = sqrt 5). A is drawn on the CPU
+    from a generator of its own, layer by layer: `seed` gives the same adapters on every rank and
+    device. `base_name` and `commit` go into adapter_config.json. Raises ValueError for targets that
+    the model does not have.
     """
     check_targets(hf, lora.targets)
     config = peft.LoraConfig(
@@ -59,7 +63,8 @@ def attach_lora(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    # Before activation checkpointing is switched on: PEFT would then make embeddings require grad, at the price of one more gradient.
+    # Before activation checkpointing is on: PEFT would make embeddings require grad, which costs
+    # one more gradient.
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
@@ -77,7 +82,10 @@ def attach_lora(
 
 
 def draw_adapters(model: peft.PeftModel, *, seed: int, base_name: str, commit: str | None) -> None:
-    """Put the first values into fresh adapters (see attach_lora), and the base's name into what adapter_config.json will say."""
+    """Draw the first values of fresh adapters (see attach_lora).
+
+    The base's name goes into what adapter_config.json will say.
+    """
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = base_name, commit
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +97,7 @@ def draw_adapters(model: peft.PeftModel, *, seed: int, base_name: str, commit: s
 
 
 def check_plain_layers(model: peft.PeftModel, targets: tuple[str, ...]) -> None:
-    """Raise ValueError if PEFT adapted a tensor that is no linear layer: the experts of a layer."""
+    """Raise ValueError if PEFT adapted a layer's experts."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
     if wrapped:
         kind = type(model.get_base_model()).__name__
@@ -103,7 +111,10 @@ def check_plain_layers(model: peft.PeftModel, targets: tuple[str, ...]) -> None:
 
 
 def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """Raise ValueError, with the names that exist, for a target that names no linear layer."""
+    """Raise ValueError for a target that names no linear layer.
+
+    The message names those that exist.
+    """
     linear = linear_names(hf)
     if unknown := [target for target in targets if target not in linear]:
         raise ValueError(
@@ -113,7 +124,10 @@ def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
 
 
 def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
-    """Last parts of the names of all linear layers but the head, in the model's order."""
+    """Last parts of the names of linear layers, in the model's order.
+
+    The head is none of them.
+    """
     head = hf.get_output_embeddings()
     found = {
         name.rpartition(".")[2]: None
@@ -126,10 +140,11 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
 def load_adapter(
     model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_name: str, commit: str | None
 ) -> None:
-    """Put the weights of a saved PEFT LoRA adapter into the fresh ones.
+    """Put the weights of a saved LoRA adapter into fresh ones.
 
-    Raises ValueError naming model.init_adapter: a file is missing, damaged or too large, weights are
-    not finite, or adapter_config.json differs from the run's config (every difference is named).
+    Raises ValueError naming model.init_adapter: a file is missing, damaged or too large, weights
+    are not finite, or adapter_config.json differs from the run's config (every difference is
+    named).
     """
     path = Path(folder).expanduser()
     saved = _saved_config(path, folder)
@@ -170,7 +185,10 @@ def _saved_config(path: Path, folder: str) -> dict[str, Any]:
 
 
 def _weights(file: Path, folder: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read an adapter's tensors; names and shapes are compared before any is read."""
+    """Read an adapter's tensors.
+
+    Names and shapes are compared before any is read.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  (not a dict)
@@ -205,9 +223,9 @@ def adapter_differences(
     base_name: str,
     commit: str | None,
 ) -> list[str]:
-    """What in a saved adapter_config.json contradicts the run's, each as 'field: there, here'.
+    """Contradictions of a saved adapter_config.json with the run's.
 
-    own: the fields of the adapter that this run has made.
+    Each is 'field: there, here'. own: the fields of the adapter that this run has made.
     """
     if saved.get("peft_type") != "LORA":
         return [f"peft_type is {saved.get('peft_type')}, only LORA is trained here"]

@@ -1,4 +1,4 @@
-"""From a config to an engine: the base, its adapters, and what must be true before training."""
+"""Builds an engine from a config: base, adapters, checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import attach_lora, load_adapter
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers
-from glassloop.plan.honoured import GROUPS
+from glassloop.plan.support import GROUPS
 
 if TYPE_CHECKING:
     from glassloop.engines.fused.engine import FusedEngine
@@ -51,10 +51,13 @@ def build_engine(
     memory_base: str | int = "auto",
     source: BaseSource | None = None,
 ) -> Engine:
-    """Load the base onto `device` and attach fp32 adapters; returns the engine in training mode.
+    """Load the base onto `device`, attach fp32 adapters, check both.
+
+    Returns the engine in training mode.
 
     Args:
-        precision: bf16 | fp16 | fp32, of the base and its matrix products. Autocast is the caller's.
+        precision: bf16 | fp16 | fp32, of the base and its matrix products. Autocast is the
+            caller's.
         checkpointing: recompute each decoder layer in the backward pass.
         seed: of the fresh adapters' A matrices; equal on all ranks, so that their adapters are.
         first: context in which one rank of a host goes before the others, to download and quantise.
@@ -64,8 +67,8 @@ def build_engine(
         source: of the base, where the caller has resolved it.
 
     Raises:
-        ValueError: a model, target, adapter folder or launch cannot train as asked; names the field
-            and the cure.
+        ValueError: a model, target, adapter folder or launch cannot train as asked; names the
+            field and the cure.
     """
     assert engine in ("peft", "fused", "unsloth"), engine
     shared: dict[str, Any] = dict(precision=precision, device=device, first=first, source=source)
@@ -105,7 +108,7 @@ def build_engine(
 def prepared(
     base: PreTrainedModel, report: LoadReport, model: ModelConfig, device: torch.device
 ) -> LoadReport:
-    """Turn off the base's own dropout; returns the report with notes on that and on NF4."""
+    """Turn off the base's own dropout; returns the report with notes."""
     quietened = silence(base)
     check_still(base, device, report.name)
     left = unquantised_note(base) if model.quantization == "nf4" else ""
@@ -115,7 +118,10 @@ def prepared(
 def _load(
     model: ModelConfig, engine: str, memory_base: str | int, shared: dict[str, Any]
 ) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
-    """Load the base; for fused over a file of layers, if its weights have that form."""
+    """Load the base; for fused over a file of layers.
+
+    If its weights have that form.
+    """
     if engine != "fused" or model.quantization != "nf4":
         return *load_base(model, **shared), None
     locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")
@@ -132,7 +138,10 @@ def _load(
 def _fused_engine(
     hf: nn.Module, report: LoadReport, checkpointing: bool, pages: HostPages | None
 ) -> FusedEngine:
-    """The fused engine over the same storage. It recomputes all layers until memory.py chooses."""
+    """The fused engine over the same storage.
+
+    It recomputes all layers until loop/memory.py chooses.
+    """
     try:
         from glassloop.engines.fused.engine import FusedEngine
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""RMS norms of a transformers model through torch's own kernel: one launch for six, and no fp32 copies of the activations kept for backward."""
+"""RMS norms of a transformers model through torch's own kernel.
+
+One launch replaces six, and backward keeps no fp32 copies of the activations.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from torch import Tensor, nn
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Let every module that is an RMS norm compute with torch.nn.functional.rms_norm; returns how many.
+    """Let RMS norms compute with torch's rms_norm; returns how many.
 
-    A module counts as one if its class is called ...RMSNorm and it gives, on a random fp32 input, what torch's does: weight * x / rms(x). Others
-    (Gemma's, which adds 1 to its weight) stay as they are. The result is rounded once to the input's dtype, where transformers rounds twice.
+    A module counts as one if its class is called ...RMSNorm and it gives, on a random fp32 input,
+    what torch's does: weight * x / rms(x). Others (Gemma's, which adds 1 to its weight) stay as
+    they are. The result is rounded once to the input's dtype; transformers rounds twice.
     """
     fused = 0
     for module in model.modules():
@@ -32,7 +36,10 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 class _Fused:
-    """The norm's forward; falls back to the module's own where input and weight differ in dtype."""
+    """A norm's forward.
+
+    The module's own computes if input and weight differ in dtype.
+    """
 
     def __init__(self, own_forward, weight: Tensor, eps: float):
         self.own_forward, self.weight, self.eps = own_forward, weight, eps

@@ -19,13 +19,17 @@ from glassloop.formula.loss import token_loss_sums
 
 
 class PeftEngine(nn.Module):
-    """A PEFT model and our loss: transformers + PEFT + bitsandbytes is the reference engine, Unsloth's model the engine `unsloth`.
+    """A PEFT model under our loss.
+
+    transformers, PEFT and bitsandbytes make the reference engine, `peft`; Unsloth's model makes
+    `unsloth`.
 
     Attributes:
         name: as in execution.engine.
         hf: the PEFT model; generation and saving go through it.
         report: how the base was loaded.
-        packed_bounds: rows' lengths -> the decoder's own arguments for a packed pass; None: as transformers has them.
+        packed_bounds: rows' lengths -> the decoder's own arguments for a packed pass; None: as
+            transformers has them.
         before_training_pass: called with `hf` before a pass in training mode.
     """
 
@@ -45,8 +49,8 @@ class PeftEngine(nn.Module):
         self.packed_bounds = packed_bounds
         self.before_training_pass = before_training_pass
         self._packing_checked = False
-        # DistributedDataParallel would send rank 0's base over the others': half of it, since NF4's scales are no parameters.
-        # Bases are compared instead. The name is DDP's own.
+        # DistributedDataParallel would send rank 0's base over the others': half of it, since NF4's
+        # scales are no parameters. Bases are compared instead. The name is DDP's own.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, p in self.named_parameters() if not p.requires_grad
         ]
@@ -54,11 +58,17 @@ class PeftEngine(nn.Module):
 
     @property
     def attention(self) -> str:
-        """What computes attention: transformers' choice, or the engine's name where it brings its own."""
+        """Implementation of attention.
+
+        It is transformers' choice, or the engine's name if it brings its own.
+        """
         return self.hf.config._attn_implementation if self.name == "peft" else self.name  # type: ignore[union-attr, return-value]
 
     def forward(self, p: Pass) -> tuple[Tensor, Tensor]:
-        """Summed token cross-entropy of a pass: loss_sum () fp32 with gradient, row_loss_sums (rows,) fp32 without. One rank's own sums."""
+        """Summed token cross-entropy of a pass, this rank's alone.
+
+        Returns loss_sum () fp32 with gradient and row_loss_sums (rows,) fp32 without.
+        """
         if self.training and self.before_training_pass is not None:
             self.before_training_pass(self.hf)
         if p.packed:
@@ -77,11 +87,13 @@ class PeftEngine(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, positions: Tensor | None = None, lengths: tuple[int, ...] = ()
     ) -> Tensor:
-        """(B, T, H): the decoder's output after its last norm. `positions` (1, T) and `lengths` are given for packed passes only.
+        """(B, T, H): the decoder's output after its last norm.
 
-        Padding is to the right: under causal attention no row's place sees it, so no mask is given and attention may take its fastest
-        kernel. In a packed pass positions restart at each row, and transformers makes every layer's block-diagonal causal mask of that
-        (sliding windows included); flash_attention_2 takes the rows' bounds instead.
+        `positions` (1, T) and `lengths` are given for packed passes only. Padding is to the right:
+        under causal attention no row's place sees it, so no mask is given and attention may take
+        its fastest kernel. In a packed pass positions restart at each row, and transformers makes
+        every layer's block-diagonal causal mask of that (sliding windows included);
+        flash_attention_2 takes the rows' bounds instead.
         """
         where: dict[str, Any] = {}
         if positions is not None:
@@ -104,10 +116,11 @@ class PeftEngine(nn.Module):
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """Raise ValueError unless rows of a packed pass are apart. Tried once, on two short rows.
+        """Raise ValueError unless rows of a packed pass are apart.
 
-        Exchanging the first row's tokens may not move the second row by a bit, and the second row gives about what it gives alone
-        (about: another shape takes another kernel, and a deep model amplifies bf16's rounding).
+        Tried once, on two short rows. Exchanging the first row's tokens may not move the second row
+        by a bit, and the second row gives about what it gives alone (another shape takes another
+        kernel, and a deep model amplifies bf16's rounding).
         """
         if self._packing_checked:
             return
@@ -138,7 +151,8 @@ class PeftEngine(nn.Module):
         moved, off = (float((packed - one).norm() / alone.norm()) for one in (beside_other, alone))
         if not (moved < 1e-4 and off < 0.2):
             raise ValueError(
-                f"execution.layout = packed: {name} lets rows of one pass see each other (a row moves by {moved:.1e} with the tokens "
+                f"execution.layout = packed: {name} lets rows of one pass see each other (a row "
+                f"moves by {moved:.1e} with the tokens "
                 f"of another, and differs by {off:.1e} from the row alone): {cure}"
             )
         self._packing_checked = True

@@ -1,7 +1,9 @@
-"""Unsloth's model under our loop: FastLanguageModel loads the very files that the engine `peft` reads, and its layers compute the decoder.
+"""Unsloth's model under our loop.
 
-From the decoder's output on it is the reference's code: our loss gives the sum of each row, which Unsloth's fused loss does not. Adapters have
-PEFT's names, first values and fp32, so a checkpoint of one engine opens in the other. Unsloth is imported in `import_unsloth`, nowhere else.
+FastLanguageModel loads the very files that the engine `peft` reads, and its layers compute the
+decoder. After the decoder it is the reference's code: our loss gives the sum of each row, which
+Unsloth's fused loss does not. Adapters have PEFT's names, first values and fp32, so a checkpoint of
+one engine opens in the other. Unsloth is imported in `import_unsloth`, nowhere else.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from safetensors import safe_open
 from torch import nn
 
 from glassloop.base.cache import cache_root
-from glassloop.base.checks import base_checksum, check_plain_head
-from glassloop.base.quantised import DTYPES, LoadReport, find_base, prepare_4bit
+from glassloop.base.checks import check_plain_head
+from glassloop.base.checksum import base_checksum
+from glassloop.base.quantised import LoadReport, find_base
+from glassloop.base.reading import DTYPES, prepare_4bit
 from glassloop.base.source import BaseSource
 from glassloop.base.still import silence
 from glassloop.config.config import LoraConfig, ModelConfig
@@ -47,13 +51,17 @@ REFUSED = "execution.engine = unsloth"
 
 
 def import_unsloth() -> Any:
-    """Import Unsloth and return its FastLanguageModel. Raises ValueError with the reason where its import fails.
+    """Import Unsloth and return its FastLanguageModel.
 
-    It asks to be imported before transformers and peft and warns otherwise. Here that would be before the config is read, for every engine, so
-    it comes late, and the warning is left out: what it changes for a Llama it changes in place, in classes and modules that are looked up when
-    called (modeling_llama's forwards, peft's layers, torch.utils.checkpoint). What a late import cannot change are environment variables that
-    transformers reads once, for TensorFlow and Flax. Accelerate's process group exists by now, which is well: alone on one GPU, Unsloth would
-    keep Accelerate from making one. Its generated code goes to the cache, not into the working folder.
+    It asks to be imported before transformers and peft and warns otherwise. That would be before
+    the config is read, for every engine, so it comes late and the warning is dropped. What it
+    changes for a Llama it changes in place, in classes and modules that are looked up when called
+    (modeling_llama's forwards, peft's layers, torch.utils.checkpoint). A late import cannot change
+    environment variables that transformers reads once, for TensorFlow and Flax. Accelerate's
+    process group exists by now. Alone on one GPU, Unsloth would keep Accelerate from making one.
+    Its generated code goes to the cache, not into the working folder.
+
+    Raises ValueError with the reason if its import fails.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -81,14 +89,17 @@ def load_with_unsloth(
     longest_row: int | None,
     source: BaseSource | None = None,
 ) -> tuple[nn.Module, LoadReport]:
-    """The base with fresh adapters, loaded and patched by Unsloth onto this rank's device. Other arguments as in model.build_engine.
+    """Let Unsloth load and patch the base, with fresh adapters.
+
+    It lies on this rank's device. Other arguments are those of build_engine.
 
     Args:
         tokenizer: the run's own; Unsloth gets a copy to change.
         longest_row: tokens; Unsloth cuts longer inputs. None: as many as the model has positions.
 
     Raises:
-        ValueError: where Unsloth cannot run here or not this model, or where the base it holds is not bit for bit the one that peft would have.
+        ValueError: where Unsloth cannot run here or not this model, or where the base it holds
+            is not bit for bit the one that peft would have.
     """
     check_unsloth(on_cuda=device.type == "cuda")
     report = find_base(model, precision=precision, device=device, first=first, source=source)
@@ -141,9 +152,10 @@ def load_with_unsloth(
 
 
 def lay_out(folder: Path, weights: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Fill `folder` with links to the base's files and a copy of the tokenizer; returns the fields of config.json.
+    """Fill `folder` with links to the base's files and a tokenizer.
 
-    A folder of its own, since no name can lead Unsloth to a mirror of it, and since a quantised copy has no tokenizer.
+    It is a folder of its own, since no name can lead Unsloth to a mirror of it, and since a
+    quantised copy has no tokenizer. Returns the fields of config.json.
     """
     tokenizer.save_pretrained(folder)
     for file in weights.iterdir():
@@ -157,13 +169,18 @@ def lay_out(folder: Path, weights: Path, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def rows_allowed(longest_row: int | None, fields: dict[str, Any]) -> int:
-    """max_seq_length for Unsloth. Raises ValueError above the model's own positions, where it would stretch rotary positions without a word."""
+    """max_seq_length for Unsloth.
+
+    Raises ValueError above the model's own positions: Unsloth would stretch rotary positions and
+    say nothing.
+    """
     positions = fields.get("max_position_embeddings")
     if longest_row is None:
         return positions or SHORTEST
     if positions is not None and longest_row > positions:
         raise ValueError(
-            f"data.max_tokens = {longest_row} is more than the {positions} positions of the model, and Unsloth would change the model to reach "
+            f"data.max_tokens = {longest_row} is more than the {positions} positions of the "
+            "model, and Unsloth would change the model to reach "
             f"them: set data.max_tokens={positions}, {OTHER_ENGINE}"
         )
     return max(longest_row, min(SHORTEST, positions or SHORTEST))
@@ -172,7 +189,10 @@ def rows_allowed(longest_row: int | None, fields: dict[str, Any]) -> int:
 def put_back_pad_rows(
     base: nn.Module, files: Path, *tokenizers: PreTrainedTokenizerBase | None
 ) -> None:
-    """Give the embedding its files' rows of pad tokens again: Unsloth zeroes them, and the base would not be the one that other engines train on."""
+    """Restore the embedding's rows of pad tokens from the files.
+
+    Unsloth zeroes them, and the base would differ from that of other engines.
+    """
     embedding = base.get_input_embeddings().weight  # type: ignore[operator]
     name = next(name for name, parameter in base.named_parameters() if parameter is embedding)
     rows: list[Any] = [getattr(_plain(one), "pad_token_id", None) for one in tokenizers]
@@ -196,15 +216,17 @@ def check_same_base(
     own_tokenizer: PreTrainedTokenizerBase | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
-    """Raise ValueError unless the base is, bit for bit, what `peft` would train on. Returns notes; the run's pad id goes into its config.
+    """Raise ValueError unless the base is `peft`'s, bit for bit.
 
-    Padding is never a label and no row's place sees it, so a pad token that Unsloth chose for its own tokenizer changes nothing; it is put back and
-    said. One that it added has changed the base.
+    Padding is never a label and no row's place sees it, so a pad token that Unsloth chose for its
+    own tokenizer changes nothing; it is put back and said. One that it added has changed the base.
+    Returns notes; the run's pad id goes into the base's config.
     """
     checksum = base_checksum(base)
     if checksum != report.checksum:
         raise ValueError(
-            f"{REFUSED}: the base it loaded is not the one that execution.engine = peft trains on ({differing(base, Path(report.folder or ''))}): "
+            f"{REFUSED}: the base it loaded is not the one that execution.engine = peft trains on "
+            f"({differing(base, Path(report.folder or ''))}): "
             "an adapter trained on it would fit no other copy; set execution.engine=peft"
         )
     ours = tokenizer.pad_token_id
@@ -215,12 +237,13 @@ def check_same_base(
     if theirs == ours:
         return []
     return [
-        f"Unsloth would pad with id {theirs}; this run pads with {ours}, as with other engines (padding is never a label)"
+        f"Unsloth would pad with id {theirs}; this run pads with {ours}, as with other engines "
+        "(padding is never a label)"
     ]
 
 
 def differing(base: nn.Module, folder: Path) -> str:
-    """Which tensors of a loaded base are not those of its files, in a few words."""
+    """Name some tensors of a loaded base that differ from its files."""
     here = base.state_dict()
     odd, seen = [], set()
     for file in sorted(folder.glob("*.safetensors")):
@@ -232,7 +255,8 @@ def differing(base: nn.Module, folder: Path) -> str:
                     odd.append(f"{name} is missing")
                 elif held.dtype != stored.dtype or held.shape != stored.shape:
                     odd.append(
-                        f"{name} is {held.dtype} {tuple(held.shape)}, was {stored.dtype} {tuple(stored.shape)}"
+                        f"{name} is {held.dtype} {tuple(held.shape)}, was {stored.dtype} "
+                        f"{tuple(stored.shape)}"
                     )
                 elif not torch.equal(
                     *(tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (held, stored))
@@ -249,12 +273,19 @@ def differing(base: nn.Module, folder: Path) -> str:
 
 
 def packed_bounds(lengths: tuple[int, ...]) -> dict[str, Any]:
-    """What tells Unsloth's attention where the rows of a packed pass end. On the CPU: it copies them itself, without waiting for the device."""
+    """Bounds of a packed pass's rows, as Unsloth's attention takes them.
+
+    They are on the CPU: it copies them itself, without waiting for the device.
+    """
     return {"packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32)}
 
 
 def train_again(hf: nn.Module) -> None:
-    """Undo what Unsloth's generation leaves behind when it began in evaluation mode: no recomputation, and kernels for answers."""
+    """Undo Unsloth's generation mode.
+
+    If generation began in evaluation mode it leaves behind: no recomputation, and kernels for
+    answers.
+    """
     base = hf.get_base_model()  # type: ignore[operator]
     if getattr(base, "_flag_for_generation", False):
         hf.for_training()  # type: ignore[operator]
@@ -262,7 +293,10 @@ def train_again(hf: nn.Module) -> None:
 
 @contextlib.contextmanager
 def explained(model: ModelConfig) -> Iterator[None]:
-    """Turn what Unsloth raises about a model into a ValueError with the cure, and keep its banners to itself. Out of memory stays what it is."""
+    """Turn Unsloth's errors about a model into a ValueError with a cure.
+
+    Its banners stay hidden. Out of memory stays what it is.
+    """
     try:
         with quiet():
             yield
@@ -279,13 +313,14 @@ def explained(model: ModelConfig) -> Iterator[None]:
         AssertionError,
     ) as error:
         raise ValueError(
-            f"{REFUSED} cannot load model.id = {model.id} ({_short(error)}): set execution.engine=peft"
+            f"{REFUSED} cannot load model.id = {model.id} ({_short(error)}): set "
+            "execution.engine=peft"
         ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What is printed meanwhile is shown only if an error ends it."""
+    """Show what is printed meanwhile only if an error ends the block."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
@@ -297,7 +332,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Unsloth seeds every generator when it makes adapters: the run's own are put back."""
+    """Keep all generators' states: Unsloth seeds every one."""
     python, array = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -1,5 +1,7 @@
-"""Whether Unsloth can run here, found out from package metadata before it is imported: by then it would have failed in the middle, or patched
-what is beside it. The standard library only.
+"""Checks from package metadata that Unsloth can run here.
+
+They come before its import, which could fail in the middle or patch what is beside it. The standard
+library only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ LIMITS = (
     "trl<=1.15.0",
     "datasets<5.0.0",
 )  # of the tested version
-# What its import needs; it asks for more (sentencepiece, diffusers, a server's packages), which training does without.
+# What its import needs. It asks for more (sentencepiece, diffusers, a server's packages), which
+# training does without.
 DECIDING = (
     "torch",
     "transformers",
@@ -28,12 +31,18 @@ DECIDING = (
     "huggingface-hub",
     "unsloth-zoo",
 )
-OWN_PLACE = "Give Unsloth an environment of its own, without constraints.txt: pip install 'glassloop[unsloth]'"
+OWN_PLACE = (
+    "Give Unsloth an environment of its own, without constraints.txt: pip install "
+    "'glassloop[unsloth]'"
+)
 OTHER_ENGINE = "or set execution.engine=peft"
 
 
 def installed_version(name: str) -> str | None:
-    """The version of an installed package, None where there is none. Imports nothing."""
+    """Version of an installed package; None if it is missing.
+
+    Imports nothing.
+    """
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -41,7 +50,7 @@ def installed_version(name: str) -> str | None:
 
 
 def requirements_of(name: str) -> Sequence[str]:
-    """What an installed package asks for, in the words of its metadata."""
+    """Requirements of an installed package, as its metadata has them."""
     try:
         return metadata.requires(name) or ()
     except metadata.PackageNotFoundError:
@@ -52,7 +61,10 @@ def conflicts(
     installed: Callable[[str], str | None] = installed_version,
     requirements: Callable[[str], Sequence[str]] = requirements_of,
 ) -> list[str]:
-    """What keeps an installed Unsloth from being imported, a line each: package, version here, versions it admits, and the pip line."""
+    """Name what keeps an installed Unsloth from being imported.
+
+    A line each: package, version here, versions it admits, and the pip line.
+    """
     found: dict[str, str] = {}
     for owner in ("unsloth", "unsloth-zoo"):
         for line in requirements(owner):
@@ -71,18 +83,25 @@ def conflicts(
                 bound for bound in bounds.split(",") if bound and not within(here, bound)
             ]:
                 found[name] = (
-                    f"{name} {here} is here, {owner} {installed(owner)} admits {name}{','.join(broken)}: {cure}"
+                    f"{name} {here} is here, {owner} {installed(owner)} admits "
+                    f"{name}{','.join(broken)}: {cure}"
                 )
     return list(found.values())
 
 
 def limits_of(bounds: str) -> str:
-    """The bounds that a new install has to keep: exclusions of single versions are left out for the reader's sake."""
+    """Bounds that a new install must keep.
+
+    Exclusions of single versions are left out, for brevity.
+    """
     return ",".join(bound for bound in bounds.split(",") if bound and not bound.startswith("!="))
 
 
 def within(version: str, bound: str) -> bool:
-    """Whether a version keeps one bound (`<=5.17.0`, `!=4.4.*`). A local part (`+cu130`) does not count."""
+    """True if a version keeps one bound (`<=5.17.0`, `!=4.4.*`).
+
+    A local part (`+cu130`) does not count.
+    """
     match = re.match(r"(<=|>=|==|!=|~=|<|>)\s*(\d+(?:\.\d+)*)(\.\*)?", bound)
     if match is None:
         return True  # a form that is not known decides nothing
@@ -105,7 +124,7 @@ def within(version: str, bound: str) -> bool:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """(2, 11, 0) of "2.11.0+cu130"; a suffix such as rc1 or post2 does not count."""
+    """(2, 11, 0) of "2.11.0+cu130"; suffixes such as rc1 do not count."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
@@ -116,7 +135,10 @@ def problems(
     installed: Callable[[str], str | None] = installed_version,
     requirements: Callable[[str], Sequence[str]] = requirements_of,
 ) -> list[str]:
-    """Everything that keeps execution.engine=unsloth from running here, a line each, with its cure; empty where it can be tried."""
+    """Name all that keeps unsloth from running here, with cures.
+
+    A line each; empty if it can be tried.
+    """
     if installed("unsloth") is None:
         return [f"it is not installed ({TESTED} admits {', '.join(LIMITS)}). {OWN_PLACE}"]
     found = conflicts(installed, requirements)
@@ -124,7 +146,8 @@ def problems(
         found.append(OWN_PLACE)
     if not on_cuda:
         found.append(
-            "it computes on GPUs only, and torch sees no CUDA device here (or the launch file asks for CPUs)"
+            "it computes on GPUs only, and torch sees no CUDA device here (or the launch file "
+            "asks for CPUs)"
         )
     return found
 

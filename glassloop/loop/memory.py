@@ -15,8 +15,9 @@ from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.formula.dist import Gate, gather_objects
 from glassloop.plan.work import chooses_passes, pass_tokens_for, work_of
-from glassloop.predict.ledger import GIB, Ledger, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import shapes_from_config, shapes_of
+from glassloop.predict.terms import GIB, Ledger
 from glassloop.predict.tiers import Base, Tiers, describe
 
 if TYPE_CHECKING:

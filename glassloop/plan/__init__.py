@@ -1,4 +1,4 @@
-"""What a run will do: steps, contract, choice of engine, outlook. No torch.
+"""Plans of a run: steps, contract, choice of engine, outlook.
 
-May import config and predict.
+May import config and predict. No torch.
 """

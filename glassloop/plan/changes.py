@@ -1,4 +1,7 @@
-"""What another number of ranks, batch or accumulation changes in the math of a run, and the one field that keeps the rows of an update."""
+"""Effects of other ranks, batch or accumulation on a run's math.
+
+They name the one field that keeps the rows of an update.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,11 @@ class Change:
 
 
 def change(what: str, asked: StepPlan, other: StepPlan, *, rows_kept_by: str) -> Change:
-    """Compare two plans of one run. `rows_kept_by`: the field that would keep the rows of an update, such as batch.rows_per_update=16."""
+    """Compare two plans of one run.
+
+    `rows_kept_by`: the field that would keep the rows of an update, such as
+    batch.rows_per_update=16.
+    """
     pairs: list[tuple[str, Any, Any]] = [
         ("rows an update", asked.rows_per_update, other.rows_per_update),
         ("updates an epoch", asked.windows_per_epoch, other.windows_per_epoch),

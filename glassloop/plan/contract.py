@@ -1,7 +1,8 @@
-"""The plan as a contract: what plan.json says will happen, compared with what is counted while it happens.
+"""The plan as a contract: plan.json compared with what is counted.
 
-The contract holds rows per update and not rows per micro-batch: how an update's rows are laid out is execution. An update that is skipped, left
-out or done again is an event and breaks nothing. Nothing here imports torch.
+The contract holds rows per update and not rows per micro-batch: how an update's rows are laid out
+is execution. An update that is skipped, left out or done again is an event and breaks nothing.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ FROM_THE_LAUNCHER = (
 
 
 class ContractBroken(RuntimeError):
-    """Something that the plan says did not happen so. The message has both numbers."""
+    """A difference from the plan; the message has both numbers."""
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a run is held to. Tuples have one entry an update."""
+    """The numbers that a run must match.
+
+    Tuples have one entry an update.
+    """
 
     step: StepPlan
     rows: tuple[int, ...]  # of each update, over all ranks
@@ -63,7 +67,10 @@ class Contract:
         }
 
     def check_facts(self, found: Mapping[str, Any]) -> None:
-        """Raise ContractBroken, before update 1, for what was found otherwise than planned. `found` has the same names as `facts`."""
+        """Raise ContractBroken, before update 1, for facts not as planned.
+
+        `found` has the same names as `facts`.
+        """
         assert found.keys() == self.facts.keys(), found.keys() ^ self.facts.keys()
         broken = [
             f"{name}: planned {self.facts[name]}, found {found[name]}"
@@ -87,7 +94,10 @@ class Contract:
     def check_update(
         self, update: int, *, rows: int, supervised_tokens: int, real_tokens: int, lr: float
     ) -> None:
-        """Raise ContractBroken, before anything is applied, where an update's counted rows and tokens, or its lr, are not the planned ones."""
+        """Raise ContractBroken unless rows, tokens and lr are the planned ones.
+
+        It comes before anything of the update is applied.
+        """
         counted = {
             "rows": rows,
             "supervised tokens": supervised_tokens,
@@ -103,8 +113,10 @@ class Contract:
         for (name, found), expected in zip(counted.items(), planned, strict=True):
             if found != expected:
                 raise ContractBroken(
-                    f"update {update}: planned {expected!r} {name}, counted {found!r}; nothing of it was applied. Something between the plan and "
-                    "the passes changed them: please report it with plan.json, and resume from the last checkpoint"
+                    f"update {update}: planned {expected!r} {name}, counted {found!r}; nothing of "
+                    "it was applied. Something between the plan and "
+                    "the passes changed them: please report it with plan.json, and resume from "
+                    "the last checkpoint"
                 )
 
 

@@ -1,4 +1,4 @@
-"""`execution.engine=auto`: which engine a run gets, from its config and the model's. Pure and without torch: asked by a run and `glassloop plan`."""
+"""The engine of a run, from its config and the model's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from glassloop.config.config import Config, MemoryConfig
-from glassloop.plan.honoured import unsupported
+from glassloop.config.support import beyond
+from glassloop.plan.support import unsupported
+from glassloop.predict.shapes import config_values
 
 
 @dataclass(frozen=True)
 class Choice:
-    """engine: as in execution.engine, never auto. why: what decided where auto did not choose fused, in words; empty otherwise."""
+    """An engine, never auto, and why auto did not choose fused.
+
+    `why` is empty if it did, or was not asked.
+    """
 
     engine: str
     why: str = ""
@@ -21,19 +26,21 @@ class Choice:
 def choose_engine(
     config: Config, model: Mapping[str, Any] | None, *, on_cuda: bool, lacking: str = ""
 ) -> Choice:
-    """The engine of a run: the one that is named; under auto `fused` on CUDA wherever it carries out what is asked, else `peft`.
+    """Choose the named engine; under auto, fused or peft.
+
+    auto takes `fused` on CUDA if it supports the run, else `peft`.
 
     Args:
-        model: of the model's config.json; None: not known, and taken for one that fused carries out.
-        lacking: what the machine lacks for fused, in words; empty where it lacks nothing.
+        model: of the model's config.json; None: unknown, and taken for one that fused supports.
+        lacking: what the machine lacks for fused, in words; empty if it lacks nothing.
     """
     if config.execution.engine != "auto":
         return Choice(config.execution.engine)
     if not on_cuda:
         return Choice("peft", "no CUDA GPU")
-    if (beyond := config.beyond_fused()) is not None:
-        what, why, _ = beyond
-        return Choice("peft", f"{what}, {why}")
+    if (found := beyond(dict(config), "fused")) is not None:
+        what, limit = found
+        return Choice("peft", f"{what}, {limit.why}")
     if config.model.trust_remote_code and "AutoModelForCausalLM" in (
         (model or {}).get("auto_map") or {}
     ):
@@ -44,15 +51,14 @@ def choose_engine(
 
 
 def with_engine(config: Config, choice: Choice) -> Config:
-    """The config with the engine that was chosen, as a run's folder has it.
+    """Put the chosen engine's name into the config.
 
-    Raises ValueError where memory.* is asked for, which only fused heeds, and another engine was chosen.
+    Raises ValueError for memory.* with another engine than fused.
     """
-    memory = config.memory
-    if choice.engine != "fused" and memory != MemoryConfig():
+    if choice.engine != "fused" and config.memory != MemoryConfig():
         raise ValueError(
-            f"memory.profile = {memory.profile} and memory.host_gib = {memory.host_gib:g} are for the engine fused, and execution.engine = auto "
-            f"chose {choice.engine} ({choice.why}): leave them out, or change what keeps fused from it"
+            f"memory.* only applies to execution.engine=fused, but auto chose {choice.engine} "
+            f"({choice.why}). Remove memory.*, or fix that reason"
         )
     return config.model_copy(
         update={"execution": config.execution.model_copy(update={"engine": choice.engine})}
@@ -60,7 +66,26 @@ def with_engine(config: Config, choice: Choice) -> Config:
 
 
 def in_words(config: Config, choice: Choice) -> str:
-    """What the header says of auto's choice; empty where the engine was named."""
+    """auto's choice, for the header; empty if the engine was named."""
     if config.execution.engine != "auto":
         return ""
     return f"{choice.engine} (auto: {choice.why})" if choice.why else f"{choice.engine} (auto)"
+
+
+def planned_engine(config: Config) -> tuple[Config, str]:
+    """The config with CUDA's engine, and that choice in words.
+
+    Raises ValueError for fields that the chosen engine does not use.
+    """
+    model = config_values(config.model.id)
+    choice = choose_engine(config, model, on_cuda=True)
+    if config.execution.engine != "auto":
+        return config, choice.engine
+    said = f"auto: {choice.engine} on CUDA"
+    if choice.engine == "peft":
+        said += f" too ({choice.why})"
+    elif model is None:
+        said += ", if fused supports the model (its config.json is not here); peft on a CPU"
+    else:
+        said += ", peft on a CPU"
+    return with_engine(config, choice), said

@@ -1,4 +1,7 @@
-"""What a run will be, before it begins: step math, parameters, disk, memory and time, in plain values. Imports nothing heavy."""
+"""A run's outlook: step math, parameters, disk, memory and time.
+
+Plain values, before the run begins. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from glassloop.config.config import Config
-from glassloop.plan.engine_lines import planned_engine
+from glassloop.plan.engine import planned_engine
 from glassloop.plan.steps import StepPlan, make_plan
 from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
-from glassloop.predict.ledger import PROFILES, STATE_BYTES, Ledger, Work
+from glassloop.predict.ledger import PROFILES
 from glassloop.predict.roofline import fused_pass_time, pass_time, tokens_per_s
 from glassloop.predict.shapes import Shapes, shapes_of
+from glassloop.predict.terms import STATE_BYTES, Ledger, Work
 
 SCHEMA = 1
 TOKENIZER_BYTES = (
@@ -24,7 +28,10 @@ TOKENIZER_BYTES = (
 
 @dataclass(frozen=True)
 class CardTime:
-    """A prediction of one card's speed; seconds for the whole run without evaluations and checkpoints."""
+    """A prediction of one card's speed.
+
+    Seconds are for the whole run without evaluations and checkpoints.
+    """
 
     card: str
     tokens_per_s: float  # of all ranks together
@@ -32,7 +39,7 @@ class CardTime:
     host_bound: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outlook:
     """Everything that `glassloop plan` shows; None: not known, and `unknown` says why."""
 
@@ -40,18 +47,17 @@ class Outlook:
     machines: int
     plan: StepPlan
     rows_from: str
-    shapes: Shapes | None
-    trainable: int | None
-    checkpoint_bytes: int | None
-    work: Work | None
-    ledger: Ledger | None
-    other_ledger: (
-        Ledger | None
-    )  # the same with the base in the other form: bf16 beside NF4; fused: with the least memory, or the most
-    ledger_names: tuple[str, str]
-    usual: str  # the card for which passes were cut and memory was laid out, where that depends on the card
-    verdicts: tuple[Verdict, ...]
-    times: tuple[CardTime, ...]
+    shapes: Shapes | None = None
+    trainable: int | None = None
+    checkpoint_bytes: int | None = None
+    work: Work | None = None
+    ledger: Ledger | None = None
+    # With the base in its other form (bf16 beside NF4), or with the least or most that fused keeps.
+    other_ledger: Ledger | None = None
+    ledger_names: tuple[str, str] = ("", "")
+    usual: str = ""  # the card that passes were cut for, where that depends on the card
+    verdicts: tuple[Verdict, ...] = ()
+    times: tuple[CardTime, ...] = ()
     row_tokens: float
     tokens: TokenCounts | None
     unknown: tuple[str, ...]
@@ -104,44 +110,90 @@ def look_ahead(
     """Put an outlook together.
 
     Args:
-        row_tokens: mean tokens of a row; None: of the counted rows, else data.max_tokens (then time is an upper bound).
+        row_tokens: mean tokens of a row; None: of the counted rows, else data.max_tokens (then
+            time is an upper bound).
         present: cards of this machine, judged by their free memory.
     """
     config, planned = planned_engine(config)
     shapes, where = shapes_of(config.model.id)
-    unknown = [] if shapes is not None else [f"memory, time and parameters: {where}"]
     mean = row_tokens or (
         counts.real / plan.rows_trained if counts else float(config.data.max_tokens)
     )
-    if shapes is None:
-        return Outlook(
-            config,
-            machines,
-            plan,
-            rows_from,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            ("", ""),
-            "",
-            (),
-            (),
-            mean,
-            counts,
-            tuple(unknown),
-            planned,
-        )
-    work = work_of(
-        config,
-        counts,
-        counts.heaviest_share if counts else plan.size * plan.accumulation * config.data.max_tokens,
+    unknown = [] if shapes is not None else [f"memory, time and parameters: {where}"]
+    found = {} if shapes is None else _of_shapes(config, plan, shapes, counts, mean, present)
+    unknown += found.pop("unknown", ())
+    return Outlook(
+        config=config,
+        machines=machines,
+        plan=plan,
+        rows_from=rows_from,
+        row_tokens=mean,
+        tokens=counts,
+        unknown=tuple(unknown),
+        engine=planned,
+        **found,
     )
+
+
+def _of_shapes(
+    config: Config,
+    plan: StepPlan,
+    shapes: Shapes,
+    counts: TokenCounts | None,
+    mean: float,
+    present: Sequence[Present],
+) -> dict[str, Any]:
+    """Fields of an Outlook that need the model's shapes; `unknown` names what is missing."""
+    share = plan.size * plan.accumulation * config.data.max_tokens
+    work = work_of(config, counts, counts.heaviest_share if counts else share)
     n = shapes.trainable(work.r, config.lora.targets)
     work = replace(work, targets=shapes.apart(work.targets))
+    on_disk = round(4 * n + disk_state_bytes(config.optimizer.name) * n)
+    found: dict[str, Any] = {
+        "shapes": shapes,
+        "trainable": n,
+        "checkpoint_bytes": on_disk + TOKENIZER_BYTES * shapes.vocabulary,
+        "work": work,
+    }
     engine = config.execution.engine
+    usual = usual_budget(present, plan.ranks)
+    if engine not in PROFILES:
+        why = (
+            f"memory and time of execution.engine={engine}: it is not modelled here; preflight "
+            "measures it, glassloop bench times it"
+        )
+        return found | {"usual": usual[0], "unknown": (why,)}
+    planned, here, unknown = _verdicts(plan, shapes, work, engine, present)
+
+    def times(of: Sequence[Verdict]) -> tuple[CardTime, ...]:
+        if config.execution.precision == "fp32":
+            return ()
+        found = (card_time(config, plan, shapes, v.card, mean, counts, on_card=v) for v in of)
+        return tuple(time for time in found if time is not None)
+
+    if config.execution.precision == "fp32":
+        unknown.append(
+            "time: the rates of cards that are known are those of bf16 and fp16, "
+            "execution.precision is fp32"
+        )
+    ledger, other, names, work = ledgers_of(shapes, work, engine, usual[1])
+    return found | {
+        "work": work,
+        "ledger": ledger,
+        "other_ledger": other,
+        "ledger_names": names,
+        "usual": usual[0],
+        "verdicts": (*planned, *here),
+        "times": times(planned),
+        "times_here": times(here),
+        "unknown": unknown,
+    }
+
+
+def _verdicts(
+    plan: StepPlan, shapes: Shapes, work: Work, engine: str, present: Sequence[Present]
+) -> tuple[list[Verdict], list[Verdict], list[str]]:
+    """Judge the planned cards and this machine's; the third names cards that are unknown."""
 
     def judged(gpu: Gpu, free_gib: float | None = None) -> Verdict:
         return verdict(
@@ -154,56 +206,14 @@ def look_ahead(
             engine=engine,
         )
 
-    known = engine in PROFILES
-    if not known:
-        unknown.append(
-            f"memory and time of execution.engine={engine}: it is not modelled here; preflight measures it, glassloop bench times it"
-        )
-    verdicts = [judged(gpu) for name in PLANNED_FOR if known and (gpu := gpu_named(name))]
-    for card in present if known else ():
-        if card.gpu is None:
-            unknown.append(
-                f"this machine's {card.name}: not in the table of cards, so nothing is said of it"
-            )
-        else:
-            verdicts.append(judged(card.gpu, card.free_gib))
-    usual = usual_budget(present, plan.ranks)
-    ledger, other, names = None, None, ("", "")
-    if known:
-        ledger, other, names, work = ledgers_of(shapes, work, engine, usual[1])
-    if known and config.execution.precision == "fp32":
-        unknown.append(
-            "time: the rates of cards that are known are those of bf16 and fp16, execution.precision is fp32"
-        )
-
-    def times(of: Sequence[Verdict]) -> tuple[CardTime, ...]:
-        if config.execution.precision == "fp32" or not known:
-            return ()
-        found = (card_time(config, plan, shapes, v.card, mean, counts, on_card=v) for v in of)
-        return tuple(time for time in found if time is not None)
-
-    return Outlook(
-        config=config,
-        machines=machines,
-        plan=plan,
-        rows_from=rows_from,
-        shapes=shapes,
-        trainable=n,
-        checkpoint_bytes=round(4 * n + disk_state_bytes(config.optimizer.name) * n)
-        + TOKENIZER_BYTES * shapes.vocabulary,
-        work=work,
-        ledger=ledger,
-        other_ledger=other,
-        ledger_names=names,
-        usual=usual[0],
-        verdicts=tuple(verdicts),
-        times=times(verdicts[: len(PLANNED_FOR)]),
-        times_here=times(verdicts[len(PLANNED_FOR) :]),
-        row_tokens=mean,
-        tokens=counts,
-        unknown=tuple(unknown),
-        engine=planned,
-    )
+    planned = [judged(gpu) for name in PLANNED_FOR if (gpu := gpu_named(name))]
+    here = [judged(card.gpu, card.free_gib) for card in present if card.gpu is not None]
+    unknown = [
+        f"this machine's {card.name}: not in the table of cards, so nothing is said of it"
+        for card in present
+        if card.gpu is None
+    ]
+    return planned, here, unknown
 
 
 def disk_state_bytes(optimizer: str) -> float:
@@ -220,7 +230,10 @@ def card_time(
     counts: TokenCounts | None = None,
     on_card: Verdict | None = None,
 ) -> CardTime | None:
-    """Predicted speed of one card over the run; None for a card without rates. on_card: what the engine `fused` keeps there."""
+    """Predict the speed of one card; None for a card without rates.
+
+    on_card: what the engine `fused` keeps there.
+    """
     packed = config.execution.layout == "packed"
     padded = (
         counts.literal_slots / counts.real if counts and not packed else 1.0

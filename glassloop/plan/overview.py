@@ -1,4 +1,7 @@
-"""What `glassloop train` guessed, in a short block, each guess with the setting that changes it."""
+"""The guesses of `glassloop train`, each with its setting.
+
+A short block.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import textwrap
 from dataclasses import dataclass
 
 from glassloop.plan.outlook import Outlook
+from glassloop.plan.render import width
+from glassloop.plan.render_cost import LABEL, duration
 from glassloop.plan.steps import counted
-from glassloop.plan.text import LABEL, duration, width
 from glassloop.predict.flops import flops_of
-from glassloop.predict.ledger import GIB, ledger_of
+from glassloop.predict.ledger import ledger_of
+from glassloop.predict.terms import GIB
 
 SETTING = 27  # columns of the settings at the right
 LIBRARIES_GIB = 0.7  # of a process with torch, transformers and peft loaded
@@ -19,7 +24,7 @@ CPU_SHARE = 0.5  # of a product's rate that training reaches on a CPU (measured:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What is known of a run's rows, in words and numbers."""
+    """Facts of a run's rows, in words and numbers."""
 
     source: str
     format: str
@@ -37,7 +42,7 @@ class RowFacts:
 def overview_lines(
     outlook: Outlook, rows: RowFacts, *, cpu_flops_per_s: float | None = None
 ) -> list[str]:
-    """Lines of the block: guesses, then what fits and how long it takes.
+    """Lines of the block: guesses, fit and time.
 
     Args:
         cpu_flops_per_s: of all ranks together, for a run on the CPU; None: on GPUs.
@@ -118,7 +123,7 @@ def _engine(outlook: Outlook, *, on_cpu: bool) -> str:
 
 
 def _fits(outlook: Outlook, *, on_cpu: bool) -> tuple[str, list[str]]:
-    """What is needed of the cards here, and what to note."""
+    """Memory needed of the cards here, with notes."""
     if outlook.shapes is None:
         return "not known before the model is here", list(outlook.unknown)
     if on_cpu:

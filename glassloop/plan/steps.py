@@ -1,4 +1,7 @@
-"""The arithmetic of a run, before it begins: windows, updates, epochs, and the learning rate of every update. Imports nothing heavy."""
+"""Step arithmetic: windows, updates, epochs, learning rates.
+
+All of it is known before a run begins. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,9 @@ def lr_at(update: int, *, updates: int, warmup: int, peak: float, kind: str, fir
     """Learning rate of update u = 1 .. U.
 
     linear:   peak * min(u / W, (U - u + 1) / (U - W + 1)), so that lr(W) = peak and lr(U) > 0.
-    cosine:   after warmup, peak * (1 + cos(pi * (u - W) / (U - W + 1))) / 2.
-    constant: peak after warmup.
-    With first = "zero" each update has the value of the one before, and update 1 has 0, as transformers' Trainer has it:
-    peak * min((u - 1) / W, (U - u + 1) / (U - W)).
+    cosine:   after warmup, peak * (1 + cos(pi * (u - W) / (U - W + 1))) / 2. constant: peak after
+    warmup. With first = "zero" each update has the value of the one before, and update 1 has 0, as
+    transformers' Trainer has it: peak * min((u - 1) / W, (U - u + 1) / (U - W)).
     """
     if not 1 <= update <= updates:
         raise ValueError(f"update {update} is not one of 1 .. {updates}")
@@ -34,7 +36,7 @@ def lr_at(update: int, *, updates: int, warmup: int, peak: float, kind: str, fir
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the windows of a run are."""
+    """Windows and updates of a run."""
 
     rows: int  # training rows of an epoch
     size: int  # rows of a micro-batch
@@ -62,7 +64,7 @@ class StepPlan:
 
     @property
     def rows_trained(self) -> int:
-        """Rows of all updates together, each counted as often as it is trained on."""
+        """Rows of all updates, counted as often as trained."""
         epochs, windows = divmod(self.updates, self.windows_per_epoch)
         of_an_epoch = self.rows - (self.tail_rows if self.tail == "drop" else 0)
         return (
@@ -71,7 +73,10 @@ class StepPlan:
 
     @property
     def times_trained(self) -> dict[int, int] | None:
-        """How often -> how many rows are trained on so often. None where tails are dropped: which rows those are differs by epoch."""
+        """Map a number of times to the rows trained so often.
+
+        None if tails are dropped: which rows those are differs by epoch.
+        """
         if self.tail_rows and self.tail == "drop":
             return None
         epochs, windows = divmod(self.updates, self.windows_per_epoch)
@@ -90,7 +95,7 @@ class StepPlan:
 
 
 def warmup_of(updates: int, given: int | None, share: float) -> int:
-    """Updates that warm up: as given, or a share of the run, rounded up."""
+    """Warmup updates: as given, or a share of the run, rounded up."""
     return math.ceil(round(share * updates, 9)) if given is None else given
 
 
@@ -119,8 +124,10 @@ def make_plan(
     windows = full + (1 if left and tail == "keep" else 0)
     if windows == 0:
         raise ValueError(
-            f"{rows} training rows make no window of {per_update} rows (batch.size {size} x {ranks} ranks x accumulation "
-            f"{accumulation}), and batch.tail = drop leaves the rest out: take more rows, a smaller batch, or batch.tail=keep"
+            f"{rows} training rows make no window of {per_update} rows (batch.size {size} x "
+            f"{ranks} ranks x accumulation "
+            f"{accumulation}), and batch.tail = drop leaves the rest out: take more rows, a "
+            "smaller batch, or batch.tail=keep"
         )
     if updates is None:
         updates = max(1, math.ceil(round(epochs * windows, 9)))

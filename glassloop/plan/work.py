@@ -1,4 +1,8 @@
-"""A config as work for one rank: its heaviest pass, for which memory is predicted, and how much goes into a packed pass. Imports nothing heavy."""
+"""A config as work for one rank.
+
+Its heaviest pass decides predicted memory; a budget decides the size of packed passes. Imports
+nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from dataclasses import dataclass, replace
 from glassloop.config.config import Config
 from glassloop.predict.cards import budget_bytes
 from glassloop.predict.hardware import PLANNED_FOR, Present, gpu_named
-from glassloop.predict.ledger import GIB, Ledger, Work, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import pass_tokens_of, with_tiers
+from glassloop.predict.terms import GIB, Ledger, Work
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,20 @@ class TokenCounts:
 
 
 def chooses_passes(config: Config) -> bool:
-    """Whether a run on a GPU chooses the size of its packed passes by what memory has room for."""
+    """True if a run chooses the size of its packed passes.
+
+    It does so on a GPU, by what memory has room for.
+    """
     execution = config.execution
     packed = execution.layout == "packed" and execution.pass_tokens is None
     return packed and execution.engine == "fused" and config.memory.profile != "min"
 
 
 def pass_tokens_for(config: Config, shapes: Shapes | None, budget_bytes: int | None) -> int:
-    """Most tokens of a packed pass: as asked; or, where that is left to the run, as many as every layer can keep whole.
+    """Most tokens of a packed pass.
 
-    budget_bytes: what torch may take of a GPU; None: no GPU, or an unknown one.
+    As asked; or, if that is left to the run, as many as every layer can keep whole. budget_bytes:
+    what torch may take of a GPU; None: no GPU, or an unknown one.
     """
     asked = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
     if shapes is None or budget_bytes is None or not chooses_passes(config):
@@ -53,9 +62,10 @@ def pass_tokens_for(config: Config, shapes: Shapes | None, budget_bytes: int | N
 
 
 def work_of(config: Config, counts: TokenCounts | None = None, share: int | None = None) -> Work:
-    """The heaviest pass of a run: the real one where rows were counted, else full rows with every token supervised.
+    """The heaviest pass of a run.
 
-    share: most tokens of an update on one rank, where the size of passes is the run's to choose.
+    The real one if rows were counted, else full rows with every token supervised. share: most
+    tokens of an update on one rank, if the run chooses the size of passes.
     """
     packed = config.execution.layout == "packed"
     limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
@@ -92,7 +102,11 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
 
 
 def usual_budget(present: Sequence[Present], ranks: int) -> tuple[str, int]:
-    """The card for which a plan is made in detail, and what torch may take of it: this machine's, else the first that every plan shows."""
+    """The card of a detailed plan, and its budget.
+
+    It is this machine's, else the first that every plan shows. Budget: bytes that torch may take of
+    it.
+    """
     for card in present:
         if card.gpu is not None:
             return card.gpu.key, budget_bytes(card.free_gib, ranks)
@@ -104,10 +118,11 @@ def usual_budget(present: Sequence[Present], ranks: int) -> tuple[str, int]:
 def ledgers_of(
     shapes: Shapes, work: Work, engine: str, usual: int
 ) -> tuple[Ledger, Ledger, tuple[str, str], Work]:
-    """Memory as asked and another way, what the two are called, and the work as it was counted.
+    """Memory as asked and another way, their names, and the work.
 
-    The other: the base in its other form; for `fused` as little as it can do with, or, where that is asked, every layer kept whole.
-    usual: bytes that torch may take of the card that packed passes are cut for.
+    The other: the base in its other form; for `fused` the least that it needs, or, if that is
+    asked, every layer kept whole. usual: bytes that torch may take of the card that packed passes
+    are cut for.
     """
     if engine != "fused":
         other = replace(work, quantization="none" if work.quantization == "nf4" else "nf4")

@@ -1,4 +1,7 @@
-"""Does a run fit a card, and which setting does: the ledger's peak, and what lies outside of torch's counters."""
+"""Judges whether a run fits a card, and names settings that do.
+
+The ledger's peak counts, and what lies outside of torch's counters.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from glassloop.predict.hardware import Gpu
-from glassloop.predict.ledger import GIB, Work, ledger_of, tiers_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import with_tiers
+from glassloop.predict.terms import GIB, Work, tiers_of
 from glassloop.predict.tiers import FRAGMENTATION, Tiers, describe
 
 CONTEXT_GIB = 0.5  # CUDA context with the kernels of torch, cuBLAS and bitsandbytes loaded
@@ -17,17 +21,22 @@ NCCL_GIB = 0.3  # its buffers, where there is more than one rank
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a run fits a card.
+    """A judgement of one card.
 
     Attributes:
-        needed_gib: peak, fragmentation, context and NCCL, as asked. has_gib: the card's memory, or what is free of it.
-        least_gib: the same with one row a pass and as few activations kept as the engine can do with.
-        cure: fields that make it fit with the same rows an update, where it does not; None where nothing does or nothing is needed.
+        needed_gib: peak, fragmentation, context and NCCL, as asked. has_gib: the card's memory,
+            or what is free of it.
+        least_gib: the same with one row a pass and as few activations kept as the engine can do
+            with.
+        cure: fields that make it fit with the same rows an update, where it does not; None
+            where nothing does or nothing is needed.
         cure_gib: what is needed then.
-        faster: fields with which activations are stored, where that fits too and was not asked for; None otherwise. faster_gib: what that needs.
+        faster: fields with which activations are stored, where that fits too and was not asked
+            for; None otherwise. faster_gib: what that needs.
         note: what a reader should know beside the numbers.
-        kept, held, pass_tokens, tiers: of the engine `fused` on this card: layers kept whole and held in 16 bits, tokens of its heaviest pass,
-            and the same in words; None and "" for the others.
+        kept, held, pass_tokens, tiers: of the engine `fused` on this card: layers kept whole
+            and held in 16 bits, tokens of its heaviest pass, and the same in words; None and ""
+            for the others.
     """
 
     card: str
@@ -47,12 +56,12 @@ class Verdict:
 
     @property
     def spare_gib(self) -> float:
-        """What the run as asked leaves free."""
+        """GiB that the run as asked leaves free."""
         return self.has_gib - self.needed_gib
 
 
 def least_work(work: Work) -> Work:
-    """The same rows in the smallest passes, with as few activations kept as possible."""
+    """The same rows in the smallest passes, with the fewest activations."""
     small = replace(work, checkpointing=True, profile="min")
     if work.between is not None:
         return replace(small, tokens=work.between[0], between=None)
@@ -62,7 +71,7 @@ def least_work(work: Work) -> Work:
 
 
 def budget_bytes(has_gib: float, ranks: int) -> int:
-    """What torch's allocator may take of a card on a rank."""
+    """Bytes of a card that torch's allocator may take on a rank."""
     return int((has_gib - CONTEXT_GIB - (NCCL_GIB if ranks > 1 else 0.0)) * GIB)
 
 
@@ -82,7 +91,11 @@ def verdict(
     free_gib: float | None = None,
     engine: str = "peft",
 ) -> Verdict:
-    """Judge one card. `free_gib`: what nvidia-smi says is free now, of a card that is present (a context is not yet part of it)."""
+    """Judge one card.
+
+    `free_gib`: what nvidia-smi says is free now, of a card that is present (a context is not yet
+    part of it).
+    """
     work = replace(work, capability=gpu.capability)
     note = (
         ""
@@ -140,7 +153,7 @@ def _with_more(
     needs: Callable[[Work], float],
     carried_out: Callable[[Work], Work],
 ) -> Verdict:
-    """A fitting verdict of the engine `fused`, with what another memory profile would keep beyond it."""
+    """A fitting verdict of `fused`, with what a larger profile keeps."""
     filled = replace(work, profile="fill")
     more = tiers_of(shapes, carried_out(filled)).kept
     if work.profile == "fill" or more <= tiers.kept or needs(filled) > found.has_gib:
@@ -153,9 +166,11 @@ def _with_more(
 
 
 def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequence[tuple[str, Work]]:
-    """Settings that need less memory and leave rows per update alone, in the order in which one would try them: (fields, work).
+    """Settings that need less memory and keep the rows of an update.
 
-    First what changes no term of the update's gradient (recomputation, smaller micro-batches or passes), then NF4 for an unquantised base.
+    (fields, work), in the order in which one would try them. First what changes no term of the
+    update's gradient (recomputation, smaller micro-batches or passes), then NF4 for an unquantised
+    base.
     """
     kept = f"batch.rows_per_update={rows_per_update}"
     if work.packed:

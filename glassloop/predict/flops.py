@@ -1,8 +1,10 @@
-"""FLOPs of an update of LoRA on a frozen base, counted from shapes: what the mathematics asks for, and what is computed twice, apart.
+"""FLOPs of an update of LoRA on a frozen base, from shapes.
 
-A matrix product of (m, k) and (k, n) is 2 m k n FLOPs; nothing else is counted. Frozen weights need no gradient of their own: a linear layer costs
-its forward and the gradient of its input. The embedding is frozen too, so nothing needs the gradient of the first layer's input, and the products
-that would only serve it are not there.
+What the mathematics asks for and what is computed twice are counted apart. A matrix product of (m,
+k) and (k, n) is 2 m k n FLOPs; nothing else is counted. Frozen weights need no gradient of their
+own: a linear layer costs its forward and the gradient of its input. The embedding is frozen too, so
+nothing needs the gradient of the first layer's input, and the products that would only serve it are
+not there.
 
 Legend: H hidden size, V vocabulary, T tokens of a row, R rank of the adapters.
 """
@@ -24,11 +26,15 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs by purpose. `model` is what any implementation must compute; `recompute` what one may do a second time to save memory."""
+    """FLOPs by purpose.
+
+    `model` is what any implementation must compute; `recompute` what one may do a second time to
+    save memory.
+    """
 
     linear: float  # frozen linear layers, forward and input gradients
     adapters: float  # forward, input gradients and the gradients of A and B
-    attention: float  # scores and weighted values, forward and backward, over the places that a place may see
+    attention: float  # scores and weighted values, both ways, over the places that a place may see
     head: float  # at supervised places, forward and input gradients
     recompute: float  # layers' forward once more, without the head; 0 where activations are stored
 
@@ -56,11 +62,15 @@ def flops_of(
     """FLOPs of forward and backward over `rows`.
 
     Args:
-        rows: (tokens, supervised tokens) of each. Real lengths count what is needed; padded lengths what a padded layout computes.
+        rows: (tokens, supervised tokens) of each. Real lengths count what is needed; padded
+            lengths what a padded layout computes.
         checkpointing: each decoder layer is computed again in the backward pass.
-        kept: layers that the engine `fused` keeps whole; it computes the others again without down_proj. None: another engine.
-        host: those left what attention came to on the host, so that attention and o_proj are not computed again either.
-        causal: a place sees itself and those before it; False: every place of its row, as attention without a causal kernel computes it.
+        kept: layers that the engine `fused` keeps whole; it computes the others again without
+            down_proj. None: another engine.
+        host: those left what attention came to on the host, so that attention and o_proj are
+            not computed again either.
+        causal: a place sees itself and those before it; False: every place of its row, as
+            attention without a causal kernel computes it.
     """
     tokens = supervised = pairs = 0
     for length, labels in rows:
@@ -110,11 +120,14 @@ def _weights(shapes: Shapes, r: int, targets: Sequence[str], names: Sequence[str
 
 
 def _before_any_adapter(shapes: Shapes, r: int, targets: Sequence[str]) -> tuple[int, int]:
-    """Weights of the first layer, frozen and of adapters, through which no gradient has to pass: nothing before them is trained."""
+    """Weights of the first layer that no gradient passes through.
+
+    Frozen ones and those of adapters: nothing before them is trained.
+    """
     frozen = adapters = 0
     for stage in STAGES:
         frozen += sum(inner * outer for inner, outer in map(shapes.projections.__getitem__, stage))
-        # An adapter's input gradient is the product with A; the one with B is needed for A's own gradient.
+        # An adapter's input gradient is the product with A. The one with B serves A's own gradient.
         adapters += sum(r * shapes.projections[name][0] for name in stage if name in targets)
         if any(name in targets for name in stage):
             break

@@ -1,7 +1,8 @@
-"""What is known of a GPU by its name: peak rate, memory, bandwidth, bf16. What is not known is None, and no card stands in for another.
+"""Facts of GPUs by name: peak rate, memory, bandwidth, bf16.
 
-Rates and bandwidths are the makers' data sheets (dense, not "with sparsity"); `usable_gib` is what torch reports as a card's total memory, the
-lowest that is commonly seen.
+Unknown facts are None, and no card stands in for another. Rates and bandwidths are the makers' data
+sheets (dense, not "with sparsity"); `usable_gib` is what torch reports as a card's total memory,
+the lowest that is commonly seen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class Gpu:
         key: short name, as commands take it.
         names: what torch or nvidia-smi call it, without "NVIDIA".
         usable_gib: memory that a process can use, its CUDA context included.
-        bf16_tflops: peak dense bf16 matrix products with fp32 sums, 1e12 FLOP/s; None without bf16 units.
+        bf16_tflops: peak dense bf16 matrix products with fp32 sums, 1e12 FLOP/s; None without
+            bf16 units.
         bandwidth_tbs: memory bandwidth, 1e12 bytes/s.
         capability: CUDA compute capability.
     """
@@ -75,9 +77,11 @@ PLANNED_FOR = (
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """Facts of the card that torch, nvidia-smi or a short key call `name`; None where it is not in the table.
+    """Facts of the card called `name`; None if unknown.
 
-    The whole name must agree: a "GeForce RTX 4090 Laptop GPU" is not a 4090, and an "NVIDIA H100" without more is not known to be one of its kinds.
+    The name is torch's, nvidia-smi's or a short key. The whole name must agree: a "GeForce RTX 4090
+    Laptop GPU" is not a 4090, and an "NVIDIA H100" without more is not known to be one of its
+    kinds.
     """
     wanted = name.strip().lower()
     bare = wanted.removeprefix("nvidia ").strip()
@@ -103,9 +107,9 @@ class Present:
 
 
 def gpus_present() -> tuple[Present, ...]:
-    """The machine's cards, asked of nvidia-smi (no torch, no CUDA context); empty where there are none or it does not answer in 5 s.
+    """The machine's cards, by nvidia-smi; empty without an answer in 5 s.
 
-    nvidia-smi does not heed CUDA_VISIBLE_DEVICES.
+    It needs no torch and no CUDA context. nvidia-smi ignores CUDA_VISIBLE_DEVICES.
     """
     fields = "name,memory.total,memory.free,driver_version,compute_cap"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
@@ -119,7 +123,10 @@ def gpus_present() -> tuple[Present, ...]:
 
 
 def parse_smi(answer: str) -> tuple[Present, ...]:
-    """Cards from nvidia-smi's csv lines (name, MiB in all, MiB free, driver, capability); lines of another form are passed over."""
+    """Cards from nvidia-smi's csv lines.
+
+    A line is name, MiB in all, MiB free, driver, capability; lines of another form are skipped.
+    """
     found = []
     for line in answer.splitlines():
         parts = [part.strip() for part in line.split(",")]
@@ -135,9 +142,9 @@ def parse_smi(answer: str) -> tuple[Present, ...]:
 
 
 def card_here(present: tuple[Present, ...] | None = None) -> str:
-    """Name of this machine's kind of card, as --hardware takes it; `cpu` without one.
+    """Name of this machine's kind of card, as --hardware takes it.
 
-    Raises ValueError for cards that are not in the table, or for several kinds.
+    `cpu` without one. Raises ValueError for cards that are not in the table, or for several kinds.
     """
     names = {card.name for card in (gpus_present() if present is None else present)}
     if not names:

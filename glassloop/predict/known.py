@@ -1,8 +1,9 @@
-"""Sizes of models that people train, by name. Data alone; a run reads the model's own config.json.
+"""Sizes of models that people train, by name.
 
-A name is matched by its words: the owner, and words of form rather than size (DROPPED), do not
-count. Rows: family (config.json's model_type), layers, hidden, intermediate, heads, kv heads, head
-size, vocabulary, whether the head is tied to the embedding. Multimodal ones: the language model.
+Data alone; a run reads the model's own config.json. A name is matched by its words: the owner, and
+words of form rather than size (DROPPED), do not count. Rows: family (config.json's model_type),
+layers, hidden, intermediate, heads, kv heads, head size, vocabulary, whether the head is tied to
+the embedding. Multimodal ones: the language model.
 """
 
 from __future__ import annotations
@@ -81,6 +82,6 @@ BY_NAME: dict[str, Row] = {
 
 
 def sizes_by_name(model_id: str) -> Row | None:
-    """Sizes of a well-known model by its hub id; None for another name."""
+    """Sizes of a well-known model by its hub id; else None."""
     words = model_id.rstrip("/").rpartition("/")[2].lower().replace("_", "-").split("-")
     return BY_NAME.get("-".join(word for word in words if not DROPPED.fullmatch(word)))

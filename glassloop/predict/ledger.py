@@ -1,177 +1,46 @@
-"""GPU memory of a run by phase, from shapes alone: each term is counted from what the code of an engine keeps alive.
+"""GPU memory of a run by phase, from shapes alone.
 
-A phase's number is the most that torch's allocator holds at once during it (`torch.cuda.max_memory_allocated`), in the steady state: the
-optimizer's state exists. What lies outside of it (CUDA context, fragmentation, NCCL's buffers) is added where a card is judged (cards.py).
+Each term is counted from what the code of an engine keeps alive. A phase's number is the most that
+torch's allocator holds at once during it (`torch.cuda.max_memory_allocated`), in the steady state:
+the optimizer's state exists. What lies outside of it (CUDA context, fragmentation, NCCL's buffers)
+is added where a card is judged (cards.py).
 
-Legend: H hidden size, I intermediate size, V vocabulary, L layers, N trainable parameters, P places of a pass (rows x tokens, padding included),
-S supervised places of a pass, a bytes of an activation (2; 4 in fp32).
+Legend: H hidden size, I intermediate size, V vocabulary, L layers, N trainable parameters, P places
+of a pass (rows x tokens, padding included), S supervised places of a pass, a bytes of an activation
+(2; 4 in fp32).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from glassloop.predict import tiers
 from glassloop.predict.shapes import Shapes
-from glassloop.predict.tiers import Sizes, Tiers, sizes_of
-
-PHASES = ("load", "adapters", "forward", "logits", "backward", "optimizer")
-GIB = 2**30
-HEAD_CHUNK = 512  # places whose logits are computed at a time: CHUNK_TOKENS of loss.py
-NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
-STATE_BLOCK = 256  # elements that share one scale in an 8-bit optimizer state
-STATE_BYTES = {  # of the optimizer's state, per trainable parameter, in GPU memory
-    "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK),
-    "paged_adamw_8bit": 2
-    * 4
-    / STATE_BLOCK,  # the 8-bit moments lie in managed memory, their scales do not
-    "adamw": 8.0,
-    "sgd": 0.0,
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """What decides memory beside the shapes: one pass, the adapters, and how they are computed.
-
-    Attributes:
-        rows, tokens: rows of a pass and places of each, padding included. A packed pass is one row of all its tokens.
-        supervised_tokens: supervised places of the pass; None: all.
-        r, targets: the adapters.
-        capability: of the card; decides the size of cuBLAS's workspaces.
-        profile, host_gib: memory.*, for the engine `fused`. tiers: what it keeps, and where; None: nothing, all without `checkpointing`.
-        between: packed passes whose size the engine `fused` chooses: tokens of the longest row, and of a rank's whole share of an update.
-    """
-
-    rows: int
-    tokens: int
-    r: int
-    targets: tuple[str, ...]
-    supervised_tokens: int | None = None
-    quantization: str = "nf4"
-    double_quantization: bool = True
-    precision: str = "bf16"
-    checkpointing: bool = True
-    optimizer: str = "adamw_8bit"
-    packed: bool = False
-    attention: str = "sdpa"
-    reduction: str = "explicit"
-    capability: tuple[int, int] = (9, 0)
-    profile: str | float = "fill"
-    host_gib: float = 8.0
-    tiers: Tiers | None = None
-    between: tuple[int, int] | None = None
-
-    @property
-    def places(self) -> int:
-        return self.rows * self.tokens
-
-    @property
-    def supervised(self) -> int:
-        return (
-            self.places
-            if self.supervised_tokens is None
-            else min(self.supervised_tokens, self.places)
-        )
-
-    @property
-    def act(self) -> int:
-        """Bytes of an activation."""
-        return 4 if self.precision == "fp32" else 2
-
-
-@dataclass(frozen=True)
-class Term:
-    """One thing that lies in memory, and in which phases."""
-
-    what: str
-    size_bytes: int
-    phases: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Terms, and what they add up to in each phase."""
-
-    engine: str
-    terms: tuple[Term, ...]
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """Phase -> bytes, in order, with "peak" last."""
-        sums = {
-            phase: sum(term.size_bytes for term in self.terms if phase in term.phases)
-            for phase in PHASES
-        }
-        return {**sums, "peak": max(sums.values())}
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.phases["peak"]
+from glassloop.predict.terms import (
+    HEAD_CHUNK,
+    NF4_BLOCK,
+    PHASES,
+    Ledger,
+    Term,
+    Work,
+    resident,
+    tiers_of,
+)
+from glassloop.predict.tiers import Sizes, sizes_of
 
 
 def ledger_of(shapes: Shapes, work: Work, engine: str = "peft") -> Ledger:
-    """Bytes by phase for an engine that has a profile here. Raises ValueError for one that has none, or targets that are not there."""
+    """Bytes by phase for an engine that has a profile here.
+
+    Raises ValueError for another engine, or unknown targets.
+    """
     if engine not in PROFILES:
         raise ValueError(
-            f"execution.engine = {engine}: no memory profile; there is one for {', '.join(PROFILES)}"
+            f"execution.engine = {engine}: no memory profile; there is one for "
+            f"{', '.join(PROFILES)}"
         )
     terms = (*resident(shapes, work), *PROFILES[engine](shapes, work))
     return Ledger(engine, tuple(term for term in terms if term.size_bytes))
-
-
-def base_bytes(shapes: Shapes, work: Work) -> dict[str, int]:
-    """The frozen base: linear weights, their scales, and what stays 16-bit (or fp32)."""
-    n = shapes.linear_weights
-    blocks = n // NF4_BLOCK
-    nested = blocks + 4 * -(
-        -blocks // SCALE_BLOCK
-    )  # one byte a scale, and a second-level fp32 scale for every 256
-    linear = n // 2 if work.quantization == "nf4" else n * work.act
-    scales = 0 if work.quantization != "nf4" else nested if work.double_quantization else 4 * blocks
-    rest = shapes.embedding_weights + shapes.head_weights + shapes.norm_weights
-    return {
-        "linear weights": linear,
-        "their scales": scales,
-        "embedding, head, norms": rest * work.act,
-    }
-
-
-def tiers_of(shapes: Shapes, work: Work) -> Tiers:
-    """Tiers of the engine `fused` for this work, where none were chosen the ones without any choice."""
-    if not work.checkpointing:
-        return Tiers(shapes.layers, host=False)
-    return work.tiers or Tiers(0, host=False)
-
-
-def workspace_bytes(capability: tuple[int, int]) -> int:
-    """cuBLAS's workspaces, which torch allocates once for the thread of the forward pass and once for that of the backward pass."""
-    return 2 * (32 << 20 if capability[0] >= 9 else (8 << 20) + (128 << 10))
-
-
-def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
-    """What every engine holds for the whole run."""
-    n = shapes.lora_weights(work.r, work.targets)
-    after_load = PHASES[1:]
-    base = base_bytes(shapes, work)
-    moved = (
-        shapes.embedding_weights * work.act
-        if work.tiers and work.tiers.host and not shapes.tied_head
-        else 0
-    )
-    base["embedding, head, norms"] -= moved
-    return (
-        *(Term(what, size, PHASES) for what, size in base.items()),
-        Term("embedding, before it goes to the host", moved, PHASES[:2]),
-        Term("adapters, fp32", 4 * n, after_load),
-        Term("their gradients, fp32", 4 * n, after_load),
-        Term("DDP's buckets", 4 * n if work.reduction == "ddp" else 0, PHASES[2:]),
-        Term(f"state of {work.optimizer}", round(STATE_BYTES[work.optimizer] * n), PHASES[2:]),
-        Term("cuBLAS workspaces", workspace_bytes(work.capability), PHASES[2:]),
-        # Norm and checksum of the flat buffer are summed in float64 and int64, of a copy in that type.
-        Term("norm and checksum, 8-byte copy of the flat buffer", 8 * n, ("optimizer",)),
-    )
 
 
 def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
@@ -186,7 +55,7 @@ def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     terms = [
         Term("ids, targets, positions and owners", 32 * places, flows),
         Term("cosines and sines", 2 * a * work.tokens * shapes.head_dim, flows),
-        # A packed pass brings a block-diagonal mask: bool, and the kernel's own copy in the activations' type.
+        # A packed pass brings a block-diagonal mask: bool, and the kernel's copy of it.
         Term(
             "mask of the packed pass",
             (1 + a) * work.tokens**2 if work.packed and work.attention == "sdpa" else 0,
@@ -215,11 +84,12 @@ def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
 
 
 def stored_bytes(shapes: Shapes, work: Work) -> int:
-    """What one layer keeps for its backward pass in the engine `peft`, its input not counted.
+    """Bytes that one layer of `peft` keeps for its backward pass.
 
-    Counted from autograd's saved tensors: a LoRA matrix keeps its input, an RMS norm its input and 1 / rms, attention its q, k, v, output and
-    log-sum-exp, SwiGLU gate, silu(gate) and up. bitsandbytes keeps no activation. Beside unquantised weights PEFT casts x to fp32 for each
-    projection and autocast casts it back, so every adapter keeps a copy of its own.
+    Its input is not counted. Counted from autograd's saved tensors: a LoRA matrix keeps its input,
+    an RMS norm its input and 1 / rms, attention its q, k, v, output and log-sum-exp, SwiGLU gate,
+    silu(gate) and up. bitsandbytes keeps no activation. Beside unquantised weights PEFT casts x to
+    fp32 for each projection and autocast casts it back, so every adapter keeps a copy of its own.
     """
     hidden, inner, targets = shapes.hidden, shapes.intermediate, set(work.targets)
     copies = work.quantization == "none" and work.precision != "fp32"
@@ -248,14 +118,20 @@ def stored_bytes(shapes: Shapes, work: Work) -> int:
 
 
 def head_bytes(shapes: Shapes, work: Work) -> int:
-    """Logits of a chunk in the weight's type and in fp32, and the gradient of its hidden states."""
+    """Logits of a chunk, twice, and the gradient of its hidden states.
+
+    The logits are in the weight's type and in fp32.
+    """
     rounded = 0 if work.precision == "fp32" else work.act
     chunk = min(work.supervised, HEAD_CHUNK)
     return chunk * (4 + rounded) * shapes.vocabulary + chunk * shapes.hidden * work.act
 
 
 def _dequantized(shapes: Shapes, work: Work, scale_copies: int) -> int:
-    """The largest weight in 16 bits (only one is dequantised at a time), and its scales in fp32."""
+    """The largest weight in 16 bits, and its scales in fp32.
+
+    Only one is dequantised at a time.
+    """
     if work.quantization != "nf4":
         return 0
     n = shapes.intermediate * shapes.hidden
@@ -263,10 +139,11 @@ def _dequantized(shapes: Shapes, work: Work, scale_copies: int) -> int:
 
 
 def _forward_buffers(shapes: Shapes, work: Work) -> int:
-    """Most that a layer holds beside its input at a time, in the forward pass of its MLP.
+    """Most that a layer's MLP holds beside its input, in forward.
 
-    Recomputed layers: input of the second norm and its output, silu(gate), and for `up` three of four at a time: base output, adapter's output,
-    that scaled, their sum; or the dequantised weight instead of two of them. Stored layers: only the last projection is extra.
+    Recomputed layers: input of the second norm and its output, silu(gate), and for `up` three of
+    four at a time: base output, adapter's output, that scaled, their sum; or the dequantised weight
+    instead of two of them. Stored layers: only the last projection is extra.
     """
     a, hidden, inner, places = work.act, shapes.hidden, shapes.intermediate, work.places
     x_fp32 = (
@@ -283,10 +160,12 @@ def _forward_buffers(shapes: Shapes, work: Work) -> int:
 
 
 def _backward_buffers(shapes: Shapes, work: Work) -> int:
-    """Most that the backward pass of a layer needs beside what is stored: in its MLP, at the product of silu(gate) and up.
+    """Most that a layer's backward pass needs beside what is stored.
 
-    NF4: the product is freed; its gradient through the adapter and through the base (which dequantises), then the gradients of both factors.
-    Unquantised: at the end of the recomputation the product, its fp32 copy and three tensors of the layer's output; or the gradients in fp32.
+    It is in its MLP, at the product of silu(gate) and up. NF4: the product is freed; its gradient
+    through the adapter and through the base (which dequantises), then the gradients of both
+    factors. Unquantised: at the end of the recomputation the product, its fp32 copy and three
+    tensors of the layer's output; or the gradients in fp32.
     """
     a, hidden, inner, places = work.act, shapes.hidden, shapes.intermediate, work.places
     if work.quantization == "nf4" or work.precision == "fp32":
@@ -297,7 +176,10 @@ def _backward_buffers(shapes: Shapes, work: Work) -> int:
 
 
 def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
-    """glassloop's own engine; a layer's share is in tiers.py, where the engine's own choice of tiers comes from."""
+    """Memory of `fused`.
+
+    A layer's share is in tiers.py, where the engine's own choice of tiers comes from.
+    """
     a, places, hidden, layers = work.act, work.places, shapes.hidden, shapes.layers
     one, chosen = sizes_of(shapes, work.r, work.targets, a), tiers_of(shapes, work)
     flows, run = ("forward", "logits", "backward"), PHASES[2:]
@@ -309,7 +191,7 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     whole = tiers.kept_bytes(one, places)
     last = tiers.last_kept_bytes(one, places, work.supervised)
     kept = (chosen.kept - 1) * whole + last if chosen.kept else 0
-    # Where layers are kept, they are gone before one is computed again; the last one alone leaves less than that takes.
+    # Kept layers are gone before one is computed again; the last one alone leaves less than that.
     middle = whole - away - stays
     computing = (middle, middle - last + tiers.input_bytes(one, places), 0)[min(chosen.kept, 2)]
     return (
@@ -364,7 +246,10 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
 
 
 def _fused_forward_buffers(shapes: Shapes, work: Work, one: Sizes, kept: int) -> int:
-    """Most that a layer holds beside what is kept of all: the one before the last, or the last, which ends at supervised places."""
+    """Most that a layer holds beside what is kept of all.
+
+    It is the one before the last, or the last, which ends at supervised places.
+    """
     a, places, hidden, supervised = work.act, work.places, shapes.hidden, work.supervised
     product = shapes.intermediate + one.down.rank  # of gate and up
     whole, last = tiers.kept_bytes(one, places), tiers.last_kept_bytes(one, places, supervised)

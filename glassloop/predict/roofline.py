@@ -1,9 +1,12 @@
-"""Tokens a second by card, predicted: time of the arithmetic and of the memory traffic of a pass, or of its host where that is longer.
+"""Predicted tokens a second by card.
 
-Nothing here is measured on the run's own machine. Rates are those that large bf16 matrix products and copies reached on each card, not data sheets.
-CHECKED holds the runs that the prediction was compared with; cards without one have never been checked.
+A pass takes the time of its arithmetic and memory traffic, or of its host if that is longer.
+Nothing here is measured on the run's own machine. Rates are those that large bf16 matrix products
+and copies reached on each card, not data sheets. CHECKED holds the runs that the prediction was
+compared with; cards without one have never been checked.
 
-Legend: H hidden size, I intermediate size, V vocabulary, L layers, T real or padded places of a pass.
+Legend: H hidden size, I intermediate size, V vocabulary, L layers, T real or padded places of a
+pass.
 """
 
 from __future__ import annotations
@@ -16,18 +19,23 @@ from glassloop.predict.shapes import KNOWN, Shapes
 
 ALL_SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with double quantisation
-# Host time of a pass through the engine `peft`, a layer: forward, recomputation and backward launch some hundred kernels from Python. From short
-# rows on an H200 (8 passes of 32 layers in 4.4 s); another CPU will differ.
+# Host time of a pass through `peft`, a layer: forward, recomputation and backward launch some
+# hundred kernels from Python. From short rows on an H200 (8 passes of 32 layers in 4.4 s); another
+# CPU will differ.
 HOST_S_PER_LAYER = 0.0172
-# The same for the engine `fused`, whose passes launch a tenth as much: forward and backward of a layer that is kept, and what recomputing it adds.
-# From the short padded passes of FUSED_CHECKED, on the H100's host.
+# The same for `fused`, whose passes launch a tenth as much: forward and backward of a layer that is
+# kept, and what recomputing it adds. From the short padded passes of FUSED_CHECKED, on the H100's
+# host.
 FUSED_HOST_S_PER_LAYER, FUSED_HOST_S_PER_RECOMPUTED = 0.0044, 0.0018
 OVERHEAD_S_PER_UPDATE = 0.05  # norm, gate, optimizer, records
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card sustains: bf16 matrix products, copies (bytes/s), attention forward and backward."""
+    """Rates that a card sustains.
+
+    bf16 matrix products, copies (bytes/s), attention forward and backward.
+    """
 
     matmul: float
     copy: float
@@ -47,7 +55,10 @@ RATES = {
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of one pass on one rank; `seconds` is the longer of the two, since the GPU works while the host launches."""
+    """Seconds of one pass on one rank.
+
+    `seconds` is the longer of the two, since the GPU works while the host launches.
+    """
 
     gpu_s: float
     host_s: float
@@ -82,7 +93,8 @@ CHECKED = (
     Check("2 short rows a pass, 1 rank", "H200", 2, SCAM_ROW_TOKENS, 1, 1277),
     Check("2 short rows a pass, 2 ranks", "H200", 2, SCAM_ROW_TOKENS, 2, 2999),
 )
-# The engine `fused`, updates of 8 full rows or 16 short ones, optimizer's step included (torch 2.11, drawn 8B weights, 80 % supervised).
+# `fused`: updates of 8 full rows or 16 short ones, optimizer's step included (torch 2.11, drawn 8B
+# weights, 80 % supervised).
 FUSED_CHECKED = (
     Check("2 x 2,048 tokens a pass, all layers kept", "H100", 2, 2048, 1, 15821, kept=32, passes=4),
     Check("the same, none kept", "H100", 2, 2048, 1, 12066, passes=4),
@@ -116,7 +128,10 @@ def pass_time(
     quantized: bool = True,
     checkpointing: bool = True,
 ) -> PassTime | None:
-    """One forward and backward pass of the engine `peft` in bf16 or fp16; None for a card whose rates are not known."""
+    """One forward and backward pass of `peft` in bf16 or fp16.
+
+    None for a card whose rates are not known.
+    """
     rates = RATES.get(card)
     if rates is None:
         return None
@@ -133,12 +148,13 @@ def pass_time(
             + adapters * (3 + again)
         )
     )
-    # Causal attention, forward: 2 products of (row_tokens / 2) x head_dim for every place and head, 2 FLOP each.
+    # Causal attention, forward: 2 products of (row_tokens / 2) x head_dim for every place and head,
+    # 2 FLOP each.
     attention = shapes.layers * 2 * row_tokens * shapes.q_width * places
     attention_s = (
         attention * (1 + again) / rates.attention + 2.5 * attention / rates.attention_backward
     )
-    # Dequantisation reads 4 bits and writes 16 for each weight, and its scales on the way, once a product.
+    # Dequantisation reads 4 bits and writes 16 for each weight, and its scales, once a product.
     dequantize = (NF4_BYTES + 2.25) * shapes.linear_weights * (2 + again) if quantized else 0.0
     elementwise = (
         elementwise_bytes(shapes, targets) * places * shapes.layers * (3 + again)
@@ -164,7 +180,10 @@ def fused_pass_time(
     kept: int = 0,
     held: int = 0,
 ) -> PassTime | None:
-    """The same of the engine `fused`, which keeps `kept` layers whole and holds the weights of `held` in 16 bits."""
+    """One forward and backward pass of `fused`.
+
+    It keeps `kept` layers whole and holds the weights of `held` in 16 bits.
+    """
     rates = RATES.get(card)
     if rates is None:
         return None
@@ -184,7 +203,8 @@ def fused_pass_time(
     )
     # In the backward pass a layer's weights are dequantised once, whether it is recomputed or not.
     dequantize = 2 * (NF4_BYTES + 2) * shapes.linear_weights * (1 - held / shapes.layers)
-    # Bytes a place and layer: norms with their sums, rotary, attention's output copied, SwiGLU; without the last where it is recomputed.
+    # Bytes a place and layer: norms with their sums, rotary, attention's output copied, SwiGLU. A
+    # recomputed one lacks the last.
     rest, swiglu = (
         20 * shapes.hidden + 4 * (shapes.q_width + shapes.kv_width),
         6 * shapes.intermediate,
@@ -204,7 +224,10 @@ def fused_pass_time(
 
 
 def elementwise_bytes(shapes: Shapes, targets: Sequence[str]) -> int:
-    """Bytes that a layer's forward pass reads and writes for one place outside of matrix products."""
+    """Bytes of a layer's forward traffic outside of matrix products.
+
+    Read and written, for one place.
+    """
     norms_and_residuals = (
         20 * shapes.hidden
     )  # each norm reads and writes once, each residual sum reads twice and writes once
@@ -224,7 +247,10 @@ def tokens_per_s(
 
 
 def errors(engine: str = "peft") -> list[tuple[Check, float, float]]:
-    """(check, predicted tokens/s, error) of every run that an engine's prediction was compared with; 0.1 is predicted 10 % too fast."""
+    """Yield (check, predicted tokens/s, error) of every compared run.
+
+    An error of 0.1 is predicted 10 % too fast.
+    """
     found = []
     shapes = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
     for check in FUSED_CHECKED if engine == "fused" else CHECKED:

@@ -1,4 +1,4 @@
-"""A decoder's shapes from its config.json, or from a table of well-known models.
+"""A decoder's shapes, from its config.json or a table of models.
 
 Memory, time and parameter counts are computed from them.
 
@@ -61,7 +61,10 @@ class Shapes:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of each projection of one decoder layer, joined ones apart."""
+        """Map each projection of a decoder layer to (in, out).
+
+        Joined ones are apart.
+        """
         h, i = self.hidden, self.intermediate
         attention = {
             "q_proj": (h, self.q_width),
@@ -78,7 +81,7 @@ class Shapes:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all decoder layers' linear layers: what NF4 stores in 4 bits."""
+        """Weights of the layers' linear layers: what NF4 stores in 4 bits."""
         return self.layers * sum(inner * outer for inner, outer in self.projections.values())
 
     @property
@@ -87,7 +90,7 @@ class Shapes:
 
     @property
     def head_weights(self) -> int:
-        """Weights of the head beside the embedding; 0 where it is the embedding itself."""
+        """Weights of the head beside the embedding; 0 if they are tied."""
         return 0 if self.tied_head else self.embedding_weights
 
     @property
@@ -97,7 +100,10 @@ class Shapes:
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of each linear layer of one decoder layer, under the model's names."""
+        """Map each linear layer of a decoder layer to (in, out).
+
+        Names are the model's.
+        """
         if self.family != "phi3":
             return self.projections
         apart = self.projections
@@ -113,7 +119,10 @@ class Shapes:
         return self.linear_weights + self.embedding_weights + self.head_weights + self.norm_weights
 
     def lora_weights(self, r: int, targets: Sequence[str]) -> int:
-        """Weights of adapters on these `projections`: r x (in + out) each, in all layers."""
+        """Weights of adapters on these `projections`.
+
+        r x (in + out) each, in all layers.
+        """
         return self.layers * sum(r * sum(self.projections[target]) for target in targets)
 
     def trainable(self, r: int, targets: Sequence[str]) -> int:
@@ -161,7 +170,10 @@ def known_shapes(model_id: str) -> Shapes | None:
 
 
 def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
-    """Shapes of `model_id` and where they come from, without the network; (None, why and what to do) where they are not known."""
+    """Shapes of `model_id` and their origin, without the network.
+
+    (None, why and what to do) if they are not known.
+    """
     path = Path(model_id).expanduser()
     if path.is_dir():
         return _from_file(path / "config.json", model_id)
@@ -180,7 +192,10 @@ def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
 
 
 def config_values(model_id: str) -> dict[str, Any] | None:
-    """What config.json of `model_id` says, from where `shapes_of` looks; None where it is not here. Known architectures are plain Llamas."""
+    """Contents of config.json of `model_id`; None if it is not here.
+
+    It looks where `shapes_of` does. Known architectures are plain Llamas.
+    """
     path = Path(model_id).expanduser()
     known = None if path.is_dir() else known_shapes(model_id)
     if known is not None:
@@ -208,7 +223,10 @@ def config_values(model_id: str) -> dict[str, Any] | None:
 
 
 def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
-    """Shapes from a config.json's content; None for an architecture of another kind. Raises ValueError where a size is missing."""
+    """Shapes from a config.json's content; None for another architecture.
+
+    Raises ValueError if a size is missing.
+    """
     values = values.get("text_config") or values
     if values.get("model_type") not in NORMS:
         return None
@@ -234,7 +252,10 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
 
 
 def expert_weights(values: dict[str, Any]) -> int:
-    """Weights of all experts of a mixture, by the usual names of its sizes; 0 for another model."""
+    """Weights of all experts of a mixture; 0 for another model.
+
+    Sizes go by their usual names.
+    """
     values = values.get("text_config") or values
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     count = next((int(values[name]) for name in names if values.get(name)), 0)

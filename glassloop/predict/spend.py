@@ -1,4 +1,7 @@
-"""How the engine `fused` spends what a card has: tiers for a pass, or a pass for which everything is kept. Arithmetic of ledger.py and tiers.py."""
+"""Spending of a card's memory by the engine `fused`.
+
+Tiers for a pass, or a pass for which everything is kept: arithmetic of ledger.py and tiers.py.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,17 @@ from bisect import bisect_left
 from dataclasses import replace
 
 from glassloop.predict import tiers
-from glassloop.predict.ledger import GIB, Work, fused_head_bytes, resident, tiers_of
+from glassloop.predict.ledger import fused_head_bytes
 from glassloop.predict.shapes import Shapes
+from glassloop.predict.terms import GIB, Work, resident, tiers_of
 from glassloop.predict.tiers import MOST_PASS_TOKENS, PASS_STEP, sizes_of
 
 
 def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
-    """The work as the engine `fused` carries it out where torch may allocate so many bytes of a GPU: pass size, where it chooses it, and tiers."""
+    """The work as `fused` does it within a GPU's bytes.
+
+    It has a pass size, if the engine chooses it, and tiers.
+    """
     if work.between is not None:
         longest, share = work.between
         tokens = min(max(longest, pass_tokens_of(shapes, work, budget_bytes)), share)
@@ -39,7 +46,7 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
 
 
 def resident_bytes(shapes: Shapes, work: Work) -> int:
-    """What the engine `fused` holds between updates, before it spends memory on anything."""
+    """Bytes that `fused` holds between updates, before any choice."""
     one = sizes_of(shapes, work.r, work.targets, work.act)
     base = sum(
         term.size_bytes
@@ -55,9 +62,10 @@ def resident_bytes(shapes: Shapes, work: Work) -> int:
 
 
 def pass_tokens_of(shapes: Shapes, work: Work, budget_bytes: int) -> int:
-    """Most tokens of a packed pass of which every layer can be kept whole, a multiple of PASS_STEP (engine `fused`); 0 where there is none.
+    """Most tokens of a packed pass with all layers kept.
 
-    Every token is taken to be supervised; the tokens of `work` do not matter. More than MOST_PASS_TOKENS would gain nothing.
+    A multiple of PASS_STEP (engine `fused`); 0 if there is none. Every token is taken to be
+    supervised; the tokens of `work` do not matter. More than MOST_PASS_TOKENS would gain nothing.
     """
     sizes = range(PASS_STEP, MOST_PASS_TOKENS + 1, PASS_STEP)
 

@@ -1,9 +1,11 @@
-"""What the engine `fused` spends memory on: bytes of one layer from shapes alone, and the tiers of a memory profile.
+"""Memory tiers of the engine `fused`, from shapes alone.
 
-A layer's activations wait for backward whole; or its input alone does, and the layer is computed again; or that input waits on the host. Then
-weights may be held in 16 bits beside the 4-bit ones. Every choice gives the same gradient.
+A layer's activations wait for backward whole; or its input alone does, and the layer is computed
+again; or that input waits on the host. Then weights may be held in 16 bits beside the 4-bit ones.
+Every choice gives the same gradient.
 
-Legend: H hidden size, I intermediate size, N and K rows and columns of a group's weights, R columns of its adapters, T slot tokens of a pass.
+Legend: H hidden size, I intermediate size, N and K rows and columns of a group's weights, R columns
+of its adapters, T slot tokens of a pass.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ HEAD_CHUNK = 1024  # places whose logits are computed at a time
 MOST_PASS_TOKENS = (
     32768  # of a pass whose size is chosen: dequantisation and launches are about 1 % of it by then
 )
-PASS_STEP = 256  # tokens; a pass's size is a multiple, so that a few MiB more or less free give the same one
+# Tokens. A pass's size is a multiple, so that a few MiB more or less free give the same one.
+PASS_STEP = 256
 
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that share an input, one below the other: (N, K), with R columns of adapters."""
+    """Weights that share an input, one below the other.
+
+    (N, K), with R columns of adapters.
+    """
 
     rows: int
     columns: int
@@ -40,7 +46,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Sizes:
-    """One layer: its groups, query heads, and bytes of an element in 16 bits (4 in fp32)."""
+    """Sizes of one layer.
+
+    Its groups, query heads, and bytes of an element in 16 bits (4 in fp32).
+    """
 
     qkv: Group
     o: Group
@@ -56,12 +65,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tiers:
-    """What is done with each layer of the heaviest pass.
+    """Treatment of each layer of the heaviest pass.
 
     Attributes:
         kept: how many layers, from the last one down, keep all that backward needs.
-        host: the large tensors of the others (input, attention's output, middle), and the embedding, lie in pinned host memory.
-        held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit ones.
+        host: the large tensors of the others (input, attention's output, middle), and the
+            embedding, lie in pinned host memory.
+        held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit
+            ones.
         streamed: how many layers, from the first up, have their 4-bit weights on the host.
     """
 
@@ -96,7 +107,10 @@ def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Si
 
 
 def kept_bytes(one: Sizes, tokens: int) -> int:
-    """Of a layer that keeps all that backward needs: input, q, k, v, attention's output and log-sum-exp, middle, gate and up, narrow products."""
+    """Bytes of a layer that keeps all that backward needs.
+
+    Input, q, k, v, attention's output and log-sum-exp, middle, gate and up, narrow products.
+    """
     columns = (
         3 * one.qkv.columns + one.qkv.rows + one.gate_up.rows + 2 * one.gate_up.rank + one.qkv.rank
     )
@@ -104,7 +118,10 @@ def kept_bytes(one: Sizes, tokens: int) -> int:
 
 
 def last_kept_bytes(one: Sizes, tokens: int, places: int) -> int:
-    """The same of the last layer, which computes what follows attention at supervised places alone."""
+    """Bytes of the last layer, kept whole.
+
+    It computes what follows attention at supervised places alone.
+    """
     whole = (
         one.element * (one.qkv.columns + one.qkv.rows + one.o.columns + one.qkv.rank)
         + 4 * one.heads
@@ -114,17 +131,23 @@ def last_kept_bytes(one: Sizes, tokens: int, places: int) -> int:
 
 
 def input_bytes(one: Sizes, tokens: int) -> int:
-    """Of a layer that keeps its input alone (and the narrow product of down_proj, which is not computed again)."""
+    """Bytes of a layer that keeps its input alone.
+
+    And the narrow product of down_proj, which is not computed again.
+    """
     return tokens * one.element * (one.qkv.columns + one.down.rank)
 
 
 def away_bytes(one: Sizes, tokens: int) -> int:
-    """What a layer leaves on the host: input, attention's output, middle."""
+    """Bytes of a layer on the host: input, attention's output, middle."""
     return tokens * one.element * (2 * one.qkv.columns + one.o.columns)
 
 
 def beside_away_bytes(one: Sizes, tokens: int) -> int:
-    """What of such a layer stays on the GPU: narrow products of o_proj and down_proj, attention's log-sum-exp."""
+    """Bytes of such a layer that stay on the GPU.
+
+    Narrow products of o_proj and down_proj, attention's log-sum-exp.
+    """
     return tokens * (one.element * (one.o.rank + one.down.rank) + 4 * one.heads)
 
 
@@ -136,7 +159,10 @@ def held_bytes(one: Sizes) -> int:
 
 
 def live_bytes(one: Sizes, tokens: int) -> int:
-    """At most at one time within a layer's backward, beyond what the layer keeps: the MLP's gradient, or attention's, and normed inputs."""
+    """Most bytes at one time within a layer's backward.
+
+    Beyond what the layer keeps: the MLP's gradient, or attention's, and normed inputs.
+    """
     hidden = one.qkv.columns
     normed = hidden + one.qkv.rank + one.gate_up.rank
     mlp = one.down.columns + 4 * hidden
@@ -147,12 +173,18 @@ def live_bytes(one: Sizes, tokens: int) -> int:
 
 
 def shadow_bytes(one: Sizes) -> int:
-    """Of a layer's adapters, rounded: A (R, K) and B (N, R) of each group."""
+    """Bytes of a layer's rounded adapters.
+
+    A (R, K) and B (N, R) of each group.
+    """
     return sum(one.element * group.rank * (group.rows + group.columns) for group in one.groups)
 
 
 def scratch_bytes(one: Sizes) -> int:
-    """Of the matrices that hold the weights of the layer at work, one a group."""
+    """Bytes of the matrices for the weights of the layer at work.
+
+    One a group.
+    """
     return held_bytes(one)
 
 
@@ -162,7 +194,7 @@ def product_bytes(one: Sizes) -> int:
 
 
 def head_bytes(vocabulary: int, hidden: int, places: int, element: int) -> int:
-    """Most that the loss and what is around it take at one time, for `places` supervised tokens."""
+    """Most bytes of the loss, for `places` supervised tokens."""
     return element * (min(HEAD_CHUNK, places) * vocabulary + 5 * places * hidden)
 
 
@@ -180,7 +212,7 @@ class Base:
     slots: int = 2
 
     def streamed(self, layers: int) -> int | None:
-        """How many layers stream as asked; None: as few as needed."""
+        """Number of layers that stream as asked; None: as few as needed."""
         if self.asked in ("gpu", "host"):
             return layers if self.asked == "host" else 0
         if isinstance(self.asked, int):
@@ -250,7 +282,10 @@ def choose(
 
 
 def describe(tiers: Tiers, layers: int) -> str:
-    """In words: "12 of 32 layers kept, inputs of the others on the GPU"."""
+    """Tiers in words: "12 of 32 layers kept, ...".
+
+    For example "12 of 32 layers kept, inputs of the others on the GPU".
+    """
     told = [f"{tiers.kept} of {layers} layers kept"]
     if tiers.kept < layers:
         told.append(

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from glassloop.base.quantised import DTYPES
+from glassloop.base.reading import DTYPES
 from glassloop.config.config import Config
 from glassloop.config.trust import OPTIONS
 from glassloop.data.rows import Example, Turn

@@ -66,7 +66,7 @@ def test_nf4_weights_have_bitsandbytes_bits(rows, nested):
 def test_attention_and_its_gradient_before_rotation_are_near_fp64(
     lengths, kernel, heads, key_heads, size
 ):
-    """Heads lie in one wide matrix, as they do in a layer, and so do their gradients."""
+    """Heads and gradients lie in one wide matrix, as in a layer."""
     from glassloop.engines.fused import attention as a
     from glassloop.engines.fused.attention_work import TILES
     from glassloop.engines.fused.rotary import angles
@@ -155,7 +155,7 @@ def gradient(run, u: int = 1) -> torch.Tensor:
 
 
 def test_bf16_is_not_further_from_fp32_than_the_reference_engines_bf16(run_of):
-    """By kind of layer, too: within a fifth, since a single window is noise."""
+    """By kind of layer within a fifth: a single window is noise."""
     grads = {}
     for name, how in {
         "truth": {"precision": "fp32"},

@@ -1,4 +1,7 @@
-"""Replays on one CUDA device: fp16 overflow is blamed on precision; NF4 is within noise."""
+"""Replays on one CUDA device.
+
+fp16 overflow is blamed on precision; NF4 is within noise.
+"""
 
 from __future__ import annotations
 

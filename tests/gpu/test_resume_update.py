@@ -1,7 +1,7 @@
-"""A resumed run does the next update as an undisturbed one: 8-bit states and weights by bits.
+"""A resumed run does the next update as an undisturbed one.
 
-On one CUDA device, in NF4 and bf16. GLASSLOOP_RESUME_ON_CPU=1 does the same on a CPU, without the
-paged optimizer and fp16.
+8-bit states and weights are equal by bits. On one CUDA device, in NF4 and bf16.
+GLASSLOOP_RESUME_ON_CPU=1 does the same on a CPU, without the paged optimizer and fp16.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def updates(run: Any, first: int, last: int) -> list[tuple[Any, Any, str]]:
 
 
 def bits(run: Any) -> dict[str, Any]:
-    """Bytes of all matrices, of the optimizer's state and of the random numbers, the GPU's too."""
+    """Bytes of matrices, optimizer state and random numbers.
+
+    The GPU's random numbers too.
+    """
     tensors, plain = snapshots.optimizer_state(run.replica.optimizer, run.replica.adapters.flat)
     tensors |= snapshots.adapter_matrices(run.replica.adapters)
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} | {
@@ -124,7 +127,7 @@ def test_a_resumed_update_is_the_uninterrupted_one_bit_for_bit(
 def test_a_resumed_update_without_deterministic_mode_has_the_same_rows_and_stays_within_rounding(
     run_of: Any,
 ) -> None:
-    """The noise floor: what two runs of the same updates differ by. Printed, for the docs."""
+    """The noise floor of two runs of the same updates, for the docs."""
     run = run_of(
         model={"quantization": "nf4"},
         lora={"r": 16, "alpha": 16, "dropout": 0.1},

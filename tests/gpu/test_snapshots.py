@@ -1,4 +1,7 @@
-"""Optimizer states on a GPU, paged ones too, and its random numbers come back byte for byte."""
+"""GPU optimizer states and random numbers come back byte for byte.
+
+Paged states too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine `unsloth` on a GPU, beside the reference on the same rows."""
+"""The engine `unsloth` on a GPU, beside the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOISE = (2e-3, 5e-2)  # of loss and gradient norm in bf16, as the benchmark hold
 
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
-    """A Llama whose heads have the 64 places that fast attention kernels ask for."""
+    """A Llama with heads of 64, which fast attention kernels need."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -76,7 +76,10 @@ REFERENCES: list = []
 
 
 def first_update(wide_run, engine: str, execution: dict):
-    """Record, gradient and row sums of update 1. B is not 0: that would hide what A does."""
+    """Record, gradient and row sums of update 1.
+
+    B is not 0: that would hide what A does.
+    """
     run = wide_run(
         engine,
         execution=execution,
@@ -130,7 +133,10 @@ def test_the_reference_is_refused_where_unsloth_has_patched_the_process(wide_run
 
 
 def saved_at_3(wide_run, engine: str):
-    """A run with a checkpoint after update 3 that has done update 4, and that update's record."""
+    """A run with a checkpoint after update 3 that has done update 4.
+
+    With that update's record.
+    """
     run = wide_run(engine)
     run.begin()
     for u in (1, 2, 3):

@@ -1,12 +1,16 @@
-"""Causal attention within each row of a pass, rows end to end: forward, and backward from what forward kept.
+"""Causal attention within each row of a pass, rows end to end.
 
-Four ways to the same numbers, up to rounding:
+Forward, and backward from what forward kept. Four ways give the same numbers, up to rounding:
 
-    triton      this package's own kernels, for rows of a few hundred tokens. Bits repeat. On Hopper alone, since measured on no other card.
-    flash       torch's own FlashAttention-2 kernel for sequences of varying length (Dao 2023, arXiv:2307.08691); on any GPU, in 16 bits, for
-                any head size. It takes fewer key than query heads as they are.
-    cudnn       cuDNN's kernel, about twice as fast on Hopper. It takes rows of one length, and plans for 0.15 s at each new shape: long rows only.
-    reference   torch's scaled_dot_product_attention row by row, carried out again for its gradient; on a CPU and in fp32.
+    triton      this package's own kernels, for rows of a few hundred tokens; their bits repeat.
+                On Hopper alone, since they were measured on no other card.
+    flash       torch's own FlashAttention-2 kernel for sequences of varying length (Dao 2023,
+                arXiv:2307.08691); on any GPU, in 16 bits, for any head size. It takes fewer key
+                than query heads as they are.
+    cudnn       cuDNN's kernel, about twice as fast on Hopper. It takes rows of one length, and
+                plans for 0.15 s at each new shape: long rows only.
+    reference   torch's scaled_dot_product_attention row by row, computed again for its
+                gradient; on a CPU and in fp32.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ LONG_ROWS = 1024  # tokens, from which cuDNN's plan pays
 
 @dataclass(frozen=True)
 class Bounds:
-    """Where the rows of a pass lie, and which kernel serves them."""
+    """Places of a pass's rows, and the kernel that serves them."""
 
     lengths: tuple[int, ...]  # slot tokens of each row
     ends: Tensor  # (rows + 1,) int32 on the device: 0, then the end of each
@@ -51,7 +55,10 @@ class Bounds:
     def for_kernel(
         kernel: str, lengths: tuple[int, ...], device: torch.device, tiles: Tiles | None = None
     ) -> Bounds:
-        """`tiles`: what "triton" is cut by. All goes to the device in one copy that nothing waits for."""
+        """Bounds for one kernel, in one copy that nothing waits for.
+
+        `tiles`: block sizes of "triton".
+        """
         tables = programs(lengths, tiles) if kernel == "triton" and tiles is not None else []
         tables.append([0, *accumulate(lengths)])
         numbers = torch.tensor([number for one in tables for number in one], dtype=torch.int32)
@@ -84,14 +91,17 @@ def choose_kernel(
 
 @dataclass(frozen=True)
 class Kept:
-    """What backward needs beside q, k, v."""
+    """Tensors that backward needs beside q, k, v."""
 
     out: Tensor  # (T, heads, D)
     rest: tuple[Any, ...]  # the kernel's own: log-sum-exp and random state
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Kept:
-    """q: (T, heads, D); k, v: (T, key heads, D), any row stride. Scores are scaled by D ** -0.5."""
+    """Attention of a pass; scores are scaled by D ** -0.5.
+
+    q: (T, heads, D); k, v: (T, key heads, D), any row stride.
+    """
     scale, longest = q.shape[-1] ** -0.5, bounds.longest
     if bounds.work is not None:
         out, lse = attention_triton.forward(q, k, v, bounds.work)
@@ -122,9 +132,10 @@ def attention_backward(
     *,
     room: int = 0,
 ) -> Tensor:
-    """Gradients of q and k as they were before `rotate` turned them, and of v, side by side: (T, (heads + 2 key heads) * D + room).
+    """Gradients of q, k before `rotate`, and v, side by side.
 
-    The matrix is made here, since torch's kernels take most memory while it need not be there.
+    (T, (heads + 2 key heads) * D + room). The matrix is made here, since torch's kernels take most
+    memory while it need not be there.
 
     Args:
         grad: (T, heads, D), of the output.
@@ -207,7 +218,10 @@ def by_heads(t: Tensor, rows: int) -> Tensor:
 
 
 def by_tokens(t: Tensor) -> Tensor:
-    """(rows, heads, length, D) to (T, heads, D); a view where memory lies so."""
+    """(rows, heads, length, D) to (T, heads, D).
+
+    A view if memory lies so.
+    """
     return t.transpose(1, 2).flatten(0, 1)
 
 

@@ -1,6 +1,7 @@
-"""How the kernels of attention_triton.py are cut, and which programs a pass takes: one table for the blocks of all its rows.
+"""Block sizes of attention_triton.py's kernels, and a pass's programs.
 
-The programs with the longest walk come first: a GPU hands them out in that order, and the short ones fill its end.
+One table holds the blocks of all its rows. The programs with the longest walk come first: a GPU
+hands them out in that order, and the short ones fill its end.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is cut.
+    """Block sizes of one kernel.
 
     Attributes:
         own: tokens of a program's block.
         step: tokens of a step of its walk.
-        split: steps that touch the diagonal have a loop of their own, the others need no mask then; False: one loop, masked throughout.
+        split: steps that touch the diagonal have a loop of their own, the others need no mask
+            then; False: one loop, masked throughout.
     """
 
     own: int
@@ -34,7 +36,9 @@ class Tiles:
     keys: Tile
 
 
-TILES = {  # by head size. Those of 128 were the quickest of some thirty on an H100, for rows of 240 to 1,200 tokens
+# By head size. Those of 128 were the quickest of some thirty on an H100, for rows of 240 to 1,200
+# tokens.
+TILES = {
     64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
     128: Tiles(Tile(64, 64, 4, 3, split=False), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
 }
@@ -42,7 +46,10 @@ TILES = {  # by head size. Those of 128 were the quickest of some thirty on an H
 
 @dataclass(frozen=True)
 class Work:
-    """The programs of each kernel, (programs, 4) int32 on the device: row's start in the pass, row's length, block's start in the row, 0."""
+    """Programs of each kernel, (programs, 4) int32 on the device.
+
+    Row's start in the pass, row's length, block's start in the row, 0.
+    """
 
     tiles: Tiles
     forward: Tensor
@@ -51,7 +58,10 @@ class Work:
 
 
 def programs(lengths: tuple[int, ...], tiles: Tiles) -> list[list[int]]:
-    """The three tables of `Work`, flat. Four numbers an entry keep each table's address a multiple of 16 bytes."""
+    """The three tables of `Work`, flat.
+
+    Four numbers an entry keep each table's address a multiple of 16 bytes.
+    """
     return [
         _heaviest_first(lengths, tiles.forward.own),
         _heaviest_first(lengths, tiles.queries.own),

@@ -1,8 +1,10 @@
-"""NF4 weights of bitsandbytes as 16-bit or fp32 matrices, several weights that share an input in one launch.
+"""NF4 weights of bitsandbytes as 16-bit or fp32 matrices.
 
-A weight is stored as 4-bit codes, two a byte, the first in the high half; every `blocksize` weights share an absmax, itself 8 bits that index a
-table of 256 values, times a scale for 256 of them, plus an offset (double quantisation, Dettmers et al. 2023, arXiv:2305.14314). The result is
-bit-equal to bitsandbytes.functional.dequantize_4bit: fp32 products and sums, each rounded once, no fused multiply-add.
+Several weights that share an input take one launch. A weight is stored as 4-bit codes, two a byte,
+the first in the high half. Every `blocksize` weights share an absmax, itself 8 bits that index a
+table of 256 values, times a scale for 256 of them, plus an offset (double quantisation, Dettmers et
+al. 2023, arXiv:2305.14314). The result is bit-equal to bitsandbytes.functional.dequantize_4bit:
+fp32 products and sums, each rounded once, no fused multiply-add.
 """
 
 # pyright: reportCallIssue=false
@@ -22,29 +24,34 @@ WEIGHTS_OF_A_PROGRAM = 4096
 
 
 def pack(modules: list[Any], names: list[str]) -> Packed:
-    """Stack the weights of bitsandbytes' Linear4bit modules; they keep their values and become views of the result.
+    """Stack the weights of bitsandbytes' Linear4bit modules.
 
-    Raises ValueError naming the module for what is not NF4 in rows of whole blocks.
+    They keep their values and become views of the result. Raises ValueError naming the module for
+    what is not NF4 in rows of whole blocks.
     """
     states: list[Any] = [getattr(module.weight, "quant_state", None) for module in modules]
     for module, state, name in zip(modules, states, names, strict=True):
         if state is None or state.quant_type != "nf4":
             raise ValueError(
-                f"execution.engine = fused: {name} is not in NF4: set model.quantization=nf4, or execution.engine=peft"
+                f"execution.engine = fused: {name} is not in NF4: set model.quantization=nf4, or "
+                "execution.engine=peft"
             )
         if module.in_features % state.blocksize or module.in_features % 2:
             raise ValueError(
-                f"execution.engine = fused: {name} has {module.in_features} inputs, no multiple of its {state.blocksize} weights a block: "
+                f"execution.engine = fused: {name} has {module.in_features} inputs, no multiple "
+                f"of its {state.blocksize} weights a block: "
                 "set execution.engine=peft"
             )
     first, nested = states[0], states[0].nested
     if any(state.nested != nested or state.blocksize != first.blocksize for state in states):
         raise ValueError(
-            f"execution.engine = fused: {', '.join(names)} are quantised in different ways: set execution.engine=peft"
+            f"execution.engine = fused: {', '.join(names)} are quantised in different ways: set "
+            "execution.engine=peft"
         )
     if nested and any(state.state2.blocksize != 256 for state in states):
         raise ValueError(
-            f"execution.engine = fused: {names[0]} has another block of absmax than 256: set execution.engine=peft"
+            f"execution.engine = fused: {names[0]} has another block of absmax than 256: set "
+            "execution.engine=peft"
         )
     none = first.code.new_zeros(0)
     packed = Packed(
@@ -75,7 +82,10 @@ def pack(modules: list[Any], names: list[str]) -> Packed:
 
 
 def dequantise_reference(packed: Packed, right: Tensor, below: Tensor, out: Tensor) -> None:
-    """Write the stacked weights to `out` (N + R, K + R), right (N, R) to their right and below (R, K) under them, all in its dtype."""
+    """Write the stacked weights to `out` (N + R, K + R).
+
+    right (N, R) goes to their right and below (R, K) under them, all in its dtype.
+    """
     rows, columns = sum(packed.rows), packed.columns
     codes = torch.stack([packed.codes >> 4, packed.codes & 15], dim=1).reshape(-1)  # (N * K,)
     absmax = packed.absmax

@@ -1,4 +1,7 @@
-"""The fused engine: the whole model as one autograd node, whose backward pass is written out layer by layer."""
+"""The fused engine: the whole model as one autograd node.
+
+Its backward pass is written out layer by layer.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from glassloop.predict.tiers import GIB, Base, Tiers, choose, head_bytes, scratc
 
 
 @dataclass
-class State:
+class PassState:
     """A pass between forward and backward."""
 
     where: Where
@@ -41,7 +44,7 @@ class State:
 
 
 class FusedEngine(nn.Module):
-    """glassloop's own path for the Llama family, over the storage of a PEFT model.
+    """The Llama family over the storage of a PEFT model.
 
     Attributes:
         name: as in execution.engine.
@@ -95,13 +98,16 @@ class FusedEngine(nn.Module):
         ] = []  # explicit reduction only: DDP would reduce zeros
 
     def packed(self, index: int) -> dict[str, Packed] | None:
-        """A layer's weights where they lie, on the host or the card; None without `pages`."""
+        """A layer's weights on the host or the card; None without `pages`."""
         if self.pages is None:
             return None
         return self.pages.file.packed(index, self.pages.seen(index), self.pages.shared)
 
     def use_tiers(self, tiers: Tiers) -> None:
-        """From the next pass on. An embedding that has gone to the host stays there."""
+        """Spend memory by `tiers` from the next pass on.
+
+        An embedding that has gone to the host stays there.
+        """
         assert not (tiers.streamed and tiers.held), "streamed layers hold no weights in 16 bits"
         if tiers.streamed != self.tiers.streamed:
             self.place_layers(tiers.streamed)
@@ -114,7 +120,7 @@ class FusedEngine(nn.Module):
         self.inward, self.outward = None, []  # and what knew of it would keep its memory
 
     def place_layers(self, streamed: int) -> None:
-        """Let the first `streamed` layers stay on the host, and the others lie on the card."""
+        """Put the first `streamed` layers on the host, others on the card."""
         assert self.pages is not None and self.stream is not None, "this base is on the card"
         decoder = self.hf.get_base_model().get_decoder()  # type: ignore[operator, union-attr]
         for index, (one, module) in enumerate(zip(self.layers, decoder.layers, strict=True)):
@@ -143,7 +149,10 @@ class FusedEngine(nn.Module):
             self.stream.fill(index, self.layers[index], self.scratch)
 
     def visits(self, *, backward: bool) -> list[int]:
-        """Streamed layers in the order in which a pass copies them; it turns at the last one."""
+        """Streamed layers in the order in which a pass copies them.
+
+        It turns at the last one.
+        """
         streamed = self.tiers.streamed
         if not backward:
             return list(range(streamed))
@@ -159,9 +168,9 @@ class FusedEngine(nn.Module):
         base: str | int = "auto",
         sharing: int = 1,
     ) -> Tiers:
-        """Tiers of a memory profile for passes of at most `tokens` slot tokens, by what is free.
+        """Choose tiers of a memory profile, by what is free.
 
-        On a CPU everything is kept.
+        Passes have at most `tokens` slot tokens. On a CPU everything is kept.
 
         Args:
             base: memory.base.
@@ -193,9 +202,10 @@ class FusedEngine(nn.Module):
         )
 
     def forward(self, p: Pass) -> tuple[Tensor, Tensor]:
-        """Summed token cross-entropy of a pass: loss_sum () fp32 with gradient, row_loss_sums (rows,) fp32 without. One rank's own sums.
+        """Summed token cross-entropy of a pass, this rank's alone.
 
-        The gradient goes to the adapters' `.grad`, which must be there.
+        Returns loss_sum () fp32 with gradient and row_loss_sums (rows,) fp32 without. The gradient
+        is added to the adapters' `.grad`, which must exist.
         """
         with torch.autocast(p.input_ids.device.type, enabled=False):
             if torch.is_grad_enabled():
@@ -203,7 +213,7 @@ class FusedEngine(nn.Module):
             loss_sum, row_loss_sums, _ = self.run_forward(p, training=False)
             return loss_sum, row_loss_sums
 
-    def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, State | None]:
+    def run_forward(self, p: Pass, *, training: bool) -> tuple[Tensor, Tensor, PassState | None]:
         """The pass, and what its backward needs."""
         if not len(p.places):  # nothing to learn, and nothing to add
             none = torch.zeros(len(p.row_ids), device=p.input_ids.device)
@@ -237,10 +247,10 @@ class FusedEngine(nn.Module):
         labels = p.targets.flatten().index_select(0, p.places)  # (S,)
         losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
         owner = p.row_of.flatten().index_select(0, p.places)
-        state = None if grad_normed is None else State(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
+        state = None if grad_normed is None else PassState(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
         return losses.sum(), sums_by_row(losses, owner, len(p.row_ids)), state
 
-    def run_backward(self, state: State, grad: Tensor) -> None:
+    def run_backward(self, state: PassState, grad: Tensor) -> None:
         """Add the gradient of `grad` x loss sum to the adapters' own."""
         room, hidden = (
             max(linear.rank for one in self.layers for linear in (one.o, one.down)),
@@ -268,7 +278,10 @@ class FusedEngine(nn.Module):
             self.outward[index].carry_out(add=True)
 
     def refresh(self, training: bool) -> None:
-        """Round the adapters as they are now, and know where their gradients add up: both may have moved since the last pass."""
+        """Round the adapters, and note the addresses of their gradients.
+
+        Both may have moved since the last pass.
+        """
         self.scratch.forget()
         places = [p.data_ptr() for p in self.trained]
         places += (
@@ -297,7 +310,11 @@ class FusedEngine(nn.Module):
                     linear.b[:, : linear.adapted].zero_()
 
     def where(self, p: Pass) -> Where:
-        """Bounds and angles of a pass. A padded row counts with its padding, to its right, which causal attention keeps from its tokens."""
+        """Bounds and angles of a pass.
+
+        A padded row counts with its padding, to its right, which causal attention hides from its
+        tokens.
+        """
         rows, width = p.input_ids.shape
         lengths = p.lengths if p.packed else (width,) * rows
         bounds = Bounds.of(
@@ -310,7 +327,10 @@ class FusedEngine(nn.Module):
 
 
 class _Pass(torch.autograd.Function):
-    """The model between a pass and its loss sum. It has one input for autograd's sake; gradients are added in place."""
+    """The model between a pass and its loss sum.
+
+    It has one input for autograd's sake; gradients are added in place.
+    """
 
     @staticmethod
     def forward(ctx, anchor: Tensor, engine: FusedEngine, p: Pass):  # type: ignore[override]
@@ -334,7 +354,10 @@ def build_layer(
     index: int,
     stacked: dict[str, Packed] | None = None,
 ) -> Layer:
-    """One of the model's decoder layers, its weights stacked into groups, or `stacked` already."""
+    """Stack the weights of one decoder layer into groups.
+
+    `stacked`: they are stacked already.
+    """
     groups = {}
     for group, names in GROUPS.items():
         found = [module.get_submodule(name) for name in names]
@@ -358,7 +381,7 @@ def build_layer(
 
 
 def _bias(modules: list[Any]) -> Tensor | None:
-    """Of all together, 0 for those without one; None where none has one."""
+    """Biases of all modules, 0 for those without one; None without any."""
     layers = [getattr(one, "base_layer", one) for one in modules]
     if all(one.bias is None for one in layers):
         return None

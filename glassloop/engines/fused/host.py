@@ -1,4 +1,7 @@
-"""What of a pass waits in pinned host memory: large tensors of layers, and an embedding of which a pass reads a few rows."""
+"""Pinned host memory for large tensors of a pass.
+
+They are tensors of layers, and an embedding of which a pass reads a few rows.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ class _Visible:
 
 
 def on_host(weight: Tensor) -> Tensor:
-    """The same values as a tensor of the same device whose bytes lie in pinned host memory: for one that is read a few rows at a time."""
+    """Move a tensor's bytes to pinned host memory.
+
+    It stays a tensor of its device, for one that is read a few rows at a time.
+    """
     if not weight.is_cuda:
         return weight
     return torch.as_tensor(_Visible(weight.cpu().pin_memory()), device=weight.device).view(
@@ -34,15 +40,17 @@ def on_host(weight: Tensor) -> Tensor:
 
 
 class HostRoom:
-    """Large tensors of layers, in pinned memory; copies run beside the computation.
+    """Pinned buffers for layers' tensors, on their way in or out.
 
-    A tensor that is on its way is referred to until the computing stream has waited for its copy: then whatever takes its place in memory
-    comes later in that stream. So at most IN_FLIGHT layers are on their way out, however far the host runs ahead.
+    A tensor that is on its way is referred to until the computing stream has waited for its copy:
+    then whatever takes its place in memory comes later in that stream. So at most IN_FLIGHT layers
+    are on their way out, however far the host runs ahead.
     """
 
     def __init__(self, layers: int, device: torch.device):
         self.layers, self.device = layers, device
-        self.most_tokens = 0  # of any pass, where it is known: room is made once then, which takes a second for a gigabyte
+        # Of any pass, if it is known: room is made once then, which takes a second for a gigabyte.
+        self.most_tokens = 0
         self.rooms: list[Tensor] = []  # (layers, T, width) each
         self.lengths: dict[int, list[int]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -50,7 +58,10 @@ class HostRoom:
         self.coming: dict[int, tuple[list[Tensor], torch.Event | None]] = {}
 
     def begin(self, tokens: int, widths: Sequence[int], dtype: torch.dtype) -> None:
-        """Make room for a pass, whose layers leave tensors (at most `tokens`, width)."""
+        """Make room for the layers' tensors of a pass.
+
+        Each has at most `tokens` rows of its width.
+        """
         if not self.rooms or self.rooms[0].shape[1] < tokens:
             self.rooms.clear()  # freed first
             shapes = [(self.layers, max(tokens, self.most_tokens), width) for width in widths]
@@ -110,6 +121,9 @@ class HostRoom:
             room[index, : len(one)].copy_(one, non_blocking=True)
 
     def _settle(self, most: int) -> None:
-        """Let the computing stream wait until at most so many layers are on their way out."""
+        """Wait until at most so many layers are on their way out.
+
+        The computing stream waits, not the host.
+        """
         while len(self.going) > most:
             torch.cuda.current_stream(self.device).wait_event(self.going.popleft()[1])

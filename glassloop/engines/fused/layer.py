@@ -4,11 +4,13 @@
     m  = x + attention(q, k, v) W_o^T       gate, up = n2 (W_gate_up)^T,     n2 = norm(m)
     out = m + (silu(gate) * up) W_down^T
 
-The sums are left to the norm that follows, which has to read both parts anyway: a layer takes and gives pairs of which x is the sum. What
-backward needs is the smallest set: norms and the gate's product are computed again from it, and the product of W_down never is.
+The sums are left to the norm that follows, which has to read both parts anyway: a layer takes and
+gives pairs of which x is the sum. What backward needs is the smallest set: norms and the gate's
+product are computed again from it, and the product of W_down never is.
 
-A layer that is not kept whole leaves x alone, or x with attention's output and m, three tensors of one size: all that lies before the gate but q, k
-and v, so that neither attention nor the product of W_o is carried out again.
+A layer that is not kept whole leaves x alone, or x with attention's output and m, three tensors of
+one size: all that lies before the gate but q, k and v, so that neither attention nor the product of
+W_o is carried out again.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Layer:
 
     @property
     def sizes(self) -> Sizes:
-        """What memory is counted from."""
+        """Sizes that memory is counted from."""
         groups = (Group(one.rows, one.columns, one.rank) for one in self.linears)
         return Sizes(*groups, heads=self.heads, element=self.qkv.a.element_size())
 
@@ -69,7 +71,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Where:
-    """What all layers of a pass share."""
+    """Bounds, angles and scratch that all layers of a pass share."""
 
     bounds: Bounds
     cos: Tensor  # (T, D / 2) fp32
@@ -79,7 +81,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Middle:
-    """What lies between a layer's input and its last product."""
+    """Tensors between a layer's input and its last product."""
 
     qkv: Tensor  # (T, N): q and k turned by their positions
     kept: Kept
@@ -94,7 +96,7 @@ class Middle:
 
 @dataclass(frozen=True)
 class Attended:
-    """What attention came to."""
+    """Attention's results."""
 
     kept: Kept
     mid: Tensor  # (T, H)
@@ -109,13 +111,15 @@ class Saved:
     narrow_down: Tensor  # (T, R)
     middle: Middle | None  # None: to be computed again
     attended: Attended | None  # None: this too, or it is part of `middle`
-    places: (
-        Tensor | None
-    )  # (S,) int64: where the output was wanted; the middle's gate and what follows have S rows then
+    # (S,) int64: where the output was wanted; the middle's gate and what follows have S rows then.
+    places: Tensor | None
 
 
 def part(saved: Saved) -> tuple[Saved, tuple[Tensor, Tensor, Tensor]]:
-    """What of a layer with `attended` is small, and its large tensors: x (T, H), attention's output (T, heads * D), m."""
+    """Split a layer with `attended` into small and large tensors.
+
+    The large ones are x (T, H), attention's output (T, heads * D) and m.
+    """
     assert saved.attended is not None
     kept, none = saved.attended.kept, saved.x.new_empty(0)
     large = saved.x, kept.out.flatten(1), saved.attended.mid
@@ -140,7 +144,10 @@ def first_half(
     places: Tensor | None,
     known: Attended | None = None,
 ) -> tuple[Tensor, Middle]:
-    """Everything up to the gate, after attention for `places` alone. Returns x + y (T, H) and what lies between. `known`: not to be computed."""
+    """Compute a layer up to its gate; after attention for `places` alone.
+
+    Returns x + y (T, H) and what lies between. `known`: results to reuse.
+    """
     tokens, hidden = x.shape
     normed_x = layer.qkv.input(tokens)
     x = add_norm(x, y, layer.norm_in, layer.eps, normed_x[:, :hidden])
@@ -175,7 +182,10 @@ def chosen(t: Tensor, places: Tensor | None) -> Tensor:
 
 
 def spread(t: Tensor, places: Tensor | None, tokens: int) -> Tensor:
-    """The reverse: (T, ...) with the rows of t (S, ...) at places and 0 elsewhere."""
+    """The reverse of `chosen`: t's rows at places, else 0.
+
+    (T, ...) of t (S, ...).
+    """
     return t if places is None else t.new_zeros(tokens, *t.shape[1:]).index_copy_(0, places, t)
 
 
@@ -193,8 +203,10 @@ def forward(
 
     Args:
         x, y: (T, H), whose sum comes in; y None: x alone.
-        places: (S,) int64, where alone the output is wanted, as the loss does of the last layer; None: everywhere.
-        keep: keep what lies between for backward; False: the input alone; None: there will be no backward.
+        places: (S,) int64, where alone the output is wanted, as the loss does of the last
+            layer; None: everywhere.
+        keep: keep what lies between for backward; False: the input alone; None: there will be
+            no backward.
         keep_attended: with keep = False, what attention came to as well.
 
     Returns:
@@ -218,7 +230,11 @@ def forward(
 def normed_again(
     linear: Linear, known: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
-    """(T, H): norm(x) as `linear` read it, in a matrix of the same strides, so that products have the same bits whether it is `known` or not."""
+    """(T, H): norm(x) as `linear` read it.
+
+    It lies in a matrix of the same strides, so that products have the same bits whether it is
+    `known` or not.
+    """
     if known is None:
         known = linear.input(len(x))
         add_norm(x, None, weight, eps, known[:, : linear.columns])
@@ -226,10 +242,11 @@ def normed_again(
 
 
 def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: bool) -> Tensor:
-    """Leave the adapters' gradients in the scratch and turn `grad`, (T, H + R) or (S, H + R), of the layer's output, into that of its input.
+    """Leave the adapters' gradients in the scratch; return the input's.
 
-    Its last R columns are room for the adapters' share; it is written to. Returns (T, H + R). `first`: nobody asks for the gradient of the
-    input, and what is returned is of no use.
+    `grad`, (T, H + R) or (S, H + R), is that of the layer's output and is written to; its last R
+    columns are room for the adapters' share. Returns (T, H + R). `first`: nobody needs the gradient
+    of the input, and what is returned is of no use.
     """
     x, hidden, places = saved.x, saved.x.shape[1], saved.places
     middle = saved.middle or first_half(layer, x, None, where, places, saved.attended)[1]

@@ -1,15 +1,18 @@
-"""Frozen weights that share an input, with their adapters folded in: y = x (W + s B A)^T in one matrix product.
+"""Frozen weights that share an input, with their adapters folded in.
 
-The factors are laid side by side, so that the adapters' share needs no pass over the activations of its own:
+y = x (W + s B A)^T is one matrix product. The factors lie side by side, so that the adapters' share
+needs no pass over the activations of its own:
 
     forward    y  = [x | x (sA)^T] [W | B]^T          (T, K + R) by (N, K + R)
     backward   dx = [dy | dy B] [W ; sA]              (T, N + R) by (N + R, K)
                dA += s (dy B)^T x,  dB += dy^T (x (sA)^T)
 
-A bias c is one more column of B, met by a column of ones in x: [x | x (sA)^T | 1] [W | B | c]^T. Its row of sA is 0, so nothing of it comes back.
+A bias c is one more column of B, met by a column of ones in x: [x | x (sA)^T | 1] [W | B | c]^T.
+Its row of sA is 0, so nothing of it comes back.
 
-[W | B] and [W ; sA] are two views of one scratch matrix (N + R, K + R), filled anew for each layer. W is the weights of all members one below
-the other, A likewise, B is block-diagonal. The adapters' gradients are added to the parameters' own fp32 `.grad`.
+[W | B] and [W ; sA] are two views of one scratch matrix (N + R, K + R), filled anew for each layer.
+W is the weights of all members one below the other, A likewise, B is block-diagonal. The adapters'
+gradients are added to the parameters' own fp32 `.grad`.
 """
 
 from __future__ import annotations
@@ -23,12 +26,16 @@ from glassloop.base.packed import Packed
 from glassloop.engines.fused.dequant import dequantise
 from glassloop.engines.fused.matrices import Move
 
-ALIGNMENT = 16  # elements; sizes and strides that are no multiple of it send matrix products to slower kernels
+# Elements. Sizes and strides that are no multiple of it send matrix products to slower kernels.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """PEFT's matrices beside one weight. They are read through `a` and `b` at each pass, so replacing their data is safe."""
+    """PEFT's matrices beside one weight.
+
+    They are read through `a` and `b` at each pass, so replacing their data is safe.
+    """
 
     a: nn.Parameter  # (r, K) fp32
     b: nn.Parameter  # (N, r) fp32
@@ -66,9 +73,8 @@ class Linear:
         )  # B, rounded, block-diagonal, and the bias
         if bias is not None:
             self.b[:, self.adapted].copy_(bias)
-        self.held: Tensor | None = (
-            None  # (N + R, K + R): W, B and s A in one matrix of this group's own, of which a and b are parts then
-        )
+        # (N + R, K + R): W, B and s A in one matrix of this group's own. a and b are its parts.
+        self.held: Tensor | None = None
 
     def hold(self) -> None:
         """Keep the weights in 16 bits from here on."""
@@ -87,7 +93,10 @@ class Linear:
             self.held, self.a, self.b = None, self.a.contiguous(), self.b.contiguous()
 
     def places(self) -> list[tuple[Adapter, slice, slice]]:
-        """Each adapter with its rows of W and its columns of the fold."""
+        """Each adapter with its rows of W and columns.
+
+        The columns are the fold's.
+        """
         found, row, column = [], 0, 0
         for adapter, rows in zip(self.adapters, self.packed.rows, strict=True):
             if adapter is not None:
@@ -106,7 +115,7 @@ class Linear:
         return found
 
     def outward(self, scratch: Scratch) -> list[Move]:
-        """What `accumulate` left in the scratch, to the adapters' gradients, where it is to be added."""
+        """Moves of the scratch's dA and dB to the adapters' gradients."""
         grad_a, grad_b = scratch.products(self)
         found = []
         for adapter, rows, columns in self.places():
@@ -122,15 +131,24 @@ class Linear:
         return self.a.new_empty(tokens, self.columns + self.rank)
 
     def output(self, tokens: int) -> Tensor:
-        """(T, N + R): an output, or its gradient, with room for the adapters' columns."""
+        """(T, N + R): an output, or its gradient.
+
+        It has room for the adapters' columns.
+        """
         return self.a.new_empty(tokens, self.rows + self.rank)
 
     def narrow(self, x: Tensor) -> Tensor:
-        """(T, R): a copy of what `forward` left in the last columns of x, x (sA)^T."""
+        """(T, R): a copy of the last columns of x, x (sA)^T.
+
+        `forward` left them there.
+        """
         return x[:, self.columns :].clone(memory_format=torch.contiguous_format)
 
     def forward(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
-        """y (T, N), in `out` where there is one. x: (T, K + R), whose last R columns are written here; `accumulate` needs them."""
+        """y (T, N), in `out` if there is one.
+
+        x: (T, K + R). Its last R columns are written here; `accumulate` needs them.
+        """
         torch.mm(x[:, : self.columns], self.a.t(), out=x[:, self.columns :])
         if self.bias is not None:
             x[:, self.columns + self.adapted].fill_(1)
@@ -138,11 +156,17 @@ class Linear:
         return torch.mm(x, factor) if out is None else torch.mm(x, factor, out=out)
 
     def fold(self, grad: Tensor) -> None:
-        """Write dy B into the last R columns of grad (T, N + R), whose first N are dy; the two methods below need it."""
+        """Write dy B into the last R columns of grad.
+
+        grad: (T, N + R), whose first N are dy. The two methods below need it.
+        """
         torch.mm(grad[:, : self.rows], self.b, out=grad[:, self.rows :])
 
     def accumulate(self, grad: Tensor, x: Tensor, narrow: Tensor, scratch: Scratch) -> None:
-        """Leave dA and dB in the scratch. grad: (T, N + R), folded. x: (T, K). narrow: (T, R), as `forward` left it."""
+        """Leave dA and dB in the scratch.
+
+        grad: (T, N + R), folded. x: (T, K). narrow: (T, R), as `forward` left it.
+        """
         if self.rank:
             grad_a, grad_b = scratch.products(self)
             product_fp32(grad[:, self.rows :].t(), x, grad_a)
@@ -154,7 +178,7 @@ class Linear:
 
 
 def product_fp32(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """left @ right to `out`, in fp32 as the matrix product adds it up."""
+    """left @ right to `out`, accumulated in fp32."""
     if left.dtype == torch.float32:
         torch.mm(left, right, out=out)
     elif left.is_cuda:
@@ -176,9 +200,10 @@ class Scratch:
         self.held: dict[tuple[str, int, int], Linear] = {}
 
     def weights(self, linear: Linear) -> Tensor:
-        """(N + R, K + R): W with B at its right and sA below.
+        """W with B at its right and sA below.
 
-        Dequantises them unless the matrix holds this group's already, or the group its own.
+        (N + R, K + R). Dequantises them unless the matrix holds this group's already, or the group
+        its own.
         """
         if linear.held is not None:
             return linear.held
@@ -192,11 +217,14 @@ class Scratch:
         return matrix
 
     def holds_of(self, linear: Linear) -> bool:
-        """Whether the weights of this group can be had without dequantising them."""
+        """True if this group's weights need no dequantising."""
         return linear.held is not None or self.held.get(_key(linear)) is linear
 
     def products(self, linear: Linear) -> tuple[Tensor, Tensor]:
-        """(R, K) and (N, R) fp32: room for dA and dB of a group, until the next layer's."""
+        """Room for a group's dA and dB, fp32.
+
+        (R, K) and (N, R); they hold until the next layer's.
+        """
         key = (linear.group, linear.rank, linear.rows, linear.columns)
         if key not in self.sums:
             a, b = (x.new_empty(x.shape, dtype=torch.float32) for x in (linear.a, linear.b))

@@ -1,6 +1,7 @@
-"""Token cross-entropy of supervised places and its gradient in the head's input, some places at a time.
+"""Token cross-entropy of supervised places, and its gradient.
 
-The logits of a chunk, rounded as the head's product leaves them, become softmax - onehot where they lie: they are read twice and written once.
+The gradient is in the head's input, some places at a time. The logits of a chunk, rounded as the
+head's product leaves them, become softmax - onehot in place: they are read twice and written once.
 """
 
 # pyright: reportCallIssue=false
@@ -19,9 +20,13 @@ BLOCK = 8192
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
-    """In place: logits (C, V) become the gradient of the sum of `losses`, (C,) fp32, which are written. labels: (C,) int64."""
+    """Write `losses` (C,) fp32, and their gradient over the logits.
+
+    In place: logits (C, V) become the gradient of the losses' sum. labels: (C,) int64.
+    """
     _cross_entropy[(len(logits),)](
-        logits, labels, losses, logits.stride(0), logits.shape[1], BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=16
+        logits, labels, losses, logits.stride(0), logits.shape[1],
+        BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=16,
     )  # fmt: skip
 
 
@@ -36,7 +41,10 @@ def cross_entropy_reference_(logits: Tensor, labels: Tensor, losses: Tensor) -> 
 def head_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, wants_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses (S,) fp32 of hidden (S, H) under the head (V, H), and if wanted the gradient of their sum in hidden, in its dtype."""
+    """Losses (S,) fp32 of hidden (S, H) under the head (V, H).
+
+    If wanted, also the gradient of their sum in hidden, in its dtype.
+    """
     if not hidden.is_cuda:
         return chunked_cross_entropy(hidden, weight, None, labels, wants_grad=wants_grad)
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)

@@ -1,4 +1,7 @@
-"""Many small matrices copied, or added, to other places in one launch: adapters to their 16-bit form, their gradients to where they add up."""
+"""Many small matrices copied or added elsewhere in one launch.
+
+Adapters go to their 16-bit form, their gradients to where they add up.
+"""
 
 # pyright: reportCallIssue=false
 # (a launch has options, num_warps say, that are no parameters of the kernel)
@@ -16,7 +19,10 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Move:
-    """`to` becomes `source * scaling`, or gains it. Both are (rows, columns) with contiguous columns, in any two dtypes."""
+    """A move: `to` becomes `source * scaling`, or gains it.
+
+    Both are (rows, columns) with contiguous columns, in any two dtypes.
+    """
 
     source: Tensor
     to: Tensor
@@ -30,7 +36,10 @@ def move_reference(moves: list[Move], *, add: bool) -> None:
 
 
 class Moves:
-    """A list of moves between places that stay; all sources have one dtype, all targets have one."""
+    """Moves between places that stay.
+
+    All sources have one dtype, all targets have one.
+    """
 
     def __init__(self, moves: list[Move]):
         assert len({(one.source.dtype, one.to.dtype) for one in moves}) <= 1
@@ -42,7 +51,10 @@ class Moves:
         self.table: Tensor | None = None
 
     def carry_out(self, *, add: bool) -> None:
-        """All moves; on a GPU in one launch. A layer without adapters has none."""
+        """Do all moves; on a GPU in one launch.
+
+        A layer without adapters has none.
+        """
         if not self.moves:
             return
         if not self.moves[0].to.is_cuda:

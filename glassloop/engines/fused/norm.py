@@ -1,6 +1,7 @@
-"""Root mean square norms (Zhang and Sennrich 2019, arXiv:1910.07467), with the residual addition before them and the one of their gradient.
+"""RMS norms, with the residual additions around them.
 
-Everything is computed in fp32 and rounded once.
+Zhang and Sennrich 2019, arXiv:1910.07467. The residual is added before the norm, and in its
+gradient. Everything is computed in fp32 and rounded once.
 """
 
 # pyright: reportCallIssue=false
@@ -16,7 +17,10 @@ from torch import Tensor
 def add_norm_reference(
     x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor
 ) -> Tensor:
-    """Write weight * s / rms(s) to `out` (T, H), any row stride, where s = x + y; returns s (T, H), which is x itself without y."""
+    """Write weight * s / rms(s) to `out`, with s = x + y.
+
+    `out`: (T, H), any row stride. Returns s (T, H), which is x itself without y.
+    """
     s = x if y is None else (x.float() + y.float()).to(x.dtype)
     wide = s.float()
     out.copy_(wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float())
@@ -26,7 +30,10 @@ def add_norm_reference(
 def norm_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, into: Tensor
 ) -> None:
-    """Add the gradient in x (T, H) of weight * x / rms(x) to `into` (T, H), any row stride. grad: (T, H) of the norm's output."""
+    """Add the norm's gradient in x to `into`.
+
+    The norm is weight * x / rms(x). `into`: (T, H), any row stride. grad: (T, H) of its output.
+    """
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (T, 1)
     unit, inner = wide * rstd, grad.float() * weight.float()
@@ -47,7 +54,8 @@ def add_norm_triton(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out
     rows, width = x.shape
     s = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _add_norm[(rows,)](
-        x, s if y is None else y, weight, s, out, x.stride(0), 0 if y is None else y.stride(0), out.stride(0), width, eps,
+        x, s if y is None else y, weight, s, out,
+        x.stride(0), 0 if y is None else y.stride(0), out.stride(0), width, eps,
         ADD=y is not None, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
     return s
@@ -67,7 +75,8 @@ def _warps(width: int) -> int:
 
 @triton.jit
 def _add_norm(
-    x, y, weight, s, out, x_stride, y_stride, out_stride, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x, y, weight, s, out, x_stride, y_stride, out_stride, width, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

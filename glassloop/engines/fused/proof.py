@@ -1,8 +1,9 @@
-"""A check of the fused engine against the reference engine, on short rows of the run itself.
+"""A check of the fused engine against the reference engine.
 
-Both engines lie over the same storage. Each computes the loss of a few short rows and the gradient
-of every adapter matrix. In fp32 the two must agree. In bf16 both are compared with the same model
-computed in fp32, and the fused engine may not lie further from it than the reference does.
+It takes short rows of the run itself. Both engines lie over the same storage. Each computes the
+loss and the gradient of every adapter matrix. In fp32 the two must agree. In bf16 both are compared
+with the same model computed in fp32, and the fused engine may not lie further from it than the
+reference does, up to a factor.
 
 The flat gradient holds the difference of two computations, one added and one subtracted; the true
 gradient is kept beside it, the size of the adapters. Kernels for longer rows are not reached.
@@ -34,10 +35,10 @@ SHARE = 0.17  # of the adapters beside W x, about: seen in every gradient, and n
 
 # Bounds of a matrix's distance from the true gradient, relative to its norm. In fp32 another order
 # of summing gave 1e-6 on a CPU and up to 4e-5 on an H200, on drawn models that amplify rounding.
-# In bf16 both engines round alike often. On drawn models of twelve kinds fused was at most 1.4 times
-# as far off as the reference, on the shapes of an 8B 1.06 times; with four labels in all 1.8, with
-# one label and r = 1, where nothing averages the rounding, 9.5. The reference's own distance is
-# that of the matrix or the median's, whichever is larger.
+# In bf16 both engines round alike often. On drawn models of twelve kinds fused was at most 1.4
+# times as far off as the reference, on the shapes of an 8B 1.06 times; with four labels in all 1.8,
+# with one label and r = 1, where nothing averages the rounding, 9.5. The reference's own distance
+# is that of the matrix or the median's, whichever is larger.
 FP32 = 1e-4
 FACTOR, AVERAGED = 2.0, 8  # times the reference's distance, with this many labels or more
 # A gradient that is 0 (q and k, where attention sees one key) leaves rounding alone, measured
@@ -60,7 +61,7 @@ class Distances:
 def disagreement(
     engine: FusedEngine, adapters: FlatAdapters, rows: Sequence[Row], *, packed: bool, pad_id: int
 ) -> str:
-    """Name what the fused engine computes otherwise than the reference; empty if they agree.
+    """Name where the fused engine differs from the reference; else empty.
 
     Adapters, their gradients and random numbers are as before when it returns.
 
@@ -78,7 +79,10 @@ def disagreement(
 
 
 def short_rows(rows: Sequence[Row]) -> list[Row]:
-    """Cut rows with labels to short pieces, the longest first, TOKENS in all."""
+    """Cut rows with labels to short pieces, the longest first.
+
+    They have TOKENS tokens in all.
+    """
     labelled = [row for row in rows[:SEARCHED] if row.supervised_tokens]
     labelled = labelled or [next(row for row in rows if row.supervised_tokens)]
     chosen: list[Row] = []
@@ -89,9 +93,9 @@ def short_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def piece(row: Row) -> Row:
-    """Cut a row to PIECE consecutive tokens, the later half of them labels if it can be.
+    """Cut a row to PIECE consecutive tokens, the later half labels.
 
-    Attention from a label to several tokens is what gives q and k a gradient.
+    If it can be: attention from a label to several tokens is what gives q and k a gradient.
     """
     first = row.supervised.index(True)
     start = max(0, min(first - PIECE // 2, len(row) - PIECE))
@@ -101,9 +105,10 @@ def piece(row: Row) -> Row:
 
 @contextmanager
 def drawn_adapters(engine: FusedEngine, adapters: FlatAdapters) -> Iterator[None]:
-    """Give A and B small random values, and put the old ones back bit for bit.
+    """Give A and B small random values for the block.
 
-    B is 0 before update 1, and A would have no gradient. The old values wait in host memory.
+    B is 0 before update 1, and A would have no gradient. The old values wait in host memory and
+    return bit for bit.
     """
     device = adapters.flat.device
     before = adapters.flat.detach().to("cpu", copy=True)
@@ -126,7 +131,7 @@ def drawn_adapters(engine: FusedEngine, adapters: FlatAdapters) -> Iterator[None
 
 @contextmanager
 def stored_as_least(hf: nn.Module) -> Iterator[None]:
-    """Recompute the reference's layers, whatever the run does: it then needs little memory."""
+    """Recompute the reference's layers, so that it needs little memory."""
     base: Any = hf.get_base_model()  # type: ignore[operator]
     recompute_layers(base)
     try:
@@ -136,7 +141,7 @@ def stored_as_least(hf: nn.Module) -> Iterator[None]:
 
 
 def distances(engine: FusedEngine, adapters: FlatAdapters, ours: Pass, plain: Pass) -> Distances:
-    """Compute rows with each engine, and in fp32 if the engines compute in bf16.
+    """Compute rows with each engine, and in fp32 beside bf16 engines.
 
     Args:
         ours: the rows as the fused engine gets them. plain: the same rows, padded.
@@ -168,9 +173,10 @@ def distances(engine: FusedEngine, adapters: FlatAdapters, ours: Pass, plain: Pa
 
 
 def exact(reference: PeftEngine, head: Tensor, p: Pass) -> float:
-    """Compute a padded pass in fp32 over the 16-bit storage; its gradient is added as usual.
+    """Compute a padded pass in fp32 over the 16-bit storage.
 
-    Frozen weights are those that the engines use, NF4 rounded to bf16. Only the arithmetic differs.
+    Its gradient is added as usual. Frozen weights are those that the engines use, NF4 rounded to
+    bf16. Only the arithmetic differs.
     """
     with computing_in_fp32(reference.hf), torch.autocast(p.input_ids.device.type, enabled=False):
         hidden = reference.hidden_states(p.input_ids).flatten(0, 1)[p.places]  # (S, H)
@@ -181,7 +187,10 @@ def exact(reference: PeftEngine, head: Tensor, p: Pass) -> float:
 
 
 def exact_head(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Summed cross-entropy in fp32 and its gradient in hidden (S, H); the head in pieces."""
+    """Summed cross-entropy in fp32 and its gradient in hidden (S, H).
+
+    The head is widened in pieces.
+    """
     pieces = head.detach().split(HEAD_ROWS)
     logits = torch.cat([hidden @ rows.float().t() for rows in pieces], dim=1)  # (S, V)
     own = labels.unsqueeze(1)
@@ -195,7 +204,7 @@ def exact_head(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[float, Ten
 
 @contextmanager
 def computing_in_fp32(hf: nn.Module) -> Iterator[None]:
-    """Let a model of 16-bit and NF4 weights compute in fp32, layer by layer, and undo it."""
+    """Let a 16-bit and NF4 model compute in fp32 for the block."""
     base: Any = hf.get_base_model()  # type: ignore[operator]
     quantised: list[Any] = [m for m in hf.modules() if hasattr(m, "quant_state")]
     dtypes, attention = [m.compute_dtype for m in quantised], base.config._attn_implementation
@@ -213,7 +222,7 @@ def computing_in_fp32(hf: nn.Module) -> Iterator[None]:
 
 
 def judged(names: Sequence[str], found: Distances, dtype: torch.dtype, labels: int) -> str:
-    """Name the matrix at fault, its distance and the bound; empty if every one is within it.
+    """Name the matrix beyond its bound, and the bound; else empty.
 
     A fault of a layer's backward spoils all layers below it, so among the matrices that are about
     as far off as the worst, the one nearest the loss is named.

@@ -1,4 +1,7 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) in transformers' form: the first half of a head is turned with the second."""
+"""Rotary position embeddings in transformers' form.
+
+Su et al. 2021, arXiv:2104.09864. The first half of a head is turned with the second.
+"""
 
 # pyright: reportCallIssue=false
 # (a launch has options, num_warps say, that are no parameters of the kernel)
@@ -11,7 +14,10 @@ from torch import Tensor
 
 
 def angles(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, D / 2) fp32. positions: (T,) int64, restarting at each row. frequencies: (D / 2,) fp32."""
+    """Cosines and sines, each (T, D / 2) fp32.
+
+    positions: (T,) int64, restarting at each row. frequencies: (D / 2,) fp32.
+    """
     turned = positions.unsqueeze(1).to(torch.float32) * frequencies.to(torch.float32)
     return turned.cos() * scaling, turned.sin() * scaling
 
@@ -19,7 +25,10 @@ def angles(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple[Tens
 def rotate_reference(
     x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False
 ) -> None:
-    """Turn each head of x (T, heads * D) by its position and write to `out` (T, heads * D), which may be x; `back`: the other way (its gradient)."""
+    """Turn each head of x (T, heads * D) by its position.
+
+    The result goes to `out` (T, heads * D), which may be x. `back`: the other way (its gradient).
+    """
     half = cos.shape[1]
     first, second = x.float().view(len(x), -1, 2, half).unbind(2)  # (T, heads, D / 2)
     c, s = cos.unsqueeze(1), (-sin if back else sin).unsqueeze(1)
@@ -39,13 +48,15 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: boo
     heads = x.shape[1] // (2 * half)
     _rotate[(len(x),)](
         x, cos, sin, out, x.stride(0), out.stride(0), heads, half,
-        HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(half), BACK=back, num_warps=4,
+        HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(half), BACK=back,
+        num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _rotate(
-    x, cos, sin, out, x_stride, out_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr
+    x, cos, sin, out, x_stride, out_stride, heads, half,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, HALF)

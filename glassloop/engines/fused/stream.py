@@ -1,6 +1,6 @@
-"""Layers' 4-bit weights that wait on the host: copied to the card ahead of the layer that needs them.
+"""Layers' 4-bit weights copied from the host ahead of their use.
 
-A layer's blob lands in one of a few slots while the layers before it compute; all its groups are
+A layer's blob lands in one of a few slots while the layers before it compute. All its groups are
 dequantised when it begins, and from then on the slot is free for the next copy. So two slots give
 nearly two layers of time to each copy. What is computed is the same, bit for bit.
 """
@@ -22,7 +22,7 @@ SLOTS = 2
 
 
 class LayerStream:
-    """Copies of layers on their way, in the order in which a pass visits them."""
+    """Copies of layers, in the order in which a pass visits them."""
 
     def __init__(self, pages: HostPages, device: torch.device):
         self.pages, self.device = pages, device
@@ -46,9 +46,9 @@ class LayerStream:
         self.vacant = deque((slot, self._now()) for slot in range(slots))
 
     def begin(self, order: Sequence[int], then: Sequence[int]) -> None:
-        """Start copies for a pass that visits the layers `order`, and after it the layers `then`.
+        """Start copies for a pass over `order`, and then over `then`.
 
-        What is on its way already is kept where it is what `order` begins with.
+        What is on its way already is kept if it is what `order` begins with.
         """
         coming = deque([*order, *then[: len(self.slots)]])
         if [layer for layer, *_ in self.here] != list(coming)[: len(self.here)]:
@@ -60,7 +60,7 @@ class LayerStream:
         self._fetch()
 
     def fill(self, index: int, layer: Layer, scratch: Scratch) -> None:
-        """Dequantise all groups of a layer from its slot, then let the next layer have the slot."""
+        """Dequantise a layer's groups from its slot, and free the slot."""
         if all(scratch.holds_of(linear) for linear in layer.linears):
             return  # the pass turns at this layer
         found, slot, arrival = self.here.popleft()
@@ -99,7 +99,7 @@ class LayerStream:
         return self.views[key]
 
     def _now(self) -> torch.Event | None:
-        """An event behind what the computing stream has been asked to do so far."""
+        """An event behind all that the computing stream was given so far."""
         if self.copying is None:
             return None
         return torch.cuda.current_stream(self.device).record_event()

@@ -1,4 +1,4 @@
-"""What the fused engine honours of a model's config. Anything else that would change a number is refused by name."""
+"""Refusals by name of models that the fused engine does not support."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from glassloop.plan.honoured import GROUPS, fields_of, unsupported
+from glassloop.plan.support import GROUPS, fields_of, unsupported
 
 CURE = "set execution.engine=peft"
 
 
 def check_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> None:
-    """Raise ValueError naming the first field or module that the fused engine would not carry out as transformers does.
+    """Raise ValueError naming the first field or module not supported.
 
     Args:
-        config: the model's config. base: the causal language model, adapters attached. dtype: of its 16- or 32-bit weights.
+        config: the model's config. base: the causal language model, adapters attached. dtype:
+            of its 16- or 32-bit weights.
     """
     if (problem := unsupported(fields_of(config))) is not None:
         raise ValueError(f"execution.engine = fused: {problem}: {CURE}")
     if type(base).__module__.startswith("transformers_modules"):
         raise ValueError(
-            f"execution.engine = fused: the model brings Python code of its own, which it would not run: {CURE}"
+            "execution.engine = fused: the model brings Python code of its own, which it would "
+            f"not run: {CURE}"
         )
     if dtype == torch.float16:
         raise ValueError(
-            "execution.engine = fused has no fp16 backward pass: set execution.precision=bf16, or execution.engine=peft"
+            "execution.engine = fused has no fp16 backward pass: set execution.precision=bf16, or "
+            "execution.engine=peft"
         )
     for index, layer in enumerate(base.model.layers):  # type: ignore[union-attr, arg-type]
         for names in GROUPS.values():
@@ -38,18 +41,20 @@ def check_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_adapter(name: str, module: nn.Module) -> None:
-    """Raise ValueError unless `module` is a plain linear layer, or one with a single plain LoRA adapter."""
+    """Raise ValueError unless `module` has at most one plain LoRA adapter."""
     if not hasattr(module, "lora_A"):
         return
     active = list(module.active_adapters)  # type: ignore[arg-type]
     if len(active) != 1 or module.merged:
         raise ValueError(
-            f"execution.engine = fused: {name} has adapters {active}, merged: {module.merged}; it knows a single one, apart: {CURE}"
+            f"execution.engine = fused: {name} has adapters {active}, merged: {module.merged}; it "
+            f"knows a single one, apart: {CURE}"
         )
     dropout = module.lora_dropout[active[0]]  # type: ignore[index]
     if not isinstance(dropout, nn.Identity):
         raise ValueError(
-            f"execution.engine = fused: lora.dropout = {getattr(dropout, 'p', dropout)} is not carried out: set it to 0, or {CURE}"
+            f"execution.engine = fused: lora.dropout = {getattr(dropout, 'p', dropout)} is not "
+            f"carried out: set it to 0, or {CURE}"
         )
     if module.lora_B[active[0]].bias is not None or getattr(module, "use_dora", {}).get(active[0]):  # type: ignore[index, union-attr]
         raise ValueError(

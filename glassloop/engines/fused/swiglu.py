@@ -1,4 +1,7 @@
-"""The MLP's gate: silu(gate) * up (Shazeer 2020, arXiv:2002.05202), computed in fp32 and rounded once."""
+"""The MLP's gate: silu(gate) * up, in fp32, rounded once.
+
+Shazeer 2020, arXiv:2002.05202.
+"""
 
 # pyright: reportCallIssue=false
 # (a launch has options, num_warps say, that are no parameters of the kernel)
@@ -13,13 +16,20 @@ BLOCK = 1024
 
 
 def swiglu_reference(gate_up: Tensor, out: Tensor) -> None:
-    """Write silu(gate) * up to `out` (T, I), any row stride. gate_up: (T, 2 I), gate first, any row stride."""
+    """Write silu(gate) * up to `out` (T, I), any row stride.
+
+    gate_up: (T, 2 I), gate first, any row stride.
+    """
     gate, up = gate_up.float().chunk(2, dim=1)
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def swiglu_backward_reference(grad: Tensor, gate_up: Tensor) -> None:
-    """In place: gate_up (T, 2 I) becomes its gradient, and grad (T, I) of the product becomes the product itself."""
+    """Replace gate_up and grad by the gradient and the product, in place.
+
+    gate_up (T, 2 I) becomes its gradient, and grad (T, I) of the product becomes the product
+    itself.
+    """
     gate, up = gate_up.float().chunk(2, dim=1)
     share, wide = torch.sigmoid(gate), grad.float()
     product = gate * share * up

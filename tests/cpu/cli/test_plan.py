@@ -16,8 +16,9 @@ from glassloop.cli.plan import main
 from glassloop.config.config import DataConfig
 from glassloop.data.counting import count_rows
 from glassloop.plan.outlook import card_time, plan_of
+from glassloop.plan.render import epoch_sentence, plot, shown_updates, wrapped
+from glassloop.plan.render_cost import duration
 from glassloop.plan.steps import make_plan
-from glassloop.plan.text import duration, epoch_sentence, plot, shown_updates, wrapped
 from glassloop.predict.hardware import PLANNED_FOR, Present
 from glassloop.predict.roofline import CHECKED, errors, pass_time
 from glassloop.predict.shapes import KNOWN

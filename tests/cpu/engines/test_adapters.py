@@ -23,7 +23,10 @@ EngineOf = Callable[..., PeftEngine]
 
 
 def randomise_b(engine: PeftEngine, seed: int = 1) -> None:
-    """Give B values, so that A's gradient is not zero and the adapters take part in the output."""
+    """Give B values.
+
+    A's gradient is then not zero, and the adapters take part in the output.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in engine.hf.named_parameters():
         if "lora_B" in name:
@@ -245,7 +248,10 @@ def test_what_peft_refuses_names_the_targets(engine_of: EngineOf, tmp_path: Path
 def test_adapter_config_names_base_and_commit(
     engine_of: EngineOf, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the base was read from the quantised copy: the name is the hub's, not a cache folder's."""
+    """The name is the hub's, not a cache folder's.
+
+    Also when the base was read from the quantised copy.
+    """
     commit = "a" * 40
     real = base_cache.resolve_source
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""`execution.engine=auto`: what it chooses and why, what the run's folder then says, and what a run that goes on does with it."""
+"""`execution.engine=auto`: its choice, the run's folder, resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from glassloop.config.arguments import ConfigError, from_values, parse
 from glassloop.engines.fused import supported
 from glassloop.loop import engine_here
 from glassloop.plan.engine import Choice, choose_engine, in_words, with_engine
-from glassloop.plan.honoured import FIELDS, HONOURED, fields_of
+from glassloop.plan.support import FIELDS, SUPPORTED, fields_of
 from glassloop.record.reading import with_overrides
 
 LLAMA = {
@@ -34,7 +34,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-REASONS = {  # what is asked of the run, of its model, what the machine lacks -> why it is the reference engine
+# Asked of the run, of its model, lacking on the machine -> why it is the reference engine.
+REASONS = {
     "quantization": (
         {"model": {"quantization": "none"}},
         {},
@@ -129,7 +130,7 @@ def test_on_cuda_the_reference_engine_is_taken_for_a_reason_that_is_named(
 
 def test_every_field_that_the_engine_looks_at_has_a_row():
     rows = {name for _, fields, _, _ in REASONS.values() for name in fields}
-    assert set(HONOURED) <= rows
+    assert set(SUPPORTED) <= rows
 
 
 def test_every_refusal_of_the_fused_engine_names_the_reference_engine_as_cure():
@@ -194,9 +195,7 @@ def test_a_named_engine_is_taken_as_it_is(engine):
 def test_memory_that_only_fused_heeds_is_refused_where_auto_takes_another():
     config = from_values({"memory": {"profile": "min"}})
     assert with_engine(config, Choice("fused")).memory.profile == "min"
-    with pytest.raises(
-        ValueError, match=r"memory.profile = min .*auto chose peft \(no CUDA GPU\): leave them out"
-    ):
+    with pytest.raises(ValueError, match=r"auto chose peft \(no CUDA GPU\). Remove memory"):
         with_engine(config, choose_engine(config, LLAMA, on_cuda=False))
 
 
@@ -242,7 +241,10 @@ def test_the_loaded_config_and_config_json_are_judged_alike(tiny_llama, tiny_qwe
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice is made as on a GPU; the run itself stays on the CPU, where fused runs its reference kernels."""
+    """Choose as on a GPU.
+
+    The run itself stays on the CPU, where fused runs its reference kernels.
+    """
     monkeypatch.setattr(engine_here, "on_cuda", lambda: True)
     monkeypatch.setattr(engine_here, "lacking_here", lambda: "")
 
@@ -255,7 +257,7 @@ def line(run) -> str:
 
 
 def engines_on_disk(folder: Path) -> set[str]:
-    """What the run's folder says, wherever it says it."""
+    """Engines that the run's folder names, wherever it does."""
     found = {yaml.safe_load((folder / "config.yaml").read_text())["execution"]["engine"]}
     found.add(json.loads((folder / "plan.json").read_text())["contract"]["engine"])
     found |= {
@@ -407,7 +409,7 @@ def test_a_cell_that_asks_for_auto_knows_its_run_again(tmp_path, run_of):
         (
             ("model.id=nowhere/at-all",),
             "fused",
-            "auto: fused on CUDA, if it is a model that fused carries out",
+            "auto: fused on CUDA, if fused supports the model",
         ),
         (("execution.engine=peft",), "peft", "peft"),
         (("execution.engine=fused",), "fused", "fused"),

@@ -1,4 +1,7 @@
-"""The fused engine against the reference engine: the same sums and gradients, in fp32 on a CPU, over the same NF4 weights."""
+"""fused against the reference: the same sums and gradients.
+
+In fp32 on a CPU, over the same NF4 weights.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def rows_of(*lengths: int) -> list[Row]:
-    """Rows of random tokens; the last half of each is supervised, and of the third nothing."""
+    """Rows of random tokens, half of them labels; the third has none.
+
+    The labels are the last half.
+    """
     generator = random.Random(0)
     return [
         Row(
@@ -69,7 +75,7 @@ def gradient(engine, adapters: FlatAdapters, passes) -> tuple[list, torch.Tensor
 
 @pytest.fixture(params=["tiny_llama", "tiny_qwen2", "biased_llama"])
 def model(request: pytest.FixtureRequest):
-    """Without biases; with them in q, k, v and the head tied; with them everywhere."""
+    """Models without biases, with some and a tied head, and with all."""
     return request.getfixturevalue(request.param)
 
 
@@ -167,7 +173,10 @@ def test_weights_that_are_no_longer_held_are_freed(engine_of, tiny_llama):
 
 
 def test_adapters_that_moved_are_seen_and_so_are_buffers_that_were_replaced(engine_of, tiny_llama):
-    """An optimizer writes in place; a second FlatAdapters moves data and gradients elsewhere."""
+    """An optimizer writes in place; a second FlatAdapters moves data.
+
+    Gradients move too.
+    """
     engine = fused_of(engine_of(tiny_llama, quantization="nf4"))
     adapters = adapters_of(engine)
     p = build_pass(rows_of(12), packed=False, pad_id=0, device=torch.device("cpu"))
@@ -288,7 +297,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
 
 
 def test_weights_held_before_do_not_count_as_taken_when_memory_is_spent_anew(run_of, monkeypatch):
-    """As in a benchmark's arm, whose rows come after the run was built."""
+    """As in a benchmark's arm, whose rows come after the run."""
     from glassloop.loop.memory import spend_memory
 
     run = run_of(execution={"engine": "fused", "precision": "fp32"})

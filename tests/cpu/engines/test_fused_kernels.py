@@ -1,4 +1,7 @@
-"""The fused engine's Triton kernels, under Triton's interpreter on a CPU, held to fp64 truth or, where bits are promised, to bitsandbytes."""
+"""The fused engine's Triton kernels under Triton's interpreter.
+
+On a CPU, held to fp64 truth or, where bits are promised, to bitsandbytes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test below starts")
 def test_kernels_under_the_interpreter():
-    """In a process of its own: Triton decides whether to interpret when a kernel is defined."""
+    """In its own process: Triton decides when a kernel is defined."""
     done = subprocess.run(
         [
             sys.executable,
@@ -87,7 +90,10 @@ SHAPES = [[(64, 64)], [(96, 128), (32, 128), (32, 128)], [(24, 4160), (8, 4160)]
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_weights_come_out_with_bitsandbytes_bits(shapes, nested, dtype):
-    """The reference always, the kernel where it can run; with adapters beside and below, into a matrix with wider rows."""
+    """The reference always, the kernel where it can run.
+
+    With adapters beside and below, into a matrix with wider rows.
+    """
     import bitsandbytes as bnb
 
     from glassloop.engines.fused.dequant import dequantise_reference, dequantise_triton
@@ -123,8 +129,12 @@ def test_nf4_weights_come_out_with_bitsandbytes_bits(shapes, nested, dtype):
 
 
 def test_small_adapters_count_in_bf16():
-    """After a first update B holds the learning rate. Folded in, what they do is added before the sum is rounded; a product of their own, as other
-    engines have it, is added to one that is rounded already, and is lost where it is less than half of the last place."""
+    """After a first update B holds the learning rate.
+
+    Folded in, the adapters' share is added before the sum is rounded. As a product of its own, as
+    other engines have it, it is added to one that is rounded already, and is lost if it is less
+    than half of the last place.
+    """
     from glassloop.engines.fused.linear import Adapter, Linear, Scratch
 
     packed, _, (weight,) = packed_of([(256, 512)], nested=True)
@@ -157,7 +167,10 @@ def test_small_adapters_count_in_bf16():
 
 
 def as_stored(value: torch.Tensor, dtype: torch.dtype, *, by_kernel: bool) -> torch.Tensor:
-    """fp32 in another dtype: rounded to the nearest, but the interpreter cuts the lower bits of a bf16 off."""
+    """fp32 in another dtype, as it is stored.
+
+    Rounded to the nearest, but the interpreter cuts the lower bits of a bf16 off.
+    """
     if by_kernel and dtype == torch.bfloat16:
         value = (value.view(torch.int32) & -65536).view(torch.float32)
     return value.to(dtype)
@@ -168,7 +181,10 @@ def strided(rows: int, columns: int, dtype: torch.dtype, room: int = 16) -> torc
 
 
 def kernels(name: str):
-    """(reference, kernel) of a module's function, the kernel only where it can run."""
+    """(reference, kernel) of a module's function.
+
+    The kernel only where it can run.
+    """
     module, function = name.split(".")
     found = importlib.import_module(f"glassloop.engines.fused.{module}")
     names = [f"{function}_reference", *([f"{function}_triton"] if INTERPRETED else [])]
@@ -321,7 +337,10 @@ def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_fi
 
 
 def wide_heads(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype):
-    """q, k, v as a layer has them, side by side in rows with room to spare; angles; a gradient with wider rows too."""
+    """q, k, v side by side in rows with room; angles; a gradient.
+
+    As a layer has them. The gradient has wider rows too.
+    """
     from glassloop.engines.fused.rotary import angles
 
     torch.manual_seed(0)
@@ -333,7 +352,9 @@ def wide_heads(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.
     return grad, q, k, v, cos, sin
 
 
-CUTS = [  # (own, step, split) of forward, queries and keys: blocks as long as a step, longer, shorter, with one loop
+# (own, step, split) of forward, queries and keys: blocks as long as a step, longer, shorter, with
+# one loop.
+CUTS = [
     ((16, 16, True), (16, 16, True), (16, 16, True)),
     ((32, 16, True), (32, 16, False), (32, 16, True)),
     ((16, 32, True), (16, 32, True), (16, 32, True)),
@@ -349,8 +370,10 @@ CUTS = [  # (own, step, split) of forward, queries and keys: blocks as long as a
     [((1, 5, 17, 40), 4, 1), ((32, 16, 33), 6, 2), ((31, 48), 2, 2)],
 )
 def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, heads, key_heads):
-    """Every row by itself, whatever its length leaves of a block; and nothing beside the columns that are its own. The interpreter has no
-    product in bf16."""
+    """Every row by itself, whatever its length leaves of a block.
+
+    Nothing is written beside the columns that are its own. The interpreter has no product in bf16.
+    """
     from glassloop.engines.fused import attention as a
     from glassloop.engines.fused import attention_triton
     from glassloop.engines.fused.attention_work import Tile, Tiles

@@ -1,4 +1,7 @@
-"""The fused engine's gradient over layer shapes in which groups of one layer are equal, and over ranks and targets that differ by group."""
+"""The fused engine's gradient if groups of a layer have equal shapes.
+
+Also over ranks and targets that differ by group.
+"""
 
 from __future__ import annotations
 
@@ -94,9 +97,10 @@ def gradient(engine, adapters: FlatAdapters, p) -> tuple[float, torch.Tensor]:
 def check_gradients(
     base_of, shape, *, tied=False, r=4, patterns=None, targets=TARGETS, lengths=(9, 17), packed=True
 ) -> None:
-    """Sums and each matrix's gradient are those of transformers and PEFT over the same storage.
+    """Compare sums and each matrix's gradient with transformers and PEFT.
 
-    The first of `lengths` is at least 6: a label that attention reaches through one key alone leaves q and k without a gradient.
+    Both lie over the same storage. The first of `lengths` is at least 6: a label that attention
+    reaches through one key alone leaves q and k without a gradient.
     """
     from glassloop.engines.fused.engine import FusedEngine
 
@@ -169,7 +173,7 @@ def test_any_ranks_and_targets_give_the_reference_engines_gradient(base_of, shap
 
 @pytest.mark.parametrize("pair", EQUAL)
 def test_a_layer_without_adapters_and_one_that_misses_some(base_of, pair):
-    """By a pattern over whole names, as PEFT's own configs may have it."""
+    """By a pattern over whole names, as PEFT's configs may have it."""
     shape = EQUAL[pair]
     check_gradients(base_of, shape, targets=("layers.1.self_attn.o_proj", "layers.1.mlp.down_proj"))
     check_gradients(

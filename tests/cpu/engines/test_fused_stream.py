@@ -1,4 +1,4 @@
-"""A base that streams from the host gives the bits of one that lies on the card."""
+"""A streamed base gives the bits of one on the card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.adapters import attach_lora
 from glassloop.formula.optim import FlatAdapters
-from glassloop.plan.honoured import GROUPS
+from glassloop.plan.support import GROUPS
 from glassloop.predict.tiers import Tiers
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def streamed(folder, *, precision="fp32", double=True, r=4):
-    """The fused engine over a mapped file, adapters of non-zero values beside it."""
+    """The fused engine over a mapped file, with non-zero adapters."""
     from glassloop.base.streamed import load_streamed
     from glassloop.engines.fused.engine import FusedEngine
 
@@ -133,7 +133,7 @@ def test_a_second_run_reads_the_file_that_the_first_one_made(tiny_llama, monkeyp
 
 
 def test_slots_are_filled_ahead_and_in_the_order_of_the_pass(folder):
-    """A layer that comes before its turn, or a slot reused too early, would change bits."""
+    """An early layer, or a slot reused too soon, would change bits."""
     engine, adapters = streamed(folder)
     stream, seen = engine.stream, []
     fill = stream.fill

@@ -1,4 +1,4 @@
-"""Norms through torch's kernel give what the model's own give, and only norms that are RMS norms are touched."""
+"""Norms through torch's kernel equal the model's; others are left."""
 
 import pytest
 import torch
@@ -56,7 +56,8 @@ def test_another_dtype_than_the_weights_goes_the_models_own_way():
 
 def test_a_norm_that_adds_one_to_its_weight_is_left_alone():
     gemma = GemmaForCausalLM(
-        GemmaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        GemmaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    num_attention_heads=2,
                     num_key_value_heads=1, head_dim=8)
     )  # fmt: skip
     assert fuse_norms(gemma) == 0

@@ -13,10 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from glassloop.base import quantised as base_cache
-from glassloop.base.checks import (
-    base_checksum,
-)
+from glassloop.base import reading
+from glassloop.base.checksum import base_checksum
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
@@ -45,7 +43,10 @@ def pass_of(rows: list[Row], packed: bool = False) -> Pass:
 
 
 def randomise_b(engine: PeftEngine, seed: int = 1) -> None:
-    """Give B values, so that A's gradient is not zero and the adapters take part in the output."""
+    """Give B values.
+
+    A's gradient is then not zero, and the adapters take part in the output.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in engine.hf.named_parameters():
         if "lora_B" in name:
@@ -69,7 +70,10 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 def test_loss_sums_are_the_models_own_loss(engine_of: EngineOf, folder: Path) -> None:
-    """transformers' loss on each row alone, times its supervised tokens, is the row's loss sum; the total is their sum."""
+    """A row's sum is transformers' loss times its supervised tokens.
+
+    The total is the sum of the rows.
+    """
     engine, rows = engine_of(folder), rows_of(13, 7, 22)
     randomise_b(engine)
     with torch.no_grad():
@@ -95,10 +99,11 @@ def test_packed_pass_equals_padded_pass(engine_of: EngineOf, folder: Path, atten
 
 
 def test_packed_rows_keep_a_sliding_window(engine_of: EngineOf, tmp_path: Path) -> None:
-    """Layers that see only the last 4 places do so in a packed pass too."""
+    """Layers that see the last 4 places do so in packed passes too."""
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1,
         sliding_window=4, initializer_range=0.1,
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path)
@@ -122,7 +127,10 @@ def test_padding_changes_no_row(engine_of: EngineOf, folder: Path) -> None:
 def test_padded_pass_leaves_attention_without_a_mask(
     engine_of: EngineOf, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No mask and is_causal: the form for which scaled_dot_product_attention may take its flash kernel."""
+    """No mask and is_causal: the form of the flash kernel.
+
+    scaled_dot_product_attention may take it then.
+    """
     seen = []
     real = F.scaled_dot_product_attention
 
@@ -144,7 +152,10 @@ def test_padded_pass_leaves_attention_without_a_mask(
 def test_packed_is_refused_where_rows_see_each_other(
     engine_of: EngineOf, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder that takes position_ids but attends over the whole pass is found out before it trains."""
+    """A decoder that attends over the whole pass is found out.
+
+    It takes position_ids all the same.
+    """
     engine = engine_of(tiny_llama)
     decoder = engine.hf.get_base_model().get_decoder()  # type: ignore[operator]
     real = decoder.forward
@@ -172,7 +183,10 @@ def test_packed_is_refused_where_rows_see_each_other(
 
 
 def test_every_adapter_learns_under_checkpointing(engine_of: EngineOf, folder: Path) -> None:
-    """Update 1 gives every B a gradient and no A (B is zero); update 2 gives every A one. Embeddings stay frozen."""
+    """Update 1 gives B its gradients, update 2 gives A its own.
+
+    B is zero at first. Embeddings stay frozen.
+    """
     engine = engine_of(folder, checkpointing=True, quantization="nf4")
     trainable = {name: p for name, p in engine.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trainable)
@@ -210,7 +224,10 @@ def test_checkpointing_recomputes_layers_and_changes_no_gradient(
 
 
 def test_no_gradient_is_computed_at_the_embeddings(engine_of: EngineOf, tiny_llama: Path) -> None:
-    """Non-reentrant checkpointing needs none; PEFT adds one when it sees checkpointing already on."""
+    """Non-reentrant checkpointing needs none.
+
+    PEFT adds one when it sees checkpointing already on.
+    """
     engine = engine_of(tiny_llama, checkpointing=True)
     seen = []
     embedding = engine.hf.get_base_model().get_input_embeddings()  # type: ignore[operator]
@@ -222,7 +239,10 @@ def test_no_gradient_is_computed_at_the_embeddings(engine_of: EngineOf, tiny_lla
 def test_generating_between_two_updates_changes_nothing(
     engine_of: EngineOf, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, on a 4-bit base. Nor does the forward pass that checks the head while the engine is built."""
+    """Bit for bit, on a 4-bit base.
+
+    Nor does the forward pass that checks the head while the engine is built.
+    """
     batch = pass_of(rows_of(12, 17))
     checked = engine_of(tiny_llama, quantization="nf4")
     randomise_b(checked)
@@ -243,12 +263,12 @@ def test_generating_between_two_updates_changes_nothing(
 def test_generating_would_change_gradients_without_the_cure(
     engine_of: EngineOf, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault that the test before guards against is real on this CPU; where it is not, the cure cannot be seen to work."""
+    """The fault is real on this CPU, or the cure cannot be seen."""
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16: bitsandbytes repacks nothing")
-    monkeypatch.setattr(base_cache, "prepare_4bit", lambda hf, dtype: None)
+    monkeypatch.setattr(reading, "prepare_4bit", lambda hf, dtype: None)
     engine, batch = engine_of(tiny_llama, quantization="nf4"), pass_of(rows_of(12, 17))
     randomise_b(engine)
     assert engine.training, "the plain-head check has repacked all layers by now"
@@ -261,7 +281,7 @@ def test_generating_would_change_gradients_without_the_cure(
 
 
 def test_engine_is_unchanged_by_accelerates_prepare(engine_of: EngineOf, tiny_llama: Path) -> None:
-    """prepare_model in evaluation mode adds autocast to forward and moves nothing out of place."""
+    """Evaluation mode adds autocast to forward and moves nothing."""
     engine, batch = engine_of(tiny_llama, quantization="nf4"), pass_of(rows_of(12, 17))
     randomise_b(engine)
     before = gradient(engine, batch)

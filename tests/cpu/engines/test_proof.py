@@ -1,4 +1,4 @@
-"""The proof before update 1: an engine that computes otherwise is refused by its matrix's name."""
+"""The proof before update 1 refuses unsound engines by a matrix's name."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_the_truth_is_the_fp32_model(equal_qwen2):
 
 
 def by_shape(self, linear):
-    """Room for gradients kept by shape: the very fault that was there once."""
+    """Room for gradients kept by shape, as it was once."""
     key, wide = (linear.rank, linear.rows, linear.columns), (linear.a, linear.b)
     self.sums.setdefault(key, tuple(torch.empty_like(t, dtype=torch.float32) for t in wide))
     return self.sums[key]

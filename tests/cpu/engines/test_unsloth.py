@@ -1,4 +1,7 @@
-"""The engine `unsloth`, without a GPU and without Unsloth: what is refused and why, and all that is ours around it, on a stand-in."""
+"""The engine `unsloth` without a GPU and without Unsloth.
+
+Refusals with their reasons, and all that is ours around it, on a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from glassloop.engines.build import build_engine
 from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import FlatAdapters
 from glassloop.plan.outlook import look_ahead, plan_of
-from glassloop.plan.text import render
+from glassloop.plan.render import render
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -82,7 +85,14 @@ def test_nothing_stands_in_the_way_on_a_sound_machine() -> None:
 @pytest.mark.parametrize(
     ("versions", "told"),
     [
-        (dict(transformers="5.23.0"), ("transformers 5.23.0 is here", "admits transformers<=5.17.0", "pip install 'transformers<=5.17.0,>=4.52.4'")),
+        (
+            dict(transformers="5.23.0"),
+            (
+                "transformers 5.23.0 is here",
+                "admits transformers<=5.17.0",
+                "pip install 'transformers<=5.17.0,>=4.52.4'",
+            ),
+        ),
         (dict(transformers="5.0.0"), ("transformers 5.0.0 is here", "admits transformers!=5.0.0")),
         (dict(trl="1.16.0"), ("trl 1.16.0 is here", "admits trl<=1.15.0")),
         (dict(torch="2.15.0"), ("torch 2.15.0 is here", "admits torch<2.15.0")),
@@ -109,7 +119,8 @@ def test_a_missing_unsloth_and_a_missing_gpu_are_said() -> None:
     assert "sees no CUDA device" in problems(on_cuda=False)
     with pytest.raises(
         ValueError,
-        match=r"execution.engine = unsloth cannot run here:\n  it is not installed(?s:.)*execution.engine=peft",
+        match=r"execution.engine = unsloth cannot run here:\n  it is not installed"
+        r"(?s:.)*execution.engine=peft",
     ):
         checks.check_unsloth(on_cuda=True)
 

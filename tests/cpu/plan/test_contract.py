@@ -1,4 +1,4 @@
-"""What the contract compares, line by line."""
+"""The contract's comparisons, line by line."""
 
 from __future__ import annotations
 

@@ -116,7 +116,10 @@ def test_a_warmup_longer_than_the_run_is_refused():
 def test_the_plan_equals_a_count_of_the_rows_that_every_rank_gets(
     rows, size, ranks, accumulation, tail, updates, layout, seed
 ):
-    """Row by row, rank by rank, pass by pass: what the plan says of windows, totals and repeats is what the batches hold."""
+    """Windows, totals and repeats of the plan are those of the batches.
+
+    Row by row, rank by rank, pass by pass.
+    """
     if tail == "drop" and rows < size * ranks * accumulation:
         return
     shape = RECIPE | {"tail": tail, "warmup": 0}

@@ -1,4 +1,4 @@
-"""Facts about GPUs by name, and none for a name that is not known."""
+"""Facts about GPUs by name, and none for unknown names."""
 
 import pytest
 
@@ -61,7 +61,10 @@ def test_names_are_unique_and_numbers_are_sane():
 
 
 def test_nvidia_smis_answer_is_read_and_odd_lines_are_passed_over():
-    answer = "NVIDIA H200, 143771, 143160, 580.82.07, 9.0\nOld Card, 4096, 4000, 390.1, [N/A]\nGarbage\nA, [N/A], 3, x, 8.0\n"
+    answer = (
+        "NVIDIA H200, 143771, 143160, 580.82.07, 9.0\nOld Card, 4096, 4000, 390.1, "
+        "[N/A]\nGarbage\nA, [N/A], 3, x, 8.0\n"
+    )
     new, old = parse_smi(answer)
     assert (new.name, new.driver, new.capability) == ("NVIDIA H200", "580.82.07", (9, 0))
     assert new.free_gib == pytest.approx(143160 / 1024) and new.gpu is gpu_named("H200")

@@ -1,4 +1,4 @@
-"""Sizes by name: every row adds up to the parameters that its maker states."""
+"""Sizes by name add up to the parameters that makers state."""
 
 from __future__ import annotations
 

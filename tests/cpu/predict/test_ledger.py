@@ -1,4 +1,7 @@
-"""The memory ledger against bytes that really live, against what an H100 measured, and what is said of cards."""
+"""The memory ledger against live bytes and an H100's measurements.
+
+Also judgements of cards.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,9 @@ from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters
 from glassloop.predict.cards import needed_gib, smaller_settings, verdict
 from glassloop.predict.hardware import gpu_named
-from glassloop.predict.ledger import GIB, PHASES, Work, base_bytes, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import KNOWN, Shapes, shapes_from_config, shapes_of
+from glassloop.predict.terms import GIB, PHASES, Work, base_bytes
 
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 FULL = Work(rows=2, tokens=2048, r=16, targets=PROJECTIONS)
@@ -89,7 +93,10 @@ def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(
 
 
 def test_the_peaks_that_an_h100_measured_are_predicted():
-    """Of the loop on random 8B weights: 7.63 GiB on full rows, 6.33 to 6.43 on calls (up to 2 x 430 to 650 tokens a pass)."""
+    """Peaks of the loop on random 8B weights.
+
+    7.63 GiB on full rows, 6.33 to 6.43 on calls (up to 2 x 430 to 650 tokens a pass).
+    """
     assert ledger_of(R1, FULL).peak_bytes / GIB == pytest.approx(7.63, rel=0.01)
     scam = [replace(FULL, tokens=tokens, supervised_tokens=200) for tokens in (430, 650)]
     low, high = (ledger_of(R1, work).peak_bytes / GIB for work in scam)

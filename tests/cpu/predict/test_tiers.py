@@ -1,4 +1,4 @@
-"""What the engine `fused` takes: bytes that live, the engine's own choice of tiers, what an H100 measured, and passes that memory has room for."""
+"""Memory of `fused`: live bytes, tiers, measurements, pass sizes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from glassloop.predict import tiers as predicted
 from glassloop.predict.cards import budget_bytes, needed_gib, verdict
 from glassloop.predict.flops import flops_of
 from glassloop.predict.hardware import gpu_named
-from glassloop.predict.ledger import GIB, Work, ledger_of
+from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import KNOWN, shapes_of
 from glassloop.predict.spend import pass_tokens_of, resident_bytes, with_tiers
+from glassloop.predict.terms import GIB, Work
 from glassloop.predict.tiers import Tiers, sizes_of
 
 needs_triton = pytest.mark.skipif(
@@ -133,8 +134,11 @@ def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engin
 
 
 def test_the_peaks_that_an_h100_measured_are_predicted():
-    """8B shapes, drawn weights, r = 16, 80 % supervised. The process held 1.94 GiB beside: eleven copies of the flat buffer, of one layer the NF4
-    weights twice and once a dequantised one; and the embedding had not yet learned to wait on the host."""
+    """8B shapes, drawn weights, r = 16, 80 % supervised.
+
+    The process held 1.94 GiB beside: eleven copies of the flat buffer, of one layer the NF4 weights
+    twice and once a dequantised one; and the embedding had not yet learned to wait on the host.
+    """
     held = (
         11 * 4 * 41_943_040
         + 2 * 4096 * 14352
@@ -159,7 +163,7 @@ def test_the_peaks_that_an_h100_measured_are_predicted():
 
 
 def test_the_performance_page_says_what_is_predicted():
-    """Of its table of measured memory: rows of a pass, tokens, supervised, layers kept."""
+    """Its table has rows of a pass, tokens, supervised, layers kept."""
     page = Path(__file__).resolve().parents[3] / "docs" / "performance.md"
     text = page.read_text(encoding="utf-8")
     table = text[text.index("| an update | layers kept |") :].split("\n\n")[0].splitlines()[2:]
@@ -283,7 +287,7 @@ def test_a_pass_is_no_larger_than_a_ranks_share_and_no_smaller_than_the_longest_
 
 
 def test_groups_of_one_shape_share_neither_weights_nor_gradients():
-    """Where the MLP is as wide as the model, o_proj and down_proj have one shape."""
+    """An MLP as wide as the model gives o_proj and down_proj one shape."""
     one = sizes_of(replace(R1, intermediate=4096), 16, PROJECTIONS, element=2)
     assert one.o == one.down
     apart = [

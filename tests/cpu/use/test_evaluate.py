@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from trained_runs import copy_of, signed_anew, write_calls
 from transformers import AutoModelForCausalLM
 
-from glassloop.base.quantised import prepare_4bit
+from glassloop.base.reading import prepare_4bit
 from glassloop.cli.__main__ import main
 from glassloop.loop.evaluation import Answer
 from glassloop.stats import mcnemar, wilson

@@ -1,0 +1,63 @@
+"""Tables of what an engine supports of a run's config. `peft` supports all of it.
+
+What `fused` supports of a model's own config is in plan/support.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A field of the config, the values that an engine supports, why no other, and the cure."""
+
+    field: str
+    values: tuple[Any, ...]
+    why: str
+    cure: str
+
+
+FUSED = (
+    Limit("model.quantization", ("nf4",), "fused has its weights in NF4", "set it to nf4"),
+    Limit("model.attention", ("sdpa",), "fused chooses attention itself", "leave it at sdpa"),
+    Limit("lora.dropout", (0,), "fused has none", "set it to 0"),
+    Limit(
+        "execution.precision", ("bf16", "fp32"), "fused computes in bf16 or fp32", "set it to bf16"
+    ),
+    Limit(
+        "execution.reduction",
+        ("explicit",),
+        "fused writes gradients in place, and DDP would reduce zeros",
+        "set it to explicit",
+    ),
+)
+UNSLOTH = (
+    Limit("model.quantization", ("nf4",), "unsloth gets its bases in NF4", "set it to nf4"),
+    Limit("model.attention", ("sdpa",), "unsloth chooses attention itself", "leave it at sdpa"),
+    Limit("lora.dropout", (0,), "its recomputed layers would use a different mask", "set it to 0"),
+    Limit(
+        "execution.precision", ("bf16", "fp16"), "its kernels compute in 16 bits", "set it to bf16"
+    ),
+    Limit(
+        "execution.reduction", ("explicit",), "DDP is there for the reference", "set it to explicit"
+    ),
+)
+LIMITS = {"fused": FUSED, "unsloth": UNSLOTH, "peft": (), "auto": ()}
+
+
+def beyond(sections: Mapping[str, Any], engine: str) -> tuple[str, Limit] | None:
+    """The first field that an engine does not support, as 'field = value', with its limit.
+
+    Args:
+        sections: the config's sections by name.
+    """
+    for limit in LIMITS[engine]:
+        section, _, name = limit.field.partition(".")
+        value = getattr(sections[section], name)
+        if value not in limit.values:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            return f"{limit.field} = {shown}", limit
+    return None

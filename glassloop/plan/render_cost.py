@@ -1,0 +1,137 @@
+"""Memory, cards and time of an outlook, as lines."""
+
+from __future__ import annotations
+
+from glassloop.plan.outlook import CardTime, Outlook
+from glassloop.plan.work import chooses_passes
+from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, Verdict
+from glassloop.predict.roofline import CALIBRATED_ON, errors
+from glassloop.predict.terms import GIB
+
+LABEL = 10  # columns before a line's text
+KEPT = "kept: layers that keep their activations; in 16 bits: layers that hold their weights so"
+
+
+def memory_lines(outlook: Outlook) -> list[str]:
+    assert (
+        outlook.ledger is not None and outlook.other_ledger is not None and outlook.work is not None
+    )
+    work = outlook.work
+    fused = outlook.config.execution.engine == "fused"
+    asked, other = outlook.ledger_names
+    per_phase = [outlook.ledger.phases, outlook.other_ledger.phases]
+    what = (
+        f"memory.profile: {asked}, and {other}"
+        if fused
+        else f"base in {asked} as asked, and in {other}"
+    )
+    lines = [
+        f"{'memory':<{LABEL}}GiB of a GPU by phase, predicted; {what}; heaviest pass {work.rows} "
+        f"x {work.tokens:,}",
+        f"{'':<{LABEL}}{'phase':<12}{asked:>10}{other:>10}",
+    ]
+    lines += [
+        f"{'':<{LABEL}}{phase:<12}" + "".join(f"{one[phase] / GIB:>10.2f}" for one in per_phase)
+        for phase in per_phase[0]
+    ]
+    phases = per_phase[0]
+    peak = max(phases, key=lambda phase: phases[phase] if phase != "peak" else 0)
+    largest = sorted(
+        (term for term in outlook.ledger.terms if peak in term.phases),
+        key=lambda term: -term.size_bytes,
+    )[:5]
+    lines.append(f"{'':<{LABEL}}most of the peak ({peak}):")
+    lines += [f"{'':<{LABEL}}  {term.size_bytes / GIB:>7.2f}  {term.what}" for term in largest]
+    paged = (
+        round(2 * (outlook.trainable or 0) / 2**20) if work.optimizer == "paged_adamw_8bit" else 0
+    )
+    pinned = (
+        "at most memory.host_gib of layers' large tensors, and the embedding, both only under min"
+        if fused
+        else ""
+    )
+    host = (
+        f"{paged:,} MiB of paged optimizer state"
+        if paged
+        else pinned or "nothing pinned but a pass's ids"
+    )
+    return [*lines, f"{'':<{LABEL}}host memory beside libraries: {host}"]
+
+
+def card_lines(outlook: Outlook) -> list[str]:
+    """A table of need and use by card.
+
+    Columns: the least that works, what is asked, what that leaves.
+    """
+    nccl = f" + {NCCL_GIB} NCCL" if outlook.plan.ranks > 1 else ""
+    blank = " " * LABEL
+    lines = [
+        f"{'cards':<{LABEL}}GiB a rank = peak + {FRAGMENTATION:.0%} fragmentation + {CONTEXT_GIB} "
+        f"CUDA context{nccl}; rows an update stay {outlook.plan.rows_per_update}",
+        f"{blank}least: one row a pass, as few activations kept as possible; asked: "
+        f"{_asked(outlook)}",
+        *([f"{blank}{KEPT}"] if outlook.config.execution.engine == "fused" else []),
+        f"{blank}{'card':<9}{'has':>6}{'least':>7}{'asked':>7}{'spare':>7}",
+    ]
+    for one in outlook.verdicts:
+        least = "-" if one.least_gib is None else f"{one.least_gib:.1f}"
+        numbers = f"{one.has_gib:>6.1f}{least:>7}{one.needed_gib:>7.1f}{one.spare_gib:>7.1f}"
+        lines.append(f"{blank}{one.card:<9}{numbers}  {_judgement(one, outlook)}")
+    return lines
+
+
+def _asked(outlook: Outlook) -> str:
+    """The request that the column `asked` is computed for."""
+    config = outlook.config
+    if config.execution.engine == "fused" and config.execution.checkpointing:
+        return f"memory.profile={config.memory.profile}"
+    return f"activations {'recomputed' if config.execution.checkpointing else 'stored'}"
+
+
+def _judgement(one: Verdict, outlook: Outlook) -> str:
+    """A card's verdict: fit, layers kept, fields that change it."""
+    note = f"; {one.note}" if one.note else ""
+    if one.fits:
+        text = "fits"
+        if one.kept is not None and outlook.shapes is not None:
+            held = f", {one.held} in 16 bits" if one.held else ""
+            text += f": {one.kept}/{outlook.shapes.layers} kept{held}"
+        if chooses_passes(outlook.config) and one.pass_tokens:
+            text += f", passes of {one.pass_tokens:,}"
+        return text + (f"; also {one.faster} ({one.faster_gib:.1f})" if one.faster else "") + note
+    if one.cure:
+        return f"does NOT fit; {one.cure} does ({one.cure_gib:.1f}){note}"
+    return f"does NOT fit, nor any smaller pass: lower data.max_tokens{note}"
+
+
+def time_lines(outlook: Outlook) -> list[str]:
+    exact = (
+        "rows counted"
+        if outlook.tokens
+        else "if every row had so many: an upper bound"
+        if outlook.row_tokens == outlook.config.data.max_tokens
+        else "as given"
+    )
+    lines = [
+        f"{'time':<{LABEL}}predicted, not measured; {outlook.row_tokens:,.0f} tokens a row "
+        f"({exact}); training alone, all ranks"
+    ]
+    lines += [f"{'':<{LABEL}}{_card_time(one)}" for one in outlook.times]
+    checked = "; ".join(
+        f"{check.card}, {check.what}: "
+        f"{error:+.0%}{' (fitted to it)' if check in CALIBRATED_ON else ''}"
+        for check, _, error in errors(outlook.config.execution.engine)
+    )
+    return [*lines, f"{'':<{LABEL}}checked: {checked}. Other cards: never."]
+
+
+def _card_time(one: CardTime) -> str:
+    bound = ", bound by its host" if one.host_bound else ""
+    return f"{one.card:<9}{one.tokens_per_s:>8,.0f} tokens/s  {duration(one.run_s):>9}{bound}"
+
+
+def duration(seconds: float) -> str:
+    """35 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
