@@ -205,10 +205,8 @@ def test_a_signal_shortens_an_end_that_hangs() -> None:
 
 
 def test_an_end_in_time_is_left_alone() -> None:
-    assert ended(started(END.format(seconds=0.3, doing="pass") + "time.sleep(0.5)")) == (
-        0,
-        "closed\n",
-    )
+    body = END.format(seconds=0.3, doing="pass") + "    time.sleep(0.6)\n"
+    assert ended(started(body)) == (0, "closed\n")
 
 
 def test_afterwards_signals_do_what_they_did_before() -> None:
@@ -252,7 +250,7 @@ def test_an_end_is_not_held_up_by_a_screen_that_takes_nothing() -> None:
 def test_a_workers_signals_are_not_the_runs() -> None:
     """Pools end their forked workers with SIGTERM."""
     fork = (
-        "child = os.fork()\n    if child == 0: time.sleep(20)\n    "
+        "child = os.fork()\n    if child == 0: time.sleep(20); os._exit(9)\n    "
         "os.kill(child, signal.SIGTERM); status = os.waitpid(child, 0)[1]; time.sleep(0.2)\n    "
         "print(os.waitstatus_to_exitcode(status))"
     )
