@@ -56,7 +56,7 @@ REPOSITORY = apart.in_repository() if apart.OWNER else set()
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a session that leaves something in its temporary folder, its home or the repository."""
     if apart.OWNER and (left := apart.left_behind(REPOSITORY)):
-        print(f"\nThe tests left behind {len(left)}:", *left[:20], sep="\n  ", file=sys.stderr)
+        print(f"\nThe tests left behind {len(left)}:", *left[:40], sep="\n  ", file=sys.stderr)
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 

@@ -17,7 +17,14 @@ ROOT = Path(__file__).parents[2]
 MARK = "GLASSLOOP_TESTS_FOLDER"
 # What libraries never remove.
 KNOWN = (
+    "home/.cache/dconf/*",
     "home/.cache/huggingface/datasets/*",  # copies of data files
+    "home/.cache/huggingface/modules/*",  # code of models
+    "home/.cache/matplotlib/*",
+    "home/.cache/wandb/*",
+    "home/.config/chromium/*",
+    "home/.config/matplotlib*",
+    "home/.config/wandb*",
     "tmp/torchelastic_*",  # logs of torch's launcher
     "tmp/torchinductor_*",  # made when torch's compiler is imported
 )
