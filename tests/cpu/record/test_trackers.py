@@ -32,6 +32,8 @@ from glassloop.record.tracker_checks import check_tracking
 from glassloop.record.tracker_metrics import update_metrics
 from glassloop.record.trackers import TrackerObserver, make_tracker_observer
 
+pytestmark = pytest.mark.usefixtures("own_home")
+
 KEY = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "the caller asks for a gift card"
 ANSWER = "this is a scam"
