@@ -166,7 +166,7 @@ def write_run(
             else r
             for r in records
         ]
-    _write_plan(folder, records, rows=rows, seed=seed, lr=lr, text=text)
+    _write_plan(folder, records, ranks=ranks, rows=rows, seed=seed, lr=lr, text=text)
     texts = {f"train:{i}": f"row {i}: the caller asks for a code" for i in range(rows)} | {
         "train:evil": f"{EVIL} asks for a code"
     }
@@ -216,7 +216,14 @@ def write_run(
 
 
 def _write_plan(
-    folder: Path, records: list[UpdateRecord], *, rows: int, seed: int, lr: float, text: TextPolicy
+    folder: Path,
+    records: list[UpdateRecord],
+    *,
+    ranks: int,
+    rows: int,
+    seed: int,
+    lr: float,
+    text: TextPolicy,
 ) -> None:
     """config.yaml, plan.json and env.json of a run."""
     config = {
@@ -231,7 +238,7 @@ def _write_plan(
     write_text(folder / "config.yaml", json.dumps(config))  # JSON is YAML
     plan = {
         "rows": rows,
-        "ranks": len(records[0].rank_passes),
+        "ranks": ranks,
         "updates": len(records),
         "size": 2,
         "accumulation": 2,

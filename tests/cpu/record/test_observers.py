@@ -175,8 +175,16 @@ def attempts_in(folder: Path, *updates: int) -> list[int]:
     return [observer.attempt(update) for update in updates]
 
 
-def test_a_full_disk_names_the_file_and_leaves_it_parseable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "No space left on device"),
+        (errno.EDQUOT, "Disk quota exceeded"),
+        (errno.EROFS, "Read-only file system"),
+    ],
+)
+def test_a_disk_that_refuses_is_named_and_leaves_the_file_parseable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
     observer = JsonlObserver(tmp_path)
     observer.on_update(update_record(1), ())
@@ -185,18 +193,16 @@ def test_a_full_disk_names_the_file_and_leaves_it_parseable(
 
     def nearly_full(file: int, data: bytes) -> int:
         if not room[0]:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, said)
         taken = write(file, data[: room[0]])
         room[0] -= taken
         return taken
 
     monkeypatch.setattr(os, "write", nearly_full)
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(
-        OSError, match=rf"{re.escape(str(path))} .*No space left.*--resume"
-    ) as caught:
+    with pytest.raises(OSError, match=rf"{re.escape(str(path))} .*{said}.*--resume") as caught:
         observer.on_update(update_record(2), ())
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == number
     assert path.read_bytes().endswith(b"}\n")
     assert len(read_jsonl(path)) == 1
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hostile_runs import BOMB
 from made_runs import write_run
 from strange_folders import copied, read_everything, shown, spoil
 
@@ -277,7 +278,12 @@ def test_any_value_anywhere_is_read_or_refused_with_its_file(whole: Path, other:
             assert str(folder) in str(error), (where, error)
 
 
-# YAML.
+def test_an_alias_bomb_in_a_recorded_config_is_refused(folder: Path, other: Path) -> None:
+    (folder / "config.yaml").write_text(BOMB)
+    with pytest.raises(
+        ValueError, match=r"config\.yaml: not readable YAML \(its aliases stand for"
+    ):
+        read_everything(folder, other)
 
 
 # Terminals.

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from glassloop.config.config import TrackingConfig
-from glassloop.record import tracker_checks, trackers
+from glassloop.record import tracker_checks
 from glassloop.record.tracker_checks import check_tracking, has_wandb_login
+
+pytestmark = pytest.mark.usefixtures("own_home")
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,9 +33,9 @@ def test_a_tracker_that_is_not_installed_is_refused(
 ) -> None:
     (tmp_path / name).mkdir()  # a folder of that name, as wandb leaves behind, is no package
     monkeypatch.syspath_prepend(str(tmp_path))
-    known = trackers.package_version
+    known = tracker_checks.package_version
     monkeypatch.setattr(
-        trackers,
+        tracker_checks,
         "package_version",
         lambda one: None if one in (name, "tensorboardX") else known(one),
     )

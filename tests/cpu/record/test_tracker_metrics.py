@@ -13,6 +13,8 @@ from glassloop.record.records import Event
 from glassloop.record.tracker_metrics import update_metrics
 from glassloop.record.trackers import TrackerObserver
 
+pytestmark = pytest.mark.usefixtures("own_home")
+
 
 def test_the_loss_is_that_of_all_ranks_and_each_counter_has_its_name() -> None:
     values = update_metrics(update_record(rank_peak_gib=(7.5, 7.625)))

@@ -26,11 +26,14 @@ import torch
 from wandb_logs import history, wandb_records
 
 from glassloop.config.config import TrackingConfig
+from glassloop.disk.opening import NotPlain
 from glassloop.record.observers import JsonlObserver, RunInfo
 from glassloop.record.records import EvaluationRecord, Event, SampleRecord, UpdateRecord
 from glassloop.record.tracker_checks import check_tracking
 from glassloop.record.tracker_metrics import update_metrics
 from glassloop.record.trackers import TrackerObserver, make_tracker_observer
+
+pytestmark = pytest.mark.usefixtures("own_home")
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "the caller asks for a gift card"
@@ -308,7 +311,20 @@ def test_the_header_says_where_to_look(tracked: Tracked) -> None:
 # --- one rank, names, failures
 
 
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_writes_through_no_link(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    main: Any = SimpleNamespace(is_main_process=True, log_with=[name])
+    tracking = TrackingConfig(to=(name,), wandb_mode="offline")
+    with pytest.raises(NotPlain, match=f"{name} is a link, not a plain folder"):
+        make_tracker_observer(main, tracking, {}, tmp_path, "a")
+
+
 def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
+    other: Any
+    main: Any
+
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("started on another rank")
 
@@ -316,15 +332,12 @@ def test_other_ranks_have_no_tracker(tmp_path: Path) -> None:
         is_main_process=False, init_trackers=refuse, get_tracker=refuse, log_with=[]
     )
     tracking = TrackingConfig(to=("wandb",), wandb_mode="offline")
-    # pyright: ignore[reportArgumentType]
     assert make_tracker_observer(other, tracking, {}, tmp_path, "a") is None
     main = SimpleNamespace(
         is_main_process=True, init_trackers=refuse, get_tracker=refuse, log_with=[]
     )
-    # pyright: ignore[reportArgumentType]
     assert make_tracker_observer(main, TrackingConfig(), {}, tmp_path, "a") is None
     with pytest.raises(
         AssertionError, match="log_with=list"
     ):  # Accelerate drops a tracker it does not know, and says nothing
-        # pyright: ignore[reportArgumentType]
         make_tracker_observer(main, tracking, {}, tmp_path, "a")

@@ -95,6 +95,19 @@ def test_silence_is_told_from_work(tmp_path: Path) -> None:
     assert "no new update for 10:0" in shown(watched)
 
 
+@pytest.mark.parametrize("jump_s", [1e6, -1e6])
+def test_a_clock_that_jumps_breaks_no_view(tmp_path: Path, jump_s: float) -> None:
+    folder = write_run(tmp_path / "run", updates=5, faults=False, end=None)
+    (folder / "ranks").mkdir()
+    told = {"rank": 0, "update": 5, "doing": "waits", "since": time.time() + jump_s}
+    (folder / "ranks/rank0.json").write_text(json.dumps(told))
+    os.utime(folder / "metrics.jsonl", (time.time() + jump_s,) * 2)
+    watched = Watched(folder)
+    watched.refresh()
+    assert ("no new update for 277:46:4" in shown(watched)) == (jump_s < 0)
+    assert ("waits, for 0:00" in shown(watched)) == (jump_s > 0)
+
+
 def test_ranks_say_what_they_do_while_the_run_goes(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", updates=5, faults=False, end=None)
     (folder / "ranks").mkdir()
