@@ -112,8 +112,8 @@ def keep_aside(path: Path, done: int) -> str | None:
 
 
 def in_words(value: Any) -> str:
-    """A setting's value as people type it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A setting's value as people type it; odd characters are spelled out."""
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
 def _read_env(folder: Path) -> dict[str, Any]:
