@@ -1,4 +1,6 @@
-"""Token cross-entropy, summed: the `loss_sum` of the formula. A reference and a chunked form with one signature.
+"""Token cross-entropy, summed: the `loss_sum` of the formula.
+
+A reference and a chunked form with one signature.
 
 Legend: B rows, T tokens, H hidden size, V vocabulary, S supervised places, C places of a chunk.
 """
@@ -17,7 +19,9 @@ CHUNK_TOKENS = 512  # (512, 128256) fp32 logits are 0.25 GiB; fewer rows leave t
 def token_loss_sums_reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_of: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats summed over supervised places, by plain torch: all logits at once, in fp32.
+    """Cross-entropy in nats summed over supervised places, by plain torch.
+
+    All logits at once, in fp32.
 
     Args:
         hidden: (B, T, H), the decoder's output after its last norm.
@@ -46,7 +50,7 @@ def token_loss_sums(
     places: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """The same sums as `token_loss_sums_reference`, with logits of supervised places only, `chunk_tokens` at a time.
+    """The sums of `token_loss_sums_reference`, in chunks of supervised places.
 
     The head is frozen: its gradient is not computed. The gradient in hidden is computed beside the loss, since the logits are at hand then.
     Matrix products run in the weight's dtype, the softmax in fp32.
@@ -65,7 +69,10 @@ def token_loss_sums(
 
 
 def sums_by_row(losses: Tensor, owner: Tensor, rows: int) -> Tensor:
-    """Each row's sum of its places' losses, (rows,) fp32. losses: (S,) fp32. owner: (S,) int64, each place's row.
+    """Each row's sum of its places' losses, (rows,) fp32.
+
+    Args:
+        losses: (S,) fp32. owner: (S,) int64, each place's row.
 
     A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to fp32, so a row's sum has, all but
     always, the same bits.
@@ -86,7 +93,13 @@ def chunked_cross_entropy(
     wants_grad: bool,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of each place, (S,) fp32, and if wanted the gradient of its sum in hidden (S, H). labels: (S,) int64."""
+    """Cross-entropy of each place, (S,) fp32.
+
+    With it, if wanted, the gradient of its sum in hidden, (S, H).
+
+    Args:
+        labels: (S,) int64.
+    """
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (S,)
     grad_hidden = torch.empty_like(hidden) if wants_grad else None  # (S, H)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -109,7 +122,10 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Per-place cross-entropy. Only the gradient of a sum is supported: every place has the same incoming gradient."""
+    """Per-place cross-entropy.
+
+    Only the gradient of a sum is supported: every place has the same incoming gradient.
+    """
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Gradient noise scale: how many supervised tokens an update needs before more of them stop helping much.
+"""Gradient noise scale: supervised tokens beyond which more stop helping much.
 
 After McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162), appendix A, for parts of unequal size.
 
@@ -32,7 +32,9 @@ DECAY = 0.95  # of the exponential means: the last 20 updates carry 64 % of the 
 def estimates(
     part_norms: Sequence[float], part_tokens: Sequence[int], norm: float
 ) -> tuple[float, float] | None:
-    """(tr(Sigma) of one token, |G|^2) from one update, both without bias; either may come out negative.
+    """Estimate (tr(Sigma) of one token, |G|^2) from one update.
+
+    Both are without bias; either may come out negative.
 
     Args:
         part_norms: |s_p|, each part's share of g, before clipping and without fp16's loss scale.
@@ -54,7 +56,7 @@ def estimates(
 
 
 class NoiseScale:
-    """The two estimates, smoothed over updates by an exponential mean, and their ratio."""
+    """The two estimates, smoothed over updates, and their ratio."""
 
     def __init__(self, decay: float = DECAY) -> None:
         """decay: weight that the past keeps at each update, in [0, 1)."""
@@ -70,7 +72,10 @@ class NoiseScale:
         self.updates = 0  # that were counted
 
     def add(self, part_norms: Sequence[float], part_tokens: Sequence[int], norm: float) -> None:
-        """Take in one update; arguments as in `estimates`. One that says nothing changes nothing."""
+        """Add one update; one that says nothing changes nothing.
+
+        Arguments as in `estimates`.
+        """
         found = estimates(part_norms, part_tokens, norm)
         if found is None:
             return
@@ -81,7 +86,10 @@ class NoiseScale:
 
     @property
     def tokens(self) -> float | None:
-        """B_simple in supervised tokens; None before the first update, and while a smoothed estimate is not above 0 (noise drowns G)."""
+        """B_simple in supervised tokens, or None.
+
+        None before the first update, and while a smoothed estimate is not above 0 (noise drowns G).
+        """
         return self.within / self.squared if self.squared > 0 and self.within > 0 else None
 
     def state(self) -> dict[str, Any]:
@@ -89,7 +97,7 @@ class NoiseScale:
         return {"within": self.within, "squared": self.squared, "updates": self.updates}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`. Raises ValueError where it is malformed; nothing has changed then."""
+        """Restore `state()`. Raises ValueError, and changes nothing, if it is malformed."""
         try:
             within, squared, updates = (
                 float(state["within"]),

@@ -1,4 +1,6 @@
-"""Detectors: does an update look like the ones before it, before the optimizer moves? Plain float arithmetic, so that all ranks decide alike.
+"""Detectors: compare an update with the ones before, before the optimizer moves.
+
+Plain float arithmetic, so that all ranks decide alike.
 
 Spikes are judged on logarithms, against a line through the last `window_updates` sound whole windows, with Student's t for a new value (so the
 size of the window counts), and only from LEAST_ENTRIES on and after warmup. A tail of few rows may scatter more, and its norm lie higher, by
@@ -59,7 +61,10 @@ LEAST_FALL = (
 
 @dataclass(frozen=True)
 class Signals:
-    """What every rank knows of an update, alike, before the optimizer moves. All numbers are finite: outcome.verdict has seen to that."""
+    """The numbers of an update that every rank knows before the step.
+
+    All are finite: health.decision has checked that.
+    """
 
     update: int
     lr: float
@@ -87,7 +92,10 @@ class Entry(NamedTuple):
 
 
 class Detectors:
-    """The windows that updates are compared with. `look` decides, `note` remembers; call both once an update, in this order."""
+    """The windows that updates are compared with.
+
+    `look` decides, `note` remembers; call both once an update, in this order.
+    """
 
     def __init__(
         self,
@@ -98,7 +106,12 @@ class Detectors:
         false_alarm_rate: float = 1e-5,
         no_learning_updates: int = 40,
     ) -> None:
-        """Units are updates, but for false_alarm_rate, a chance for each update and detector.
+        """Set empty windows; units are updates.
+
+        Args:
+            rows_per_update: rows of a whole window; at most the training rows, or every window would
+                count as a tail.
+            false_alarm_rate: chance that a sound update raises an alarm, for each detector.
 
         rows_per_update: rows of a whole window; with fewer training rows than that, their number, or every window would count as a tail.
         """
@@ -121,7 +134,7 @@ class Detectors:
         ] = []  # (update, loss_nats) since warmup, or since the last finding of no_learning
 
     def look(self, signals: Signals) -> tuple[Finding, ...]:
-        """What is unusual about the update. Changes nothing."""
+        """Find unusual things about the update; change nothing."""
         found = [
             self._vanishing(signals),
             self._diverged(signals),
@@ -132,7 +145,10 @@ class Detectors:
         return findings if learning is None else (learning,)
 
     def note(self, signals: Signals, findings: Sequence[Finding], applied: bool) -> None:
-        """Take the update into the windows. `findings` are those of `look`; `applied`: the optimizer moved.
+        """Add the update to the windows.
+
+        Args:
+            findings: those of `look`. applied: the optimizer moved.
 
         A tail is not taken in, since its norm and loss are noisier. Nor is an update that was left out, or one with a spike (told or, in
         warmup, not) or a sudden fall, unless NEW_LEVEL_UPDATES of them come in a row.
@@ -167,13 +183,19 @@ class Detectors:
 
     @property
     def usual_norm(self) -> float | None:
-        """Geometric mean of the window's gradient norms; None while the window has too few entries."""
+        """Geometric mean of the window's gradient norms.
+
+        None while the window has too few entries.
+        """
         if len(self.window) < LEAST_ENTRIES:
             return None
         return math.exp(math.fsum(entry.log_norm for entry in self.window) / len(self.window))
 
     def _widen(self, signals: Signals) -> float:
-        """Sigma of a tail over that of a whole window: a mean over fewer rows."""
+        """Sigma of a tail over that of a whole window.
+
+        A tail is a mean over fewer rows.
+        """
         return math.sqrt(max(1.0, self.rows_per_update / signals.rows))
 
     def _spikes(self, signals: Signals) -> tuple[Finding | None, ...]:
@@ -250,7 +272,10 @@ class Detectors:
         return Finding(kind, message, {**details, "window_updates": len(self.window)})
 
     def _fell(self, signals: Signals) -> bool:
-        """Norm / loss lies improbably far below the window's forecast. Over the loss, since a run that has learned its rows has no gradient."""
+        """Norm / loss lies improbably far below the window's forecast.
+
+        Over the loss, since a run that has learned its rows has no gradient.
+        """
         if (
             signals.grad_norm == 0
             or signals.update <= self.warmup_updates
@@ -264,7 +289,10 @@ class Detectors:
         return value - seen.expected < math.log(FELL) and seen.below < self.false_alarm_rate
 
     def _vanished(self, signals: Signals) -> bool:
-        """Norm / loss lies far below the highest level the run has had, however slowly it came there."""
+        """Norm / loss lies far below the highest level of the run.
+
+        However slowly it came there.
+        """
         after_warmup = signals.update > self.warmup_updates
         return (
             after_warmup
@@ -273,7 +301,10 @@ class Detectors:
         )
 
     def _vanishing(self, signals: Signals) -> Finding | None:
-        """Told once, when it has lasted; a gradient of exactly 0 at once, in warmup too."""
+        """A gradient that has vanished, found once, when it has lasted.
+
+        A gradient of exactly 0 is found at once, in warmup too.
+        """
         if signals.grad_norm == 0:
             if signals.loss_nats < LEAST_LOSS_NATS or self.low_in_a_row >= VANISHING_UPDATES:
                 return None
@@ -297,14 +328,20 @@ class Detectors:
         )
 
     def _above(self, signals: Signals) -> bool:
-        """The loss lies far above the run's first ones. No window is needed: a rate that is too high does it before there is one."""
+        """The loss lies far above the run's first ones.
+
+        No window is needed: a rate that is too high does it before there is one.
+        """
         if signals.rows < self.rows_per_update or len(self.start) < BEGAN_UPDATES:
             return False
         low, high = min(self.start[:BEGAN_UPDATES]), max(self.start[:BEGAN_UPDATES])
         return signals.loss_nats > max(min(DIVERGED * high, LEAPT * low), low + LOSS_NATS)
 
     def _diverged(self, signals: Signals) -> Finding | None:
-        """Told once, when it has lasted; again only after the loss has come down."""
+        """Divergence, found once, when it has lasted.
+
+        It is found again only after the loss has come down.
+        """
         if self.above_in_a_row != DIVERGED_UPDATES - 1 or not self._above(signals):
             return None
         began, since = self.start[0], self.above_since or signals.update
@@ -320,7 +357,10 @@ class Detectors:
         )
 
     def _no_learning(self, signals: Signals) -> Finding | None:
-        """The loss is shown to be flat, not merely not shown to fall: noise alone raises no alarm."""
+        """A loss that is shown to be flat.
+
+        Noise alone raises no alarm.
+        """
         losses = self._losses_with(signals)
         if len(losses) < self.no_learning_updates or len(self.start) < START_UPDATES // 2:
             return None
@@ -351,7 +391,10 @@ class Detectors:
         return Finding("no_learning", message, numbers)
 
     def _losses_with(self, signals: Signals) -> list[tuple[int, float]]:
-        """The losses that no_learning looks at, this update's among them where it is a whole one that trains."""
+        """The losses that no_learning compares, with this update's.
+
+        It is left out if it is a tail or trains nothing.
+        """
         if (
             signals.update <= self.warmup_updates
             or signals.lr <= 0
@@ -374,7 +417,7 @@ class Detectors:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`. Raises ValueError where it is malformed; nothing has changed then."""
+        """Restore `state()`. Raises ValueError, and changes nothing, if it is malformed."""
         try:
             window = [Entry(int(u), _finite(n), _finite(loss)) for u, n, loss in state["window"]]
             unusual = [Entry(int(u), _finite(n), _finite(loss)) for u, n, loss in state["unusual"]]

@@ -1,4 +1,7 @@
-"""How the processes of a run were started: what is refused before anything is loaded, and the Accelerator that the rest uses."""
+"""The start of a run's processes, and the Accelerator.
+
+What cannot work is refused before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,20 @@ ASKED_BY = {  # what Accelerate reads; it imports the package at once
 
 
 def on_cuda() -> bool:
-    """Whether ranks compute on GPUs: there is one, and the launch file does not ask for CPUs."""
+    """True if ranks compute on GPUs.
+
+    There is one, and the launch file does not ask for CPUs.
+    """
     return torch.cuda.is_available() and os.environ.get(
         "ACCELERATE_USE_CPU", "false"
     ).lower() not in ("1", "true", "yes")
 
 
 def hush(rank: int) -> None:
-    """Keep libraries from talking between the run's own lines: progress bars where nobody watches, and notes that no user can act on."""
+    """Keep libraries from writing between the run's own lines.
+
+    Progress bars without a terminal, and notes that no user can act on.
+    """
     if rank != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -55,7 +64,10 @@ def hush(rank: int) -> None:
 
 
 def check_launch(config: Config) -> None:
-    """Raise ValueError, with the command or field that cures it, for a start that would not do what was asked."""
+    """Raise ValueError for a start that would not do what was asked.
+
+    The message has the command or field that cures it.
+    """
     for name, kind in ASKED_BY.items():
         if str(os.environ.get(name)).lower() in ("1", "true", "yes", "y", "on", "t"):
             raise ValueError(
@@ -101,7 +113,7 @@ def check_launch(config: Config) -> None:
 
 
 def rejoin(backend: str, timeout: timedelta) -> None:
-    """Where the launcher has started the ranks again (--max_restarts): meet under names of this attempt.
+    """Meet under names of this attempt if the launcher restarted the ranks.
 
     Its store still holds the addresses of the processes that died, and torch gives restarted ranks no others (2.13, static rendezvous).
     """
@@ -131,7 +143,9 @@ def rejoin(backend: str, timeout: timedelta) -> None:
 
 
 def grow_segments() -> None:
-    """Let torch's allocator grow its segments, unless the environment says how it is to work.
+    """Let torch's allocator grow its segments.
+
+    Unless the environment already says how it works.
 
     Passes differ in length: without it, torch was seen to reserve 47 GiB for an allocation of 21. By a call, since setting the variable here
     comes too late for a torch that reads it when it is imported.
@@ -141,7 +155,10 @@ def grow_segments() -> None:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this rank. Raises ValueError for launch settings that the loop cannot honour."""
+    """Make the Accelerator of this rank.
+
+    Raises ValueError for launch settings that the loop does not support.
+    """
     if config.execution.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

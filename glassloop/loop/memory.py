@@ -1,4 +1,4 @@
-"""What fits into memory: the preflight's findings, smaller passes after a rank ran out, and what a user can do about it."""
+"""Memory of a run: preflight, smaller passes, cures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def allocated_gib(device: torch.device) -> float:
 
 
 def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
-    """Predicted memory with a pass of these rows as the heaviest; None where nothing is known of the model's shapes, targets or engine."""
+    """Predict memory with a pass of these rows as the heaviest.
+
+    None if the model's shapes, targets or engine are unknown.
+    """
     shapes, _ = shapes_of(run.config.model.id)
     if shapes is None or not rows:
         return None
@@ -54,7 +57,10 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
 
 
 def memory_lines(run: Run, window: Window) -> list[str]:
-    """Predicted beside measured GiB of this rank, by phase, after the preflight; nothing without a GPU."""
+    """Predicted beside measured GiB of this rank, by phase.
+
+    Call it after the preflight; empty without a GPU.
+    """
     if run.replica.device.type != "cuda":
         return []
     measured = run.measured_gib | {
@@ -76,7 +82,9 @@ def memory_lines(run: Run, window: Window) -> list[str]:
 def choose_pass_tokens(
     config: Config, model: Mapping[str, Any], device: torch.device, before: Mapping[str, Any]
 ) -> int:
-    """Most tokens of a packed pass, the same on all ranks: as asked; else as plan.json has it; else what memory has room for.
+    """Choose the most tokens of a packed pass, equal on all ranks.
+
+    As asked; else as plan.json has it; else as memory allows.
 
     Args:
         model: the loaded model's config. before: plan.json of the run that goes on; empty for a new one.
@@ -98,13 +106,15 @@ def choose_pass_tokens(
 
 
 def ranks_on(device: torch.device) -> int:
-    """How many ranks share this rank's device. All ranks take part."""
+    """Count the ranks that share this rank's device. All take part."""
     own = f"{socket.gethostname()} {device}"
     return gather_objects(own).count(own)
 
 
 def spend_memory(run: Run) -> None:
-    """Let an engine that can choose keep as many activations as `memory.profile` allows, the same on all ranks; nothing for the others.
+    """Choose how many layers keep activations, equal on all ranks.
+
+    Only `fused` can.
 
     A resumed run takes what its checkpoint has, as long as the ranks have room for it.
     """
@@ -143,7 +153,10 @@ def spend_memory(run: Run) -> None:
 
 
 def place_base(engine: Any, asked: str | int) -> None:
-    """Put as many layers of the base on the card as `memory.base` asks; auto: all of them."""
+    """Put as many layers on the card as `memory.base` asks.
+
+    auto: all of them.
+    """
     if engine.pages is None or engine.pages.mapped is None:
         return
     one = Base(asked, engine.pages.file.manifest.most_layer_bytes)
@@ -159,7 +172,10 @@ def use_tiers(run: Run, tiers: Any) -> None:
 
 
 def fewer_kept(run: Run, update: int, why: str) -> bool:
-    """Hold no weights, or else keep fewer layers, after a rank ran out of memory; False where the least is done, or nothing can be chosen."""
+    """Hold no weights, or keep fewer layers, after a lack of memory.
+
+    Returns False if the least is done, or nothing can be chosen.
+    """
     if run.tiers is None or (run.tiers["kept"] <= 1 and not run.tiers["held"]):
         return False
     tiers = run.replica.plain_engine.tiers
@@ -178,7 +194,7 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
 
 
 def cures(run: Run) -> str:
-    """Settings that need less memory and leave the rows of an update as they are."""
+    """Settings that need less memory and keep an update's rows."""
     execution, batch = run.config.execution, run.config.batch
     cures = []
     if not execution.checkpointing:
@@ -196,7 +212,10 @@ def cures(run: Run) -> str:
 
 
 def smaller_passes(run: Run, update: int, why: str) -> bool:
-    """Recompute more, or else cut every pass in two, after a rank ran out of memory. False: by config, under ddp, or where a pass is one row."""
+    """Recompute more, or halve every pass, after a lack of memory.
+
+    Returns False if the config, ddp or a pass of one row forbids it.
+    """
     execution = run.config.execution
     largest = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
     if execution.on_out_of_memory == "stop" or run.replica.ddp:
@@ -215,7 +234,10 @@ def smaller_passes(run: Run, update: int, why: str) -> bool:
 
 
 def preflight_done(run: Run, window: Window, gate: Gate) -> None:
-    """Say what the heaviest passes took. Raises ValueError where their loss or gradient is not finite (fp16 may overflow once)."""
+    """Report the heaviest passes.
+
+    Raises ValueError if their loss or gradient is not finite (fp16 may overflow once).
+    """
     reports = gate.reports
     bad = [r for r, report in enumerate(reports) if not math.isfinite(report.loss_sum)]
     if not bad and run.replica.scale.value == 1:

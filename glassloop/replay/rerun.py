@@ -1,4 +1,6 @@
-"""Updates of a run carried out again, from the nearest earlier checkpoint or from the beginning, each compared with the record.
+"""Updates of a run computed again, each compared with its record.
+
+From the nearest earlier checkpoint, or from the beginning.
 
 Whether an update was applied, and with which clip coefficient, is taken from its record, so that skips and reactions of the run are repeated
 and not decided anew. Fresh adapters are a function of the seed, so the beginning needs no checkpoint.
@@ -37,7 +39,7 @@ MOST_HALVINGS = 12
 
 @dataclass(frozen=True)
 class OnTheWay:
-    """An update that was carried out again to get to the one asked for."""
+    """An update that was re-run on the way."""
 
     update: int
     loss_off: float  # relative difference from the record
@@ -52,7 +54,7 @@ def rerun(
     say: Say,
     notes: list[str],
 ) -> tuple[Scene, tuple[OnTheWay, ...]]:
-    """The scene of the last update of `chain`, and the updates that were carried out to get there.
+    """The scene of the last update of `chain`, and the updates re-run.
 
     Args:
         chain: records of one trajectory by number, see recorded.trajectory. overrides: fields that may differ from the checkpoint's config.
@@ -161,7 +163,10 @@ def _start(
     overrides: Mapping[str, str],
     notes: list[str],
 ) -> tuple[int, tuple[dict[str, Any], ...], str]:
-    """Put the parts where the nearest earlier checkpoint has them. Returns updates done, each rank's random numbers, and the place's name."""
+    """Restore the nearest earlier checkpoint into the parts.
+
+    Returns updates done, each rank's random numbers, and the place's name.
+    """
     update, base_hash = max(chain), parts.replica.plain_engine.report.base_hash
     for path, saved in _checkpoints(folder / "checkpoints", chain):
         if saved.base_hash != base_hash:
@@ -197,7 +202,7 @@ def _start(
 
 
 def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Path, RunState]]:
-    """Checkpoints of the trajectory whose state can be read, the one after most updates first."""
+    """Readable checkpoints of the trajectory, the one after most updates first."""
     last = chain[max(chain)]["attempt"]
     known = []
     for path in folder.glob("update_*"):
@@ -212,7 +217,10 @@ def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Pa
 
 
 def _first_rng(parts: Parts, ranks: int) -> Iterator[dict[str, Any]]:
-    """Each rank's random numbers before update 1: a rank draws some while it builds its model, and dropout goes on from there."""
+    """Each rank's random numbers before update 1.
+
+    A rank draws some while it builds its model, and dropout continues from there.
+    """
     yield rng_state(parts.replica.device)
     for rank in range(1, ranks):
         if parts.config.lora.dropout > 0:
@@ -221,7 +229,9 @@ def _first_rng(parts: Parts, ranks: int) -> Iterator[dict[str, Any]]:
 
 
 def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
-    """The update's rows and passes as they were: from rows.jsonl, or from seed and layout where ids were not kept.
+    """The update's rows and passes as they were.
+
+    From rows.jsonl, or from seed and layout if ids were not kept.
 
     Raises:
         ValueError: a row is not the one on record any more.
@@ -260,7 +270,10 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
 
 
 def _with_as_many_passes(batches: Batches, record: Record) -> Window:
-    """The window in the record's number of passes: a run that ran out of memory goes on in halves of its passes."""
+    """The window in the record's number of passes.
+
+    A run that ran out of memory continues in halves of its passes.
+    """
     windows = [
         replace(batches, halvings=halvings).window(record["update"])
         for halvings in range(MOST_HALVINGS)
@@ -287,7 +300,7 @@ def _other_rows(folder: Path, digest: str) -> list[str]:
 
 
 def load_rows(config: Config) -> tuple[tuple[Row, ...], int, str]:
-    """Training rows of the config's data, the pad token's id, and a digest of all rows."""
+    """Training rows of the config's data, pad token id, and rows' digest."""
     tokenizer = load_tokenizer(config.model)
     loaded = load_examples(config.data, config.seed)
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))

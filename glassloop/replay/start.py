@@ -1,4 +1,6 @@
-"""Getting to the state before any recorded update: from its capsule, else from the nearest earlier checkpoint, else from the beginning.
+"""The way to the state before any recorded update.
+
+From its capsule, else from the nearest earlier checkpoint, else from the beginning.
 
 What lies between is carried out again and compared with the record on the way. Whether an update was applied, and with which clip
 coefficient, is taken from its record, so that skips and reactions of the run are repeated and not decided anew.
@@ -110,7 +112,10 @@ def _facts(path: Path) -> CapsuleFacts | None:
 
 
 def _own_capsule(folder: Path, update: int, notes: list[str]) -> Capsule | None:
-    """The update's capsule, if it is whole and of the same attempt as the record."""
+    """The update's capsule, if it is whole and fits the record.
+
+    It fits if it is of the same attempt.
+    """
     path = folder / "capsules" / f"update_{update:06d}"
     if not path.is_dir():
         return None
@@ -229,7 +234,10 @@ def _capsule_scene(capsule: Capsule, parts: Parts, rows: Mapping[int, Row], text
 
 
 def _rows_of(facts: CapsuleFacts, config: Config) -> dict[int, Row]:
-    """The capsule's rows by number; from the data where it carries none, each checked against its digest."""
+    """The capsule's rows by number.
+
+    From the data if it carries none; each is checked against its digest.
+    """
     if facts.rows:
         return dict(facts.rows)
     rows, _, _ = load_rows(config)

@@ -1,4 +1,7 @@
-"""A replay in plain lines of at most WIDTH columns; tables are aligned by spaces."""
+"""A replay in plain lines of at most WIDTH columns.
+
+Tables are aligned by spaces.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ AROUND = 6  # supervised places on each side of the worst one
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Aligned columns, the first `left` to the left and the others to the right."""
+    """Aligned columns, the first `left` of them to the left."""
     lines = [list(heading), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     return [
@@ -50,7 +53,7 @@ def wrapped(label: str, text: str) -> list[str]:
 
 
 def progress(line: str) -> list[str]:
-    """What is said while updates on the way are carried out."""
+    """Lines for updates that are re-run on the way."""
     return [line] if line.startswith(" ") else wrapped("start", line)
 
 
@@ -199,7 +202,10 @@ def _trouble(s: MatrixStat) -> float:
 def tokens(
     of: Sequence[TokenLoss], decode: Callable[[list[int]], str] | None, policy: str
 ) -> list[str]:
-    """The worst places, then those around the very worst in order. Text only under record.text = full, no ids under none."""
+    """The worst places, then those around the worst one in order.
+
+    Text only under record.text = full, no ids under none.
+    """
 
     def line(token: TokenLoss, mark: str = "  ") -> list[str]:
         cells = [f"{mark}{token.position}", number(token.loss_nats)]
@@ -258,7 +264,7 @@ def trials(opened: Opened, done: Trials) -> list[str]:
 def conclusion(
     opened: Opened, done: Reproduction, found: Bisection | None, trials: Trials | None
 ) -> str:
-    """One sentence: whether it reproduces, then what stands out, then the verdict of the trials."""
+    """One sentence: reproduced or not, what stands out, the trials' verdict."""
     said = [_reproduces(opened, done)]
     if found is not None:
         said.append(_stands_out(found))

@@ -1,4 +1,4 @@
-"""An update kept whole: everything that is needed to carry it out again elsewhere, without the run's data.
+"""An update kept whole, to run again without the run's data.
 
     runs/<name>/capsules/
       update_000037/
@@ -76,7 +76,10 @@ class Capsule:
 
 @dataclass(frozen=True)
 class CapsuleSaved:
-    """What a save did. `path` is None where the caps on number and size left no room, and then `note` says so."""
+    """The result of a save.
+
+    `path` is None if the caps on number and size left no room; then `note` says so.
+    """
 
     path: Path | None
     removed: tuple[Path, ...] = ()
@@ -102,7 +105,9 @@ def facts_of(
     config: dict[str, Any],
     device: torch.device,
 ) -> CapsuleFacts:
-    """The facts of an update from the numbers that the update itself used; arguments are named as in outcome.describe.
+    """The facts of an update, from the numbers that it used.
+
+    Arguments are named as in health.decision.
 
     Args:
         scale, finite_updates: of fp16's loss scale, as they were before this update. config: as_dict(config).
@@ -139,7 +144,7 @@ def facts_of(
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What decides the last bits of an update besides its inputs: packages, the device's name, threads of a rank."""
+    """Versions, device and threads: they decide an update's last bits."""
     found = {name: package_version(name) or "none" for name in PACKAGES}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {**found, "device": name, "threads": str(torch.get_num_threads())}
@@ -216,7 +221,10 @@ def save_capsule(
 def _with_room(
     known: Mapping[Path, CapsuleFacts], sizes: Mapping[Path, int], keep: int, most_gib: float
 ) -> list[Path]:
-    """The capsules that stay: in the order of their claim, as many as number and size allow."""
+    """The capsules that stay, in the order of their claim.
+
+    As many as number and size allow.
+    """
     newest_first = sorted(known, key=lambda path: known[path].serial, reverse=True)
     bad, healthy = (
         [p for p in newest_first if test(known[p])]
@@ -233,14 +241,20 @@ def _with_room(
 
 
 def find_capsules(folder: Path) -> list[Path]:
-    """Published capsules of a run's capsules folder, by name; their files are not looked at."""
+    """Published capsules of a run's capsules folder, by name.
+
+    Their files are not read.
+    """
     return sorted(
         path for path in folder.glob("update_*") if PUBLISHED.fullmatch(path.name) and path.is_dir()
     )
 
 
 def read_facts(path: Path) -> CapsuleFacts:
-    """The facts of a capsule; its tensors are not looked at. Raises ValueError naming the capsule and the file or field at fault."""
+    """Read the facts of a capsule, without its tensors.
+
+    Raises ValueError naming the capsule and the file or field at fault.
+    """
     try:
         return facts_from(folders.read(path, REQUIRED, only=FACTS)[FACTS], FACTS)
     except ValueError as error:
@@ -250,7 +264,10 @@ def read_facts(path: Path) -> CapsuleFacts:
 
 
 def read_capsule(path: Path) -> Capsule:
-    """A whole capsule. Raises ValueError naming the capsule and the file or field at fault."""
+    """Read a whole capsule.
+
+    Raises ValueError naming the capsule and the file or field at fault.
+    """
     try:
         contents = folders.read(path, REQUIRED)
         facts = facts_from(contents[FACTS], FACTS)
@@ -275,7 +292,9 @@ def read_capsule(path: Path) -> Capsule:
 def restore_capsule(
     capsule: Capsule, *, adapters: FlatAdapters, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Set adapters and optimizer to what they were before the update; everything is checked before anything is changed.
+    """Set adapters and optimizer to their state before the update.
+
+    Everything is checked before anything changes.
 
     Raises ValueError naming the capsule and the matrix or field that does not fit. Random numbers are each rank's own: see rng_states.
     """

@@ -1,4 +1,4 @@
-"""A run kept on disk between two updates: saved whole or not at all, restored whole or not at all.
+"""A run on disk between two updates, whole or not at all.
 
     runs/<name>/checkpoints/
       best.json                       # names the checkpoint with the lowest held-out loss, which pruning never removes
@@ -48,7 +48,7 @@ PUBLISHED = re.compile(rf"update_\d{{6,}}({re.escape(REPLACED)})?")
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save did."""
+    """The result of a save."""
 
     path: Path
     best: Path | None  # the run's best by held-out loss; None where none was measured
@@ -70,7 +70,9 @@ def save_checkpoint(
     rng_states: Sequence[dict[str, Any]],
     keep: int,
 ) -> Saved:
-    """Publish `folder`/update_NNNNNN, then remove older checkpoints but for the `keep` newest and the best by held-out loss.
+    """Publish `folder`/update_NNNNNN, then remove older checkpoints.
+
+    The `keep` newest stay, and the best by held-out loss.
 
     Args:
         folder: runs/<name>/checkpoints; made where it does not exist.
@@ -139,7 +141,7 @@ def _save_tokenizer(work: Path, tokenizer: Any, chat_template: str) -> None:
 
 
 def _tidy(folder: Path, published: Path, keep: int) -> Saved:
-    """Note the best, then remove what is neither new nor best, and what dead processes left."""
+    """Note the best, then remove older checkpoints and dead processes' leavings."""
     known = _newest_first(folder)
     best = _best(known)
     kept = {published, best, *_current(known)[:keep]}
@@ -164,7 +166,10 @@ def _tidy(folder: Path, published: Path, keep: int) -> Saved:
 
 
 def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest complete checkpoint in a run's folder, None where there is none; and a note for each one passed over."""
+    """The newest complete checkpoint of a run, None if there is none.
+
+    With a note for each one that is not complete.
+    """
     folder = run / "checkpoints"
     known = _newest_first(folder)
     notes = [f"{path} was never finished: ignored" for path in folders.unfinished(folder)]
@@ -184,17 +189,26 @@ def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
 
 
 def read_state(path: Path) -> RunState:
-    """Where a checkpoint stands; its other files are not looked at. Raises ValueError naming the file at fault."""
+    """Read a checkpoint's state, without its other files.
+
+    Raises ValueError naming the file at fault.
+    """
     return state_from(folders.read(path, REQUIRED, only=STATE))
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the lowest held-out loss, of equals the newest; None where none was measured. best.json names it."""
+    """The checkpoint with the lowest held-out loss, of equals the newest.
+
+    None if no loss was measured. best.json names it.
+    """
     return _best(_newest_first(run / "checkpoints"))
 
 
 def _newest_first(folder: Path) -> dict[Path, RunState]:
-    """Published checkpoints whose state can be read, the last one saved first; their other files are not looked at."""
+    """Published checkpoints with a readable state, the last one saved first.
+
+    Their other files are not read.
+    """
     known = {}
     for path in folder.glob("update_*"):
         if PUBLISHED.fullmatch(path.name):
@@ -234,7 +248,9 @@ def load_checkpoint(
     allow_changed: Collection[str] = (),
     reshape: bool = False,
 ) -> RunState:
-    """Restore adapters, optimizer and this rank's random numbers. Everything is checked before anything is changed.
+    """Restore adapters, optimizer and this rank's random numbers.
+
+    Everything is checked before anything changes.
 
     Call it on every rank, and last: what draws random numbers between it and the next update makes that update another one.
 
