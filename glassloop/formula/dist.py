@@ -3,7 +3,8 @@
 One gather (the gate), one sum of gradients, and two checks that replicas are equal. Every function
 works on one rank without a process group. Legend: K numbers of one rank's report, R rows.
 
-Every function works on one rank without a process group. Legend: K numbers of one rank's report, R rows.
+Every function works on one rank without a process group. Legend: K numbers of one rank's report, R
+rows.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def first_difference(parts: Sequence[tuple[str, Tensor]], bit_sums: Tensor) -> s
     All ranks take part.
 
     Args:
-        parts: (name, flat tensor) of everything that replicas share, the same names and sizes on every rank.
+        parts: (name, flat tensor) of everything that replicas share, the same names and sizes on
+            every rank.
         bit_sums: (K,) int64, an exact checksum of each part on this rank.
     """
     sums = _all_gather(bit_sums)  # (ranks, K)
@@ -193,7 +195,8 @@ def all_or_none(what: str) -> Iterator[None]:
 
     The error names the rank that failed, and no rank waits for it.
 
-    A rank whose own block went well raises ValueError where the others only refused what a user gave (ValueError), else RuntimeError.
+    A rank whose own block went well raises ValueError where the others only refused what a user
+    gave (ValueError), else RuntimeError.
     """
     failure: BaseException | None = None
     try:
@@ -221,7 +224,8 @@ def one_first(is_first: bool) -> Iterator[None]:
 
     All ranks take part, whatever happens in the block.
 
-    Accelerate's own names a GPU by the rank's place on its host, which two ranks that share a card do not have.
+    Accelerate's own names a GPU by the rank's place on its host, which two ranks that share a card
+    do not have.
     """
     if not is_first:
         gather_objects(None)
@@ -255,7 +259,8 @@ def in_turn(
 def rank_cosine(norms: Sequence[float], total: float) -> float | None:
     """Mean cosine between ranks' shares of the gradient, weighted by their norms.
 
-    From |sum g_r|^2 = sum |g_r|^2 + sum over pairs of 2 |g_r| |g_s| cos. None with one rank, or where fewer than two ranks have a gradient.
+    From |sum g_r|^2 = sum |g_r|^2 + sum over pairs of 2 |g_r| |g_s| cos. None with one rank, or
+    where fewer than two ranks have a gradient.
     """
     products = sum(norms) ** 2 - sum(
         norm * norm for norm in norms

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from glassloop.data.rows import IGNORE
 
-CHUNK_TOKENS = 512  # (512, 128256) fp32 logits are 0.25 GiB; fewer rows leave the head's matrix product bound by memory
+# (512, 128256) fp32 logits are 0.25 GiB; fewer rows leave the head's matrix product bound by memory
+CHUNK_TOKENS = 512
 
 
 def token_loss_sums_reference(
@@ -30,7 +31,8 @@ def token_loss_sums_reference(
         row_of: (B, T) int64, index of the row that a place belongs to. rows: how many there are.
 
     Returns:
-        loss_sum () fp32, differentiable in hidden; row_loss_sums (rows,) fp32, detached. 0 where nothing is supervised.
+        loss_sum () fp32, differentiable in hidden; row_loss_sums (rows,) fp32, detached. 0 where
+        nothing is supervised.
     """
     logits = F.linear(hidden, weight, bias).float()  # (B, T, V)
     losses = F.cross_entropy(
@@ -52,12 +54,13 @@ def token_loss_sums(
 ) -> tuple[Tensor, Tensor]:
     """The sums of `token_loss_sums_reference`, in chunks of supervised places.
 
-    The head is frozen: its gradient is not computed. The gradient in hidden is computed beside the loss, since the logits are at hand then.
+    The head is frozen: its gradient is not computed. The gradient in hidden is computed beside the
+    loss, since the logits are at hand then.
     Matrix products run in the weight's dtype, the softmax in fp32.
 
     Args:
-        places: (S,) int64, flat indices of the supervised places, where the caller knows them; None: found here, at the
-            price of one wait for the device.
+        places: (S,) int64, flat indices of the supervised places, where the caller knows them;
+            None: found here, at the price of one wait for the device.
     """
     if places is None:
         places = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (S,)
@@ -74,8 +77,8 @@ def sums_by_row(losses: Tensor, owner: Tensor, rows: int) -> Tensor:
     Args:
         losses: (S,) fp32. owner: (S,) int64, each place's row.
 
-    A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to fp32, so a row's sum has, all but
-    always, the same bits.
+    A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to
+    fp32, so a row's sum has, all but always, the same bits.
     """
     return (
         torch.zeros(rows, dtype=torch.float64, device=losses.device)

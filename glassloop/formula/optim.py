@@ -1,6 +1,7 @@
 """One flat fp32 buffer of all adapters, its optimizer, fp16's loss scale.
 
-Every engine trains this buffer: PEFT's parameters and their gradients are views of it, so one reduction, one norm and one optimizer launch
+Every engine trains this buffer: PEFT's parameters and their gradients are views of it, so one
+reduction, one norm and one optimizer launch
 serve them all, and the 8-bit state is one tensor.
 """
 
@@ -38,7 +39,8 @@ class FlatAdapters:
     """All trainable parameters as views of one vector.
 
     Attributes:
-        flat: (N,) fp32 Parameter. Padding between matrices belongs to nobody: an 8-bit state has no exact 0, so it may drift a little.
+        flat: (N,) fp32 Parameter. Padding between matrices belongs to nobody: an 8-bit state has no
+            exact 0, so it may drift a little.
         grad: (N,) fp32; `flat.grad` is this tensor, and each parameter's `.grad` a view of it.
         slices: name -> Slice, in the model's order.
     """
@@ -52,7 +54,8 @@ class FlatAdapters:
         for name, p in self.parameters.items():
             if p.dtype != torch.float32:
                 raise ValueError(
-                    f"{name} is {p.dtype}: adapters are trained in fp32, or small steps are rounded away"
+                    f"{name} is {p.dtype}: adapters are trained in fp32, or small steps "
+                    "are rounded away"
                 )
             self.slices[name] = Slice(offset, tuple(p.shape))
             offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
@@ -164,7 +167,10 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the flat buffer: adamw_8bit, paged_adamw_8bit (bitsandbytes), adamw, sgd (torch)."""
+    """Make the optimizer over the flat buffer.
+
+    adamw_8bit and paged_adamw_8bit are bitsandbytes', adamw and sgd torch's.
+    """
     betas = (beta1, beta2)
     if name == "sgd":
         return torch.optim.SGD([flat], lr=lr, weight_decay=weight_decay)

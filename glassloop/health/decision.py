@@ -44,7 +44,8 @@ class Decision:
     reason: str | None  # why it is not applied; None: it is
     max_norm: float | None  # what g is clipped to
     findings: tuple[Finding, ...] = ()
-    nonfinite: bool = False  # loss, gradient or adapters are not finite, and fp16's loss scale does not explain it
+    # loss, gradient or adapters are not finite, and fp16's loss scale does not explain it
+    nonfinite: bool = False
     overflow: bool = False  # fp16's loss scale was too high: part of how it works
     ends: bool = False  # the run ends here
 
@@ -173,7 +174,10 @@ def _nonfinite(
         rank for rank, report in enumerate(gate.reports) if not math.isfinite(report.grad_norm)
     ]
     rows = [row for rank in ranks for one in window.passes[rank] for row in one]
-    return f"gradient is not finite on rank {', '.join(map(str, ranks))}, the loss is: rows {_names(batches, rows)}"
+    return (
+        f"gradient is not finite on rank {', '.join(map(str, ranks))}, the loss is: rows "
+        f"{_names(batches, rows)}"
+    )
 
 
 def describe(

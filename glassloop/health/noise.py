@@ -1,23 +1,28 @@
 """Gradient noise scale: supervised tokens beyond which more stop helping much.
 
-After McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162), appendix A, for parts of unequal size.
+After McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162),
+appendix A, for parts of unequal size.
 
-Let each supervised token have a gradient with mean G and covariance Sigma. An update has N tokens in P parts (ranks, or the halves of a
-window); part p has n_p of them, and its share of the update's gradient is s_p = sum of its tokens' gradients / N, so that g = sum of s_p.
-The part's own mean gradient is m_p = s_p N / n_p. Then
+Let each supervised token have a gradient with mean G and covariance Sigma. An update has N tokens
+in P parts (ranks, or the halves of a window); part p has n_p of them, and its share of the update's
+gradient is s_p = sum of its tokens' gradients / N, so that g = sum of s_p. The part's own mean
+gradient is m_p = s_p N / n_p. Then
 
     E |m_p|^2 = |G|^2 + tr(Sigma) / n_p          E |g|^2 = |G|^2 + tr(Sigma) / N
 
     E [ sum_p n_p |m_p - g|^2 ]  =  E [ sum_p n_p |m_p|^2 - N |g|^2 ]  =  (P - 1) tr(Sigma)
 
-because sum_p n_p m_p = N g. With n_p |m_p|^2 = N^2 |s_p|^2 / n_p this gives two estimates without bias out of numbers that an update has anyway:
+because sum_p n_p m_p = N g. With n_p |m_p|^2 = N^2 |s_p|^2 / n_p this gives two estimates without
+bias out of numbers that an update has anyway:
 
     tr(Sigma) ~ within = (sum_p N^2 |s_p|^2 / n_p - N |g|^2) / (P - 1)
     |G|^2     ~ |g|^2 - within / N
 
-Weighting by n_p is what makes ragged parts right. Each estimate is noisy and their ratio is biased, so both are smoothed first and divided
-then: B_simple = tr(Sigma) / |G|^2, in supervised tokens. The tokens of a row are not independent of each other, rows are: the number is
-then larger than for independent tokens by the same factor by which windows are noisier, and stays the right one to compare with N.
+Weighting by n_p is what makes ragged parts right. Each estimate is noisy and their ratio is biased,
+so both are smoothed first and divided then: B_simple = tr(Sigma) / |G|^2, in supervised tokens. The
+tokens of a row are not independent of each other, rows are: the number is then larger than for
+independent tokens by the same factor by which windows are noisier, and stays the right one to
+compare with N.
 """
 
 from __future__ import annotations
@@ -41,7 +46,8 @@ def estimates(
         part_tokens: n_p, supervised tokens. Parts without any are left out.
         norm: |g|.
 
-    Returns None where fewer than two parts have tokens, or a number is not finite: the update says nothing.
+    Returns None where fewer than two parts have tokens, or a number is not finite: the update says
+    nothing.
     """
     parts = [
         (share, tokens) for share, tokens in zip(part_norms, part_tokens, strict=True) if tokens > 0

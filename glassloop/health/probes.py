@@ -2,7 +2,8 @@
 
 Norms of its gradient, weight and step, and of the change that they make to the model.
 
-Matrices are taken many at a launch: one at a time, an 8B model's 448 cost the host 122 ms, a third of a short update (benchmarks/NOTES.md).
+Matrices are taken many at a launch: one at a time, an 8B model's 448 cost the host 122 ms, a third
+of a short update (benchmarks/NOTES.md).
 
 Legend: R rank of the adapters, M adapter matrices, K adapted modules.
 """
@@ -109,7 +110,7 @@ def read_after(
 
 
 def short_name(name: str) -> str:
-    """base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight -> layers.0.self_attn.q_proj.A"""
+    """A parameter's name as records have it: layers.0.self_attn.q_proj.A."""
     inner = re.sub(r"^(base_model\.)?(model\.)*", "", name)
     return re.sub(r"\.lora_([AB])(\.default)?\.weight$", r".\1", inner)
 
@@ -138,7 +139,8 @@ def _delta_norms(
 
     Returns where each stands in `pairs`, and (K,) float64 in that order.
 
-    From products of size (2R, 2R): B'A' - BA = [B', B' - B] [A' - A; A], and |XY|^2 = <X^T X, Y Y^T>.
+    From products of size (2R, 2R): B'A' - BA = [B', B' - B] [A' - A; A], and |XY|^2 = <X^T X, Y
+    Y^T>.
     """
     places, new = list(adapters.slices.values()), adapters.flat.detach()
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}

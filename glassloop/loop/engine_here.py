@@ -87,5 +87,8 @@ def lacking_here() -> str:
     capability = torch.cuda.get_device_capability()
     if capability < LEAST:
         least = ".".join(map(str, LEAST))
-        return f"{torch.cuda.get_device_name()} has compute capability {'.'.join(map(str, capability))}, fused needs {least}"
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability "
+            f"{'.'.join(map(str, capability))}, fused needs {least}"
+        )
     return ""

@@ -23,14 +23,18 @@ from glassloop.engines.unsloth_checks import check_unsloth
 from glassloop.loop.commands import launch_command
 from glassloop.loop.meeting import meet
 
-# Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs that it lacks, on every rank.
+# Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs
+# that it lacks, on every rank.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 REFUSED_LAUNCHES = {
-    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor c of the formula could be seen",
-    DistributedType.FSDP: "FSDP shards what the flat adapter buffer holds whole (and 4-bit weights need "
-    "bnb_4bit_quant_storage=bf16 with bf16 adapters there); 8B in NF4 fits each 24 GB card without it",
+    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor "
+    "c of the formula could be seen",
+    DistributedType.FSDP: "FSDP shards what the flat adapter buffer holds whole (and 4-bit weights "
+    "need "
+    "bnb_4bit_quant_storage=bf16 with bf16 adapters there); 8B in NF4 fits each 24 GB "
+    "card without it",
     DistributedType.MEGATRON_LM: "Megatron-LM brings its own loop",
 }
 ASKED_BY = {  # what Accelerate reads; it imports the package at once
@@ -80,13 +84,16 @@ def check_launch(config: Config) -> None:
     words = " ".join(sys.argv[1:])
     if not launched and visible > 1:
         raise ValueError(
-            f"{visible} GPUs are visible, but no launcher started this process, so one would be used. For all of them:\n"
-            f"  {launch_command(visible, on_cuda=True)} {words}\nFor one:\n  {launch_command(1, on_cuda=True)} {words}"
+            f"{visible} GPUs are visible, but no launcher started this process, so one "
+            "would be used. For all of them:\n"
+            f"  {launch_command(visible, on_cuda=True)} {words}\nFor one:\n  "
+            f"{launch_command(1, on_cuda=True)} {words}"
         )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch.ranks is not None and config.batch.ranks != ranks:
         raise ValueError(
-            f"batch.ranks = {config.batch.ranks}, but {ranks} process{'es were' if ranks > 1 else ' was'} started:\n"
+            f"batch.ranks = {config.batch.ranks}, but {ranks} "
+            f"process{'es were' if ranks > 1 else ' was'} started:\n"
             f"  {launch_command(config.batch.ranks, on_cuda=on_cuda())} {words}"
         )
     config.batch.accumulation_for(ranks)
@@ -96,7 +103,8 @@ def check_launch(config: Config) -> None:
     if not on_cuda():
         if execution.precision == "fp16":
             raise ValueError(
-                "execution.precision = fp16 needs a CUDA device: a CPU has no fp16 training; use fp32 or bf16"
+                "execution.precision = fp16 needs a CUDA device: a CPU has no fp16 "
+                "training; use fp32 or bf16"
             )
         if config.optimizer.name == "paged_adamw_8bit":
             raise ValueError(
@@ -108,14 +116,16 @@ def check_launch(config: Config) -> None:
         including_emulation=False
     ):
         raise ValueError(
-            f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 units; use fp16"
+            f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 "
+            "units; use fp16"
         )
 
 
 def rejoin(backend: str, timeout: timedelta) -> None:
     """Meet under names of this attempt if the launcher restarted the ranks.
 
-    Its store still holds the addresses of the processes that died, and torch gives restarted ranks no others (2.13, static rendezvous).
+    Its store still holds the addresses of the processes that died, and torch gives restarted ranks
+    no others (2.13, static rendezvous).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if (
@@ -147,7 +157,8 @@ def grow_segments() -> None:
 
     Unless the environment already says how it works.
 
-    Passes differ in length: without it, torch was seen to reserve 47 GiB for an allocation of 21. By a call, since setting the variable here
+    Passes differ in length: without it, torch was seen to reserve 47 GiB for an allocation of 21.
+        By a call, since setting the variable here
     comes too late for a torch that reads it when it is imported.
     """
     if on_cuda() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
@@ -197,6 +208,7 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"the launch file asks for {kind.value}, which glassloop has not been tried on; use a file of accelerate_configs/"
+            f"the launch file asks for {kind.value}, which glassloop has not been tried "
+            "on; use a file of accelerate_configs/"
         )
     return accelerator

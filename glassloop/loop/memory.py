@@ -87,7 +87,8 @@ def choose_pass_tokens(
     As asked; else as plan.json has it; else as memory allows.
 
     Args:
-        model: the loaded model's config. before: plan.json of the run that goes on; empty for a new one.
+        model: the loaded model's config. before: plan.json of the run that goes on; empty for a new
+            one.
     """
     asked = pass_tokens_for(config, None, None)
     if not chooses_passes(config) or device.type != "cuda":
@@ -188,7 +189,8 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
     run.event(
         update,
         "out_of_memory",
-        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, passes and g stay",
+        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, "
+        "passes and g stay",
     )
     return True
 
@@ -206,7 +208,8 @@ def cures(run: Run) -> str:
             f"batch.size={batch.size // 2} batch.rows_per_update={run.plan.rows_per_update}"
         )
     cures.append(
-        f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out or cuts long rows"
+        f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out "
+        "or cuts long rows"
     )
     return "; or ".join(cures)
 
@@ -228,7 +231,10 @@ def smaller_passes(run: Run, update: int, why: str) -> bool:
     if run.replica.device.type == "cuda":
         torch.cuda.empty_cache()
     rows = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
-    message = f"{why}. From here on passes have half the rows ({rows} at most) and there are twice as many; rows an update, and g, stay"
+    message = (
+        f"{why}. From here on passes have half the rows ({rows} at most) and there are twice "
+        "as many; rows an update, and g, stay"
+    )
     run.event(update, "out_of_memory", message)
     return True
 
@@ -245,7 +251,8 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
     if bad:
         ids = ", ".join(row.row_id for rank in bad for row in run.batches.share(window, rank))
         raise ValueError(
-            f"preflight, before update 1: loss or gradient is not finite on rank {', '.join(map(str, bad))} (rows {ids}): look at these rows, "
+            "preflight, before update 1: loss or gradient is not finite on rank "
+            f"{', '.join(map(str, bad))} (rows {ids}): look at these rows, "
             "or set execution.precision to bf16 or fp32"
         )
     for line in memory_lines(run, window):
@@ -253,12 +260,14 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
     slots = max(report.slot_tokens for report in reports)
     peak = max(report.peak_gib for report in reports)
     memory = (
-        f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.replica.device).total_memory / 2**30:.1f}"
+        f", peak {peak:.2f} GiB of "
+        f"{torch.cuda.get_device_properties(run.replica.device).total_memory / 2**30:.1f}"
         if peak
         else ""
     )
     run.event(
         run.first_update - 1,
         "preflight",
-        f"the heaviest pass of each rank ({slots:,} slot tokens at most) fits and is finite{memory}",
+        f"the heaviest pass of each rank ({slots:,} slot tokens at most) fits and is "
+        f"finite{memory}",
     )

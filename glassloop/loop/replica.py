@@ -1,6 +1,7 @@
 """One rank's replica: engine, adapters, optimizer and loss scale.
 
-A run and a replay build it by the same functions. All ranks of a run hold equal adapters and optimizer states.
+A run and a replay build it by the same functions. All ranks of a run hold equal adapters and
+optimizer states.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ class Run:
         if self.config.resume.at is not None:
             self.save(
                 done
-            )  # again: it is the newest now, whatever later ones there are, and knows the windows that are left out
+                # again: it is the newest now, and knows the windows that are left out
+            )
         if done == 0:
             self.evaluate(0)
 
@@ -293,7 +294,8 @@ class Run:
                 },
             )
             try:
-                self.sync_records()  # first: where a checkpoint stands, the records of its updates stand too
+                # first: where a checkpoint stands, the records of its updates stand too
+                self.sync_records()
                 saved = save_checkpoint(
                     self.folder / "checkpoints",
                     state,

@@ -2,8 +2,9 @@
 
 A rank whose partner is gone, or that waits too long, ends itself and says why.
 
-A collective whose partner died may wait for ever (NCCL) or fail at once (gloo). Positions lie in the run's folder, one small file a rank, written
-once a second by a thread that goes on while the main thread waits. Ranks on hosts that do not share that folder are not seen; for them
+A collective whose partner died may wait for ever (NCCL) or fail at once (gloo). Positions lie in
+the run's folder, one small file a rank, written once a second by a thread that goes on while the
+main thread waits. Ranks on hosts that do not share that folder are not seen; for them
 execution.collective_timeout_s decides alone.
 """
 
@@ -22,7 +23,9 @@ from pathlib import Path
 from glassloop.disk.opening import read_plain, require_plain_folder
 from glassloop.disk.publish import replace_file
 
-PATIENCE_S = 10.0  # from a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher kills after 30
+# From a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher
+# kills after 30
+PATIENCE_S = 10.0
 TICK_S = 1.0
 
 
@@ -137,7 +140,10 @@ class Watchdog:
                 return self._message(positions)
             if time.monotonic() > until:
                 reason = str(error).partition("\n")[0]
-                told = f"rank {self.rank} could not hear from the others ({reason}): it ends, and nothing is saved. "
+                told = (
+                    f"rank {self.rank} could not hear from the others ({reason}): it ends, "
+                    "and nothing is saved. "
+                )
                 collective = self._now[1] == WAITS or any(
                     library in str(error).lower() for library in ("gloo", "nccl", "c10d")
                 )
@@ -157,11 +163,13 @@ class Watchdog:
                 self._end(self._message(positions))
             elif self.asked_to_stop() and waited >= self.patience_s:
                 self._end(
-                    f"rank {self.rank} was asked to end and waits in vain for the others. {self._where(positions)}"
+                    f"rank {self.rank} was asked to end and waits in vain for the others. "
+                    f"{self._where(positions)}"
                 )
             elif waited >= self.timeout_s:
                 self._end(
-                    f"rank {self.rank} has waited {waited:.0f} s (execution.collective_timeout_s). {self._where(positions)}"
+                    f"rank {self.rank} has waited {waited:.0f} s "
+                    f"(execution.collective_timeout_s). {self._where(positions)}"
                 )
 
     def _end(self, why: str) -> None:
@@ -171,7 +179,10 @@ class Watchdog:
 
     def _message(self, positions: list[Position]) -> str:
         gone = ", ".join(str(position.rank) for position in positions if position.gone)
-        return f"rank {gone} is gone: rank {self.rank} ends too, and nothing is saved. {self._where(positions)}"
+        return (
+            f"rank {gone} is gone: rank {self.rank} ends too, and nothing is saved. "
+            f"{self._where(positions)}"
+        )
 
     def _where(self, positions: list[Position]) -> str:
         return (

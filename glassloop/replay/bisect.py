@@ -1,7 +1,8 @@
 """The place of an update's trouble: rank, pass, row, layer, token.
 
-Each part (a rank's share, a pass, a row alone) gets its own backward; shares add up to g, so a part's gradient norm says how much of the
-update is its doing. What is not finite stands out first; else what is far above the median of the other parts, or of a healthy update's.
+Each part (a rank's share, a pass, a row alone) gets its own backward; shares add up to g, so a
+part's gradient norm says how much of the update is its doing. What is not finite stands out first;
+else what is far above the median of the other parts, or of a healthy update's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Part:
     loss_factor: float | None = None  # over the median of the other parts
     norm_factor: float | None = None
     norm_share: float | None = None  # of the sum of all parts' norms
-    above_healthy: bool = True  # a factor that stands out does so over the healthy update's rows too; True where none is known
+    # A factor that stands out does so over the healthy update's rows too; True where none is known
+    above_healthy: bool = True
 
     @property
     def finite(self) -> bool:
@@ -192,7 +194,8 @@ def row_parts(
     """Each row alone, its share still divided by the update's N.
 
     Args:
-        only: (rank, pass) whose rows are tried; None: all. healthy: median loss a token and gradient norm of a healthy update's rows.
+        only: (rank, pass) whose rows are tried; None: all. healthy: median loss a token and
+            gradient norm of a healthy update's rows.
     """
     parts = enter(scene)
     parts = []

@@ -2,8 +2,8 @@
 
 The first output that is not finite, and norms of adapters, gradients and outputs.
 
-A matrix is compared with itself in a healthy update; without one, with the same projection of the other layers.
-Legend: A (R, in) and B (out, R) of an adapter.
+A matrix is compared with itself in a healthy update; without one, with the same projection of the
+other layers. Legend: A (R, in) and B (out, R) of an adapter.
 """
 
 from __future__ import annotations
@@ -133,9 +133,10 @@ def compare(
 ) -> tuple[MatrixStat, ...]:
     """The stats with their factors.
 
-    Over the healthy update's own, after division by what most matrices of that side grew by: B starts at 0 and grows in every layer, and
-    a larger loss raises every gradient. The lower quartile stands for most, so that one layer of two cannot hide. Without a healthy
-    update: over the median of the same projection and side in the other layers.
+    Over the healthy update's own, after division by what most matrices of that side grew by: B
+    starts at 0 and grows in every layer, and a larger loss raises every gradient. The lower
+    quartile stands for most, so that one layer of two cannot hide. Without a healthy update: over
+    the median of the same projection and side in the other layers.
     """
     if healthy is None:
         return tuple(
@@ -285,7 +286,10 @@ def _not_finite(outputs: Sequence[Output], matrices: Sequence[MatrixStat]) -> La
             continue
         place = f"{output.module} is the first module whose output is not finite"
         if not output.input_finite:
-            place = f"{output.module} is the first module with an input that is not finite (after {before.module if before else 'none'})"
+            place = (
+                f"{output.module} is the first module with an input that is not finite (after "
+                f"{before.module if before else 'none'})"
+            )
         if output.place is not None:
             place += f", first at place {output.place}"
         return LayerFinding("activation", output.module, _layer(output.module), place)

@@ -69,7 +69,8 @@ def make_parts(
     largest = engine.hf.get_base_model().get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
     if odd := [row for row in rows if max(row.input_ids) >= largest]:
         raise ValueError(
-            f"model.id = {config.model.id} knows token ids below {largest}, row {odd[0].row_id} has "
+            f"model.id = {config.model.id} knows token ids below {largest}, row "
+            f"{odd[0].row_id} has "
             f"{max(odd[0].input_ids)}: name the base that the update was made on with --base"
         )
     replica = build_replica(

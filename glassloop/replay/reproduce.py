@@ -1,7 +1,8 @@
 """A recorded update computed again on one process, and compared.
 
-Each rank of the run becomes a virtual one: it gets its own random numbers and passes, and its share of g is summed in rank order. The passes
-go through the training loop's own run_passes. Nothing is written: no run folder, no observer, no tracker.
+Each rank of the run becomes a virtual one: it gets its own random numbers and passes, and its share
+of g is summed in rank order. The passes go through the training loop's own run_passes. Nothing is written: no run folder, no observer, no
+tracker.
 """
 
 from __future__ import annotations
@@ -173,8 +174,10 @@ def fitting_rng(rng_states: Sequence[dict[str, Any]], parts: Parts) -> Iterator[
         foreign = (state.get("cuda") is None) != (parts.replica.device.type != "cuda")
         if foreign and parts.config.lora.dropout > 0:
             raise ValueError(
-                f"lora.dropout = {parts.config.lora.dropout}: dropout masks of a run on {'CPUs' if state.get('cuda') is None else 'GPUs'} "
-                f"cannot be drawn again on {parts.replica.device.type}: replay it on the kind of device that it was made on"
+                f"lora.dropout = {parts.config.lora.dropout}: dropout masks of a run on "
+                f"{'CPUs' if state.get('cuda') is None else 'GPUs'} "
+                f"cannot be drawn again on {parts.replica.device.type}: replay it on the "
+                "kind of device that it was made on"
             )
         yield snapshots.rng_state(parts.replica.device) if foreign else state
 
@@ -232,8 +235,12 @@ class Compared:
     name: str
     recorded: float
     replayed: float
-    off: float  # |difference| relative to the recorded number; 0 where both are the same, or not finite in the same way
-    allowed: float  # FLOOR_FACTOR x what two replays differ by in this number (fp32's last bit at least), x updates carried out
+    # |difference| relative to the recorded number; 0 where both are the same, or not finite in the
+    # same way
+    off: float
+    # FLOOR_FACTOR x what two replays differ by in this number (fp32's last bit at least), x updates
+    # carried out
+    allowed: float
 
     @property
     def reproduces(self) -> bool:
@@ -280,7 +287,8 @@ def reproduce(scene: Scene) -> Reproduction:
     apart = relative_distance(scene.parts.replica.adapters.grad, grad)
     pairs = list(zip(numbers(scene, first), numbers(scene, second), strict=True))
     floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
-    # Where two replays are not the same bit for bit, a number that came out the same twice did so by luck: its last bit may still differ.
+    # Where two replays are not the same bit for bit, a number that came out the same twice did so
+    # by luck: its last bit may still differ.
     least = 0.0 if apart == 0 and not any(floors.values()) else ULP
     compared = []
     for name, value in numbers(scene, first):

@@ -2,8 +2,9 @@
 
 From the nearest earlier checkpoint, or from the beginning.
 
-Whether an update was applied, and with which clip coefficient, is taken from its record, so that skips and reactions of the run are repeated
-and not decided anew. Fresh adapters are a function of the seed, so the beginning needs no checkpoint.
+Whether an update was applied, and with which clip coefficient, is taken from its record, so that
+skips and reactions of the run are repeated and not decided anew. Fresh adapters are a function of
+the seed, so the beginning needs no checkpoint.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ def rerun(
     """The scene of the last update of `chain`, and the updates re-run.
 
     Args:
-        chain: records of one trajectory by number, see recorded.trajectory. overrides: fields that may differ from the checkpoint's config.
+        chain: records of one trajectory by number, see recorded.trajectory. overrides: fields that
+            may differ from the checkpoint's config.
 
     Raises:
-        ValueError: an update on the way is not on record, or rows, base or data are not those of the run.
+        ValueError: an update on the way is not on record, or rows, base or data are not those of
+            the run.
     """
     update = max(chain)
     record = chain[update]
@@ -91,7 +94,8 @@ def rerun(
     done, rng_states, origin = _start(folder, chain, parts, ranks, overrides, notes)
     if missing := [u for u in range(done + 1, update) if u not in chain]:
         raise ValueError(
-            f"{folder} has no record of update {missing[0]}, which lies between {origin} and update {update}"
+            f"{folder} has no record of update {missing[0]}, which lies between {origin} "
+            f"and update {update}"
         )
     say(
         f"from {origin}"
@@ -118,7 +122,8 @@ def rerun(
             OnTheWay(u, relative(carried.loss_nats, loss), relative(carried.grad_norm, norm))
         )
         say(
-            f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm {carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
+            f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm "
+            f"{carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
         )
     parts.replica.scale.value = number(record["loss_scale"]) or 1.0
     none = config.record.text == "none"
@@ -171,7 +176,8 @@ def _start(
     for path, saved in _checkpoints(folder / "checkpoints", chain):
         if saved.base_hash != base_hash:
             raise ValueError(
-                f"model.id = {parts.config.model.id} has changed, or is another base: {path} was made on {saved.base_hash[:16]}, "
+                f"model.id = {parts.config.model.id} has changed, or is another base: "
+                f"{path} was made on {saved.base_hash[:16]}, "
                 f"this is {base_hash[:16]}; name the base that it was made on with --base"
             )
         if saved.update >= update:
@@ -247,7 +253,8 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
             if now != was:
                 is_now = "is not among the rows" if now is None else f"has {now[0]} and {now[1]}"
                 raise ValueError(
-                    f"the data have changed: row {line['row_id']} of update {u} had {was[0]} tokens, {was[1]} supervised, "
+                    f"the data have changed: row {line['row_id']} of update {u} had "
+                    f"{was[0]} tokens, {was[1]} supervised, "
                     f"and now {is_now}: {cure}"
                 )
         passes: list[list[list[int]]] = [
@@ -264,7 +271,8 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
     real = [sum(map(len, batches.share(window, rank))) for rank in range(len(window.passes))]
     if sum(record["rank_passes"]) and real != list(record["rank_real_tokens"]):
         raise ValueError(
-            f"the data have changed: the ranks' rows of update {u} had {record['rank_real_tokens']} tokens, now {real}: {cure}"
+            f"the data have changed: the ranks' rows of update {u} had "
+            f"{record['rank_real_tokens']} tokens, now {real}: {cure}"
         )
     return window
 
@@ -294,7 +302,8 @@ def _other_rows(folder: Path, digest: str) -> list[str]:
         []
         if saved == digest
         else [
-            f"the data have changed: {folder / 'plan.json'} has rows_digest {saved}, now it is {digest}"
+            f"the data have changed: {folder / 'plan.json'} has rows_digest {saved}, now "
+            f"it is {digest}"
         ]
     )
 

@@ -64,12 +64,14 @@ def opening(opened: Opened) -> list[str]:
     lines = wrapped("update", f"{scene.update}, from {scene.origin}")
     lines += wrapped(
         "",
-        f"{len(scene.window.rows)} rows, {scene.supervised_tokens:,} supervised tokens, {passes} passes on {ranks}; lr {scene.lr:.3g}",
+        f"{len(scene.window.rows)} rows, {scene.supervised_tokens:,} supervised tokens, "
+        f"{passes} passes on {ranks}; lr {scene.lr:.3g}",
     )
     if opened.usual is not None:
         lines += wrapped(
             "usual",
-            f"loss {opened.usual[0]:.4f}, gradient norm {opened.usual[1]:.4g} ({opened.usual_from})",
+            f"loss {opened.usual[0]:.4f}, gradient norm {opened.usual[1]:.4g} "
+            f"({opened.usual_from})",
         )
     for note in opened.notes:
         lines += wrapped("note", note)
@@ -101,7 +103,10 @@ def reproduction(opened: Opened, done: Reproduction) -> list[str]:
             ]
         )
     lines += table(["", "recorded", "replayed", "off", "allowed"], body)
-    floors = f"loss {off(done.loss_floor)}, gradient norm {off(done.norm_floor)}, gradient {off(done.grad_floor)}"
+    floors = (
+        f"loss {off(done.loss_floor)}, gradient norm {off(done.norm_floor)}, gradient "
+        f"{off(done.grad_floor)}"
+    )
     return [*lines, f"  noise floor, two replays apart: {floors}"]
 
 
@@ -129,7 +134,8 @@ def bisection(
     if opened.healthy is not None and found.healthy_rows is not None:
         loss, norm = map(number, found.healthy_rows)
         lines += [
-            f"    median row of the healthy update {opened.healthy.update}: loss {loss} a token, gradient norm {norm}"
+            f"    median row of the healthy update {opened.healthy.update}: loss {loss} a "
+            f"token, gradient norm {norm}"
         ]
     than = (
         f"the healthy update {opened.healthy.update}"
@@ -284,13 +290,22 @@ def _reproduces(opened: Opened, done: Reproduction) -> str:
     worst = max((c for c in done.compared if not c.reproduces), key=lambda c: c.off)
     way = next((one for one in opened.on_the_way if max(one.loss_off, one.norm_off) > 0), None)
     if way is not None:
-        why = f"update {way.update}, on the way, was off already by {off(max(way.loss_off, way.norm_off))}"
+        why = (
+            f"update {way.update}, on the way, was off already by "
+            f"{off(max(way.loss_off, way.norm_off))}"
+        )
     elif opened.notes:
         why = opened.notes[0]
     else:
-        why = "rows, adapters, optimizer and random numbers are the recorded ones: look at hardware, kernels and threads"
+        why = (
+            "rows, adapters, optimizer and random numbers are the recorded ones: look at "
+            "hardware, kernels and threads"
+        )
     values = f"was {number(worst.recorded)}, is {number(worst.replayed)}"
-    return f"not reproduced: {worst.name} {values}, off by {off(worst.off)} where {off(worst.allowed)} is allowed ({why})"
+    return (
+        f"not reproduced: {worst.name} {values}, off by {off(worst.off)} where "
+        f"{off(worst.allowed)} is allowed ({why})"
+    )
 
 
 def _stands_out(found: Bisection) -> str:
@@ -302,7 +317,10 @@ def _stands_out(found: Bisection) -> str:
             if not part.finite
             else f"norm {factor(part.norm_factor)}, loss {factor(part.loss_factor)} the median"
         )
-        said = f"row {part.name.removeprefix('row ')} (rank {part.rank}, pass {part.index}) stands out: {amount}"
+        said = (
+            f"row {part.name.removeprefix('row ')} (rank {part.rank}, pass {part.index}) "
+            f"stands out: {amount}"
+        )
     return f"{said}; {found.layer.name} is off" if found.layer is not None else said
 
 

@@ -1,18 +1,20 @@
 """The update again with one thing changed, and a verdict.
 
-The verdict follows from stated rules, in this order. `Sound` is: finite, norm at most NORM_RANGE x and loss at most LOSS_RANGE x the usual
-ones. Where no usual numbers are known, a trial is sound if it is finite and the update as it was is not, or has NORM_RANGE x its norm or
-LOSS_RANGE x its loss. `Harm` is a loss on the same rows that rises by more than RISE in the step.
+The verdict follows from stated rules, in this order. `Sound` is: finite, norm at most NORM_RANGE x
+and loss at most LOSS_RANGE x the usual ones. Where no usual numbers are known, a trial is sound if
+it is finite and the update as it was is not, or has NORM_RANGE x its norm or LOSS_RANGE x its loss.
+`Harm` is a loss on the same rows that rises by more than RISE in the step.
 
     precision   the update as it was is not sound, in fp32 it is
     engine      it is not sound, with eager attention or the reference engine it is
-    data        it is not sound, without the worst row it is, and that row stands out among the rows (see bisect)
+    data        it is not sound, without the worst row it is, and that row stands out (see bisect)
     optimizer   it is sound but its step does harm, and a 32-bit AdamW's step does none
     lr          it is sound but its step does harm, and at half the lr at most half of it
     unresolved  nothing is out of range, or no trial helps
 
-A single step cannot show what rounding of 8-bit moments did in earlier ones: "32-bit AdamW" starts from the same moments, so it differs only
-where the step itself is at fault, and "fresh moments" tells whether the moments are.
+A single step cannot show what rounding of 8-bit moments did in earlier ones: "32-bit AdamW" starts
+from the same moments, so it differs only where the step itself is at fault, and "fresh moments"
+tells whether the moments are.
 """
 
 from __future__ import annotations
@@ -316,7 +318,8 @@ def judge(
     if base.rise <= max(RISE, 4 * noise_floor):
         return Verdict(
             "unresolved",
-            "nothing is out of the usual range, and the step lowers the loss of its rows as a step should",
+            "nothing is out of the usual range, and the step lowers the loss of its rows "
+            "as a step should",
         )
     for name in (ADAMW, FRESH_ADAMW):
         if (trial := trials[name]).loss_after_nats is not None and trial.rise <= max(
@@ -324,13 +327,15 @@ def judge(
         ):
             return Verdict(
                 "optimizer",
-                f"gradient and loss are sound, the step raises the loss by {_share(base.rise)}; {name}: {_share(trial.rise)}",
+                "gradient and loss are sound, the step raises the loss by "
+                f"{_share(base.rise)}; {name}: {_share(trial.rise)}",
             )
     half = trials[HALF_LR]
     if half.loss_after_nats is not None and half.rise <= base.rise / 2:
         return Verdict(
             "lr",
-            f"gradient and loss are sound, the step raises the loss by {_share(base.rise)}; at half the lr: {_share(half.rise)}",
+            "gradient and loss are sound, the step raises the loss by "
+            f"{_share(base.rise)}; at half the lr: {_share(half.rise)}",
         )
     return Verdict(
         "unresolved",
@@ -356,11 +361,17 @@ def _judge_gradient(
         where = f": {found.layer.message}" if found.layer else ""
         return Verdict("unresolved", f"every row is affected, in every trial{where}")
     if found.layer is not None and found.layer.kind in ("weight", "output"):
-        why = f"no change to this update helps: the state that it started from was off already; {found.layer.message}"
+        why = (
+            "no change to this update helps: the state that it started from was off already; "
+            f"{found.layer.message}"
+        )
         return Verdict("unresolved", why, earlier=True)
     losses = [part.loss_nats for part in found.rows if part.loss_nats is not None]
     if usual is not None and median(losses) > LOSS_RANGE * usual[0]:
-        why = f"most rows lie above the usual loss of {usual[0]:.4g}: earlier updates had moved the adapters there"
+        why = (
+            f"most rows lie above the usual loss of {usual[0]:.4g}: earlier updates had moved "
+            "the adapters there"
+        )
         return Verdict("unresolved", why, earlier=True)
     return Verdict(
         "unresolved",

@@ -2,15 +2,16 @@
 
     runs/<name>/capsules/
       update_000037/
-        adapter_before.safetensors    # fp32 LoRA matrices under PEFT's names, as they were before the update
+        adapter_before.safetensors    # fp32 LoRA matrices under PEFT's names, before the update
         optimizer.safetensors  optimizer.json
         rng_rank0.json ...            # one a rank, before its passes
-        capsule.json                  # CapsuleFacts: rows and passes of all ranks, lr, scale, config, versions, what came out
+        capsule.json                  # CapsuleFacts: rows, passes, lr, scale, config, versions, results
         SHA256SUMS                    # of all files above
 
-Rank 0 saves, after the gate and before the optimizer moves. Published by rename like a checkpoint; safetensors and JSON only, nothing is
-pickled. Under record.text = none neither ids nor tokens of rows are written: such a capsule needs the data to be replayed, and knows by a
-digest whether a row still is the one it was.
+Rank 0 saves, after the gate and before the optimizer moves. Published by rename like a checkpoint;
+safetensors and JSON only, nothing is pickled. Under record.text = none neither ids nor tokens of
+rows are written: such a capsule needs the data to be replayed, and knows by a digest whether a row
+still is the one it was.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def facts_of(
     Arguments are named as in health.decision.
 
     Args:
-        scale, finite_updates: of fp16's loss scale, as they were before this update. config: as_dict(config).
+        scale, finite_updates: of fp16's loss scale, as they were before this update. config:
+            as_dict(config).
     """
     reports = gate.reports
     return CapsuleFacts(
@@ -163,8 +165,9 @@ def save_capsule(
 ) -> CapsuleSaved:
     """Publish `folder`/update_NNNNNN, then remove what the caps no longer leave room for.
 
-    Room goes first to the newest bad update, then to the newest healthy one, to those asked for, to older bad ones, to older healthy ones;
-    of equals to the newest. One that would have none is not written.
+    Room goes first to the newest bad update, then to the newest healthy one, to those asked for, to
+    older bad ones, to older healthy ones; of equals to the newest. One that would have none is not
+    written.
 
     Args:
         folder: runs/<name>/capsules; made where it does not exist.
@@ -174,7 +177,8 @@ def save_capsule(
         keep: most capsules in the folder. most_gib: most space of all together, GiB.
 
     Raises:
-        CapsuleNotSaved: names the folder, what the disk said, and the cure. Nothing was published and nothing was removed.
+        CapsuleNotSaved: names the folder, what the disk said, and the cure. Nothing was published
+            and nothing was removed.
     """
     assert len(rng_states) == facts.world_size == len(facts.passes), (
         f"{len(rng_states)} states for {facts.world_size} ranks"
@@ -201,8 +205,10 @@ def save_capsule(
         others = ", ".join(path.name for path in kept) or "none"
         return CapsuleSaved(
             None,
-            note=f"update {facts.update} ({facts.why}, {sizes[target] / 2**30:.2f} GiB) was not kept: record.capsules = {keep} and "
-            f"record.capsules_gib = {most_gib:g} leave no room beside {others}; raise them, or remove capsules from {folder}",
+            note=f"update {facts.update} ({facts.why}, {sizes[target] / 2**30:.2f} GiB) was not "
+            f"kept: record.capsules = {keep} and "
+            f"record.capsules_gib = {most_gib:g} leave no room beside {others}; raise "
+            f"them, or remove capsules from {folder}",
         )
     folders.publish(target, contents, limit=LIMIT)
     removed = [path for path in known if path not in kept]
@@ -213,7 +219,8 @@ def save_capsule(
     except OSError as error:
         return CapsuleSaved(
             target,
-            note=f"{target} is kept, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",
+            note=f"{target} is kept, but {folder} could not be tidied: {error}; "
+            f"{folders.cure(error, LIMIT)}",
         )
     return CapsuleSaved(target, tuple(removed))
 
@@ -296,7 +303,8 @@ def restore_capsule(
 
     Everything is checked before anything changes.
 
-    Raises ValueError naming the capsule and the matrix or field that does not fit. Random numbers are each rank's own: see rng_states.
+    Raises ValueError naming the capsule and the matrix or field that does not fit. Random numbers
+    are each rank's own: see rng_states.
     """
     try:
         flat = flat_from(capsule.matrices, adapters)

@@ -142,7 +142,8 @@ def facts_from(data: bytes, name: str) -> CapsuleFacts:
     plain = from_json(data, name)
     if isinstance(plain, dict) and _whole(plain.get("schema")) and plain["schema"] > SCHEMA:
         raise ValueError(
-            f"{name} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one"
+            f"{name} has schema {plain['schema']} and this glassloop reads up to "
+            f"{SCHEMA}: install a newer one"
         )
     try:
         return _checked(plain)
@@ -240,7 +241,8 @@ def _rows(plain: list[dict[str, Any]]) -> tuple[dict[int, Row], dict[int, str]]:
         )
         if not right or not ids or sum(runs) != len(ids):
             raise ValueError(
-                f"rows[{place}] (number {number}) has no sound row_id, input_ids and supervised_runs"
+                f"rows[{place}] (number {number}) has no sound row_id, input_ids and "
+                "supervised_runs"
             )
         supervised = tuple(index % 2 == 1 for index, run in enumerate(runs) for _ in range(run))
         rows[number] = Row(row_id, tuple(ids), supervised)

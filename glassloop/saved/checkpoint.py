@@ -1,7 +1,7 @@
 """A run on disk between two updates, whole or not at all.
 
     runs/<name>/checkpoints/
-      best.json                       # names the checkpoint with the lowest held-out loss, which pruning never removes
+      best.json                       # the checkpoint with the lowest held-out loss: pruning keeps it
       update_000060/
         adapter_model.safetensors     # fp32 LoRA matrices under PEFT's names; no base weights
         adapter_config.json           # and the tokenizer's files, chat_template.jinja among them
@@ -10,8 +10,8 @@
         state.json                    # RunState
         SHA256SUMS                    # of all files above
 
-Rank 0 saves, every rank loads. Older checkpoints are removed once a new one is published and synced. Safetensors and JSON only;
-nothing is pickled.
+Rank 0 saves, every rank loads. Older checkpoints are removed once a new one is published and
+synced. Safetensors and JSON only; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def save_checkpoint(
         rng_states: rng_state() of every rank, in rank order.
 
     Raises:
-        CheckpointNotSaved: names the folder, what the disk said, and the cure. Nothing was published and nothing was removed.
+        CheckpointNotSaved: names the folder, what the disk said, and the cure. Nothing was
+            published and nothing was removed.
     """
     assert len(rng_states) == state.world_size, (
         f"{len(rng_states)} states of random numbers for {state.world_size} ranks"
@@ -160,7 +161,8 @@ def _tidy(folder: Path, published: Path, keep: int) -> Saved:
         folders.sweep(folder)
     except OSError as error:
         notes = (
-            f"{published} is saved, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",
+            f"{published} is saved, but {folder} could not be tidied: {error}; "
+            f"{folders.cure(error, LIMIT)}",
         )
     return Saved(published, best, tuple(removed), notes)
 
@@ -252,16 +254,21 @@ def load_checkpoint(
 
     Everything is checked before anything changes.
 
-    Call it on every rank, and last: what draws random numbers between it and the next update makes that update another one.
+    Call it on every rank, and last: what draws random numbers between it and the next update makes
+        that update another one.
 
     Args:
-        config: the resumed run's whole config in plain JSON types; fields that say what an update computes must be as they were.
-        allow_changed: such fields that may differ all the same ("schedule.updates"), because the caller has said what that does.
-        reshape: another number of ranks may have saved it. Ranks that it does not know keep their random numbers.
+        config: the resumed run's whole config in plain JSON types; fields that say what an update
+            computes must be as they were.
+        allow_changed: such fields that may differ all the same ("schedule.updates"), because the
+            caller has said what that does.
+        reshape: another number of ranks may have saved it. Ranks that it does not know keep their
+            random numbers.
 
     Raises:
-        ValueError: a file is missing, corrupt or malformed, or ranks, base, config, adapters or optimizer are other ones.
-            Names the checkpoint, the rank, the file or field, and both values. Nothing was changed.
+        ValueError: a file is missing, corrupt or malformed, or ranks, base, config, adapters or
+            optimizer are other ones. Names the checkpoint, the rank, the file or field, and both
+            values. Nothing was changed.
     """
     try:
         contents = folders.read(path, REQUIRED)
@@ -317,7 +324,10 @@ def _check_same_run(
     allow_changed: Collection[str],
 ) -> None:
     if state.world_size != world_size:
-        cure = f"start {state.world_size} (accelerate launch --num_processes {state.world_size}), or go on with {world_size}: --resume.reshape"
+        cure = (
+            f"start {state.world_size} (accelerate launch --num_processes "
+            f"{state.world_size}), or go on with {world_size}: --resume.reshape"
+        )
         raise ValueError(
             f"it was saved by {state.world_size} ranks, this run has {world_size}: {cure}"
         )

@@ -25,7 +25,8 @@ def after_restart(config: Config) -> Config:
 
     It resumes the run of the first start.
 
-    The run is the newest in run.dir that this launcher began. One without a complete checkpoint begins anew, in the same folder.
+    The run is the newest in run.dir that this launcher began. One without a complete checkpoint
+    begins anew, in the same folder.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return config
@@ -61,7 +62,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
 
     None for a new run and for --at 0.
 
-    With a note for each one that was passed over. Raises ValueError where there is none, or it is not complete.
+    With a note for each one that was passed over. Raises ValueError where there is none, or it is
+    not complete.
     """
     if config.resume.run is None:
         return None, ()
@@ -72,7 +74,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
     if checkpoint is None:
         found = "; ".join(notes) or "there is none"
         raise ValueError(
-            f"resume.run = {folder} has no complete checkpoint ({found}): begin it again (--resume {folder} --at 0), or name another folder"
+            f"resume.run = {folder} has no complete checkpoint ({found}): begin it again "
+            f"(--resume {folder} --at 0), or name another folder"
         )
     return checkpoint, notes
 
@@ -131,7 +134,8 @@ def checkpoint_at(folder: Path, update: int) -> Path | None:
         return None
     there = ", ".join(map(str, sorted({0, *found.values()})))
     raise ValueError(
-        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there are {there} (0: from the beginning)"
+        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there "
+        f"are {there} (0: from the beginning)"
     )
 
 
@@ -151,8 +155,10 @@ def position(
     state = read_state(checkpoint)
     if state.update >= plan.updates:
         raise ValueError(
-            f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} updates: there is nothing to go on with; "
-            f"to train further, name more: schedule.updates={2 * plan.updates}; to begin a new schedule from its adapter, start a run with "
+            f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} "
+            "updates: there is nothing to go on with; "
+            f"to train further, name more: schedule.updates={2 * plan.updates}; to begin "
+            "a new schedule from its adapter, start a run with "
             f"--init_adapter {checkpoint}"
         )
     return state.update, state.tracker_ids
@@ -213,5 +219,6 @@ def read_plan(folder: Path, name: str = "plan.json") -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}): put back a copy, or remove it to go on without its rows' digest"
+            f"{path} is damaged ({error}): put back a copy, or remove it to go on without "
+            "its rows' digest"
         ) from None

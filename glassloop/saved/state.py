@@ -1,6 +1,7 @@
 """Adapters, optimizer state and random numbers as tensors and plain JSON.
 
-Each has a function that checks and builds and changes nothing, so that a caller can check every part of a run before it sets one.
+Each has a function that checks and builds and changes nothing, so that a caller can check every
+part of a run before it sets one.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def flat_from(matrices: dict[str, Tensor], adapters: FlatAdapters) -> Tensor:
         matrix = matrices[name]
         if tuple(matrix.shape) != place.shape or matrix.dtype != flat.dtype:
             raise ValueError(
-                f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model {place.shape} {flat.dtype}"
+                f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model "
+                f"{place.shape} {flat.dtype}"
             )
         place.of(flat).copy_(matrix)
     return flat
@@ -154,7 +156,8 @@ def _check_tensors(
             )
         )
         raise ValueError(
-            f"the optimizer state does not fit {type(optimizer).__name__} over {flat.numel()} elements: {odd}"
+            f"the optimizer state does not fit {type(optimizer).__name__} over "
+            f"{flat.numel()} elements: {odd}"
         )
 
 
@@ -169,7 +172,8 @@ def _wanted_tensors(
         return {"exp_avg": (fp32, full), "exp_avg_sq": (fp32, full), "step": (fp32, ())}
     if kind not in ("AdamW8bit", "PagedAdamW8bit"):
         raise ValueError(
-            f"nothing is known of the state of the optimizer {kind}: use adamw_8bit, paged_adamw_8bit, adamw or sgd"
+            f"nothing is known of the state of the optimizer {kind}: use adamw_8bit, "
+            "paged_adamw_8bit, adamw or sgd"
         )
     if not eight_bit:  # bitsandbytes keeps parameters of less than 4096 elements so
         return {"state1": (fp32, full), "state2": (fp32, full)}
