@@ -49,7 +49,10 @@ from glassloop.report.writing import report_at_the_end
 
 
 def update_once(run: Run, u: int) -> Outcome | None:
-    """Do update u and describe it. Return None if a stop interrupted it: nothing changed then.
+    """Do update u and describe it; None if a stop interrupted it.
+
+    Nothing changed then. Raises, on every rank, RanOutOfMemory, ContractBroken or ReplicasDiffer;
+    nothing was applied.
 
     Raises, on every rank, RanOutOfMemory, ContractBroken or ReplicasDiffer; nothing was applied.
     """
@@ -94,7 +97,10 @@ def update_once(run: Run, u: int) -> Outcome | None:
 
 @dataclass(frozen=True)
 class PassSums:
-    """The sums over one rank's passes. Tensors stay on the device until the gate reads them."""
+    """The sums over one rank's passes.
+
+    Tensors stay on the device until the gate reads them.
+    """
 
     loss_sum: Tensor  # () fp32, nats
     row_loss_sums: Tensor  # (R,) fp32, nats
@@ -179,7 +185,10 @@ def run_passes(
 
 
 class RanOutOfMemory(RuntimeError):
-    """Raised on every rank if one ran out of memory; the update has changed nothing."""
+    """Raised on every rank if one ran out of memory.
+
+    The update has changed nothing.
+    """
 
 
 def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
@@ -231,7 +240,10 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
 
 
 def check_contract(run: Run, u: int, n: int, gate: Gate) -> None:
-    """Compare update u's rows, tokens and lr with plan.json. Raises ContractBroken on all ranks."""
+    """Compare update u's rows, tokens and lr with plan.json.
+
+    Raises ContractBroken on all ranks.
+    """
     if n and run.contract is not None:
         names = ("rows", "supervised_tokens", "real_tokens")
         counted = {name: sum(getattr(report, name) for report in gate.reports) for name in names}

@@ -1,6 +1,10 @@
-"""What ranks tell each other in an update: one gather (the gate), one sum of gradients, and two checks that replicas are the same.
+"""The collectives of an update.
 
-Every function works on one rank without a process group. Legend: K numbers of one rank's report, R rows.
+One gather (the gate), one sum of gradients, and two checks that replicas are equal. Every function
+works on one rank without a process group. Legend: K numbers of one rank's report, R rows.
+
+Every function works on one rank without a process group. Legend: K numbers of one rank's report, R
+rows.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank says in the gate, after its passes and before anything is reduced. Counts are of what it really computed."""
+    """One rank's report in the gate, before anything is reduced.
+
+    Counts are of what it really computed.
+    """
 
     whole: bool  # all passes done; False: out of memory, or a stop was asked in mid-update
     out_of_memory: bool
@@ -81,7 +88,9 @@ def is_distributed() -> bool:
 
 
 def gather_reports(own: RankReport, rows_of_ranks: Sequence[int]) -> Gate:
-    """Exchange the ranks' reports: one small all-gather of float64, and one read by the host.
+    """Exchange the ranks' reports.
+
+    One small all-gather of float64, and one read by the host.
 
     Args:
         own: this rank's report; it may lack rows whose passes were not finished, they count as 0.
@@ -109,10 +118,13 @@ def _all_gather(values: Tensor) -> Tensor:
 
 
 def first_difference(parts: Sequence[tuple[str, Tensor]], bit_sums: Tensor) -> str:
-    """Where replicas part: name and index of the first differing entry, with each rank's value. All ranks take part.
+    """Name the first entry in which replicas differ, with each rank's value.
+
+    All ranks take part.
 
     Args:
-        parts: (name, flat tensor) of everything that replicas share, the same names and sizes on every rank.
+        parts: (name, flat tensor) of everything that replicas share, the same names and sizes on
+            every rank.
         bit_sums: (K,) int64, an exact checksum of each part on this rank.
     """
     sums = _all_gather(bit_sums)  # (ranks, K)
@@ -136,7 +148,10 @@ def first_difference(parts: Sequence[tuple[str, Tensor]], bit_sums: Tensor) -> s
 
 
 def reduce_gradients(grad: Tensor) -> None:
-    """Sum the flat gradient over ranks, in place: afterwards `grad` is the g of the formula on every rank."""
+    """Sum the flat gradient over ranks, in place.
+
+    Afterwards `grad` is the g of the formula on every rank.
+    """
     if is_distributed():
         dist.all_reduce(grad, op=dist.ReduceOp.SUM)
 
@@ -157,7 +172,10 @@ def require_same(what: str, value: int | float | str, cure: str) -> None:
 
 
 def leave() -> None:
-    """End the process group, if there is one: gloo's threads abort a process that exits without it."""
+    """End the process group, if there is one.
+
+    gloo's threads abort a process that exits without it.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -173,9 +191,12 @@ def gather_objects(value: object) -> list:
 
 @contextlib.contextmanager
 def all_or_none(what: str) -> Iterator[None]:
-    """Run a block on every rank; if it fails on one, every rank raises and names that rank, so that none waits for it.
+    """Run a block on every rank; if one fails, all raise.
 
-    A rank whose own block went well raises ValueError where the others only refused what a user gave (ValueError), else RuntimeError.
+    The error names the rank that failed, and no rank waits for it.
+
+    A rank whose own block went well raises ValueError where the others only refused what a user
+    gave (ValueError), else RuntimeError.
     """
     failure: BaseException | None = None
     try:
@@ -199,9 +220,12 @@ def all_or_none(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_first(is_first: bool) -> Iterator[None]:
-    """A block that the rank of each host with `is_first` runs before the host's others. All ranks take part, whatever happens in the block.
+    """A block that one rank of each host runs before the others.
 
-    Accelerate's own names a GPU by the rank's place on its host, which two ranks that share a card do not have.
+    All ranks take part, whatever happens in the block.
+
+    Accelerate's own names a GPU by the rank's place on its host, which two ranks that share a card
+    do not have.
     """
     if not is_first:
         gather_objects(None)
@@ -215,7 +239,10 @@ def one_first(is_first: bool) -> Iterator[None]:
 def in_turn(
     first: Callable[[], AbstractContextManager[Any]], action: Callable[[], T], what: str
 ) -> T:
-    """What `action` gives, done by one rank of a host before the others (`first`). Where it fails on a rank, every rank raises and none waits."""
+    """Call `action` on one rank of each host before the others.
+
+    Returns what it returns. If it fails on a rank, every rank raises and none waits.
+    """
     failure: Exception | None = None
     result: list[T] = []
     with first():
@@ -230,9 +257,10 @@ def in_turn(
 
 
 def rank_cosine(norms: Sequence[float], total: float) -> float | None:
-    """Mean cosine between ranks' shares of the gradient, weighted by the products of their norms.
+    """Mean cosine between ranks' shares of the gradient, weighted by their norms.
 
-    From |sum g_r|^2 = sum |g_r|^2 + sum over pairs of 2 |g_r| |g_s| cos. None with one rank, or where fewer than two ranks have a gradient.
+    From |sum g_r|^2 = sum |g_r|^2 + sum over pairs of 2 |g_r| |g_s| cos. None with one rank, or
+    where fewer than two ranks have a gradient.
     """
     products = sum(norms) ** 2 - sum(
         norm * norm for norm in norms

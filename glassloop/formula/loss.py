@@ -1,4 +1,6 @@
-"""Token cross-entropy, summed: the `loss_sum` of the formula. A reference and a chunked form with one signature.
+"""Token cross-entropy, summed: the `loss_sum` of the formula.
+
+A reference and a chunked form with one signature.
 
 Legend: B rows, T tokens, H hidden size, V vocabulary, S supervised places, C places of a chunk.
 """
@@ -11,13 +13,16 @@ from torch import Tensor
 
 from glassloop.data.rows import IGNORE
 
-CHUNK_TOKENS = 512  # (512, 128256) fp32 logits are 0.25 GiB; fewer rows leave the head's matrix product bound by memory
+# (512, 128256) fp32 logits are 0.25 GiB; fewer rows leave the head's matrix product bound by memory
+CHUNK_TOKENS = 512
 
 
 def token_loss_sums_reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_of: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats summed over supervised places, by plain torch: all logits at once, in fp32.
+    """Cross-entropy in nats summed over supervised places, by plain torch.
+
+    All logits at once, in fp32.
 
     Args:
         hidden: (B, T, H), the decoder's output after its last norm.
@@ -26,7 +31,8 @@ def token_loss_sums_reference(
         row_of: (B, T) int64, index of the row that a place belongs to. rows: how many there are.
 
     Returns:
-        loss_sum () fp32, differentiable in hidden; row_loss_sums (rows,) fp32, detached. 0 where nothing is supervised.
+        loss_sum () fp32, differentiable in hidden; row_loss_sums (rows,) fp32, detached. 0 where
+        nothing is supervised.
     """
     logits = F.linear(hidden, weight, bias).float()  # (B, T, V)
     losses = F.cross_entropy(
@@ -46,14 +52,15 @@ def token_loss_sums(
     places: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """The same sums as `token_loss_sums_reference`, with logits of supervised places only, `chunk_tokens` at a time.
+    """The sums of `token_loss_sums_reference`, in chunks of supervised places.
 
-    The head is frozen: its gradient is not computed. The gradient in hidden is computed beside the loss, since the logits are at hand then.
+    The head is frozen: its gradient is not computed. The gradient in hidden is computed beside the
+    loss, since the logits are at hand then.
     Matrix products run in the weight's dtype, the softmax in fp32.
 
     Args:
-        places: (S,) int64, flat indices of the supervised places, where the caller knows them; None: found here, at the
-            price of one wait for the device.
+        places: (S,) int64, flat indices of the supervised places, where the caller knows them;
+            None: found here, at the price of one wait for the device.
     """
     if places is None:
         places = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (S,)
@@ -65,10 +72,13 @@ def token_loss_sums(
 
 
 def sums_by_row(losses: Tensor, owner: Tensor, rows: int) -> Tensor:
-    """Each row's sum of its places' losses, (rows,) fp32. losses: (S,) fp32. owner: (S,) int64, each place's row.
+    """Each row's sum of its places' losses, (rows,) fp32.
 
-    A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to fp32, so a row's sum has, all but
-    always, the same bits.
+    Args:
+        losses: (S,) fp32. owner: (S,) int64, each place's row.
+
+    A GPU adds in whatever order its threads come. In fp64 that order is lost in the rounding to
+    fp32, so a row's sum has, all but always, the same bits.
     """
     return (
         torch.zeros(rows, dtype=torch.float64, device=losses.device)
@@ -86,7 +96,13 @@ def chunked_cross_entropy(
     wants_grad: bool,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of each place, (S,) fp32, and if wanted the gradient of its sum in hidden (S, H). labels: (S,) int64."""
+    """Cross-entropy of each place, (S,) fp32.
+
+    With it, if wanted, the gradient of its sum in hidden, (S, H).
+
+    Args:
+        labels: (S,) int64.
+    """
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (S,)
     grad_hidden = torch.empty_like(hidden) if wants_grad else None  # (S, H)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -109,7 +125,10 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Per-place cross-entropy. Only the gradient of a sum is supported: every place has the same incoming gradient."""
+    """Per-place cross-entropy.
+
+    Only the gradient of a sum is supported: every place has the same incoming gradient.
+    """
 
     @staticmethod
     def forward(

@@ -1,6 +1,7 @@
-"""One flat fp32 buffer for all adapters, its optimizer, and fp16's loss scale.
+"""One flat fp32 buffer of all adapters, its optimizer, fp16's loss scale.
 
-Every engine trains this buffer: PEFT's parameters and their gradients are views of it, so one reduction, one norm and one optimizer launch
+Every engine trains this buffer: PEFT's parameters and their gradients are views of it, so one
+reduction, one norm and one optimizer launch
 serve them all, and the 8-bit state is one tensor.
 """
 
@@ -20,7 +21,7 @@ ALIGNMENT = (
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one adapter matrix lies in the flat buffer."""
+    """The place of one adapter matrix in the flat buffer."""
 
     offset: int
     shape: tuple[int, ...]
@@ -30,7 +31,7 @@ class Slice:
         return math.prod(self.shape)
 
     def of(self, flat: Tensor) -> Tensor:
-        """The matrix, as a view of a tensor laid out like the flat buffer."""
+        """The matrix, as a view of a tensor like the flat buffer."""
         return flat[self.offset : self.offset + self.size].view(self.shape)
 
 
@@ -38,7 +39,8 @@ class FlatAdapters:
     """All trainable parameters as views of one vector.
 
     Attributes:
-        flat: (N,) fp32 Parameter. Padding between matrices belongs to nobody: an 8-bit state has no exact 0, so it may drift a little.
+        flat: (N,) fp32 Parameter. Padding between matrices belongs to nobody: an 8-bit state has no
+            exact 0, so it may drift a little.
         grad: (N,) fp32; `flat.grad` is this tensor, and each parameter's `.grad` a view of it.
         slices: name -> Slice, in the model's order.
     """
@@ -52,7 +54,8 @@ class FlatAdapters:
         for name, p in self.parameters.items():
             if p.dtype != torch.float32:
                 raise ValueError(
-                    f"{name} is {p.dtype}: adapters are trained in fp32, or small steps are rounded away"
+                    f"{name} is {p.dtype}: adapters are trained in fp32, or small steps "
+                    "are rounded away"
                 )
             self.slices[name] = Slice(offset, tuple(p.shape))
             offset += -(-p.numel() // ALIGNMENT) * ALIGNMENT
@@ -72,11 +75,14 @@ class FlatAdapters:
         return sum(s.size for s in self.slices.values())
 
     def zero_grad(self) -> None:
-        """Set every gradient to 0 and keep the views (an optimizer's own zero_grad drops them)."""
+        """Set every gradient to 0 and keep the views.
+
+        An optimizer's own zero_grad drops them.
+        """
         self.grad.zero_()
 
     def check_views(self) -> None:
-        """Raise RuntimeError if a parameter or gradient no longer is a view of the flat buffers."""
+        """Raise RuntimeError if a parameter or gradient left the flat buffers."""
         for name, p in self.parameters.items():
             place = self.slices[name]
             if p.data_ptr() != place.of(self.flat.data).data_ptr():
@@ -87,7 +93,10 @@ class FlatAdapters:
                 )
 
     def checksum(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """() int64 below 2**48 of adapters and optimizer state, exact in any order of adding; equal on replicas that agree."""
+        """Checksum of adapters and optimizer state, () int64 below 2**48.
+
+        Exact in any order of adding; equal on replicas that agree.
+        """
         tensors = [self.flat.data, *(value for _, value in state_tensors(optimizer, self.flat))]
         total = torch.zeros((), dtype=torch.int64, device=self.flat.device)
         for index, tensor in enumerate(tensors):  # weights, so that two that were exchanged show
@@ -95,7 +104,10 @@ class FlatAdapters:
         return total % (1 << 48)
 
     def parts(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-        """(name, flat view) of each adapter matrix and of its optimizer state, in the model's order: what replicas must share."""
+        """The tensors that replicas share, as (name, flat view).
+
+        Each adapter matrix and its optimizer state, in the model's order.
+        """
         tensors = state_tensors(optimizer, self.flat)
         found = []
         for name, place in self.slices.items():
@@ -115,7 +127,10 @@ class FlatAdapters:
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """() int64: sum of a tensor's bits, read as integers of 1 or 4 bytes."""
+    """Sum of a tensor's bits, read as integers, () int64.
+
+    The integers have 4 bytes if the tensor's size allows it, else 1.
+    """
     bits = tensor.detach().reshape(-1)
     if bits.numel() * bits.element_size() % 4 == 0:
         bits = bits.view(torch.int32)
@@ -123,7 +138,10 @@ def bit_sum(tensor: Tensor) -> Tensor:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[tuple[str, Tensor]]:
-    """(kind, tensor) of an optimizer's state over the flat buffer, by kind; empty before its first step."""
+    """An optimizer's state over the flat buffer, as (kind, tensor) by kind.
+
+    Empty before its first step.
+    """
     return sorted(
         (kind, value)
         for kind, value in optimizer.state.get(flat, {}).items()
@@ -132,7 +150,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[tuple[
 
 
 def l2_norm(flat: Tensor) -> Tensor:
-    """() float64: L2 norm of a flat vector; accumulated in float64, since fp32 is off by 3e-3 at 42 M entries on a CPU."""
+    """L2 norm of a flat vector, () float64.
+
+    It is accumulated in float64: fp32 is off by 3e-3 at 42 M entries on a CPU.
+    """
     return torch.linalg.vector_norm(flat, dtype=torch.float64)
 
 
@@ -146,7 +167,10 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the flat buffer: adamw_8bit, paged_adamw_8bit (bitsandbytes), adamw, sgd (torch)."""
+    """Make the optimizer over the flat buffer.
+
+    adamw_8bit and paged_adamw_8bit are bitsandbytes', adamw and sgd torch's.
+    """
     betas = (beta1, beta2)
     if name == "sgd":
         return torch.optim.SGD([flat], lr=lr, weight_decay=weight_decay)
@@ -163,7 +187,11 @@ def make_optimizer(
 
 
 class LossScale:
-    """fp16's dynamic loss scale: halved on overflow, doubled after `growth_updates` finite updates in a row; 1 and fixed otherwise."""
+    """fp16's dynamic loss scale.
+
+    Halved on overflow, doubled after `growth_updates` finite updates in a row. Without fp16 it is 1
+    and stays so.
+    """
 
     def __init__(self, initial: float, growth_updates: int, enabled: bool):
         self.enabled = enabled

@@ -1,4 +1,6 @@
-"""What an update shows and what all ranks decide: detectors, probes, noise scale.
+"""Read-only checks on an update, and the decision of all ranks.
+
+Detectors, probes, noise scale. May import config, data, formula, record and stats.
 
 May import formula, data, record and stats.
 """

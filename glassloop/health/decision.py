@@ -1,4 +1,7 @@
-"""What becomes of an update: the decision on its numbers, and its record. Pure functions of what every rank knows after the gate."""
+"""The decision on an update's numbers, and its record.
+
+Pure functions of what every rank knows after the gate.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from glassloop.record.records import ProbeRecord, RowRecord, UpdateRecord
 
 @dataclass(frozen=True)
 class Terms:
-    """The formula's terms in one update, the same on every rank, and what was read beside them.
+    """The formula's terms in one update, the same on every rank.
+
+    With them what was read beside: times, noise scale, probe.
 
     Attributes:
         times: host clock at start, after the gate, after the norm, at the end, in s.
@@ -34,24 +39,30 @@ class Terms:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do with an update, taken alike before the optimizer moves."""
+    """The decision of all ranks on an update, before the optimizer moves."""
 
     reason: str | None  # why it is not applied; None: it is
     max_norm: float | None  # what g is clipped to
     findings: tuple[Finding, ...] = ()
-    nonfinite: bool = False  # loss, gradient or adapters are not finite, and fp16's loss scale does not explain it
+    # loss, gradient or adapters are not finite, and fp16's loss scale does not explain it
+    nonfinite: bool = False
     overflow: bool = False  # fp16's loss scale was too high: part of how it works
     ends: bool = False  # the run ends here
 
     @property
     def bad(self) -> str | None:
-        """Why the update is worth keeping: "nonfinite" or the kind of the first finding; None for a sound one."""
+        """The reason to keep the update; None for a sound one.
+
+        "nonfinite", or the kind of the first finding.
+
+        "nonfinite", or the kind of the first finding.
+        """
         return "nonfinite" if self.nonfinite else self.findings[0].kind if self.findings else None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One carried-out update."""
+    """The result of one update."""
 
     record: UpdateRecord
     rows: tuple[RowRecord, ...]
@@ -61,7 +72,10 @@ class Outcome:
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
-    """c of the formula: min(1, max_norm / norm); 1 without clipping or gradient."""
+    """c of the formula: min(1, max_norm / norm).
+
+    1 without clipping or gradient.
+    """
     return min(1.0, max_norm / norm) if max_norm is not None and norm > 0 else 1.0
 
 
@@ -77,7 +91,9 @@ def decide(
     broken_weight: str | None,
     max_norm: float | None,
 ) -> Decision:
-    """Whether the update is applied, and to what it is clipped: from numbers that every rank has, so that all decide alike.
+    """Decide whether the update is applied, and what it is clipped to.
+
+    All numbers are known on every rank, so that all decide alike.
 
     Args:
         left_out: the window was taken out of the run on demand.
@@ -114,14 +130,14 @@ def decide(
 
 
 def signals_of(window: Window, gate: Gate, terms: Terms) -> Signals:
-    """What the detectors look at."""
+    """The numbers that the detectors look at."""
     return Signals(
         window.update, terms.lr, len(window.rows), terms.n, gate.loss_sum / terms.n, terms.norm
     )
 
 
 def reaction_to(kind: str, stability: StabilityConfig) -> str:
-    """warn | clip | skip | stop, as configured for a kind of finding."""
+    """The configured reaction to a finding: warn, clip, skip or stop."""
     reactions = {
         "vanishing_gradient": stability.on_vanishing,
         "no_learning": stability.on_no_learning,
@@ -133,7 +149,7 @@ def reaction_to(kind: str, stability: StabilityConfig) -> str:
 def _nonfinite(
     batches: Batches, window: Window, gate: Gate, broken_weight: str | None, terms: Terms
 ) -> str | None:
-    """What is not finite, or None. It names rank, pass and rows."""
+    """Name what is not finite, with rank, pass and rows, or None."""
     if broken_weight is not None:
         return f"adapters are not finite before the update: {broken_weight} is the first"
     bad = [
@@ -158,7 +174,10 @@ def _nonfinite(
         rank for rank, report in enumerate(gate.reports) if not math.isfinite(report.grad_norm)
     ]
     rows = [row for rank in ranks for one in window.passes[rank] for row in one]
-    return f"gradient is not finite on rank {', '.join(map(str, ranks))}, the loss is: rows {_names(batches, rows)}"
+    return (
+        f"gradient is not finite on rank {', '.join(map(str, ranks))}, the loss is: rows "
+        f"{_names(batches, rows)}"
+    )
 
 
 def describe(
@@ -169,7 +188,9 @@ def describe(
     terms: Terms,
     attempt: int,
 ) -> Outcome:
-    """The records of an update and of its rows, from the numbers that the update used.
+    """Make the records of an update and of its rows.
+
+    They hold the numbers that the update itself used.
 
     Args:
         attempt: 1, or higher if a resumed run re-runs the update.
@@ -229,7 +250,7 @@ def describe(
 
 
 def _places(window: Window, rank: int) -> list[tuple[int, int]]:
-    """(pass, row) of each of a rank's rows, in the order of its report."""
+    """(pass, row) of each of a rank's rows, in its report's order."""
     return [(index, row) for index, rows in enumerate(window.passes[rank]) for row in rows]
 
 

@@ -38,7 +38,10 @@ class Inspection:
         return every is not None and update % every == 0
 
     def half_way(self, window: Window) -> int | None:
-        """The pass after which a lone rank's gradient is read for the noise scale; None where nothing is read."""
+        """The pass after which a lone rank's gradient is copied; None: none.
+
+        The noise scale needs it.
+        """
         passes = next(iter(window.passes))
         return (
             len(passes) // 2 - 1
@@ -49,7 +52,7 @@ class Inspection:
     def decide(
         self, batches: Batches, window: Window, gate: Gate, adapters: FlatAdapters, terms: Terms
     ) -> Decision:
-        """What becomes of the update; its numbers then belong to what later ones are compared with."""
+        """Decide on the update, and remember its numbers for later ones."""
         finite = all(math.isfinite(report.largest_weight) for report in gate.reports)
         decision = decide(
             batches,
@@ -70,7 +73,9 @@ class Inspection:
     def note_noise(
         self, gate: Gate, grad: Tensor, terms: Terms, half: tuple[Tensor, int] | None
     ) -> float | None:
-        """Add the update's parts (ranks or halves) to the noise scale; return it, in tokens.
+        """Add the update's parts to the noise scale; return it, in tokens.
+
+        Parts are ranks, or halves of a lone rank's passes.
 
         Call it while `grad` is g * scale. Returns None if the update has no known parts: under ddp
         with several ranks, between probes of one rank.
@@ -91,7 +96,7 @@ class Inspection:
         return self.noise.tokens
 
     def capsule_reason(self, update: int, gate: Gate, decision: Decision) -> str | None:
-        """Why this update is kept whole, or None."""
+        """The reason to keep this update whole, or None."""
         if self.record.capsules == 0:
             return None
         if decision.bad is not None:
@@ -113,7 +118,10 @@ class Inspection:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`; one of an older checkpoint may lack parts. Raises ValueError where it is malformed."""
+        """Restore `state()`; that of an older checkpoint may lack parts.
+
+        Raises ValueError if it is malformed.
+        """
         if "detectors" in state:
             self.detectors.restore(state["detectors"])
         if "noise" in state:

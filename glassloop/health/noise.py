@@ -1,23 +1,28 @@
-"""Gradient noise scale: how many supervised tokens an update needs before more of them stop helping much.
+"""Gradient noise scale: supervised tokens beyond which more stop helping much.
 
-After McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162), appendix A, for parts of unequal size.
+After McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162),
+appendix A, for parts of unequal size.
 
-Let each supervised token have a gradient with mean G and covariance Sigma. An update has N tokens in P parts (ranks, or the halves of a
-window); part p has n_p of them, and its share of the update's gradient is s_p = sum of its tokens' gradients / N, so that g = sum of s_p.
-The part's own mean gradient is m_p = s_p N / n_p. Then
+Let each supervised token have a gradient with mean G and covariance Sigma. An update has N tokens
+in P parts (ranks, or the halves of a window); part p has n_p of them, and its share of the update's
+gradient is s_p = sum of its tokens' gradients / N, so that g = sum of s_p. The part's own mean
+gradient is m_p = s_p N / n_p. Then
 
     E |m_p|^2 = |G|^2 + tr(Sigma) / n_p          E |g|^2 = |G|^2 + tr(Sigma) / N
 
     E [ sum_p n_p |m_p - g|^2 ]  =  E [ sum_p n_p |m_p|^2 - N |g|^2 ]  =  (P - 1) tr(Sigma)
 
-because sum_p n_p m_p = N g. With n_p |m_p|^2 = N^2 |s_p|^2 / n_p this gives two estimates without bias out of numbers that an update has anyway:
+because sum_p n_p m_p = N g. With n_p |m_p|^2 = N^2 |s_p|^2 / n_p this gives two estimates without
+bias out of numbers that an update has anyway:
 
     tr(Sigma) ~ within = (sum_p N^2 |s_p|^2 / n_p - N |g|^2) / (P - 1)
     |G|^2     ~ |g|^2 - within / N
 
-Weighting by n_p is what makes ragged parts right. Each estimate is noisy and their ratio is biased, so both are smoothed first and divided
-then: B_simple = tr(Sigma) / |G|^2, in supervised tokens. The tokens of a row are not independent of each other, rows are: the number is
-then larger than for independent tokens by the same factor by which windows are noisier, and stays the right one to compare with N.
+Weighting by n_p is what makes ragged parts right. Each estimate is noisy and their ratio is biased,
+so both are smoothed first and divided then: B_simple = tr(Sigma) / |G|^2, in supervised tokens. The
+tokens of a row are not independent of each other, rows are: the number is then larger than for
+independent tokens by the same factor by which windows are noisier, and stays the right one to
+compare with N.
 """
 
 from __future__ import annotations
@@ -32,14 +37,17 @@ DECAY = 0.95  # of the exponential means: the last 20 updates carry 64 % of the 
 def estimates(
     part_norms: Sequence[float], part_tokens: Sequence[int], norm: float
 ) -> tuple[float, float] | None:
-    """(tr(Sigma) of one token, |G|^2) from one update, both without bias; either may come out negative.
+    """Estimate (tr(Sigma) of one token, |G|^2) from one update.
+
+    Both are without bias; either may come out negative.
 
     Args:
         part_norms: |s_p|, each part's share of g, before clipping and without fp16's loss scale.
         part_tokens: n_p, supervised tokens. Parts without any are left out.
         norm: |g|.
 
-    Returns None where fewer than two parts have tokens, or a number is not finite: the update says nothing.
+    Returns None where fewer than two parts have tokens, or a number is not finite: the update says
+    nothing.
     """
     parts = [
         (share, tokens) for share, tokens in zip(part_norms, part_tokens, strict=True) if tokens > 0
@@ -54,7 +62,7 @@ def estimates(
 
 
 class NoiseScale:
-    """The two estimates, smoothed over updates by an exponential mean, and their ratio."""
+    """The two estimates, smoothed over updates, and their ratio."""
 
     def __init__(self, decay: float = DECAY) -> None:
         """decay: weight that the past keeps at each update, in [0, 1)."""
@@ -70,7 +78,10 @@ class NoiseScale:
         self.updates = 0  # that were counted
 
     def add(self, part_norms: Sequence[float], part_tokens: Sequence[int], norm: float) -> None:
-        """Take in one update; arguments as in `estimates`. One that says nothing changes nothing."""
+        """Add one update; one that says nothing changes nothing.
+
+        Arguments as in `estimates`.
+        """
         found = estimates(part_norms, part_tokens, norm)
         if found is None:
             return
@@ -81,7 +92,10 @@ class NoiseScale:
 
     @property
     def tokens(self) -> float | None:
-        """B_simple in supervised tokens; None before the first update, and while a smoothed estimate is not above 0 (noise drowns G)."""
+        """B_simple in supervised tokens, or None.
+
+        None before the first update, and while a smoothed estimate is not above 0 (noise drowns G).
+        """
         return self.within / self.squared if self.squared > 0 and self.within > 0 else None
 
     def state(self) -> dict[str, Any]:
@@ -89,7 +103,7 @@ class NoiseScale:
         return {"within": self.within, "squared": self.squared, "updates": self.updates}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`. Raises ValueError where it is malformed; nothing has changed then."""
+        """Restore `state()`. Raises ValueError, and changes nothing, if it is malformed."""
         try:
             within, squared, updates = (
                 float(state["within"]),

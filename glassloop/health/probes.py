@@ -1,6 +1,9 @@
-"""Read-only probes of an update: norms of every adapter matrix's gradient, weight and step, and of the change that they make to the model.
+"""Read-only probes of every adapter matrix in an update.
 
-Matrices are taken many at a launch: one at a time, an 8B model's 448 cost the host 122 ms, a third of a short update (benchmarks/NOTES.md).
+Norms of its gradient, weight and step, and of the change that they make to the model.
+
+Matrices are taken many at a launch: one at a time, an 8B model's 448 cost the host 122 ms, a third
+of a short update (benchmarks/NOTES.md).
 
 Legend: R rank of the adapters, M adapter matrices, K adapted modules.
 """
@@ -25,7 +28,10 @@ ELEMENTS = (
 
 @dataclass(frozen=True)
 class Before:
-    """What has to be read before the optimizer moves. One copy of the adapters is all the memory that a probe holds until then."""
+    """The part of a probe that is read before the optimizer moves.
+
+    One copy of the adapters is all the memory that a probe holds until then.
+    """
 
     weights: Tensor  # (N,) fp32, a copy of the flat adapters
     grad_norms: Tensor  # (M,) float64, unscaled
@@ -33,7 +39,10 @@ class Before:
 
 
 def read_before(adapters: FlatAdapters, scale: float) -> Before:
-    """Call it when `adapters.grad` is g of the formula, times fp16's loss scale, and before it is clipped."""
+    """Begin a probe while `adapters.grad` is g times fp16's loss scale.
+
+    Call it before the gradient is clipped.
+    """
     return Before(
         weights=adapters.flat.detach().clone(),
         grad_norms=_norms(adapters, adapters.grad) / scale,
@@ -50,7 +59,11 @@ def read_after(
     scaling: float,
     attempt: int,
 ) -> ProbeRecord:
-    """The probe of an update after its step. scaling: alpha / r. One read by the host."""
+    """Finish a probe after the step, with one read by the host.
+
+    Args:
+        scaling: alpha / r.
+    """
     names = tuple(map(short_name, adapters.slices))
     pairs = [
         (i, j)
@@ -97,13 +110,13 @@ def read_after(
 
 
 def short_name(name: str) -> str:
-    """base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight -> layers.0.self_attn.q_proj.A"""
+    """A parameter's name as records have it: layers.0.self_attn.q_proj.A."""
     inner = re.sub(r"^(base_model\.)?(model\.)*", "", name)
     return re.sub(r"\.lora_([AB])(\.default)?\.weight$", r".\1", inner)
 
 
 def first_nonfinite(adapters: FlatAdapters) -> str | None:
-    """Short name of the first adapter matrix with an entry that is not finite."""
+    """Short name of the first adapter matrix that is not finite."""
     for name, place in adapters.slices.items():
         if not bool(torch.isfinite(place.of(adapters.flat.detach())).all()):
             return short_name(name)
@@ -111,7 +124,10 @@ def first_nonfinite(adapters: FlatAdapters) -> str | None:
 
 
 def _norms(adapters: FlatAdapters, flat: Tensor, order: int = 2) -> Tensor:
-    """(M,) float64: each matrix's L2 norm, or the sum of its absolute entries (order 1)."""
+    """Each matrix's L2 norm, or sum of absolute entries (order 1).
+
+    (M,) float64.
+    """
     views = [place.of(flat) for place in adapters.slices.values()]
     return torch.stack(torch._foreach_norm(views, order, torch.float64))  # pyright: ignore[reportPrivateImportUsage]
 
@@ -119,9 +135,12 @@ def _norms(adapters: FlatAdapters, flat: Tensor, order: int = 2) -> Tensor:
 def _delta_norms(
     adapters: FlatAdapters, before: Tensor, pairs: list[tuple[int, int]]
 ) -> tuple[list[int], Tensor]:
-    """|B'A' - BA| of every module, modules of the same shapes together: where each stands in `pairs`, and (K,) float64 in that order.
+    """B'A' - BA| of every module, modules of the same shapes together.
 
-    From products of size (2R, 2R): B'A' - BA = [B', B' - B] [A' - A; A], and |XY|^2 = <X^T X, Y Y^T>.
+    Returns where each stands in `pairs`, and (K,) float64 in that order.
+
+    From products of size (2R, 2R): B'A' - BA = [B', B' - B] [A' - A; A], and |XY|^2 = <X^T X, Y
+    Y^T>.
     """
     places, new = list(adapters.slices.values()), adapters.flat.detach()
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}

@@ -1,9 +1,13 @@
-"""Detectors: does an update look like the ones before it, before the optimizer moves? Plain float arithmetic, so that all ranks decide alike.
+"""Detectors: compare an update with the ones before, before the optimizer moves.
 
-Spikes are judged on logarithms, against a line through the last `window_updates` sound whole windows, with Student's t for a new value (so the
-size of the window counts), and only from LEAST_ENTRIES on and after warmup. A tail of few rows may scatter more, and its norm lie higher, by
-sqrt(rows_per_update / rows). What the defaults did, measured by benchmarks/detectors.py (results beside it): 48 clean runs of 60 updates of a
-tiny Llama, 2,640 updates after warmup, 576 tails, 16 rows a window; then faults planted into their numbers.
+Plain float arithmetic, so that all ranks decide alike.
+
+Spikes are judged on logarithms, against a line through the last `window_updates` sound whole
+windows, with Student's t for a new value (so the size of the window counts), and only from
+LEAST_ENTRIES on and after warmup. A tail of few rows may scatter more, and its norm lie higher, by
+sqrt(rows_per_update / rows). What the defaults did, measured by benchmarks/detectors.py (results
+beside it): 48 clean runs of 60 updates of a tiny Llama, 2,640 updates after warmup, 576 tails, 16
+rows a window; then faults planted into their numbers.
 
 | finding | told when | false alarms | seen |
 | --- | --- | --- | --- |
@@ -16,10 +20,12 @@ tiny Llama, 2,640 updates after warmup, 576 tails, 16 rows a window; then faults
 | diverged | 1.5 x the higher of the first two losses, 5 whole windows in a row, warmup too | 0 | loss at 1.5 x 33 %, 2 x and 3 x all: |
 | | | | at the fifth whole window |
 
-That one run fell too little to tell from flat: losses scatter by 8 % there, and runs like it fall by less than 2 % over 40 updates. On drawn series
-with normal scatter up to 20 % the spike detectors raised 2 false alarms in 198,000 updates; with heavy tails (Student's t, 4 degrees) 163, about
-1 in 1,200: `on_spike` = warn is the default for that reason. Of 150 drawn series of 200 updates none was told to have diverged where losses scatter
-by 20 % and never fall, 7 where they scatter by 30 %. A lightest row at x50 is seen in 83 %, since it weighs little in the mean.
+That one run fell too little to tell from flat: losses scatter by 8 % there, and runs like it fall
+by less than 2 % over 40 updates. On drawn series with normal scatter up to 20 % the spike detectors raised 2 false alarms in 198,000 updates; with
+heavy tails (Student's t, 4 degrees) 163, about 1 in 1,200: `on_spike` = warn is the default for
+that reason. Of 150 drawn series of 200 updates none was told to have diverged where losses scatter
+by 20 % and never fall, 7 where they scatter by 30 %. A lightest row at x50 is seen in 83 %, since
+it weighs little in the mean.
 """
 
 from __future__ import annotations
@@ -33,7 +39,9 @@ from glassloop.stats import Forecast, fit, forecast
 
 Kind = Literal["norm_spike", "loss_spike", "vanishing_gradient", "no_learning", "diverged"]
 
-LEAST_ENTRIES = 8  # of the window before anything is compared with it: a line through fewer forecasts a bend of the curve badly
+# Of the window before anything is compared with it: a line through fewer forecasts a bend of the
+# curve badly
+LEAST_ENTRIES = 8
 NORM_FACTOR = (
     2.0  # a norm below this many times the forecast is no spike, however narrow the window
 )
@@ -50,7 +58,9 @@ START_UPDATES = 10  # the first updates, whose mean loss is what a run starts fr
 LEARNED_NATS = 0.1  # mean loss below which nothing is left to learn
 BEGAN_UPDATES = 2  # the first of those, in which adapters are still small: what a run began with
 DIVERGED = 1.5  # times the higher loss of them,
-LEAPT = 2.0  # or times the lower one, where the second update has leapt already, and at least LOSS_NATS above it,
+# Or times the lower one, where the second update has leapt already, and at least LOSS_NATS above
+# it,
+LEAPT = 2.0
 DIVERGED_UPDATES = 5  # for so many whole updates in a row: training has diverged
 LEAST_FALL = (
     0.05  # of the loss, over no_learning_updates: what a run that learns is expected to reach
@@ -59,7 +69,10 @@ LEAST_FALL = (
 
 @dataclass(frozen=True)
 class Signals:
-    """What every rank knows of an update, alike, before the optimizer moves. All numbers are finite: outcome.verdict has seen to that."""
+    """The numbers of an update that every rank knows before the step.
+
+    All are finite: health.decision has checked that.
+    """
 
     update: int
     lr: float
@@ -87,7 +100,10 @@ class Entry(NamedTuple):
 
 
 class Detectors:
-    """The windows that updates are compared with. `look` decides, `note` remembers; call both once an update, in this order."""
+    """The windows that updates are compared with.
+
+    `look` decides, `note` remembers; call both once an update, in this order.
+    """
 
     def __init__(
         self,
@@ -98,9 +114,12 @@ class Detectors:
         false_alarm_rate: float = 1e-5,
         no_learning_updates: int = 40,
     ) -> None:
-        """Units are updates, but for false_alarm_rate, a chance for each update and detector.
+        """Set empty windows; units are updates.
 
-        rows_per_update: rows of a whole window; with fewer training rows than that, their number, or every window would count as a tail.
+        Args:
+            rows_per_update: rows of a whole window; at most the training rows, or every window
+                would count as a tail.
+            false_alarm_rate: chance that a sound update raises an alarm, for each detector.
         """
         self.rows_per_update = rows_per_update
         self.warmup_updates = warmup_updates
@@ -121,7 +140,7 @@ class Detectors:
         ] = []  # (update, loss_nats) since warmup, or since the last finding of no_learning
 
     def look(self, signals: Signals) -> tuple[Finding, ...]:
-        """What is unusual about the update. Changes nothing."""
+        """Find unusual things about the update; change nothing."""
         found = [
             self._vanishing(signals),
             self._diverged(signals),
@@ -132,10 +151,14 @@ class Detectors:
         return findings if learning is None else (learning,)
 
     def note(self, signals: Signals, findings: Sequence[Finding], applied: bool) -> None:
-        """Take the update into the windows. `findings` are those of `look`; `applied`: the optimizer moved.
+        """Add the update to the windows.
 
-        A tail is not taken in, since its norm and loss are noisier. Nor is an update that was left out, or one with a spike (told or, in
-        warmup, not) or a sudden fall, unless NEW_LEVEL_UPDATES of them come in a row.
+        Args:
+            findings: those of `look`. applied: the optimizer moved.
+
+        A tail is not taken in, since its norm and loss are noisier. Nor is an update that was left
+        out, or one with a spike (told or, in warmup, not) or a sudden fall, unless
+        NEW_LEVEL_UPDATES of them come in a row.
         """
         kinds = {finding.kind for finding in findings}
         if "no_learning" in kinds:
@@ -167,13 +190,19 @@ class Detectors:
 
     @property
     def usual_norm(self) -> float | None:
-        """Geometric mean of the window's gradient norms; None while the window has too few entries."""
+        """Geometric mean of the window's gradient norms.
+
+        None while the window has too few entries.
+        """
         if len(self.window) < LEAST_ENTRIES:
             return None
         return math.exp(math.fsum(entry.log_norm for entry in self.window) / len(self.window))
 
     def _widen(self, signals: Signals) -> float:
-        """Sigma of a tail over that of a whole window: a mean over fewer rows."""
+        """Sigma of a tail over that of a whole window.
+
+        A tail is a mean over fewer rows.
+        """
         return math.sqrt(max(1.0, self.rows_per_update / signals.rows))
 
     def _spikes(self, signals: Signals) -> tuple[Finding | None, ...]:
@@ -186,7 +215,8 @@ class Detectors:
     def _norm_spike(self, signals: Signals) -> Finding | None:
         if signals.grad_norm == 0:
             return None
-        # Where noise makes up the gradient, its norm goes with 1 / sqrt(rows): that much a tail's may lie higher.
+        # Where noise makes up the gradient, its norm goes with 1 / sqrt(rows): that much a tail's
+        # may lie higher.
         widen = self._widen(signals)
         log_norm = math.log(signals.grad_norm / widen)
         seen = forecast(
@@ -236,8 +266,10 @@ class Detectors:
             else ""
         )
         message = (
-            f"{what} is {value / usual:.3g} times the {usual:.4g} that the last {len(self.window)} sound updates lead to expect: "
-            f"t = {seen.t:.3g} where they scatter by {seen.sigma:.1%}, which a sound update reaches with chance {chance:.1g}{tail}"
+            f"{what} is {value / usual:.3g} times the {usual:.4g} that the last "
+            f"{len(self.window)} sound updates lead to expect: "
+            f"t = {seen.t:.3g} where they scatter by {seen.sigma:.1%}, which a sound "
+            f"update reaches with chance {chance:.1g}{tail}"
         )
         details = {
             "value": value,
@@ -250,7 +282,10 @@ class Detectors:
         return Finding(kind, message, {**details, "window_updates": len(self.window)})
 
     def _fell(self, signals: Signals) -> bool:
-        """Norm / loss lies improbably far below the window's forecast. Over the loss, since a run that has learned its rows has no gradient."""
+        """Norm / loss lies improbably far below the window's forecast.
+
+        Over the loss, since a run that has learned its rows has no gradient.
+        """
         if (
             signals.grad_norm == 0
             or signals.update <= self.warmup_updates
@@ -264,7 +299,10 @@ class Detectors:
         return value - seen.expected < math.log(FELL) and seen.below < self.false_alarm_rate
 
     def _vanished(self, signals: Signals) -> bool:
-        """Norm / loss lies far below the highest level the run has had, however slowly it came there."""
+        """Norm / loss lies far below the highest level of the run.
+
+        However slowly it came there.
+        """
         after_warmup = signals.update > self.warmup_updates
         return (
             after_warmup
@@ -273,11 +311,17 @@ class Detectors:
         )
 
     def _vanishing(self, signals: Signals) -> Finding | None:
-        """Told once, when it has lasted; a gradient of exactly 0 at once, in warmup too."""
+        """A gradient that has vanished, found once, when it has lasted.
+
+        A gradient of exactly 0 is found at once, in warmup too.
+        """
         if signals.grad_norm == 0:
             if signals.loss_nats < LEAST_LOSS_NATS or self.low_in_a_row >= VANISHING_UPDATES:
                 return None
-            message = f"the gradient is exactly 0 and the loss {signals.loss_nats:.4g} nats a token: nothing reaches the adapters"
+            message = (
+                f"the gradient is exactly 0 and the loss {signals.loss_nats:.4g} nats a "
+                "token: nothing reaches the adapters"
+            )
             return Finding(
                 "vanishing_gradient", message, {"value": 0.0, "loss_nats": signals.loss_nats}
             )
@@ -287,7 +331,8 @@ class Detectors:
             return None
         usual = math.exp(self.highest) * max(signals.loss_nats, LEAST_LOSS_NATS)
         message = (
-            f"gradient norm {signals.grad_norm:.4g} at a loss of {signals.loss_nats:.4g} nats a token, {VANISHING_UPDATES} updates in a row "
+            f"gradient norm {signals.grad_norm:.4g} at a loss of {signals.loss_nats:.4g} "
+            f"nats a token, {VANISHING_UPDATES} updates in a row "
             f"far below the {usual:.4g} that the run has had at its highest for such a loss"
         )
         return Finding(
@@ -297,20 +342,28 @@ class Detectors:
         )
 
     def _above(self, signals: Signals) -> bool:
-        """The loss lies far above the run's first ones. No window is needed: a rate that is too high does it before there is one."""
+        """The loss lies far above the run's first ones.
+
+        No window is needed: a rate that is too high does it before there is one.
+        """
         if signals.rows < self.rows_per_update or len(self.start) < BEGAN_UPDATES:
             return False
         low, high = min(self.start[:BEGAN_UPDATES]), max(self.start[:BEGAN_UPDATES])
         return signals.loss_nats > max(min(DIVERGED * high, LEAPT * low), low + LOSS_NATS)
 
     def _diverged(self, signals: Signals) -> Finding | None:
-        """Told once, when it has lasted; again only after the loss has come down."""
+        """Divergence, found once, when it has lasted.
+
+        It is found again only after the loss has come down.
+        """
         if self.above_in_a_row != DIVERGED_UPDATES - 1 or not self._above(signals):
             return None
         began, since = self.start[0], self.above_since or signals.update
         message = (
-            f"loss {signals.loss_nats:.4g} nats a token: since update {since}, {DIVERGED_UPDATES} whole updates in a row, it has stood "
-            f"far above the {began:.4g} that the run began with; training has diverged at lr = {signals.lr:.3g}, and a lower optimizer.lr or a "
+            f"loss {signals.loss_nats:.4g} nats a token: since update {since}, "
+            f"{DIVERGED_UPDATES} whole updates in a row, it has stood "
+            f"far above the {began:.4g} that the run began with; training has diverged at "
+            f"lr = {signals.lr:.3g}, and a lower optimizer.lr or a "
             "longer warmup is the cure"
         )
         return Finding(
@@ -320,7 +373,10 @@ class Detectors:
         )
 
     def _no_learning(self, signals: Signals) -> Finding | None:
-        """The loss is shown to be flat, not merely not shown to fall: noise alone raises no alarm."""
+        """A loss that is shown to be flat.
+
+        Noise alone raises no alarm.
+        """
         losses = self._losses_with(signals)
         if len(losses) < self.no_learning_updates or len(self.start) < START_UPDATES // 2:
             return None
@@ -338,8 +394,10 @@ class Detectors:
         if line.mean_y < LEARNED_NATS or falls:
             return None
         message = (
-            f"the loss has not fallen over the {updates} updates to {signals.update}: by {fall:.3g} +- {error:.2g} nats at a mean of "
-            f"{line.mean_y:.4g}, and it began at {start:.4g}, while lr was above 0 (now {signals.lr:.3g})"
+            f"the loss has not fallen over the {updates} updates to {signals.update}: by "
+            f"{fall:.3g} +- {error:.2g} nats at a mean of "
+            f"{line.mean_y:.4g}, and it began at {start:.4g}, while lr was above 0 (now "
+            f"{signals.lr:.3g})"
         )
         numbers = {
             "fall_nats": fall,
@@ -351,7 +409,10 @@ class Detectors:
         return Finding("no_learning", message, numbers)
 
     def _losses_with(self, signals: Signals) -> list[tuple[int, float]]:
-        """The losses that no_learning looks at, this update's among them where it is a whole one that trains."""
+        """The losses that no_learning compares, with this update's.
+
+        It is left out if it is a tail or trains nothing.
+        """
         if (
             signals.update <= self.warmup_updates
             or signals.lr <= 0
@@ -374,7 +435,7 @@ class Detectors:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`. Raises ValueError where it is malformed; nothing has changed then."""
+        """Restore `state()`. Raises ValueError, and changes nothing, if it is malformed."""
         try:
             window = [Entry(int(u), _finite(n), _finite(loss)) for u, n, loss in state["window"]]
             unusual = [Entry(int(u), _finite(n), _finite(loss)) for u, n, loss in state["unusual"]]
@@ -389,7 +450,8 @@ class Detectors:
             since = int(since) if above and since is not None else None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"detectors: the saved state is malformed ({error!r}); leave it out to start their windows anew"
+                f"detectors: the saved state is malformed ({error!r}); leave it out to "
+                "start their windows anew"
             ) from None
         self.window, self.unusual = (
             window[-self.window_updates :],

@@ -1,4 +1,6 @@
-"""From a config to a Run, in five stages: start, rows, replica, folder and observers, resume.
+"""From a config to a Run, in five stages.
+
+Start, rows, replica, folder and observers, resume. What is cheap to refuse comes first.
 
 What is cheap to refuse comes first.
 """
@@ -73,7 +75,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Past:
-    """The run to resume as its folder has it; all empty for a new run."""
+    """The folder of the run to resume; empty for a new run."""
 
     checkpoint: Path | None = None  # None: from the beginning
     saved: RunState | None = None  # where the run stands
@@ -84,7 +86,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Start:
-    """What is known before data and model are read."""
+    """The state of a start before data and model are read."""
 
     asked: Config  # execution.engine may be auto
     config: Config  # the engine has its name
@@ -115,7 +117,9 @@ class Rows:
 
 
 def build_run(config: Config, stop: StopFlag | None = None) -> Run:
-    """Build the run on this rank. Raises ValueError, with the cure, for what cannot run as asked.
+    """Build the run on this rank.
+
+    Raises ValueError, with the cure, for what cannot run as asked.
 
     Args:
         stop: set up by a Guard; None: a new one that handles signals until the run is closed.
@@ -162,7 +166,10 @@ def build_in_folder(start: Start) -> Run:
 
 
 def past_of(config: Config) -> tuple[Config, Past]:
-    """Read the run to resume. Returns the config too: the run stays in its folder."""
+    """Read the run to resume; return the config too.
+
+    It keeps the run in its folder.
+    """
     if config.resume.run is None:
         return config, Past()
     folder, ranks = Path(config.resume.run), int(os.environ.get("WORLD_SIZE", "1"))
@@ -210,7 +217,10 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
 
 
 def read_rows(start: Start) -> Rows:
-    """Read tokenizer and data, and put the rows in order. All ranks must find the same."""
+    """Read tokenizer and data, and put the rows in order.
+
+    All ranks must find the same.
+    """
     config, run = start.config, start.config.resume.run
 
     def read() -> tuple[Any, Loaded]:
@@ -239,7 +249,10 @@ def read_rows(start: Start) -> Rows:
 
 
 def settle(start: Start, rows: Rows) -> Start:
-    """Name the template and the warmup that tokenizer and rows decided, as the folder keeps them."""
+    """Name the template and the warmup that tokenizer and rows decided.
+
+    The folder keeps them under these names.
+    """
     template, warmup = rows.template.name, rows.batches.plan.warmup
     return replace(
         start,
@@ -284,7 +297,10 @@ def load_replica(start: Start, rows: Rows) -> tuple[Start, Replica, dict[str, fl
 
 
 def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batches, Contract]:
-    """Passes and contract. Raises ContractBroken if this is not the run that was planned."""
+    """Compare the plan with what was built; return passes and contract.
+
+    Raises ContractBroken if this is not the run that was planned.
+    """
     config, device, hf = start.config, replica.device, replica.plain_engine.hf
     tokens = choose_pass_tokens(config, hf.config.to_dict(), device, start.past.plan)
     batches = replace(rows.batches, pass_tokens=tokens)
@@ -339,7 +355,10 @@ def assemble(
 
 
 def resume(run: Run, start: Start, saved: RunState) -> None:
-    """Restore the checkpoint, on all ranks or none, and note how the run differs from it."""
+    """Restore the checkpoint, on all ranks or none.
+
+    Notes how the run differs from it.
+    """
     config, replica = run.config, run.replica
     allowed, notices = changes(config, saved, run.plan, start.past.plan)
     run.changes = (*run.changes, *notices)

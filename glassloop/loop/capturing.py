@@ -1,4 +1,6 @@
-"""What is read and kept of an update before and after its step: noise scale, probe, capsule.
+"""Noise scale, probe and capsule of an update.
+
+Nothing here changes a weight or a gradient.
 
 Nothing here changes a weight or a gradient.
 """
@@ -23,7 +25,7 @@ from glassloop.saved.capsule import CapsuleNotSaved, facts_of, save_capsule
 
 @dataclass(frozen=True)
 class Look:
-    """What was read before the optimizer moved, and how long that took."""
+    """The numbers read before the optimizer moved, and the time it took."""
 
     noise: float | None
     before: Before | None  # of a probe
@@ -38,7 +40,11 @@ def look_before_step(
     terms: Terms,
     half: tuple[Tensor, int] | None,
 ) -> Look:
-    """Read noise scale, probe and capsule while the gradient is g * scale. All ranks take part.
+    """Read noise scale, probe and capsule before the step.
+
+    The gradient is g * scale then. All ranks take part.
+
+    All ranks take part.
 
     Args:
         half: a lone rank's gradient and supervised tokens half-way through its passes, if taken.
@@ -55,7 +61,7 @@ def look_before_step(
 
 
 def probe_of(run: Run, update: int, before: Before | None, *, applied: bool) -> ProbeRecord | None:
-    """The update's probe after its step; None if none was begun before it."""
+    """The update's probe after its step, if one was begun."""
     if before is None:
         return None
     return read_after(
@@ -69,7 +75,10 @@ def probe_of(run: Run, update: int, before: Before | None, *, applied: bool) -> 
 
 
 def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -> None:
-    """Write the update whole, on rank 0. A full disk costs the capsule, not the run."""
+    """Write the update whole, on rank 0.
+
+    A full disk costs the capsule, not the run.
+    """
     replica = run.replica
     rng_states = gather_objects(replica.before.rng)
     if replica.rank != 0:

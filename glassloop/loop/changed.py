@@ -1,4 +1,4 @@
-"""What a resumed run's folder says of settings, plan and machine that are no longer the same."""
+"""The files of a resumed run: settings, plan and machine that changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recorded_config(folder: Path) -> Config:
 def record_resume(
     run: Run, recorded: Config, old_plan: Mapping[str, Any], start: Mapping[str, Any]
 ) -> None:
-    """Rank 0: rewrite what a resumed run's folder says of settings, plan and machine.
+    """Rewrite a resumed run's settings, plan and machine. For rank 0.
 
     The files of the earlier start stay as config_000020.yaml, plan_000020.json and env_000020.json.
     The header and an event name every field that differs, with both values.
@@ -76,7 +76,7 @@ def record_resume(
 
 
 def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two plan.json, leaving out what the old one does not know."""
+    """Differences between two plan.json, in what the old one knows."""
     known = {name: value for name, value in new.items() if name in old}
     if isinstance(old.get("contract"), dict) and "contract" in known:
         facts = {name: value for name, value in new["contract"].items() if name in old["contract"]}
@@ -86,14 +86,16 @@ def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
 
 
 def machine_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two env.json besides start time, command, launcher and trackers."""
+    """Differences between two env.json in machine and versions."""
     names = ("glassloop", "git", "python", "system", "packages", "cuda", "driver", "gpus")
     known = [name for name in names if name in old]
     return config_changes({name: old[name] for name in known}, {name: new[name] for name in known})
 
 
 def keep_aside(path: Path, done: int) -> str | None:
-    """Copy a run's file to a name with the updates done; return that name, None without a file.
+    """Copy a run's file to a name with the updates done.
+
+    Returns that name, None if there is no file.
 
     An earlier copy stays: the next one is config_000020_2.yaml.
     """
@@ -112,12 +114,15 @@ def keep_aside(path: Path, done: int) -> str | None:
 
 
 def in_words(value: Any) -> str:
-    """A setting's value as people type it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A setting's value as people type it; odd characters are spelled out."""
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
 def _read_env(folder: Path) -> dict[str, Any]:
-    """env.json of the earlier start; {} if it is missing or damaged, as after a crash."""
+    """Read env.json of the earlier start.
+
+    {} if it is missing or damaged, as after a crash.
+    """
     try:
         env = json.loads(read_plain(folder / "env.json"))
     except (OSError, ValueError):

@@ -13,7 +13,10 @@ CALL = "caller: Your card is blocked. Read me the code that we just sent you."
 
 
 def launch_command(ranks: int, *, on_cuda: bool) -> str:
-    """First words of a command that starts `ranks` ranks like this one, as it was started."""
+    """First words of a command that starts `ranks` ranks like this one.
+
+    Like this one: by the launcher, or by `glassloop train`.
+    """
     if STARTED_BY in os.environ:
         return "glassloop train"
     if not on_cuda:

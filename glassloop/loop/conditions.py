@@ -1,4 +1,4 @@
-"""What holds for a whole run, as its config plans it and as it is found once everything is built.
+"""Conditions of a whole run, as planned and as found.
 
 The contract compares the two.
 """
@@ -30,7 +30,11 @@ STORED = {"nf4": "uint8"}  # quantised weights lie in bytes
 
 
 def check_rows(config: Config, dataset: Dataset, tokenizer: Any, size: int) -> None:
-    """Raise ValueError for a token id that the base's embedding, of `size` rows, does not have."""
+    """Raise ValueError for a token id that the base does not have.
+
+    Args:
+        size: rows of the base's embedding.
+    """
     rows = (*dataset.train.rows, *dataset.heldout.rows)
     ids = ((row.row_id, row.input_ids) for row in rows)
     check_token_ids(ids, {"pad": tokenizer.pad_token_id}, size, tokenizer, config.model.id)
@@ -39,7 +43,11 @@ def check_rows(config: Config, dataset: Dataset, tokenizer: Any, size: int) -> N
 def planned_facts(
     config: Config, *, ranks: int, linear_shapes: list[tuple[int, int]], on_cuda: bool
 ) -> dict[str, Any]:
-    """What the config asks for. linear_shapes: (in, out) of every linear layer that gets an adapter."""
+    """The facts that the config asks for.
+
+    Args:
+        linear_shapes: (in, out) of every linear layer that gets an adapter.
+    """
     execution = config.execution
     dtype = DTYPES[execution.precision]
     shared = on_cuda and execution.backend == "gloo"  # ranks may share a card then
@@ -104,7 +112,7 @@ def found_facts(accelerator: Accelerator, replica: Replica, *, shared: bool) -> 
 
 
 def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Contract:
-    """What the run is held to, update by update."""
+    """The run's contract, update by update."""
     windows = [batches.window(update) for update in range(1, batches.plan.updates + 1)]
     return Contract(
         step=batches.plan,
@@ -118,7 +126,7 @@ def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Co
 
 
 def hash_of(dataset: Dataset) -> str:
-    """16 hex digits over ids, tokens and labels of all training and held-out rows."""
+    """16 hex digits over ids, tokens and labels of all rows."""
     digest = hashlib.sha256()
     for row in (*dataset.train.rows, *dataset.heldout.rows):
         tokens = array("i", row.input_ids).tobytes()
@@ -127,7 +135,10 @@ def hash_of(dataset: Dataset) -> str:
 
 
 def target_shapes(hf: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(in, out) of every linear layer of the base whose name ends in a target: what should have an adapter, whatever has one."""
+    """(in, out) of the base's linear layers that should have an adapter.
+
+    Their names end in a target, whatever has an adapter now.
+    """
     shapes = {}
     for name, module in hf.named_modules():
         path = name.removesuffix(".base_layer")

@@ -1,4 +1,7 @@
-"""The engine that a run gets on this machine: what `engine_choice` asks for is looked up here, before a weight is read."""
+"""The engine of a run on this machine.
+
+It is chosen before a weight is read.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ LEAST = (8, 0)  # compute capability that fused was written and tested for
 def engine_here(
     config: Config, checkpoint: Path | None, plan: Mapping[str, Any], model: Mapping[str, Any]
 ) -> Choice:
-    """Choose the run's engine, alike on all ranks, which all take part. A resumed run keeps its own.
+    """Choose the run's engine, alike on all ranks.
+
+    All ranks take part. A resumed run keeps its own.
 
     Args:
         checkpoint: of the run that is resumed. plan: its plan.json; empty for a new run.
@@ -44,7 +49,10 @@ def engine_here(
 
 
 def engine_before(checkpoint: Path | None, plan: Mapping[str, Any]) -> str | None:
-    """The engine of the run that goes on, of its checkpoint or else of its plan.json; None where neither says so, as in a new run."""
+    """The engine of the run to resume; None for a new run.
+
+    That of its checkpoint, or else of its plan.json.
+    """
     if checkpoint is not None:
         return with_old_engine(read_state(checkpoint).config)["execution"]["engine"]
     return plan.get("contract", {}).get("engine")
@@ -73,11 +81,14 @@ def with_linear_names(
 
 
 def lacking_here() -> str:
-    """What this rank's machine lacks for the engine fused; empty where it lacks nothing."""
+    """Name the first thing that this machine lacks for fused, or ""."""
     if importlib.util.find_spec("triton") is None:
         return "fused needs triton, which is not installed"
     capability = torch.cuda.get_device_capability()
     if capability < LEAST:
         least = ".".join(map(str, LEAST))
-        return f"{torch.cuda.get_device_name()} has compute capability {'.'.join(map(str, capability))}, fused needs {least}"
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability "
+            f"{'.'.join(map(str, capability))}, fused needs {least}"
+        )
     return ""

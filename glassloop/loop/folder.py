@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what is written into it first, who observes the run."""
+"""A run's folder: its place, its first files, its observers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from glassloop.record.trackers import TrackerObserver
 
 
 def run_folder(config: Config) -> Path:
-    """The run's folder, the same on every rank. Raises ValueError if a new run would overwrite one."""
+    """The run's folder, the same on every rank.
+
+    Raises ValueError if a new run would overwrite one.
+    """
     if config.resume.run is not None:
         return Path(config.resume.run)
     made = f"{config.preset or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

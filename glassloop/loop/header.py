@@ -22,7 +22,7 @@ LOST_IN_BF16 = (
 def header(
     config: Config, batches: Batches, dataset: Dataset, replica: Replica, auto: str
 ) -> list[str]:
-    """Lines on model, rows, what was asked, how it is executed and what is trained.
+    """Lines on model, rows, the request, its execution, the trained parameters.
 
     Args:
         auto: the choice of execution.engine = auto, in words; empty if the engine was named.

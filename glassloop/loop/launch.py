@@ -1,4 +1,7 @@
-"""How the processes of a run were started: what is refused before anything is loaded, and the Accelerator that the rest uses."""
+"""The start of a run's processes, and the Accelerator.
+
+What cannot work is refused before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,18 @@ from glassloop.engines.unsloth_checks import check_unsloth
 from glassloop.loop.commands import launch_command
 from glassloop.loop.meeting import meet
 
-# Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs that it lacks, on every rank.
+# Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs
+# that it lacks, on every rank.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 REFUSED_LAUNCHES = {
-    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor c of the formula could be seen",
-    DistributedType.FSDP: "FSDP shards what the flat adapter buffer holds whole (and 4-bit weights need "
-    "bnb_4bit_quant_storage=bf16 with bf16 adapters there); 8B in NF4 fits each 24 GB card without it",
+    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor "
+    "c of the formula could be seen",
+    DistributedType.FSDP: "FSDP shards what the flat adapter buffer holds whole (and 4-bit weights "
+    "need "
+    "bnb_4bit_quant_storage=bf16 with bf16 adapters there); 8B in NF4 fits each 24 GB "
+    "card without it",
     DistributedType.MEGATRON_LM: "Megatron-LM brings its own loop",
 }
 ASKED_BY = {  # what Accelerate reads; it imports the package at once
@@ -38,14 +45,20 @@ ASKED_BY = {  # what Accelerate reads; it imports the package at once
 
 
 def on_cuda() -> bool:
-    """Whether ranks compute on GPUs: there is one, and the launch file does not ask for CPUs."""
+    """True if ranks compute on GPUs.
+
+    There is one, and the launch file does not ask for CPUs.
+    """
     return torch.cuda.is_available() and os.environ.get(
         "ACCELERATE_USE_CPU", "false"
     ).lower() not in ("1", "true", "yes")
 
 
 def hush(rank: int) -> None:
-    """Keep libraries from talking between the run's own lines: progress bars where nobody watches, and notes that no user can act on."""
+    """Keep libraries from writing between the run's own lines.
+
+    Progress bars without a terminal, and notes that no user can act on.
+    """
     if rank != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -55,7 +68,10 @@ def hush(rank: int) -> None:
 
 
 def check_launch(config: Config) -> None:
-    """Raise ValueError, with the command or field that cures it, for a start that would not do what was asked."""
+    """Raise ValueError for a start that would not do what was asked.
+
+    The message has the command or field that cures it.
+    """
     for name, kind in ASKED_BY.items():
         if str(os.environ.get(name)).lower() in ("1", "true", "yes", "y", "on", "t"):
             raise ValueError(
@@ -68,13 +84,16 @@ def check_launch(config: Config) -> None:
     words = " ".join(sys.argv[1:])
     if not launched and visible > 1:
         raise ValueError(
-            f"{visible} GPUs are visible, but no launcher started this process, so one would be used. For all of them:\n"
-            f"  {launch_command(visible, on_cuda=True)} {words}\nFor one:\n  {launch_command(1, on_cuda=True)} {words}"
+            f"{visible} GPUs are visible, but no launcher started this process, so one "
+            "would be used. For all of them:\n"
+            f"  {launch_command(visible, on_cuda=True)} {words}\nFor one:\n  "
+            f"{launch_command(1, on_cuda=True)} {words}"
         )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch.ranks is not None and config.batch.ranks != ranks:
         raise ValueError(
-            f"batch.ranks = {config.batch.ranks}, but {ranks} process{'es were' if ranks > 1 else ' was'} started:\n"
+            f"batch.ranks = {config.batch.ranks}, but {ranks} "
+            f"process{'es were' if ranks > 1 else ' was'} started:\n"
             f"  {launch_command(config.batch.ranks, on_cuda=on_cuda())} {words}"
         )
     config.batch.accumulation_for(ranks)
@@ -84,7 +103,8 @@ def check_launch(config: Config) -> None:
     if not on_cuda():
         if execution.precision == "fp16":
             raise ValueError(
-                "execution.precision = fp16 needs a CUDA device: a CPU has no fp16 training; use fp32 or bf16"
+                "execution.precision = fp16 needs a CUDA device: a CPU has no fp16 "
+                "training; use fp32 or bf16"
             )
         if config.optimizer.name == "paged_adamw_8bit":
             raise ValueError(
@@ -96,14 +116,16 @@ def check_launch(config: Config) -> None:
         including_emulation=False
     ):
         raise ValueError(
-            f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 units; use fp16"
+            f"execution.precision = bf16: {torch.cuda.get_device_name()} has no bf16 "
+            "units; use fp16"
         )
 
 
 def rejoin(backend: str, timeout: timedelta) -> None:
-    """Where the launcher has started the ranks again (--max_restarts): meet under names of this attempt.
+    """Meet under names of this attempt if the launcher restarted the ranks.
 
-    Its store still holds the addresses of the processes that died, and torch gives restarted ranks no others (2.13, static rendezvous).
+    Its store still holds the addresses of the processes that died, and torch gives restarted ranks
+    no others (2.13, static rendezvous).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if (
@@ -131,9 +153,12 @@ def rejoin(backend: str, timeout: timedelta) -> None:
 
 
 def grow_segments() -> None:
-    """Let torch's allocator grow its segments, unless the environment says how it is to work.
+    """Let torch's allocator grow its segments.
 
-    Passes differ in length: without it, torch was seen to reserve 47 GiB for an allocation of 21. By a call, since setting the variable here
+    Unless the environment already says how it works.
+
+    Passes differ in length: without it, torch was seen to reserve 47 GiB for an allocation of 21.
+        By a call, since setting the variable here
     comes too late for a torch that reads it when it is imported.
     """
     if on_cuda() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
@@ -141,7 +166,10 @@ def grow_segments() -> None:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this rank. Raises ValueError for launch settings that the loop cannot honour."""
+    """Make the Accelerator of this rank.
+
+    Raises ValueError for launch settings that the loop does not support.
+    """
     if config.execution.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -180,6 +208,7 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"the launch file asks for {kind.value}, which glassloop has not been tried on; use a file of accelerate_configs/"
+            f"the launch file asks for {kind.value}, which glassloop has not been tried "
+            "on; use a file of accelerate_configs/"
         )
     return accelerator

@@ -1,4 +1,4 @@
-"""What fits into memory: the preflight's findings, smaller passes after a rank ran out, and what a user can do about it."""
+"""Memory of a run: preflight, smaller passes, cures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def allocated_gib(device: torch.device) -> float:
 
 
 def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
-    """Predicted memory with a pass of these rows as the heaviest; None where nothing is known of the model's shapes, targets or engine."""
+    """Predict memory with a pass of these rows as the heaviest.
+
+    None if the model's shapes, targets or engine are unknown.
+    """
     shapes, _ = shapes_of(run.config.model.id)
     if shapes is None or not rows:
         return None
@@ -55,7 +58,10 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
 
 
 def memory_lines(run: Run, window: Window) -> list[str]:
-    """Predicted beside measured GiB of this rank, by phase, after the preflight; nothing without a GPU."""
+    """Predicted beside measured GiB of this rank, by phase.
+
+    Call it after the preflight; empty without a GPU.
+    """
     if run.replica.device.type != "cuda":
         return []
     measured = run.measured_gib | {
@@ -77,10 +83,13 @@ def memory_lines(run: Run, window: Window) -> list[str]:
 def choose_pass_tokens(
     config: Config, model: Mapping[str, Any], device: torch.device, before: Mapping[str, Any]
 ) -> int:
-    """Most tokens of a packed pass, the same on all ranks: as asked; else as plan.json has it; else what memory has room for.
+    """Choose the most tokens of a packed pass, equal on all ranks.
+
+    As asked; else as plan.json has it; else as memory allows.
 
     Args:
-        model: the loaded model's config. before: plan.json of the run that goes on; empty for a new one.
+        model: the loaded model's config. before: plan.json of the run that goes on; empty for a new
+            one.
     """
     asked = pass_tokens_for(config, None, None)
     if not chooses_passes(config) or device.type != "cuda":
@@ -99,13 +108,15 @@ def choose_pass_tokens(
 
 
 def ranks_on(device: torch.device) -> int:
-    """How many ranks share this rank's device. All ranks take part."""
+    """Count the ranks that share this rank's device. All take part."""
     own = f"{socket.gethostname()} {device}"
     return gather_objects(own).count(own)
 
 
 def spend_memory(run: Run) -> None:
-    """Let an engine that can choose keep as many activations as `memory.profile` allows, the same on all ranks; nothing for the others.
+    """Choose how many layers keep activations, equal on all ranks.
+
+    Only `fused` can.
 
     A resumed run takes what its checkpoint has, as long as the ranks have room for it.
     """
@@ -144,7 +155,10 @@ def spend_memory(run: Run) -> None:
 
 
 def place_base(engine: Any, asked: str | int) -> None:
-    """Put as many layers of the base on the card as `memory.base` asks; auto: all of them."""
+    """Put as many layers on the card as `memory.base` asks.
+
+    auto: all of them.
+    """
     if engine.pages is None or engine.pages.mapped is None:
         return
     one = Base(asked, engine.pages.file.manifest.most_layer_bytes)
@@ -160,7 +174,10 @@ def use_tiers(run: Run, tiers: Any) -> None:
 
 
 def fewer_kept(run: Run, update: int, why: str) -> bool:
-    """Hold no weights, or else keep fewer layers, after a rank ran out of memory; False where the least is done, or nothing can be chosen."""
+    """Hold no weights, or keep fewer layers, after a lack of memory.
+
+    Returns False if the least is done, or nothing can be chosen.
+    """
     if run.tiers is None or (run.tiers["kept"] <= 1 and not run.tiers["held"]):
         return False
     tiers = run.replica.plain_engine.tiers
@@ -173,13 +190,14 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
     run.event(
         update,
         "out_of_memory",
-        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, passes and g stay",
+        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, "
+        "passes and g stay",
     )
     return True
 
 
 def cures(run: Run) -> str:
-    """Settings that need less memory and leave the rows of an update as they are."""
+    """Settings that need less memory and keep an update's rows."""
     execution, batch = run.config.execution, run.config.batch
     cures = []
     if not execution.checkpointing:
@@ -191,13 +209,17 @@ def cures(run: Run) -> str:
             f"batch.size={batch.size // 2} batch.rows_per_update={run.plan.rows_per_update}"
         )
     cures.append(
-        f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out or cuts long rows"
+        f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out "
+        "or cuts long rows"
     )
     return "; or ".join(cures)
 
 
 def smaller_passes(run: Run, update: int, why: str) -> bool:
-    """Recompute more, or else cut every pass in two, after a rank ran out of memory. False: by config, under ddp, or where a pass is one row."""
+    """Recompute more, or halve every pass, after a lack of memory.
+
+    Returns False if the config, ddp or a pass of one row forbids it.
+    """
     execution = run.config.execution
     largest = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
     if execution.on_out_of_memory == "stop" or run.replica.ddp:
@@ -210,13 +232,19 @@ def smaller_passes(run: Run, update: int, why: str) -> bool:
     if run.replica.device.type == "cuda":
         torch.cuda.empty_cache()
     rows = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
-    message = f"{why}. From here on passes have half the rows ({rows} at most) and there are twice as many; rows an update, and g, stay"
+    message = (
+        f"{why}. From here on passes have half the rows ({rows} at most) and there are twice "
+        "as many; rows an update, and g, stay"
+    )
     run.event(update, "out_of_memory", message)
     return True
 
 
 def preflight_done(run: Run, window: Window, gate: Gate) -> None:
-    """Say what the heaviest passes took. Raises ValueError where their loss or gradient is not finite (fp16 may overflow once)."""
+    """Report the heaviest passes.
+
+    Raises ValueError if their loss or gradient is not finite (fp16 may overflow once).
+    """
     reports = gate.reports
     bad = [r for r, report in enumerate(reports) if not math.isfinite(report.loss_sum)]
     if not bad and run.replica.scale.value == 1:
@@ -224,7 +252,8 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
     if bad:
         ids = ", ".join(row.row_id for rank in bad for row in run.batches.share(window, rank))
         raise ValueError(
-            f"preflight, before update 1: loss or gradient is not finite on rank {', '.join(map(str, bad))} (rows {ids}): look at these rows, "
+            "preflight, before update 1: loss or gradient is not finite on rank "
+            f"{', '.join(map(str, bad))} (rows {ids}): look at these rows, "
             "or set execution.precision to bf16 or fp32"
         )
     for line in memory_lines(run, window):
@@ -232,12 +261,14 @@ def preflight_done(run: Run, window: Window, gate: Gate) -> None:
     slots = max(report.slot_tokens for report in reports)
     peak = max(report.peak_gib for report in reports)
     memory = (
-        f", peak {peak:.2f} GiB of {torch.cuda.get_device_properties(run.replica.device).total_memory / 2**30:.1f}"
+        f", peak {peak:.2f} GiB of "
+        f"{torch.cuda.get_device_properties(run.replica.device).total_memory / 2**30:.1f}"
         if peak
         else ""
     )
     run.event(
         run.first_update - 1,
         "preflight",
-        f"the heaviest pass of each rank ({slots:,} slot tokens at most) fits and is finite{memory}",
+        f"the heaviest pass of each rank ({slots:,} slot tokens at most) fits and is "
+        f"finite{memory}",
     )

@@ -1,6 +1,7 @@
 """One rank's replica: engine, adapters, optimizer and loss scale.
 
-A run and a replay build it by the same functions. All ranks of a run hold equal adapters and optimizer states.
+A run and a replay build it by the same functions. All ranks of a run hold equal adapters and
+optimizer states.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class ReplicasDiffer(RuntimeError):
 
 @dataclass
 class Replica:
-    """What one rank computes updates with."""
+    """The parts that one rank computes updates with."""
 
     engine: Any  # what the loop calls: forward(Pass) -> (loss_sum, row_loss_sums)
     plain_engine: Any  # the same without DDP's wrapper
@@ -119,7 +120,10 @@ def load_engine(
 
 
 def adapters_of(engine: Engine) -> FlatAdapters:
-    """The engine's adapters in one buffer, with rank 0's values. All ranks take part."""
+    """The engine's adapters in one buffer, with rank 0's values.
+
+    All ranks take part.
+    """
     adapters = FlatAdapters(engine.hf.named_parameters())
     broadcast_from_rank_0(adapters.flat.data)
     return adapters

@@ -1,4 +1,7 @@
-"""A run's parts, and what happens between updates: evaluation, samples, checkpoints, the end."""
+"""A run's parts, and what happens between updates.
+
+Evaluation, samples, checkpoints, the end.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """Everything that the loop touches. `observers` is empty on all ranks but 0."""
+    """The parts of a run; `observers` is empty but on rank 0."""
 
     config: Config
     accelerator: Accelerator
@@ -111,7 +114,8 @@ class Run:
         if self.config.resume.at is not None:
             self.save(
                 done
-            )  # again: it is the newest now, whatever later ones there are, and knows the windows that are left out
+                # again: it is the newest now, and knows the windows that are left out
+            )
         if done == 0:
             self.evaluate(0)
 
@@ -120,7 +124,7 @@ class Run:
         return update == self.plan.updates or (every is not None and update % every == 0)
 
     def checkpoint_is_due(self, update: int) -> bool:
-        """By interval, at the end, and where an evaluation has just found the lowest held-out loss so far."""
+        """By interval, at the end, and at the lowest held-out loss."""
         every = self.config.checkpoint.every_updates
         improved = self.heldout_nats[0] == update and self.heldout_nats[1] < self.best_heldout_nats
         return (
@@ -133,11 +137,11 @@ class Run:
             self.watchdog.does(update, what)
 
     def lost(self, error: BaseException) -> str | None:
-        """What to say of an error that came from a collective; None: it is another one."""
+        """Explain an error that came from a collective; None for others."""
         return None if self.watchdog is None else self.watchdog.lost(error)
 
     def may_go_on(self, update: int, what: str) -> bool:
-        """Tell the watchdog what comes next; return False if this rank was asked to stop."""
+        """Tell the watchdog what comes next; False: stop asked."""
         self.does(update, what)
         return not self.stop.asked
 
@@ -148,12 +152,15 @@ class Run:
         self.inspected = self.inspection.state()
 
     def put_back(self) -> None:
-        """Undo an update that was not applied, so that it can run again."""
+        """Undo an update that was not applied; it can run again."""
         self.replica.put_back()
         self.inspection.restore(self.inspected)
 
     def tell(self, outcome: Outcome) -> None:
-        """Give an update to every observer, and what was unusual about it as events with the next command to type."""
+        """Give an update to every observer, with events for what is unusual.
+
+        Each event has the next command to type.
+        """
         record, decision, u = outcome.record, outcome.decision, outcome.record.update
         for observer in self.observers:
             observer.on_update(record, outcome.rows)
@@ -184,7 +191,10 @@ class Run:
             )
 
     def evaluate(self, update: int) -> None:
-        """Evaluate after `update` updates, unless a stop interrupts it. All ranks take part."""
+        """Evaluate after `update` updates, unless a stop interrupts it.
+
+        All ranks take part.
+        """
         self.does(update, "evaluates")
         try:
             self._evaluate(update)
@@ -255,7 +265,10 @@ class Run:
             observer.on_sample(sample)
 
     def save(self, update: int) -> bool:
-        """Publish a checkpoint after `update` updates; False, with an event, where the disk refused it. All ranks take part."""
+        """Publish a checkpoint after `update` updates. All ranks take part.
+
+        Returns False, with an event, if the disk refused it.
+        """
         if self.last_saved == update:
             return True
         self.does(update, "saves a checkpoint")
@@ -281,7 +294,8 @@ class Run:
                 },
             )
             try:
-                self.sync_records()  # first: where a checkpoint stands, the records of its updates stand too
+                # first: where a checkpoint stands, the records of its updates stand too
+                self.sync_records()
                 saved = save_checkpoint(
                     self.folder / "checkpoints",
                     state,
@@ -311,7 +325,10 @@ class Run:
         return failure is None
 
     def stopped(self, update: int, why: str) -> int:
-        """End on demand after `update` updates, with a checkpoint. Exit code as StopFlag says, or 1 if it could not be saved."""
+        """End on demand after `update` updates, with a checkpoint.
+
+        Exit code as StopFlag says, or 1 if the checkpoint could not be saved.
+        """
         saved = update == 0 or self.save(update)
         self.event(
             update,
@@ -324,7 +341,10 @@ class Run:
         return self.stop.exit_code if saved else 1
 
     def failed(self, update: int, why: str | None, command: str) -> int:
-        """End because update `update` could not be applied; the adapters as they were before it are saved. Exit code 1."""
+        """End because `update` could not be applied. Exit code 1.
+
+        The adapters as they were before it are saved.
+        """
         if update > 1:
             self.save(update - 1)
         self.event(
@@ -336,7 +356,12 @@ class Run:
         return 1
 
     def broken(self, error: RuntimeError) -> int:
-        """End because the run is not what it has to be: nothing is saved, since what is in memory cannot be trusted. Exit code 1."""
+        """End because the run is not what it has to be.
+
+        Exit code 1. Nothing is saved: what is in memory cannot be trusted.
+
+        Nothing is saved: what is in memory cannot be trusted.
+        """
         self.event(
             self.at,
             "failed",
@@ -351,7 +376,10 @@ class Run:
         return 2
 
     def finish(self) -> int:
-        """After the last update. Exit code 0, or 1 if the final checkpoint could not be saved."""
+        """End after the last update.
+
+        Exit code 0, or 1 if the final checkpoint could not be saved.
+        """
         saved = self.save(self.plan.updates)
         self.event(self.plan.updates, "finished", f"run folder {self.folder}")
         if saved:
@@ -361,7 +389,7 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with this run."""
+        """The command that resumes this run."""
         command = launch_command(self.replica.ranks, on_cuda=self.replica.device.type == "cuda")
         return f"{command} --resume {self.folder}"
 

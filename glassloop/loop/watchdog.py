@@ -1,7 +1,10 @@
-"""Whether the ranks still move. Each says what it does; a rank whose partner is gone, or that waits too long, ends itself and says why.
+"""Liveness of the ranks: each says what it does.
 
-A collective whose partner died may wait for ever (NCCL) or fail at once (gloo). Positions lie in the run's folder, one small file a rank, written
-once a second by a thread that goes on while the main thread waits. Ranks on hosts that do not share that folder are not seen; for them
+A rank whose partner is gone, or that waits too long, ends itself and says why.
+
+A collective whose partner died may wait for ever (NCCL) or fail at once (gloo). Positions lie in
+the run's folder, one small file a rank, written once a second by a thread that goes on while the
+main thread waits. Ranks on hosts that do not share that folder are not seen; for them
 execution.collective_timeout_s decides alone.
 """
 
@@ -20,13 +23,15 @@ from pathlib import Path
 from glassloop.disk.opening import read_plain, require_plain_folder
 from glassloop.disk.publish import replace_file
 
-PATIENCE_S = 10.0  # from a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher kills after 30
+# From a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher
+# kills after 30
+PATIENCE_S = 10.0
 TICK_S = 1.0
 
 
 @dataclass(frozen=True)
 class Position:
-    """What a rank does."""
+    """The last word of a rank."""
 
     rank: int
     host: str
@@ -37,7 +42,7 @@ class Position:
 
     @property
     def gone(self) -> bool:
-        """Its process no longer exists, on this host, and did not end in good order."""
+        """True if its process died on this host, not in good order."""
         return self.doing != ENDED and self.host == socket.gethostname() and not _alive(self.pid)
 
     def __str__(self) -> str:
@@ -99,12 +104,18 @@ class Watchdog:
             self._write()
 
     def waited_s(self) -> float:
-        """For how long this rank has waited for the others; a clock that is set changes nothing."""
+        """Seconds that this rank has waited for the others.
+
+        A clock that is set changes nothing.
+        """
         _, doing, _, since = self._now
         return time.monotonic() - since if doing == WAITS else 0.0
 
     def positions(self) -> list[Position]:
-        """What every rank said last, in rank order; those that cannot be read are left out."""
+        """Every rank's last word, in rank order.
+
+        Those that cannot be read are left out.
+        """
         found = []
         for rank in range(self.ranks):
             try:
@@ -116,7 +127,9 @@ class Watchdog:
         return found
 
     def lost(self, error: BaseException, wait_s: float = 3.0) -> str | None:
-        """What to say after a RuntimeError: which ranks are gone, or that a wait for the others failed, and where all were.
+        """Explain a RuntimeError by ranks that are gone or a failed wait.
+
+        The text says where all ranks were.
 
         None if, after `wait_s`, all are there and the error is not one of a collective.
         """
@@ -127,7 +140,10 @@ class Watchdog:
                 return self._message(positions)
             if time.monotonic() > until:
                 reason = str(error).partition("\n")[0]
-                told = f"rank {self.rank} could not hear from the others ({reason}): it ends, and nothing is saved. "
+                told = (
+                    f"rank {self.rank} could not hear from the others ({reason}): it ends, "
+                    "and nothing is saved. "
+                )
                 collective = self._now[1] == WAITS or any(
                     library in str(error).lower() for library in ("gloo", "nccl", "c10d")
                 )
@@ -147,11 +163,13 @@ class Watchdog:
                 self._end(self._message(positions))
             elif self.asked_to_stop() and waited >= self.patience_s:
                 self._end(
-                    f"rank {self.rank} was asked to end and waits in vain for the others. {self._where(positions)}"
+                    f"rank {self.rank} was asked to end and waits in vain for the others. "
+                    f"{self._where(positions)}"
                 )
             elif waited >= self.timeout_s:
                 self._end(
-                    f"rank {self.rank} has waited {waited:.0f} s (execution.collective_timeout_s). {self._where(positions)}"
+                    f"rank {self.rank} has waited {waited:.0f} s "
+                    f"(execution.collective_timeout_s). {self._where(positions)}"
                 )
 
     def _end(self, why: str) -> None:
@@ -161,7 +179,10 @@ class Watchdog:
 
     def _message(self, positions: list[Position]) -> str:
         gone = ", ".join(str(position.rank) for position in positions if position.gone)
-        return f"rank {gone} is gone: rank {self.rank} ends too, and nothing is saved. {self._where(positions)}"
+        return (
+            f"rank {gone} is gone: rank {self.rank} ends too, and nothing is saved. "
+            f"{self._where(positions)}"
+        )
 
     def _where(self, positions: list[Position]) -> str:
         return (
@@ -181,7 +202,10 @@ class Watchdog:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process of this host runs; one that ended and waits for its parent to notice does not."""
+    """True if a process of this host runs.
+
+    One that ended and waits for its parent to notice does not.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

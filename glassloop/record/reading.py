@@ -261,7 +261,7 @@ def file_of(folder: Path, record: Record, name: str) -> str:
     stem, _, end = name.partition(".")
     kept_name = re.compile(rf"{stem}_\d{{6,}}(_\d+)?\.{end}")
     place = (record["attempt"], record["update"])
-    for event in read_records(folder / EVENTS) if (folder / EVENTS).exists() else ():
+    for event in read_records(folder / EVENTS):
         if event["kind"] != "changed" or place > (event["attempt"], event["update"]):
             continue
         kept = event["details"].get("kept")

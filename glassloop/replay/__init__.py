@@ -1,4 +1,6 @@
-"""A recorded update computed again: does it reproduce, what stands out, what changes it.
+"""A recorded update computed again.
+
+Whether it reproduces, what stands out, what changes it.
 
 May import train_loop and what stands above it.
 """

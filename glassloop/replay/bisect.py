@@ -1,7 +1,8 @@
-"""Where in an update its trouble lies: rank, pass, row, and within the row the layer and the token.
+"""The place of an update's trouble: rank, pass, row, layer, token.
 
-Each part (a rank's share, a pass, a row alone) gets its own backward; shares add up to g, so a part's gradient norm says how much of the
-update is its doing. What is not finite stands out first; else what is far above the median of the other parts, or of a healthy update's.
+Each part (a rank's share, a pass, a row alone) gets its own backward; shares add up to g, so a
+part's gradient norm says how much of the update is its doing. What is not finite stands out first;
+else what is far above the median of the other parts, or of a healthy update's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Part:
     loss_factor: float | None = None  # over the median of the other parts
     norm_factor: float | None = None
     norm_share: float | None = None  # of the sum of all parts' norms
-    above_healthy: bool = True  # a factor that stands out does so over the healthy update's rows too; True where none is known
+    # A factor that stands out does so over the healthy update's rows too; True where none is known
+    above_healthy: bool = True
 
     @property
     def finite(self) -> bool:
@@ -65,7 +67,10 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What the walk found. `rank`, `one_pass` and `row` are the suspects of their level; None where none stands out."""
+    """The result of the walk.
+
+    `rank`, `one_pass` and `row` are the suspects of their level; None if none stands out.
+    """
 
     ranks: tuple[Part, ...]
     passes: tuple[Part, ...]
@@ -85,7 +90,9 @@ class Bisection:
 
 
 def bisect(scene: Scene, healthy: Scene | None, tell: Tell = silent) -> Bisection:
-    """Walk the update down. The parts are left in an undefined state: `enter` puts them right.
+    """Walk the update down to the suspects.
+
+    The parts are left in an undefined state: `enter` puts them right.
 
     `tell` is called before each part: the whole, the passes, each row, the layers.
     """
@@ -158,7 +165,10 @@ def _rank_parts(scene: Scene, whole: Carried) -> tuple[Part, ...]:
 
 
 def _pass_parts(scene: Scene) -> tuple[Part, ...]:
-    """Every pass's own share. A rank's passes draw their random numbers one after the other, as in the update."""
+    """Compute every pass's own share.
+
+    A rank's passes draw their random numbers one after the other, as in the update.
+    """
     parts = []
     for rank, passes in enumerate(scene.window.passes):
         states = (scene.state.rng_states[rank],)
@@ -184,7 +194,8 @@ def row_parts(
     """Each row alone, its share still divided by the update's N.
 
     Args:
-        only: (rank, pass) whose rows are tried; None: all. healthy: median loss a token and gradient norm of a healthy update's rows.
+        only: (rank, pass) whose rows are tried; None: all. healthy: median loss a token and
+            gradient norm of a healthy update's rows.
     """
     parts = enter(scene)
     parts = []
@@ -219,7 +230,10 @@ def _medians(parts: Sequence[Part]) -> tuple[float, float] | None:
 
 
 def with_factors(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts with their factors over the median of the other parts, and their shares of the norms' sum."""
+    """The parts with their factors and shares.
+
+    Factors are over the median of the other parts, shares of the norms' sum.
+    """
     total = sum(part.grad_norm for part in parts)
 
     def over(part: Part, field: str) -> float | None:
@@ -249,14 +263,20 @@ def _loss(part: Part) -> float:
 
 
 def _suspect(parts: Sequence[Part]) -> Part | None:
-    """The part that stands out: the first that is not finite, else the one of those that do with the largest norm."""
+    """The part that stands out, or None.
+
+    The first that is not finite, else the one with the largest norm.
+    """
     out = [part for part in parts if part.stands_out]
     return max(out, key=_weight) if out and len(parts) > 1 else None
 
 
 @torch.no_grad()
 def token_losses(parts: Parts, row: Row, *, packed: bool) -> tuple[TokenLoss, ...]:
-    """Cross-entropy of every supervised place of a row, alone in a pass: row_of is made to count places instead of rows."""
+    """Cross-entropy of every supervised place of a row, alone in a pass.
+
+    row_of counts places here instead of rows.
+    """
     before = rng_state(parts.replica.device)
     p = build_pass([row], packed=packed, pad_id=parts.replica.pad_id, device=parts.replica.device)
     places = len(row)

@@ -1,7 +1,9 @@
-"""Which layer and projection of an update is off: the first output that is not finite, and norms of adapters, gradients and outputs.
+"""The layer and projection of an update that is off.
 
-A matrix is compared with itself in a healthy update; without one, with the same projection of the other layers.
-Legend: A (R, in) and B (out, R) of an adapter.
+The first output that is not finite, and norms of adapters, gradients and outputs.
+
+A matrix is compared with itself in a healthy update; without one, with the same projection of the
+other layers. Legend: A (R, in) and B (out, R) of an adapter.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ MATRIX = re.compile(r"layers\.(\d+)\.(?:\w+\.)*?(\w+)\.lora_([AB])\.")
 
 @dataclass(frozen=True)
 class MatrixStat:
-    """One adapter matrix. Factors are over the reference; None where that is 0 or there is none."""
+    """One adapter matrix; factors are over the reference.
+
+    A factor is None if the reference is 0 or unknown.
+    """
 
     layer: int
     projection: str
@@ -57,7 +62,7 @@ class LayerFinding:
 
 @dataclass(frozen=True)
 class Output:
-    """What a module put out in one forward: root mean squares over all its places."""
+    """A module's output in one forward: root mean squares over all places."""
 
     module: str
     finite: bool
@@ -70,7 +75,16 @@ class Output:
 def inspect_layers(
     scene: Scene, healthy: Scene | None, window: Window, rng_states: Sequence[dict[str, Any]]
 ) -> tuple[tuple[MatrixStat, ...], LayerFinding | None]:
-    """Norms by layer, projection and side of `window` (a part of the scene's update), and the layer that is off, if one is."""
+    """Norms of `window`, and the layer that is off.
+
+    By layer, projection and side.
+
+    Args:
+        window: a part of the scene's update.
+
+    Args:
+        window: a part of the scene's update.
+    """
     healthy_norms = None
     if healthy is not None:
         parts, n = enter(healthy), healthy.supervised_tokens
@@ -92,7 +106,7 @@ def inspect_layers(
 
 
 def _norms(parts: Parts) -> list[MatrixStat]:
-    """Of every adapter matrix that belongs to a numbered layer; the gradient is unscaled."""
+    """Norms of every adapter matrix of a numbered layer, gradients unscaled."""
     stats = []
     for name, place in parts.replica.adapters.slices.items():
         if (found := MATRIX.search(name)) is not None:
@@ -119,9 +133,10 @@ def compare(
 ) -> tuple[MatrixStat, ...]:
     """The stats with their factors.
 
-    Over the healthy update's own, after division by what most matrices of that side grew by: B starts at 0 and grows in every layer, and
-    a larger loss raises every gradient. The lower quartile stands for most, so that one layer of two cannot hide. Without a healthy
-    update: over the median of the same projection and side in the other layers.
+    Over the healthy update's own, after division by what most matrices of that side grew by: B
+    starts at 0 and grows in every layer, and a larger loss raises every gradient. The lower
+    quartile stands for most, so that one layer of two cannot hide. Without a healthy update: over
+    the median of the same projection and side in the other layers.
     """
     if healthy is None:
         return tuple(
@@ -172,7 +187,7 @@ def _middle(values: Sequence[float]) -> float:
 
 
 def _most(factors: Sequence[float | None]) -> float:
-    """Lower quartile of the factors that are numbers; 0 where there are none."""
+    """Lower quartile of the factors that are numbers, or 0."""
     known = sorted(factor for factor in factors if factor is not None and math.isfinite(factor))
     return known[len(known) // 4] if known else 0.0
 
@@ -185,7 +200,10 @@ def _over(value: float, reference: float) -> float | None:
 def _outputs(
     parts: Parts, rows: Sequence[Row], window: Window, rng: dict[str, Any]
 ) -> list[Output]:
-    """What every leaf module and every adapted layer puts out in one forward of the window's first pass, in the order of execution."""
+    """Outputs of every leaf module and adapted layer in one forward.
+
+    That of the window's first pass, in the order of execution.
+    """
     seen: list[Output] = []
 
     def watch(name: str):
@@ -235,7 +253,10 @@ def _outputs(
 
 
 def in_modules(parts: Parts) -> Callable[[Pass], Any]:
-    """The forward pass module by module: the engine's own, or the reference engine's over the same storage where the engine has no modules."""
+    """The forward pass module by module.
+
+    The engine's own, or the reference engine's over the same storage if the engine has no modules.
+    """
     if parts.replica.plain_engine.name != "fused":
         return parts.replica.engine
     reference = PeftEngine(parts.replica.plain_engine.hf, parts.replica.plain_engine.report)
@@ -256,13 +277,19 @@ def _short(name: str) -> str:
 
 
 def _not_finite(outputs: Sequence[Output], matrices: Sequence[MatrixStat]) -> LayerFinding | None:
-    """The first output that is not finite; where all are, the last layer of those whose gradient is not: backward comes from the end."""
+    """The first output that is not finite.
+
+    If all are: the last layer of those whose gradient is not, since backward comes from the end.
+    """
     for before, output in zip([None, *outputs], outputs, strict=False):
         if output.finite:
             continue
         place = f"{output.module} is the first module whose output is not finite"
         if not output.input_finite:
-            place = f"{output.module} is the first module with an input that is not finite (after {before.module if before else 'none'})"
+            place = (
+                f"{output.module} is the first module with an input that is not finite (after "
+                f"{before.module if before else 'none'})"
+            )
         if output.place is not None:
             place += f", first at place {output.place}"
         return LayerFinding("activation", output.module, _layer(output.module), place)
@@ -308,7 +335,10 @@ def _gradients_off(matrices: Sequence[MatrixStat], healthy: Scene | None) -> Lay
 def _off(
     factors: Sequence[tuple[MatrixStat, float | None]], kind: str, what: str, than: str
 ) -> LayerFinding | None:
-    """The layer of the matrix that is furthest above its reference, with all its projections that are off."""
+    """The layer of the matrix that is furthest above its reference.
+
+    With all its projections that are off.
+    """
     off = [(m, factor) for m, factor in factors if factor is not None and factor >= OFF]
     if not off:
         return None
@@ -330,7 +360,10 @@ def _off(
 
 
 def _outputs_off(outputs: Sequence[Output], healthy: Sequence[Output]) -> LayerFinding | None:
-    """The first adapted layer whose gain is far above the healthy update's, or the median of the same projection in other layers."""
+    """The first adapted layer whose gain is far too high.
+
+    Above the healthy update's, or the median of the same projection in other layers.
+    """
     before = {o.module: o.gain for o in healthy}
     worst: tuple[float, Output] | None = None
     for output in outputs:

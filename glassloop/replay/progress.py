@@ -1,4 +1,4 @@
-"""Lines on how far a replay's search is, with an estimate of what is left."""
+"""Progress of a replay's search, with an estimate of the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def silent(_done: int, _total: int, _what: str) -> None:
 
 @dataclass
 class Progress:
-    """Tells a stream what begins: one line that is overwritten on a terminal, else one now and then.
+    """A stream's lines on what begins.
+
+    One line that is overwritten on a terminal, else one now and then.
 
     Attributes:
         name: of the search. out: the stream. clock: seconds, for tests.

@@ -1,4 +1,7 @@
-"""What a replay computes with: a run's replica, on one process, without anything that a run writes."""
+"""The replica that a replay computes with.
+
+It is a run's replica, on one process, without anything that a run writes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from glassloop.saved import state as snapshots
 
 @dataclass(frozen=True)
 class StartState:
-    """What an update starts from: adapters, optimizer and every rank's random numbers."""
+    """The state before an update: adapters, optimizer, random numbers by rank."""
 
     flat: Tensor  # (N,) fp32 on the CPU
     moments: tuple[dict[str, Tensor], Any]  # optimizer state, see snapshots.optimizer_state
@@ -29,7 +32,7 @@ class StartState:
 
 @dataclass(frozen=True)
 class Parts:
-    """A replica, with the config and the accelerator that it was built by."""
+    """A replica with the config and accelerator that built it."""
 
     config: Config
     accelerator: Accelerator
@@ -66,7 +69,8 @@ def make_parts(
     largest = engine.hf.get_base_model().get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
     if odd := [row for row in rows if max(row.input_ids) >= largest]:
         raise ValueError(
-            f"model.id = {config.model.id} knows token ids below {largest}, row {odd[0].row_id} has "
+            f"model.id = {config.model.id} knows token ids below {largest}, row "
+            f"{odd[0].row_id} has "
             f"{max(odd[0].input_ids)}: name the base that the update was made on with --base"
         )
     replica = build_replica(

@@ -1,7 +1,8 @@
-"""An update carried out again on one process: its parts, its passes rank by rank, and whether the recorded numbers come back.
+"""A recorded update computed again on one process, and compared.
 
-Each rank of the run becomes a virtual one: it gets its own random numbers and passes, and its share of g is summed in rank order. The passes
-go through the training loop's own run_passes. Nothing is written: no run folder, no observer, no tracker.
+Each rank of the run becomes a virtual one: it gets its own random numbers and passes, and its share
+of g is summed in rank order. The passes go through the training loop's own run_passes. Nothing is written: no run folder, no observer, no
+tracker.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FLOOR_FACTOR = (
 
 @dataclass(frozen=True)
 class Scene:
-    """One update and what it starts from, ready to be carried out as often as one likes."""
+    """One update and its start state, to be run repeatedly."""
 
     parts: Parts  # `enter` puts right what they hold
     update: int
@@ -59,7 +60,7 @@ class Scene:
         )
 
     def places(self) -> list[tuple[int, int, int]]:
-        """(rank, pass, row) of every row, in the order of ranks and passes."""
+        """(rank, pass, row) of every row, in order."""
         passes = self.window.passes
         return [
             (rank, index, row)
@@ -71,7 +72,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class Carried:
-    """What an update gave before the optimizer moved. The gradient itself, times the loss scale, is in the flat gradient. Losses in nats."""
+    """The numbers of an update before the optimizer moved; losses in nats.
+
+    The gradient itself, times the loss scale, is in the flat gradient.
+    """
 
     loss_nats: float  # token mean over all ranks
     grad_norm: float  # of g, unscaled, before clipping
@@ -115,7 +119,9 @@ def carry_out(
     n: int,
     rng_states: Sequence[dict[str, Any]],
 ) -> Carried:
-    """Passes of all ranks, one rank after the other, and their sum in the flat gradient.
+    """Run the passes of all ranks, one rank after the other.
+
+    Their sum is in the flat gradient afterwards.
 
     Two shares add up to the same bits in any order; a collective of more ranks orders its sum
     itself. Raises ValueError if memory runs out.
@@ -160,13 +166,18 @@ def carry_out(
 
 
 def fitting_rng(rng_states: Sequence[dict[str, Any]], parts: Parts) -> Iterator[dict[str, Any]]:
-    """The ranks' random numbers; this device's own where they come from another kind of device and nothing is drawn."""
+    """The ranks' random numbers, as this device takes them.
+
+    This device's own if they come from another kind of device and nothing is drawn.
+    """
     for state in rng_states:
         foreign = (state.get("cuda") is None) != (parts.replica.device.type != "cuda")
         if foreign and parts.config.lora.dropout > 0:
             raise ValueError(
-                f"lora.dropout = {parts.config.lora.dropout}: dropout masks of a run on {'CPUs' if state.get('cuda') is None else 'GPUs'} "
-                f"cannot be drawn again on {parts.replica.device.type}: replay it on the kind of device that it was made on"
+                f"lora.dropout = {parts.config.lora.dropout}: dropout masks of a run on "
+                f"{'CPUs' if state.get('cuda') is None else 'GPUs'} "
+                f"cannot be drawn again on {parts.replica.device.type}: replay it on the "
+                "kind of device that it was made on"
             )
         yield snapshots.rng_state(parts.replica.device) if foreign else state
 
@@ -179,7 +190,7 @@ def loss_now(
     n: int,
     rng_states: Sequence[dict[str, Any]],
 ) -> float:
-    """Token mean of the window's loss with the adapters as they are, in nats.
+    """Token mean of the window's loss with the present adapters, in nats.
 
     Passes and dropout masks are those of the update.
     """
@@ -224,8 +235,12 @@ class Compared:
     name: str
     recorded: float
     replayed: float
-    off: float  # |difference| relative to the recorded number; 0 where both are the same, or not finite in the same way
-    allowed: float  # FLOOR_FACTOR x what two replays differ by in this number (fp32's last bit at least), x updates carried out
+    # |difference| relative to the recorded number; 0 where both are the same, or not finite in the
+    # same way
+    off: float
+    # FLOOR_FACTOR x what two replays differ by in this number (fp32's last bit at least), x updates
+    # carried out
+    allowed: float
 
     @property
     def reproduces(self) -> bool:
@@ -253,7 +268,10 @@ class Reproduction:
 
 
 def relative(a: float, b: float) -> float:
-    """|a - b| / |b|; 0 for equal numbers, NaN equal to NaN; infinite where only one is finite."""
+    """a - b| / |b|; infinite if only one is finite.
+
+    0 for equal numbers; NaN equals NaN.
+    """
     if a == b or (math.isnan(a) and math.isnan(b)):
         return 0.0
     if not (math.isfinite(a) and math.isfinite(b)):
@@ -269,7 +287,8 @@ def reproduce(scene: Scene) -> Reproduction:
     apart = relative_distance(scene.parts.replica.adapters.grad, grad)
     pairs = list(zip(numbers(scene, first), numbers(scene, second), strict=True))
     floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
-    # Where two replays are not the same bit for bit, a number that came out the same twice did so by luck: its last bit may still differ.
+    # Where two replays are not the same bit for bit, a number that came out the same twice did so
+    # by luck: its last bit may still differ.
     least = 0.0 if apart == 0 and not any(floors.values()) else ULP
     compared = []
     for name, value in numbers(scene, first):
@@ -280,7 +299,10 @@ def reproduce(scene: Scene) -> Reproduction:
 
 
 def relative_distance(a: Tensor, b: Tensor) -> float:
-    """L2 distance of two gradients, relative to the second; 0 where both hold the same bits."""
+    """L2 distance of two gradients, relative to the second.
+
+    0 if both hold the same bits.
+    """
     if torch.equal(a.view(torch.int32), b.view(torch.int32)):
         return 0.0
     distance, size = l2_norm(a.double() - b.double()).item(), l2_norm(b).item()
@@ -288,7 +310,10 @@ def relative_distance(a: Tensor, b: Tensor) -> float:
 
 
 def numbers(scene: Scene, carried: Carried) -> Iterator[tuple[str, float]]:
-    """What can be compared with the record, each under its name. Losses in nats: token means, but sums for rows."""
+    """The numbers to compare with the record, each under its name.
+
+    Losses in nats: token means, but sums for rows.
+    """
     yield "loss", carried.loss_nats
     yield "gradient norm", carried.grad_norm
     for rank in range(scene.ranks if scene.ranks > 1 else 0):
@@ -309,7 +334,10 @@ def recorded_numbers(
     rank_norms: Sequence[float] | None,
     row_losses: Sequence[float],
 ) -> dict[str, float]:
-    """The record's numbers under the names of `numbers`; what is not on record is left out."""
+    """The record's numbers under the names of `numbers`.
+
+    What is not on record is left out.
+    """
     found: dict[str, float | None] = {"loss": loss, "gradient norm": norm}
     if scene.ranks > 1:
         found |= {f"loss of rank {rank}": value for rank, value in enumerate(rank_losses)}

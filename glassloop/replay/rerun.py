@@ -1,7 +1,10 @@
-"""Updates of a run carried out again, from the nearest earlier checkpoint or from the beginning, each compared with the record.
+"""Updates of a run computed again, each compared with its record.
 
-Whether an update was applied, and with which clip coefficient, is taken from its record, so that skips and reactions of the run are repeated
-and not decided anew. Fresh adapters are a function of the seed, so the beginning needs no checkpoint.
+From the nearest earlier checkpoint, or from the beginning.
+
+Whether an update was applied, and with which clip coefficient, is taken from its record, so that
+skips and reactions of the run are repeated and not decided anew. Fresh adapters are a function of
+the seed, so the beginning needs no checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ MOST_HALVINGS = 12
 
 @dataclass(frozen=True)
 class OnTheWay:
-    """An update that was carried out again to get to the one asked for."""
+    """An update that was re-run on the way."""
 
     update: int
     loss_off: float  # relative difference from the record
@@ -52,13 +55,15 @@ def rerun(
     say: Say,
     notes: list[str],
 ) -> tuple[Scene, tuple[OnTheWay, ...]]:
-    """The scene of the last update of `chain`, and the updates that were carried out to get there.
+    """The scene of the last update of `chain`, and the updates re-run.
 
     Args:
-        chain: records of one trajectory by number, see recorded.trajectory. overrides: fields that may differ from the checkpoint's config.
+        chain: records of one trajectory by number, see recorded.trajectory. overrides: fields that
+            may differ from the checkpoint's config.
 
     Raises:
-        ValueError: an update on the way is not on record, or rows, base or data are not those of the run.
+        ValueError: an update on the way is not on record, or rows, base or data are not those of
+            the run.
     """
     update = max(chain)
     record = chain[update]
@@ -89,7 +94,8 @@ def rerun(
     done, rng_states, origin = _start(folder, chain, parts, ranks, overrides, notes)
     if missing := [u for u in range(done + 1, update) if u not in chain]:
         raise ValueError(
-            f"{folder} has no record of update {missing[0]}, which lies between {origin} and update {update}"
+            f"{folder} has no record of update {missing[0]}, which lies between {origin} "
+            f"and update {update}"
         )
     say(
         f"from {origin}"
@@ -116,7 +122,8 @@ def rerun(
             OnTheWay(u, relative(carried.loss_nats, loss), relative(carried.grad_norm, norm))
         )
         say(
-            f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm {carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
+            f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm "
+            f"{carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
         )
     parts.replica.scale.value = number(record["loss_scale"]) or 1.0
     none = config.record.text == "none"
@@ -161,12 +168,16 @@ def _start(
     overrides: Mapping[str, str],
     notes: list[str],
 ) -> tuple[int, tuple[dict[str, Any], ...], str]:
-    """Put the parts where the nearest earlier checkpoint has them. Returns updates done, each rank's random numbers, and the place's name."""
+    """Restore the nearest earlier checkpoint into the parts.
+
+    Returns updates done, each rank's random numbers, and the place's name.
+    """
     update, base_hash = max(chain), parts.replica.plain_engine.report.base_hash
     for path, saved in _checkpoints(folder / "checkpoints", chain):
         if saved.base_hash != base_hash:
             raise ValueError(
-                f"model.id = {parts.config.model.id} has changed, or is another base: {path} was made on {saved.base_hash[:16]}, "
+                f"model.id = {parts.config.model.id} has changed, or is another base: "
+                f"{path} was made on {saved.base_hash[:16]}, "
                 f"this is {base_hash[:16]}; name the base that it was made on with --base"
             )
         if saved.update >= update:
@@ -197,7 +208,7 @@ def _start(
 
 
 def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Path, RunState]]:
-    """Checkpoints of the trajectory whose state can be read, the one after most updates first."""
+    """Readable checkpoints of the trajectory, the one after most updates first."""
     last = chain[max(chain)]["attempt"]
     known = []
     for path in folder.glob("update_*"):
@@ -212,7 +223,10 @@ def _checkpoints(folder: Path, chain: Mapping[int, Record]) -> Iterator[tuple[Pa
 
 
 def _first_rng(parts: Parts, ranks: int) -> Iterator[dict[str, Any]]:
-    """Each rank's random numbers before update 1: a rank draws some while it builds its model, and dropout goes on from there."""
+    """Each rank's random numbers before update 1.
+
+    A rank draws some while it builds its model, and dropout continues from there.
+    """
     yield rng_state(parts.replica.device)
     for rank in range(1, ranks):
         if parts.config.lora.dropout > 0:
@@ -221,7 +235,9 @@ def _first_rng(parts: Parts, ranks: int) -> Iterator[dict[str, Any]]:
 
 
 def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
-    """The update's rows and passes as they were: from rows.jsonl, or from seed and layout where ids were not kept.
+    """The update's rows and passes as they were.
+
+    From rows.jsonl, or from seed and layout if ids were not kept.
 
     Raises:
         ValueError: a row is not the one on record any more.
@@ -237,7 +253,8 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
             if now != was:
                 is_now = "is not among the rows" if now is None else f"has {now[0]} and {now[1]}"
                 raise ValueError(
-                    f"the data have changed: row {line['row_id']} of update {u} had {was[0]} tokens, {was[1]} supervised, "
+                    f"the data have changed: row {line['row_id']} of update {u} had "
+                    f"{was[0]} tokens, {was[1]} supervised, "
                     f"and now {is_now}: {cure}"
                 )
         passes: list[list[list[int]]] = [
@@ -254,13 +271,17 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
     real = [sum(map(len, batches.share(window, rank))) for rank in range(len(window.passes))]
     if sum(record["rank_passes"]) and real != list(record["rank_real_tokens"]):
         raise ValueError(
-            f"the data have changed: the ranks' rows of update {u} had {record['rank_real_tokens']} tokens, now {real}: {cure}"
+            f"the data have changed: the ranks' rows of update {u} had "
+            f"{record['rank_real_tokens']} tokens, now {real}: {cure}"
         )
     return window
 
 
 def _with_as_many_passes(batches: Batches, record: Record) -> Window:
-    """The window in the record's number of passes: a run that ran out of memory goes on in halves of its passes."""
+    """The window in the record's number of passes.
+
+    A run that ran out of memory continues in halves of its passes.
+    """
     windows = [
         replace(batches, halvings=halvings).window(record["update"])
         for halvings in range(MOST_HALVINGS)
@@ -281,13 +302,14 @@ def _other_rows(folder: Path, digest: str) -> list[str]:
         []
         if saved == digest
         else [
-            f"the data have changed: {folder / 'plan.json'} has rows_digest {saved}, now it is {digest}"
+            f"the data have changed: {folder / 'plan.json'} has rows_digest {saved}, now "
+            f"it is {digest}"
         ]
     )
 
 
 def load_rows(config: Config) -> tuple[tuple[Row, ...], int, str]:
-    """Training rows of the config's data, the pad token's id, and a digest of all rows."""
+    """Training rows of the config's data, pad token id, and rows' digest."""
     tokenizer = load_tokenizer(config.model)
     loaded = load_examples(config.data, config.seed)
     template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))

@@ -1,7 +1,10 @@
-"""Getting to the state before any recorded update: from its capsule, else from the nearest earlier checkpoint, else from the beginning.
+"""The way to the state before any recorded update.
 
-What lies between is carried out again and compared with the record on the way. Whether an update was applied, and with which clip
-coefficient, is taken from its record, so that skips and reactions of the run are repeated and not decided anew.
+From its capsule, else from the nearest earlier checkpoint, else from the beginning.
+
+What lies between is carried out again and compared with the record on the way. Whether an update
+was applied, and with which clip coefficient, is taken from its record, so that skips and reactions
+of the run are repeated and not decided anew.
 """
 
 from __future__ import annotations
@@ -60,26 +63,30 @@ def open_scene(
         overrides: fields of the recorded config to replace, such as {"model.id": "/models/base"}.
 
     Raises:
-        ValueError: there is no such update, or base or data are not those of the run; names what and the cure.
+        ValueError: there is no such update, or base or data are not those of the run; names what
+            and the cure.
     """
     path = where if (where / "capsule.json").exists() else None
     folder = where if path is None else where.resolve().parent.parent
     run_folder = folder if is_run(folder) else None
     if path is None and run_folder is None:
         raise ValueError(
-            f"{where} is neither a run's folder (metrics.jsonl and config.yaml) nor a capsule's (capsule.json): name one of them"
+            f"{where} is neither a run's folder (metrics.jsonl and config.yaml) nor a "
+            "capsule's (capsule.json): name one of them"
         )
     notes: list[str] = []
     if path is not None:
         capsule = read_capsule(path)
         if update not in (None, capsule.facts.update):
             raise ValueError(
-                f"--update {update}: {path} holds update {capsule.facts.update}; leave --update out, or name the run"
+                f"--update {update}: {path} holds update {capsule.facts.update}; leave "
+                "--update out, or name the run"
             )
     else:
         if update is None:
             raise ValueError(
-                f"--update is missing: which update of {where} is to be replayed? {_capsules_of(where)}"
+                f"--update is missing: which update of {where} is to be replayed? "
+                f"{_capsules_of(where)}"
             )
         capsule = _own_capsule(where, update, notes)
     if capsule is not None:
@@ -110,7 +117,10 @@ def _facts(path: Path) -> CapsuleFacts | None:
 
 
 def _own_capsule(folder: Path, update: int, notes: list[str]) -> Capsule | None:
-    """The update's capsule, if it is whole and of the same attempt as the record."""
+    """The update's capsule, if it is whole and fits the record.
+
+    It fits if it is of the same attempt.
+    """
     path = folder / "capsules" / f"update_{update:06d}"
     if not path.is_dir():
         return None
@@ -122,7 +132,8 @@ def _own_capsule(folder: Path, update: int, notes: list[str]) -> Capsule | None:
         return None
     if record["attempt"] != capsule.facts.attempt:
         notes.append(
-            f"{path} is of attempt {capsule.facts.attempt}, the record's last is {record['attempt']}: the update is re-run"
+            f"{path} is of attempt {capsule.facts.attempt}, the record's last is "
+            f"{record['attempt']}: the update is re-run"
         )
         return None
     return capsule
@@ -229,7 +240,10 @@ def _capsule_scene(capsule: Capsule, parts: Parts, rows: Mapping[int, Row], text
 
 
 def _rows_of(facts: CapsuleFacts, config: Config) -> dict[int, Row]:
-    """The capsule's rows by number; from the data where it carries none, each checked against its digest."""
+    """The capsule's rows by number.
+
+    From the data if it carries none; each is checked against its digest.
+    """
     if facts.rows:
         return dict(facts.rows)
     rows, _, _ = load_rows(config)
@@ -237,8 +251,10 @@ def _rows_of(facts: CapsuleFacts, config: Config) -> dict[int, Row]:
     changed = [n for n in numbers if n >= len(rows) or row_digest(rows[n]) != facts.digests[n]]
     if changed:
         raise ValueError(
-            f"data.source = {config.data.source} has changed since update {facts.update}: row {changed[0]} "
-            f"({len(changed)} of {len(numbers)} rows) is another one now, and the capsule carries no tokens "
+            f"data.source = {config.data.source} has changed since update {facts.update}: "
+            f"row {changed[0]} "
+            f"({len(changed)} of {len(numbers)} rows) is another one now, and the capsule "
+            "carries no tokens "
             "(record.text = none): replay it with the data as they were"
         )
     return {number: rows[number] for number in numbers}
@@ -248,7 +264,8 @@ def _check_base(parts: Parts, base_hash: str, owner: str) -> None:
     here = parts.replica.plain_engine.report.base_hash
     if here != base_hash:
         raise ValueError(
-            f"model.id = {parts.config.model.id} has changed, or is another base: {owner} was made on {base_hash[:16]}, "
+            f"model.id = {parts.config.model.id} has changed, or is another base: {owner} "
+            f"was made on {base_hash[:16]}, "
             f"this is {here[:16]}; name the base that it was made on with --base"
         )
 

@@ -1,4 +1,7 @@
-"""A replay in plain lines of at most WIDTH columns; tables are aligned by spaces."""
+"""A replay in plain lines of at most WIDTH columns.
+
+Tables are aligned by spaces.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ AROUND = 6  # supervised places on each side of the worst one
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Aligned columns, the first `left` to the left and the others to the right."""
+    """Aligned columns, the first `left` of them to the left."""
     lines = [list(heading), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     return [
@@ -50,7 +53,7 @@ def wrapped(label: str, text: str) -> list[str]:
 
 
 def progress(line: str) -> list[str]:
-    """What is said while updates on the way are carried out."""
+    """Lines for updates that are re-run on the way."""
     return [line] if line.startswith(" ") else wrapped("start", line)
 
 
@@ -61,12 +64,14 @@ def opening(opened: Opened) -> list[str]:
     lines = wrapped("update", f"{scene.update}, from {scene.origin}")
     lines += wrapped(
         "",
-        f"{len(scene.window.rows)} rows, {scene.supervised_tokens:,} supervised tokens, {passes} passes on {ranks}; lr {scene.lr:.3g}",
+        f"{len(scene.window.rows)} rows, {scene.supervised_tokens:,} supervised tokens, "
+        f"{passes} passes on {ranks}; lr {scene.lr:.3g}",
     )
     if opened.usual is not None:
         lines += wrapped(
             "usual",
-            f"loss {opened.usual[0]:.4f}, gradient norm {opened.usual[1]:.4g} ({opened.usual_from})",
+            f"loss {opened.usual[0]:.4f}, gradient norm {opened.usual[1]:.4g} "
+            f"({opened.usual_from})",
         )
     for note in opened.notes:
         lines += wrapped("note", note)
@@ -98,7 +103,10 @@ def reproduction(opened: Opened, done: Reproduction) -> list[str]:
             ]
         )
     lines += table(["", "recorded", "replayed", "off", "allowed"], body)
-    floors = f"loss {off(done.loss_floor)}, gradient norm {off(done.norm_floor)}, gradient {off(done.grad_floor)}"
+    floors = (
+        f"loss {off(done.loss_floor)}, gradient norm {off(done.norm_floor)}, gradient "
+        f"{off(done.grad_floor)}"
+    )
     return [*lines, f"  noise floor, two replays apart: {floors}"]
 
 
@@ -126,7 +134,8 @@ def bisection(
     if opened.healthy is not None and found.healthy_rows is not None:
         loss, norm = map(number, found.healthy_rows)
         lines += [
-            f"    median row of the healthy update {opened.healthy.update}: loss {loss} a token, gradient norm {norm}"
+            f"    median row of the healthy update {opened.healthy.update}: loss {loss} a "
+            f"token, gradient norm {norm}"
         ]
     than = (
         f"the healthy update {opened.healthy.update}"
@@ -199,7 +208,10 @@ def _trouble(s: MatrixStat) -> float:
 def tokens(
     of: Sequence[TokenLoss], decode: Callable[[list[int]], str] | None, policy: str
 ) -> list[str]:
-    """The worst places, then those around the very worst in order. Text only under record.text = full, no ids under none."""
+    """The worst places, then those around the worst one in order.
+
+    Text only under record.text = full, no ids under none.
+    """
 
     def line(token: TokenLoss, mark: str = "  ") -> list[str]:
         cells = [f"{mark}{token.position}", number(token.loss_nats)]
@@ -258,7 +270,7 @@ def trials(opened: Opened, done: Trials) -> list[str]:
 def conclusion(
     opened: Opened, done: Reproduction, found: Bisection | None, trials: Trials | None
 ) -> str:
-    """One sentence: whether it reproduces, then what stands out, then the verdict of the trials."""
+    """One sentence: reproduced or not, what stands out, the trials' verdict."""
     said = [_reproduces(opened, done)]
     if found is not None:
         said.append(_stands_out(found))
@@ -278,13 +290,22 @@ def _reproduces(opened: Opened, done: Reproduction) -> str:
     worst = max((c for c in done.compared if not c.reproduces), key=lambda c: c.off)
     way = next((one for one in opened.on_the_way if max(one.loss_off, one.norm_off) > 0), None)
     if way is not None:
-        why = f"update {way.update}, on the way, was off already by {off(max(way.loss_off, way.norm_off))}"
+        why = (
+            f"update {way.update}, on the way, was off already by "
+            f"{off(max(way.loss_off, way.norm_off))}"
+        )
     elif opened.notes:
         why = opened.notes[0]
     else:
-        why = "rows, adapters, optimizer and random numbers are the recorded ones: look at hardware, kernels and threads"
+        why = (
+            "rows, adapters, optimizer and random numbers are the recorded ones: look at "
+            "hardware, kernels and threads"
+        )
     values = f"was {number(worst.recorded)}, is {number(worst.replayed)}"
-    return f"not reproduced: {worst.name} {values}, off by {off(worst.off)} where {off(worst.allowed)} is allowed ({why})"
+    return (
+        f"not reproduced: {worst.name} {values}, off by {off(worst.off)} where "
+        f"{off(worst.allowed)} is allowed ({why})"
+    )
 
 
 def _stands_out(found: Bisection) -> str:
@@ -296,7 +317,10 @@ def _stands_out(found: Bisection) -> str:
             if not part.finite
             else f"norm {factor(part.norm_factor)}, loss {factor(part.loss_factor)} the median"
         )
-        said = f"row {part.name.removeprefix('row ')} (rank {part.rank}, pass {part.index}) stands out: {amount}"
+        said = (
+            f"row {part.name.removeprefix('row ')} (rank {part.rank}, pass {part.index}) "
+            f"stands out: {amount}"
+        )
     return f"{said}; {found.layer.name} is off" if found.layer is not None else said
 
 

@@ -1,18 +1,20 @@
-"""The update again with one thing changed at a time, and what that says of its cause.
+"""The update again with one thing changed, and a verdict.
 
-The verdict follows from stated rules, in this order. `Sound` is: finite, norm at most NORM_RANGE x and loss at most LOSS_RANGE x the usual
-ones. Where no usual numbers are known, a trial is sound if it is finite and the update as it was is not, or has NORM_RANGE x its norm or
-LOSS_RANGE x its loss. `Harm` is a loss on the same rows that rises by more than RISE in the step.
+The verdict follows from stated rules, in this order. `Sound` is: finite, norm at most NORM_RANGE x
+and loss at most LOSS_RANGE x the usual ones. Where no usual numbers are known, a trial is sound if
+it is finite and the update as it was is not, or has NORM_RANGE x its norm or LOSS_RANGE x its loss.
+`Harm` is a loss on the same rows that rises by more than RISE in the step.
 
     precision   the update as it was is not sound, in fp32 it is
     engine      it is not sound, with eager attention or the reference engine it is
-    data        it is not sound, without the worst row it is, and that row stands out among the rows (see bisect)
+    data        it is not sound, without the worst row it is, and that row stands out (see bisect)
     optimizer   it is sound but its step does harm, and a 32-bit AdamW's step does none
     lr          it is sound but its step does harm, and at half the lr at most half of it
     unresolved  nothing is out of range, or no trial helps
 
-A single step cannot show what rounding of 8-bit moments did in earlier ones: "32-bit AdamW" starts from the same moments, so it differs only
-where the step itself is at fault, and "fresh moments" tells whether the moments are.
+A single step cannot show what rounding of 8-bit moments did in earlier ones: "32-bit AdamW" starts
+from the same moments, so it differs only where the step itself is at fault, and "fresh moments"
+tells whether the moments are.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ IN_ORDER = (AS_IT_WAS, WITHOUT_ROW, HALF_LR, ADAMW, FRESH_ADAMW, FP32, EAGER, PE
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to carry the update out. None: it has no such number, or was not tried (then `note` says why)."""
+    """One variation of the update.
+
+    None: it has no such number, or was not tried (`note` says why).
+    """
 
     name: str
     loss_nats: float | None = None
@@ -78,7 +83,10 @@ class Trial:
 
     @property
     def rise(self) -> float:
-        """Relative rise of the loss in the step; infinite where it is not finite afterwards. Negative is progress."""
+        """Relative rise of the loss in the step; negative is progress.
+
+        Infinite if the loss is not finite afterwards.
+        """
         if self.loss_nats is None or self.loss_after_nats is None:
             return 0.0
         if not math.isfinite(self.loss_after_nats):
@@ -133,7 +141,7 @@ def try_out(
 
 
 def _same_engine(scene: Scene, found: Bisection, grad: Tensor) -> Iterator[Trial]:
-    """The update as it was, without its worst row, and at half the rate."""
+    """Try the update as it was, without its worst row, at half the rate."""
     yield _attempt(AS_IT_WAS, scene, enter(scene), grad)
     yield _without_row(scene, found, grad)
     slower = replace(scene, lr=scene.lr / 2)
@@ -148,7 +156,10 @@ def _attempt(
     window: Window | None = None,
     note: str = "",
 ) -> Trial:
-    """The update in parts that `enter` has put right: gradient, step, and the loss after it. Nothing is applied that is not finite."""
+    """Compute gradient, step and the loss after it.
+
+    The parts must have been put right by `enter`. A step that is not finite is not applied.
+    """
     window = window or scene.window
     n = sum(
         scene.rows[row].supervised_tokens for one in window.passes for rows in one for row in rows
@@ -186,7 +197,7 @@ def _without_row(scene: Scene, found: Bisection, grad: Tensor) -> Trial:
 
 
 def worst_row(found: Bisection) -> int:
-    """Index of the row that stands out, else of the one with the largest share of the gradient."""
+    """Index of the row that stands out, or of the largest gradient."""
     part = found.row or max(
         found.rows, key=lambda part: math.inf if not part.finite else part.grad_norm
     )
@@ -233,7 +244,10 @@ def _with_adamw(
 
 
 def as_32_bit(moments: tuple[dict[str, Tensor], Any]) -> tuple[dict[str, Tensor], Any]:
-    """bitsandbytes' state as that of torch's AdamW. An 8-bit entry is qmap[code] times its block's absmax."""
+    """bitsandbytes' state as that of torch's AdamW.
+
+    An 8-bit entry is qmap[code] times its block's absmax.
+    """
     tensors, plain = moments
     built = {"optimizer": "AdamW", "elements": plain["elements"], "values": {}}
     if not tensors:
@@ -251,7 +265,10 @@ def as_32_bit(moments: tuple[dict[str, Tensor], Any]) -> tuple[dict[str, Tensor]
 
 
 def _other_engines(scene: Scene, config: Config, grad: Tensor) -> Iterator[Trial]:
-    """fp32, eager attention and the reference engine: each needs a model of its own, which is dropped before the next is built."""
+    """Try fp32, eager attention and the reference engine.
+
+    Each needs a model of its own, which is dropped before the next is built.
+    """
     execution, model = config.execution, config.model
     sdpa = (
         model.model_copy(update={"attention": "sdpa"})
@@ -301,7 +318,8 @@ def judge(
     if base.rise <= max(RISE, 4 * noise_floor):
         return Verdict(
             "unresolved",
-            "nothing is out of the usual range, and the step lowers the loss of its rows as a step should",
+            "nothing is out of the usual range, and the step lowers the loss of its rows "
+            "as a step should",
         )
     for name in (ADAMW, FRESH_ADAMW):
         if (trial := trials[name]).loss_after_nats is not None and trial.rise <= max(
@@ -309,13 +327,15 @@ def judge(
         ):
             return Verdict(
                 "optimizer",
-                f"gradient and loss are sound, the step raises the loss by {_share(base.rise)}; {name}: {_share(trial.rise)}",
+                "gradient and loss are sound, the step raises the loss by "
+                f"{_share(base.rise)}; {name}: {_share(trial.rise)}",
             )
     half = trials[HALF_LR]
     if half.loss_after_nats is not None and half.rise <= base.rise / 2:
         return Verdict(
             "lr",
-            f"gradient and loss are sound, the step raises the loss by {_share(base.rise)}; at half the lr: {_share(half.rise)}",
+            "gradient and loss are sound, the step raises the loss by "
+            f"{_share(base.rise)}; at half the lr: {_share(half.rise)}",
         )
     return Verdict(
         "unresolved",
@@ -341,11 +361,17 @@ def _judge_gradient(
         where = f": {found.layer.message}" if found.layer else ""
         return Verdict("unresolved", f"every row is affected, in every trial{where}")
     if found.layer is not None and found.layer.kind in ("weight", "output"):
-        why = f"no change to this update helps: the state that it started from was off already; {found.layer.message}"
+        why = (
+            "no change to this update helps: the state that it started from was off already; "
+            f"{found.layer.message}"
+        )
         return Verdict("unresolved", why, earlier=True)
     losses = [part.loss_nats for part in found.rows if part.loss_nats is not None]
     if usual is not None and median(losses) > LOSS_RANGE * usual[0]:
-        why = f"most rows lie above the usual loss of {usual[0]:.4g}: earlier updates had moved the adapters there"
+        why = (
+            f"most rows lie above the usual loss of {usual[0]:.4g}: earlier updates had moved "
+            "the adapters there"
+        )
         return Verdict("unresolved", why, earlier=True)
     return Verdict(
         "unresolved",
@@ -354,7 +380,10 @@ def _judge_gradient(
 
 
 def _sound(trial: Trial, base: Trial, usual: tuple[float, float] | None, found: Bisection) -> bool:
-    """Whether the update as it was is in range; without usual numbers, whether it is finite and no row stands out."""
+    """True if the update as it was is in range.
+
+    Without usual numbers: if it is finite and no row stands out.
+    """
     if usual is None:
         return base.finite and found.row is None
     return _in_range(trial, usual)

@@ -1,4 +1,4 @@
-"""What survives a process: state, checkpoint, capsule, resuming.
+"""The parts of a run that survive a process.
 
 May import formula, data, disk and plan.
 """

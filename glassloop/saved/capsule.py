@@ -1,16 +1,17 @@
-"""An update kept whole: everything that is needed to carry it out again elsewhere, without the run's data.
+"""An update kept whole, to run again without the run's data.
 
     runs/<name>/capsules/
       update_000037/
-        adapter_before.safetensors    # fp32 LoRA matrices under PEFT's names, as they were before the update
+        adapter_before.safetensors    # fp32 LoRA matrices under PEFT's names, before the update
         optimizer.safetensors  optimizer.json
         rng_rank0.json ...            # one a rank, before its passes
-        capsule.json                  # CapsuleFacts: rows and passes of all ranks, lr, scale, config, versions, what came out
+        capsule.json                  # CapsuleFacts: rows, passes, lr, scale, config, versions, results
         SHA256SUMS                    # of all files above
 
-Rank 0 saves, after the gate and before the optimizer moves. Published by rename like a checkpoint; safetensors and JSON only, nothing is
-pickled. Under record.text = none neither ids nor tokens of rows are written: such a capsule needs the data to be replayed, and knows by a
-digest whether a row still is the one it was.
+Rank 0 saves, after the gate and before the optimizer moves. Published by rename like a checkpoint;
+safetensors and JSON only, nothing is pickled. Under record.text = none neither ids nor tokens of
+rows are written: such a capsule needs the data to be replayed, and knows by a digest whether a row
+still is the one it was.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class Capsule:
 
 @dataclass(frozen=True)
 class CapsuleSaved:
-    """What a save did. `path` is None where the caps on number and size left no room, and then `note` says so."""
+    """The result of a save.
+
+    `path` is None if the caps on number and size left no room; then `note` says so.
+    """
 
     path: Path | None
     removed: tuple[Path, ...] = ()
@@ -102,10 +106,13 @@ def facts_of(
     config: dict[str, Any],
     device: torch.device,
 ) -> CapsuleFacts:
-    """The facts of an update from the numbers that the update itself used; arguments are named as in outcome.describe.
+    """The facts of an update, from the numbers that it used.
+
+    Arguments are named as in health.decision.
 
     Args:
-        scale, finite_updates: of fp16's loss scale, as they were before this update. config: as_dict(config).
+        scale, finite_updates: of fp16's loss scale, as they were before this update. config:
+            as_dict(config).
     """
     reports = gate.reports
     return CapsuleFacts(
@@ -139,7 +146,7 @@ def facts_of(
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What decides the last bits of an update besides its inputs: packages, the device's name, threads of a rank."""
+    """Versions, device and threads: they decide an update's last bits."""
     found = {name: package_version(name) or "none" for name in PACKAGES}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {**found, "device": name, "threads": str(torch.get_num_threads())}
@@ -158,8 +165,9 @@ def save_capsule(
 ) -> CapsuleSaved:
     """Publish `folder`/update_NNNNNN, then remove what the caps no longer leave room for.
 
-    Room goes first to the newest bad update, then to the newest healthy one, to those asked for, to older bad ones, to older healthy ones;
-    of equals to the newest. One that would have none is not written.
+    Room goes first to the newest bad update, then to the newest healthy one, to those asked for, to
+    older bad ones, to older healthy ones; of equals to the newest. One that would have none is not
+    written.
 
     Args:
         folder: runs/<name>/capsules; made where it does not exist.
@@ -169,7 +177,8 @@ def save_capsule(
         keep: most capsules in the folder. most_gib: most space of all together, GiB.
 
     Raises:
-        CapsuleNotSaved: names the folder, what the disk said, and the cure. Nothing was published and nothing was removed.
+        CapsuleNotSaved: names the folder, what the disk said, and the cure. Nothing was published
+            and nothing was removed.
     """
     assert len(rng_states) == facts.world_size == len(facts.passes), (
         f"{len(rng_states)} states for {facts.world_size} ranks"
@@ -196,8 +205,10 @@ def save_capsule(
         others = ", ".join(path.name for path in kept) or "none"
         return CapsuleSaved(
             None,
-            note=f"update {facts.update} ({facts.why}, {sizes[target] / 2**30:.2f} GiB) was not kept: record.capsules = {keep} and "
-            f"record.capsules_gib = {most_gib:g} leave no room beside {others}; raise them, or remove capsules from {folder}",
+            note=f"update {facts.update} ({facts.why}, {sizes[target] / 2**30:.2f} GiB) was not "
+            f"kept: record.capsules = {keep} and "
+            f"record.capsules_gib = {most_gib:g} leave no room beside {others}; raise "
+            f"them, or remove capsules from {folder}",
         )
     folders.publish(target, contents, limit=LIMIT)
     removed = [path for path in known if path not in kept]
@@ -208,7 +219,8 @@ def save_capsule(
     except OSError as error:
         return CapsuleSaved(
             target,
-            note=f"{target} is kept, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",
+            note=f"{target} is kept, but {folder} could not be tidied: {error}; "
+            f"{folders.cure(error, LIMIT)}",
         )
     return CapsuleSaved(target, tuple(removed))
 
@@ -216,7 +228,10 @@ def save_capsule(
 def _with_room(
     known: Mapping[Path, CapsuleFacts], sizes: Mapping[Path, int], keep: int, most_gib: float
 ) -> list[Path]:
-    """The capsules that stay: in the order of their claim, as many as number and size allow."""
+    """The capsules that stay, in the order of their claim.
+
+    As many as number and size allow.
+    """
     newest_first = sorted(known, key=lambda path: known[path].serial, reverse=True)
     bad, healthy = (
         [p for p in newest_first if test(known[p])]
@@ -233,14 +248,20 @@ def _with_room(
 
 
 def find_capsules(folder: Path) -> list[Path]:
-    """Published capsules of a run's capsules folder, by name; their files are not looked at."""
+    """Published capsules of a run's capsules folder, by name.
+
+    Their files are not read.
+    """
     return sorted(
         path for path in folder.glob("update_*") if PUBLISHED.fullmatch(path.name) and path.is_dir()
     )
 
 
 def read_facts(path: Path) -> CapsuleFacts:
-    """The facts of a capsule; its tensors are not looked at. Raises ValueError naming the capsule and the file or field at fault."""
+    """Read the facts of a capsule, without its tensors.
+
+    Raises ValueError naming the capsule and the file or field at fault.
+    """
     try:
         return facts_from(folders.read(path, REQUIRED, only=FACTS)[FACTS], FACTS)
     except ValueError as error:
@@ -250,7 +271,10 @@ def read_facts(path: Path) -> CapsuleFacts:
 
 
 def read_capsule(path: Path) -> Capsule:
-    """A whole capsule. Raises ValueError naming the capsule and the file or field at fault."""
+    """Read a whole capsule.
+
+    Raises ValueError naming the capsule and the file or field at fault.
+    """
     try:
         contents = folders.read(path, REQUIRED)
         facts = facts_from(contents[FACTS], FACTS)
@@ -275,9 +299,12 @@ def read_capsule(path: Path) -> Capsule:
 def restore_capsule(
     capsule: Capsule, *, adapters: FlatAdapters, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Set adapters and optimizer to what they were before the update; everything is checked before anything is changed.
+    """Set adapters and optimizer to their state before the update.
 
-    Raises ValueError naming the capsule and the matrix or field that does not fit. Random numbers are each rank's own: see rng_states.
+    Everything is checked before anything changes.
+
+    Raises ValueError naming the capsule and the matrix or field that does not fit. Random numbers
+    are each rank's own: see rng_states.
     """
     try:
         flat = flat_from(capsule.matrices, adapters)

@@ -1,4 +1,7 @@
-"""The facts of a capsule in plain values, to JSON and back; what comes from a file is checked field by field. Nothing here imports torch."""
+"""The facts of a capsule as plain values, to JSON and back.
+
+Every field of a file is checked. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ MOST_TOKEN_ID = 2**31 - 1
 
 @dataclass(frozen=True)
 class Expected:
-    """What the update gave when it was carried out the first time; numbers may be infinite or NaN. Losses in nats."""
+    """The numbers that the update gave the first time, losses in nats.
+
+    They may be infinite or NaN.
+    """
 
     loss_nats: float | None  # token mean over all ranks; None without a supervised token
     grad_norm_pre_clip: float | None  # unscaled
@@ -88,7 +94,11 @@ def _no_constant(text: str) -> None:
 
 
 def plain_facts(facts: CapsuleFacts, text: str) -> dict[str, Any]:
-    """capsule.json: rows as digests and, unless record.text = none, ids, tokens and run lengths of unsupervised, supervised, ... tokens."""
+    """The content of capsule.json.
+
+    Rows are digests and, unless record.text = none, ids, tokens and run lengths of unsupervised,
+    supervised, ... tokens.
+    """
     rows = []
     for number, row in facts.rows.items():
         plain: dict[str, Any] = {"number": number, "digest": facts.digests[number]}
@@ -113,7 +123,10 @@ def plain_facts(facts: CapsuleFacts, text: str) -> dict[str, Any]:
 
 
 def finite_or_text(value: Any) -> Any:
-    """The value with infinite and NaN numbers as the texts "inf", "-inf", "nan", which float() reads, and tuples as lists."""
+    """The value with infinite and NaN numbers as texts, tuples as lists.
+
+    The texts are "inf", "-inf" and "nan", which float() reads.
+    """
     if isinstance(value, dict):
         return {key: finite_or_text(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -122,11 +135,15 @@ def finite_or_text(value: Any) -> Any:
 
 
 def facts_from(data: bytes, name: str) -> CapsuleFacts:
-    """The facts in the bytes of the file `name`; raises ValueError naming the field that is missing, unknown or cannot be true."""
+    """Read the facts from the bytes of the file `name`.
+
+    Raises ValueError naming the field that is missing, unknown or cannot be true.
+    """
     plain = from_json(data, name)
     if isinstance(plain, dict) and _whole(plain.get("schema")) and plain["schema"] > SCHEMA:
         raise ValueError(
-            f"{name} has schema {plain['schema']} and this glassloop reads up to {SCHEMA}: install a newer one"
+            f"{name} has schema {plain['schema']} and this glassloop reads up to "
+            f"{SCHEMA}: install a newer one"
         )
     try:
         return _checked(plain)
@@ -224,7 +241,8 @@ def _rows(plain: list[dict[str, Any]]) -> tuple[dict[int, Row], dict[int, str]]:
         )
         if not right or not ids or sum(runs) != len(ids):
             raise ValueError(
-                f"rows[{place}] (number {number}) has no sound row_id, input_ids and supervised_runs"
+                f"rows[{place}] (number {number}) has no sound row_id, input_ids and "
+                "supervised_runs"
             )
         supervised = tuple(index % 2 == 1 for index, run in enumerate(runs) for _ in range(run))
         rows[number] = Row(row_id, tuple(ids), supervised)

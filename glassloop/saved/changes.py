@@ -1,4 +1,4 @@
-"""What may differ when a run resumes, and what the difference does."""
+"""The fields that may differ when a run resumes, and their effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WHERE_ROWS = (
 
 @dataclass(frozen=True)
 class Notice:
-    """What an event at the start of a run says."""
+    """The text of an event at the start of a run."""
 
     kind: str
     message: str
@@ -40,7 +40,10 @@ class Notice:
 def config_changes(
     saved: Mapping[str, Any], present: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Fields ("lora.r") whose values differ, with both; None if one side lacks the field."""
+    """Fields ("lora.r") whose values differ, with both values.
+
+    A field that one side lacks is None there.
+    """
 
     def leaves(tree: Any, name: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
@@ -60,7 +63,7 @@ def config_changes(
 
 
 def computes(name: str) -> bool:
-    """Whether a field says what an update computes."""
+    """True for a field that says what an update computes."""
     return name.partition(".")[0] in MATH and name not in FREE
 
 
@@ -84,7 +87,7 @@ def check_same_math(
 
 
 def _is_newer(name: str, value: Any, saved: Mapping[str, Any]) -> bool:
-    """Whether the version that saved did not know the field, which has its default now."""
+    """True for a field with its default that an older version lacks."""
     known: Any = saved
     default: Any = as_dict(Config())
     lacking = False
@@ -100,7 +103,7 @@ def _is_newer(name: str, value: Any, saved: Mapping[str, Any]) -> bool:
 def changes(
     config: Config, saved: RunState, plan: StepPlan, old: dict[str, Any]
 ) -> tuple[tuple[str, ...], tuple[Notice, ...]]:
-    """Fields of MATH that may differ in a resumed run, and what a reshaped or longer run does.
+    """Fields of MATH that may differ; notices for reshaped or longer runs.
 
     Call it once the rows are known to be those of `old`, if that has their digest.
 
@@ -122,7 +125,7 @@ def changes(
 
 
 def settings_changed(recorded: Config, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields of a resumed run that differ from its config.yaml, with both values."""
+    """A resumed run's fields that differ from its config.yaml, with both values."""
     found = config_changes(as_dict(recorded), as_dict(config))
     return {name: values for name, values in found.items() if not name.startswith("resume.")}
 
@@ -141,7 +144,7 @@ def _reshaping(ranks: int, plan: StepPlan) -> str:
 
 
 def _lengthening(schedule: ScheduleConfig, saved: RunState, updates: int, plan: StepPlan) -> str:
-    """Say what a longer schedule does to the learning rate of the coming updates."""
+    """Say how a longer schedule changes the coming learning rates."""
     done, peak = saved.update, float(saved.config["optimizer"]["lr"])
     points = {done + 1, (done + updates + 1) // 2, updates, updates + 1, plan.updates}
     coming = sorted(points & set(range(done + 1, plan.updates + 1)))

@@ -1,7 +1,7 @@
-"""A run kept on disk between two updates: saved whole or not at all, restored whole or not at all.
+"""A run on disk between two updates, whole or not at all.
 
     runs/<name>/checkpoints/
-      best.json                       # names the checkpoint with the lowest held-out loss, which pruning never removes
+      best.json                       # the checkpoint with the lowest held-out loss: pruning keeps it
       update_000060/
         adapter_model.safetensors     # fp32 LoRA matrices under PEFT's names; no base weights
         adapter_config.json           # and the tokenizer's files, chat_template.jinja among them
@@ -10,8 +10,8 @@
         state.json                    # RunState
         SHA256SUMS                    # of all files above
 
-Rank 0 saves, every rank loads. Older checkpoints are removed once a new one is published and synced. Safetensors and JSON only;
-nothing is pickled.
+Rank 0 saves, every rank loads. Older checkpoints are removed once a new one is published and
+synced. Safetensors and JSON only; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PUBLISHED = re.compile(rf"update_\d{{6,}}({re.escape(REPLACED)})?")
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save did."""
+    """The result of a save."""
 
     path: Path
     best: Path | None  # the run's best by held-out loss; None where none was measured
@@ -70,7 +70,9 @@ def save_checkpoint(
     rng_states: Sequence[dict[str, Any]],
     keep: int,
 ) -> Saved:
-    """Publish `folder`/update_NNNNNN, then remove older checkpoints but for the `keep` newest and the best by held-out loss.
+    """Publish `folder`/update_NNNNNN, then remove older checkpoints.
+
+    The `keep` newest stay, and the best by held-out loss.
 
     Args:
         folder: runs/<name>/checkpoints; made where it does not exist.
@@ -80,7 +82,8 @@ def save_checkpoint(
         rng_states: rng_state() of every rank, in rank order.
 
     Raises:
-        CheckpointNotSaved: names the folder, what the disk said, and the cure. Nothing was published and nothing was removed.
+        CheckpointNotSaved: names the folder, what the disk said, and the cure. Nothing was
+            published and nothing was removed.
     """
     assert len(rng_states) == state.world_size, (
         f"{len(rng_states)} states of random numbers for {state.world_size} ranks"
@@ -139,7 +142,7 @@ def _save_tokenizer(work: Path, tokenizer: Any, chat_template: str) -> None:
 
 
 def _tidy(folder: Path, published: Path, keep: int) -> Saved:
-    """Note the best, then remove what is neither new nor best, and what dead processes left."""
+    """Note the best, then remove older checkpoints and dead processes' leavings."""
     known = _newest_first(folder)
     best = _best(known)
     kept = {published, best, *_current(known)[:keep]}
@@ -158,13 +161,17 @@ def _tidy(folder: Path, published: Path, keep: int) -> Saved:
         folders.sweep(folder)
     except OSError as error:
         notes = (
-            f"{published} is saved, but {folder} could not be tidied: {error}; {folders.cure(error, LIMIT)}",
+            f"{published} is saved, but {folder} could not be tidied: {error}; "
+            f"{folders.cure(error, LIMIT)}",
         )
     return Saved(published, best, tuple(removed), notes)
 
 
 def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest complete checkpoint in a run's folder, None where there is none; and a note for each one passed over."""
+    """The newest complete checkpoint of a run, None if there is none.
+
+    With a note for each one that is not complete.
+    """
     folder = run / "checkpoints"
     known = _newest_first(folder)
     notes = [f"{path} was never finished: ignored" for path in folders.unfinished(folder)]
@@ -184,17 +191,26 @@ def last_checkpoint(run: Path) -> tuple[Path | None, tuple[str, ...]]:
 
 
 def read_state(path: Path) -> RunState:
-    """Where a checkpoint stands; its other files are not looked at. Raises ValueError naming the file at fault."""
+    """Read a checkpoint's state, without its other files.
+
+    Raises ValueError naming the file at fault.
+    """
     return state_from(folders.read(path, REQUIRED, only=STATE))
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the lowest held-out loss, of equals the newest; None where none was measured. best.json names it."""
+    """The checkpoint with the lowest held-out loss, of equals the newest.
+
+    None if no loss was measured. best.json names it.
+    """
     return _best(_newest_first(run / "checkpoints"))
 
 
 def _newest_first(folder: Path) -> dict[Path, RunState]:
-    """Published checkpoints whose state can be read, the last one saved first; their other files are not looked at."""
+    """Published checkpoints with a readable state, the last one saved first.
+
+    Their other files are not read.
+    """
     known = {}
     for path in folder.glob("update_*"):
         if PUBLISHED.fullmatch(path.name):
@@ -234,18 +250,25 @@ def load_checkpoint(
     allow_changed: Collection[str] = (),
     reshape: bool = False,
 ) -> RunState:
-    """Restore adapters, optimizer and this rank's random numbers. Everything is checked before anything is changed.
+    """Restore adapters, optimizer and this rank's random numbers.
 
-    Call it on every rank, and last: what draws random numbers between it and the next update makes that update another one.
+    Everything is checked before anything changes.
+
+    Call it on every rank, and last: what draws random numbers between it and the next update makes
+        that update another one.
 
     Args:
-        config: the resumed run's whole config in plain JSON types; fields that say what an update computes must be as they were.
-        allow_changed: such fields that may differ all the same ("schedule.updates"), because the caller has said what that does.
-        reshape: another number of ranks may have saved it. Ranks that it does not know keep their random numbers.
+        config: the resumed run's whole config in plain JSON types; fields that say what an update
+            computes must be as they were.
+        allow_changed: such fields that may differ all the same ("schedule.updates"), because the
+            caller has said what that does.
+        reshape: another number of ranks may have saved it. Ranks that it does not know keep their
+            random numbers.
 
     Raises:
-        ValueError: a file is missing, corrupt or malformed, or ranks, base, config, adapters or optimizer are other ones.
-            Names the checkpoint, the rank, the file or field, and both values. Nothing was changed.
+        ValueError: a file is missing, corrupt or malformed, or ranks, base, config, adapters or
+            optimizer are other ones. Names the checkpoint, the rank, the file or field, and both
+            values. Nothing was changed.
     """
     try:
         contents = folders.read(path, REQUIRED)
@@ -301,7 +324,10 @@ def _check_same_run(
     allow_changed: Collection[str],
 ) -> None:
     if state.world_size != world_size:
-        cure = f"start {state.world_size} (accelerate launch --num_processes {state.world_size}), or go on with {world_size}: --resume.reshape"
+        cure = (
+            f"start {state.world_size} (accelerate launch --num_processes "
+            f"{state.world_size}), or go on with {world_size}: --resume.reshape"
+        )
         raise ValueError(
             f"it was saved by {state.world_size} ranks, this run has {world_size}: {cure}"
         )

@@ -1,4 +1,4 @@
-"""Where a run that is taken up again goes on: its checkpoint, what it has done, what it began with."""
+"""The point at which a run resumes: its checkpoint, its past."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from glassloop.saved.run_state import RunState
 
 
 def after_restart(config: Config) -> Config:
-    """The config of a process that the launcher has started again (--max_restarts): it goes on with the run of the first start.
+    """The config of a process that the launcher restarted (--max_restarts).
 
-    The run is the newest in run.dir that this launcher began. One without a complete checkpoint begins anew, in the same folder.
+    It resumes the run of the first start.
+
+    The run is the newest in run.dir that this launcher began. One without a complete checkpoint
+    begins anew, in the same folder.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return config
@@ -53,9 +56,14 @@ def _begun_by(launcher: int, runs: Path) -> Path | None:
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
-    """The checkpoint that --resume goes on from: the last whole one, or that of --at; None for a new run and for --at 0.
+    """The checkpoint to resume from: the last whole, or --at.
 
-    With a note for each one that was passed over. Raises ValueError where there is none, or it is not complete.
+    None for a new run and for --at 0.
+
+    None for a new run and for --at 0.
+
+    With a note for each one that was passed over. Raises ValueError where there is none, or it is
+    not complete.
     """
     if config.resume.run is None:
         return None, ()
@@ -66,13 +74,14 @@ def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
     if checkpoint is None:
         found = "; ".join(notes) or "there is none"
         raise ValueError(
-            f"resume.run = {folder} has no complete checkpoint ({found}): begin it again (--resume {folder} --at 0), or name another folder"
+            f"resume.run = {folder} has no complete checkpoint ({found}): begin it again "
+            f"(--resume {folder} --at 0), or name another folder"
         )
     return checkpoint, notes
 
 
 def beginning(recorded: dict[str, Any], plan: dict[str, Any], ranks: int) -> RunState:
-    """Where a run stands that begins again (--at 0).
+    """The state of a run that begins again (--at 0).
 
     Args:
         recorded: its config. plan: its plan.json. ranks: of this start, if the plan has none.
@@ -101,7 +110,7 @@ def check_same_beginning(
 
 
 def sums_of(checkpoint: Path | None) -> str:
-    """What two ranks' copies of a checkpoint must have in common: its name and a digest of its sums."""
+    """A checkpoint's name and a digest of its sums, to compare ranks."""
     if checkpoint is None:
         return "none"
     return (
@@ -110,7 +119,10 @@ def sums_of(checkpoint: Path | None) -> str:
 
 
 def checkpoint_at(folder: Path, update: int) -> Path | None:
-    """The run's checkpoint after `update` updates; None for 0, the run's beginning. Raises ValueError, with those that there are."""
+    """The run's checkpoint after `update` updates; None for 0, the beginning.
+
+    Raises ValueError with the checkpoints that exist.
+    """
     found = {
         path: read_state(path).update
         for path in sorted((folder / "checkpoints").glob("update_*[0-9]"))
@@ -122,14 +134,19 @@ def checkpoint_at(folder: Path, update: int) -> Path | None:
         return None
     there = ", ".join(map(str, sorted({0, *found.values()})))
     raise ValueError(
-        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there are {there} (0: from the beginning)"
+        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there "
+        f"are {there} (0: from the beginning)"
     )
 
 
 def position(
     checkpoint: Path | None, plan: StepPlan, run: str | None
 ) -> tuple[int, dict[str, str]]:
-    """Updates done and tracker ids of the run that goes on; (0, {}) for a new one. The checkpoint itself is verified when it is loaded.
+    """Updates done and tracker ids; (0, {}) for a new run.
+
+    The checkpoint itself is verified when it is loaded.
+
+    The checkpoint itself is verified when it is loaded.
 
     A run that begins again (--at 0) has no checkpoint to tell its trackers by; env.json names them.
     """
@@ -138,8 +155,10 @@ def position(
     state = read_state(checkpoint)
     if state.update >= plan.updates:
         raise ValueError(
-            f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} updates: there is nothing to go on with; "
-            f"to train further, name more: schedule.updates={2 * plan.updates}; to begin a new schedule from its adapter, start a run with "
+            f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} "
+            "updates: there is nothing to go on with; "
+            f"to train further, name more: schedule.updates={2 * plan.updates}; to begin "
+            "a new schedule from its adapter, start a run with "
             f"--init_adapter {checkpoint}"
         )
     return state.update, state.tracker_ids
@@ -154,7 +173,9 @@ def _tracker_ids(run: Path) -> dict[str, str]:
 
 
 def reshaped(config: Config, saved: RunState, ranks: int) -> Config:
-    """The config of a run that goes on with `ranks` ranks: rows of an update stay, accumulation follows.
+    """The config of a run that resumes with `ranks` ranks.
+
+    Rows of an update stay, accumulation follows.
 
     Raises ValueError, with batch sizes that fit, where the rows do not divide.
     """
@@ -168,19 +189,29 @@ def reshaped(config: Config, saved: RunState, ranks: int) -> Config:
 
 
 def with_past(plan: StepPlan, old: dict[str, Any], done: int) -> StepPlan:
-    """The plan with the learning rates that the `done` updates had; `old` is the plan.json that they were done under."""
+    """The plan with the learning rates that the `done` updates had.
+
+    Args:
+        old: plan.json of the run at that time.
+    """
     return replace(plan, lr=(*old.get("lr", plan.lr)[:done], *plan.lr[done:]))
 
 
 def best_heldout(folder: Path) -> float:
-    """The lowest held-out loss of the run's checkpoints, in nats a token; infinite where none has one."""
+    """The lowest held-out loss of the run's checkpoints, in nats a token.
+
+    Infinite if none has one.
+    """
     best = best_checkpoint(folder)
     loss = None if best is None else read_state(best).heldout_loss_nats
     return math.inf if loss is None else loss
 
 
 def read_plan(folder: Path, name: str = "plan.json") -> dict[str, Any]:
-    """plan.json of a run; {} if there is none. Raises ValueError if it is damaged."""
+    """Read plan.json of a run; {} if there is none.
+
+    Raises ValueError if it is damaged.
+    """
     path = folder / name
     try:
         return json.loads(read_plain(path))
@@ -188,5 +219,6 @@ def read_plan(folder: Path, name: str = "plan.json") -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}): put back a copy, or remove it to go on without its rows' digest"
+            f"{path} is damaged ({error}): put back a copy, or remove it to go on without "
+            "its rows' digest"
         ) from None

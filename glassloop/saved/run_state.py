@@ -1,4 +1,4 @@
-"""Where a run stands between two updates, as a checkpoint's state.json has it."""
+"""The state of a run between two updates: a checkpoint's state.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = {"int": int, "float": (int, float), "str": str, "dict": dict}
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands between two updates, in plain JSON types."""
+    """The state of a run between two updates, in plain JSON types."""
 
     update: int  # windows that are done, skipped ones included; the next one is update + 1
     epoch: int  # 0-based pass over the rows that the last window belonged to
@@ -46,7 +46,10 @@ def parsed(contents: dict[str, bytes], name: str, parse: Callable[[bytes], Any])
 
 
 def state_from(contents: dict[str, bytes]) -> RunState:
-    """The state in state.json. Raises ValueError naming a field that is missing, unknown or odd."""
+    """Read the state in state.json.
+
+    Raises ValueError naming a field that is missing, unknown or odd.
+    """
     plain = parsed(contents, STATE, json.loads)
     if not isinstance(plain, dict) or not isinstance(plain.get("schema"), int):
         raise ValueError(f"{STATE} is malformed: it says no schema")

@@ -1,6 +1,7 @@
-"""Adapters, the state of an optimizer over one flat parameter, and one rank's random numbers, as tensors and plain JSON types, and back.
+"""Adapters, optimizer state and random numbers as tensors and plain JSON.
 
-Each has a function that checks and builds and changes nothing, so that a caller can check every part of a run before it sets one.
+Each has a function that checks and builds and changes nothing, so that a caller can check every
+part of a run before it sets one.
 """
 
 from __future__ import annotations
@@ -28,18 +29,27 @@ MALFORMED = (
 
 
 def saved_name(name: str) -> str:
-    """PEFT's name of a LoRA parameter in a saved adapter: its own name without the adapter's."""
+    """PEFT's name of a LoRA parameter in a saved adapter.
+
+    Its own name without the adapter's.
+    """
     return re.sub(r"\.default(\.[^.]+)?$", r"\1", name)
 
 
 def adapter_matrices(adapters: FlatAdapters) -> dict[str, Tensor]:
-    """fp32 copies of the adapters' matrices on the CPU, under PEFT's names in a saved adapter."""
+    """fp32 copies of the adapters' matrices on the CPU.
+
+    They have PEFT's names in a saved adapter.
+    """
     flat = adapters.flat.detach().cpu()
     return {saved_name(name): place.of(flat).clone() for name, place in adapters.slices.items()}
 
 
 def flat_from(matrices: dict[str, Tensor], adapters: FlatAdapters) -> Tensor:
-    """(N,) fp32 on the CPU: saved matrices in the flat buffer's order. Raises ValueError where they are not this model's."""
+    """Saved matrices in the flat buffer's order, (N,) fp32 on the CPU.
+
+    Raises ValueError if they are not this model's.
+    """
     flat = torch.zeros(adapters.flat.shape)
     wanted = {saved_name(name): place for name, place in adapters.slices.items()}
     if odd := wanted.keys() ^ matrices.keys():
@@ -50,7 +60,8 @@ def flat_from(matrices: dict[str, Tensor], adapters: FlatAdapters) -> Tensor:
         matrix = matrices[name]
         if tuple(matrix.shape) != place.shape or matrix.dtype != flat.dtype:
             raise ValueError(
-                f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model {place.shape} {flat.dtype}"
+                f"{name} is {tuple(matrix.shape)} {matrix.dtype}, in this model "
+                f"{place.shape} {flat.dtype}"
             )
         place.of(flat).copy_(matrix)
     return flat
@@ -59,7 +70,10 @@ def flat_from(matrices: dict[str, Tensor], adapters: FlatAdapters) -> Tensor:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, flat: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The flat parameter's state: tensors on the CPU, byte for byte, and plain values with the optimizer's name."""
+    """The flat parameter's state: tensors on the CPU, and plain values.
+
+    Tensors are kept byte for byte; the values name the optimizer.
+    """
     if flat.is_cuda:
         torch.cuda.synchronize(
             flat.device
@@ -82,7 +96,9 @@ def optimizer_state(
 def built_optimizer_state(
     optimizer: Any, flat: Tensor, tensors: dict[str, Tensor], plain: Any
 ) -> dict[str, Any]:
-    """What optimizer.state[flat] has to be; the optimizer is not changed. One that finds its state there makes none of its own.
+    """Build the content of optimizer.state[flat]; the optimizer does not change.
+
+    One that finds its state there makes none of its own.
 
     Raises:
         ValueError: the state is another optimizer's, or made for another number of elements.
@@ -127,7 +143,10 @@ def set_optimizer_state(
 def _check_tensors(
     optimizer: torch.optim.Optimizer, flat: Tensor, tensors: dict[str, Tensor]
 ) -> None:
-    """Raise ValueError where these are not the optimizer's tensors over `flat`; none at all are right before its first step."""
+    """Raise ValueError if these are not the optimizer's tensors over `flat`.
+
+    No tensors are right before its first step.
+    """
     wanted = _wanted_tensors(type(optimizer).__name__, flat.numel(), eight_bit="qmap1" in tensors)
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if found and found != wanted:
@@ -137,14 +156,15 @@ def _check_tensors(
             )
         )
         raise ValueError(
-            f"the optimizer state does not fit {type(optimizer).__name__} over {flat.numel()} elements: {odd}"
+            f"the optimizer state does not fit {type(optimizer).__name__} over "
+            f"{flat.numel()} elements: {odd}"
         )
 
 
 def _wanted_tensors(
     kind: str, size: int, eight_bit: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name -> dtype and shape of the tensors that an optimizer keeps once it has stepped."""
+    """Name -> (dtype, shape) of an optimizer's tensors after its first step."""
     fp32, full, blocks = torch.float32, (size,), (-(-size // BLOCK),)
     if kind == "SGD":
         return {}
@@ -152,7 +172,8 @@ def _wanted_tensors(
         return {"exp_avg": (fp32, full), "exp_avg_sq": (fp32, full), "step": (fp32, ())}
     if kind not in ("AdamW8bit", "PagedAdamW8bit"):
         raise ValueError(
-            f"nothing is known of the state of the optimizer {kind}: use adamw_8bit, paged_adamw_8bit, adamw or sgd"
+            f"nothing is known of the state of the optimizer {kind}: use adamw_8bit, "
+            "paged_adamw_8bit, adamw or sgd"
         )
     if not eight_bit:  # bitsandbytes keeps parameters of less than 4096 elements so
         return {"state1": (fp32, full), "state2": (fp32, full)}
@@ -161,7 +182,10 @@ def _wanted_tensors(
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """State of Python's, numpy's and torch's generators, and of `device`'s own where it is a GPU, in plain JSON types."""
+    """State of the generators of Python, numpy, torch and a GPU.
+
+    In plain JSON types; `device`'s own is None on a CPU.
+    """
     version, internal, gauss = random.getstate()
     legacy: Any = numpy.random.get_state()
     name, keys, position, has_gauss, cached = legacy
@@ -176,12 +200,18 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Set what rng_state(device) gave; raises ValueError and sets nothing where it is malformed or of another kind of device."""
+    """Set what rng_state(device) gave.
+
+    Raises ValueError, and sets nothing, if it is malformed or of another kind of device.
+    """
     set_rng(checked_rng(state, device), device)
 
 
 def checked_rng(state: Any, device: torch.device) -> dict[str, Any]:
-    """The state in the generators' own types, tried on spare generators; raises ValueError."""
+    """Try a state on spare generators; return it in their own types.
+
+    Raises ValueError.
+    """
     try:
         version, internal, gauss = state["python"]
         checked = {

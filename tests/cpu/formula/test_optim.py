@@ -53,7 +53,8 @@ def test_a_bf16_adapter_is_refused():
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw", "sgd"])
 def test_one_flat_tensor_moves_as_the_tensors_would_one_by_one(name):
-    """Bitwise for 8 bits: blocks of 256 never straddle two matrices, so quantisation of the states is the same."""
+    """Bitwise for 8 bits: blocks of 256 never straddle two matrices, so quantisation of the states
+    is the same."""
     model, single = layers(), layers()
     adapters = FlatAdapters(model.named_parameters())
     optimizer = make_optimizer(name, adapters.flat, **HYPER)

@@ -1,4 +1,5 @@
-"""What is read of an update on one rank: the noise scale from halves of a window, and its place in checkpoints."""
+"""What is read of an update on one rank: the noise scale from halves of a window, and its place in
+checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from glassloop.loop.commands import replay_of
 
 
 def parts_of(run, u: int) -> tuple[list[float], list[int], float]:
-    """|s_p| and n_p of the halves of update u's passes, and |g|, each from backward passes of its own."""
+    """|s_p| and n_p of the halves of update u's passes, and |g|, each from backward passes of its
+    own."""
     from glassloop.data.batches import build_pass
 
     window = run.batches.window(u)

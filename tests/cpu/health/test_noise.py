@@ -26,7 +26,8 @@ def norm(vector: list[float]) -> float:
 
 
 def update(tokens: tuple[int, ...], drawn: random.Random) -> tuple[list[float], list[int], float]:
-    """An update's part norms, part tokens and norm: part p's share is the sum of its tokens' gradients over N."""
+    """An update's part norms, part tokens and norm: part p's share is the sum of its tokens'
+    gradients over N."""
     n = sum(tokens)
     shares = [
         [drawn.gauss(t * m, math.sqrt(t) * d) / n for m, d in zip(MEAN, DEVIATIONS, strict=True)]
@@ -66,9 +67,11 @@ def test_the_smoothed_ratio_converges_to_the_exact_noise_scale(
 
 
 def test_it_is_exact_where_every_token_of_a_linear_model_is_known() -> None:
-    """Squared error of y = w x with w = 0: a token's gradient is -x y, its mean and variance over the four tokens are exact numbers.
+    """Squared error of y = w x with w = 0: a token's gradient is -x y, its mean and variance over
+    the four tokens are exact numbers.
 
-    Averaged over every way to draw an update of 1 + 2 tokens with replacement, both estimates give exactly those.
+    Averaged over every way to draw an update of 1 + 2 tokens with replacement, both estimates give
+    exactly those.
     """
     gradients = [-x * y for x, y in ((1.0, 2.0), (2.0, 1.5), (-1.0, 0.5), (3.0, 1.0))]
     mean = sum(gradients) / 4

@@ -1,4 +1,5 @@
-"""What the detectors see and what leaves them silent: spikes, vanishing gradients, no learning, tails, warmup, new levels."""
+"""What the detectors see and what leaves them silent: spikes, vanishing gradients, no learning,
+tails, warmup, new levels."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def detectors(**changes: Any) -> Detectors:
 def sound(
     updates: int = 60, *, sigma: float = 0.1, fall: float = 0.3, seed: int = 0, tails: bool = True
 ) -> list[Signals]:
-    """A run whose log norm and log loss scatter by sigma; its loss falls by `fall` to the end. Every 8th window is a tail of 8 rows."""
+    """A run whose log norm and log loss scatter by sigma; its loss falls by `fall` to the end.
+    Every 8th window is a tail of 8 rows."""
     drawn = random.Random(seed)
     result = []
     for u in range(1, updates + 1):
@@ -66,7 +68,8 @@ def told(
     *,
     applied: Callable[[Finding], bool] = lambda _: True,
 ) -> Told:
-    """(update, kind) of all findings; an update with a finding moves the optimizer where `applied` says so."""
+    """(update, kind) of all findings; an update with a finding moves the optimizer where `applied`
+    says so."""
     watching = watching or detectors()
     found = []
     for signals in series:
@@ -102,7 +105,8 @@ def since(
 @pytest.mark.parametrize("widen", [1.0, math.sqrt(2)])
 @pytest.mark.parametrize("entries", [8, 20])
 def test_the_chance_is_right_for_the_size_of_the_window(entries: int, widen: float) -> None:
-    """Of many sound values beside a window with a slope, one in a hundred has a chance below 1 %, however few entries there are."""
+    """Of many sound values beside a window with a slope, one in a hundred has a chance below 1 %,
+    however few entries there are."""
     drawn, low = random.Random(7), 0
     xs = [float(x) for x in range(entries)]
     for _ in range(8000):
@@ -113,7 +117,8 @@ def test_the_chance_is_right_for_the_size_of_the_window(entries: int, widen: flo
 
 
 def test_the_forecast_is_the_least_squares_line_with_two_degrees_of_freedom_less() -> None:
-    """By hand: y = 0, 1, 1, 2 at x = 0 .. 3 has slope 0.6 and mean 1 at 1.5; residuals 0.1, -0.3 and their mirror; at 5 it forecasts 3.1."""
+    """By hand: y = 0, 1, 1, 2 at x = 0 .. 3 has slope 0.6 and mean 1 at 1.5; residuals 0.1, -0.3
+    and their mirror; at 5 it forecasts 3.1."""
     seen = forecast([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 1.0, 2.0], 5.0, 4.1)
     sigma = math.sqrt(0.2 / 2)
     assert (seen.expected, seen.sigma, seen.degrees) == (
@@ -400,7 +405,8 @@ def test_a_loss_that_rises_is_told() -> None:
 
 # Divergence.
 
-# What SmolLM2 did in the first updates at lr = 5e-2, in nats a token, before any window is there to compare with.
+# What SmolLM2 did in the first updates at lr = 5e-2, in nats a token, before any window is there to
+# compare with.
 TOO_HIGH_A_RATE = (
     3.85,
     4.14,
@@ -433,8 +439,8 @@ def test_a_run_that_diverges_in_warmup_is_told_once_and_why() -> None:
     (update, finding) = found[0]
     assert (update, finding.kind) == (3 + DIVERGED_UPDATES - 1, "diverged")
     assert (
-        "since update 3, 5 whole updates in a row, it has stood far above the 3.85 that the run began with"
-        in finding.message
+        "since update 3, 5 whole updates in a row, it has stood far above the 3.85 that "
+        "the run began with" in finding.message
     )
     assert finding.details == {"value": 15.93, "start_nats": 3.85, "lr": 2e-4, "since": 3}
     assert [kind for _, kind in ((u, f.kind) for u, f in found)].count("diverged") == 1

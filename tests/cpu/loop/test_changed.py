@@ -18,6 +18,7 @@ from glassloop.loop import build
 from glassloop.loop.changed import keep_aside, machine_changes, plan_changes
 from glassloop.record.jsonl import read_jsonl
 from glassloop.record.reading import file_of
+from glassloop.record.records import Event, to_json
 from glassloop.saved.changes import computes
 from train_loop import update_once
 
@@ -366,8 +367,8 @@ def test_no_file_outside_the_run_stands_for_its_config(tmp_path) -> None:
     record = {"attempt": 1, "update": 2}
     assert file_of(tmp_path, record, "config.yaml") == "config.yaml"
     kept = ["../config_000002.yaml", "config_000002.yaml/../x", 7, "plan_000002.json"]
-    line = {"kind": "changed", "attempt": 1, "update": 2, "details": {"kept": kept}}
-    (tmp_path / "events.jsonl").write_text(json.dumps(line) + "\n")
+    event = Event(2, "changed", "precision", details={"kept": kept})
+    (tmp_path / "events.jsonl").write_text(to_json(event) + "\n")
     assert file_of(tmp_path, record, "config.yaml") == "config.yaml"
     assert file_of(tmp_path, record, "plan.json") == "plan_000002.json"
     assert file_of(tmp_path, {"attempt": 1, "update": 3}, "plan.json") == "plan.json"

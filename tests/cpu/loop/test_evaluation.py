@@ -1,4 +1,5 @@
-"""Held-out evaluation on one process: what it reports is right, and training does not notice. Two ranks: ../dist."""
+"""Held-out evaluation on one process: what it reports is right, and training does not notice. Two
+ranks: ../dist."""
 
 from __future__ import annotations
 
@@ -229,7 +230,8 @@ def test_held_out_rows_without_a_supervised_token_are_refused(rows: tuple[Row, .
 def test_answers_are_the_likeliest_tokens_in_padded_batches_with_a_cache(
     checkpointing: bool,
 ) -> None:
-    """A model in training mode, under activation checkpointing, with use_cache off in its config, as the trainer has it."""
+    """A model in training mode, under activation checkpointing, with use_cache off in its config,
+    as the trainer has it."""
     engine, prompts = ToyEngine(checkpointing=checkpointing), prompts_of(9)
     seen: list[int] = []
     engine.hf.get_base_model().model.layers[0].register_forward_pre_hook(
@@ -328,7 +330,8 @@ def test_loss_and_answers_are_computed_in_the_runs_precision() -> None:
 
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_an_update_after_evaluation_and_generation_has_the_same_bits(four_bit: bool) -> None:
-    """Before, amid and after each of three updates, with dropout and checkpointing; four_bit: bitsandbytes' own layers."""
+    """Before, amid and after each of three updates, with dropout and checkpointing; four_bit:
+    bitsandbytes' own layers."""
     plain = train(ToyEngine(four_bit=four_bit), 3)
     engine = ToyEngine(four_bit=four_bit)
     assert (
@@ -415,7 +418,8 @@ def test_dropout_is_off_in_evaluation_and_on_again_afterwards() -> None:
 
 
 def test_modes_and_flags_come_back_one_by_one() -> None:
-    """A module that was set to evaluation mode, or a frozen adapter, stays so: PEFT alone would set the flag."""
+    """A module that was set to evaluation mode, or a frozen adapter, stays so: PEFT alone would set
+    the flag."""
     engine = ToyEngine()
     layer = engine.hf.get_base_model().model.layers[0]
     layer.mlp.eval()
@@ -444,7 +448,8 @@ def test_random_numbers_drawn_in_evaluation_are_an_error() -> None:
 
 
 def test_rotary_tables_that_grew_with_a_held_out_row_are_put_back() -> None:
-    """A "dynamic" table made for 40 tokens would change rows of 20, both being beyond the model's 16 positions."""
+    """A "dynamic" table made for 40 tokens would change rows of 20, both being beyond the model's
+    16 positions."""
     dynamic = {
         "max_position_embeddings": 16,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
@@ -458,7 +463,8 @@ def test_rotary_tables_that_grew_with_a_held_out_row_are_put_back() -> None:
 
 
 class KeepsATable(nn.Module):
-    """Makes a table at its first call and uses it ever after, as rotary and quantisation code does."""
+    """Makes a table at its first call and uses it ever after, as rotary and quantisation code
+    does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -53,7 +53,8 @@ def test_predicted_memory_stands_beside_measured(run_of, on_a_gpu, layout):
     assert ledger is not None
     expected = {phase: size / room.GIB for phase, size in ledger.phases.items()}
     assert line == (
-        f"predicted / measured GiB: load {expected['load']:.2f} / 1.00, adapters {expected['adapters']:.2f} / 1.25, "
+        f"predicted / measured GiB: load {expected['load']:.2f} / 1.00, adapters "
+        f"{expected['adapters']:.2f} / 1.25, "
         f"peak {expected['peak']:.2f} / 3.00"
     )
 
@@ -67,10 +68,8 @@ def test_what_the_ledger_does_not_know_is_measured_all_the_same(run_of, on_a_gpu
 
     monkeypatch.setattr(room, "ledger_of", unknown)
     (line,) = room.memory_lines(run, run.batches.heaviest())
-    assert (
-        line
-        == "predicted / measured GiB: load unknown / 0.00, adapters unknown / 0.00, peak unknown / 3.00"
-    )
+    phases = "load unknown / 0.00, adapters unknown / 0.00, peak unknown / 3.00"
+    assert line == f"predicted / measured GiB: {phases}"
 
 
 def test_a_heavier_pass_is_predicted_to_take_more(run_of, on_a_gpu):

@@ -1,4 +1,5 @@
-"""Any recorded update comes back bit for bit, what is not the run's is refused by name, and a planted fault is found and judged."""
+"""Any recorded update comes back bit for bit, what is not the run's is refused by name, and a
+planted fault is found and judged."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def trained(folder: Path, model: Path, **sections: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """Nine updates with dropout and clipping; capsules of 3 (healthy) and 7 (asked), checkpoints after 4, 8 and 9."""
+    """Nine updates with dropout and clipping; capsules of 3 (healthy) and 7 (asked), checkpoints
+    after 4, 8 and 9."""
     return trained(tmp_path_factory.mktemp("whole"), tiny_llama)
 
 
@@ -193,7 +195,7 @@ def test_damaged_checkpoints_are_passed_over(whole, tmp_path, capsys):
     assert found["bit_for_bit"]
 
 
-def test_a_window_that_was_left_out_is_left_out_again_and_the_checkpoint_of_the_earlier_attempt_is_not_taken(
+def test_a_window_that_was_left_out_is_left_out_again_from_a_checkpoint_of_its_attempt(
     whole, tmp_path, capsys
 ):
     run = tmp_path / "run"

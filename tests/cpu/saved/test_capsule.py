@@ -1,4 +1,5 @@
-"""A capsule is whole or not there, brings back every bit, stays under its caps, and nothing in it can lead elsewhere."""
+"""A capsule is whole or not there, brings back every bit, stays under its caps, and nothing in it
+can lead elsewhere."""
 
 from __future__ import annotations
 

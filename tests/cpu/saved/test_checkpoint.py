@@ -1,4 +1,5 @@
-"""Checkpoints: what was saved comes back byte for byte, nothing torn or foreign is restored, no death loses the last one."""
+"""Checkpoints: what was saved comes back byte for byte, nothing torn or foreign is restored, no
+death loses the last one."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def base_model() -> LlamaForCausalLM:
 
 @dataclass
 class Bench:
-    """A tiny run: 7,168 flat elements, enough for 8-bit states. Dropout makes each update depend on torch's random numbers."""
+    """A tiny run: 7,168 flat elements, enough for 8-bit states. Dropout makes each update depend on
+    torch's random numbers."""
 
     model: Any
     adapters: FlatAdapters
@@ -82,7 +84,8 @@ class Bench:
             self.optimizer.step()
 
     def bits(self) -> dict[str, Any]:
-        """Everything that a restore changes, as bytes. Padding between matrices is left out: no model reads it."""
+        """Everything that a restore changes, as bytes. Padding between matrices is left out: no
+        model reads it."""
         tensors, plain = snapshots.optimizer_state(self.optimizer, self.adapters.flat)
         tensors |= {
             name: place.of(self.adapters.flat.detach())
@@ -928,7 +931,8 @@ def test_a_failure_at_any_step_publishes_nothing_half_and_removes_nothing_early(
 def killed_save(
     run: Path, fatal: int, half: bool, synced: Path, one: Bench, tokenizer: Any, update: int
 ) -> None:
-    """Save in a forked process that kills itself before step `fatal`, or in its write; note which inodes were synced."""
+    """Save in a forked process that kills itself before step `fatal`, or in its write; note which
+    inodes were synced."""
     child = os.fork()
     if child:
         assert os.waitpid(child, 0)[1] == signal.SIGKILL

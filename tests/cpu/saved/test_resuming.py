@@ -1,4 +1,5 @@
-"""What is said and done where a run goes on otherwise than it began, and where the disk refuses a checkpoint."""
+"""What is said and done where a run goes on otherwise than it began, and where the disk refuses a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_rows_of_an_update_stay_with_any_number_of_ranks_that_divides_them(
 def test_ranks_that_do_not_divide_the_rows_are_refused_with_sizes_that_do() -> None:
     with pytest.raises(
         ValueError,
-        match=r"rows_per_update = 16 is not a multiple of batch\.size x ranks = 2 x 16: batch\.size could be 1",
+        match=r"rows_per_update = 16 is not a multiple of batch\.size x ranks = 2 x 16: batch\.size "
+        "could be 1",
     ):
         reshaped(Config(), saved(), 16)
 
@@ -66,8 +68,8 @@ def test_a_longer_run_says_what_it_does_to_the_learning_rate() -> None:
     allowed, told = changes(config, recorded, plan(config), {"updates": 60})
     assert allowed == (*BASE, "schedule.updates", "schedule.epochs")
     assert (
-        "trains 120 updates instead of 60, so the learning rate falls later: lr(21) was 0.000143, is 0.000172"
-        in told[0].message
+        "trains 120 updates instead of 60, so the learning rate falls later: lr(21) was "
+        "0.000143, is 0.000172" in told[0].message
     )
     assert "lr(61) was none, is 0.000103" in told[0].message
     assert told[0].message.endswith("update 20 had 0.000174")
