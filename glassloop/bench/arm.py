@@ -1,7 +1,8 @@
 """One arm of a benchmark in a process of its own: `python -m glassloop.bench.arm SPEC.json`, or the same under `accelerate launch` for several ranks.
 
-A run is built as train_loop.py builds it, its rows are exchanged for a named workload's, and its updates are carried out by `update_once`. Rank 0
-prints one line of JSON and adds it to the spec's `out`. Exit code 0: measured; 3: it could not be, and the line says why.
+A run is built as train_loop.py builds it, its rows are exchanged for a named workload's, and its
+updates are carried out by `update_once`. Rank 0 prints one line of JSON and adds it to the spec's
+`out`. Exit code 0: measured; 3: it could not be, and the line says why.
 """
 
 from __future__ import annotations
@@ -230,7 +231,8 @@ def rows_of(run: Run, spec: Spec, updates: int) -> tuple[Row, ...]:
         rows = run.batches.rows
         if len(rows) < spec.rows_per_update:
             raise ValueError(
-                f"data.source gives {len(rows)} rows, and an update takes {spec.rows_per_update}: lower --rows-per-update"
+                f"data.source gives {len(rows)} rows, and an update takes {spec.rows_per_update}: "
+                "lower --rows-per-update"
             )
         return tuple(rows)
     vocabulary = run.replica.plain_engine.hf.config.get_text_config().vocab_size
@@ -281,7 +283,10 @@ def clocked_update(run: Run, u: int, clock: Clock) -> UpdateRecord:
 
 
 def applied_update(run: Run, u: int) -> UpdateRecord:
-    """Update u by the loop's own code. Raises RuntimeError where it was not applied: its time would be worth nothing."""
+    """Update u by the loop's own code.
+
+    Raises RuntimeError where it was not applied: its time would be worth nothing.
+    """
     from train_loop import update_once
 
     outcome = update_once(run, u)
@@ -298,7 +303,10 @@ def _wait(device: torch.device) -> None:
 
 
 def _rest(run: Run, tiers: Any) -> None:
-    """Give back what other arms may need of the GPU's memory. `tiers`: of the engine fused, None for another."""
+    """Give back what other arms may need of the GPU's memory.
+
+    `tiers`: of the engine fused, None for another.
+    """
     gather_objects(0)  # no rank says that the turn is over while another still computes
     if tiers is not None:
         run.replica.plain_engine.use_tiers(replace(tiers, held=0))
@@ -315,7 +323,8 @@ def tokens_of(records: Sequence[UpdateRecord]) -> Tokens:
 def shares(run: Run, spec: Spec, records: Sequence[UpdateRecord], total: float) -> dict[str, float]:
     """Parts of an update's wall time on rank 0, by the record's own clocks; `data` is measured apart, by building the same passes once more.
 
-    passes: building, forward, backward and the ranks' reports, so it holds `data` and waiting for other ranks. reduce: sum over ranks and the norm.
+    passes: building, forward, backward and the ranks' reports, so it holds `data` and waiting for
+        other ranks. reduce: sum over ranks and the norm.
     optimizer: until it was started. rest: records, observers, and the device finishing the step.
     """
     parts = {

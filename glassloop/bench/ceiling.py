@@ -13,7 +13,8 @@ REPEATS = 10
 def matmul_ceiling(shapes: Shapes, device: torch.device) -> float | None:
     """FLOP/s of bf16 products x W^T and dY W over a layer's four grouped shapes, PLACES places; None without a GPU or room for them.
 
-    q, k, v and gate, up are taken as one product each: the largest products that the layer's mathematics allows.
+    q, k, v and gate, up are taken as one product each: the largest products that the layer's
+    mathematics allows.
     """
     if device.type != "cuda":
         return None

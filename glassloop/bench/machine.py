@@ -1,6 +1,7 @@
 """What the card says of itself while it is measured: clocks, power, throttling, link, energy. Through nvidia-smi and NVML; no torch.
 
-Everything here is None, or empty, on a machine without them: a benchmark does not fail for want of a wattmeter.
+Everything here is None, or empty, on a machine without them: a benchmark does not fail for want of
+a wattmeter.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ EVERY_MS = 250
 
 
 def card_state(uuid: str | None) -> dict[str, Any] | None:
-    """The card as it is now, under our names; None without nvidia-smi. `uuid` as nvidia-smi writes it; None: the machine's first card."""
+    """The card as it is now, under our names; None without nvidia-smi.
+
+    `uuid` as nvidia-smi writes it; None: the machine's first card.
+    """
     answer = _ask(uuid, tuple(FIELDS))
     if answer is None:
         return None

@@ -1,4 +1,7 @@
-"""The benchmark's matrix: which arms there are, in what order, and each in a fresh process. No torch."""
+"""The benchmark's matrix: which arms there are, in what order, and each in a fresh process.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def specs_of(
     common: dict[str, Any],
     varied: Sequence[tuple[str, ...]] = ((),),
 ) -> list[Spec]:
-    """Every combination, once. `common`: further fields of all specs. `varied`: see Spec; fields of memory are for fused alone."""
+    """Every combination, once.
+
+    `common`: further fields of all specs. `varied`: see Spec; fields of memory are for fused alone.
+    """
     combinations = itertools.product(
         workloads, engines, varied, layouts, batches, checkpointing, ranks
     )
@@ -55,7 +61,8 @@ def specs_of(
 def schedule(specs: Sequence[Spec], repeats: int) -> list[Spec]:
     """What is run, in order: references first, then the arms in turn, each repeat beginning with another one.
 
-    Where no arm is the reference of some others (the reference engine, literal, one rank), a short one is put before them: it serves their check.
+    Where no arm is the reference of some others (the reference engine, literal, one rank), a short
+    one is put before them: it serves their check.
     """
     first: list[Spec] = []
     for spec in specs:

@@ -75,8 +75,10 @@ def run_together(
     """Arms that take turns (Spec.turns), all loaded at once; each round begins with another one. One line each, in the order of `starts`.
 
     Args:
-        timeout_s: longest time of loading, and of a turn; an arm that takes longer is ended, and the others go on.
-        first_alone: the first is loaded before the others are started, so that they find in the cache what it puts there.
+        timeout_s: longest time of loading, and of a turn; an arm that takes longer is ended, and
+            the others go on.
+        first_alone: the first is loaded before the others are started, so that they find in the
+            cache what it puts there.
     """
     running: list[_Running] = []
     try:
@@ -134,7 +136,10 @@ class _Running:
             self._too_long(timeout_s)
 
     def await_file(self, file: Path, timeout_s: float) -> None:
-        """Until the arm has made `file`; at once where it has ended. It is ended after `timeout_s`."""
+        """Until the arm has made `file`; at once where it has ended.
+
+        It is ended after `timeout_s`.
+        """
         until = time.monotonic() + timeout_s
         while self.alive and not file.exists():
             if time.monotonic() > until:

@@ -18,8 +18,9 @@ def profiled(
 ) -> list[str]:
     """Do the work once and write TRACE and SUMMARY into `folder`; returns the page's lines. `work` has to wait for the device.
 
-    Open the trace in https://ui.perfetto.dev or chrome://tracing. The profiler adds some microseconds of host time to each operator: where the host
-    is the limit, the update is slower than without it.
+    Open the trace in https://ui.perfetto.dev or chrome://tracing. The profiler adds some
+    microseconds of host time to each operator: where the host is the limit, the update is slower
+    than without it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_cuda = device.type == "cuda"

@@ -11,7 +11,8 @@ from typing import Any
 
 from glassloop.bench.spec import SCHEMA
 
-# Largest relative difference of update 1's loss and gradient norm from the reference engine's on the same rows, by precision.
+# Largest relative difference of update 1's loss and gradient norm from the reference engine's on
+# the same rows, by precision.
 TOLERANCE = {"bf16": (2e-3, 5e-2), "fp16": (2e-3, 5e-2), "fp32": (1e-5, 1e-5)}
 REFERENCE_ENGINE = "peft"
 SAME_WORK = (
@@ -70,7 +71,10 @@ def _at(line: dict[str, Any], path: Sequence[str]) -> Any:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The benchmark's lines of a file. Raises ValueError for a file that holds none, or a newer schema."""
+    """The benchmark's lines of a file.
+
+    Raises ValueError for a file that holds none, or a newer schema.
+    """
     lines = []
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not text.strip():
@@ -84,7 +88,8 @@ def read(file: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and line.get("kind") == "bench":
             if line.get("schema", 0) > SCHEMA:
                 raise ValueError(
-                    f"{file}, line {number} has schema {line['schema']}, this glassloop reads up to {SCHEMA}: update it"
+                    f"{file}, line {number} has schema {line['schema']}, this glassloop reads up "
+                    f"to {SCHEMA}: update it"
                 )
             lines.append(line)
     if not lines:
@@ -136,7 +141,8 @@ def is_reference(cell: dict[str, Any]) -> bool:
 def checked(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`check` of a line: update 1's loss and norm beside the reference's among `lines`, on the same rows.
 
-    within: None where there is nothing to hold it to; such a line is shown by no table. A reference line is its own measure.
+    within: None where there is nothing to hold it to; such a line is shown by no table. A reference
+        line is its own measure.
     """
     if "failed" in line:
         return {"within": None, "why": "it was not measured"}

@@ -1,4 +1,7 @@
-"""From clocks and counters to the numbers of a line of results. Pure functions, the same for every contender. No torch."""
+"""From clocks and counters to the numbers of a line of results.
+
+Pure functions, the same for every contender. No torch.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ def times(
 
 
 def turns_of(seconds: Sequence[float], real_tokens: Sequence[int]) -> list[dict[str, float]]:
-    """Wall time and real tokens of every turn. `real_tokens`: of the measured updates, as many in every turn."""
+    """Wall time and real tokens of every turn.
+
+    `real_tokens`: of the measured updates, as many in every turn.
+    """
     each = len(real_tokens) // len(seconds)
     return [
         {"seconds": one, "real_tokens": sum(real_tokens[turn * each : (turn + 1) * each])}
@@ -118,7 +124,10 @@ def _per_token(flops: Flops, tokens: int) -> dict[str, float]:
 def energy_of(
     joules: Sequence[float | None], during: dict[str, Any] | None, seconds: float, real_tokens: int
 ) -> dict[str, Any] | None:
-    """Energy of the measured updates over all cards. `joules`: each rank's counter; `during`: a sampler's sum. None where nothing measures it."""
+    """Energy of the measured updates over all cards.
+
+    `joules`: each rank's counter; `during`: a sampler's sum. None where nothing measures it.
+    """
     counted = [value for value in joules if value is not None]
     if len(counted) == len(joules):
         total, how = sum(counted), "NVML's energy counter"

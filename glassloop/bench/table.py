@@ -1,4 +1,7 @@
-"""Results for people: a table of at most 100 columns, ratios of two files, bars. Pure functions from lines to text. No torch."""
+"""Results for people: a table of at most 100 columns, ratios of two files, bars.
+
+Pure functions from lines to text. No torch.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from glassloop.bench.results import Arm, arms, rates_of
 from glassloop.bench.spec import SAME
 
 HEAD = (
-    f"{'engine':<12}{'workload':<11}{'layout':<8}{'rows':>4}{'rk':>3} {'act.':<5}{'tok/s':>8}{'/GPU':>8}"
-    f"{'s/update':>9}{'p10-p90':>14}{'GiB':>7}{'MFU':>5}{'n':>3}"
+    f"{'engine':<12}{'workload':<11}{'layout':<8}{'rows':>4}{'rk':>3} "
+    f"{'act.':<5}{'tok/s':>8}{'/GPU':>8}{'s/update':>9}{'p10-p90':>14}{'GiB':>7}{'MFU':>5}{'n':>3}"
 )
 BAR = 48  # characters of the longest bar
 
@@ -54,14 +57,16 @@ def left_out(lines: Sequence[dict[str, Any]]) -> list[str]:
         check = line.get("check", {})
         if "failed" in line:
             said.append(
-                f"{'left out' if line.get('left_out') else 'failed'}: {line['name']}: {line['failed'][:600]}"
+                f"{'left out' if line.get('left_out') else 'failed'}: {line['name']}: "
+                f"{line['failed'][:600]}"
             )
         elif check.get("within") is None:
             said.append(f"not shown: {line['name']}: {check.get('why', 'it was not checked')}")
         elif not check["within"]:
             said.append(
-                f"CHECK FAILED, not shown: {line['name']}: update 1 differs from {check['against']}: "
-                f"loss by {check['loss_off']}, norm by {check['norm_off']} (relative; at most {check['tolerance']})"
+                f"CHECK FAILED, not shown: {line['name']}: update 1 differs from "
+                f"{check['against']}: loss by {check['loss_off']}, norm by {check['norm_off']} "
+                f"(relative; at most {check['tolerance']})"
             )
     return said
 
@@ -79,11 +84,13 @@ def scaling(found: Sequence[Arm]) -> list[str]:
         name = f"{arm.cell['engine']}, {arm.cell['workload']}, {arm.cell['layout']}: {ranks} ranks"
         if where < ranks:
             said.append(
-                f"{name} share {where or 'no'} GPU{'s' * (where != 1)}: a check of results, not of speed"
+                f"{name} share {where or 'no'} GPU{'s' * (where != 1)}: a check of results, not of "
+                "speed"
             )
             continue
         doubt = (
-            "  ABOVE 100 %: look for less work per rank (fewer passes, less padding) or a slow one-rank arm"
+            "  ABOVE 100 %: look for less work per rank (fewer passes, less padding) or a slow "
+            "one-rank arm"
             if efficiency > 1
             else ""
         )
@@ -113,8 +120,9 @@ def beside(lines: Sequence[dict[str, Any]], others: Sequence[str]) -> list[str]:
             whole = [sum(one["warmup_s"]) + sum(one["update_s"]["all"]) for one in (line, other)]
             count = len(line["warmup_s"]) + len(line["update_s"]["all"])
             said.append(
-                f"{line['name']} / {other['cell']['engine']}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, "
-                f"{len(ratios)} turns){memory}; {count} updates in {whole[0]:.1f} and {whole[1]:.1f} s"
+                f"{line['name']} / {other['cell']['engine']}: {statistics.median(ratios):.2f} "
+                f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} turns){memory}; {count} "
+                f"updates in {whole[0]:.1f} and {whole[1]:.1f} s"
             )
     return said
 
@@ -137,7 +145,8 @@ def compare(
 ) -> tuple[list[str], bool]:
     """Ratios after / before of every arm of `after` that has a partner, and whether all arms had one.
 
-    The partner is the same arm, else every arm that does the same work (SAME). Other arms are refused with what differs, unless `anyway`.
+    The partner is the same arm, else every arm that does the same work (SAME). Other arms are
+    refused with what differs, unless `anyway`.
     """
     old, said, whole = arms(before), [], True
     said.append(
@@ -157,7 +166,8 @@ def compare(
                 said += [_ratio(one, arm), f"    NOT THE SAME WORK: {differ}"]
             else:
                 said.append(
-                    f"refused: {short(arm)}: nearest is {short(one)}, but {differ} (--anyway compares all the same)"
+                    f"refused: {short(arm)}: nearest is {short(one)}, but {differ} (--anyway "
+                    "compares all the same)"
                 )
     return said, whole
 
@@ -217,7 +227,8 @@ def png(named: Sequence[tuple[str, Sequence[dict[str, Any]]]], file: Path) -> No
     """The bars as a picture. Raises ValueError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            f"--png {file} needs matplotlib, which is not installed: pip install matplotlib, or read the bars above"
+            f"--png {file} needs matplotlib, which is not installed: pip install matplotlib, or "
+            "read the bars above"
         )
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")

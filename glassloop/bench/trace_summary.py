@@ -1,7 +1,8 @@
 """A chrome trace of one update, on one page: where the device's time went, when it waited for the host, how memory rose and fell. No torch.
 
-Times in a trace are microseconds. Kernels carry the categories `kernel`, `gpu_memcpy` and `gpu_memset`; operators `cpu_op`; calls into CUDA
-`cuda_runtime` and `cuda_driver`; allocations are instant events named `[memory]`.
+Times in a trace are microseconds. Kernels carry the categories `kernel`, `gpu_memcpy` and
+`gpu_memset`; operators `cpu_op`; calls into CUDA `cuda_runtime` and `cuda_driver`; allocations are
+instant events named `[memory]`.
 """
 
 from __future__ import annotations
@@ -134,8 +135,10 @@ def page(trace: Trace, about: Sequence[str]) -> list[str]:
         f"# {about[0]}",
         "",
         *(f"- {line}" for line in about[1:]),
-        f"- update: {trace.length / 1e3:,.1f} ms under the profiler, which adds host time of its own",
-        f"- {what} busy: {worked / 1e3:,.1f} ms ({worked / trace.length:.0%}); nothing running: {idle / 1e3:,.1f} ms ({idle / trace.length:.0%})",
+        f"- update: {trace.length / 1e3:,.1f} ms under the profiler, which adds host time of its "
+        "own",
+        f"- {what} busy: {worked / 1e3:,.1f} ms ({worked / trace.length:.0%}); nothing running: "
+        f"{idle / 1e3:,.1f} ms ({idle / trace.length:.0%})",
     ]
     return [*head, "", *_top(trace), "", *_kinds(trace), *_gap_lines(trace), "", *_memory(trace)]
 
@@ -182,7 +185,10 @@ def _host_at(trace: Trace, when: float) -> str:
 
 
 def self_times(spans: Iterable[Span]) -> dict[str, tuple[float, int]]:
-    """Name -> (time without what it called, calls), over all threads. Spans sorted by start, the longer first."""
+    """Name -> (time without what it called, calls), over all threads.
+
+    Spans sorted by start, the longer first.
+    """
     total: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     open_spans: dict[Any, list[Span]] = defaultdict(list)
@@ -250,7 +256,8 @@ def _gap_lines(trace: Trace) -> list[str]:
     lines = [
         f"## {waiting}",
         "",
-        f"{len(found):,} gaps of {SHORTEST_GAP_US:g} us or more, {whole / 1e3:,.1f} ms together. The longest:",
+        f"{len(found):,} gaps of {SHORTEST_GAP_US:g} us or more, {whole / 1e3:,.1f} ms together. "
+        "The longest:",
         "",
         "| ms | at ms | host is in | after | before |",
         "| ---: | ---: | --- | --- | --- |",

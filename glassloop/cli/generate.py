@@ -55,7 +55,10 @@ def overrides_of(given: argparse.Namespace) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop generate RUN ["question" ...] [--file FILE] [--chat]`. Exit code 0; 2 for what is refused."""
+    """`glassloop generate RUN ["question" ...] [--file FILE] [--chat]`.
+
+    Exit code 0; 2 for what is refused.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop generate",
         allow_abbrev=False,
@@ -200,7 +203,8 @@ class Session:
         self.sides = SIDES[given.only]
         if not given.json:
             self.say(
-                f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed {given.seed}"
+                f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed "
+                f"{given.seed}"
             )
             for note in (*trained.notes, *loaded.notes, *notes):
                 self.say(f"          {note}")
@@ -317,7 +321,8 @@ class Session:
         from glassloop.use.questions import typed
 
         self.say(
-            "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers (--only adapter for one)."
+            "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers "
+            "(--only adapter for one)."
         )
         talks: dict[str, list[Turn]] = {side: [] for side in self.sides}
         turn = 0
@@ -360,7 +365,10 @@ class Session:
 
 
 def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
-    """The model's own sampling with what was given in place. Raises ValueError for values that mean nothing."""
+    """The model's own sampling with what was given in place.
+
+    Raises ValueError for values that mean nothing.
+    """
     if given.greedy and any(
         value is not None for value in (given.temperature, given.top_p, given.top_k)
     ):

@@ -1,6 +1,7 @@
 """Checks of a machine before a run: versions, driver, cards, disk, logins. Each says what is wrong and what cures it.
 
-Nothing here imports torch: what it was built for is read from its files. Secrets are looked for and never read out.
+Nothing here imports torch: what it was built for is read from its files. Secrets are looked for and
+never read out.
 """
 
 from __future__ import annotations
@@ -296,7 +297,8 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
                 Finding(
                     NOTE,
                     "memory",
-                    f"GPU {number}: what execution.engine={engine} needs is not modelled; preflight measures it",
+                    f"GPU {number}: what execution.engine={engine} needs is not modelled; "
+                    "preflight measures it",
                 )
             )
             continue

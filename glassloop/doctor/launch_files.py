@@ -1,4 +1,7 @@
-"""What reaches a run through the launcher: its config file and ACCELERATE_* variables. No Accelerate is imported."""
+"""What reaches a run through the launcher: its config file and ACCELERATE_* variables.
+
+No Accelerate is imported.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def check_launcher(
         Finding(
             NOTE,
             "launcher",
-            "--gradient_accumulation_steps given to accelerate launch has no effect: the loop accumulates itself",
+            "--gradient_accumulation_steps given to accelerate launch has no effect: the loop "
+            "accumulates itself",
             "batch.accumulation or batch.rows_per_update",
         )
     ]

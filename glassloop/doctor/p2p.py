@@ -1,6 +1,7 @@
 """Can this machine's GPUs talk to each other: a small all-reduce in processes of its own, given up when it hangs.
 
-python -m glassloop.doctor.p2p RANK RANKS BACKEND FILE        # one of the processes; `try_all_reduce` starts them
+python -m glassloop.doctor.p2p RANK RANKS BACKEND FILE        # one of the processes;
+`try_all_reduce` starts them
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def try_all_reduce(
     limit_s: float = LIMIT_S,
     environment: Mapping[str, str] | None = None,
 ) -> Answer:
-    """All-reduce 4 MiB between `ranks` processes and check the sum. They are killed when `limit_s` is over, whatever they wait for."""
+    """All-reduce 4 MiB between `ranks` processes and check the sum.
+
+    They are killed when `limit_s` is over, whatever they wait for.
+    """
     with tempfile.TemporaryDirectory(prefix="glassloop-p2p-") as folder:
         command = [sys.executable, "-m", "glassloop.doctor.p2p"]
         root = str(Path(__file__).resolve().parents[2])

@@ -27,7 +27,7 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 class EvaluationStopped(Exception):
-    """Raised where a stop was asked in mid-evaluation, by `evaluate` on every rank."""
+    """A stop was asked in mid-evaluation; `evaluate` raises it on every rank."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,10 @@ def generate(
 def _left_padded(
     prompts: Sequence[Sequence[int]], width: int, setup: EvaluationSetup
 ) -> tuple[Tensor, Tensor]:
-    """ids (B, T) and mask (B, T), 1 at real tokens; every prompt ends in the last column."""
+    """Pad on the left: ids (B, T) and mask (B, T), 1 at real tokens.
+
+    Every prompt ends in the last column.
+    """
     ids = [[setup.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=setup.device), torch.tensor(mask, device=setup.device)

@@ -1,6 +1,6 @@
 """The adapter and its base on the same rows: losses, verdicts, scores with intervals.
 
-Rank r takes rows r, r + ranks, ...; results are gathered once, at the end, and every rank has the same.
+Rank r takes rows r, r + ranks, ...; results are gathered once, at the end, and every rank has them.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
     c  = min(1, max_norm / |g|)
     theta <- optimizer(theta, c * g, lr(u)),   lr(u) = peak * min(u / W, (U - u + 1) / (U - W + 1))
 
-The label shift and the loss are transformers' own (`labels=`), one row at a time: no padding, no packing, no ranks. Nothing of glassloop
-takes part but the rows, which of them make an update, and where each matrix lies in the flat vector (8-bit states have blocks of it).
+The label shift and the loss are transformers' own (`labels=`), one row at a time: no padding, no
+packing, no ranks. Nothing of glassloop takes part but the rows, which of them make an update, and
+where each matrix lies in the flat vector (8-bit states have blocks of it).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def train_by_formula(name: str, optimizer: str, place: Place, example: Run) -> T
     """The updates of a task.
 
     Args:
-        example: a hardened run of any member that has made no update yet; its rows, first adapters and flat layout are used.
+        example: a hardened run of any member that has made no update yet; its rows, first adapters
+            and flat layout are used.
     """
     task, slices = TASKS[name], example.replica.adapters.slices
     flat = torch.nn.Parameter(example.replica.adapters.flat.detach().clone())  # (N,)

@@ -1,7 +1,8 @@
 """One update, many ways to carry it out: the equivalence class. Every member trains the same rows and leaves its gradient and weights.
 
-A task says what is computed (form of the base, clipping), a shape how: members of one task differ in shape and engine only, and may differ in
-nothing else than rounding. What a task must come to is computed without the loop, by formula.py.
+A task says what is computed (form of the base, clipping), a shape how: members of one task differ
+in shape and engine only, and may differ in nothing else than rounding. What a task must come to is
+computed without the loop, by formula.py.
 """
 
 from __future__ import annotations
@@ -211,7 +212,10 @@ def train(
     place: Place,
     update: Callable[[Run, int], Outcome | None] | None = None,
 ) -> Trace:
-    """Build the member's run on hard rows and carry its updates out. Raises ValueError where the config or build refuses it."""
+    """Build the member's run on hard rows and carry its updates out.
+
+    Raises ValueError where the config or build refuses it.
+    """
     words = f"{member.name} {optimizer} {getattr(update, '__name__', '')}".strip()
     run = build_run(config_of(member, optimizer, place, words.replace(" ", "-")))
     try:

@@ -1,6 +1,7 @@
 """Faulty ways to carry out the same updates, each a fault that training loops have really had. `glassloop verify` must notice every one.
 
-A mutant is a function (run, u) that carries out update u by the loop's own update_once, with one part of the run exchanged for its duration.
+A mutant is a function (run, u) that carries out update u by the loop's own update_once, with one
+part of the run exchanged for its duration.
 """
 
 from __future__ import annotations

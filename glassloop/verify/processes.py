@@ -61,7 +61,10 @@ class Part:
 
 
 def parts(folder: Path, device: str, gpus: int) -> list[Part]:
-    """The two parts on `device` = cpu | cuda. With `gpus` = 1 both ranks of the second share it (over gloo)."""
+    """The two parts on `device` = cpu | cuda.
+
+    With `gpus` = 1 both ranks of the second share it (over gloo).
+    """
     (folder / "launch.yaml").write_text(launch_file(device))
     launcher = (
         sys.executable,
@@ -135,7 +138,8 @@ def run_parts(
         cwd: the parts' working folder.
 
     Raises:
-        PartFailed: when a part ends with another exit code than 0, or says nothing for `patience_s`; all processes are ended then.
+        PartFailed: when a part ends with another exit code than 0, or says nothing for
+            `patience_s`; all processes are ended then.
     """
     watched: list[Watched] = []
     lines: queue.Queue[tuple[Watched, str]] = queue.Queue()
@@ -154,12 +158,14 @@ def run_parts(
                 living.remove(one)
                 if one.process.returncode != 0:
                     raise PartFailed(
-                        f"the part with {one.part.name} ended with exit code {one.process.returncode} {one.last_words(lines)}"
+                        f"the part with {one.part.name} ended with exit code "
+                        f"{one.process.returncode} {one.last_words(lines)}"
                     )
             for one in living:
                 if time.monotonic() - one.heard > patience_s:
                     raise PartFailed(
-                        f"the part with {one.part.name} has said nothing for {patience_s:g} s and was ended {one.last_words(lines)}"
+                        f"the part with {one.part.name} has said nothing for {patience_s:g} s and "
+                        f"was ended {one.last_words(lines)}"
                     )
     finally:
         for one in watched:
@@ -179,7 +185,8 @@ class Watched:
         self.output: deque[str] = deque(maxlen=30)
         self.raised: list[
             str
-        ] = []  # lines that end a Python traceback: a launcher's own follow and push them out of `output`
+            # lines that end a Python traceback: a launcher's own follow and push them out of `output`
+        ] = []
         self.process = subprocess.Popen(
             part.command,
             env=part.environment,

@@ -1,4 +1,7 @@
-"""The verdict: how far every member is from the formula, and whether every mutant was noticed. The table and the JSON of `glassloop verify`."""
+"""The verdict: how far every member is from the formula, and whether every mutant was noticed.
+
+The table and the JSON of `glassloop verify`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ import safetensors.numpy
 MARKS = {  # largest L2 distance relative to the formula's, in fp32
     "gradient": 1e-6,  # g of update 1, at equal weights
     "sgd": 2e-6,  # change of the adapters over all updates
-    "adamw_8bit": 1e-3,  # the same; 8-bit states round what is left of a difference up to one of their levels
+    # the same; 8-bit states round what is left of a difference up to one of their levels
+    "adamw_8bit": 1e-3,
 }
 WIDTH = 100  # columns of the table
 
@@ -29,7 +33,8 @@ class Verdict:
         distances: by what was compared; missing where it ended before.
         stopped_by: what the loop's own guard said when it ended the updates; None where it did not.
         left_out: why an engine took no part; then nothing was compared.
-        good: a member is within every mark and was not stopped; a mutant is beyond a mark or was stopped.
+        good: a member is within every mark and was not stopped; a mutant is beyond a mark or was
+            stopped.
     """
 
     kind: str
@@ -54,8 +59,8 @@ class Verdict:
 def judge(folder: Path) -> tuple[list[Verdict], dict[str, list[float | None]], dict[str, Any]]:
     """Read what the workers left in `folder`.
 
-    Returns verdicts in the table's order, the fingerprint (series of losses and norms by task, optimizer and quantity), and the
-    environment that the workers ran in.
+    Returns verdicts in the table's order, the fingerprint (series of losses and norms by task,
+    optimizer and quantity), and the environment that the workers ran in.
     """
     read = [json.loads(path.read_text()) for path in sorted(folder.glob("results_*.json"))]
     jobs = [facts for one in read for facts in one["jobs"]]

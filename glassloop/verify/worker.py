@@ -1,7 +1,8 @@
 """What a launched process of `glassloop verify` does: the members and mutants of its number of ranks, one after the other.
 
-`python -m glassloop.verify.worker FOLDER` carries out the formula and the one-rank members; the same under `accelerate launch` with two
-processes the two-rank ones and the mutants. Rank 0 writes FOLDER/<job>.safetensors, and what tensors cannot say to FOLDER/results_<ranks>.json.
+`python -m glassloop.verify.worker FOLDER` carries out the formula and the one-rank members; the
+same under `accelerate launch` with two processes the two-rank ones and the mutants. Rank 0 writes
+FOLDER/<job>.safetensors, and what tensors cannot say to FOLDER/results_<ranks>.json.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ def main(folder: Path) -> None:
 
 
 def jobs_of(ranks: int, place: Place, only: str) -> list[Job]:
-    """Everything for `ranks` processes; `only` chooses members and mutants whose name holds it. The formula always takes part."""
+    """Everything for `ranks` processes; `only` chooses members and mutants whose name holds it.
+
+    The formula always takes part.
+    """
     jobs = []
     if ranks == 1:
         jobs += [
@@ -151,7 +155,8 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         facts["left_out" if refused else "stopped_by"] = failure
     if len(set(gather_objects(failure is None))) > 1:
         raise RuntimeError(
-            f"{job.name} could be carried out on some ranks only: {failure or 'it failed on another'}"
+            f"{job.name} could be carried out on some ranks only: "
+            f"{failure or 'it failed on another'}"
         )
     return facts, tensors
 

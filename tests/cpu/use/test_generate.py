@@ -39,7 +39,8 @@ from glassloop.use.trained import (
 
 QUESTIONS = [
     "Who calls?",
-    "The caller asks for the code that was sent to your phone, and says that the account is locked.",
+    "The caller asks for the code that was sent to your phone, and says that the account is "
+    "locked.",
     "12 + 30?",
 ]
 
