@@ -1,7 +1,7 @@
-"""`glassloop bench --card`: one fixed piece of work for every card, and one line that says how fast it went and on what. No torch.
+"""`glassloop bench --card`: one fixed piece of work and its speed.
 
-The name carries a version: a change of anything in WORK makes a new one, so that lines of one name
-can be put side by side.
+The line says how fast the work was and on what. The name carries a version: a change of anything in
+WORK makes a new one, so that lines of one name compare. No torch.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def card_line(line: dict[str, Any]) -> str:
     reasons = during.get("throttle")
     throttle = "unknown" if reasons is None else ", ".join(reasons) or "none"
     lowest = during.get("sm_mhz_lowest")
-    link = f"PCIe gen{_or(before.get('pcie_generation'))} (max {_or(before.get('pcie_generation_max'))}) x{_or(before.get('pcie_width'))}"
+    link = (
+        f"PCIe gen{_or(before.get('pcie_generation'))} "
+        f"(max {_or(before.get('pcie_generation_max'))}) x{_or(before.get('pcie_width'))}"
+    )
     p2p = {True: "yes", False: "no", None: "one card"}[card.get("p2p")]
     versions = " ".join(f"{short} {packages.get(long)}" for short, long in SHORT.items())
     speed, mfu = line["tokens_per_s_per_rank"]["real"], (line.get("flops") or {}).get("mfu")
@@ -109,7 +112,7 @@ def card_line(line: dict[str, Any]) -> str:
 
 
 def loss_verdict(line: dict[str, Any], expected: float | None = EXPECTED_LOSS_NATS) -> str:
-    """What to think of update 1's loss: as expected, or that it differs.
+    """Judge update 1's loss: as expected, or different.
 
     More ranks have more rows, and so another loss.
     """
@@ -135,7 +138,10 @@ def _or(value: Any) -> str:
 
 
 def predictions(measured: dict[str, float]) -> list[str]:
-    """Tokens/s per GPU on this work: measured where `measured` (card's key -> tokens/s) has it, else predicted, and labelled so."""
+    """Tokens/s per GPU by card: measured if known, else predicted.
+
+    `measured`: card's key -> tokens/s. Each number says which of the two it is.
+    """
     shapes = KNOWN[WORK["model"]]
     passes = ROWS_PER_RANK // WORK["batch"]
     lines = [f"| card | {NAME}: real tokens/s per GPU | where from |", "| --- | --- | --- |"]
@@ -154,7 +160,10 @@ def predictions(measured: dict[str, float]) -> list[str]:
 
 
 def fused_predictions() -> list[str]:
-    """The same rows through execution.engine=fused, with as much memory as a card has and with as little as it can do with; all predicted."""
+    """Predict the same rows through execution.engine=fused.
+
+    Once with as much memory as a card has, once with the least that works.
+    """
     shapes = KNOWN[WORK["model"]]
     off = [error for _, _, error in errors("fused")]
     lines = [
@@ -204,7 +213,10 @@ def fused_predictions() -> list[str]:
 
 
 def measured_cards(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Best tokens/s per GPU by card's key, of lines of this very work on one card whose loss is not another."""
+    """Best tokens/s per GPU by card's key, of comparable lines.
+
+    They did this very work on one card, with the expected loss.
+    """
     found: dict[str, float] = {}
     for line in lines:
         if (

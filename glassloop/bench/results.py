@@ -1,4 +1,7 @@
-"""Lines of results: kept in files of JSON lines, summed up by arm, judged against the reference engine. No torch."""
+"""Lines of results: JSON files, sums by arm, checks against the reference.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Arm:
     lines: tuple[dict[str, Any], ...]
 
     def middle(self, *path: str) -> float | None:
-        """Median over the repeats of a number in the lines; None where no line has it."""
+        """Median of a number over the repeats; None without one."""
         found = [value for line in self.lines if (value := _at(line, path)) is not None]
         return statistics.median(found) if found else None
 
@@ -104,7 +107,7 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 def arms(lines: Iterable[dict[str, Any]]) -> list[Arm]:
-    """Lines that were measured and passed their check, grouped by arm, in order of appearance."""
+    """Group measured, checked lines by arm, in order of appearance."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         if (
@@ -126,7 +129,7 @@ def arms(lines: Iterable[dict[str, Any]]) -> list[Arm]:
 
 
 def key_of(line: dict[str, Any]) -> str:
-    """What is the same for repeats of an arm and for nothing else."""
+    """Key of an arm, equal for its repeats and for nothing else."""
     return json.dumps([line["cell"], line.get("rows_digest")], sort_keys=True)
 
 
@@ -139,10 +142,10 @@ def is_reference(cell: dict[str, Any]) -> bool:
 
 
 def checked(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`check` of a line: update 1's loss and norm beside the reference's among `lines`, on the same rows.
+    """Check a line's first loss and norm against the reference's.
 
-    within: None where there is nothing to hold it to; such a line is shown by no table. A reference
-        line is its own measure.
+    within: None without a reference; no table shows such a line. A reference line is its own
+        measure.
     """
     if "failed" in line:
         return {"within": None, "why": "it was not measured"}
@@ -183,7 +186,7 @@ def _holds(reference: dict[str, Any], line: dict[str, Any]) -> bool:
 
 
 def relative(ours: float | None, theirs: float | None) -> float | None:
-    """|ours / theirs - 1|; None where one is missing or not a number."""
+    """Compute |ours / theirs - 1|; None without both numbers."""
     if ours is None or theirs is None or ours != ours or not theirs:
         return None
     return abs(ours / theirs - 1)

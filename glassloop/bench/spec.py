@@ -1,4 +1,4 @@
-"""What one arm of a benchmark does, as plain values that travel to its process in a JSON file.
+"""The work of a benchmark arm, as values in a JSON file.
 
 No torch.
 """
@@ -84,7 +84,7 @@ class Spec:
 
     @property
     def total_updates(self) -> int:
-        """Of all turns, warm-up included."""
+        """Sum over all turns, warm-up included."""
         return max(1, self.turns) * self.updates_per_turn
 
     @property
@@ -98,7 +98,7 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """What a table calls the arm."""
+        """Name of the arm in a table."""
         parts = [
             self.engine,
             self.workload,
@@ -111,7 +111,7 @@ class Spec:
 
     @property
     def cell(self) -> dict[str, Any]:
-        """What tells the arm from others of its matrix and of other files; `rows_digest` is added by the arm."""
+        """Fields that tell the arm from others; the arm adds `rows_digest`."""
         values = asdict(self)
         for name in (
             "updates",
@@ -131,7 +131,7 @@ class Spec:
 
     @property
     def about(self) -> dict[str, Any]:
-        """How its line begins, whatever becomes of it."""
+        """Beginning of its line, whether it is measured or not."""
         own = {
             "name": self.name,
             "repeat": self.repeat,
@@ -145,7 +145,11 @@ class Spec:
 
 
 def read_spec(path: Path) -> Spec:
-    """A spec that `write` wrote. Raises ValueError for fields that it does not know."""
+    """Read a spec that `write` wrote.
+
+    Raises:
+        ValueError: it has unknown fields.
+    """
     values = json.loads(path.read_text(encoding="utf-8"))
     try:
         return Spec(

@@ -1,4 +1,4 @@
-"""Results for people: a table of at most 100 columns, ratios of two files, bars.
+"""Results for people: a table, ratios of two files, bars.
 
 Pure functions from lines to text. No torch.
 """
@@ -23,7 +23,7 @@ BAR = 48  # characters of the longest bar
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Measured arms, then what is not shown and why, then scaling over ranks."""
+    """Write measured arms, reasons for missing ones, and scaling over ranks."""
     found = arms(lines)
     shown = (
         [HEAD, *(_row(arm) for arm in found)]
@@ -39,7 +39,8 @@ def _row(arm: Arm) -> str:
     peak, mfu = arm.middle("peak", "allocated_gib"), arm.middle("flops", "mfu")
     each = arm.tokens_per_s / cell["ranks"]
     return (
-        f"{cell['engine'][:11]:<12}{cell['workload'][:10]:<11}{cell['layout'][:7]:<8}{cell['batch']:>4}{cell['ranks']:>3} "
+        f"{cell['engine'][:11]:<12}{cell['workload'][:10]:<11}{cell['layout'][:7]:<8}"
+        f"{cell['batch']:>4}{cell['ranks']:>3} "
         f"{'again' if cell['checkpointing'] else 'kept':<5}{arm.tokens_per_s:>8,.0f}{each:>8,.0f}"
         f"{middle:>9.3f}{f'{low:.3f}-{high:.3f}':>14}{'-' if peak is None else f'{peak:.2f}':>7}"
         f"{'-' if mfu is None else f'{mfu:.0%}':>5}{len(arm.rates):>3}"
@@ -51,7 +52,7 @@ def _row(arm: Arm) -> str:
 
 
 def left_out(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each result without numbers: not run, failed, without a check, or with one that failed."""
+    """Write a line for each result without numbers: not run, failed, unchecked."""
     said = []
     for line in lines:
         check = line.get("check", {})
@@ -72,7 +73,10 @@ def left_out(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def scaling(found: Sequence[Arm]) -> list[str]:
-    """Efficiency of several ranks over one: tokens/s of n ranks / (n x tokens/s of one), on cards of their own."""
+    """Efficiency of n ranks: their tokens/s over n times one's.
+
+    Every rank has a card of its own.
+    """
     alone = {_without_ranks(arm): arm for arm in found if arm.cell["ranks"] == 1}
     said = []
     for arm in found:
@@ -99,8 +103,12 @@ def scaling(found: Sequence[Arm]) -> list[str]:
 
 
 def beside(lines: Sequence[dict[str, Any]], others: Sequence[str]) -> list[str]:
-    """Arms that took turns, each of ours beside each of `others` (engines) on the same workload and ranks: ratio of real tokens a second in the same
-    turn, median and range over the turns; peaks; seconds of all updates, warm-up included, from when the model was loaded."""
+    """Compare arms that took turns: ours with `others` (engines).
+
+    They share workload and ranks. Written are the ratio of real tokens a second in the same turn,
+    as median and range over the turns; peaks; and seconds of all updates, warm-up included, from
+    when the model was loaded.
+    """
     turned = [
         line
         for line in lines
@@ -128,7 +136,7 @@ def beside(lines: Sequence[dict[str, Any]], others: Sequence[str]) -> list[str]:
 
 
 def _place(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What arms side by side share."""
+    """Fields that arms side by side share."""
     return (
         *(line["cell"][name] for name in ("workload", "ranks", "rows_per_update", "model")),
         line["rows_digest"],
@@ -143,7 +151,7 @@ def _without_ranks(arm: Arm) -> str:
 def compare(
     before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *, anyway: bool
 ) -> tuple[list[str], bool]:
-    """Ratios after / before of every arm of `after` that has a partner, and whether all arms had one.
+    """Ratios after / before of arms, and if all had a partner.
 
     The partner is the same arm, else every arm that does the same work (SAME). Other arms are
     refused with what differs, unless `anyway`.
@@ -173,7 +181,7 @@ def compare(
 
 
 def differences(one: Arm, other: Arm) -> list[str]:
-    """What makes a ratio of two arms meaningless, as `field: this, that`."""
+    """Difference that spoils a ratio of two arms, as `field: this, that`."""
     mine, theirs = ({**arm.cell, "rows_digest": arm.rows_digest} for arm in (one, other))
     return [
         f"{name}: {mine.get(name)} in A, {theirs.get(name)} in B"
@@ -200,11 +208,15 @@ def _ratio(one: Arm, other: Arm) -> str:
 def short(arm: Arm) -> str:
     """An arm in at most 43 characters, usually."""
     cell = arm.cell
-    return f"{cell['engine']} {cell['workload']} {cell['layout']} {cell['batch']}x{cell['ranks']} {'again' if cell['checkpointing'] else 'kept'}"
+    again = "again" if cell["checkpointing"] else "kept"
+    return (
+        f"{cell['engine']} {cell['workload']} {cell['layout']} {cell['batch']}x{cell['ranks']} "
+        f"{again}"
+    )
 
 
 def bars(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> list[str]:
-    """Real tokens a second per rank of every arm of every file, as bars of one scale."""
+    """Draw every arm's real tokens a second per rank as bars."""
     values = [
         (name, arm, arm.middle("tokens_per_s_per_rank", "real") or 0.0)
         for name, lines in named

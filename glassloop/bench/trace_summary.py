@@ -1,4 +1,4 @@
-"""A chrome trace of one update, on one page: where the device's time went, when it waited for the host, how memory rose and fell. No torch.
+"""A chrome trace of one update on one page; no torch.
 
 Times in a trace are microseconds. Kernels carry the categories `kernel`, `gpu_memcpy` and
 `gpu_memset`; operators `cpu_op`; calls into CUDA `cuda_runtime` and `cuda_driver`; allocations are
@@ -65,7 +65,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the page needs of a trace."""
+    """The parts of a trace that the page needs."""
 
     length: float  # of the window
     on_gpu: bool
@@ -126,7 +126,7 @@ def parse_trace(events: Iterable[dict[str, Any]], where: str = "the trace") -> T
 
 
 def page(trace: Trace, about: Sequence[str]) -> list[str]:
-    """The page as lines of Markdown. `about`: what was profiled, a line each."""
+    """Write the page as lines of Markdown; `about` says what was profiled."""
     busy = union(trace.device)
     worked = sum(end - start for start, end in busy)
     what = "GPU" if trace.on_gpu else "operators"
@@ -155,7 +155,10 @@ def union(spans: Iterable[Span]) -> list[tuple[float, float]]:
 
 
 def gaps(trace: Trace) -> list[Gap]:
-    """Times of at least SHORTEST_GAP_US between the window's begin and end in which nothing ran, longest first."""
+    """Times in the window in which nothing ran, longest first.
+
+    Each has at least SHORTEST_GAP_US.
+    """
     found = []
     ends = sorted(trace.device, key=lambda span: span.end)
     end_times, starts = [span.end for span in ends], [span.start for span in trace.device]
@@ -179,7 +182,7 @@ def gaps(trace: Trace) -> list[Gap]:
 
 
 def _host_at(trace: Trace, when: float) -> str:
-    """The innermost operator or CUDA call at a time; between them, Python's own."""
+    """Name the innermost operator or CUDA call at a time."""
     inside = [span for span in trace.host if span.start <= when < span.end]
     return max(inside, key=lambda span: span.start).name if inside else "Python"
 
@@ -231,7 +234,7 @@ def _sums(spans: Iterable[Span]) -> dict[str, tuple[float, int]]:
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does."""
+    """Kind of a kernel's work."""
     return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 
@@ -295,7 +298,10 @@ def _memory(trace: Trace) -> list[str]:
         rows.append(f"{(low + row * step) / unit:>9.3f} |{filled}")
     scale = f"{'':>11}0{f'{trace.length / 1e3:,.0f} ms':>{COLUMNS - 1}}"
     text = "" if trace.on_gpu else "Counted from where the profiler began: "
-    text += f"{events[0][1] / unit:.3f} {name} at first, {high / unit:.3f} at most (after {peak_at / 1e3:,.0f} ms), {level / unit:.3f} at last."
+    text += (
+        f"{events[0][1] / unit:.3f} {name} at first, {high / unit:.3f} at most (after "
+        f"{peak_at / 1e3:,.0f} ms), {level / unit:.3f} at last."
+    )
     return [title, "", text, "", "```", *rows, scale, "```"]
 
 

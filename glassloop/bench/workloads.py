@@ -1,4 +1,6 @@
-"""Named sets of rows for timing: the same token ids for every contender on every machine, no download. Nothing here imports torch.
+"""Named sets of rows for timing, equal on every machine.
+
+Nothing is downloaded, and nothing here imports torch.
 
 A name carries its version: a change of lengths or ids makes a new one, so that rows of results stay
 comparable.

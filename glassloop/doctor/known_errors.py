@@ -1,4 +1,4 @@
-"""Error messages that people meet around this kind of training, what causes each, and what to do here."""
+"""Known error messages around this kind of training: their causes and cures."""
 
 from __future__ import annotations
 
@@ -226,6 +226,6 @@ KNOWN = (
 
 
 def explain(message: str) -> tuple[Known, ...]:
-    """What is known of an error message, in the table's order; empty where nothing is."""
+    """Look up an error message; entries come in the table's order."""
     text = " ".join(message.split())
     return tuple(known for known in KNOWN if re.search(known.pattern, text, re.IGNORECASE))

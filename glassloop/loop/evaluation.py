@@ -283,7 +283,7 @@ def _decode(setup: EvaluationSetup, ids: Sequence[int]) -> str:
 
 
 def in_row_order(parts: Sequence[Sequence[Item]]) -> list[Item]:
-    """Merge the ranks' lists: item i of rank r is row i * ranks + r."""
+    """Merge the ranks' lists into the order of rows."""
     total, ranks = sum(len(part) for part in parts), len(parts)
     return [parts[index % ranks][index // ranks] for index in range(total)]
 

@@ -1,4 +1,4 @@
-"""Greedy answers during training, and the guard that leaves no trace of them.
+"""Greedy answers during training, and a guard that restores its state.
 
 Legend: B rows, T tokens of the longest prompt, A tokens of an answer.
 """
@@ -32,7 +32,7 @@ class EvaluationStopped(Exception):
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """How rows are measured and answered; all ranks share it but for `rank`.
+    """Settings by which rows are measured and answered.
 
     Attributes:
         batch_size: rows of a loss pass and of a generation on one rank.
@@ -166,7 +166,7 @@ def generate(
 def _left_padded(
     prompts: Sequence[Sequence[int]], width: int, setup: EvaluationSetup
 ) -> tuple[Tensor, Tensor]:
-    """Pad on the left: ids (B, T) and mask (B, T), 1 at real tokens.
+    """Pad prompts on the left: ids and mask, both (B, T).
 
     Every prompt ends in the last column.
     """

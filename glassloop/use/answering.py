@@ -118,7 +118,7 @@ def stop_ids_of(template: Template, settings: Any) -> tuple[int, ...]:
 
 
 class GumbelNoise:
-    """Logits processor that turns the most likely token into a draw; it comes last."""
+    """Logits processor that makes the likeliest token a draw; comes last."""
 
     def __init__(self, seed: int, first: int, count: int) -> None:
         self.generators = [

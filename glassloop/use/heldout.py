@@ -1,4 +1,4 @@
-"""Rows that measure a trained adapter: the run's held-out rows, or named ones."""
+"""Rows that measure a trained adapter: the run's held-out rows, or others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with the examples that they come from, aligned; `name` is for people."""
+    """Rows with their examples, aligned; `name` is for people."""
 
     rows: tuple[Row, ...]
     examples: tuple[Example, ...]
@@ -37,7 +37,9 @@ def rows_of(
     columns: Mapping[str, str] | None = None,
     cure: str = "give rows with --data FILE",
 ) -> Rows:
-    """Read the run's held-out rows, or those of `source`, at most `rows` of them.
+    """Read the run's held-out rows, or those of `source`.
+
+    At most `rows` of them.
 
     `source` is read in the run's format and columns.
 
@@ -102,7 +104,7 @@ def _loaded(data: DataConfig, seed: int, cure: str) -> Loaded:
 
 
 def _seen_in_training(trained: Trained, loaded: Loaded) -> list[str]:
-    """Count the rows that ask what a training row asked, as a note."""
+    """Note how many rows ask what a training row asked."""
     try:
         learned = {
             key(example)

@@ -1,4 +1,4 @@
-"""The adapter and its base on the same rows: losses, verdicts, scores with intervals.
+"""Adapter and base measured on the same rows, with intervals.
 
 Rank r takes rows r, r + ranks, ...; results are gathered once, at the end, and every rank has them.
 """

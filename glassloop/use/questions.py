@@ -1,4 +1,4 @@
-"""Questions for a trained model: from the command line, stdin or a file."""
+"""Questions for a trained model: command line, stdin or file."""
 
 from __future__ import annotations
 

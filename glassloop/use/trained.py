@@ -338,7 +338,7 @@ def put_adapter(trained: Trained, engine: PeftEngine) -> None:
 
 
 def device_here(index: int = 0) -> torch.device:
-    """Return this process's GPU; the CPU if there is none or the launch asks for it."""
+    """Choose this process's GPU, or the CPU for want of one."""
     from glassloop.loop.launch import on_cuda
 
     return torch.device("cuda", index) if on_cuda() else torch.device("cpu")

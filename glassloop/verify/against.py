@@ -1,4 +1,7 @@
-"""Which numbers moved between two outputs of `glassloop verify --json`, by how much, and whether rounding can explain it."""
+"""Numbers that moved between two outputs of `glassloop verify --json`.
+
+Rounding may explain a move, or not.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,11 @@ class Move:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """An earlier output. Raises ValueError where it is none, or is of another problem or schema."""
+    """Read an earlier output.
+
+    Raises:
+        ValueError: it is none, or is of another problem or schema.
+    """
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -96,7 +103,7 @@ def moves(
 
 
 def lines(found: list[Move], total: int, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What to print: the versions that changed, the numbers beyond rounding, and the largest move within it."""
+    """Lines to print: changed versions, moves beyond rounding, the largest within it."""
     changed = [
         f"{name} {old['versions'].get(name)} -> {new['versions'].get(name)}"
         for name in dict.fromkeys([*old["versions"], *new["versions"]])

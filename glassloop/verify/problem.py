@@ -1,4 +1,6 @@
-"""The tiny Llama, tokenizer and rows that `glassloop verify` trains: made on the spot, without a download, and without torch.
+"""The tiny Llama, tokenizer and rows of `glassloop verify`.
+
+There is no download and no torch.
 
 Weights come from Python's own generator, which is the same everywhere: numbers of two versions of
 any library may be compared.
@@ -92,7 +94,7 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed; how is a member's own affair."""
+    """The content of a computation; its way is a member's own affair."""
 
     quantization: str  # form of the frozen base: "nf4" | "none"
     max_grad_norm: float | None
@@ -106,7 +108,7 @@ TASKS = {
 
 
 def problem_id() -> str:
-    """12 hex digits that stand for model, rows and updates: numbers of two problems cannot be compared."""
+    """12 hex digits of model, rows and updates: only equal ones compare."""
     said = (
         FORM,
         SEED,
@@ -133,7 +135,7 @@ def drawn(name: str, shape: tuple[int, ...], half_width: float) -> numpy.ndarray
 
 
 def write_model(folder: Path) -> Path:
-    """Write the tiny Llama with its tokenizer, in the form that a hub's folder has.
+    """Write the tiny Llama with its tokenizer, as a hub does.
 
     Returns the folder.
     """
@@ -195,7 +197,10 @@ def _weights() -> dict[str, numpy.ndarray]:
 
 
 def write_rows(path: Path) -> Path:
-    """Write a jsonl file of ragged prompts and completions; some are longer than MAX_TOKENS and will be cut. Returns the path."""
+    """Write a jsonl file of ragged prompts and completions; return its path.
+
+    Some are longer than MAX_TOKENS and will be cut.
+    """
     generator = random.Random(5)
     lines = [
         {
@@ -209,7 +214,7 @@ def write_rows(path: Path) -> Path:
 
 
 def harden(run: Run) -> None:
-    """Make a fresh run's rows hard and its adapters alive, in place, the same on every rank.
+    """Make a fresh run's rows hard and its adapters alive.
 
     Some rows keep a single label; the window of update 1 has none on rank 1 of the layout 2 x 2 x
     2. Fresh B is 0, and then the gradient of A is 0 too: both get values.

@@ -1,1 +1,1 @@
-"""Merging of adapters into 16-bit weights: the cost, and commands to serve them."""
+"""Merging of adapters into 16-bit weights: cost and serving."""

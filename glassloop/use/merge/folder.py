@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def original_folder(source: BaseSource) -> Path:
-    """Return the folder of the base's own 16-bit files, fetched from the hub if need be.
+    """Find or download the base's own 16-bit files.
 
     Raises:
         ValueError: there are none; names model.id.
@@ -154,7 +154,7 @@ def check_out(out: Path) -> None:
 
 
 def check_room(out: Path, needed: int, *, with_table: bool) -> None:
-    """Raise ValueError if the disk lacks the bytes of a merge and its comparison.
+    """Raise ValueError if the disk lacks space for the merge.
 
     The table compares it with a second merge.
     """

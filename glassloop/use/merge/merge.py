@@ -1,4 +1,4 @@
-"""W + (alpha/r) B A, computed in fp32, rounded once, written in shards.
+"""Merged weights W + (alpha/r) B A, rounded once, in shards.
 
 One weight and one shard are in memory at a time.
 
@@ -25,14 +25,14 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The two matrices of a linear layer's adapter: a (R, in), b (out, R)."""
+class AdapterPair:
+    """The matrices of a layer's adapter: a (R, in), b (out, R)."""
 
     a: Tensor
     b: Tensor
 
 
-def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, Pair]:
+def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, AdapterPair]:
     """Base weight's name -> its pair, from a saved adapter's tensors.
 
     Raises:
@@ -46,7 +46,7 @@ def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, Pair]:
                 raise ValueError(
                     f"the adapter has {name} without its lora_B: take an undamaged checkpoint"
                 )
-            pairs[name.removeprefix(PREFIX).replace(".lora_A", "")] = Pair(tensor, partner)
+            pairs[name.removeprefix(PREFIX).replace(".lora_A", "")] = AdapterPair(tensor, partner)
     if 2 * len(pairs) != len(adapter):
         raise ValueError(
             f"the adapter has {len(adapter)} tensors, of which {2 * len(pairs)} are pairs of "
@@ -55,8 +55,8 @@ def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, Pair]:
     return pairs
 
 
-def merged(weight: Tensor, pair: Pair, scale: float, dtype: torch.dtype) -> Tensor:
-    """Compute weight + scale * b a in fp32, rounded to `dtype` once.
+def merged(weight: Tensor, pair: AdapterPair, scale: float, dtype: torch.dtype) -> Tensor:
+    """Compute weight + scale * b a in fp32, rounded once.
 
     A weight that is stored (in, out), as GPT-2's, keeps that order.
     """
@@ -72,7 +72,7 @@ def merged(weight: Tensor, pair: Pair, scale: float, dtype: torch.dtype) -> Tens
 
 
 def sixteen_bit(dtype: torch.dtype, otherwise: torch.dtype) -> torch.dtype:
-    """Choose the dtype of a written tensor: its own in 16 bits or no float, else `otherwise`."""
+    """Choose a written tensor's dtype: its own, or `otherwise` for 32 bits."""
     return otherwise if dtype in (torch.float32, torch.float64) else dtype
 
 
@@ -84,7 +84,7 @@ class Shard:
 
 
 def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
-    """Deal names to files in order, as many to a file as fit.
+    """Deal names to files in order, as many as fit.
 
     A larger tensor has a file of its own.
     """
@@ -108,14 +108,14 @@ def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
 
 def write_merged(
     weights: Weights,
-    pairs: Mapping[str, Pair],
+    pairs: Mapping[str, AdapterPair],
     scale: float,
     out: Path,
     *,
     dtype: torch.dtype,
     most_bytes: int,
 ) -> Iterator[tuple[Shard, int]]:
-    """Write all shards and their index into `out`; yield each shard with its merged weights.
+    """Write all shards and their index; yield each with its merged weights.
 
     Args:
         dtype: to round 32-bit tensors to; tensors of 16 bits keep theirs.

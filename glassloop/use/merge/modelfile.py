@@ -74,7 +74,7 @@ class Pieces:
 
 
 def quoted(text: str) -> str:
-    """Quote literal text of a Go template if it could mean something else."""
+    """Quote literal text of a Go template that could mean something else."""
     if any(odd in text for odd in ("{{", "}}", '"', "\\")):
         return "{{ " + json.dumps(text, ensure_ascii=False).replace('\\"', "\\x22") + " }}"
     return text
@@ -177,7 +177,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 
 def without_bos(pieces: Pieces, bos: str | None) -> Pieces:
-    """Remove BOS from the pieces, for a server that puts it before every prompt."""
+    """Remove BOS from the pieces, for a server that adds it itself."""
     if not bos:
         return pieces
     system = (pieces.system[0].removeprefix(bos), pieces.system[1])

@@ -37,7 +37,7 @@ def vllm_adapter(
     context: int,
     opens_think: bool,
 ) -> str:
-    """Serve the base as trained on, and the adapter as a LoRA module.
+    """Serve the base as trained on, with the adapter as LoRA module.
 
     The chat template is the adapter's.
 
@@ -100,7 +100,7 @@ def commands(
     opens_think: bool,
     no_ollama: str | None,
 ) -> list[str]:
-    """Write the lines of SERVE.txt; a line that begins with # explains the next.
+    """Write the lines of SERVE.txt; a # line explains the next.
 
     Paths are whole, so that a line runs from anywhere.
 

@@ -1,4 +1,4 @@
-"""The cost of a merge on held-out rows: loss, and share of equal next tokens.
+"""The cost of a merge on held-out rows: loss, next tokens.
 
 The next token is compared with that of the adapter on the run's own base. Every model computes in
 the precision of the run (--precision), so that the table compares weights, not arithmetic.

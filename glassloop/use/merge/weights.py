@@ -71,7 +71,7 @@ class Weights:
         return self.compute is not None and name + STATE in self.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the whole weight, as a linear layer has it."""
+        """Shape of the whole weight, as a linear layer has it."""
         if self.quantised(name):
             return tuple(json.loads(bytes(self._stored(name + STATE).tolist()))["shape"])
         try:
@@ -81,7 +81,7 @@ class Weights:
             raise _torn(self.files[name], error) from error
 
     def get(self, name: str) -> Tensor:
-        """Return the weight on the CPU: as stored; NF4 in `compute`, rounded as in training."""
+        """Load the weight as stored; NF4 rounded as in training."""
         if not self.quantised(name):
             return self._stored(name)
         assert self.compute is not None
@@ -106,7 +106,7 @@ class Weights:
 
 
 def dequantised(packed: Tensor, parts: dict[str, Any]) -> Tensor:
-    """Dequantise packed bytes and their parts to (out, in), by bitsandbytes' own code."""
+    """Dequantise packed bytes to (out, in), by bitsandbytes' own code."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     state = QuantState.from_dict(dict(parts), device=torch.device("cpu"))
