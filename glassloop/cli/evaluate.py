@@ -91,13 +91,8 @@ def columns_of(text: str | None) -> dict[str, str]:
 def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     from glassloop.formula.dist import in_turn, leave, one_first
     from glassloop.loop.launch import check_launch, hush, make_accelerator, on_cuda
-    from glassloop.use.trained import (
-        load,
-        load_tokenizer_of,
-        open_trained,
-        setup_of,
-        template_of,
-    )
+    from glassloop.use.loaded import load, setup_of
+    from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
     trained = open_trained(given.run, given.at, overrides_of(given))
     config = trained.config

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from glassloop.data.rows import Turn
     from glassloop.data.templates import Template
     from glassloop.use.answering import Reply, Sampling
-    from glassloop.use.trained import Loaded, Trained
+    from glassloop.use.loaded import Loaded
+    from glassloop.use.trained import Trained
 
 SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
 WIDE = 100  # columns from which answers stand beside each other
@@ -151,13 +152,8 @@ def run(given: argparse.Namespace) -> int:
         questions = questions_of(given.question, given.file, stdin)
 
     from glassloop.loop.launch import hush
-    from glassloop.use.trained import (
-        device_here,
-        load,
-        load_tokenizer_of,
-        open_trained,
-        template_of,
-    )
+    from glassloop.use.loaded import device_here, load
+    from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
     hush(1)
     trained = open_trained(given.run, given.at, overrides_of(given))
@@ -181,8 +177,8 @@ class Session:
         from rich.console import Console
 
         from glassloop.use.answering import sampling_of, stop_ids_of
+        from glassloop.use.loaded import setup_of
         from glassloop.use.questions import typed
-        from glassloop.use.trained import setup_of
 
         self.given, self.template, self.loaded = given, template, loaded
         settings = loaded.hf.get_base_model().generation_config

@@ -141,7 +141,7 @@ class Job:
         self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Any
     ) -> None:
         from glassloop.base.source import resolve_source
-        from glassloop.use.trained import device_here
+        from glassloop.use.loaded import device_here
 
         self.given, self.trained, self.tokenizer, self.template = (
             given,
@@ -196,9 +196,9 @@ class Job:
         from glassloop.base.cache import cache_root
         from glassloop.base.quantised import DTYPES, find_base
         from glassloop.base.source import base_hash
+        from glassloop.use.loaded import check_base
         from glassloop.use.merge.folder import original_folder, read_json
         from glassloop.use.merge.weights import Weights
-        from glassloop.use.trained import check_base
 
         model, precision = self.trained.config.model, self.trained.config.execution.precision
         check_base(
@@ -253,8 +253,8 @@ class Job:
 
     def table(self, folder: Path, spare: Path) -> list[Line]:
         """The adapter as trained, then both merges: one written for good, the other for the comparison only."""
+        from glassloop.use.loaded import load
         from glassloop.use.merge.table import line, look
-        from glassloop.use.trained import load
 
         loaded = load(self.trained, self.device)
         rows = self.rows.rows

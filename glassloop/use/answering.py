@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from glassloop.data.templates import Template
-    from glassloop.use.trained import Loaded
+    from glassloop.use.loaded import Loaded
 
 CLOSE = "</think>"
 OPEN = "<think>"

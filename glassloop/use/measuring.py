@@ -24,7 +24,7 @@ from glassloop.loop.generation import EvaluationSetup, unchanged
 from glassloop.stats import Interval, bootstrap, mcnemar, wilson
 
 if TYPE_CHECKING:
-    from glassloop.use.trained import Loaded
+    from glassloop.use.loaded import Loaded
 
 SIDES = ("base", "adapter")
 

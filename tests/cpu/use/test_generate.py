@@ -29,13 +29,8 @@ from glassloop.use.answering import (
     split_reasoning,
     stop_ids_of,
 )
-from glassloop.use.trained import (
-    load,
-    load_tokenizer_of,
-    open_trained,
-    setup_of,
-    template_of,
-)
+from glassloop.use.loaded import load, setup_of
+from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
 QUESTIONS = [
     "Who calls?",

@@ -18,15 +18,10 @@ from trained_runs import copy_of, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.cli.__main__ import main
+from glassloop.use.loaded import load
 from glassloop.use.merge.merge import AdapterPair, merged, pairs_of, shards_of
 from glassloop.use.merge.weights import Weights
-from glassloop.use.trained import (
-    adapter_weights,
-    load,
-    load_tokenizer_of,
-    open_trained,
-    template_of,
-)
+from glassloop.use.trained import adapter_weights, load_tokenizer_of, open_trained, template_of
 
 CPU = torch.device("cpu")
 
