@@ -1,4 +1,4 @@
-"""A base's config.json and index, checked before a library builds anything from them."""
+"""Checks of a base's config.json and index, before a library reads them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ CURE = "choose another model, or an undamaged copy"
 
 
 class FileError(ValueError):
-    """A file of a base that cannot be used. The message names it, its field and the cure."""
+    """Unusable file of a base; the message names it, its field and the cure."""
 
 
 def check_files(path: str, revision: str | None, folder: Path | None) -> None:
-    """Check the sizes in config.json, and that an index names files of its own folder.
+    """Check the sizes in config.json, and the file names of an index.
+
+    A name must lie in the folder.
 
     Args:
         path: hub id or folder, as from_pretrained takes it. revision: of a hub id.
@@ -34,7 +36,11 @@ def check_files(path: str, revision: str | None, folder: Path | None) -> None:
 
 
 def names_of_index(index: Path) -> dict[str, str]:
-    """Tensor -> file name of an index. Raises FileError if a name leads out of the folder."""
+    """Tensor -> file name of an index.
+
+    Raises:
+        FileError: a name leads out of the folder.
+    """
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Speed and cost of updates: arms in fresh processes, a matrix of them, tables.
+"""Speed and cost of updates: arms in fresh processes, matrices, tables.
 
 May import verify, replay, report and what stands above them.
 """

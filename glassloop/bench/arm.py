@@ -1,7 +1,9 @@
-"""One arm of a benchmark in a process of its own: `python -m glassloop.bench.arm SPEC.json`, or the same under `accelerate launch` for several ranks.
+"""One arm of a benchmark, in a process of its own.
 
-A run is built as train_loop.py builds it, its rows are exchanged for a named workload's, and its updates are carried out by `update_once`. Rank 0
-prints one line of JSON and adds it to the spec's `out`. Exit code 0: measured; 3: it could not be, and the line says why.
+Start it as `python -m glassloop.bench.arm SPEC.json`, or under `accelerate launch` for several
+ranks. A run is built as train_loop.py builds it, its rows are exchanged for a named workload's, and
+`update_once` does its updates. Rank 0 prints one line of JSON and adds it to the spec's `out`. Exit
+code 0: measured; 3: not measured, and the line says why.
 """
 
 from __future__ import annotations
@@ -79,10 +81,13 @@ def _rank() -> int:
 
 
 def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
-    """Build the run, carry out warm-up and measured updates, and sum up. All ranks take part; the result is rank 0's.
+    """Build the run, do its warm-up and measured updates, and sum up.
+
+    All ranks take part; the result is rank 0's.
 
     Args:
-        folder: the run's. signals: where the arm's turns are told (see clock.py).
+        folder: the run's.
+        signals: folder of the files by which arms take turns (see clock.py).
     """
     run = build(spec, folder)
     if run.replica.device.type == "cuda":
@@ -163,7 +168,10 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
 
 
 def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
-    """Carry out updates up to `spec.profile`, that one under rank 0's profiler, and write trace and page. Nothing is measured."""
+    """Profile update `spec.profile` on rank 0; write trace and page.
+
+    Nothing is measured.
+    """
     run = build(spec, folder)
     for u in range(1, spec.profile):
         applied_update(run, u)
@@ -225,12 +233,16 @@ def build(spec: Spec, folder: Path) -> Run:
 
 
 def rows_of(run: Run, spec: Spec, updates: int) -> tuple[Row, ...]:
-    """The workload's rows, so arranged that update 1 has the first ones, and so on; or the run's own, in a run's order."""
+    """Order the workload's rows by update.
+
+    For `own`, return the run's own rows in their order.
+    """
     if spec.workload == OWN:
         rows = run.batches.rows
         if len(rows) < spec.rows_per_update:
             raise ValueError(
-                f"data.source gives {len(rows)} rows, and an update takes {spec.rows_per_update}: lower --rows-per-update"
+                f"data.source gives {len(rows)} rows, and an update takes {spec.rows_per_update}: "
+                "lower --rows-per-update"
             )
         return tuple(rows)
     vocabulary = run.replica.plain_engine.hf.config.get_text_config().vocab_size
@@ -240,7 +252,10 @@ def rows_of(run: Run, spec: Spec, updates: int) -> tuple[Row, ...]:
 
 
 def config_of(spec: Spec, folder: Path) -> Config:
-    """The arm's config: the recipe, without what is not an update (evaluation, probes, capsules, preflight)."""
+    """Build the arm's config: the recipe's updates and nothing else.
+
+    Evaluation, probes, capsules and preflight are off.
+    """
     data = []
     if (
         spec.workload != OWN
@@ -273,7 +288,7 @@ def config_of(spec: Spec, folder: Path) -> Config:
 
 
 def clocked_update(run: Run, u: int, clock: Clock) -> UpdateRecord:
-    """Update u, until the device has finished it and the observers have its record."""
+    """Do update u; return when the device and the observers are done."""
     clock.begin(u)
     record = applied_update(run, u)
     clock.end(u)
@@ -281,7 +296,10 @@ def clocked_update(run: Run, u: int, clock: Clock) -> UpdateRecord:
 
 
 def applied_update(run: Run, u: int) -> UpdateRecord:
-    """Update u by the loop's own code. Raises RuntimeError where it was not applied: its time would be worth nothing."""
+    """Update u by the loop's own code.
+
+    Raises RuntimeError where it was not applied: its time would be worth nothing.
+    """
     from train_loop import update_once
 
     outcome = update_once(run, u)
@@ -298,7 +316,10 @@ def _wait(device: torch.device) -> None:
 
 
 def _rest(run: Run, tiers: Any) -> None:
-    """Give back what other arms may need of the GPU's memory. `tiers`: of the engine fused, None for another."""
+    """Give back what other arms may need of the GPU's memory.
+
+    `tiers`: of the engine fused, None for another.
+    """
     gather_objects(0)  # no rank says that the turn is over while another still computes
     if tiers is not None:
         run.replica.plain_engine.use_tiers(replace(tiers, held=0))
@@ -313,10 +334,14 @@ def tokens_of(records: Sequence[UpdateRecord]) -> Tokens:
 
 
 def shares(run: Run, spec: Spec, records: Sequence[UpdateRecord], total: float) -> dict[str, float]:
-    """Parts of an update's wall time on rank 0, by the record's own clocks; `data` is measured apart, by building the same passes once more.
+    """Parts of an update's wall time on rank 0.
 
-    passes: building, forward, backward and the ranks' reports, so it holds `data` and waiting for other ranks. reduce: sum over ranks and the norm.
-    optimizer: until it was started. rest: records, observers, and the device finishing the step.
+    data: measured apart, by building the same passes once more.
+    passes: building, forward, backward and the ranks' reports, so it holds `data` and waiting for
+        other ranks.
+    reduce: sum over ranks and the norm.
+    optimizer: until it was started.
+    rest: records, observers, and the device finishing the step.
     """
     parts = {
         "passes": sum(one.compute_s for one in records) / total,
@@ -349,7 +374,10 @@ def windows(batches: Batches, spec: Spec) -> list[Window]:
 
 
 def _memory(device: torch.device) -> dict[str, float | None]:
-    """This rank's peaks in GiB since the base was loaded (host: since its process began; ru_maxrss counts KiB on Linux)."""
+    """This rank's peaks in GiB since the base was loaded.
+
+    The host's peak counts since the process began (ru_maxrss, KiB on Linux).
+    """
     on_cuda = device.type == "cuda"
     return {
         "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None,
@@ -364,7 +392,7 @@ def _uuid(device: torch.device) -> str | None:
 
 
 def _p2p(device: torch.device) -> bool | None:
-    """Whether the first two cards that this process sees reach each other's memory; None with fewer."""
+    """Tell if the first two cards reach each other's memory."""
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return None
     return torch.cuda.can_device_access_peer(0, 1)

@@ -1,6 +1,7 @@
-"""`glassloop bench --card`: one fixed piece of work for every card, and one line that says how fast it went and on what. No torch.
+"""`glassloop bench --card`: one fixed piece of work and its speed.
 
-The name carries a version: a change of anything in WORK makes a new one, so that lines of one name can be put side by side.
+The line says how fast the work was and on what. The name carries a version: a change of anything in
+WORK makes a new one, so that lines of one name compare. No torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from glassloop.predict.shapes import KNOWN
 from glassloop.predict.terms import Work
 
 NAME = "card-v1"
-# Loss of update 1, nats a token, one card: weights and rows are the same bits everywhere, so another value is another computation. None: not yet
+# Loss of update 1, nats a token, one card: weights and rows are the same bits everywhere, so
+# another value is another computation. None: not yet
 # measured. Another workload, model or row count a rank is another name, with a value of its own.
 EXPECTED_LOSS_NATS: float | None = 12.5909
 LOSS_TOLERANCE = 2e-3  # relative: what bf16's kernels may differ from card to card
@@ -32,7 +34,9 @@ TIME_LIMIT_S = 300.0
 ROWS_PER_RANK = 8
 WORK: dict[
     str, Any
-] = {  # the recipe at full length: 2 rows of 2,048 tokens a pass, 4 passes an update, activations recomputed
+    # the recipe at full length: 2 rows of 2,048 tokens a pass, 4 passes an update, activations
+    # recomputed
+] = {
     "engine": "peft",
     "workload": "full-v1",
     "layout": "literal",
@@ -47,11 +51,15 @@ WORK: dict[
 
 
 def card_spec(place: Place, ranks: int) -> Spec:
-    """The work on `ranks` cards: as much for each as for one. Raises ValueError where they are not there."""
+    """The work on `ranks` cards: as much for each as for one.
+
+    Raises ValueError where they are not there.
+    """
     if place.device != "cuda" or place.gpus == 0:
         raise ValueError(
-            "--card measures a GPU, and torch sees none here. Look at nvidia-smi and at whether torch is a CUDA build "
-            "(python -c 'import torch; print(torch.version.cuda)'). What cards are predicted to reach: glassloop bench --predict"
+            "--card measures a GPU, and torch sees none here. Look at nvidia-smi and at whether "
+            "torch is a CUDA build (python -c 'import torch; print(torch.version.cuda)'). What "
+            "cards are predicted to reach: glassloop bench --predict"
         )
     if ranks > place.gpus:
         raise ValueError(
@@ -74,7 +82,10 @@ def card_line(line: dict[str, Any]) -> str:
     reasons = during.get("throttle")
     throttle = "unknown" if reasons is None else ", ".join(reasons) or "none"
     lowest = during.get("sm_mhz_lowest")
-    link = f"PCIe gen{_or(before.get('pcie_generation'))} (max {_or(before.get('pcie_generation_max'))}) x{_or(before.get('pcie_width'))}"
+    link = (
+        f"PCIe gen{_or(before.get('pcie_generation'))} "
+        f"(max {_or(before.get('pcie_generation_max'))}) x{_or(before.get('pcie_width'))}"
+    )
     p2p = {True: "yes", False: "no", None: "one card"}[card.get("p2p")]
     versions = " ".join(f"{short} {packages.get(long)}" for short, long in SHORT.items())
     speed, mfu = line["tokens_per_s_per_rank"]["real"], (line.get("flops") or {}).get("mfu")
@@ -84,7 +95,8 @@ def card_line(line: dict[str, Any]) -> str:
             NAME,
             f"{cell['ranks']} x {name}",
             f"{_or(before.get('power_limit_w'))} W",
-            f"SM {_or(during.get('sm_mhz'))} MHz (lowest {_or(lowest)}), memory {_or(during.get('memory_mhz'))} MHz",
+            f"SM {_or(during.get('sm_mhz'))} MHz (lowest {_or(lowest)}), memory "
+            f"{_or(during.get('memory_mhz'))} MHz",
             f"throttle: {throttle}",
             link,
             f"P2P {p2p}",
@@ -100,7 +112,10 @@ def card_line(line: dict[str, Any]) -> str:
 
 
 def loss_verdict(line: dict[str, Any], expected: float | None = EXPECTED_LOSS_NATS) -> str:
-    """What to think of update 1's loss: as expected, or that it differs. More ranks have more rows, and so another loss."""
+    """Judge update 1's loss: as expected, or different.
+
+    More ranks have more rows, and so another loss.
+    """
     if expected is None or line["cell"]["ranks"] != 1:
         return "nothing to compare with"
     off = relative(line["update_1"]["loss_nats"], expected)
@@ -123,7 +138,10 @@ def _or(value: Any) -> str:
 
 
 def predictions(measured: dict[str, float]) -> list[str]:
-    """Tokens/s per GPU on this work: measured where `measured` (card's key -> tokens/s) has it, else predicted, and labelled so."""
+    """Tokens/s per GPU by card: measured if known, else predicted.
+
+    `measured`: card's key -> tokens/s. Each number says which of the two it is.
+    """
     shapes = KNOWN[WORK["model"]]
     passes = ROWS_PER_RANK // WORK["batch"]
     lines = [f"| card | {NAME}: real tokens/s per GPU | where from |", "| --- | --- | --- |"]
@@ -135,17 +153,22 @@ def predictions(measured: dict[str, float]) -> list[str]:
             lines.append(f"| {key} | {measured[key]:,.0f} | measured (predicted: {fast:,.0f}) |")
         else:
             lines.append(
-                f"| {key} | {fast:,.0f} | PREDICTED by arithmetic; this work was not measured there |"
+                f"| {key} | {fast:,.0f} | PREDICTED by arithmetic; this work was not measured "
+                "there |"
             )
     return [*lines, "", *fused_predictions()]
 
 
 def fused_predictions() -> list[str]:
-    """The same rows through execution.engine=fused, with as much memory as a card has and with as little as it can do with; all predicted."""
+    """Predict the same rows through execution.engine=fused.
+
+    Once with as much memory as a card has, once with the least that works.
+    """
     shapes = KNOWN[WORK["model"]]
     off = [error for _, _, error in errors("fused")]
     lines = [
-        f"The same rows with execution.engine=fused, PREDICTED; where this was checked (H100) it was {min(off):+.0%} to {max(off):+.0%} off",
+        "The same rows with execution.engine=fused, PREDICTED; where this was checked (H100) it "
+        f"was {min(off):+.0%} to {max(off):+.0%} off",
         "",
         "| card | memory.profile | layers kept, held in 16 bits | GiB | real tokens/s per GPU |",
         "| --- | --- | --- | --- | --- |",
@@ -183,13 +206,17 @@ def fused_predictions() -> list[str]:
                 ranks=1,
             )
             lines.append(
-                f"| {key} | {profile} | {one.kept}, {one.held} | {one.needed_gib:.1f} | {fast:,.0f} |"
+                f"| {key} | {profile} | {one.kept}, {one.held} | {one.needed_gib:.1f} | "
+                f"{fast:,.0f} |"
             )
     return lines
 
 
 def measured_cards(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Best tokens/s per GPU by card's key, of lines of this very work on one card whose loss is not another."""
+    """Best tokens/s per GPU by card's key, of comparable lines.
+
+    They did this very work on one card, with the expected loss.
+    """
     found: dict[str, float] = {}
     for line in lines:
         if (

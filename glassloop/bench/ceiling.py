@@ -1,4 +1,7 @@
-"""The rate that this card's matrix products reach at a model's shapes: what a model FLOP utilisation is measured against."""
+"""Speed of this card's matrix products at a model's shapes.
+
+A model FLOP utilisation is measured against it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ REPEATS = 10
 
 
 def matmul_ceiling(shapes: Shapes, device: torch.device) -> float | None:
-    """FLOP/s of bf16 products x W^T and dY W over a layer's four grouped shapes, PLACES places; None without a GPU or room for them.
+    """Measure FLOP/s of a layer's bf16 products, x W^T and dY W.
 
-    q, k, v and gate, up are taken as one product each: the largest products that the layer's mathematics allows.
+    The four grouped shapes have PLACES places. None without a GPU or memory for them.
+
+    q, k, v and gate, up are taken as one product each: the largest products that the layer's
+    mathematics allows.
     """
     if device.type != "cuda":
         return None

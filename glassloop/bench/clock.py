@@ -1,7 +1,8 @@
-"""When an arm's updates begin and end: its turns among other arms, its own seconds and joules, and what the card said meanwhile. No torch.
+"""Clock of an arm's updates: turns, seconds, joules, the card's state.
 
-Arms that take turns are all loaded, and one at a time computes. `processes.run_together` gives the turns, through files in the arm's folder:
-`ready-K` says that the arm waits for turn K (and has given back what it can of the GPU's memory), `go-K` that the turn is its own.
+Arms that take turns are all loaded, and one at a time computes. `processes.run_together` gives the
+turns, through files in the arm's folder: `ready-K` says that the arm waits for turn K (and has
+freed what it can of the GPU's memory), `go-K` that the turn is its own. No torch.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ def go(folder: Path, turn: int) -> Path:
 
 
 class Clock:
-    """Asked to `begin` and `end` every update of an arm, on every rank.
+    """Clock of every update of an arm, on every rank.
 
     Attributes:
         seconds: wall time of every update, the device's work included.
-        turns_s: wall time of the measured updates, turn by turn; an arm that takes no turns has one.
-        joules: what the card took for them; None where it does not say.
+        turns_s: wall time of the measured updates, turn by turn; an arm that takes no turns has
+            one.
+        joules: what the card used for them; None if it does not say.
         started: seconds since 1970 when update 1 could begin. first_ended: when it was done.
-        before: the card after update 1 (asking takes a while, which is not the first update's); None without a card.
+        before: the card after update 1 (asking takes a while, which is not the first update's);
+            None without a card.
     """
 
     def __init__(
@@ -50,7 +53,11 @@ class Clock:
         rest: Callable[[], object],
         wake: Callable[[], object] = lambda: None,
     ):
-        """`uuid`: of the rank's card. `wait`: until the device is done. `rest`, `wake`: after a turn that is not the last, and before the next."""
+        """`uuid`: of the rank's card.
+
+        `wait`: until the device is done. `rest`, `wake`: after a turn that is not the last, and
+        before the next.
+        """
         self.spec, self.folder, self.uuid, self.first_rank = spec, folder, uuid, first_rank
         self.wait, self.rest, self.wake = wait, rest, wake
         self.seconds: list[float] = []
@@ -117,7 +124,7 @@ class Clock:
 
     @property
     def measured_s(self) -> float:
-        """Of all turns together."""
+        """Sum over all turns."""
         return sum(self.turns_s)
 
     @property

@@ -1,6 +1,9 @@
-"""What the card says of itself while it is measured: clocks, power, throttling, link, energy. Through nvidia-smi and NVML; no torch.
+"""A card's own numbers while it works: clocks, power, throttling, link, energy.
 
-Everything here is None, or empty, on a machine without them: a benchmark does not fail for want of a wattmeter.
+They come through nvidia-smi and NVML. No torch.
+
+Everything here is None, or empty, on a machine without them: a benchmark does not fail for want of
+a wattmeter.
 """
 
 from __future__ import annotations
@@ -45,7 +48,10 @@ EVERY_MS = 250
 
 
 def card_state(uuid: str | None) -> dict[str, Any] | None:
-    """The card as it is now, under our names; None without nvidia-smi. `uuid` as nvidia-smi writes it; None: the machine's first card."""
+    """The card as it is now, under our names; None without nvidia-smi.
+
+    `uuid` as nvidia-smi writes it; None: the machine's first card.
+    """
     answer = _ask(uuid, tuple(FIELDS))
     if answer is None:
         return None
@@ -70,7 +76,7 @@ def _value(text: str) -> Any:
 
 
 def reasons_of(text: str) -> list[str]:
-    """Names of the bits of "0x0000000000000004"; an unknown bit is shown as it is."""
+    """Names of the bits of "0x0000000000000004"; an unknown bit stays a number."""
     try:
         bits = int(text.strip(), 16)
     except ValueError:
@@ -99,7 +105,10 @@ def _ask(uuid: str | None, fields: Sequence[str]) -> str | None:
 
 
 class Sampler:
-    """Reads clocks and power of one card a few times a second while something runs: after it, a card is already at rest."""
+    """Reader of one card's clocks and power during work.
+
+    After the work a card is already idle.
+    """
 
     def __init__(self, uuid: str | None):
         reasons = next(
@@ -132,7 +141,10 @@ class Sampler:
 
 
 def summed_up(lines: Sequence[str]) -> dict[str, Any] | None:
-    """Medians, the mean power, and every throttle reason that was seen, from a sampler's lines, cut-off ones apart; None: nothing was seen."""
+    """Medians, mean power and throttle reasons of a sampler's lines.
+
+    Lines that were cut off are left out.
+    """
     rows = [line.split(",") for line in lines]
     rows = [row for row in rows if len(row) == max(map(len, rows))]
     if not rows or len(rows[0]) < len(NEWS_FIELDS):
@@ -160,7 +172,10 @@ def summed_up(lines: Sequence[str]) -> dict[str, Any] | None:
 
 
 def energy_j(uuid: str | None) -> float | None:
-    """Joules that the card has taken since its driver was loaded (NVML's own counter, Volta and newer); None where there is none."""
+    """Joules that the card has used since its driver was loaded.
+
+    NVML's own counter, on Volta and newer.
+    """
     if uuid is None:
         return None
     try:

@@ -1,4 +1,7 @@
-"""The benchmark's matrix: which arms there are, in what order, and each in a fresh process. No torch."""
+"""The benchmark's matrix: arms and their order, in fresh processes.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def specs_of(
     common: dict[str, Any],
     varied: Sequence[tuple[str, ...]] = ((),),
 ) -> list[Spec]:
-    """Every combination, once. `common`: further fields of all specs. `varied`: see Spec; fields of memory are for fused alone."""
+    """Every combination, once.
+
+    `common`: further fields of all specs. `varied`: see Spec; fields of memory are for fused alone.
+    """
     combinations = itertools.product(
         workloads, engines, varied, layouts, batches, checkpointing, ranks
     )
@@ -53,9 +59,10 @@ def specs_of(
 
 
 def schedule(specs: Sequence[Spec], repeats: int) -> list[Spec]:
-    """What is run, in order: references first, then the arms in turn, each repeat beginning with another one.
+    """Order the runs: references first, then arms, each repeat begins with another.
 
-    Where no arm is the reference of some others (the reference engine, literal, one rank), a short one is put before them: it serves their check.
+    If no arm is the reference of some others (the reference engine, literal, one rank), a short
+    one is put before them: it serves their check.
     """
     first: list[Spec] = []
     for spec in specs:
@@ -88,7 +95,7 @@ def _same_work(one: Spec, other: Spec) -> bool:
 
 
 def unable(spec: Spec, pythons: Mapping[str, str]) -> str | None:
-    """Why an arm is not even started here; None where it is. `pythons`: see run_matrix."""
+    """Return why an arm cannot start here; None if it can."""
     if (
         spec.engine == "unsloth"
         and spec.engine not in pythons
@@ -106,7 +113,9 @@ def run_matrix(
     say: Callable[[str], None],
     pythons: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """Run every spec; each line goes to `out` as soon as it is there, with its check. Returns the lines.
+    """Run every spec, and return the lines.
+
+    Each line goes to `out` as soon as it is there, with its check.
 
     Args:
         pythons: engine -> the interpreter of its arms, where that is not this one.
@@ -138,7 +147,9 @@ def run_groups(
     timeout_s: float = ARM_TIMEOUT_S,
     first_alone: bool = False,
 ) -> list[dict[str, Any]]:
-    """Groups of arms that take turns, one group after the other; lines and `out` as with run_matrix.
+    """Run groups of arms that take turns, one group after the other.
+
+    Lines and `out` are as with run_matrix.
 
     Args:
         known: lines that may hold a group's reference. timeout_s, first_alone: see run_together.
@@ -162,7 +173,7 @@ def run_in_turns(
     say: Callable[[str], None],
     pythons: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """As run_matrix, with all arms of a workload loaded at once and taking turns."""
+    """Run the matrix with a workload's arms loaded at once, in turns."""
     lines: list[dict[str, Any]] = []
     groups: dict[str, list[Start]] = {}
     for number, spec in enumerate(order, start=1):
@@ -203,4 +214,7 @@ def told(line: dict[str, Any]) -> str:
         return speed
     if check["within"] is None:
         return f"not shown: {check['why']}"
-    return f"CHECK FAILED: loss off by {check['loss_off']}, norm by {check['norm_off']} (at most {check['tolerance']})"
+    return (
+        f"CHECK FAILED: loss off by {check['loss_off']}, norm by {check['norm_off']} "
+        f"(at most {check['tolerance']})"
+    )

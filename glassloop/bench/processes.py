@@ -1,4 +1,7 @@
-"""The processes of a benchmark's arms: how each is started, alone or with others that take turns, watched, and ended. No torch."""
+"""Processes of a benchmark's arms: started alone or together, watched, ended.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ ARM_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where arms run: cuda or cpu, and how many cards are visible."""
+    """The place of arms: cuda or cpu, and the visible cards."""
 
     device: str
     gpus: int
@@ -40,13 +43,16 @@ def run_arm(
     timeout_s: float = ARM_TIMEOUT_S,
     python: str = sys.executable,
 ) -> dict[str, Any]:
-    """One arm of glassloop in a fresh process (or `ranks` of them): its line, or one that says why there is none."""
+    """Run one arm in fresh processes; return its line."""
     return run_command(Start.of_ours(spec, folder, python), place, timeout_s)
 
 
 @dataclass(frozen=True)
 class Start:
-    """An arm and how its process is started: a command that reads folder/spec.json and adds a line to the spec's `out`."""
+    """An arm and the command of its process.
+
+    The command reads folder/spec.json and adds a line to the spec's `out`.
+    """
 
     spec: Spec
     words: Sequence[str]
@@ -72,11 +78,15 @@ def run_command(start: Start, place: Place, timeout_s: float) -> dict[str, Any]:
 def run_together(
     starts: Sequence[Start], place: Place, timeout_s: float, *, first_alone: bool = False
 ) -> list[dict[str, Any]]:
-    """Arms that take turns (Spec.turns), all loaded at once; each round begins with another one. One line each, in the order of `starts`.
+    """Run arms that take turns (Spec.turns), all loaded at once.
+
+    Each round begins with another arm. Returns one line each, in the order of `starts`.
 
     Args:
-        timeout_s: longest time of loading, and of a turn; an arm that takes longer is ended, and the others go on.
-        first_alone: the first is loaded before the others are started, so that they find in the cache what it puts there.
+        timeout_s: longest time of loading, and of a turn; an arm that takes longer is ended, and
+            the others continue.
+        first_alone: the first is loaded before the others are started, so that they find in the
+            cache what it puts there.
     """
     running: list[_Running] = []
     try:
@@ -134,7 +144,10 @@ class _Running:
             self._too_long(timeout_s)
 
     def await_file(self, file: Path, timeout_s: float) -> None:
-        """Until the arm has made `file`; at once where it has ended. It is ended after `timeout_s`."""
+        """Until the arm has made `file`; at once where it has ended.
+
+        It is ended after `timeout_s`.
+        """
         until = time.monotonic() + timeout_s
         while self.alive and not file.exists():
             if time.monotonic() > until:
@@ -161,7 +174,7 @@ class _Running:
             self.process.wait()
 
     def line(self) -> dict[str, Any]:
-        """What it wrote, or why it wrote nothing."""
+        """Read the line that it wrote, or say why it wrote none."""
         written = Path(self.spec.out)
         if written.exists():
             return json.loads(written.read_text(encoding="utf-8").splitlines()[-1])
@@ -174,7 +187,7 @@ class _Running:
 
 
 def command(spec: Spec, folder: Path, python: str = sys.executable) -> list[str]:
-    """How the arm's process is started."""
+    """Build the command of the arm's process."""
     module = ["glassloop.bench.arm", str(folder / "spec.json")]
     if spec.ranks == 1:
         return [python, "-m", *module]
@@ -185,7 +198,7 @@ def command(spec: Spec, folder: Path, python: str = sys.executable) -> list[str]
 
 
 def environment(spec: Spec, place: Place) -> dict[str, str]:
-    """This process's environment for an arm: no other launcher's variables, the cards it may use, and this very glassloop."""
+    """Build an arm's environment: its cards, this glassloop, no other launcher."""
     left_out = (*LAUNCHER_VARIABLES, "ACCELERATE_MIXED_PRECISION")
     kept = {
         name: value

@@ -1,4 +1,4 @@
-"""One update under torch's profiler: a chrome trace and a page that sums it up."""
+"""One update under torch's profiler: a chrome trace and a page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ TRACE, SUMMARY = "trace.json.gz", "summary.md"
 def profiled(
     work: Callable[[], object], folder: Path, *, device: torch.device, about: Sequence[str]
 ) -> list[str]:
-    """Do the work once and write TRACE and SUMMARY into `folder`; returns the page's lines. `work` has to wait for the device.
+    """Do the work once; write TRACE and SUMMARY, return the page's lines.
 
-    Open the trace in https://ui.perfetto.dev or chrome://tracing. The profiler adds some microseconds of host time to each operator: where the host
-    is the limit, the update is slower than without it.
+    `work` has to wait for the device.
+
+    Open the trace in https://ui.perfetto.dev or chrome://tracing. The profiler adds some
+    microseconds of host time to each operator: where the host is the limit, the update is slower
+    than without it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_cuda = device.type == "cuda"

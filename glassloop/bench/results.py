@@ -1,4 +1,7 @@
-"""Lines of results: kept in files of JSON lines, summed up by arm, judged against the reference engine. No torch."""
+"""Lines of results: JSON files, sums by arm, checks against the reference.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any
 
 from glassloop.bench.spec import SCHEMA
 
-# Largest relative difference of update 1's loss and gradient norm from the reference engine's on the same rows, by precision.
+# Largest relative difference of update 1's loss and gradient norm from the reference engine's on
+# the same rows, by precision.
 TOLERANCE = {"bf16": (2e-3, 5e-2), "fp16": (2e-3, 5e-2), "fp32": (1e-5, 1e-5)}
 REFERENCE_ENGINE = "peft"
 SAME_WORK = (
@@ -34,7 +38,7 @@ class Arm:
     lines: tuple[dict[str, Any], ...]
 
     def middle(self, *path: str) -> float | None:
-        """Median over the repeats of a number in the lines; None where no line has it."""
+        """Median of a number over the repeats; None without one."""
         found = [value for line in self.lines if (value := _at(line, path)) is not None]
         return statistics.median(found) if found else None
 
@@ -70,7 +74,10 @@ def _at(line: dict[str, Any], path: Sequence[str]) -> Any:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The benchmark's lines of a file. Raises ValueError for a file that holds none, or a newer schema."""
+    """The benchmark's lines of a file.
+
+    Raises ValueError for a file that holds none, or a newer schema.
+    """
     lines = []
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not text.strip():
@@ -84,7 +91,8 @@ def read(file: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and line.get("kind") == "bench":
             if line.get("schema", 0) > SCHEMA:
                 raise ValueError(
-                    f"{file}, line {number} has schema {line['schema']}, this glassloop reads up to {SCHEMA}: update it"
+                    f"{file}, line {number} has schema {line['schema']}, this glassloop reads up "
+                    f"to {SCHEMA}: update it"
                 )
             lines.append(line)
     if not lines:
@@ -99,7 +107,7 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 def arms(lines: Iterable[dict[str, Any]]) -> list[Arm]:
-    """Lines that were measured and passed their check, grouped by arm, in order of appearance."""
+    """Group measured, checked lines by arm, in order of appearance."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         if (
@@ -121,7 +129,7 @@ def arms(lines: Iterable[dict[str, Any]]) -> list[Arm]:
 
 
 def key_of(line: dict[str, Any]) -> str:
-    """What is the same for repeats of an arm and for nothing else."""
+    """Key of an arm, equal for its repeats and for nothing else."""
     return json.dumps([line["cell"], line.get("rows_digest")], sort_keys=True)
 
 
@@ -134,9 +142,10 @@ def is_reference(cell: dict[str, Any]) -> bool:
 
 
 def checked(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`check` of a line: update 1's loss and norm beside the reference's among `lines`, on the same rows.
+    """Check a line's first loss and norm against the reference's.
 
-    within: None where there is nothing to hold it to; such a line is shown by no table. A reference line is its own measure.
+    within: None without a reference; no table shows such a line. A reference line is its own
+        measure.
     """
     if "failed" in line:
         return {"within": None, "why": "it was not measured"}
@@ -177,7 +186,7 @@ def _holds(reference: dict[str, Any], line: dict[str, Any]) -> bool:
 
 
 def relative(ours: float | None, theirs: float | None) -> float | None:
-    """|ours / theirs - 1|; None where one is missing or not a number."""
+    """Compute |ours / theirs - 1|; None without both numbers."""
     if ours is None or theirs is None or ours != ours or not theirs:
         return None
     return abs(ours / theirs - 1)

@@ -1,4 +1,7 @@
-"""What one arm of a benchmark does, as plain values that travel to its process in a JSON file. No torch."""
+"""The work of a benchmark arm, as values in a JSON file.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,24 @@ class Spec:
     """One arm.
 
     Attributes:
-        engine: execution.engine. workload: a name of workloads.py. model: model.id. layout, precision, checkpointing: execution.*.
-        ranks: processes, over which the rows of an update are shared. batch: rows of a micro-batch. rows_per_update: over all ranks.
-        updates: measured ones, after `warmup` that are not. repeat: which time this arm is measured. r: rank of the adapters.
-        turns: how often that is done, while other arms are loaded and wait; 0: once, with nobody beside it.
-        device: cuda | cpu. overrides: further section.field=value of the config, the same in all arms that are compared.
-        varied: execution.field=value or memory.field=value that tells this arm from others on the same work; the reference has none.
-        profile: the update that is profiled instead of any being measured; 0: none. profile_dir: folder for what comes of it.
-        launched_at: seconds since 1970 at which the process was started; 0: when its interpreter reached us.
-        out: file that gets the result's line. check_only: others are held to it, and no table shows its speed.
+        engine: execution.engine. workload: a name of workloads.py. model: model.id. layout,
+            precision, checkpointing: execution.*.
+        ranks: processes, over which the rows of an update are shared. batch: rows of a micro-batch.
+            rows_per_update: over all ranks.
+        updates: measured ones, after `warmup` that are not. repeat: which time this arm is
+            measured. r: rank of the adapters.
+        turns: how often that is done, while other arms are loaded and wait; 0: once, with nobody
+            beside it.
+        device: cuda | cpu. overrides: further section.field=value of the config, the same in all
+            arms that are compared.
+        varied: execution.field=value or memory.field=value that tells this arm from others on the
+            same work; the reference has none.
+        profile: the update that is profiled instead of any being measured; 0: none. profile_dir:
+            folder for what comes of it.
+        launched_at: seconds since 1970 at which the process was started; 0: when its interpreter
+            reached us.
+        out: file that gets the result's line. check_only: others are held to it, and no table shows
+            its speed.
     """
 
     engine: str
@@ -62,7 +74,8 @@ class Spec:
     def __post_init__(self) -> None:
         if self.warmup < 1 or self.updates < 1:
             raise ValueError(
-                f"updates = {self.updates}, warmup = {self.warmup}: at least one of each (update 1 is never measured)"
+                f"updates = {self.updates}, warmup = {self.warmup}: at least one of each (update 1 "
+                "is never measured)"
             )
 
     @property
@@ -71,7 +84,7 @@ class Spec:
 
     @property
     def total_updates(self) -> int:
-        """Of all turns, warm-up included."""
+        """Sum over all turns, warm-up included."""
         return max(1, self.turns) * self.updates_per_turn
 
     @property
@@ -85,7 +98,7 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """What a table calls the arm."""
+        """Name of the arm in a table."""
         parts = [
             self.engine,
             self.workload,
@@ -98,7 +111,7 @@ class Spec:
 
     @property
     def cell(self) -> dict[str, Any]:
-        """What tells the arm from others of its matrix and of other files; `rows_digest` is added by the arm."""
+        """Fields that tell the arm from others; the arm adds `rows_digest`."""
         values = asdict(self)
         for name in (
             "updates",
@@ -118,7 +131,7 @@ class Spec:
 
     @property
     def about(self) -> dict[str, Any]:
-        """How its line begins, whatever becomes of it."""
+        """Beginning of its line, whether it is measured or not."""
         own = {
             "name": self.name,
             "repeat": self.repeat,
@@ -132,7 +145,11 @@ class Spec:
 
 
 def read_spec(path: Path) -> Spec:
-    """A spec that `write` wrote. Raises ValueError for fields that it does not know."""
+    """Read a spec that `write` wrote.
+
+    Raises:
+        ValueError: it has unknown fields.
+    """
     values = json.loads(path.read_text(encoding="utf-8"))
     try:
         return Spec(

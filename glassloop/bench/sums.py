@@ -1,4 +1,7 @@
-"""From clocks and counters to the numbers of a line of results. Pure functions, the same for every contender. No torch."""
+"""Sums of clocks and counters: the numbers of a line of results.
+
+Pure functions, the same for every contender. No torch.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ RECIPE_UPDATES = 60
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of all measured updates and ranks together."""
+    """Sum over all measured updates and ranks."""
 
     real: int
     supervised: int
     slot: int
 
     def per_s(self, seconds: float, ranks: int = 1) -> dict[str, float]:
-        """A second, of all ranks together, or of one where `ranks` is given."""
+        """Rate a second of all ranks, or of one of `ranks`."""
         return {name: value / seconds / ranks for name, value in vars(self).items()}
 
 
@@ -47,9 +50,11 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def times(
     launched: float | None, built: float, first_ended: float, seconds: Sequence[float]
 ) -> dict[str, Any]:
-    """First update's end, seen from the process's launch and from when all was built; the recipe's whole length; the measured updates.
+    """Seconds of the first update, the recipe and the measured updates.
 
-    launched: None where the process then waited for others, so that it says nothing.
+    The first counts from the process's launch and from when all was built.
+
+    launched: None if the process then waited for others, so that it says nothing.
     """
     further = (RECIPE_UPDATES - 1) * statistics.median(seconds)
     from_launch = None if launched is None else first_ended - launched
@@ -60,13 +65,17 @@ def times(
             "updates": RECIPE_UPDATES,
             "from_launch": None if from_launch is None else from_launch + further,
             "from_built": first_ended - built + further,
-            "how": "first update's end, then the median for each further one; without evaluations and checkpoints",
+            "how": "first update's end, then the median for each further one; without evaluations and "
+            "checkpoints",
         },
     }
 
 
 def turns_of(seconds: Sequence[float], real_tokens: Sequence[int]) -> list[dict[str, float]]:
-    """Wall time and real tokens of every turn. `real_tokens`: of the measured updates, as many in every turn."""
+    """Wall time and real tokens of every turn.
+
+    `real_tokens`: of the measured updates, as many in every turn.
+    """
     each = len(real_tokens) // len(seconds)
     return [
         {"seconds": one, "real_tokens": sum(real_tokens[turn * each : (turn + 1) * each])}
@@ -88,8 +97,11 @@ def utilisation(
     kept: int | None = None,
     host: bool = False,
 ) -> dict[str, Any]:
-    """FLOPs a token, and what share of the ceiling (FLOP/s) a rank reaches. mfu: with what real tokens need. hfu: with padding and
-    recomputation too. kept, host: what the engine `fused` keeps whole, and whether the other layers wait on the host."""
+    """FLOPs a token, and a rank's share of the ceiling.
+
+    mfu: with the FLOPs of real tokens. hfu: with padding and recomputation too.
+    kept, host: layers that `fused` keeps whole, and whether the others wait for the host.
+    """
     real, padded = [], []
     for rows in passes:
         widest = max(map(len, rows))
@@ -118,7 +130,10 @@ def _per_token(flops: Flops, tokens: int) -> dict[str, float]:
 def energy_of(
     joules: Sequence[float | None], during: dict[str, Any] | None, seconds: float, real_tokens: int
 ) -> dict[str, Any] | None:
-    """Energy of the measured updates over all cards. `joules`: each rank's counter; `during`: a sampler's sum. None where nothing measures it."""
+    """Energy of the measured updates over all cards.
+
+    `joules`: each rank's counter; `during`: a sampler's sum. None where nothing measures it.
+    """
     counted = [value for value in joules if value is not None]
     if len(counted) == len(joules):
         total, how = sum(counted), "NVML's energy counter"
@@ -130,7 +145,7 @@ def energy_of(
 
 
 def digest_of(rows: Iterable[Row]) -> str:
-    """16 hex digits that differ where ids or labels of any row differ."""
+    """16 hex digits that change with any row's ids or labels."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(array("i", row.input_ids).tobytes() + bytes(row.supervised))

@@ -1,4 +1,7 @@
-"""Results for people: a table of at most 100 columns, ratios of two files, bars. Pure functions from lines to text. No torch."""
+"""Results for people: a table, ratios of two files, bars.
+
+Pure functions from lines to text. No torch.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from glassloop.bench.results import Arm, arms, rates_of
 from glassloop.bench.spec import SAME
 
 HEAD = (
-    f"{'engine':<12}{'workload':<11}{'layout':<8}{'rows':>4}{'rk':>3} {'act.':<5}{'tok/s':>8}{'/GPU':>8}"
-    f"{'s/update':>9}{'p10-p90':>14}{'GiB':>7}{'MFU':>5}{'n':>3}"
+    f"{'engine':<12}{'workload':<11}{'layout':<8}{'rows':>4}{'rk':>3} "
+    f"{'act.':<5}{'tok/s':>8}{'/GPU':>8}{'s/update':>9}{'p10-p90':>14}{'GiB':>7}{'MFU':>5}{'n':>3}"
 )
 BAR = 48  # characters of the longest bar
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Measured arms, then what is not shown and why, then scaling over ranks."""
+    """Write measured arms, reasons for missing ones, and scaling over ranks."""
     found = arms(lines)
     shown = (
         [HEAD, *(_row(arm) for arm in found)]
@@ -36,7 +39,8 @@ def _row(arm: Arm) -> str:
     peak, mfu = arm.middle("peak", "allocated_gib"), arm.middle("flops", "mfu")
     each = arm.tokens_per_s / cell["ranks"]
     return (
-        f"{cell['engine'][:11]:<12}{cell['workload'][:10]:<11}{cell['layout'][:7]:<8}{cell['batch']:>4}{cell['ranks']:>3} "
+        f"{cell['engine'][:11]:<12}{cell['workload'][:10]:<11}{cell['layout'][:7]:<8}"
+        f"{cell['batch']:>4}{cell['ranks']:>3} "
         f"{'again' if cell['checkpointing'] else 'kept':<5}{arm.tokens_per_s:>8,.0f}{each:>8,.0f}"
         f"{middle:>9.3f}{f'{low:.3f}-{high:.3f}':>14}{'-' if peak is None else f'{peak:.2f}':>7}"
         f"{'-' if mfu is None else f'{mfu:.0%}':>5}{len(arm.rates):>3}"
@@ -48,26 +52,31 @@ def _row(arm: Arm) -> str:
 
 
 def left_out(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each result without numbers: not run, failed, without a check, or with one that failed."""
+    """Write a line for each result without numbers: not run, failed, unchecked."""
     said = []
     for line in lines:
         check = line.get("check", {})
         if "failed" in line:
             said.append(
-                f"{'left out' if line.get('left_out') else 'failed'}: {line['name']}: {line['failed'][:600]}"
+                f"{'left out' if line.get('left_out') else 'failed'}: {line['name']}: "
+                f"{line['failed'][:600]}"
             )
         elif check.get("within") is None:
             said.append(f"not shown: {line['name']}: {check.get('why', 'it was not checked')}")
         elif not check["within"]:
             said.append(
-                f"CHECK FAILED, not shown: {line['name']}: update 1 differs from {check['against']}: "
-                f"loss by {check['loss_off']}, norm by {check['norm_off']} (relative; at most {check['tolerance']})"
+                f"CHECK FAILED, not shown: {line['name']}: update 1 differs from "
+                f"{check['against']}: loss by {check['loss_off']}, norm by {check['norm_off']} "
+                f"(relative; at most {check['tolerance']})"
             )
     return said
 
 
 def scaling(found: Sequence[Arm]) -> list[str]:
-    """Efficiency of several ranks over one: tokens/s of n ranks / (n x tokens/s of one), on cards of their own."""
+    """Efficiency of n ranks: their tokens/s over n times one's.
+
+    Every rank has a card of its own.
+    """
     alone = {_without_ranks(arm): arm for arm in found if arm.cell["ranks"] == 1}
     said = []
     for arm in found:
@@ -79,11 +88,13 @@ def scaling(found: Sequence[Arm]) -> list[str]:
         name = f"{arm.cell['engine']}, {arm.cell['workload']}, {arm.cell['layout']}: {ranks} ranks"
         if where < ranks:
             said.append(
-                f"{name} share {where or 'no'} GPU{'s' * (where != 1)}: a check of results, not of speed"
+                f"{name} share {where or 'no'} GPU{'s' * (where != 1)}: a check of results, not of "
+                "speed"
             )
             continue
         doubt = (
-            "  ABOVE 100 %: look for less work per rank (fewer passes, less padding) or a slow one-rank arm"
+            "  ABOVE 100 %: look for less work per rank (fewer passes, less padding) or a slow "
+            "one-rank arm"
             if efficiency > 1
             else ""
         )
@@ -92,8 +103,12 @@ def scaling(found: Sequence[Arm]) -> list[str]:
 
 
 def beside(lines: Sequence[dict[str, Any]], others: Sequence[str]) -> list[str]:
-    """Arms that took turns, each of ours beside each of `others` (engines) on the same workload and ranks: ratio of real tokens a second in the same
-    turn, median and range over the turns; peaks; seconds of all updates, warm-up included, from when the model was loaded."""
+    """Compare arms that took turns: ours with `others` (engines).
+
+    They share workload and ranks. Written are the ratio of real tokens a second in the same turn,
+    as median and range over the turns; peaks; and seconds of all updates, warm-up included, from
+    when the model was loaded.
+    """
     turned = [
         line
         for line in lines
@@ -113,14 +128,15 @@ def beside(lines: Sequence[dict[str, Any]], others: Sequence[str]) -> list[str]:
             whole = [sum(one["warmup_s"]) + sum(one["update_s"]["all"]) for one in (line, other)]
             count = len(line["warmup_s"]) + len(line["update_s"]["all"])
             said.append(
-                f"{line['name']} / {other['cell']['engine']}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, "
-                f"{len(ratios)} turns){memory}; {count} updates in {whole[0]:.1f} and {whole[1]:.1f} s"
+                f"{line['name']} / {other['cell']['engine']}: {statistics.median(ratios):.2f} "
+                f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} turns){memory}; {count} "
+                f"updates in {whole[0]:.1f} and {whole[1]:.1f} s"
             )
     return said
 
 
 def _place(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What arms side by side share."""
+    """Fields that arms side by side share."""
     return (
         *(line["cell"][name] for name in ("workload", "ranks", "rows_per_update", "model")),
         line["rows_digest"],
@@ -135,9 +151,10 @@ def _without_ranks(arm: Arm) -> str:
 def compare(
     before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *, anyway: bool
 ) -> tuple[list[str], bool]:
-    """Ratios after / before of every arm of `after` that has a partner, and whether all arms had one.
+    """Ratios after / before of arms, and if all had a partner.
 
-    The partner is the same arm, else every arm that does the same work (SAME). Other arms are refused with what differs, unless `anyway`.
+    The partner is the same arm, else every arm that does the same work (SAME). Other arms are
+    refused with what differs, unless `anyway`.
     """
     old, said, whole = arms(before), [], True
     said.append(
@@ -157,13 +174,14 @@ def compare(
                 said += [_ratio(one, arm), f"    NOT THE SAME WORK: {differ}"]
             else:
                 said.append(
-                    f"refused: {short(arm)}: nearest is {short(one)}, but {differ} (--anyway compares all the same)"
+                    f"refused: {short(arm)}: nearest is {short(one)}, but {differ} (--anyway "
+                    "compares all the same)"
                 )
     return said, whole
 
 
 def differences(one: Arm, other: Arm) -> list[str]:
-    """What makes a ratio of two arms meaningless, as `field: this, that`."""
+    """Difference that spoils a ratio of two arms, as `field: this, that`."""
     mine, theirs = ({**arm.cell, "rows_digest": arm.rows_digest} for arm in (one, other))
     return [
         f"{name}: {mine.get(name)} in A, {theirs.get(name)} in B"
@@ -190,11 +208,15 @@ def _ratio(one: Arm, other: Arm) -> str:
 def short(arm: Arm) -> str:
     """An arm in at most 43 characters, usually."""
     cell = arm.cell
-    return f"{cell['engine']} {cell['workload']} {cell['layout']} {cell['batch']}x{cell['ranks']} {'again' if cell['checkpointing'] else 'kept'}"
+    again = "again" if cell["checkpointing"] else "kept"
+    return (
+        f"{cell['engine']} {cell['workload']} {cell['layout']} {cell['batch']}x{cell['ranks']} "
+        f"{again}"
+    )
 
 
 def bars(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> list[str]:
-    """Real tokens a second per rank of every arm of every file, as bars of one scale."""
+    """Draw every arm's real tokens a second per rank as bars."""
     values = [
         (name, arm, arm.middle("tokens_per_s_per_rank", "real") or 0.0)
         for name, lines in named
@@ -217,7 +239,8 @@ def png(named: Sequence[tuple[str, Sequence[dict[str, Any]]]], file: Path) -> No
     """The bars as a picture. Raises ValueError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            f"--png {file} needs matplotlib, which is not installed: pip install matplotlib, or read the bars above"
+            f"--png {file} needs matplotlib, which is not installed: pip install matplotlib, or "
+            "read the bars above"
         )
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")

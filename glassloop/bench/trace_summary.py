@@ -1,7 +1,8 @@
-"""A chrome trace of one update, on one page: where the device's time went, when it waited for the host, how memory rose and fell. No torch.
+"""A chrome trace of one update on one page; no torch.
 
-Times in a trace are microseconds. Kernels carry the categories `kernel`, `gpu_memcpy` and `gpu_memset`; operators `cpu_op`; calls into CUDA
-`cuda_runtime` and `cuda_driver`; allocations are instant events named `[memory]`.
+Times in a trace are microseconds. Kernels carry the categories `kernel`, `gpu_memcpy` and
+`gpu_memset`; operators `cpu_op`; calls into CUDA `cuda_runtime` and `cuda_driver`; allocations are
+instant events named `[memory]`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the page needs of a trace."""
+    """The parts of a trace that the page needs."""
 
     length: float  # of the window
     on_gpu: bool
@@ -125,7 +126,7 @@ def parse_trace(events: Iterable[dict[str, Any]], where: str = "the trace") -> T
 
 
 def page(trace: Trace, about: Sequence[str]) -> list[str]:
-    """The page as lines of Markdown. `about`: what was profiled, a line each."""
+    """Write the page as lines of Markdown; `about` says what was profiled."""
     busy = union(trace.device)
     worked = sum(end - start for start, end in busy)
     what = "GPU" if trace.on_gpu else "operators"
@@ -134,8 +135,10 @@ def page(trace: Trace, about: Sequence[str]) -> list[str]:
         f"# {about[0]}",
         "",
         *(f"- {line}" for line in about[1:]),
-        f"- update: {trace.length / 1e3:,.1f} ms under the profiler, which adds host time of its own",
-        f"- {what} busy: {worked / 1e3:,.1f} ms ({worked / trace.length:.0%}); nothing running: {idle / 1e3:,.1f} ms ({idle / trace.length:.0%})",
+        f"- update: {trace.length / 1e3:,.1f} ms under the profiler, which adds host time of its "
+        "own",
+        f"- {what} busy: {worked / 1e3:,.1f} ms ({worked / trace.length:.0%}); nothing running: "
+        f"{idle / 1e3:,.1f} ms ({idle / trace.length:.0%})",
     ]
     return [*head, "", *_top(trace), "", *_kinds(trace), *_gap_lines(trace), "", *_memory(trace)]
 
@@ -152,7 +155,10 @@ def union(spans: Iterable[Span]) -> list[tuple[float, float]]:
 
 
 def gaps(trace: Trace) -> list[Gap]:
-    """Times of at least SHORTEST_GAP_US between the window's begin and end in which nothing ran, longest first."""
+    """Times in the window in which nothing ran, longest first.
+
+    Each has at least SHORTEST_GAP_US.
+    """
     found = []
     ends = sorted(trace.device, key=lambda span: span.end)
     end_times, starts = [span.end for span in ends], [span.start for span in trace.device]
@@ -176,13 +182,16 @@ def gaps(trace: Trace) -> list[Gap]:
 
 
 def _host_at(trace: Trace, when: float) -> str:
-    """The innermost operator or CUDA call at a time; between them, Python's own."""
+    """Name the innermost operator or CUDA call at a time."""
     inside = [span for span in trace.host if span.start <= when < span.end]
     return max(inside, key=lambda span: span.start).name if inside else "Python"
 
 
 def self_times(spans: Iterable[Span]) -> dict[str, tuple[float, int]]:
-    """Name -> (time without what it called, calls), over all threads. Spans sorted by start, the longer first."""
+    """Name -> (time without what it called, calls), over all threads.
+
+    Spans sorted by start, the longer first.
+    """
     total: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     open_spans: dict[Any, list[Span]] = defaultdict(list)
@@ -225,7 +234,7 @@ def _sums(spans: Iterable[Span]) -> dict[str, tuple[float, int]]:
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does."""
+    """Kind of a kernel's work."""
     return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 
@@ -250,7 +259,8 @@ def _gap_lines(trace: Trace) -> list[str]:
     lines = [
         f"## {waiting}",
         "",
-        f"{len(found):,} gaps of {SHORTEST_GAP_US:g} us or more, {whole / 1e3:,.1f} ms together. The longest:",
+        f"{len(found):,} gaps of {SHORTEST_GAP_US:g} us or more, {whole / 1e3:,.1f} ms together. "
+        "The longest:",
         "",
         "| ms | at ms | host is in | after | before |",
         "| ---: | ---: | --- | --- | --- |",
@@ -288,7 +298,10 @@ def _memory(trace: Trace) -> list[str]:
         rows.append(f"{(low + row * step) / unit:>9.3f} |{filled}")
     scale = f"{'':>11}0{f'{trace.length / 1e3:,.0f} ms':>{COLUMNS - 1}}"
     text = "" if trace.on_gpu else "Counted from where the profiler began: "
-    text += f"{events[0][1] / unit:.3f} {name} at first, {high / unit:.3f} at most (after {peak_at / 1e3:,.0f} ms), {level / unit:.3f} at last."
+    text += (
+        f"{events[0][1] / unit:.3f} {name} at first, {high / unit:.3f} at most (after "
+        f"{peak_at / 1e3:,.0f} ms), {level / unit:.3f} at last."
+    )
     return [title, "", text, "", "```", *rows, scale, "```"]
 
 

@@ -1,6 +1,9 @@
-"""Named sets of rows for timing: the same token ids for every contender on every machine, no download. Nothing here imports torch.
+"""Named sets of rows for timing, equal on every machine.
 
-A name carries its version: a change of lengths or ids makes a new one, so that rows of results stay comparable.
+Nothing is downloaded, and nothing here imports torch.
+
+A name carries its version: a change of lengths or ids makes a new one, so that rows of results stay
+comparable.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from collections.abc import Sequence
 
 from glassloop.data.rows import Row
 
-# (share of rows, tokens): lengths lie on straight lines between these points. scam: measured on 616 rows of BothBosu/scam-dialogue under
-# the r1 template and its tokenizer. medical: log-normal around 600 tokens, cut at 2,048, the shape of question, reasoning and answer.
+# (share of rows, tokens): lengths lie on straight lines between these points. scam: measured on 616
+# rows of BothBosu/scam-dialogue under
+# the r1 template and its tokenizer. medical: log-normal around 600 tokens, cut at 2,048, the shape
+# of question, reasoning and answer.
 QUANTILES: dict[str, tuple[tuple[float, int], ...]] = {
     "full-v1": ((0.0, 2048), (1.0, 2048)),
     "scam-v1": (
@@ -44,7 +49,10 @@ LOWEST_ID = 10  # ids below are often special
 
 
 def workload(name: str, rows: int, *, vocabulary: int) -> tuple[Row, ...]:
-    """`rows` rows of a named workload with ids in [LOWEST_ID, vocabulary). Raises ValueError for an unknown name."""
+    """`rows` rows of a named workload with ids in [LOWEST_ID, vocabulary).
+
+    Raises ValueError for an unknown name.
+    """
     if name not in QUANTILES:
         raise ValueError(f"workload = {name} is unknown: choose one of {', '.join(QUANTILES)}")
     drawn = random.Random(f"{name}:lengths")

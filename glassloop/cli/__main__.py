@@ -1,7 +1,8 @@
 """The console command `glassloop`: finds the command's module and hands it the rest of the words.
 
-A command is a module of this package. Its name is the file's name with - for _, its help line is the first line of its docstring,
-and `main(argv: list[str]) -> int | None` runs it: the value is the exit code, None is 0.
+A command is a module of this package. Its name is the file's name with - for _, its help line is
+the first line of its docstring, and `main(argv: list[str]) -> int | None` runs it: the value is the
+exit code, None is 0.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in command_names():
         print(_unknown(name), file=sys.stderr)
         return 2
-    # PEFT imports bitsandbytes, which warns of an inference kernel for CPUs that training never uses.
+    # PEFT imports bitsandbytes, which warns of an inference kernel for CPUs that training never
+    # uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = importlib.import_module(_module(name))
     try:

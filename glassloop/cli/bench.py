@@ -19,12 +19,14 @@ ON_OFF = {"on": True, "off": False}
 def main(argv: list[str]) -> int:
     """`glassloop bench [options] [section.field=VALUE ...]`, `--card`, `--compare A B`, `--predict`.
 
-    Exit code 0; 1 where an arm failed or did not pass its check, or rows could not be compared; ValueError for what is refused.
+    Exit code 0; 1 where an arm failed or did not pass its check, or rows could not be compared;
+    ValueError for what is refused.
     """
     asked = _parser().parse_args(argv)
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
-            "glassloop bench starts its own processes: run it without accelerate launch, and say --ranks"
+            "glassloop bench starts its own processes: run it without accelerate launch, and say "
+            "--ranks"
         )
     if asked.compare:
         return _compare(asked)
@@ -38,8 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="glassloop bench",
         allow_abbrev=False,
         description="Every combination of the lists below is an arm: a process of its own that carries out updates by the training loop's own "
-        "code, on rows of a named workload, with random weights of the 8B shape unless told otherwise (nothing is downloaded). Arms take turns. "
-        "A result is shown only if update 1's loss and gradient norm agree with the reference engine's on the same rows.",
+        "code, on rows of a named workload, with random weights of the 8B shape unless told "
+        "otherwise (nothing is downloaded). Arms take turns. A result is shown only if update 1's "
+        "loss and gradient norm agree with the reference engine's on the same rows.",
     )
     lists = parser.add_argument_group("arms (lists with commas)")
     lists.add_argument(
@@ -265,14 +268,16 @@ def _matrix(asked: argparse.Namespace) -> int:
 
     if unknown := [name for name in asked.workloads if name not in (*QUANTILES, OWN)]:
         raise ValueError(
-            f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}, and {OWN} for data.source=..."
+            f"--workloads {', '.join(unknown)}: there are {', '.join(QUANTILES)}, and {OWN} for "
+            "data.source=..."
         )
     if unknown := [name for name in asked.engines if name not in ENGINES]:
         raise ValueError(f"--engines {', '.join(unknown)}: there are {', '.join(ENGINES)}")
     has_source = any(text.removeprefix("--").startswith("data.source=") for text in asked.overrides)
     if has_source != (OWN in asked.workloads) or (has_source and asked.workloads != [OWN]):
         raise ValueError(
-            f"--workloads {OWN} and data.source=... belong together, and other workloads have rows of their own"
+            f"--workloads {OWN} and data.source=... belong together, and other workloads have rows "
+            "of their own"
         )
     if unknown := [word for word in asked.checkpointing if word not in ON_OFF]:
         raise ValueError(f"--checkpointing {', '.join(unknown)}: say on, off or on,off")
@@ -356,7 +361,8 @@ def _profiles(
                 continue
             print(Path(line["profile"]["summary"]).read_text(encoding="utf-8"))
             _say(
-                f"written: {line['profile']['trace']} (open it in https://ui.perfetto.dev), {line['profile']['summary']}"
+                f"written: {line['profile']['trace']} (open it in https://ui.perfetto.dev), "
+                f"{line['profile']['summary']}"
             )
     return code
 
@@ -370,14 +376,16 @@ def _card(asked: argparse.Namespace) -> int:
     spec = card_spec(place, asked.ranks[0])
     out = (asked.out or _default_out("cuda")).absolute()
     _say(
-        f"{NAME}: {spec.name}, {spec.warmup} + {spec.updates} updates of {spec.rows_per_update} rows; at most {TIME_LIMIT_S:.0f} s"
+        f"{NAME}: {spec.name}, {spec.warmup} + {spec.updates} updates of {spec.rows_per_update} "
+        f"rows; at most {TIME_LIMIT_S:.0f} s"
     )
     with tempfile.TemporaryDirectory(prefix="glassloop-bench-") as folder:
         line = run_arm(spec, place, Path(folder) / "card", timeout_s=TIME_LIMIT_S)
     if "failed" in line:
         print(f"failed: {line['failed']}", file=sys.stderr)
         return 1
-    # The engine is the reference itself; weights and rows are the same bits on every card, so its loss can be held to other cards' lines.
+    # The engine is the reference itself; weights and rows are the same bits on every card, so its
+    # loss can be held to other cards' lines.
     verdict = loss_verdict(line)
     append(
         out,

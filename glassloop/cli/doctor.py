@@ -143,7 +143,8 @@ def check_data(config: Config, with_data: bool) -> list[Finding]:
         Finding(
             OK,
             "data",
-            f"{loaded.source}: format {loaded.format}, {len(loaded.train):,} of {loaded.total:,} rows taken{held}",
+            f"{loaded.source}: format {loaded.format}, {len(loaded.train):,} of {loaded.total:,} "
+            f"rows taken{held}",
         )
     ]
 
@@ -157,7 +158,8 @@ def explain(message: str, *, as_json: bool) -> int:
         print(json.dumps([{"cause": one.cause, "cure": one.cure} for one in found], indent=1))
     elif not found:
         print(
-            "nothing is known of this message. GLASSLOOP_TRACEBACK=1 shows where a refusal comes from; `glassloop doctor` checks the machine"
+            "nothing is known of this message. GLASSLOOP_TRACEBACK=1 shows where a refusal comes "
+            "from; `glassloop doctor` checks the machine"
         )
     else:
         for one in found:

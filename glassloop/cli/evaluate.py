@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
         description="The adapter and its base on the same rows: loss over all, verdicts of greedy answers where rows have labels.",
         epilog="The result goes into RUN/evaluated/, from where push takes it. "
-        "On several GPUs: accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml -m glassloop.cli evaluate RUN",
+        "On several GPUs: accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml -m "
+        "glassloop.cli evaluate RUN",
     )
     add_run_options(own)
     own.add_argument(
@@ -69,7 +70,10 @@ def main(argv: list[str]) -> int:
 
 
 def columns_of(text: str | None) -> dict[str, str]:
-    """{"dialogue": "text"} of "dialogue=text,label=is_scam". Raises ValueError naming the word and the roles that there are."""
+    """{"dialogue": "text"} of "dialogue=text,label=is_scam".
+
+    Raises ValueError naming the word and the roles that there are.
+    """
     from glassloop.config.data import Columns
 
     found = {}
@@ -77,7 +81,8 @@ def columns_of(text: str | None) -> dict[str, str]:
         role, equals, name = word.strip().partition("=")
         if not equals or role not in Columns.model_fields:
             raise ValueError(
-                f"--columns {text}: {word.strip()!r} is not ROLE=NAME with a ROLE of {', '.join(Columns.model_fields)}"
+                f"--columns {text}: {word.strip()!r} is not ROLE=NAME with a ROLE of "
+                f"{', '.join(Columns.model_fields)}"
             )
         found[role] = name
     return found
@@ -86,13 +91,8 @@ def columns_of(text: str | None) -> dict[str, str]:
 def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     from glassloop.formula.dist import in_turn, leave, one_first
     from glassloop.loop.launch import check_launch, hush, make_accelerator, on_cuda
-    from glassloop.use.trained import (
-        load,
-        load_tokenizer_of,
-        open_trained,
-        setup_of,
-        template_of,
-    )
+    from glassloop.use.loaded import load, setup_of
+    from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
     trained = open_trained(given.run, given.at, overrides_of(given))
     config = trained.config
@@ -225,8 +225,9 @@ def save(trained: Any, found: dict[str, Any]) -> str:
 def lines(report: Report, found: dict[str, Any]) -> list[str]:
     """A table for people."""
     told = [
-        f"          {report.rows} rows, {report.supervised_tokens:,} supervised tokens; {report.answered} answered greedily "
-        f"(at most {found['max_new_tokens']} tokens), {report.verdict_rows} of them with a label",
+        f"          {report.rows} rows, {report.supervised_tokens:,} supervised tokens; "
+        f"{report.answered} answered greedily (at most {found['max_new_tokens']} tokens), "
+        f"{report.verdict_rows} of them with a label",
         f"{'':<20}{'base':>25}{'adapter':>25}   adapter - base",
     ]
     took = f"took {found['seconds']:.1f} s on {found['ranks']} rank" + (
@@ -255,7 +256,8 @@ def score_line(score: Score) -> str:
 
 def footnotes(report: Report) -> list[str]:
     told = [
-        "[95 % interval]: loss, F1 and differences by bootstrap over rows (2,000 draws, paired), shares by Wilson; p: exact McNemar"
+        "[95 % interval]: loss, F1 and differences by bootstrap over rows (2,000 draws, paired), "
+        "shares by Wilson; p: exact McNemar"
     ]
     names = [score.name for score in report.scores if None in score.values.values()]
     if "precision" in names:
@@ -265,6 +267,7 @@ def footnotes(report: Report) -> list[str]:
     for side, counts in report.counts.items():
         if report.verdict_rows and counts.get("no_verdict"):
             told.append(
-                f"{side}: {counts['no_verdict']:.0%} of its answers have no verdict; that counts as wrong"
+                f"{side}: {counts['no_verdict']:.0%} of its answers have no verdict; that counts "
+                "as wrong"
             )
     return told

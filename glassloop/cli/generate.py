@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from glassloop.data.rows import Turn
     from glassloop.data.templates import Template
     from glassloop.use.answering import Reply, Sampling
-    from glassloop.use.trained import Loaded, Trained
+    from glassloop.use.loaded import Loaded
+    from glassloop.use.trained import Trained
 
 SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
 WIDE = 100  # columns from which answers stand beside each other
@@ -55,7 +56,10 @@ def overrides_of(given: argparse.Namespace) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop generate RUN ["question" ...] [--file FILE] [--chat]`. Exit code 0; 2 for what is refused."""
+    """`glassloop generate RUN ["question" ...] [--file FILE] [--chat]`.
+
+    Exit code 0; 2 for what is refused.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop generate",
         allow_abbrev=False,
@@ -148,13 +152,8 @@ def run(given: argparse.Namespace) -> int:
         questions = questions_of(given.question, given.file, stdin)
 
     from glassloop.loop.launch import hush
-    from glassloop.use.trained import (
-        device_here,
-        load,
-        load_tokenizer_of,
-        open_trained,
-        template_of,
-    )
+    from glassloop.use.loaded import device_here, load
+    from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
     hush(1)
     trained = open_trained(given.run, given.at, overrides_of(given))
@@ -178,8 +177,8 @@ class Session:
         from rich.console import Console
 
         from glassloop.use.answering import sampling_of, stop_ids_of
+        from glassloop.use.loaded import setup_of
         from glassloop.use.questions import typed
-        from glassloop.use.trained import setup_of
 
         self.given, self.template, self.loaded = given, template, loaded
         settings = loaded.hf.get_base_model().generation_config
@@ -200,7 +199,8 @@ class Session:
         self.sides = SIDES[given.only]
         if not given.json:
             self.say(
-                f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed {given.seed}"
+                f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed "
+                f"{given.seed}"
             )
             for note in (*trained.notes, *loaded.notes, *notes):
                 self.say(f"          {note}")
@@ -317,7 +317,8 @@ class Session:
         from glassloop.use.questions import typed
 
         self.say(
-            "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers (--only adapter for one)."
+            "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers "
+            "(--only adapter for one)."
         )
         talks: dict[str, list[Turn]] = {side: [] for side in self.sides}
         turn = 0
@@ -360,7 +361,10 @@ class Session:
 
 
 def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
-    """The model's own sampling with what was given in place. Raises ValueError for values that mean nothing."""
+    """The model's own sampling with what was given in place.
+
+    Raises ValueError for values that mean nothing.
+    """
     if given.greedy and any(
         value is not None for value in (given.temperature, given.top_p, given.top_k)
     ):

@@ -76,8 +76,9 @@ def main(argv: list[str]) -> int:
     given = own.parse_args(argv)
     if given.bits == 4 and not given.accept_rounding:
         raise ValueError(
-            "--bits 4: rounding merged weights to 4 bits changes most of them by more than a light fine-tune does, and can undo it. Serve the "
-            "adapter beside the 4-bit base, or merge into 16 bits; to do it all the same and see the cost in the table: --accept-rounding"
+            "--bits 4: rounding merged weights to 4 bits changes most of them by more than a light "
+            "fine-tune does, and can undo it. Serve the adapter beside the 4-bit base, or merge "
+            "into 16 bits; to do it all the same and see the cost in the table: --accept-rounding"
         )
     for name in ("rows", "shard_gib"):
         if not 0 < getattr(given, name) < math.inf:
@@ -140,7 +141,7 @@ class Job:
         self, given: argparse.Namespace, trained: Trained, tokenizer: Any, template: Any
     ) -> None:
         from glassloop.base.source import resolve_source
-        from glassloop.use.trained import device_here
+        from glassloop.use.loaded import device_here
 
         self.given, self.trained, self.tokenizer, self.template = (
             given,
@@ -157,7 +158,8 @@ class Job:
         self.reference: Seen | None = None
         if given.base == "dequantised" and not self.quantised:
             raise ValueError(
-                "--base dequantised: the run's base was not quantised (model.quantization = none): merge into original"
+                "--base dequantised: the run's base was not quantised (model.quantization = none): "
+                "merge into original"
             )
         if not given.no_table:
             from glassloop.use.heldout import rows_of
@@ -185,16 +187,19 @@ class Job:
         )
 
     def weights(self, kind: str) -> tuple[Any, Path]:
-        """The base's weights of that kind, and the folder with its config. Raises ValueError for another base than the run's."""
+        """The base's weights of that kind, and the folder with its config.
+
+        Raises ValueError for another base than the run's.
+        """
         import torch
 
         from glassloop.base.cache import cache_root
         from glassloop.base.quantised import find_base
         from glassloop.base.reading import DTYPES
         from glassloop.base.source import base_hash
+        from glassloop.use.loaded import check_base
         from glassloop.use.merge.folder import original_folder, read_json
         from glassloop.use.merge.weights import Weights
-        from glassloop.use.trained import check_base
 
         model, precision = self.trained.config.model, self.trained.config.execution.precision
         check_base(
@@ -204,7 +209,8 @@ class Job:
             folder = original_folder(self.source)
             if "quantization_config" in read_json(folder / "config.json"):
                 raise ValueError(
-                    f"model.id = {model.id} comes quantised, so there are no original weights: --base dequantised"
+                    f"model.id = {model.id} comes quantised, so there are no original weights: "
+                    "--base dequantised"
                 )
             return Weights(folder), folder
         device = (
@@ -235,7 +241,8 @@ class Job:
         ):
             changed += merged
             print(
-                f"          {shard.file}: {len(shard.names)} tensors, {merged} merged, {shard.bytes / GIB:.2f} GiB",
+                f"          {shard.file}: {len(shard.names)} tensors, {merged} merged, "
+                f"{shard.bytes / GIB:.2f} GiB",
                 flush=True,
             )
         seconds, self.peak_gib = time.perf_counter() - started, max(self.peak_gib, peak.gib())
@@ -247,8 +254,8 @@ class Job:
 
     def table(self, folder: Path, spare: Path) -> list[Line]:
         """The adapter as trained, then both merges: one written for good, the other for the comparison only."""
+        from glassloop.use.loaded import load
         from glassloop.use.merge.table import line, look
-        from glassloop.use.trained import load
 
         loaded = load(self.trained, self.device)
         rows = self.rows.rows
@@ -271,7 +278,10 @@ class Job:
         return [*told, *(merges[kind] for kind in ("dequantised", "original") if kind in merges)]
 
     def table_of_written(self, spare: Path) -> list[Line]:
-        """The table of OUT as it stands there, and into its facts. Raises ValueError where it cannot be made; OUT stays."""
+        """The table of OUT as it stands there, and into its facts.
+
+        Raises ValueError where it cannot be made; OUT stays.
+        """
         import torch
 
         try:

@@ -153,7 +153,8 @@ def _ranks(
     if given.ranks is not None:
         if asked is not None and asked != given.ranks:
             raise ValueError(
-                f"--ranks {given.ranks}, but batch.ranks = {asked}: a run with other ranks would be refused; give one of the two"
+                f"--ranks {given.ranks}, but batch.ranks = {asked}: a run with other ranks would "
+                "be refused; give one of the two"
             )
         return given.ranks, []
     if asked is not None:
@@ -163,7 +164,8 @@ def _ranks(
             f"planned for this machine's {len(present)} GPUs; --ranks N plans for another number"
         ]
     return 2, [
-        "no GPU here and batch.ranks is not set: planned for 2 ranks; --ranks N plans for another number"
+        "no GPU here and batch.ranks is not set: planned for 2 ranks; --ranks N plans for another "
+        "number"
     ]
 
 

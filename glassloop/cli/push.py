@@ -88,7 +88,8 @@ def run(given: argparse.Namespace) -> int:
             print(f"          the card says that a licence is not known: {option} TEXT")
     if facts.evaluated is None:
         print(
-            f"          no evaluation of these weights with its uncertainty: glassloop evaluate {given.run}"
+            "          no evaluation of these weights with its uncertainty: glassloop evaluate "
+            f"{given.run}"
         )
     if given.dry_run is not None:
         try:
@@ -97,7 +98,8 @@ def run(given: argparse.Namespace) -> int:
         except OSError as error:
             raise unwritable(given, error) from error
         print(
-            f"would go  to {given.repo}, {'public' if given.public else 'private'}: {', '.join(names)}"
+            f"would go  to {given.repo}, {'public' if given.public else 'private'}: "
+            f"{', '.join(names)}"
         )
         print(f"wrote     {given.dry_run}; read {given.dry_run / 'README.md'} before you publish")
         return 0
@@ -117,14 +119,17 @@ def run(given: argparse.Namespace) -> int:
             stale=is_weights,
         )
     print(
-        f"pushed    {', '.join(names)}\n          {done.address} ({'private' if done.private else 'public'})"
+        f"pushed    {', '.join(names)}\n          {done.address} "
+        f"({'private' if done.private else 'public'})"
     )
     if done.private and given.public:
         print(
-            "          it was there and is private, and stays so: its settings on the hub make it public"
+            "          it was there and is private, and stays so: its settings on the hub make it "
+            "public"
         )
     if done.removed:
         print(
-            f"removed   {', '.join(done.removed)}: left from an earlier upload, they would be loaded with these weights"
+            f"removed   {', '.join(done.removed)}: left from an earlier upload, they would be "
+            "loaded with these weights"
         )
     return 0

@@ -29,7 +29,10 @@ SCHEMA = 1
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop replay RUN --update N [--bisect] [--try] [--json]`. Exit code 0: the record reproduces; 1: it does not."""
+    """`glassloop replay RUN --update N [--bisect] [--try] [--json]`.
+
+    Exit code 0: the record reproduces; 1: it does not.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop replay",
         allow_abbrev=False,
@@ -70,7 +73,10 @@ def main(argv: list[str]) -> int:
 
 
 def read_fields(words: Sequence[str]) -> dict[str, str]:
-    """{"model.id": "/models/base"} of section.field=VALUE words. Raises ValueError for a field that a replay cannot change."""
+    """{"model.id": "/models/base"} of section.field=VALUE words.
+
+    Raises ValueError for a field that a replay cannot change.
+    """
     fields = {}
     for word in words:
         if word.startswith("-") and "." not in word:
@@ -80,8 +86,9 @@ def read_fields(words: Sequence[str]) -> dict[str, str]:
         name, equals, value = word.removeprefix("--").partition("=")
         if not equals or name not in MAY_CHANGE:
             raise ValueError(
-                f"{word}: a replay repeats the update as it was recorded, so only {', '.join(sorted(MAY_CHANGE))} can be given; "
-                "--try varies lr, precision, optimizer and engine"
+                f"{word}: a replay repeats the update as it was recorded, so only "
+                f"{', '.join(sorted(MAY_CHANGE))} can be given; --try varies lr, precision, "
+                "optimizer and engine"
             )
         fields[name] = value
     return fields

@@ -75,12 +75,14 @@ def main(argv: list[str]) -> int:
     chosen = [cell for cell in cells if given.only is None or given.only in cell.name]
     if not chosen:
         raise ValueError(
-            f"--only {given.only}: no cell has that in its name; there are {', '.join(cell.name for cell in cells[:12])}, ..."
+            f"--only {given.only}: no cell has that in its name; there are "
+            f"{', '.join(cell.name for cell in cells[:12])}, ..."
         )
     parallel = given.parallel or study.parallel
     if parallel > 1 and "time" in study.measure:
         raise ValueError(
-            f"--parallel {parallel}: the study measures time, and cells beside each other slow each other down; leave it at 1"
+            f"--parallel {parallel}: the study measures time, and cells beside each other slow "
+            "each other down; leave it at 1"
         )
     if given.dry_run:
         _show(study, chosen, out)
@@ -191,8 +193,10 @@ def _show(study: Study, cells: Sequence[Cell], out: Path) -> None:
         )
         state = state_of(cell, out)
         print(
-            f"  {cell.name}: {', '.join(f'{axis} = {label}' for axis, label in cell.settings.items())}; {length} of "
-            f"{rows_per_update(cell.config)} rows, warmup {schedule.warmup_updates}; {state.kind}{f' ({state.why})' if state.why else ''}"
+            f"  {cell.name}: "
+            f"{', '.join(f'{axis} = {label}' for axis, label in cell.settings.items())}; {length} "
+            f"of {rows_per_update(cell.config)} rows, warmup {schedule.warmup_updates}; "
+            f"{state.kind}{f' ({state.why})' if state.why else ''}"
         )
     print(f"{len(cells)} cells, {len(study.claims)} claims; results would go to {out}")
 

@@ -18,7 +18,10 @@ PATIENCE_S = {"cpu": 120.0, "cuda": 400.0}  # a GPU's first use can take minutes
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop verify [--json] [--against OLD.json] [--device D] [--only TEXT]`. Exit code 0: all agree and are caught; 1: not; 2: refused."""
+    """`glassloop verify [--json] [--against OLD.json] [--device D] [--only TEXT]`.
+
+    Exit code 0: all agree and are caught; 1: not; 2: refused.
+    """
     asked = _parser().parse_args(argv)
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
@@ -39,8 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="glassloop verify",
         allow_abbrev=False,
         description="Trains a tiny random Llama for a few updates in every way that glassloop can carry out an update: layouts, one and two "
-        "ranks, both reductions, stored and recomputed activations, every installed engine, NF4 and unquantised. Each is compared with "
-        "the formula in plain transformers. Then come deliberate faults, each of which must be noticed. Nothing is downloaded.",
+        "ranks, both reductions, stored and recomputed activations, every installed engine, NF4 "
+        "and unquantised. Each is compared with the formula in plain transformers. Then come "
+        "deliberate faults, each of which must be noticed. Nothing is downloaded.",
     )
     parser.add_argument(
         "--json",
@@ -73,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def verify(asked: argparse.Namespace, old: dict[str, Any] | None) -> int:
-    """Run everything in a temporary folder, print, and return the exit code. Raises ValueError for a device that is not there."""
+    """Run everything in a temporary folder, print, and return the exit code.
+
+    Raises ValueError for a device that is not there.
+    """
     from glassloop.verify import against, results
     from glassloop.verify.processes import PartFailed
 
@@ -82,7 +89,8 @@ def verify(asked: argparse.Namespace, old: dict[str, Any] | None) -> int:
     asked.patience = asked.patience or PATIENCE_S[device]
     shared = " (both ranks on the one GPU, over gloo)" if gpus == 1 else ""
     _say(
-        f"two parts side by side on {device}{shared}; one is given up when it says nothing for {asked.patience:g} s"
+        f"two parts side by side on {device}{shared}; one is given up when it says nothing for "
+        f"{asked.patience:g} s"
     )
     with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="glassloop-verify-") as name:
         try:
@@ -121,7 +129,10 @@ def verify(asked: argparse.Namespace, old: dict[str, Any] | None) -> int:
 
 
 def _run(folder: Path, device: str, gpus: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Make the problem, run both parts, judge. Returns verdicts, fingerprint and where all that took place."""
+    """Make the problem, run both parts, judge.
+
+    Returns verdicts, fingerprint and where all that took place.
+    """
     from glassloop.verify import problem, results
     from glassloop.verify.against import SCHEMA
     from glassloop.verify.processes import parts, run_parts
@@ -141,7 +152,8 @@ def _run(folder: Path, device: str, gpus: int, asked: argparse.Namespace) -> dic
     verdicts, fingerprint, environment = results.judge(folder)
     if not verdicts:
         raise ValueError(
-            f"--only {asked.only}: no member and no mutant has that in its name; run without --only to see them all"
+            f"--only {asked.only}: no member and no mutant has that in its name; run without "
+            "--only to see them all"
         )
     return {
         "schema": SCHEMA,
@@ -158,7 +170,10 @@ def _run(folder: Path, device: str, gpus: int, asked: argparse.Namespace) -> dic
 
 
 def _device(asked: str) -> tuple[str, int]:
-    """("cpu" | "cuda", GPUs to use). Raises ValueError where a GPU is asked for and there is none."""
+    """("cpu" | "cuda", GPUs to use).
+
+    Raises ValueError where a GPU is asked for and there is none.
+    """
     if asked == "cpu":
         return "cpu", 0
     import torch

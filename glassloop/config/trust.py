@@ -1,4 +1,4 @@
-"""Settings that a file cannot switch on: only the words of today's command line can.
+"""Settings that a file cannot switch on, only today's command line.
 
 A run's folder, a checkpoint, a capsule, a YAML file or a study may come from a stranger. What such
 a file asks for is read as data: it names models and rows, which are read and never executed. Two
@@ -22,7 +22,7 @@ MARKS = ("CACHEDIR.TAG", "file_hashes.json", "quantized")  # a cache of glassloo
 
 
 class Words(NamedTuple):
-    """How a command writes the two settings."""
+    """A command's words for the two settings."""
 
     trust: str
     distrust: str
@@ -34,7 +34,7 @@ OPTIONS = Words("--trust-remote-code", "--no-trust-remote-code", "--cache-dir=")
 
 
 def unasked(config: Config, given: Collection[str], source: str, words: Words) -> str | None:
-    """Explain the first setting that `source` may not switch on; None if there is none.
+    """Explain the first setting that `source` may not switch on; None without one.
 
     Args:
         given: dotted names of the fields that the command line gives.

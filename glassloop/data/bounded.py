@@ -1,4 +1,4 @@
-"""A bound on the time and memory of a chat template, which is a program that a stranger may write.
+"""Bounds on time and memory of a chat template, a program by strangers.
 
 jinja2's sandbox keeps a template from files and Python; it does not keep it from a loop that never
 ends or a string that fills the memory.

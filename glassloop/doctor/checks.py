@@ -1,6 +1,7 @@
-"""Checks of a machine before a run: versions, driver, cards, disk, logins. Each says what is wrong and what cures it.
+"""Checks of a machine before a run: versions, driver, cards, disk, logins.
 
-Nothing here imports torch: what it was built for is read from its files. Secrets are looked for and never read out.
+Each says what is wrong and what cures it. Nothing here imports torch: its files say what it was
+built for. Secrets are looked for and never read out.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def check_engine(
     on_cuda: bool,
     problems: Callable[..., Sequence[str]] = unsloth_checks.problems,
 ) -> list[Finding]:
-    """Whether execution.engine can run here, where it is one that needs more than glassloop itself; which one it is, where that is chosen."""
+    """Check that execution.engine can run here; name the one that auto chooses."""
     if config.execution.engine == "auto":
         return [Finding(OK, "engine", planned_engine(config)[1])]
     if config.execution.engine != "unsloth":
@@ -145,7 +146,10 @@ def _within(version: str, sign: str, bound: str) -> bool:
 
 
 def torch_cuda() -> str | None:
-    """CUDA version that the installed torch was built for, without importing it; None for a CPU build or no torch."""
+    """CUDA version of the installed torch; None without one.
+
+    torch is not imported.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -161,7 +165,7 @@ def cuda_in(text: str) -> str | None:
 def check_cards(
     config: Config, present: Sequence[Present], cuda: str | None, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Driver against torch's CUDA, bf16, number and kind of cards, memory that is free."""
+    """Check driver, CUDA, bf16, the cards and their free memory."""
     if not present:
         if cuda is None:
             return [
@@ -297,7 +301,8 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
                 Finding(
                     NOTE,
                     "memory",
-                    f"GPU {number}: what execution.engine={engine} needs is not modelled; preflight measures it",
+                    f"GPU {number}: what execution.engine={engine} needs is not modelled; "
+                    "preflight measures it",
                 )
             )
             continue
@@ -311,7 +316,10 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
             free_gib=card.free_gib,
             engine=engine,
         )
-        text = f"GPU {number}: about {one.needed_gib:.1f} GiB needed for full rows, {card.free_gib:.1f} of {card.total_gib:.1f} free"
+        text = (
+            f"GPU {number}: about {one.needed_gib:.1f} GiB needed for full rows, "
+            f"{card.free_gib:.1f} of {card.total_gib:.1f} free"
+        )
         text += f" ({one.tiers})" if one.tiers else ""
         if one.fits:
             found.append(Finding(OK, "memory", text))
@@ -389,7 +397,7 @@ def check_disk(
 
 
 def check_logins(config: Config, environ: Mapping[str, str]) -> list[Finding]:
-    """Whether a hub token and the trackers' logins are there; they are not shown, nor tried."""
+    """Check that logins of hub and trackers exist; none is shown."""
     from glassloop.record.tracker_checks import check_tracking
 
     home = Path(environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()

@@ -1,4 +1,4 @@
-"""What a check of the machine found."""
+"""A finding of a check of the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. cure is empty where nothing needs one."""
+    """One thing that was checked; cure is empty if it needs none."""
 
     level: str  # OK | NOTE | PROBLEM
     check: str

@@ -1,4 +1,7 @@
-"""What reaches a run through the launcher: its config file and ACCELERATE_* variables. No Accelerate is imported."""
+"""The launcher's influence on a run: its config file and ACCELERATE_* variables.
+
+No Accelerate is imported.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from glassloop.config.config import Config
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 
 REFUSED = {
-    "DEEPSPEED": "DeepSpeed steps inside its own backward (a ZeRO stage, 3 included, brings its own too)",
+    "DEEPSPEED": "DeepSpeed steps inside its own backward (a ZeRO stage, 3 included, brings its own "
+    "too)",
     "FSDP": "FSDP shards what the flat adapter buffer holds whole",
     "MEGATRON_LM": "Megatron-LM brings its own loop",
 }
@@ -18,7 +22,10 @@ OWN_FILES = "give the launcher a file of accelerate_configs/ with --config_file"
 
 
 def default_config_file(environ: Mapping[str, str]) -> Path | None:
-    """The file that `accelerate config` wrote, which every launch without --config_file obeys; None where there is none."""
+    """Find the file that `accelerate config` wrote; None if there is none.
+
+    Every launch without --config_file reads it.
+    """
     cache = (
         environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     )
@@ -36,12 +43,16 @@ def default_config_file(environ: Mapping[str, str]) -> Path | None:
 def check_launcher(
     config: Config, environ: Mapping[str, str], file: Path | None = None
 ) -> list[Finding]:
-    """What reaches a run through the launcher: a config file (`file`, else the default one) and ACCELERATE_* variables."""
+    """Check a launcher's config file and ACCELERATE_* variables.
+
+    The file is `file`, else the default one.
+    """
     found = [
         Finding(
             NOTE,
             "launcher",
-            "--gradient_accumulation_steps given to accelerate launch has no effect: the loop accumulates itself",
+            "--gradient_accumulation_steps given to accelerate launch has no effect: the loop "
+            "accumulates itself",
             "batch.accumulation or batch.rows_per_update",
         )
     ]
@@ -57,7 +68,8 @@ def check_launcher(
             "launch file" if file else "default Accelerate config (used without --config_file)",
         )
     if environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
-        text = f"ACCELERATE_DYNAMO_BACKEND={environ['ACCELERATE_DYNAMO_BACKEND']} would compile the model"
+        backend = environ["ACCELERATE_DYNAMO_BACKEND"]
+        text = f"ACCELERATE_DYNAMO_BACKEND={backend} would compile the model"
         found.append(Finding(PROBLEM, "launcher", text, "unset ACCELERATE_DYNAMO_BACKEND"))
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if environ.get(name, "false").lower() in ("1", "true", "yes"):
@@ -120,7 +132,10 @@ def _launch_file(config: Config, path: Path, what: str) -> list[Finding]:
     if isinstance(mixed, bool):  # YAML's no and yes
         mixed = "yes" if mixed else "no"
     if mixed not in (None, own, "no"):
-        text = f"{what}: mixed_precision {mixed} has no effect: execution.precision = {config.execution.precision} decides"
+        text = (
+            f"{what}: mixed_precision {mixed} has no effect: execution.precision = "
+            f"{config.execution.precision} decides"
+        )
         found.append(Finding(NOTE, "launcher", text))
     if _holds(values, "gradient_accumulation_steps"):
         text = f"{what}: gradient_accumulation_steps has no effect: the loop accumulates itself"
@@ -140,13 +155,16 @@ def _launch_file(config: Config, path: Path, what: str) -> list[Finding]:
             )
         )
     if config.batch.ranks is not None and processes != config.batch.ranks:
-        text = f"{what}: num_processes {processes}, batch.ranks = {config.batch.ranks}: such a start is refused"
+        text = (
+            f"{what}: num_processes {processes}, batch.ranks = {config.batch.ranks}: such a start "
+            "is refused"
+        )
         found.append(Finding(PROBLEM, "launcher", text, f"--num_processes {config.batch.ranks}"))
     return found or [Finding(OK, "launcher", f"{what} {path}: {kind}, {processes} processes")]
 
 
 def _holds(values: Any, name: str) -> bool:
-    """Whether a setting other than 1 stands anywhere in nested settings."""
+    """Tell if any nested setting is other than 1."""
     if not isinstance(values, dict):
         return False
     return values.get(name, 1) not in (1, "1", "auto", None) or any(

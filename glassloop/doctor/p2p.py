@@ -1,6 +1,7 @@
-"""Can this machine's GPUs talk to each other: a small all-reduce in processes of its own, given up when it hangs.
+"""Test of GPU-to-GPU communication by a small all-reduce with a deadline.
 
-python -m glassloop.doctor.p2p RANK RANKS BACKEND FILE        # one of the processes; `try_all_reduce` starts them
+`try_all_reduce` starts its processes, each as
+`python -m glassloop.doctor.p2p RANK RANKS BACKEND FILE`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ CURES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """outcome: "ok", "hang" or "failed"; seconds: of the all-reduce itself for ok, waited otherwise; text: what a failed process said."""
+    """Outcome of an all-reduce.
+
+    Attributes:
+        outcome: "ok", "hang" or "failed".
+        seconds: of the all-reduce itself for ok, waited otherwise.
+        text: what a failed process said.
+    """
 
     outcome: str
     seconds: float
@@ -40,7 +47,10 @@ def try_all_reduce(
     limit_s: float = LIMIT_S,
     environment: Mapping[str, str] | None = None,
 ) -> Answer:
-    """All-reduce 4 MiB between `ranks` processes and check the sum. They are killed when `limit_s` is over, whatever they wait for."""
+    """All-reduce 4 MiB between `ranks` processes and check the sum.
+
+    They are killed when `limit_s` is over, whatever they wait for.
+    """
     with tempfile.TemporaryDirectory(prefix="glassloop-p2p-") as folder:
         command = [sys.executable, "-m", "glassloop.doctor.p2p"]
         root = str(Path(__file__).resolve().parents[2])
@@ -89,7 +99,7 @@ def try_all_reduce(
 
 
 def find_cure(backend: str = "nccl", limit_s: float = LIMIT_S) -> dict[str, str] | None:
-    """The first of CURES under which the all-reduce works; None where none helps."""
+    """Find the first of CURES under which the all-reduce works."""
     return next(
         (
             cure

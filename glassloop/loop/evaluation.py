@@ -49,7 +49,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out row, answered greedily. Texts are decoded with every special token visible."""
+    """One held-out row, answered greedily.
+
+    Texts are decoded with every special token visible.
+    """
 
     row_id: str
     prompt: str
@@ -160,9 +163,9 @@ def evaluate(
 
 
 def row_losses(engine: nn.Module, rows: Sequence[Row], setup: EvaluationSetup) -> list[float]:
-    """Each row's loss in nats, summed over its supervised tokens. This rank only.
+    """Each row's loss in nats, summed over its supervised tokens.
 
-    There is no dropout.
+    This rank only; there is no dropout.
     """
     sums = [torch.zeros(0, device=setup.device)]
     with unchanged(engine, setup.device), setup.autocast():
@@ -177,7 +180,7 @@ def row_losses(engine: nn.Module, rows: Sequence[Row], setup: EvaluationSetup) -
 
 
 def answer_examples(hf: Any, examples: Sequence[Example], setup: EvaluationSetup) -> list[Answer]:
-    """Answer the last turn of each example greedily. This rank only, no collective."""
+    """Answer the last turn of each example greedily, on this rank alone."""
     prompts = [list(setup.template.prompt_ids(example)) for example in examples]
     return [
         _answer(example, prompt, ids, setup)
@@ -200,7 +203,7 @@ def answer_together(hf: Any, examples: Sequence[Example], setup: EvaluationSetup
 
 
 def unless_stopped(action: Callable[[], Item]) -> Item | None:
-    """What `action` gives; None where a stop interrupts it."""
+    """Run `action`; return None if a stop interrupts it."""
     try:
         return action()
     except EvaluationStopped:
@@ -208,7 +211,11 @@ def unless_stopped(action: Callable[[], Item]) -> Item | None:
 
 
 def of_all_ranks(mine: Item | None, ranks: int) -> list[Item]:
-    """Every rank's value. Raises EvaluationStopped on all of them where one has None."""
+    """Gather every rank's value.
+
+    Raises:
+        EvaluationStopped: on all ranks, if one has None.
+    """
     found = gather_objects(mine) if ranks > 1 else [mine]
     values: list[Item] = [value for value in found if value is not None]
     if len(values) < len(found):
@@ -276,7 +283,7 @@ def _decode(setup: EvaluationSetup, ids: Sequence[int]) -> str:
 
 
 def in_row_order(parts: Sequence[Sequence[Item]]) -> list[Item]:
-    """Merge the ranks' lists: item i of rank r belongs to row i * ranks + r."""
+    """Merge the ranks' lists into the order of rows."""
     total, ranks = sum(len(part) for part in parts), len(parts)
     return [parts[index % ranks][index // ranks] for index in range(total)]
 

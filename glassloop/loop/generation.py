@@ -1,4 +1,4 @@
-"""Greedy answers during training, and the guard that leaves no trace of them.
+"""Greedy answers during training, and a guard that restores its state.
 
 Legend: B rows, T tokens of the longest prompt, A tokens of an answer.
 """
@@ -27,12 +27,12 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 class EvaluationStopped(Exception):
-    """Raised where a stop was asked in mid-evaluation, by `evaluate` on every rank."""
+    """A stop was asked in mid-evaluation; `evaluate` raises it on every rank."""
 
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """How rows are measured and answered; all ranks share it but for `rank`.
+    """Settings by which rows are measured and answered.
 
     Attributes:
         batch_size: rows of a loss pass and of a generation on one rank.
@@ -166,7 +166,10 @@ def generate(
 def _left_padded(
     prompts: Sequence[Sequence[int]], width: int, setup: EvaluationSetup
 ) -> tuple[Tensor, Tensor]:
-    """ids (B, T) and mask (B, T), 1 at real tokens; every prompt ends in the last column."""
+    """Pad prompts on the left: ids and mask, both (B, T).
+
+    Every prompt ends in the last column.
+    """
     ids = [[setup.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=setup.device), torch.tensor(mask, device=setup.device)

@@ -1,4 +1,4 @@
-"""Bounds on the sizes in a model's config.json, which a stranger may write.
+"""Bounds on sizes in a model's config.json, which a stranger may write.
 
 They lie far above any model there is, and far below what hangs a library or fills the memory.
 """
@@ -24,7 +24,7 @@ LISTS = ("layer_types", "mlp_layer_types")  # one entry a layer
 
 
 def odd_size(values: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Name the first size that no model has, as `field = value: bounds`; None if all are usual.
+    """Name the first absurd size, as `field = value: bounds`; None if there is none.
 
     A size may be null or absent; transformers then has a default.
     """

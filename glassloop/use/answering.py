@@ -1,8 +1,9 @@
-"""Answers after training: sampled as the model's generation settings ask, by base and adapter, with the reasoning told apart.
+"""Answers after training, sampled, by base and adapter, with the reasoning apart.
 
-Sampling is the most likely token of log p + Gumbel noise, which is a draw from p (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
-The noise of a question comes from a generator of its own, seeded by the seed and the question's number: it is the same alone and in a
-batch, on any device, and no random number of the process is drawn.
+Sampling follows the model's generation settings. It takes the most likely token of log p + Gumbel
+noise, which is a draw from p (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). Each question
+has its own noise generator, seeded by the seed and the question's number. So an answer is the same
+alone and in a batch, on any device, and no random number of the process is drawn.
 
 Legend: B rows, V vocabulary.
 """
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from glassloop.data.templates import Template
-    from glassloop.use.trained import Loaded
+    from glassloop.use.loaded import Loaded
 
 CLOSE = "</think>"
 OPEN = "<think>"
@@ -41,7 +42,10 @@ NEUTRAL = {"typical_p": 1.0, "num_beams": 1}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the most likely one, and the rest but the penalty has no effect."""
+    """Choice of the next token.
+
+    Temperature 0 takes the most likely one; then only the penalty has an effect.
+    """
 
     temperature: float = 0.0
     top_p: float | None = (
@@ -58,13 +62,14 @@ class Sampling:
                 raise ValueError(f"{name} = {value}: it must lie above {low} and not above {high}")
         if not 0 <= self.temperature <= 100:
             raise ValueError(
-                f"temperature = {self.temperature}: it must lie between 0 (the most likely token) and 100"
+                f"temperature = {self.temperature}: it must lie between 0 (the most likely token) "
+                "and 100"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k}: it must be 1 or more")
 
     def words(self) -> str:
-        """For people."""
+        """Describe it for people."""
         if not self.temperature:
             return "greedy"
         rest = [
@@ -76,9 +81,9 @@ class Sampling:
 
 
 def sampling_of(settings: Any) -> tuple[Sampling, list[str]]:
-    """What a model's generation settings ask for, by their own words alone; and notes on what of it is not applied.
+    """Read a model's generation settings; also returns notes on those not applied.
 
-    transformers adds a top_k of 50 where the settings have none; that is not done here.
+    transformers adds a top_k of 50 if the settings have none; glassloop does not.
     """
     given = settings.to_dict() if settings is not None else {}
     odd = [
@@ -113,7 +118,7 @@ def stop_ids_of(template: Template, settings: Any) -> tuple[int, ...]:
 
 
 class GumbelNoise:
-    """Logits processor that turns the most likely token into a draw. Stands last."""
+    """Logits processor that makes the likeliest token a draw; comes last."""
 
     def __init__(self, seed: int, first: int, count: int) -> None:
         self.generators = [
@@ -137,7 +142,10 @@ class GumbelNoise:
 def processors_of(
     sampling: Sampling, seed: int, number: int = 0
 ) -> Callable[[int, int], list[Any]]:
-    """For generate(): what stands between the model's logits and the choice. `number`: that of the first prompt."""
+    """Build generate()'s processors: all that changes logits before the choice.
+
+    `number` is that of the first prompt.
+    """
     from transformers.generation import logits_process as hf
 
     shared: list[Any] = []
@@ -160,7 +168,11 @@ def processors_of(
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. `reasoning` None: it has no think block. `closed` False: it ran out of room inside the block."""
+    """One answer.
+
+    `reasoning` is None without a think block. `closed` is False if the answer ends inside the
+    block.
+    """
 
     reasoning: str | None
     answer: str
@@ -170,7 +182,10 @@ class Reply:
 
 
 def split_reasoning(text: str, opened: bool) -> tuple[str | None, str, bool]:
-    """(reasoning, answer, whether the block was closed) of what was generated; `opened`: the prompt ends in an open think block."""
+    """Split an answer into (reasoning, answer, whether the block was closed).
+
+    `opened`: the prompt ends in an open think block.
+    """
     if not opened:
         if not text.lstrip().startswith(OPEN):
             return None, text.strip(), True
@@ -180,13 +195,16 @@ def split_reasoning(text: str, opened: bool) -> tuple[str | None, str, bool]:
 
 
 class Splitter:
-    """Text as it comes -> ("reasoning" | "answer", text) pieces, the tags left out. A tag may come in parts."""
+    """Streamed text -> ("reasoning" | "answer", text) pieces, without the tags.
+
+    A tag may arrive in parts.
+    """
 
     def __init__(self, opened: bool) -> None:
         self.inside, self.decided, self.held, self.begun = opened, opened, "", False
 
     def feed(self, text: str, last: bool = False) -> list[tuple[str, str]]:
-        """What can be told now; `last` gives the rest."""
+        """Return the pieces that are certain by now; `last` returns the rest."""
         self.held += text
         pieces: list[tuple[str, str]] = []
         if not self.decided:
@@ -218,7 +236,10 @@ class Splitter:
 
 
 class TextStream:
-    """A streamer for generate() with one prompt: calls `write(kind, text)` with whole characters as they come."""
+    """Streamer for generate() with one prompt.
+
+    It calls `write(kind, text)` with whole characters as they come.
+    """
 
     def __init__(
         self,
@@ -265,18 +286,22 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def opens_think(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> bool:
-    """Whether a prompt ends in an open think block. A chat template of the model's own may open one too."""
+    """Tell if a prompt ends in an open think block.
+
+    A model's own chat template may open one too.
+    """
     return decoded(tokenizer, prompt[-8:]).rstrip().endswith(OPEN)
 
 
 def check_lengths(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError naming the first question that leaves the model no position for an answer."""
+    """Raise ValueError for a question that leaves no position for an answer."""
     positions = getattr(loaded.hf.config.get_text_config(), "max_position_embeddings", None)
     for number, prompt in enumerate(prompts, 1):
         if positions is not None and len(prompt) >= positions:
             which = f"question {number}" if len(prompts) > 1 else "the question"
             raise ValueError(
-                f"{which} has {len(prompt):,} tokens with its template, the model has {positions:,} positions: shorten it"
+                f"{which} has {len(prompt):,} tokens with its template, the model has "
+                f"{positions:,} positions: shorten it"
             )
 
 

@@ -1,4 +1,4 @@
-"""Rows to measure a trained adapter on: the run's own held-out rows, or others that are named."""
+"""Rows that measure a trained adapter: the run's held-out rows, or others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with the examples that they come from, aligned. `name` is for people."""
+    """Rows with their examples, aligned; `name` is for people."""
 
     rows: tuple[Row, ...]
     examples: tuple[Example, ...]
@@ -37,13 +37,19 @@ def rows_of(
     columns: Mapping[str, str] | None = None,
     cure: str = "give rows with --data FILE",
 ) -> Rows:
-    """The run's held-out rows, or all rows of `source`, read in the run's format and columns; at most `rows` of them.
+    """Read the run's held-out rows, or those of `source`.
+
+    At most `rows` of them.
+
+    `source` is read in the run's format and columns.
 
     Args:
-        columns: of `source`, role -> name, in place of the run's data.columns; an empty name is the format's own.
+        columns: of `source`, role -> name, instead of the run's data.columns; an empty name is the
+            format's own.
 
     Raises:
-        ValueError: there are none, or the source cannot be read; names the field or option and the cure.
+        ValueError: there are none, or the source cannot be read; names the field or option and the
+            cure.
     """
     data = trained.config.data
     if columns and source is None:
@@ -71,14 +77,18 @@ def rows_of(
         other = with_data(
             trained, **changed, heldout=None, heldout_rows=None, rows=None
         ).config.data
-        fits = f"--data is read in the run's format ({data.format}) and columns: here --columns ROLE=NAME renames one; or name another file"
+        fits = (
+            f"--data is read in the run's format ({data.format}) and columns: here --columns "
+            "ROLE=NAME renames one; or name another file"
+        )
         loaded = _loaded(other, trained.config.seed, fits if source else "name another --split")
         dataset: Dataset = build_rows(loaded, template, other)
         part, name, notes = dataset.train, f"rows of {loaded.source}", []
         notes += _seen_in_training(trained, loaded)
         if part.dropped:
             notes.append(
-                f"{len(part.dropped)} rows are longer than data.max_tokens = {other.max_tokens} and were left out"
+                f"{len(part.dropped)} rows are longer than data.max_tokens = {other.max_tokens} "
+                "and were left out"
             )
     taken = slice(rows)
     if not part.rows:
@@ -94,7 +104,7 @@ def _loaded(data: DataConfig, seed: int, cure: str) -> Loaded:
 
 
 def _seen_in_training(trained: Trained, loaded: Loaded) -> list[str]:
-    """Whether these rows ask what a training row asked."""
+    """Note how many rows ask what a training row asked."""
     try:
         learned = {
             key(example)
@@ -105,7 +115,8 @@ def _seen_in_training(trained: Trained, loaded: Loaded) -> list[str]:
     seen = sum(key(example) in learned for example in loaded.train)
     return (
         [
-            f"{seen} of {len(loaded.train)} rows ask exactly what a training row asked: scores on them measure memory"
+            f"{seen} of {len(loaded.train)} rows ask exactly what a training row asked: scores on "
+            "them measure memory"
         ]
         if seen
         else []

@@ -1,6 +1,6 @@
-"""The adapter and its base on the same rows: losses, verdicts, scores with intervals.
+"""Adapter and base measured on the same rows, with intervals.
 
-Rank r takes rows r, r + ranks, ...; results are gathered once, at the end, and every rank has the same.
+Rank r takes rows r, r + ranks, ...; results are gathered once, at the end, and every rank has them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from glassloop.loop.generation import EvaluationSetup, unchanged
 from glassloop.stats import Interval, bootstrap, mcnemar, wilson
 
 if TYPE_CHECKING:
-    from glassloop.use.trained import Loaded
+    from glassloop.use.loaded import Loaded
 
 SIDES = ("base", "adapter")
 

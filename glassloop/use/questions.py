@@ -1,4 +1,4 @@
-"""Questions for a trained model: from the command line, stdin or a file."""
+"""Questions for a trained model: command line, stdin or file."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _from_json(line: str, where: str) -> str:
 
 
 def typed(text: str, what: str) -> str:
-    """Read a word of the command line as UTF-8, whatever the locale made of it (LC_ALL=C)."""
+    """Read a word of the command line as UTF-8 under any locale."""
     if not any("\ud800" <= char <= "\udfff" for char in text):
         return text
     return readable(text.encode("utf-8", "surrogateescape"), what)

@@ -1,7 +1,8 @@
-"""A trained adapter opened for use: which checkpoint of a run, its config and template, and the model with the adapter's weights in it.
+"""A trained adapter, opened for use: its checkpoint, config, template and model.
 
-The template is found without the run's data: the checkpoint's own chat template says whether prompts open a think block, and prompts
-are then encoded by the same code as training rows, so that text which looks like a control token stays text.
+The template is found without the run's data. The checkpoint's own chat template says if prompts
+open a think block; prompts are then encoded by the code for training rows, so that text which looks
+like a control token stays text.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +19,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from glassloop.base.reading import DTYPES
 from glassloop.config.config import Config
 from glassloop.config.trust import OPTIONS
 from glassloop.data.rows import Example, Turn
 from glassloop.data.templates import Template, make_template
 from glassloop.disk import publish as folders
-from glassloop.engines.build import build_engine
-from glassloop.engines.peft import PeftEngine
-from glassloop.formula.optim import FlatAdapters
-from glassloop.loop.generation import EvaluationSetup
 from glassloop.record.reading import with_overrides
 from glassloop.saved.checkpoint import (
     ADAPTER,
@@ -39,7 +33,6 @@ from glassloop.saved.checkpoint import (
     read_state,
 )
 from glassloop.saved.run_state import RunState
-from glassloop.saved.state import flat_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +44,7 @@ class Trained:
 
     Attributes:
         run: folder of its run; None where the checkpoint stands alone.
-        config: as it was trained, with what was given now in place of fields that say where things are.
+        config: as it was trained; fields given now replace those that say where things are.
         why: how this checkpoint was chosen, for people.
         notes: what a person should know, a line each.
     """
@@ -75,7 +68,8 @@ def open_trained(
     """Find and check the checkpoint that `where` means.
 
     Args:
-        where: a run's folder: its best checkpoint by held-out loss, or its newest where none was measured; or a checkpoint's own folder.
+        where: a run's folder: its best checkpoint by held-out loss, or its newest if none was
+            measured; or a checkpoint's own folder.
         at: the checkpoint after this many updates instead.
         overrides: fields of the recorded config to replace, such as {"model.id": "/models/base"}.
 
@@ -85,13 +79,15 @@ def open_trained(
     """
     if not where.is_dir():
         raise ValueError(
-            f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its checkpoints"
+            f"RUN = {where} is no folder: name a run's folder (runs/NAME), or one of its "
+            "checkpoints"
         )
     notes: list[str] = []
     if (where / "state.json").is_file():
         if at is not None:
             raise ValueError(
-                f"--at {at}: RUN = {where} is a checkpoint already; leave --at out, or name the run's folder"
+                f"--at {at}: RUN = {where} is a checkpoint already; remove --at, or name the run's "
+                "folder"
             )
         path, why = where, "the one named"
     else:
@@ -118,11 +114,18 @@ def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
             else "is neither a run's folder nor a checkpoint's"
         )
         if (where / "adapter_config.json").is_file():
-            what = "is an adapter, but no checkpoint of glassloop (it has no state.json, which says its data, template and base)"
+            what = (
+                "is an adapter, but no checkpoint of glassloop (it has no state.json, which says "
+                "its data, template and base)"
+            )
         if (where / "glassloop_merge.json").is_file():
-            what = "is what glassloop merge wrote: plain weights, which transformers and vLLM load, and no run"
+            what = (
+                "is what glassloop merge wrote: plain weights, which transformers and vLLM load, "
+                "and no run"
+            )
         raise ValueError(
-            f"RUN = {where} {what}: name a run's folder with checkpoints/ in it (runs/NAME), or one of its checkpoints"
+            f"RUN = {where} {what}: name a run's folder with checkpoints/ in it (runs/NAME), or "
+            "one of its checkpoints"
         )
     if at is not None:
         path = where / "checkpoints" / f"update_{at:06d}"
@@ -132,14 +135,16 @@ def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
                 for p in path.parent.glob("update_*")
             )
             raise ValueError(
-                f"--at {at}: {where} has no checkpoint after {at} updates; it has {', '.join(held) or 'none'}"
+                f"--at {at}: {where} has no checkpoint after {at} updates; it has "
+                f"{', '.join(held) or 'none'}"
             )
         return path, "the one asked for"
     last, passed_over = last_checkpoint(where)
     notes += passed_over
     if last is None:
         raise ValueError(
-            f"RUN = {where} has no whole checkpoint ({'; '.join(passed_over) or 'checkpoints/ is empty'}): "
+            f"RUN = {where} has no whole checkpoint "
+            f"({'; '.join(passed_over) or 'checkpoints/ is empty'}): "
             "go on with the run until it saves one (--resume), or name another run"
         )
     best = best_checkpoint(where)
@@ -151,7 +156,11 @@ def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
 
 
 def whole_checkpoint(path: Path) -> list[str]:
-    """Names of a checkpoint's files, after all of their sums were found right. Raises ValueError naming folder, file and cure."""
+    """Return the names of a checkpoint's files, whose sums were checked.
+
+    Raises:
+        ValueError: a sum is wrong or a file missing; names folder, file and cure.
+    """
     try:
         return list(folders.read(path, REQUIRED))
     except ValueError as error:
@@ -161,7 +170,7 @@ def whole_checkpoint(path: Path) -> list[str]:
 
 
 def load_tokenizer_of(trained: Trained) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside the adapter, with the chat template that it was trained with."""
+    """Load the tokenizer beside the adapter, with training's chat template."""
     from transformers import AutoTokenizer
 
     try:
@@ -178,7 +187,11 @@ def load_tokenizer_of(trained: Trained) -> PreTrainedTokenizerBase:
 
 
 def template_of(trained: Trained, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template that the adapter was trained with. Raises ValueError where the saved one is none that glassloop writes now."""
+    """Rebuild the template that the adapter was trained with.
+
+    Raises:
+        ValueError: this glassloop writes no such template.
+    """
     saved = tokenizer.chat_template
     asked = Turn("user", "How many legs has a spider?")
     tried: list[Exception] = []
@@ -193,98 +206,10 @@ def template_of(trained: Trained, tokenizer: PreTrainedTokenizerBase) -> Templat
             return template
     reason = f": {tried[0]}" if tried else ""
     raise ValueError(
-        f"checkpoint {trained.checkpoint}: its chat_template.jinja is not the one that data.template = {trained.config.data.template} "
+        f"checkpoint {trained.checkpoint}: its chat_template.jinja is not the one that "
+        f"data.template = {trained.config.data.template} "
         f"writes{reason}; use the glassloop that trained it, or restore the file"
     )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The model with its adapter on one device, ready to answer and to be measured."""
-
-    engine: PeftEngine
-    device: torch.device
-    autocast: Callable[[], AbstractContextManager[Any]]
-    precision: str  # bf16 | fp16 | fp32: what products are computed in here
-    notes: tuple[str, ...]
-
-    @property
-    def hf(self) -> Any:
-        return self.engine.hf
-
-
-def setup_of(
-    loaded: Loaded,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-) -> EvaluationSetup:
-    """Describe how the loaded model measures and answers, on one rank.
-
-    Answers end with the template's stop tokens alone.
-    """
-    return EvaluationSetup(
-        template=template,
-        tokenizer=tokenizer,
-        stop_ids=tuple(template.stop_ids),
-        pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=loaded.device,
-        autocast=loaded.autocast,
-    )
-
-
-def load(
-    trained: Trained,
-    device: torch.device,
-    *,
-    first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    precision: str | None = None,
-) -> Loaded:
-    """The base of the run, by content, with the checkpoint's adapter, on the reference engine.
-
-    Args:
-        first: context in which one rank of a host goes before the others.
-        precision: bf16 | fp16 | fp32 instead of the run's own.
-
-    Raises:
-        ValueError: the base is another one than the adapter was trained on, or weights do not fit.
-    """
-    config, notes = trained.config, []
-    precision = precision or config.execution.precision
-    if precision == "fp16" and device.type == "cpu":
-        precision = "fp32"
-        notes.append("the run computed in fp16, which a CPU has not: fp32 here")
-    if config.execution.engine != "peft":
-        notes.append(
-            f"trained by engine {config.execution.engine}; answers and numbers here are the reference engine's"
-        )
-    model = config.model.model_copy(update={"init_adapter": None})
-    shared: dict[str, Any] = dict(
-        precision=precision, checkpointing=False, seed=config.seed, device=device, first=first
-    )
-    engine = build_engine(model, config.lora, **shared)
-    assert isinstance(engine, PeftEngine)
-    check_base(trained, engine.report.base_hash)
-    put_adapter(trained, engine)
-    engine.eval()
-    dtype = DTYPES[precision]
-    autocast = (
-        nullcontext if precision == "fp32" else partial(torch.autocast, device.type, dtype=dtype)
-    )
-    return Loaded(engine, device, autocast, precision, (*engine.report.notes, *notes))
-
-
-def check_base(trained: Trained, base_hash: str) -> None:
-    """Raise ValueError unless the base's files are those that the adapter was trained on."""
-    if base_hash != trained.state.base_hash:
-        raise ValueError(
-            f"model.id = {trained.config.model.id} has changed, or is another base: {trained.checkpoint} was trained on "
-            f"{trained.state.base_hash[:16]}, this is {base_hash[:16]}; name the base that it was trained on with --model"
-        )
 
 
 def adapter_weights(trained: Trained) -> dict[str, torch.Tensor]:
@@ -293,28 +218,9 @@ def adapter_weights(trained: Trained) -> dict[str, torch.Tensor]:
         return safetensors.torch.load((trained.checkpoint / ADAPTER).read_bytes())
     except SafetensorError as error:
         raise ValueError(
-            f"checkpoint {trained.checkpoint}: {ADAPTER} cannot be read ({error}): take another checkpoint"
+            f"checkpoint {trained.checkpoint}: {ADAPTER} cannot be read ({error}): choose another "
+            "checkpoint"
         ) from error
-
-
-def put_adapter(trained: Trained, engine: PeftEngine) -> None:
-    """Give an engine's adapters the checkpoint's values."""
-    adapters, weights = FlatAdapters(engine.hf.named_parameters()), adapter_weights(trained)
-    try:
-        flat = flat_from(weights, adapters)
-    except ValueError as error:
-        raise ValueError(
-            f"checkpoint {trained.checkpoint} does not fit this base: {error}"
-        ) from error
-    with torch.no_grad():
-        adapters.flat.copy_(flat)
-
-
-def device_here(index: int = 0) -> torch.device:
-    """The GPU of this process, or the CPU where there is none or the launch file asks for it."""
-    from glassloop.loop.launch import on_cuda
-
-    return torch.device("cuda", index) if on_cuda() else torch.device("cpu")
 
 
 def with_data(trained: Trained, **fields: Any) -> Trained:
@@ -335,5 +241,6 @@ def adapter_config(trained: Trained) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     raise ValueError(
-        f"checkpoint {trained.checkpoint}: adapter_config.json holds no fields: take another checkpoint"
+        f"checkpoint {trained.checkpoint}: adapter_config.json holds no fields: choose another "
+        "checkpoint"
     )

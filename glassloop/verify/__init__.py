@@ -1,5 +1,8 @@
-"""`glassloop verify`: one set of updates carried out in every way that the loop knows, and in faulty ways that must be noticed.
+"""`glassloop verify`: one set of updates in right and faulty ways.
 
-problem.py makes the tiny model and its rows, formula.py carries the updates out without the loop, members.py names the ways, mutants.py the
-faulty ones, worker.py runs them in launched processes, processes.py starts and watches those, results.py judges and against.py compares.
+The faults must be noticed.
+
+problem.py makes the tiny model and its rows, formula.py carries the updates out without the loop,
+members.py names the ways, mutants.py the faulty ones, worker.py runs them in launched processes,
+processes.py starts and watches those, results.py judges and against.py compares.
 """

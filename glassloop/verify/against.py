@@ -1,4 +1,7 @@
-"""Which numbers moved between two outputs of `glassloop verify --json`, by how much, and whether rounding can explain it."""
+"""Numbers that moved between two outputs of `glassloop verify --json`.
+
+Rounding may explain a move, or not.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1  # of the JSON
-# Largest relative move that rounding explains: an order above what layouts of one version differ by (8-bit states amplify it).
+# Largest relative move that rounding explains: an order above what layouts of one version differ by
+# (8-bit states amplify it).
 ROUNDING = {
     "sgd loss_nats": 2e-6,
     "sgd grad_norm": 5e-6,
@@ -30,16 +34,22 @@ class Move:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """An earlier output. Raises ValueError where it is none, or is of another problem or schema."""
+    """Read an earlier output.
+
+    Raises:
+        ValueError: it is none, or is of another problem or schema.
+    """
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"--against {path} is not JSON ({error}): give a file that `glassloop verify --json` wrote"
+            f"--against {path} is not JSON ({error}): give a file that `glassloop verify --json` "
+            "wrote"
         ) from None
     if not isinstance(old, dict) or "fingerprint" not in old:
         raise ValueError(
-            f"--against {path} holds no fingerprint: give a file that `glassloop verify --json` wrote"
+            f"--against {path} holds no fingerprint: give a file that `glassloop verify --json` "
+            "wrote"
         )
     return old
 
@@ -48,8 +58,9 @@ def require_comparable(old: dict[str, Any], problem: str, path: Path) -> None:
     """Raise ValueError where the file speaks of another problem."""
     if (old.get("schema"), old.get("problem")) != (SCHEMA, problem):
         raise ValueError(
-            f"--against {path} is of schema {old.get('schema')} and problem {old.get('problem')}, this glassloop has {SCHEMA} and "
-            f"{problem}: make it anew, with this glassloop under the old versions"
+            f"--against {path} is of schema {old.get('schema')} and problem {old.get('problem')}, "
+            f"this glassloop has {SCHEMA} and {problem}: make it anew, with this glassloop under "
+            "the old versions"
         )
 
 
@@ -59,7 +70,10 @@ def moves(
     *,
     shared_only: bool = False,
 ) -> list[Move]:
-    """Every number of two fingerprints that differs at all, in order. `shared_only`: leave out what one of them did not compute."""
+    """Every number of two fingerprints that differs at all, in order.
+
+    `shared_only`: leave out what one of them did not compute.
+    """
     found = []
     for series in dict.fromkeys([*old, *new]):
         if shared_only and not (series in old and series in new):
@@ -89,14 +103,15 @@ def moves(
 
 
 def lines(found: list[Move], total: int, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What to print: the versions that changed, the numbers beyond rounding, and the largest move within it."""
+    """Lines to print: changed versions, moves beyond rounding, the largest within it."""
     changed = [
         f"{name} {old['versions'].get(name)} -> {new['versions'].get(name)}"
         for name in dict.fromkeys([*old["versions"], *new["versions"]])
         if old["versions"].get(name) != new["versions"].get(name)
     ]
     said = [
-        f"against   {', '.join(changed) or 'the same versions'}; {old['device']} then, {new['device']} now"
+        f"against   {', '.join(changed) or 'the same versions'}; {old['device']} then, "
+        f"{new['device']} now"
     ]
     beyond = [move for move in found if move.beyond_rounding]
     for move in beyond:
@@ -113,6 +128,7 @@ def lines(found: list[Move], total: int, old: dict[str, Any], new: dict[str, Any
     )
     largest = "" if within is None else f", at most by {within.relative:.1e} ({within.name})"
     said.append(
-        f"{len(beyond)} of {total} numbers moved beyond rounding; {len(found) - len(beyond)} within it{largest}"
+        f"{len(beyond)} of {total} numbers moved beyond rounding; {len(found) - len(beyond)} "
+        f"within it{largest}"
     )
     return said

@@ -1,12 +1,15 @@
-"""What a task must come to, computed without the loop: the formula, row by row, in plain transformers, PEFT and bitsandbytes.
+"""A task's result without the loop: the formula in plain transformers.
+
+Rows are computed one by one, with bitsandbytes for NF4 and the 8-bit optimizer.
 
     N  = supervised tokens of the update's rows
     g  = sum over rows of grad(loss_sum) / N
     c  = min(1, max_norm / |g|)
     theta <- optimizer(theta, c * g, lr(u)),   lr(u) = peak * min(u / W, (U - u + 1) / (U - W + 1))
 
-The label shift and the loss are transformers' own (`labels=`), one row at a time: no padding, no packing, no ranks. Nothing of glassloop
-takes part but the rows, which of them make an update, and where each matrix lies in the flat vector (8-bit states have blocks of it).
+The label shift and the loss are transformers' own (`labels=`), one row at a time: no padding, no
+packing, no ranks. Nothing of glassloop takes part but the rows, which of them make an update, and
+where each matrix lies in the flat vector (8-bit states have blocks of it).
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def train_by_formula(name: str, optimizer: str, place: Place, example: Run) -> T
     """The updates of a task.
 
     Args:
-        example: a hardened run of any member that has made no update yet; its rows, first adapters and flat layout are used.
+        example: a hardened run of any member that has made no update yet; its rows, first adapters
+            and flat layout are used.
     """
     task, slices = TASKS[name], example.replica.adapters.slices
     flat = torch.nn.Parameter(example.replica.adapters.flat.detach().clone())  # (N,)
@@ -95,7 +99,7 @@ def gradient(
 
 
 def row_loss_sum(model: torch.nn.Module, row: Row, device: torch.device) -> Tensor:
-    """Summed cross-entropy of one row in nats: transformers' mean times the number of labels."""
+    """Summed cross-entropy of one row in nats: transformers' mean times the labels."""
     ids = torch.tensor([row.input_ids], device=device)
     labels = torch.tensor(
         [[i if s else IGNORE for i, s in zip(row.input_ids, row.supervised, strict=True)]],
@@ -105,7 +109,7 @@ def row_loss_sum(model: torch.nn.Module, row: Row, device: torch.device) -> Tens
 
 
 def plain_model(task: Task, place: Place, device: torch.device) -> Any:
-    """The base as transformers loads it and adapters as PEFT adds them, in fp32."""
+    """Load the base by transformers and add adapters by PEFT, in fp32."""
     settings: dict[str, Any] = {"dtype": torch.float32, "device_map": {"": device}}
     if task.quantization == "nf4":
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -122,7 +126,10 @@ def plain_model(task: Task, place: Place, device: torch.device) -> Any:
 
 
 def stepper(name: str, flat: torch.nn.Parameter) -> Callable[[Tensor, float], None]:
-    """Function (gradient (N,), lr) that moves `flat`: torch's SGD or bitsandbytes' 8-bit AdamW, with the config's default numbers."""
+    """Build a function (gradient (N,), lr) that moves `flat`.
+
+    It is torch's SGD or bitsandbytes' 8-bit AdamW, with the config's default numbers.
+    """
     if name == "sgd":
         optimizer: Any = torch.optim.SGD([flat], weight_decay=0.01)
     else:

@@ -1,7 +1,10 @@
-"""One update, many ways to carry it out: the equivalence class. Every member trains the same rows and leaves its gradient and weights.
+"""The equivalence class: one update in many ways.
 
-A task says what is computed (form of the base, clipping), a shape how: members of one task differ in shape and engine only, and may differ in
-nothing else than rounding. What a task must come to is computed without the loop, by formula.py.
+Every member trains the same rows, and leaves its gradient and weights.
+
+A task says what is computed (form of the base, clipping), a shape how: members of one task differ
+in shape and engine only, and may differ in nothing else than rounding. What a task must come to is
+computed without the loop, by formula.py.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ OPTIMIZERS = ("sgd", "adamw_8bit")
 
 @dataclass(frozen=True)
 class Shape:
-    """How an update is carried out."""
+    """The way of an update: layout, ranks, reduction, engine."""
 
     ranks: int
     size: int  # rows of a micro-batch
@@ -95,12 +98,18 @@ class Member:
 
 
 def engines() -> tuple[str, ...]:
-    """Every engine that a config may name but unsloth, which computes in 16 bits only: nothing of it could be held to these marks."""
+    """Every engine of a config but unsloth.
+
+    That one computes in 16 bits only, and these marks are for fp32.
+    """
     return tuple(engine for engine in ENGINES if engine != "unsloth")
 
 
 def can(engine: str, task: str, shape: str) -> bool:
-    """Whether a config admits it: fused has NF4 weights only, and writes gradients where DDP would not look."""
+    """Tell if a config admits the member.
+
+    fused has NF4 weights only, and writes gradients that DDP would not see.
+    """
     return engine != "fused" or (
         TASKS[task].quantization == "nf4" and SHAPES[shape].reduction == "explicit"
     )
@@ -118,13 +127,13 @@ def members() -> list[Member]:
 
 
 def reference_of(task: str) -> Member:
-    """The member whose losses and norms stand for the task when versions are compared."""
+    """The member whose losses and norms stand for the task between versions."""
     return Member(task, REFERENCE_ENGINE, REFERENCE_SHAPE)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the workers find and leave things."""
+    """Files and folders that workers read and write."""
 
     folder: Path
     model: Path
@@ -135,7 +144,7 @@ class Place:
 
 @dataclass
 class Trace:
-    """What an optimizer's updates left behind."""
+    """Weights and gradient after an optimizer's updates."""
 
     change: Tensor | None = None  # (N,) fp32: adapters after the last update minus before the first
     grad: Tensor | None = (
@@ -184,7 +193,10 @@ def config_of(member: Member, optimizer: str, place: Place, name: str) -> Config
 
 
 def carry_out(run: Run, update: Callable[[Run, int], Outcome | None]) -> Trace:
-    """Take a fresh, hardened run through its updates by `update`: train_loop.update_once, or a faulty form of it."""
+    """Do a fresh, hardened run's updates by `update`.
+
+    `update` is train_loop.update_once, or a faulty form of it.
+    """
     before = run.replica.adapters.flat.detach().clone()
     trace = Trace()
     for u in range(1, UPDATES + 1):
@@ -196,7 +208,8 @@ def carry_out(run: Run, update: Callable[[Run, int], Outcome | None]) -> Trace:
         if u == 1:
             trace.grad = run.replica.adapters.grad.clone()
         if outcome is None or outcome.record.action != "applied":
-            trace.stopped_by = f"update {u} was not applied: {'given up' if outcome is None else outcome.record.reason}"
+            why = "given up" if outcome is None else outcome.record.reason
+            trace.stopped_by = f"update {u} was not applied: {why}"
             break
         trace.losses.append(outcome.record.loss_nats)
         trace.norms.append(outcome.record.grad_norm_pre_clip)
@@ -211,7 +224,10 @@ def train(
     place: Place,
     update: Callable[[Run, int], Outcome | None] | None = None,
 ) -> Trace:
-    """Build the member's run on hard rows and carry its updates out. Raises ValueError where the config or build refuses it."""
+    """Build the member's run on hard rows and carry its updates out.
+
+    Raises ValueError where the config or build refuses it.
+    """
     words = f"{member.name} {optimizer} {getattr(update, '__name__', '')}".strip()
     run = build_run(config_of(member, optimizer, place, words.replace(" ", "-")))
     try:

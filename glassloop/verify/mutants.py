@@ -1,6 +1,9 @@
-"""Faulty ways to carry out the same updates, each a fault that training loops have really had. `glassloop verify` must notice every one.
+"""Faulty ways to do the same updates; `glassloop verify` must notice each.
 
-A mutant is a function (run, u) that carries out update u by the loop's own update_once, with one part of the run exchanged for its duration.
+Training loops have really had each of these faults.
+
+A mutant is a function (run, u) that carries out update u by the loop's own update_once, with one
+part of the run exchanged for its duration.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from glassloop.verify.members import REFERENCE_ENGINE, Member
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault, and the member that has none but is the same otherwise."""
+    """A fault, and the member that is the same without it."""
 
     fault: str  # in words
     update: Callable[[Run, int], Outcome | None]
@@ -52,7 +55,7 @@ def exchanged(owner: Run | Replica, part: str, value: Any) -> Iterator[None]:
 
 
 class Around:
-    """An engine whose call is another function; the rest (no_sync, train, ...) is the engine's own."""
+    """An engine with another forward; all else is its own."""
 
     def __init__(self, engine: Any, call: Callable[[Pass], tuple[Tensor, Tensor]]):
         self._engine, self._call = engine, call

@@ -1,6 +1,9 @@
-"""The tiny Llama, tokenizer and rows that `glassloop verify` trains: made on the spot, without a download, and without torch.
+"""The tiny Llama, tokenizer and rows of `glassloop verify`.
 
-Weights come from Python's own generator, which is the same everywhere: numbers of two versions of any library may be compared.
+There is no download and no torch.
+
+Weights come from Python's own generator, which is the same everywhere: numbers of two versions of
+any library may be compared.
 """
 
 from __future__ import annotations
@@ -21,11 +24,17 @@ from glassloop.data.rows import Row
 if TYPE_CHECKING:
     from glassloop.loop.run import Run
 
-FORM = 1  # raised when the code below draws or hardens otherwise; what constants say is part of problem_id() by itself
-# Of everything that is drawn. Under this one gradient noise of rounding's size (2.5e-7) moves AdamW8bit's change by 2e-4 at most, in 48 tries;
-# under others by up to 4e-3, where a number lies so near the edge of an 8-bit level that rounding pushes it over.
+# raised when the code below draws or hardens otherwise; what constants say is part of problem_id()
+# by itself
+FORM = 1
+# Of everything that is drawn. Under this one gradient noise of rounding's size (2.5e-7) moves
+# AdamW8bit's change by 2e-4 at most, in 48 tries;
+# under others by up to 4e-3, where a number lies so near the edge of an 8-bit level that rounding
+# pushes it over.
 SEED = "8"
-ROWS = 19  # 8 rows an update: two full windows and one of 3, which leaves a rank of the layout 2 x 4 x 1 without rows
+# 8 rows an update: two full windows and one of 3, which leaves a rank of the layout 2 x 4 x 1
+# without rows
+ROWS = 19
 UPDATES = 5  # the third is the tail window; the fourth begins the second epoch
 WARMUP_UPDATES = 2
 PEAK_LR = {
@@ -85,7 +94,7 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed; how is a member's own affair."""
+    """The content of a computation; its way is a member's own affair."""
 
     quantization: str  # form of the frozen base: "nf4" | "none"
     max_grad_norm: float | None
@@ -99,7 +108,7 @@ TASKS = {
 
 
 def problem_id() -> str:
-    """12 hex digits that stand for model, rows and updates: numbers of two problems cannot be compared."""
+    """12 hex digits of model, rows and updates: only equal ones compare."""
     said = (
         FORM,
         SEED,
@@ -126,7 +135,10 @@ def drawn(name: str, shape: tuple[int, ...], half_width: float) -> numpy.ndarray
 
 
 def write_model(folder: Path) -> Path:
-    """Write the tiny Llama with its tokenizer, in the form that a hub's folder has. Returns the folder."""
+    """Write the tiny Llama with its tokenizer, as a hub does.
+
+    Returns the folder.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True)
@@ -185,7 +197,10 @@ def _weights() -> dict[str, numpy.ndarray]:
 
 
 def write_rows(path: Path) -> Path:
-    """Write a jsonl file of ragged prompts and completions; some are longer than MAX_TOKENS and will be cut. Returns the path."""
+    """Write a jsonl file of ragged prompts and completions; return its path.
+
+    Some are longer than MAX_TOKENS and will be cut.
+    """
     generator = random.Random(5)
     lines = [
         {
@@ -199,10 +214,10 @@ def write_rows(path: Path) -> Path:
 
 
 def harden(run: Run) -> None:
-    """Make a fresh run's rows hard and its adapters alive, in place, the same on every rank.
+    """Make a fresh run's rows hard and its adapters alive.
 
-    Some rows keep a single label; the window of update 1 has none on rank 1 of the layout 2 x 2 x 2. Fresh B is 0, and then the
-    gradient of A is 0 too: both get values.
+    Some rows keep a single label; the window of update 1 has none on rank 1 of the layout 2 x 2 x
+    2. Fresh B is 0, and then the gradient of A is 0 too: both get values.
     """
     import torch
 

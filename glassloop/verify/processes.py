@@ -1,4 +1,4 @@
-"""Starts the processes of `glassloop verify` and watches them: one process, and two through `accelerate launch`, side by side.
+"""Processes of `glassloop verify`: one, and two by `accelerate launch`, watched.
 
 Nothing here imports torch: what watches must live when what it watches does not.
 """
@@ -37,14 +37,17 @@ WORKER = "glassloop.verify.worker"
 
 
 def say_progress(text: str) -> None:
-    """In a worker: tell the watching process that we live, and what comes next ("": nothing new)."""
+    """Tell the watching process that a worker lives, and what comes next.
+
+    An empty text is nothing new.
+    """
     os.write(
         1, f"{MARK}{os.getpid()} {text}\n".encode()
     )  # one write, so that lines of two processes stay apart
 
 
 class PartFailed(RuntimeError):
-    """A part died or fell silent; the message says which, in what, and what it printed last."""
+    """A part died or fell silent; names it and its last words."""
 
 
 MOST_STACK_LINES = 40
@@ -61,7 +64,10 @@ class Part:
 
 
 def parts(folder: Path, device: str, gpus: int) -> list[Part]:
-    """The two parts on `device` = cpu | cuda. With `gpus` = 1 both ranks of the second share it (over gloo)."""
+    """The two parts on `device` = cpu | cuda.
+
+    With `gpus` = 1 both ranks of the second share it (over gloo).
+    """
     (folder / "launch.yaml").write_text(launch_file(device))
     launcher = (
         sys.executable,
@@ -89,7 +95,7 @@ def parts(folder: Path, device: str, gpus: int) -> list[Part]:
 
 
 def launch_file(device: str) -> str:
-    """What accelerate_configs/cpu_2proc.yaml and ddp_2gpu.yaml say; a wheel does not carry them."""
+    """Text of accelerate_configs/cpu_2proc.yaml and ddp_2gpu.yaml, for a wheel."""
     cpu = device == "cpu"
     lines = {
         "compute_environment": "LOCAL_MACHINE",
@@ -106,7 +112,7 @@ def launch_file(device: str) -> str:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """This process's environment for a worker: offline, one thread, its caches in `folder`, and this very glassloop."""
+    """Build a worker's environment: offline, one thread, caches in `folder`."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -135,7 +141,8 @@ def run_parts(
         cwd: the parts' working folder.
 
     Raises:
-        PartFailed: when a part ends with another exit code than 0, or says nothing for `patience_s`; all processes are ended then.
+        PartFailed: when a part ends with another exit code than 0, or says nothing for
+            `patience_s`; all processes are ended then.
     """
     watched: list[Watched] = []
     lines: queue.Queue[tuple[Watched, str]] = queue.Queue()
@@ -154,12 +161,14 @@ def run_parts(
                 living.remove(one)
                 if one.process.returncode != 0:
                     raise PartFailed(
-                        f"the part with {one.part.name} ended with exit code {one.process.returncode} {one.last_words(lines)}"
+                        f"the part with {one.part.name} ended with exit code "
+                        f"{one.process.returncode} {one.last_words(lines)}"
                     )
             for one in living:
                 if time.monotonic() - one.heard > patience_s:
                     raise PartFailed(
-                        f"the part with {one.part.name} has said nothing for {patience_s:g} s and was ended {one.last_words(lines)}"
+                        f"the part with {one.part.name} has said nothing for {patience_s:g} s and "
+                        f"was ended {one.last_words(lines)}"
                     )
     finally:
         for one in watched:
@@ -167,7 +176,7 @@ def run_parts(
 
 
 class Watched:
-    """A running part: its process, when it was last heard, what it said."""
+    """A running part: its process, its last sign of life, its output."""
 
     def __init__(self, part: Part, cwd: Path):
         self.part, self.cwd = part, cwd
@@ -179,7 +188,9 @@ class Watched:
         self.output: deque[str] = deque(maxlen=30)
         self.raised: list[
             str
-        ] = []  # lines that end a Python traceback: a launcher's own follow and push them out of `output`
+            # Lines that end a Python traceback: a launcher's own follow and push them out of
+            # `output`.
+        ] = []
         self.process = subprocess.Popen(
             part.command,
             env=part.environment,
@@ -233,7 +244,7 @@ class Watched:
         return words
 
     def end(self) -> None:
-        """End what still runs: the ranks by the ids that they gave, the launcher and what it started before by signals."""
+        """End all that still runs: ranks by id, the launcher by signals."""
         if (code := self.process.poll()) is not None and code >= 0:
             return  # it ended by itself, and a launcher that does has ended its ranks
         with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,7 @@
-"""The verdict: how far every member is from the formula, and whether every mutant was noticed. The table and the JSON of `glassloop verify`."""
+"""The verdict on members (distance from the formula) and mutants (noticed).
+
+The table and the JSON of `glassloop verify`.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,24 @@ import safetensors.numpy
 MARKS = {  # largest L2 distance relative to the formula's, in fp32
     "gradient": 1e-6,  # g of update 1, at equal weights
     "sgd": 2e-6,  # change of the adapters over all updates
-    "adamw_8bit": 1e-3,  # the same; 8-bit states round what is left of a difference up to one of their levels
+    # the same; 8-bit states round what is left of a difference up to one of their levels
+    "adamw_8bit": 1e-3,
 }
 WIDTH = 100  # columns of the table
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one member or mutant.
+    """Verdict on one member or mutant.
 
     Attributes:
         kind: "member" | "mutant".
         fault: of a mutant, in words.
         distances: by what was compared; missing where it ended before.
-        stopped_by: what the loop's own guard said when it ended the updates; None where it did not.
+        stopped_by: what the loop's own guard said when it ended the updates; None if it did not.
         left_out: why an engine took no part; then nothing was compared.
-        good: a member is within every mark and was not stopped; a mutant is beyond a mark or was stopped.
+        good: a member is within every mark and was not stopped; a mutant is beyond a mark or was
+            stopped.
     """
 
     kind: str
@@ -42,7 +47,7 @@ class Verdict:
 
     @property
     def worst(self) -> str | None:
-        """What lies nearest to its mark, or farthest beyond; a number that is not finite first of all."""
+        """The distance nearest to its mark, or farthest beyond it."""
 
         def badness(what: str) -> float:
             share = self.distances[what] / MARKS[what]
@@ -54,8 +59,8 @@ class Verdict:
 def judge(folder: Path) -> tuple[list[Verdict], dict[str, list[float | None]], dict[str, Any]]:
     """Read what the workers left in `folder`.
 
-    Returns verdicts in the table's order, the fingerprint (series of losses and norms by task, optimizer and quantity), and the
-    environment that the workers ran in.
+    Returns verdicts in the table's order, the fingerprint (series of losses and norms by task,
+    optimizer and quantity), and the environment that the workers ran in.
     """
     read = [json.loads(path.read_text()) for path in sorted(folder.glob("results_*.json"))]
     jobs = [facts for one in read for facts in one["jobs"]]
@@ -97,13 +102,16 @@ def _verdict(facts: dict[str, Any], folder: Path) -> Verdict:
 
 
 def distance(mine: numpy.ndarray, reference: numpy.ndarray) -> float:
-    """L2 distance relative to the reference, in float64; NaN where either is not finite."""
+    """L2 distance relative to the reference; NaN if one is not finite."""
     difference = mine.astype(numpy.float64) - reference.astype(numpy.float64)
     return float(numpy.linalg.norm(difference) / numpy.linalg.norm(reference.astype(numpy.float64)))
 
 
 def table(verdicts: list[Verdict]) -> list[str]:
-    """One line a member and a mutant, and one below where the loop or an error stopped it; at most WIDTH columns."""
+    """Write a line for each member and mutant, at most WIDTH columns.
+
+    A second line says where the loop or an error stopped it.
+    """
     width = max((len(v.name) for v in verdicts), default=0)
     lines: list[str] = []
     for kind in ("member", "mutant"):
@@ -123,7 +131,10 @@ def table(verdicts: list[Verdict]) -> list[str]:
 
 
 def _compared(v: Verdict) -> str:
-    """What was compared, the worst difference and its mark; for one that the loop stopped, "guard" where no number shows the fault."""
+    """Write the comparison, its worst difference and its mark.
+
+    "guard" if the loop stopped it and no number shows the fault.
+    """
     worst = v.worst
     if worst is None or (v.stopped_by is not None and v.distances[worst] <= MARKS[worst]):
         what = "" if v.stopped_by is None else "guard"
@@ -168,7 +179,7 @@ def as_plain(verdict: Verdict) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """JSON that any parser reads: floats with all their digits, those that are not finite as "nan", "inf", "-inf"."""
+    """Plain JSON values: floats whole, not finite as "nan", "inf", "-inf"."""
     return json.dumps(_finite(value), indent=1, allow_nan=False)
 
 

@@ -1,7 +1,8 @@
-"""What a launched process of `glassloop verify` does: the members and mutants of its number of ranks, one after the other.
+"""A launched process of `glassloop verify`: its members and mutants.
 
-`python -m glassloop.verify.worker FOLDER` carries out the formula and the one-rank members; the same under `accelerate launch` with two
-processes the two-rank ones and the mutants. Rank 0 writes FOLDER/<job>.safetensors, and what tensors cannot say to FOLDER/results_<ranks>.json.
+`python -m glassloop.verify.worker FOLDER` does the formula and the one-rank members; the same under
+`accelerate launch` with two processes does the two-rank ones and the mutants. Rank 0 writes
+FOLDER/<job>.safetensors, and what tensors cannot say to FOLDER/results_<ranks>.json.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ def main(folder: Path) -> None:
 
 
 def jobs_of(ranks: int, place: Place, only: str) -> list[Job]:
-    """Everything for `ranks` processes; `only` chooses members and mutants whose name holds it. The formula always takes part."""
+    """Do all jobs for `ranks` processes; `only` filters by name.
+
+    The formula always takes part.
+    """
     jobs = []
     if ranks == 1:
         jobs += [
@@ -111,7 +115,7 @@ def jobs_of(ranks: int, place: Place, only: str) -> list[Job]:
 
 
 def formula(task: str, place: Place) -> dict[str, Trace]:
-    """The task by formula.py, on the rows and first adapters of its reference member."""
+    """Do the task by formula.py, on its reference member's rows."""
     traces = {}
     for optimizer in OPTIMIZERS:
         example = build_run(
@@ -124,9 +128,13 @@ def formula(task: str, place: Place) -> dict[str, Trace]:
 
 
 def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Carry a job out. Returns plain facts (the job's own, stopped_by, left_out, series) and tensors (gradient, and changes by optimizer's name).
+    """Do a job; return plain facts and tensors.
 
-    Raises RuntimeError where the ranks do not agree on whether it could be carried out.
+    Facts: the job's own, stopped_by, left_out, series. Tensors: gradient, and changes by
+    optimizer's name.
+
+    Raises:
+        RuntimeError: it failed on some ranks only.
     """
     facts: dict[str, Any] = {
         name: value for name, value in vars(job).items() if name not in ("run", "optional")
@@ -151,7 +159,8 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         facts["left_out" if refused else "stopped_by"] = failure
     if len(set(gather_objects(failure is None))) > 1:
         raise RuntimeError(
-            f"{job.name} could be carried out on some ranks only: {failure or 'it failed on another'}"
+            f"{job.name} could be carried out on some ranks only: "
+            f"{failure or 'it failed on another'}"
         )
     return facts, tensors
 

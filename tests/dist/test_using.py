@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glassloop.cli.__main__ import main
 from glassloop.use.answering import Sampling, answer
 from glassloop.use.heldout import rows_of
-from glassloop.use.trained import load, load_tokenizer_of, open_trained, setup_of, template_of
+from glassloop.use.loaded import load, setup_of
+from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
 NEW_TOKENS = 12
 SHORT = [

@@ -1,1 +1,1 @@
-"""A model card written from a run, and the upload of what may be published."""
+"""The model card of a run, and its upload."""

@@ -1,4 +1,6 @@
-"""Loss and gradient norm of a run as one SVG picture, drawn without any package.
+"""Loss and gradient norm of a run as one SVG picture.
+
+No package draws it.
 
 It is readable on light and dark pages.
 """

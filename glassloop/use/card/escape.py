@@ -1,4 +1,4 @@
-"""Strings of a run's files as Markdown that says them and does nothing else.
+"""Strings of a run's files as Markdown that only shows them.
 
 A name, a version or a licence may come from a stranger's folder. Here it cannot become a heading,
 a link, HTML, code that a reader would copy, or the end of a table's cell.

@@ -1,7 +1,7 @@
-"""What a model card may repeat of a run: numbers and public names; no row, path or secret.
+"""Facts for a model card: numbers and public names.
 
-Files of the run may be a stranger's: their numbers are checked here, their strings are escaped
-where they are written (escape.py).
+No row, path or secret is among them. Files of the run may be a stranger's: their numbers are
+checked here, their strings are escaped where they are written (escape.py).
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def facts_of(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is owner/name, and no path on this machine."""
+    """Tell if a name is owner/name, and no path on this machine."""
     files = (".csv", ".json", ".jsonl", ".parquet")
     return (
         HUB_ID.fullmatch(name) is not None
@@ -143,7 +143,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def plan_of(values: dict[str, Any], folder: Path) -> StepPlan:
-    """The step plan of a run's plan.json. Raises ValueError naming the file and the field."""
+    """Read the step plan of a run's plan.json.
+
+    Raises:
+        ValueError: it is damaged; names the file and the field.
+    """
     path = folder / "plan.json"
     wanted = {field.name: values.get(field.name) for field in fields(StepPlan)}
     plan = checked(StepPlan, wanted, path)
@@ -158,7 +162,11 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 
 def checked(kind: type[Read], values: Any, path: Path) -> Read:
-    """Build a dataclass of what a file says. Raises ValueError naming file, field and value."""
+    """Build a dataclass from a file's values.
+
+    Raises:
+        ValueError: a value does not fit; names file, field and value.
+    """
     try:
         return _adapter(kind).validate_python(values)
     except ValidationError as error:
@@ -171,7 +179,7 @@ def checked(kind: type[Read], values: Any, path: Path) -> Read:
 
 
 def newest_evaluation(trained: Trained) -> Evaluation | None:
-    """Read the newest evaluation of these very weights, rather on the run's own rows.
+    """Read the newest evaluation of these very weights.
 
     Raises:
         ValueError: a file of RUN/evaluated is damaged; names it.
@@ -213,7 +221,7 @@ def merge_of(trained: Trained, folder: Path) -> Merge:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise ValueError for a merged folder that lacks a file or a tensor of its index."""
+    """Raise ValueError for a merged folder that lacks a file or tensor."""
     files = Weights(folder).files
     for path in sorted(set(files.values())):
         try:

@@ -48,7 +48,7 @@ def card(facts: Facts, repo: str) -> str:
 
 
 def front_matter(facts: Facts) -> str:
-    """Write the hub's YAML. JSON strings are YAML, so no value can break out of it."""
+    """Write the hub's YAML as JSON strings, which no value breaks."""
     library = "transformers" if facts.merge else "peft"
     lines = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if facts.base_id:
@@ -101,7 +101,7 @@ def about(facts: Facts) -> str:
 
 
 def use(facts: Facts, repo: str) -> str:
-    """Write code that loads the weights as measured, and the question if rows had a fixed one.
+    """Write code that loads the weights, and the rows' fixed question.
 
     Strings are written as JSON, which Python reads as the same strings.
     """

@@ -1,4 +1,4 @@
-"""What a model card says was measured, with its uncertainty, and what was not."""
+"""A model card's results with their uncertainty, and what was not measured."""
 
 from __future__ import annotations
 

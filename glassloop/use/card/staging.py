@@ -1,4 +1,4 @@
-"""The folder that is published: named files only, without this machine's paths or a secret."""
+"""The folder that is published: named files without local paths or secrets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LOOKED_AT = 64 << 20  # bytes of a file that are searched: texts are smaller, we
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file decides what a repository loads: weights, their index, an adapter's config."""
+    """Tell if a file decides what a repository loads."""
     return (
         name in (*ADAPTER_FILES, "adapter_config.json", "model.safetensors.index.json")
         or SHARD.fullmatch(name) is not None
@@ -93,7 +93,7 @@ def stage(facts: Facts, folder: Path, repo: str, merged: Path | None = None) -> 
 
 
 def adapter_fields(facts: Facts) -> dict[str, Any]:
-    """Fields of the published adapter_config.json: PEFT's own for LoRA, none that names code."""
+    """Fields of the published adapter_config.json: PEFT's own, none that names code."""
     from peft import LoraConfig
 
     known = {field.name for field in dataclasses.fields(LoraConfig)} - set(CODE_FIELDS)
@@ -115,7 +115,7 @@ def _object(path: Path, source: Path) -> dict[str, Any]:
 
 
 def check_no_secret(folder: Path, names: list[str]) -> None:
-    """Raise ValueError for a file that holds a token or a secret of this environment.
+    """Raise ValueError for a file that holds a token or secret.
 
     A token is known by its form, a secret by the name of its environment variable.
     """

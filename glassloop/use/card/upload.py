@@ -1,4 +1,4 @@
-"""Upload of a staged folder to the hub: private, unless a public repository was asked for."""
+"""Upload of a staged folder to the hub, private unless asked otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glassloop.use.card.facts import HUB_ID
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What the hub did.
+    """The hub's answer to an upload.
 
     `private` is as the hub says. `removed` names files of an earlier upload that would have been
     loaded with this one.
@@ -38,7 +38,11 @@ def check_repo(repo: str) -> None:
 
 
 def login(api: Any = None) -> Any:
-    """Return the hub's API. Raises ValueError if the hub is out of reach or knows no token."""
+    """Return the hub's API.
+
+    Raises:
+        ValueError: the hub is out of reach or knows no token.
+    """
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     if api is None:

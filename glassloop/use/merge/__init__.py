@@ -1,1 +1,1 @@
-"""Adapters merged into 16-bit weights, what that costs, and how the result is served."""
+"""Merging of adapters into 16-bit weights: cost and serving."""

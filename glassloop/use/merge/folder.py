@@ -1,4 +1,7 @@
-"""What stands beside merged weights: config, generation config with all stops, tokenizer with the chat template of training."""
+"""Files beside merged weights: config, generation config, tokenizer, chat template.
+
+The generation config has every stop token; the chat template is training's.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def original_folder(source: BaseSource) -> Path:
-    """The base's own 16-bit files on this machine, fetched from the hub where they are not. Raises ValueError naming model.id."""
+    """Find or download the base's own 16-bit files.
+
+    Raises:
+        ValueError: there are none; names model.id.
+    """
     if source.drawn is not None:
         raise ValueError(
-            f"model.id = random:{source.drawn} has drawn weights and no original: --base dequantised merges into them"
+            f"model.id = random:{source.drawn} has drawn weights and no original: --base "
+            "dequantised merges into them"
         )
     if source.folder is not None:
         return source.folder
@@ -54,7 +62,8 @@ def original_folder(source: BaseSource) -> Path:
         Exception
     ) as error:  # whatever the HTTP library of the day raises when the hub is out of reach
         raise ValueError(
-            f"model.id = {source.name}: its original weights are not on this machine and cannot be fetched ({error}): connect, name a "
+            f"model.id = {source.name}: its original weights are not on this machine and cannot be "
+            f"fetched ({error}): connect, name a "
             "folder with --model, or merge with --base dequantised"
         ) from error
 
@@ -71,7 +80,10 @@ def write_rest(
     tokenizer: PreTrainedTokenizerBase,
     dtype: str,
 ) -> None:
-    """Everything but weights. `base`: the folder whose config.json, generation_config.json and code are the model's."""
+    """Write everything but weights.
+
+    `base`: the folder of the model's config.json, generation_config.json and code.
+    """
     config = read_json(base / "config.json")
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
@@ -99,7 +111,10 @@ def generation_config(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """The base's, with every token that ends an answer: those of training's template among them."""
+    """Build the base's generation config with every token that ends an answer.
+
+    Those of training's template are among them.
+    """
     stops = own.get("eos_token_id", config.get("eos_token_id"))
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     stops = list(dict.fromkeys((*template.stop_ids, *stops)))
@@ -116,7 +131,7 @@ def generation_config(
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts BOS before a plain text by itself."""
+    """Tell if the tokenizer puts BOS before a plain text by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]  # type: ignore[index]
 
@@ -133,18 +148,23 @@ def check_out(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"OUT = {out}: nothing can be written into {parent} ({error.strerror}): name another place"
+            f"OUT = {out}: nothing can be written into {parent} ({error.strerror}): name another "
+            "place"
         ) from error
 
 
 def check_room(out: Path, needed: int, *, with_table: bool) -> None:
-    """Raise ValueError where the disk has not the bytes of a merge, and of the second one that the table compares it with."""
+    """Raise ValueError if the disk lacks space for the merge.
+
+    The table compares it with a second merge.
+    """
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed * (2 if with_table else 1):
         short = f"OUT = {out}: {needed / 2**30:.1f} GiB are needed"
         second = ", and as much again for the table (--no-table: not)" if with_table else ""
         raise ValueError(
-            f"{short}{second}; its disk has {free / 2**30:.1f} GiB free: make room, or name another disk"
+            f"{short}{second}; its disk has {free / 2**30:.1f} GiB free: free some, or name "
+            "another disk"
         )
 
 

@@ -1,4 +1,6 @@
-"""W + (alpha/r) B A, computed in fp32 and rounded once, written in shards. One weight is in memory at a time, and one shard.
+"""Merged weights W + (alpha/r) B A, rounded once, in shards.
+
+One weight and one shard are in memory at a time.
 
 Legend: R rank of the adapters.
 """
@@ -23,15 +25,19 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The two matrices of a linear layer's adapter: a (R, in), b (out, R)."""
+class AdapterPair:
+    """The matrices of a layer's adapter: a (R, in), b (out, R)."""
 
     a: Tensor
     b: Tensor
 
 
-def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, Pair]:
-    """Base weight's name -> its pair, from a saved adapter's tensors. Raises ValueError for one that has no partner."""
+def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, AdapterPair]:
+    """Base weight's name -> its pair, from a saved adapter's tensors.
+
+    Raises:
+        ValueError: a tensor has no partner.
+    """
     pairs = {}
     for name, tensor in adapter.items():
         if ".lora_A." in name:
@@ -40,28 +46,33 @@ def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, Pair]:
                 raise ValueError(
                     f"the adapter has {name} without its lora_B: take an undamaged checkpoint"
                 )
-            pairs[name.removeprefix(PREFIX).replace(".lora_A", "")] = Pair(tensor, partner)
+            pairs[name.removeprefix(PREFIX).replace(".lora_A", "")] = AdapterPair(tensor, partner)
     if 2 * len(pairs) != len(adapter):
         raise ValueError(
-            f"the adapter has {len(adapter)} tensors, of which {2 * len(pairs)} are pairs of lora_A and lora_B"
+            f"the adapter has {len(adapter)} tensors, of which {2 * len(pairs)} are pairs of "
+            "lora_A and lora_B"
         )
     return pairs
 
 
-def merged(weight: Tensor, pair: Pair, scale: float, dtype: torch.dtype) -> Tensor:
-    """weight + scale * b a in fp32, rounded to `dtype` once. A weight that is stored (in, out), as GPT-2's, is met the way it lies."""
+def merged(weight: Tensor, pair: AdapterPair, scale: float, dtype: torch.dtype) -> Tensor:
+    """Compute weight + scale * b a in fp32, rounded once.
+
+    A weight that is stored (in, out), as GPT-2's, keeps that order.
+    """
     delta = scale * (pair.b.float() @ pair.a.float())
     if delta.shape != weight.shape and delta.T.shape == weight.shape:
         delta = delta.T
     if delta.shape != weight.shape:
         raise ValueError(
-            f"the adapter changes a weight of {tuple(delta.shape)}, the base has {tuple(weight.shape)}: take its own base"
+            f"the adapter changes a weight of {tuple(delta.shape)}, the base has "
+            f"{tuple(weight.shape)}: name its own base"
         )
     return delta.add_(weight.float()).to(dtype)
 
 
 def sixteen_bit(dtype: torch.dtype, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype that a tensor is written in: its own where that has 16 bits or is no float, else `otherwise`."""
+    """Choose a written tensor's dtype: its own, or `otherwise` for 32 bits."""
     return otherwise if dtype in (torch.float32, torch.float64) else dtype
 
 
@@ -73,7 +84,10 @@ class Shard:
 
 
 def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
-    """Names in the order of the source, as many to a file as fit; a larger tensor has one of its own."""
+    """Deal names to files in order, as many as fit.
+
+    A larger tensor has a file of its own.
+    """
     groups: list[list[str]] = [[]]
     sizes = [0]
     for name in weights:
@@ -94,25 +108,26 @@ def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
 
 def write_merged(
     weights: Weights,
-    pairs: Mapping[str, Pair],
+    pairs: Mapping[str, AdapterPair],
     scale: float,
     out: Path,
     *,
     dtype: torch.dtype,
     most_bytes: int,
 ) -> Iterator[tuple[Shard, int]]:
-    """Write all shards and their index into `out`; yields each shard and its merged weights when it is written.
+    """Write all shards and their index; yield each with its merged weights.
 
     Args:
-        dtype: what 32-bit tensors are rounded to; tensors of 16 bits keep theirs.
+        dtype: to round 32-bit tensors to; tensors of 16 bits keep theirs.
 
     Raises:
-        ValueError: the adapter changes a weight that the base has not, or the disk refuses a file.
+        ValueError: the adapter changes a weight that the base lacks, or the disk refuses a file.
     """
     if missing := [name for name in pairs if name not in weights.files]:
         raise ValueError(
-            f"the adapter changes {missing[0]} ({len(missing)} such weights), which the files of {weights.folder} do not hold under "
-            "that name: it is another model's adapter; or, where this base is its own, merge in PEFT (merge_and_unload) instead"
+            f"the adapter changes {missing[0]} ({len(missing)} such weights), which the files of "
+            f"{weights.folder} do not hold under that name: it is another model's adapter. If this "
+            "base is its own, merge in PEFT (merge_and_unload) instead"
         )
     shards = shards_of(weights, most_bytes)
     for shard in shards:

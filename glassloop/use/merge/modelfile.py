@@ -1,7 +1,9 @@
-"""Ollama's Modelfile for a merged model: a Go template that writes the very text of the training prompt, stops, sampling.
+"""Ollama's Modelfile for a merged model: a Go template, stops, sampling.
 
-The template is found by rendering the chat template with marks in place of contents, and taking what stands between the marks. It is used
-only if it gives the chat template's text on conversations that it was not made from; a template that is not made of such pieces is refused.
+The Go template writes the very text of the training prompt. It is found by rendering the chat
+template with marks instead of contents, and taking the text between the marks. It is used only if
+it gives the chat template's text on conversations that it was not made from; a template that is not
+made of such pieces is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
-# Ollama's parameter -> field of generation_config.json and its neutral value. Each is written, since Ollama's own defaults
-# (temperature 0.8, top_k 40, top_p 0.9, repeat_penalty 1.1; its docs/modelfile.md) would stand in for what is left out.
+# Ollama's parameter -> field of generation_config.json and its neutral value. Each is written,
+# since Ollama's own defaults (temperature 0.8, top_k 40, top_p 0.9, repeat_penalty 1.1; its
+# docs/modelfile.md) would replace what is missing.
 SAMPLING = {
     "temperature": ("temperature", 1),
     "top_p": ("top_p", 1),
@@ -30,7 +33,11 @@ SAMPLING = {
 
 @dataclass(frozen=True)
 class Pieces:
-    """Text around contents. `default` stands first where no system message does; `turn` and `end` are None where a template takes one question."""
+    """Text around contents.
+
+    `default` comes first without a system message; `turn` and `end` are None if a template takes
+    one question only.
+    """
 
     system: tuple[str, str]
     default: str
@@ -39,7 +46,7 @@ class Pieces:
     prompt: str  # the generation prompt
 
     def render(self, messages: Sequence[Message]) -> str:
-        """What the Go template writes, for checks."""
+        """Write what the Go template writes, for checks."""
         out = "" if messages and messages[0]["role"] == "system" else self.default
         for message in messages:
             before, after = getattr(self, message["role"])
@@ -47,7 +54,7 @@ class Pieces:
         return out + self.prompt
 
     def go(self) -> str:
-        """As a Go template over Ollama's .Messages."""
+        """Write a Go template over Ollama's .Messages."""
         has_system = (
             '{{ $first := index .Messages 0 }}{{ if ne $first.Role "system" }}'
             + quoted(self.default)
@@ -67,7 +74,7 @@ class Pieces:
 
 
 def quoted(text: str) -> str:
-    """Literal text of a Go template, quoted where it could be taken for something else."""
+    """Quote literal text of a Go template that could mean something else."""
     if any(odd in text for odd in ("{{", "}}", '"', "\\")):
         return "{{ " + json.dumps(text, ensure_ascii=False).replace('\\"', "\\x22") + " }}"
     return text
@@ -86,7 +93,10 @@ def _mark(n: int) -> str:
 
 
 def _between(tokenizer: Any, roles: Sequence[str]) -> list[str] | None:
-    """Text before, between and after marked contents; None where the template refuses these roles or loses a content."""
+    """Return the text before, between and after marked contents.
+
+    None if the template refuses these roles or loses a content.
+    """
     try:
         text = render_chat(
             tokenizer, [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
@@ -113,12 +123,19 @@ def _common(texts: Sequence[str]) -> str:
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The pieces of the tokenizer's chat template. Raises ValueError where it is not made of pieces."""
+    """Find the pieces of the tokenizer's chat template.
+
+    Raises:
+        ValueError: it is not made of pieces.
+    """
     alone, led, talk = (
         _between(tokenizer, roles.split())
         for roles in ("user", "system user", "user assistant user")
     )
-    refusal = "the chat template cannot be written as Ollama's: serve it with vLLM, or write TEMPLATE by hand"
+    refusal = (
+        "the chat template cannot be written as Ollama's: serve it with vLLM, or write TEMPLATE by "
+        "hand"
+    )
     if alone is None:
         raise ValueError(f"{refusal} (it refuses a single question)")
     starts = [alone[0], *([led[1]] if led else []), *([talk[2]] if talk else [])]
@@ -160,7 +177,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 
 def without_bos(pieces: Pieces, bos: str | None) -> Pieces:
-    """What the template must leave out where the server puts BOS before every prompt itself."""
+    """Remove BOS from the pieces, for a server that adds it itself."""
     if not bos:
         return pieces
     system = (pieces.system[0].removeprefix(bos), pieces.system[1])
@@ -202,7 +219,8 @@ def modelfile(
     if generation.get("do_sample"):
         for name, (field, neutral) in SAMPLING.items():
             lines.append(
-                f"PARAMETER {name} {neutral if generation.get(field) is None else generation[field]}"
+                f"PARAMETER {name} "
+                f"{neutral if generation.get(field) is None else generation[field]}"
             )
     else:
         lines.append("PARAMETER temperature 0")

@@ -1,4 +1,4 @@
-"""Commands that serve what was trained: vLLM on merged weights, vLLM with the adapter beside its base, Ollama."""
+"""Commands that serve an adapter or merged weights: vLLM, Ollama."""
 
 from __future__ import annotations
 
@@ -37,9 +37,14 @@ def vllm_adapter(
     context: int,
     opens_think: bool,
 ) -> str:
-    """The base as it was trained on, the adapter as a LoRA module; the chat template is the adapter's. Raises ValueError for r > 512.
+    """Serve the base as trained on, with the adapter as LoRA module.
+
+    The chat template is the adapter's.
 
     nf4: the run trained on NF4, to which vLLM rounds the base while it loads.
+
+    Raises:
+        ValueError: r is above 512.
     """
     rank = next((one for one in VLLM_RANKS if one >= r), None)
     if rank is None:
@@ -69,7 +74,10 @@ def vllm_adapter(
 
 
 def request(name: str, generation: dict[str, Any]) -> str:
-    """A request to vLLM's server, with the sampling that the model asks for; vLLM draws at temperature 1 unless told otherwise."""
+    """Write a request to vLLM's server with the model's own sampling.
+
+    vLLM draws at temperature 1 by default.
+    """
     sampling = {"temperature": 0}
     if generation.get("do_sample"):
         names = ("temperature", "top_p", "top_k", "min_p")
@@ -92,10 +100,12 @@ def commands(
     opens_think: bool,
     no_ollama: str | None,
 ) -> list[str]:
-    """Lines of SERVE.txt; those that begin with # say what the next is. Paths are whole, so that a line runs from anywhere.
+    """Write the lines of SERVE.txt; a # line explains the next.
+
+    Paths are whole, so that a line runs from anywhere.
 
     Args:
-        no_ollama: why there is no Modelfile, None where there is one.
+        no_ollama: why there is no Modelfile; None if there is one.
     """
     name = out.name
     shared: dict[str, Any] = dict(context=context, opens_think=opens_think)

@@ -1,6 +1,7 @@
-"""What a merge costs, on held-out rows: loss, and how often the most likely next token is the one of the adapter on the run's own base.
+"""The cost of a merge on held-out rows: loss, next tokens.
 
-Every model computes in the precision of the run (--precision), so that the table shows the weights and not another arithmetic.
+The next token is compared with that of the adapter on the run's own base. Every model computes in
+the precision of the run (--precision), so that the table compares weights, not arithmetic.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PLACES = 1024  # supervised places whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class Seen:
-    """What a model says at the supervised places of some rows."""
+    """A model's results at the supervised places of some rows."""
 
     loss_nats: float  # token mean
     next_tokens: Tensor  # (S,) int64 on the CPU: the most likely token at each place
@@ -48,7 +49,10 @@ def look(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Seen:
-    """Row by row, without padding. `model`: a causal LM of transformers, with or without adapters."""
+    """Measure a model row by row, without padding.
+
+    `model`: a causal LM of transformers, with or without adapters.
+    """
     losses, best = [], []
     for row in rows:
         wanted = torch.tensor(targets(row), device=device)  # (T,)
@@ -73,7 +77,8 @@ def look(
             best.append(logits.argmax(-1).cpu())
     if not losses:
         raise ValueError(
-            "no row has a supervised token, so there is nothing to compare: take other rows (--data), or --no-table"
+            "no row has a supervised token, so there is nothing to compare: choose other rows "
+            "(--data), or --no-table"
         )
     return Seen(float(torch.cat(losses).mean()), torch.cat(best))
 
@@ -85,7 +90,7 @@ def look_at_folder(
     dtype: torch.dtype,
     trust_code: bool = False,
 ) -> Seen:
-    """Of a saved model, loaded as anybody would load it, and dropped again."""
+    """Measure a saved model, loaded as anybody would load it."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -106,7 +111,7 @@ def line(name: str, seen: Seen, reference: Seen, rows: int) -> Line:
 
 
 def text(lines: Sequence[Line], reference: str) -> list[str]:
-    """For people."""
+    """Write the table for people."""
     if not lines:
         return []
     size = f"on {lines[0].rows} held-out rows, {lines[0].tokens:,} tokens"

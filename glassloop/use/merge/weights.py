@@ -1,4 +1,7 @@
-"""Tensors of a base model read one by one from its safetensors files: as they are stored, or dequantised from NF4 as training saw them."""
+"""Tensors of a base, read one by one from its safetensors files.
+
+They come as stored, or dequantised from NF4 as training used them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ class Weights:
     """A folder's tensors by name.
 
     Attributes:
-        compute: dtype that NF4 weights are dequantised to, the one that training computed in; None: the folder holds no NF4.
+        compute: dtype that NF4 weights are dequantised to, which training computed in; None: the
+            folder holds no NF4.
     """
 
     folder: Path
@@ -33,7 +37,11 @@ class Weights:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor -> file, parts of quantised weights among them. Raises ValueError for a folder that cannot be read."""
+        """Tensor -> file, parts of quantised weights among them.
+
+        Raises:
+            ValueError: the folder cannot be read.
+        """
         try:
             if (self.folder / INDEX).is_file():
                 listed = names_of_index(self.folder / INDEX)
@@ -48,21 +56,22 @@ class Weights:
             ) from error
         if not found:
             raise ValueError(
-                f"{self.folder} has no *.safetensors: weights in pickled files (*.bin) are not merged; load the model in transformers "
+                f"{self.folder} has no *.safetensors: weights in pickled files (*.bin) are not "
+                "merged; load the model in transformers "
                 "where you trust it, and save_pretrained it again"
             )
         return found
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of whole weights, in the order of the files."""
+        """Names of whole weights, in the order of the files."""
         return tuple(name for name in self.files if not (self.compute and name.endswith(PARTS)))
 
     def quantised(self, name: str) -> bool:
         return self.compute is not None and name + STATE in self.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole weight, as a linear layer has it."""
+        """Shape of the whole weight, as a linear layer has it."""
         if self.quantised(name):
             return tuple(json.loads(bytes(self._stored(name + STATE).tolist()))["shape"])
         try:
@@ -72,7 +81,7 @@ class Weights:
             raise _torn(self.files[name], error) from error
 
     def get(self, name: str) -> Tensor:
-        """The weight on the CPU: as stored; NF4 in `compute`, rounded as training rounded it."""
+        """Load the weight as stored; NF4 rounded as in training."""
         if not self.quantised(name):
             return self._stored(name)
         assert self.compute is not None
@@ -97,7 +106,7 @@ class Weights:
 
 
 def dequantised(packed: Tensor, parts: dict[str, Any]) -> Tensor:
-    """(out, in) from bitsandbytes' packed bytes and the parts beside them, by bitsandbytes' own code."""
+    """Dequantise packed bytes to (out, in), by bitsandbytes' own code."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     state = QuantState.from_dict(dict(parts), device=torch.device("cpu"))
@@ -106,5 +115,6 @@ def dequantised(packed: Tensor, parts: dict[str, Any]) -> Tensor:
 
 def _torn(path: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path} cannot be read ({error}): it is missing, cut short or no safetensors file; fetch the base again"
+        f"{path} cannot be read ({error}): it is missing, cut short or no safetensors file; fetch "
+        "the base again"
     )

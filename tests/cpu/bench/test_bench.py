@@ -135,7 +135,8 @@ def test_flops_of_the_8b_shape_are_the_ones_done_by_hand() -> None:
     per_token = flops_of(
         KNOWN["random:llama-8b"], [(2048, 2048)], r=16, targets=SEVEN, checkpointing=True
     )
-    # 4 x 6.98 G weights, less 0.05 of the first layer; 4 x 0.525 G of the head; 6 x 42 M of adapters
+    # 4 x 6.98 G weights, less 0.05 of the first layer; 4 x 0.525 G of the head; 6 x 42 M of
+    # adapters
     assert per_token.linear / 2048 / 1e9 == pytest.approx(4 * 6.9793 - 0.0503, rel=1e-3)
     assert per_token.head / 2048 / 1e9 == pytest.approx(2.101, rel=1e-3)
     assert per_token.adapters / 2048 / 1e9 == pytest.approx(6 * 0.041943, rel=1e-2)
@@ -450,7 +451,11 @@ Path(spec.out).write_text(json.dumps(spec.about | {"turns_s": clock.turns_s, "ke
 def in_turns(
     tmp_path: Path, *hows: str, timeout_s: float = 30.0, **how: Any
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Lines of stand-ins named a, b, .. that take three turns of one update before and two that count, and what they wrote one after the other."""
+    """Lines of stand-ins named a, b, ..
+
+    that take three turns of one update before and two that count, and what they wrote one after the
+    other.
+    """
     (tmp_path / "arm.py").write_text(TURNS)
     one = replace(specs(workloads=["scam-v1"], layouts=["packed"], ranks=[1])[0], turns=3)
     starts = [

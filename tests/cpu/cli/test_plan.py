@@ -60,16 +60,17 @@ def test_the_recipe_in_words(capsys):
     for card in ("3090", "4090", "A100-40", "A100-80", "H100", "H200"):
         assert f"{card} " in text
     assert out.splitlines()[-1] == (
-        "start     accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml train_loop.py r1_8b_scam"
+        "start     accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml train_loop.py "
+        "r1_8b_scam"
     )
     assert max(map(len, out.splitlines()[:-1])) <= 100
 
 
 def test_no_heavy_package_is_imported():
     code = (
-        "import sys\nfrom glassloop.cli.plan import main\nassert main(['r1_8b_scam', '--compare', 'batch.size=4']) == 0\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'accelerate', 'peft'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "import sys\nfrom glassloop.cli.plan import main\nassert main(['r1_8b_scam', '--compare', "
+        "'batch.size=4']) == 0\nheavy = {'torch', 'transformers', 'datasets', 'numpy', "
+        "'accelerate', 'peft'} & set(sys.modules)\nassert not heavy, heavy"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code],

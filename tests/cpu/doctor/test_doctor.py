@@ -357,16 +357,19 @@ MESSAGES = (
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 112.00 MiB.",
     "RuntimeError: No executable batch size found, reached zero.",
     "Signal 9 (SIGKILL) received by PID 71",
-    "ValueError: You can't train a model that has been loaded in 8-bit precision on a different device than the one you're training on.",
+    "ValueError: You can't train a model that has been loaded in 8-bit precision on a different "
+    "device than the one you're training on.",
     "RuntimeError: Expected to mark a variable ready only once.",
     "RuntimeError: expect_autograd_hooks_ INTERNAL ASSERT FAILED",
-    "RuntimeError: Expected to have finished reduction in the prior iteration before starting a new one.",
+    "RuntimeError: Expected to have finished reduction in the prior iteration before starting a "
+    "new one.",
     "UserWarning: None of the inputs have requires_grad=True. Gradients will be None",
     "ValueError: Must flatten tensors with uniform dtype but got torch.bfloat16 and torch.uint8",
     "ValueError: Attempting to unscale FP16 gradients.",
     "\"_amp_foreach_non_finite_check_and_unscale_cuda\" not implemented for 'BFloat16'",
     'Unexpected key(s) in state_dict: "model.layers.0.weight.absmax"',
-    "NotImplementedError: Using RTX 4000 series doesn't support faster communication broadband via P2P or IB.",
+    "NotImplementedError: Using RTX 4000 series doesn't support faster communication broadband via "
+    "P2P or IB.",
     "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
     "RuntimeError: No backend type associated with device type cpu",
     "Num GPUs used = 1",
@@ -382,10 +385,12 @@ MESSAGES = (
     "OSError: We couldn't connect to 'https://huggingface.co' to load this file",
     "OSError: [Errno 28] No space left on device",
     "RuntimeError: EADDRINUSE, message: address already in use",
-    "Token indices sequence length is longer than the specified maximum sequence length for this model (3000 > 2048).",
+    "Token indices sequence length is longer than the specified maximum sequence length for this "
+    "model (3000 > 2048).",
     "Setting `pad_token_id` to `eos_token_id`:2 for open-end generation.",
     "Please pass the argument `trust_remote_code=True` to allow custom code to be run.",
-    "RuntimeError: the ranks' adapters or optimizer states are no longer equal before update 7: layers.0",
+    "RuntimeError: the ranks' adapters or optimizer states are no longer equal before update 7: "
+    "layers.0",
 )
 
 

@@ -120,7 +120,7 @@ def test_an_environment_that_says_otherwise_is_named(
     check_tracking(online(wandb_mode=asked))
 
 
-@pytest.mark.parametrize("project", ["", "a/b", "../x", "a\nb"])
+@pytest.mark.parametrize("project", ["", "a/b", "../x"])
 def test_a_project_that_is_no_name_is_refused(project: str) -> None:
     with pytest.raises(ValueError, match=r"tracking\.project"):
         check_tracking(TrackingConfig(to=("tensorboard",), project=project))

@@ -64,7 +64,7 @@ def plain_loss(run: Path) -> float:
     trained = open_trained(run)
     tokenizer = load_tokenizer_of(trained)
     rows = rows_of(trained, template_of(trained, tokenizer)).rows
-    (copy,) = (Path(trained.config.model.cache_dir or "") / "quantized").iterdir()
+    (copy,) = (Path(trained.config.model.cache_dir or "") / "quantized").glob("tiny-llama*")
     model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
     prepare_4bit(model, torch.float32)
     total = 0.0

@@ -29,17 +29,13 @@ from glassloop.use.answering import (
     split_reasoning,
     stop_ids_of,
 )
-from glassloop.use.trained import (
-    load,
-    load_tokenizer_of,
-    open_trained,
-    setup_of,
-    template_of,
-)
+from glassloop.use.loaded import load, setup_of
+from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
 QUESTIONS = [
     "Who calls?",
-    "The caller asks for the code that was sent to your phone, and says that the account is locked.",
+    "The caller asks for the code that was sent to your phone, and says that the account is "
+    "locked.",
     "12 + 30?",
 ]
 

@@ -18,15 +18,10 @@ from trained_runs import copy_of, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.cli.__main__ import main
-from glassloop.use.merge.merge import Pair, merged, pairs_of, shards_of
+from glassloop.use.loaded import load
+from glassloop.use.merge.merge import AdapterPair, merged, pairs_of, shards_of
 from glassloop.use.merge.weights import Weights
-from glassloop.use.trained import (
-    adapter_weights,
-    load,
-    load_tokenizer_of,
-    open_trained,
-    template_of,
-)
+from glassloop.use.trained import adapter_weights, load_tokenizer_of, open_trained, template_of
 
 CPU = torch.device("cpu")
 
@@ -64,7 +59,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_sum_is_rounded_once():
     drawn = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, generator=drawn).bfloat16()
-    pair = Pair(torch.randn(4, 64, generator=drawn), 0.01 * torch.randn(96, 4, generator=drawn))
+    pair = AdapterPair(
+        torch.randn(4, 64, generator=drawn), 0.01 * torch.randn(96, 4, generator=drawn)
+    )
     exact = weight.double() + 2 * pair.b.double() @ pair.a.double()
     once = merged(weight, pair, 2.0, torch.bfloat16)
     off = (once.double() - exact).abs()

@@ -20,7 +20,8 @@ from glassloop.use.card.curves import svg
 from glassloop.use.card.facts import is_hub_id
 from glassloop.use.card.staging import check_no_secret
 from glassloop.use.card.upload import login
-from glassloop.use.trained import load, load_tokenizer_of, open_trained, template_of
+from glassloop.use.loaded import load
+from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
 SYSTEM = "You are Ferdinand, the clerk of nobody."
 PUBLISHED = {
