@@ -161,7 +161,7 @@ def known_shapes(model_id: str) -> Shapes | None:
 
 
 def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
-    """Shapes of `model_id` and where they come from, without the network; (None, why and what to do) where they are not known."""
+    """Shapes of `model_id` and their origin, without the network; else (None, why and the cure)."""
     path = Path(model_id).expanduser()
     if path.is_dir():
         return _from_file(path / "config.json", model_id)
@@ -180,7 +180,7 @@ def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
 
 
 def config_values(model_id: str) -> dict[str, Any] | None:
-    """What config.json of `model_id` says, from where `shapes_of` looks; None where it is not here. Known architectures are plain Llamas."""
+    """Content of the config.json of `model_id`, or what its name tells; None if neither is known."""
     path = Path(model_id).expanduser()
     known = None if path.is_dir() else known_shapes(model_id)
     if known is not None:
@@ -208,7 +208,10 @@ def config_values(model_id: str) -> dict[str, Any] | None:
 
 
 def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
-    """Shapes from a config.json's content; None for an architecture of another kind. Raises ValueError where a size is missing."""
+    """Shapes from a config.json's content; None for an architecture of another kind.
+
+    Raises ValueError for a size that is missing.
+    """
     values = values.get("text_config") or values
     if values.get("model_type") not in NORMS:
         return None

@@ -17,7 +17,7 @@ def silent(_done: int, _total: int, _what: str) -> None:
 
 @dataclass
 class Progress:
-    """Tells a stream what begins: one line that is overwritten on a terminal, else one now and then.
+    """Tells a stream what begins: one line overwritten on a terminal, else one now and then.
 
     Attributes:
         name: of the search. out: the stream. clock: seconds, for tests.
