@@ -10,7 +10,6 @@ import difflib
 import importlib
 import inspect
 import io
-import logging
 import os
 import pkgutil
 import sys
@@ -39,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in command_names():
         print(_unknown(name), file=sys.stderr)
         return 2
-    # PEFT imports bitsandbytes, which warns of an inference kernel for CPUs that training never uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = importlib.import_module(_module(name))
     try:
         code = command.main(rest) or 0

@@ -180,7 +180,7 @@ def shapes_of(model_id: str) -> tuple[Shapes | None, str]:
 
 
 def config_values(model_id: str) -> dict[str, Any] | None:
-    """Content of the config.json of `model_id`, or what its name tells; None if neither is known."""
+    """Content of the config.json of `model_id`, or what its name says; None without both."""
     path = Path(model_id).expanduser()
     known = None if path.is_dir() else known_shapes(model_id)
     if known is not None:
