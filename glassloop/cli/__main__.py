@@ -11,7 +11,6 @@ import difflib
 import importlib
 import inspect
 import io
-import logging
 import os
 import pkgutil
 import sys
@@ -40,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in command_names():
         print(_unknown(name), file=sys.stderr)
         return 2
+<<<<<<< HEAD
     # PEFT imports bitsandbytes, which warns of an inference kernel for CPUs that training never
     # uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+=======
+>>>>>>> wayin
     command = importlib.import_module(_module(name))
     try:
         code = command.main(rest) or 0

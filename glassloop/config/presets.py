@@ -90,7 +90,7 @@ def smollm2_demo() -> dict[str, Any]:
         "execution": {"precision": "fp32", "checkpointing": False},
         "evaluation": {"generate_rows": 19, "max_new_tokens": 32, "samples": 1},
         "checkpoint": {"every_updates": 10},
-        "record": {"probe_every_updates": 5},
+        "record": {"probe_every_updates": 5, "text": "full"},  # glassloop's own sample
     }
 
 

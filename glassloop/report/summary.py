@@ -19,6 +19,7 @@ SCORES = {  # of an evaluation, with what people call them; higher is better
     "f1": "F1",
     "closed_think": "answers that close their reasoning",
     "ended": "answers that end by themselves",
+    "no_verdict": "answers that name a verdict",  # one minus the score
 }
 
 
@@ -203,6 +204,8 @@ def _scores(evaluations: list[Record]) -> list[Say]:
     for key, name in SCORES.items():
         old, new = number(before.get(key)), number(last["scores"].get(key))
         if old is not None and new is not None:
+            if key == "no_verdict":
+                old, new = 1 - old, 1 - new
             parts.append(f"{name} {old:.0%} to {new:.0%}")
     answers = last["scores"].get("answers")
     if not parts or not answers or not isinstance(answers, int):

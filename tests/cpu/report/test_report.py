@@ -128,6 +128,17 @@ def test_answers_that_do_not_end_are_a_warning(
         assert f"{1 - now:.0%} of the adapter's answers {word}" in looked
 
 
+def test_answers_that_name_a_verdict_are_counted_upwards(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", faults=False)
+    file = folder / "evaluations.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line, missing in zip(lines, (0.7, *[0.1] * (len(lines) - 1)), strict=True):
+        line["scores"] |= {"answers": 30, "no_verdict": missing}
+        line["base"] = None
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "answers that name a verdict 30% to 90%" in said(folder, "learned")
+
+
 def test_a_trend_within_scatter_is_no_learning(tmp_path: Path) -> None:
     folder = tmp_path / "flat"
     drawn = random.Random(1)

@@ -89,7 +89,7 @@ def test_updates_that_are_done_keep_the_learning_rate_that_they_had() -> None:
 
 
 def test_reshape_needs_a_run_and_may_be_said_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"resume\.reshape say how a run goes on"):
+    with pytest.raises(ValueError, match=r"resume\.reshape say how a run resumes"):
         from_values({"resume": {"reshape": True}})
     (tmp_path / "config.yaml").write_text("seed: 7\n")
     assert parse(["--resume", str(tmp_path), "--resume.reshape"]).resume.reshape
