@@ -39,12 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in command_names():
         print(_unknown(name), file=sys.stderr)
         return 2
-<<<<<<< HEAD
     # PEFT imports bitsandbytes, which warns of an inference kernel for CPUs that training never
     # uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-=======
->>>>>>> wayin
     command = importlib.import_module(_module(name))
     try:
         code = command.main(rest) or 0

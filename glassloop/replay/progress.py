@@ -17,13 +17,9 @@ def silent(_done: int, _total: int, _what: str) -> None:
 
 @dataclass
 class Progress:
-<<<<<<< HEAD
     """A stream's lines on what begins.
 
     One line that is overwritten on a terminal, else one now and then.
-=======
-    """Tells a stream what begins: one line overwritten on a terminal, else one now and then.
->>>>>>> wayin
 
     Attributes:
         name: of the search. out: the stream. clock: seconds, for tests.
