@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from glassloop.config.arguments import from_values
-from glassloop.health.stability import Signals
+from glassloop.health.signals import Signals
 from glassloop.loop.build import build_run
 from train_loop import update_once
 

@@ -32,7 +32,8 @@ from clean_runs import ROWS, UPDATES, WARMUP, Series, clean_runs, read_run
 from glassloop.config.config import StabilityConfig
 from glassloop.disk.environment import environment
 from glassloop.health import stability
-from glassloop.health.stability import Detectors, Signals
+from glassloop.health.signals import Signals
+from glassloop.health.stability import Detectors
 from glassloop.stats import LEAST_SIGMA, fit
 
 DEFAULTS = StabilityConfig()

@@ -105,7 +105,7 @@ def replay(
 ) -> int:
     """Replays and prints; returns the exit code. Raises ValueError for what cannot be replayed."""
     from glassloop.loop.launch import hush
-    from glassloop.replay import text as text
+    from glassloop.replay import prose as text
     from glassloop.replay.progress import Progress, silent
     from glassloop.replay.reproduce import reproduce
 

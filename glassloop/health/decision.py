@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from glassloop.config.config import StabilityConfig
 from glassloop.data.batches import Batches, Window
 from glassloop.formula.dist import Gate, rank_cosine
-from glassloop.health.stability import Detectors, Finding, Signals
+from glassloop.health.signals import Finding, Signals
+from glassloop.health.stability import Detectors
 from glassloop.record.records import ProbeRecord, RowRecord, UpdateRecord
 
 

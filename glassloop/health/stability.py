@@ -9,16 +9,20 @@ sqrt(rows_per_update / rows). What the defaults did, measured by benchmarks/dete
 beside it): 48 clean runs of 60 updates of a tiny Llama, 2,640 updates after warmup, 576 tails, 16
 rows a window; then faults planted into their numbers.
 
-| finding | told when | false alarms | seen |
-| --- | --- | --- | --- |
-| norm_spike | at least 2 x the forecast, chance < 1e-5 | 0 | norm x2 34 %, x3 92 %, x5 98 %, x10 and x50 all; tails alike |
-| loss_spike | at least 1.5 x and 0.1 nats above, chance < 1e-5 | 0 | middle row of 16: x10 51 %, x20 90 %, x50 99 % |
-| vanishing_gradient | norm / loss below 1 % of the run's highest, or at once below 10 % | 0 | 0: at once; a fall to 5 %: by the 4th |
-| | (chance < 1e-5), 3 whole windows in a row; or exactly 0 | | update; x 0.8 an update: at the 24th |
-| no_learning | the line through 40 losses does not fall, a fall of 5 % is ruled out by 3 | 1 run of 48 | flat within 60 updates: 34 % of |
-| | standard errors, and they lie no lower than the run began | | runs (62 % where losses scatter by 3 %) |
-| diverged | 1.5 x the higher of the first two losses, 5 whole windows in a row, warmup too | 0 | loss at 1.5 x 33 %, 2 x and 3 x all: |
-| | | | at the fifth whole window |
+    finding             false alarms  found when; how often planted faults were seen
+    norm_spike          0             at least 2 x the forecast, chance < 1e-5
+                                      x2 34 %, x3 92 %, x5 98 %, x10 and x50 all; tails alike
+    loss_spike          0             at least 1.5 x and 0.1 nats above, chance < 1e-5
+                                      middle row of 16: x10 51 %, x20 90 %, x50 99 %
+    vanishing_gradient  0             norm / loss below 1 % of the run's highest, or at once below
+                                      10 % (chance < 1e-5), 3 whole windows in a row; or exactly 0
+                                      0: at once; to 5 %: 4th update; x 0.8 an update: the 24th
+    no_learning         1 run of 48   the line through 40 losses does not fall, 3 standard errors
+                                      rule out a fall of 5 %, and they lie no lower than at first
+                                      flat within 60 updates: 34 % of runs (62 % at 3 % scatter)
+    diverged            0             1.5 x the higher of the first two losses, 5 whole windows in
+                                      a row, warmup too
+                                      loss at 1.5 x 33 %, 2 x and 3 x all: at the fifth window
 
 That one run fell too little to tell from flat: losses scatter by 8 % there, and runs like it fall
 by less than 2 % over 40 updates. On drawn series with normal scatter up to 20 % the spike detectors raised 2 false alarms in 198,000 updates; with
@@ -32,71 +36,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from glassloop.stats import Forecast, fit, forecast
-
-Kind = Literal["norm_spike", "loss_spike", "vanishing_gradient", "no_learning", "diverged"]
-
-# Of the window before anything is compared with it: a line through fewer forecasts a bend of the
-# curve badly
-LEAST_ENTRIES = 8
-NORM_FACTOR = (
-    2.0  # a norm below this many times the forecast is no spike, however narrow the window
+from glassloop.health.findings import diverged, no_gradient, not_learning, spike, vanished
+from glassloop.health.signals import (
+    LEAST_LOSS_NATS,
+    Entry,
+    Finding,
+    Kind,
+    Signals,
+    entry_of,
+    level,
+    ratio,
 )
+from glassloop.stats import Forecast, forecast
+
+LEAST_ENTRIES = 8  # of the window: a line through fewer forecasts a bend of the curve badly
+NORM_FACTOR = 2.0  # a smaller multiple of the forecast is no spike, however narrow the window
 LOSS_FACTOR = 1.5  # the same for the loss,
 LOSS_NATS = 0.1  # which must also lie this far above the forecast: near 0 a factor means little
 NEW_LEVEL_UPDATES = 5  # unusual updates in a row, applied all the same, that become the new window
-VANISHED = (
-    0.01  # of the highest level of norm / loss that the run has had: the gradient has vanished
-)
+VANISHED = 0.01  # of the run's highest level of norm / loss: the gradient has vanished
 FELL = 0.1  # of the forecast, and improbable: the gradient has vanished at once
 VANISHING_UPDATES = 3  # in a row, for either
-LEAST_LOSS_NATS = 1e-3  # below it the loss counts as 0 and the gradient may be 0 as well
 START_UPDATES = 10  # the first updates, whose mean loss is what a run starts from
-LEARNED_NATS = 0.1  # mean loss below which nothing is left to learn
 BEGAN_UPDATES = 2  # the first of those, in which adapters are still small: what a run began with
 DIVERGED = 1.5  # times the higher loss of them,
-# Or times the lower one, where the second update has leapt already, and at least LOSS_NATS above
-# it,
-LEAPT = 2.0
+LEAPT = 2.0  # or times the lower one, if the second has leapt, and LOSS_NATS above it,
 DIVERGED_UPDATES = 5  # for so many whole updates in a row: training has diverged
-LEAST_FALL = (
-    0.05  # of the loss, over no_learning_updates: what a run that learns is expected to reach
-)
-
-
-@dataclass(frozen=True)
-class Signals:
-    """The numbers of an update that every rank knows before the step.
-
-    All are finite: health.decision has checked that.
-    """
-
-    update: int
-    lr: float
-    rows: int  # of the window, over all ranks
-    supervised_tokens: int  # N
-    loss_nats: float  # global token mean
-    grad_norm: float  # |g|, before clipping
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something unusual about an update, in words and in numbers."""
-
-    kind: Kind
-    message: str
-    details: dict[str, float | int] = field(default_factory=dict)
-
-
-class Entry(NamedTuple):
-    """A whole window that was taken in."""
-
-    update: int
-    log_norm: float
-    log_loss: float
 
 
 class Detectors:
@@ -131,13 +98,10 @@ class Detectors:
         self.low_in_a_row = 0
         self.highest = -math.inf  # level of log(norm / loss) over a window
         self.start: list[float] = []  # loss_nats of the first updates
-        self.above_in_a_row = (
-            0  # whole updates up to now whose loss was above what the run began with
-        )
+        self.above_in_a_row = 0  # whole updates up to now with a loss above the run's first ones
         self.above_since: int | None = None  # the first of them
-        self.losses: list[
-            tuple[int, float]
-        ] = []  # (update, loss_nats) since warmup, or since the last finding of no_learning
+        # (update, loss_nats) since warmup, or since the last finding of no_learning
+        self.losses: list[tuple[int, float]] = []
 
     def look(self, signals: Signals) -> tuple[Finding, ...]:
         """Find unusual things about the update; change nothing."""
@@ -199,11 +163,14 @@ class Detectors:
         return math.exp(math.fsum(entry.log_norm for entry in self.window) / len(self.window))
 
     def _widen(self, signals: Signals) -> float:
-        """Sigma of a tail over that of a whole window.
-
-        A tail is a mean over fewer rows.
-        """
+        """Sigma of a tail, a mean over fewer rows, over that of a whole window."""
         return math.sqrt(max(1.0, self.rows_per_update / signals.rows))
+
+    def _forecast(
+        self, values: list[float], signals: Signals, value: float, widen: float = 1.0
+    ) -> Forecast:
+        updates = [entry.update for entry in self.window]
+        return forecast(updates, values, signals.update, value, widen)
 
     def _spikes(self, signals: Signals) -> tuple[Finding | None, ...]:
         return (
@@ -219,13 +186,7 @@ class Detectors:
         # may lie higher.
         widen = self._widen(signals)
         log_norm = math.log(signals.grad_norm / widen)
-        seen = forecast(
-            [e.update for e in self.window],
-            [e.log_norm for e in self.window],
-            signals.update,
-            log_norm,
-            widen,
-        )
+        seen = self._forecast([entry.log_norm for entry in self.window], signals, log_norm, widen)
         if log_norm - seen.expected < math.log(NORM_FACTOR) or seen.above > self.false_alarm_rate:
             return None
         return self._spike(
@@ -233,15 +194,8 @@ class Detectors:
         )
 
     def _loss_spike(self, signals: Signals) -> Finding | None:
-        log_loss = entry_of(signals).log_loss
-        widen = self._widen(signals)
-        seen = forecast(
-            [e.update for e in self.window],
-            [e.log_loss for e in self.window],
-            signals.update,
-            log_loss,
-            widen,
-        )
+        log_loss, widen = entry_of(signals).log_loss, self._widen(signals)
+        seen = self._forecast([entry.log_loss for entry in self.window], signals, log_loss, widen)
         small = (
             log_loss - seen.expected < math.log(LOSS_FACTOR)
             or signals.loss_nats - math.exp(seen.expected) < LOSS_NATS
@@ -259,27 +213,15 @@ class Detectors:
     def _spike(
         self, kind: Kind, what: str, value: float, signals: Signals, seen: Forecast
     ) -> Finding:
-        usual, chance = math.exp(seen.expected), seen.above
-        tail = (
-            f"; a tail of {signals.rows} of {self.rows_per_update} rows, allowed for"
-            if signals.rows < self.rows_per_update
-            else ""
+        return spike(
+            kind,
+            what,
+            value,
+            signals,
+            seen,
+            window_updates=len(self.window),
+            rows_per_update=self.rows_per_update,
         )
-        message = (
-            f"{what} is {value / usual:.3g} times the {usual:.4g} that the last "
-            f"{len(self.window)} sound updates lead to expect: "
-            f"t = {seen.t:.3g} where they scatter by {seen.sigma:.1%}, which a sound "
-            f"update reaches with chance {chance:.1g}{tail}"
-        )
-        details = {
-            "value": value,
-            "expected": usual,
-            "sigma_log": seen.sigma,
-            "t": seen.t,
-            "degrees": seen.degrees,
-            "chance": chance,
-        }
-        return Finding(kind, message, {**details, "window_updates": len(self.window)})
 
     def _fell(self, signals: Signals) -> bool:
         """Norm / loss lies improbably far below the window's forecast.
@@ -293,9 +235,7 @@ class Detectors:
         ):
             return False
         value = ratio(entry_of(signals))
-        seen = forecast(
-            [e.update for e in self.window], [ratio(e) for e in self.window], signals.update, value
-        )
+        seen = self._forecast([ratio(entry) for entry in self.window], signals, value)
         return value - seen.expected < math.log(FELL) and seen.below < self.false_alarm_rate
 
     def _vanished(self, signals: Signals) -> bool:
@@ -318,28 +258,12 @@ class Detectors:
         if signals.grad_norm == 0:
             if signals.loss_nats < LEAST_LOSS_NATS or self.low_in_a_row >= VANISHING_UPDATES:
                 return None
-            message = (
-                f"the gradient is exactly 0 and the loss {signals.loss_nats:.4g} nats a "
-                "token: nothing reaches the adapters"
-            )
-            return Finding(
-                "vanishing_gradient", message, {"value": 0.0, "loss_nats": signals.loss_nats}
-            )
+            return no_gradient(signals)
         if signals.rows < self.rows_per_update or self.low_in_a_row != VANISHING_UPDATES - 1:
             return None
         if not self._fell(signals) and not self._vanished(signals):
             return None
-        usual = math.exp(self.highest) * max(signals.loss_nats, LEAST_LOSS_NATS)
-        message = (
-            f"gradient norm {signals.grad_norm:.4g} at a loss of {signals.loss_nats:.4g} "
-            f"nats a token, {VANISHING_UPDATES} updates in a row "
-            f"far below the {usual:.4g} that the run has had at its highest for such a loss"
-        )
-        return Finding(
-            "vanishing_gradient",
-            message,
-            {"value": signals.grad_norm, "expected": usual, "loss_nats": signals.loss_nats},
-        )
+        return vanished(signals, self.highest, VANISHING_UPDATES)
 
     def _above(self, signals: Signals) -> bool:
         """The loss lies far above the run's first ones.
@@ -358,19 +282,8 @@ class Detectors:
         """
         if self.above_in_a_row != DIVERGED_UPDATES - 1 or not self._above(signals):
             return None
-        began, since = self.start[0], self.above_since or signals.update
-        message = (
-            f"loss {signals.loss_nats:.4g} nats a token: since update {since}, "
-            f"{DIVERGED_UPDATES} whole updates in a row, it has stood "
-            f"far above the {began:.4g} that the run began with; training has diverged at "
-            f"lr = {signals.lr:.3g}, and a lower optimizer.lr or a "
-            "longer warmup is the cure"
-        )
-        return Finding(
-            "diverged",
-            message,
-            {"value": signals.loss_nats, "start_nats": began, "lr": signals.lr, "since": since},
-        )
+        since = self.above_since or signals.update
+        return diverged(signals, self.start[0], since, DIVERGED_UPDATES)
 
     def _no_learning(self, signals: Signals) -> Finding | None:
         """A loss that is shown to be flat.
@@ -380,44 +293,15 @@ class Detectors:
         losses = self._losses_with(signals)
         if len(losses) < self.no_learning_updates or len(self.start) < START_UPDATES // 2:
             return None
-        values = [loss for _, loss in losses]
-        line = fit([update for update, _ in losses], values)
-        updates = losses[-1][0] - losses[0][0]
-        fall, error = -line.slope * updates, line.sigma / math.sqrt(line.spread) * updates
-        newer = values[len(values) // 2 :]
-        start = math.fsum(self.start) / len(self.start)
-        since_start = start - math.fsum(newer) / len(newer)
-        start_error = line.sigma * math.sqrt(1 / len(self.start) + 1 / len(newer))
-        falls = (
-            fall > 0 or fall + 3 * error > LEAST_FALL * line.mean_y or since_start > start_error / 2
-        )
-        if line.mean_y < LEARNED_NATS or falls:
-            return None
-        message = (
-            f"the loss has not fallen over the {updates} updates to {signals.update}: by "
-            f"{fall:.3g} +- {error:.2g} nats at a mean of "
-            f"{line.mean_y:.4g}, and it began at {start:.4g}, while lr was above 0 (now "
-            f"{signals.lr:.3g})"
-        )
-        numbers = {
-            "fall_nats": fall,
-            "error_nats": error,
-            "mean_nats": line.mean_y,
-            "start_nats": start,
-            "updates": updates,
-        }
-        return Finding("no_learning", message, numbers)
+        return not_learning(signals, losses, self.start)
 
     def _losses_with(self, signals: Signals) -> list[tuple[int, float]]:
         """The losses that no_learning compares, with this update's.
 
         It is left out if it is a tail or trains nothing.
         """
-        if (
-            signals.update <= self.warmup_updates
-            or signals.lr <= 0
-            or signals.rows < self.rows_per_update
-        ):
+        trains = signals.update > self.warmup_updates and signals.lr > 0
+        if not trains or signals.rows < self.rows_per_update:
             return []
         return [*self.losses, (signals.update, signals.loss_nats)][-self.no_learning_updates :]
 
@@ -442,43 +326,19 @@ class Detectors:
             losses = [(int(update), _finite(loss)) for update, loss in state["losses"]]
             start = [_finite(loss) for loss in state["start"]]
             highest = -math.inf if state["highest"] is None else _finite(state["highest"])
-            low, above, since = (
-                int(state["low_in_a_row"]),
-                int(state.get("above_in_a_row", 0)),
-                state.get("above_since"),
-            )
+            low, above = int(state["low_in_a_row"]), int(state.get("above_in_a_row", 0))
+            since = state.get("above_since")
             since = int(since) if above and since is not None else None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"detectors: the saved state is malformed ({error!r}); leave it out to "
                 "start their windows anew"
             ) from None
-        self.window, self.unusual = (
-            window[-self.window_updates :],
-            unusual[-NEW_LEVEL_UPDATES + 1 :],
-        )
+        self.window = window[-self.window_updates :]
+        self.unusual = unusual[-NEW_LEVEL_UPDATES + 1 :]
         self.losses = losses[-self.no_learning_updates :]
         self.start, self.highest, self.low_in_a_row = start, highest, low
         self.above_in_a_row, self.above_since = above if since else 0, since
-
-
-def entry_of(signals: Signals) -> Entry:
-    """An update with a gradient, as the windows hold it."""
-    return Entry(
-        signals.update,
-        math.log(signals.grad_norm or 1.0),
-        math.log(max(signals.loss_nats, LEAST_LOSS_NATS)),
-    )
-
-
-def ratio(entry: Entry) -> float:
-    """log(norm / loss)."""
-    return entry.log_norm - entry.log_loss
-
-
-def level(window: Sequence[Entry]) -> float:
-    """Mean of log(norm / loss)."""
-    return math.fsum(map(ratio, window)) / len(window)
 
 
 def _finite(value: Any) -> float:

@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from glassloop.health.stability import Finding
+from glassloop.health.signals import Finding
 from glassloop.loop.ranks import STARTED_BY
 
 CALL = "caller: Your card is blocked. Read me the code that we just sent you."

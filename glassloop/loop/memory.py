@@ -88,7 +88,7 @@ def choose_pass_tokens(
     As asked; else as plan.json has it; else as memory allows.
 
     Args:
-        model: the loaded model's config. before: plan.json of the run that goes on; empty for a new
+        model: the loaded model's config. before: plan.json of the run to resume; empty for a new
             one.
     """
     asked = pass_tokens_for(config, None, None)
@@ -97,7 +97,7 @@ def choose_pass_tokens(
     if before:
         return int(
             before.get("pass_tokens") or asked
-        )  # one from before passes were chosen goes on as it began
+        )  # one from before passes were chosen keeps its own
     free = torch.cuda.mem_get_info(device)[0] // ranks_on(device)
     most = pass_tokens_for(
         config,

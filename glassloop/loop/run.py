@@ -7,31 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config.config import Config, as_dict
+from glassloop.config.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.rows import Example, Row
 from glassloop.disk.lock import FolderLock
 from glassloop.formula.dist import gather_objects
 from glassloop.health.decision import Outcome
 from glassloop.health.inspection import Inspection
+from glassloop.loop.between import evaluate_run, publish_checkpoint
 from glassloop.loop.claim import release
 from glassloop.loop.commands import generate_command, launch_command, replay_command, replay_of
-from glassloop.loop.evaluation import Answer, answer_together, evaluate
-from glassloop.loop.generation import EvaluationSetup, EvaluationStopped
+from glassloop.loop.generation import EvaluationStopped
 from glassloop.loop.replica import Replica
 from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.loop.watchdog import Watchdog
 from glassloop.plan.contract import Contract
 from glassloop.plan.steps import StepPlan
 from glassloop.record.observers import Observer, RunInfo
-from glassloop.record.records import EvaluationRecord, Event, SampleRecord
+from glassloop.record.records import Event
 from glassloop.saved.changes import Notice
-from glassloop.saved.checkpoint import save_checkpoint
-from glassloop.saved.run_state import RunState
 from glassloop.saved.state import rng_state
 
 if TYPE_CHECKING:
@@ -112,10 +110,7 @@ class Run:
         for notice in self.changes:
             self.event(done, notice.kind, notice.message, **notice.details)
         if self.config.resume.at is not None:
-            self.save(
-                done
-                # again: it is the newest now, and knows the windows that are left out
-            )
+            self.save(done)  # again: it is the newest now, and knows what is left out
         if done == 0:
             self.evaluate(0)
 
@@ -197,7 +192,7 @@ class Run:
         """
         self.does(update, "evaluates")
         try:
-            self._evaluate(update)
+            evaluate_run(self, update)
         except EvaluationStopped:
             self.event(
                 update,
@@ -205,64 +200,6 @@ class Run:
                 f"the evaluation after update {update} was dropped: a stop was asked",
                 f"glassloop evaluate {self.folder}" if update else None,
             )
-
-    def _evaluate(self, update: int) -> None:
-        """Held-out loss and scores, and the samples at both ends of the run."""
-        settings = self.config.evaluation
-        setup = EvaluationSetup(
-            template=self.template,
-            tokenizer=self.tokenizer,
-            stop_ids=tuple(self.template.stop_ids),
-            pad_id=self.replica.pad_id,
-            batch_size=self.config.batch.size,
-            max_new_tokens=settings.max_new_tokens,
-            device=self.replica.device,
-            autocast=self.accelerator.autocast,  # type: ignore[arg-type]  # its own default is None
-            rank=self.replica.rank,
-            ranks=self.replica.ranks,
-            stopped=lambda: self.stop.asked,
-        )
-        answers: list[Answer] = []
-        if self.heldout:
-            # Fresh adapters change nothing, so the scores before the first update are the base's.
-            fresh = update == 0 and self.config.model.init_adapter is None
-            record, answers = evaluate(
-                self.replica.plain_engine,
-                self.heldout,
-                self.heldout_examples,
-                setup,
-                generate_rows=settings.generate_rows,
-                with_base=not fresh and self.base_scores is None,
-                update=update,
-                attempt=self.attempt,
-            )
-            self.base_scores = record.scores if fresh else (self.base_scores or record.base)
-            self._tell(replace(record, base=self.base_scores))
-        if update in (0, self.plan.updates) and settings.samples:
-            if not answers and self.sample_examples:
-                answers = answer_together(self.replica.plain_engine.hf, self.sample_examples, setup)
-            for answer in answers[: settings.samples]:
-                self._show(answer, update)
-
-    def _tell(self, record: EvaluationRecord) -> None:
-        self.heldout_nats = (record.update, record.loss_nats)
-        for observer in self.observers:
-            observer.on_evaluation(record)
-
-    def _show(self, answer: Answer, update: int) -> None:
-        base = update == 0 and self.config.model.init_adapter is None
-        sample = SampleRecord(
-            update,
-            answer.row_id,
-            base,
-            answer.prompt,
-            answer.reference,
-            answer.answer,
-            answer.tokens,
-            self.attempt,
-        )
-        for observer in self.observers:
-            observer.on_sample(sample)
 
     def save(self, update: int) -> bool:
         """Publish a checkpoint after `update` updates. All ranks take part.
@@ -276,43 +213,8 @@ class Run:
         rng_states = gather_objects(rng_state(self.replica.device))
         failure = None
         if self.replica.rank == 0:
-            state = RunState(
-                update=update,
-                epoch=max(update - 1, 0) // self.plan.windows_per_epoch,
-                world_size=self.replica.ranks,
-                base_hash=self.replica.plain_engine.report.base_hash,
-                config=as_dict(self.config),
-                attempt=self.attempt,
-                loss_scale=self.replica.scale.value,
-                finite_updates=self.replica.scale.finite_updates,
-                heldout_loss_nats=self.heldout_nats[1] if self.heldout_nats[0] == update else None,
-                tracker_ids=self.tracker_ids(),
-                details={
-                    **self.inspection.state(),
-                    "halvings": self.batches.halvings,
-                    "tiers": self.tiers,
-                },
-            )
             try:
-                # first: where a checkpoint stands, the records of its updates stand too
-                self.sync_records()
-                saved = save_checkpoint(
-                    self.folder / "checkpoints",
-                    state,
-                    adapters=self.replica.adapters,
-                    peft_model=self.replica.plain_engine.hf,
-                    tokenizer=self.tokenizer,
-                    chat_template=self.template.chat_template,
-                    base_id=self.replica.plain_engine.report.name,
-                    base_revision=self.replica.plain_engine.report.commit,
-                    optimizer=self.replica.optimizer,
-                    rng_states=rng_states,
-                    keep=self.config.checkpoint.keep,
-                )
-                best = " (best held-out loss so far)" if saved.best == saved.path else ""
-                self.event(update, "checkpoint", f"saved {saved.path}{best}")
-                for note in saved.notes:
-                    self.event(update, "warning", note)
+                publish_checkpoint(self, update, rng_states)
             except OSError as error:  # CheckpointNotSaved is one
                 failure = str(error)
                 self.event(update, "warning", failure)
@@ -359,8 +261,6 @@ class Run:
         """End because the run is not what it has to be.
 
         Exit code 1. Nothing is saved: what is in memory cannot be trusted.
-
-        Nothing is saved: what is in memory cannot be trusted.
         """
         self.event(
             self.at,

@@ -3,7 +3,7 @@
 A rank whose partner is gone, or that waits too long, ends itself and says why.
 
 A collective whose partner died may wait for ever (NCCL) or fail at once (gloo). Positions lie in
-the run's folder, one small file a rank, written once a second by a thread that goes on while the
+the run's folder, one small file a rank, written once a second by a thread that runs on while the
 main thread waits. Ranks on hosts that do not share that folder are not seen; for them
 execution.collective_timeout_s decides alone.
 """

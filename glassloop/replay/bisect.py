@@ -16,7 +16,8 @@ import torch
 
 from glassloop.data.batches import Window, build_pass
 from glassloop.data.rows import IGNORE, Row
-from glassloop.replay.layers import LayerFinding, MatrixStat, inspect_layers
+from glassloop.replay.layers import LayerFinding, inspect_layers
+from glassloop.replay.matrices import MatrixStat
 from glassloop.replay.progress import Tell, silent
 from glassloop.replay.replica import Parts
 from glassloop.replay.reproduce import Carried, Scene, carry_out, enter, replayed

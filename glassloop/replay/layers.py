@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -22,32 +22,12 @@ from glassloop.data.batches import Window, build_pass
 from glassloop.data.rows import Pass, Row
 from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import l2_norm
+from glassloop.replay.matrices import MatrixStat, compare, norms, over
 from glassloop.replay.replica import Parts
 from glassloop.replay.reproduce import Scene, carry_out, enter, fitting_rng
 from glassloop.saved.state import restore_rng
 
 OFF = 10.0  # a norm that is this many times what it is compared with names its layer
-MATRIX = re.compile(r"layers\.(\d+)\.(?:\w+\.)*?(\w+)\.lora_([AB])\.")
-
-
-@dataclass(frozen=True)
-class MatrixStat:
-    """One adapter matrix; factors are over the reference.
-
-    A factor is None if the reference is 0 or unknown.
-    """
-
-    layer: int
-    projection: str
-    side: str  # "A" | "B"
-    grad_norm: float
-    weight_norm: float
-    grad_factor: float | None
-    weight_factor: float | None
-
-    @property
-    def name(self) -> str:
-        return f"layer {self.layer} {self.projection} {self.side}"
 
 
 @dataclass(frozen=True)
@@ -89,13 +69,13 @@ def inspect_layers(
     if healthy is not None:
         parts, n = enter(healthy), healthy.supervised_tokens
         carry_out(parts, healthy.rows, healthy.window, n, healthy.state.rng_states)
-        healthy_norms = _norms(parts)
+        healthy_norms = norms(parts)
         healthy_outputs = _outputs(parts, healthy.rows, healthy.window, healthy.state.rng_states[0])
     else:
         healthy_outputs = []
     parts = enter(scene)
     carry_out(parts, scene.rows, window, scene.supervised_tokens, rng_states)
-    matrices = compare(_norms(parts), healthy_norms)
+    matrices = compare(norms(parts), healthy_norms)
     outputs = _outputs(parts, scene.rows, window, rng_states[0])
     found = (
         _not_finite(outputs, matrices)
@@ -103,97 +83,6 @@ def inspect_layers(
         or _outputs_off(outputs, healthy_outputs)
     )
     return matrices, found or _gradients_off(matrices, healthy)
-
-
-def _norms(parts: Parts) -> list[MatrixStat]:
-    """Norms of every adapter matrix of a numbered layer, gradients unscaled."""
-    stats = []
-    for name, place in parts.replica.adapters.slices.items():
-        if (found := MATRIX.search(name)) is not None:
-            weight, grad = (
-                l2_norm(place.of(flat)).item()
-                for flat in (parts.replica.adapters.flat.data, parts.replica.adapters.grad)
-            )
-            stats.append(
-                MatrixStat(
-                    int(found[1]),
-                    found[2],
-                    found[3],
-                    grad / parts.replica.scale.value,
-                    weight,
-                    None,
-                    None,
-                )
-            )
-    return stats
-
-
-def compare(
-    stats: Sequence[MatrixStat], healthy: Sequence[MatrixStat] | None
-) -> tuple[MatrixStat, ...]:
-    """The stats with their factors.
-
-    Over the healthy update's own, after division by what most matrices of that side grew by: B
-    starts at 0 and grows in every layer, and a larger loss raises every gradient. The lower
-    quartile stands for most, so that one layer of two cannot hide. Without a healthy update: over
-    the median of the same projection and side in the other layers.
-    """
-    if healthy is None:
-        return tuple(
-            replace(
-                s,
-                weight_factor=_over(
-                    s.weight_norm, _middle([o.weight_norm for o in stats if _same_elsewhere(o, s)])
-                ),
-                grad_factor=_over(
-                    s.grad_norm, _middle([o.grad_norm for o in stats if _same_elsewhere(o, s)])
-                ),
-            )
-            for s in stats
-        )
-    before = {(h.layer, h.projection, h.side): h for h in healthy}
-    grown = []
-    for s in stats:
-        h = before.get((s.layer, s.projection, s.side))
-        weight, grad = (
-            (None, None)
-            if h is None
-            else (_over(s.weight_norm, h.weight_norm), _over(s.grad_norm, h.grad_norm))
-        )
-        grown.append(replace(s, weight_factor=weight, grad_factor=grad))
-    result = []
-    for s in grown:
-        weight, grad = (
-            _most([getattr(o, field) for o in grown if o.side == s.side])
-            for field in ("weight_factor", "grad_factor")
-        )
-        result.append(
-            replace(
-                s,
-                weight_factor=None if s.weight_factor is None else _over(s.weight_factor, weight),
-                grad_factor=None if s.grad_factor is None else _over(s.grad_factor, grad),
-            )
-        )
-    return tuple(result)
-
-
-def _same_elsewhere(a: MatrixStat, b: MatrixStat) -> bool:
-    return (a.projection, a.side) == (b.projection, b.side) and a.layer != b.layer
-
-
-def _middle(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return median(finite) if finite else 0.0
-
-
-def _most(factors: Sequence[float | None]) -> float:
-    """Lower quartile of the factors that are numbers, or 0."""
-    known = sorted(factor for factor in factors if factor is not None and math.isfinite(factor))
-    return known[len(known) // 4] if known else 0.0
-
-
-def _over(value: float, reference: float) -> float | None:
-    return value / reference if reference > 0 else None
 
 
 @torch.no_grad()
@@ -378,7 +267,7 @@ def _outputs_off(outputs: Sequence[Output], healthy: Sequence[Output]) -> LayerF
             and _layer(o.module) not in (None, layer)
         ]
         reference = before.get(output.module) or (median(others) if others else 0.0)
-        factor = _over(output.gain, reference)
+        factor = over(output.gain, reference)
         if factor is not None and factor >= OFF and (worst is None or factor > worst[0]):
             worst = factor, output
     if worst is None:

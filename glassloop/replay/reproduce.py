@@ -1,8 +1,7 @@
 """A recorded update computed again on one process, and compared.
 
-Each rank of the run becomes a virtual one: it gets its own random numbers and passes, and its share
-of g is summed in rank order. The passes go through the training loop's own run_passes. Nothing is written: no run folder, no observer, no
-tracker.
+Each rank of the run becomes a virtual one with its own random numbers and passes; the shares of g
+are summed in rank order. Passes go through the loop's own run_passes. Nothing is written.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from glassloop.saved import state as snapshots
 
 ULP = 2.0**-23  # relative size of fp32's last bit
 FLOOR_FACTOR = (
-    4  # a number reproduces if it is off by no more than this many times what two replays differ by
+    4  # a number reproduces if it is off by at most so many times two replays' difference
 )
 
 
@@ -42,7 +41,7 @@ class Scene:
     max_grad_norm: float | None
     recorded: Mapping[str, float]  # what is on record, under the names of `numbers`
     origin: str  # where the state comes from, for people
-    updates_rerun: int = 0  # updates that were carried out to get here
+    updates_rerun: int = 0  # updates that were re-run to get here
 
     @property
     def supervised_tokens(self) -> int:
@@ -121,9 +120,7 @@ def carry_out(
 ) -> Carried:
     """Run the passes of all ranks, one rank after the other.
 
-    Their sum is in the flat gradient afterwards.
-
-    Two shares add up to the same bits in any order; a collective of more ranks orders its sum
+    Their sum is in the flat gradient afterwards. Two shares add up to the same bits in any order; a collective of more ranks orders its sum
     itself. Raises ValueError if memory runs out.
 
     Args:
@@ -212,9 +209,10 @@ def loss_now(
 
 def step(parts: Parts, clip: float) -> None:
     """theta <- optimizer(theta, clip * g), as the loop does it."""
-    if clip != parts.replica.scale.value:
-        parts.replica.adapters.grad.mul_(clip / parts.replica.scale.value)
-    parts.replica.optimizer.step()
+    replica = parts.replica
+    if clip != replica.scale.value:
+        replica.adapters.grad.mul_(clip / replica.scale.value)
+    replica.optimizer.step()
 
 
 def clip_of(scene: Scene, norm: float) -> float:
@@ -239,7 +237,7 @@ class Compared:
     # same way
     off: float
     # FLOOR_FACTOR x what two replays differ by in this number (fp32's last bit at least), x updates
-    # carried out
+    # re-run
     allowed: float
 
     @property
@@ -249,7 +247,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The update twice, and what is on record of it."""
+    """The update twice, beside its record."""
 
     first: Carried
     loss_floor: float  # relative difference of the loss of two replays

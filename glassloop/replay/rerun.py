@@ -28,7 +28,7 @@ from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import chooses_passes, pass_tokens_for
 from glassloop.record.reading import Record, file_of, number, row_records
 from glassloop.replay.replica import Parts, make_parts, state_of
-from glassloop.replay.reproduce import Scene, carry_out, recorded_numbers, relative, step
+from glassloop.replay.reproduce import Carried, Scene, carry_out, recorded_numbers, relative, step
 from glassloop.saved.checkpoint import load_checkpoint, read_state
 from glassloop.saved.resuming import read_plan
 from glassloop.saved.run_state import RunState
@@ -73,54 +73,28 @@ def rerun(
         )
     ranks = len(record["rank_passes"])
     rows, pad_id, digest = load_rows(config)
+    batches = _batches(folder, record, rows, config)
     lines = row_records(folder)
-    plan = plan_of(config, len(rows), ranks)
-    planned = read_plan(folder, file_of(folder, record, "plan.json"))
-    chosen = planned.get("pass_tokens") if chooses_passes(config) else None
-    pass_tokens = chosen or pass_tokens_for(config, None, None)
-    batches = Batches(
-        rows,
-        plan,
-        config.seed,
-        config.execution.layout,
-        pass_tokens,
-        config.record.probe_every_updates,
-    )
-    windows = {
-        u: window_of(batches, chain[u], lines.get((u, chain[u]["attempt"]), [])) for u in chain
-    }
+    of_rows = {u: lines.get((u, chain[u]["attempt"]), []) for u in chain}
+    windows = {u: window_of(batches, chain[u], of_rows[u]) for u in chain}
     notes += _other_rows(folder, digest)
     parts = make_parts(config, None, pad_id=pad_id, rows=rows)
     done, rng_states, origin = _start(folder, chain, parts, ranks, overrides, notes)
-    if missing := [u for u in range(done + 1, update) if u not in chain]:
+    between = range(done + 1, update)
+    if missing := [u for u in between if u not in chain]:
         raise ValueError(
             f"{folder} has no record of update {missing[0]}, which lies between {origin} "
             f"and update {update}"
         )
-    say(
-        f"from {origin}"
-        + (
-            f"; updates {done + 1} to {update - 1} are carried out again on the way"
-            if done < update - 1
-            else ""
-        )
-    )
+    way = f"; updates {done + 1} to {update - 1} are re-run on the way" if len(between) else ""
+    say(f"from {origin}{way}")
     on_the_way = []
-    for u in range(done + 1, update):
+    for u in between:
         if not sum(chain[u]["rank_passes"]):
             continue  # left out, or nothing supervised: it moved nothing
-        parts.replica.scale.value = number(chain[u]["loss_scale"]) or 1.0
-        parts.replica.optimizer.param_groups[0]["lr"] = chain[u]["lr"]
-        carried = carry_out(parts, rows, windows[u], chain[u]["supervised_tokens"], rng_states)
+        carried = _do_again(parts, rows, windows[u], chain[u], rng_states)
         rng_states = carried.rng_after
-        if chain[u]["action"] == "applied":
-            step(parts, 1.0 if chain[u]["clip_coef"] is None else chain[u]["clip_coef"])
-        loss, norm = number(chain[u]["loss_nats"]), number(chain[u]["grad_norm_pre_clip"])
-        assert loss is not None
-        assert norm is not None
-        on_the_way.append(
-            OnTheWay(u, relative(carried.loss_nats, loss), relative(carried.grad_norm, norm))
-        )
+        on_the_way.append(_compared(carried, chain[u]))
         say(
             f"  update {u}: loss {carried.loss_nats:.6f}, gradient norm "
             f"{carried.grad_norm:.6f}; {_off(on_the_way[-1])}"
@@ -132,7 +106,7 @@ def rerun(
         update=update,
         window=windows[update],
         rows=rows,
-        row_names=tuple(f"row {number}" if none else row.row_id for number, row in enumerate(rows)),
+        row_names=tuple(f"row {index}" if none else row.row_id for index, row in enumerate(rows)),
         state=state_of(parts, rng_states),
         lr=record["lr"],
         max_grad_norm=config.optimizer.max_grad_norm,
@@ -140,19 +114,60 @@ def rerun(
         origin=origin,
         updates_rerun=len(on_the_way),
     )
-    row_losses = [
-        float(line["loss_sum_nats"]) for line in lines.get((update, record["attempt"]), [])
-    ]
-    rank_losses = [number(value) for value in record["rank_loss_nats"]]
-    rank_norms = (
-        None
-        if record["rank_grad_norm"] is None
-        else [float(value) for value in record["rank_grad_norm"]]
+    return _with_record(scene, record, of_rows[update]), tuple(on_the_way)
+
+
+def _batches(folder: Path, record: Record, rows: tuple[Row, ...], config: Config) -> Batches:
+    """The run's windows and passes, packed as they were when the update ran."""
+    planned = read_plan(folder, file_of(folder, record, "plan.json"))
+    chosen = planned.get("pass_tokens") if chooses_passes(config) else None
+    return Batches(
+        rows,
+        plan_of(config, len(rows), len(record["rank_passes"])),
+        config.seed,
+        config.execution.layout,
+        chosen or pass_tokens_for(config, None, None),
+        config.record.probe_every_updates,
     )
+
+
+def _do_again(
+    parts: Parts,
+    rows: tuple[Row, ...],
+    window: Window,
+    record: Record,
+    rng_states: tuple[dict[str, Any], ...],
+) -> Carried:
+    """Run an update on the way; apply it if the run applied it, with its clip coefficient."""
+    parts.replica.scale.value = number(record["loss_scale"]) or 1.0
+    parts.replica.optimizer.param_groups[0]["lr"] = record["lr"]
+    carried = carry_out(parts, rows, window, record["supervised_tokens"], rng_states)
+    if record["action"] == "applied":
+        step(parts, 1.0 if record["clip_coef"] is None else record["clip_coef"])
+    return carried
+
+
+def _compared(carried: Carried, record: Record) -> OnTheWay:
     loss, norm = number(record["loss_nats"]), number(record["grad_norm_pre_clip"])
-    return replace(
-        scene, recorded=recorded_numbers(scene, loss, norm, rank_losses, rank_norms, row_losses)
-    ), tuple(on_the_way)
+    assert loss is not None
+    assert norm is not None
+    return OnTheWay(
+        record["update"], relative(carried.loss_nats, loss), relative(carried.grad_norm, norm)
+    )
+
+
+def _with_record(scene: Scene, record: Record, lines: list[Record]) -> Scene:
+    """The scene with the numbers on record; `lines` are the update's of rows.jsonl."""
+    norms = record["rank_grad_norm"]
+    numbers = recorded_numbers(
+        scene,
+        number(record["loss_nats"]),
+        number(record["grad_norm_pre_clip"]),
+        [number(value) for value in record["rank_loss_nats"]],
+        None if norms is None else [float(value) for value in norms],
+        [float(line["loss_sum_nats"]) for line in lines],
+    )
+    return replace(scene, recorded=numbers)
 
 
 def _off(one: OnTheWay) -> str:

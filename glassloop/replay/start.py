@@ -2,7 +2,7 @@
 
 From its capsule, else from the nearest earlier checkpoint, else from the beginning.
 
-What lies between is carried out again and compared with the record on the way. Whether an update
+What lies between is re-run and compared with the record on the way. Whether an update
 was applied, and with which clip coefficient, is taken from its record, so that skips and reactions
 of the run are repeated and not decided anew.
 """

@@ -326,7 +326,7 @@ def _check_same_run(
     if state.world_size != world_size:
         cure = (
             f"start {state.world_size} (accelerate launch --num_processes "
-            f"{state.world_size}), or go on with {world_size}: --resume.reshape"
+            f"{state.world_size}), or resume with {world_size}: --resume.reshape"
         )
         raise ValueError(
             f"it was saved by {state.world_size} ranks, this run has {world_size}: {cure}"

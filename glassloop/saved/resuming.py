@@ -156,7 +156,7 @@ def position(
     if state.update >= plan.updates:
         raise ValueError(
             f"resume.run = {checkpoint.parent.parent} has done all of its {plan.updates} "
-            "updates: there is nothing to go on with; "
+            "updates: there is nothing to resume; "
             f"to train further, name more: schedule.updates={2 * plan.updates}; to begin "
             "a new schedule from its adapter, start a run with "
             f"--init_adapter {checkpoint}"
@@ -219,6 +219,6 @@ def read_plan(folder: Path, name: str = "plan.json") -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}): put back a copy, or remove it to go on without "
+            f"{path} is damaged ({error}): put back a copy, or remove it to resume without "
             "its rows' digest"
         ) from None

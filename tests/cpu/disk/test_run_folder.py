@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glassloop.disk.lock import LOCK, FolderMoved, Held
-from glassloop.loop import build
+from glassloop.loop import build, starting
 from train_loop import train
 
 
@@ -33,14 +33,14 @@ def test_a_second_run_of_the_name_is_refused_before_it_reads_data_or_model(run_o
 
 
 def test_a_run_that_began_and_ended_just_before_the_lock_is_left_alone(run_of, monkeypatch):
-    genuine = build.claim
+    genuine = starting.claim
 
     def late(folder, *args, **options):
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("theirs")
         return genuine(folder, *args, **options)
 
-    monkeypatch.setattr(build, "claim", late)
+    monkeypatch.setattr(starting, "claim", late)
     with pytest.raises(
         ValueError, match=r"run\.name = one: \S+ already holds a run; choose another name"
     ) as refused:

@@ -17,7 +17,7 @@ from glassloop.data.rows import Row
 from glassloop.engines.build import build_engine
 from glassloop.engines.peft import PeftEngine
 from glassloop.formula.optim import FlatAdapters
-from glassloop.loop import build, proving
+from glassloop.loop import proving, starting
 from glassloop.plan.engine import Choice
 
 pytestmark = pytest.mark.skipif(
@@ -195,7 +195,7 @@ def by_shape(self, linear):
 @pytest.fixture
 def auto_takes_fused(monkeypatch):
     """As on a GPU."""
-    monkeypatch.setattr(build, "engine_here", lambda *_: Choice("fused"))
+    monkeypatch.setattr(starting, "engine_here", lambda *_: Choice("fused"))
 
 
 def test_a_run_whose_fused_engine_is_unsound_takes_peft_and_says_so(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from glassloop.health.noise import estimates
-from glassloop.health.stability import Finding
+from glassloop.health.signals import Finding
 from glassloop.loop.commands import replay_of
 
 

@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 
 from glassloop.config.config import StabilityConfig
+from glassloop.health.signals import Finding, Signals
 from glassloop.health.stability import (
     DIVERGED_UPDATES,
     LEAST_ENTRIES,
     NEW_LEVEL_UPDATES,
     VANISHING_UPDATES,
     Detectors,
-    Finding,
-    Signals,
 )
 from glassloop.stats import LEAST_SIGMA, forecast
 

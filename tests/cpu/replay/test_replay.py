@@ -20,11 +20,13 @@ from glassloop.data.rows import Row
 from glassloop.loop.run import Run
 from glassloop.record.reading import leading_to
 from glassloop.replay.bisect import Bisection, Part, bisect
-from glassloop.replay.layers import LayerFinding, MatrixStat, compare
+from glassloop.replay.layers import LayerFinding
+from glassloop.replay.matrices import MatrixStat, compare
+from glassloop.replay.prose import conclusion
 from glassloop.replay.reproduce import Compared, Reproduction, carry_out, enter, replayed
 from glassloop.replay.start import Opened, open_scene
-from glassloop.replay.text import conclusion
-from glassloop.replay.trials import (
+from glassloop.replay.trials import as_32_bit
+from glassloop.replay.verdict import (
     ADAMW,
     AS_IT_WAS,
     EAGER,
@@ -34,7 +36,6 @@ from glassloop.replay.trials import (
     PEFT,
     WITHOUT_ROW,
     Trial,
-    as_32_bit,
     judge,
 )
 from train_loop import update_once

@@ -132,7 +132,7 @@ def test_a_checkpoint_of_more_ranks_is_restored_on_fewer_and_fewer_on_more(run_o
     }
     with pytest.raises(
         ValueError,
-        match=r"saved by 1 ranks, this run has 2: start 1 .* or go on with 2: --resume\.reshape",
+        match=r"saved by 1 ranks, this run has 2: start 1 .* or resume with 2: --resume\.reshape",
     ):
         load_checkpoint(path, rank=1, world_size=2, **shared)
     import torch

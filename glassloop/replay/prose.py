@@ -14,7 +14,7 @@ from glassloop.record.printable import visible
 
 if TYPE_CHECKING:
     from glassloop.replay.bisect import Bisection, Part, TokenLoss
-    from glassloop.replay.layers import MatrixStat
+    from glassloop.replay.matrices import MatrixStat
     from glassloop.replay.reproduce import Reproduction
     from glassloop.replay.start import Opened
     from glassloop.replay.trials import Trials
@@ -59,7 +59,7 @@ def progress(line: str) -> list[str]:
 
 def opening(opened: Opened) -> list[str]:
     scene = opened.scene
-    ranks = f"{scene.ranks} ranks, carried out one after the other" if scene.ranks > 1 else "1 rank"
+    ranks = f"{scene.ranks} ranks, run one after the other" if scene.ranks > 1 else "1 rank"
     passes = sum(map(len, scene.window.passes))
     lines = wrapped("update", f"{scene.update}, from {scene.origin}")
     lines += wrapped(

@@ -1,0 +1,122 @@
+"""Evaluations and checkpoints of a run, between two updates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from glassloop.config.config import as_dict
+from glassloop.loop.evaluation import Answer, answer_together, evaluate
+from glassloop.loop.generation import EvaluationSetup
+from glassloop.record.records import EvaluationRecord, SampleRecord
+from glassloop.saved.checkpoint import save_checkpoint
+from glassloop.saved.run_state import RunState
+
+if TYPE_CHECKING:
+    from glassloop.loop.run import Run
+
+
+def evaluate_run(run: Run, update: int) -> None:
+    """Evaluate held-out rows, and answer samples at both ends of a run.
+
+    All ranks take part. Raises EvaluationStopped, on all of them, if a stop was asked.
+    """
+    settings, replica = run.config.evaluation, run.replica
+    setup = EvaluationSetup(
+        template=run.template,
+        tokenizer=run.tokenizer,
+        stop_ids=tuple(run.template.stop_ids),
+        pad_id=replica.pad_id,
+        batch_size=run.config.batch.size,
+        max_new_tokens=settings.max_new_tokens,
+        device=replica.device,
+        autocast=run.accelerator.autocast,  # type: ignore[arg-type]  # its own default is None
+        rank=replica.rank,
+        ranks=replica.ranks,
+        stopped=lambda: run.stop.asked,
+    )
+    answers: list[Answer] = []
+    if run.heldout:
+        # Fresh adapters change nothing, so the scores before the first update are the base's.
+        fresh = update == 0 and run.config.model.init_adapter is None
+        record, answers = evaluate(
+            replica.plain_engine,
+            run.heldout,
+            run.heldout_examples,
+            setup,
+            generate_rows=settings.generate_rows,
+            with_base=not fresh and run.base_scores is None,
+            update=update,
+            attempt=run.attempt,
+        )
+        run.base_scores = record.scores if fresh else (run.base_scores or record.base)
+        _tell(run, replace(record, base=run.base_scores))
+    if update in (0, run.plan.updates) and settings.samples:
+        if not answers and run.sample_examples:
+            answers = answer_together(replica.plain_engine.hf, run.sample_examples, setup)
+        for answer in answers[: settings.samples]:
+            _show(run, answer, update)
+
+
+def _tell(run: Run, record: EvaluationRecord) -> None:
+    run.heldout_nats = (record.update, record.loss_nats)
+    for observer in run.observers:
+        observer.on_evaluation(record)
+
+
+def _show(run: Run, answer: Answer, update: int) -> None:
+    sample = SampleRecord(
+        update=update,
+        row_id=answer.row_id,
+        base=update == 0 and run.config.model.init_adapter is None,
+        prompt=answer.prompt,
+        expected=answer.reference,
+        answer=answer.answer,
+        answer_tokens=answer.tokens,
+        attempt=run.attempt,
+    )
+    for observer in run.observers:
+        observer.on_sample(sample)
+
+
+def publish_checkpoint(run: Run, update: int, rng_states: list[dict[str, Any]]) -> None:
+    """Write the checkpoint after `update` updates, on rank 0.
+
+    Raises OSError if the disk refuses it or the records before it.
+    """
+    replica, report = run.replica, run.replica.plain_engine.report
+    state = RunState(
+        update=update,
+        epoch=max(update - 1, 0) // run.plan.windows_per_epoch,
+        world_size=replica.ranks,
+        base_hash=report.base_hash,
+        config=as_dict(run.config),
+        attempt=run.attempt,
+        loss_scale=replica.scale.value,
+        finite_updates=replica.scale.finite_updates,
+        heldout_loss_nats=run.heldout_nats[1] if run.heldout_nats[0] == update else None,
+        tracker_ids=run.tracker_ids(),
+        details={
+            **run.inspection.state(),
+            "halvings": run.batches.halvings,
+            "tiers": run.tiers,
+        },
+    )
+    run.sync_records()  # first: with a checkpoint, the records of its updates are on the disk
+    saved = save_checkpoint(
+        run.folder / "checkpoints",
+        state,
+        adapters=replica.adapters,
+        peft_model=replica.plain_engine.hf,
+        tokenizer=run.tokenizer,
+        chat_template=run.template.chat_template,
+        base_id=report.name,
+        base_revision=report.commit,
+        optimizer=replica.optimizer,
+        rng_states=rng_states,
+        keep=run.config.checkpoint.keep,
+    )
+    best = " (best held-out loss so far)" if saved.best == saved.path else ""
+    run.event(update, "checkpoint", f"saved {saved.path}{best}")
+    for note in saved.notes:
+        run.event(update, "warning", note)
