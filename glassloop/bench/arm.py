@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,22 @@ import torch  # noqa: E402  (its import belongs to the time from launch)
 from glassloop.bench.ceiling import matmul_ceiling  # noqa: E402
 from glassloop.bench.clock import Clock  # noqa: E402
 from glassloop.bench.machine import card_state, processor  # noqa: E402
+from glassloop.bench.observed import (  # noqa: E402
+    memory_of,
+    p2p_of,
+    passes_of,
+    shares,
+    tokens_of,
+    uuid_of,
+    wait_for,
+)
 from glassloop.bench.profile import SUMMARY, TRACE, profiled  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
-from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
+from glassloop.bench.sums import digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
 from glassloop.bench.workloads import OWN, workload  # noqa: E402
 from glassloop.config.arguments import parse  # noqa: E402
 from glassloop.config.config import Config  # noqa: E402
-from glassloop.data.batches import Batches, Window, build_pass, epoch_order  # noqa: E402
+from glassloop.data.batches import epoch_order  # noqa: E402
 from glassloop.data.rows import Row  # noqa: E402
 from glassloop.disk.environment import environment  # noqa: E402
 from glassloop.formula.dist import gather_objects, leave  # noqa: E402
@@ -92,27 +99,21 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
     run = build(spec, folder)
     if run.replica.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.replica.device)
-    uuid, tiers = _uuid(run.replica.device), getattr(run.replica.plain_engine, "tiers", None)
+    uuid, tiers = uuid_of(run.replica.device), getattr(run.replica.plain_engine, "tiers", None)
     clock = Clock(
         spec,
         signals,
         uuid=uuid,
         first_rank=run.replica.rank == 0,
-        wait=lambda: _wait(run.replica.device),
+        wait=lambda: wait_for(run.replica.device),
         rest=lambda: _rest(run, tiers),
         wake=lambda: None if tiers is None else run.replica.plain_engine.use_tiers(tiers),
     )
     records = [clocked_update(run, u, clock) for u in range(1, spec.total_updates + 1)]
-    ranks = gather_objects({"joules": clock.joules, **_memory(run.replica.device)})
+    ranks = gather_objects({"joules": clock.joules, **memory_of(run.replica.device)})
     after = card_state(uuid) if run.replica.rank == 0 else None
     run.close_observers()
     measured, seconds = [records[u - 1] for u in spec.measured_updates], clock.measured_s
-    shapes = shapes_from_config(run.replica.plain_engine.hf.config.to_dict(), spec.model)
-    ceiling = (
-        matmul_ceiling(shapes, run.replica.device)
-        if shapes is not None and run.replica.rank == 0
-        else None
-    )
     tokens = tokens_of(measured)
     return {
         "rows_digest": digest_of(run.batches.rows[row] for row in run.batches.window(1).rows),
@@ -138,26 +139,12 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
         "losses_nats": [one.loss_nats for one in records],
         "passes": list(measured[0].rank_passes),
         "tiers": run.tiers,
-        "flops": None
-        if shapes is None
-        else utilisation(
-            shapes,
-            passes_of(run.batches, spec),
-            packed=spec.layout == "packed",
-            r=spec.r,
-            targets=run.config.lora.targets,
-            checkpointing=spec.checkpointing,
-            seconds=seconds,
-            ranks=spec.ranks,
-            ceiling=ceiling,
-            kept=None if tiers is None else tiers.kept,
-            host=tiers is not None and tiers.host,
-        ),
+        "flops": flops(run, spec, seconds, tiers),
         "card": {
             "before": clock.before,
             "during": clock.during,
             "after": after,
-            "p2p": _p2p(run.replica.device),
+            "p2p": p2p_of(run.replica.device),
         },
         "machine": {
             **environment(["glassloop bench"]),
@@ -165,6 +152,29 @@ def measure(spec: Spec, folder: Path, signals: Path) -> dict[str, Any]:
             "cpu": processor(),
         },
     }
+
+
+def flops(run: Run, spec: Spec, seconds: float, tiers: Any) -> dict[str, Any] | None:
+    """FLOPs and utilisation of the measured updates; None for unknown shapes.
+
+    `tiers`: of the engine fused, None for another.
+    """
+    shapes = shapes_from_config(run.replica.plain_engine.hf.config.to_dict(), spec.model)
+    if shapes is None:
+        return None
+    return utilisation(
+        shapes,
+        passes_of(run.batches, spec),
+        packed=spec.layout == "packed",
+        r=spec.r,
+        targets=run.config.lora.targets,
+        checkpointing=spec.checkpointing,
+        seconds=seconds,
+        ranks=spec.ranks,
+        ceiling=matmul_ceiling(shapes, run.replica.device) if run.replica.rank == 0 else None,
+        kept=None if tiers is None else tiers.kept,
+        host=tiers is not None and tiers.host,
+    )
 
 
 def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
@@ -310,11 +320,6 @@ def applied_update(run: Run, u: int) -> UpdateRecord:
     return outcome.record
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _rest(run: Run, tiers: Any) -> None:
     """Give back what other arms may need of the GPU's memory.
 
@@ -325,77 +330,6 @@ def _rest(run: Run, tiers: Any) -> None:
         run.replica.plain_engine.use_tiers(replace(tiers, held=0))
     if run.replica.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def tokens_of(records: Sequence[UpdateRecord]) -> Tokens:
-    """Tokens of all ranks."""
-    real, slot = sum(one.real_tokens for one in records), sum(one.slot_tokens for one in records)
-    return Tokens(real, sum(one.supervised_tokens for one in records), slot)
-
-
-def shares(run: Run, spec: Spec, records: Sequence[UpdateRecord], total: float) -> dict[str, float]:
-    """Parts of an update's wall time on rank 0.
-
-    data: measured apart, by building the same passes once more.
-    passes: building, forward, backward and the ranks' reports, so it holds `data` and waiting for
-        other ranks.
-    reduce: sum over ranks and the norm.
-    optimizer: until it was started.
-    rest: records, observers, and the device finishing the step.
-    """
-    parts = {
-        "passes": sum(one.compute_s for one in records) / total,
-        "reduce": sum(one.reduce_s for one in records) / total,
-        "optimizer": sum(one.optimizer_s for one in records) / total,
-    }
-    parts["rest"] = 1 - sum(parts.values())
-    began = time.perf_counter()
-    for window in windows(run.batches, spec):
-        for rows in window.passes[run.replica.rank]:
-            build_pass(
-                [run.batches.rows[row] for row in rows],
-                packed=window.packed,
-                pad_id=run.replica.pad_id,
-                device=run.replica.device,
-            )
-    _wait(run.replica.device)
-    return parts | {"data": (time.perf_counter() - began) / total}
-
-
-def passes_of(batches: Batches, spec: Spec) -> list[list[Row]]:
-    """Rows of every pass of every rank in the measured updates."""
-    ranks = (rank for window in windows(batches, spec) for rank in window.passes)
-    return [[batches.rows[row] for row in one] for rank in ranks for one in rank]
-
-
-def windows(batches: Batches, spec: Spec) -> list[Window]:
-    """Those of the measured updates."""
-    return [batches.window(u) for u in spec.measured_updates]
-
-
-def _memory(device: torch.device) -> dict[str, float | None]:
-    """This rank's peaks in GiB since the base was loaded.
-
-    The host's peak counts since the process began (ru_maxrss, KiB on Linux).
-    """
-    on_cuda = device.type == "cuda"
-    return {
-        "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB if on_cuda else None,
-        "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB if on_cuda else None,
-        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-    }
-
-
-def _uuid(device: torch.device) -> str | None:
-    """The card's name for nvidia-smi and NVML."""
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
-
-
-def _p2p(device: torch.device) -> bool | None:
-    """Tell if the first two cards reach each other's memory."""
-    if device.type != "cuda" or torch.cuda.device_count() < 2:
-        return None
-    return torch.cuda.can_device_access_peer(0, 1)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def times(
             "updates": RECIPE_UPDATES,
             "from_launch": None if from_launch is None else from_launch + further,
             "from_built": first_ended - built + further,
-            "how": "first update's end, then the median for each further one; without evaluations and "
+            "how": "first update's end, then the median for each further one; without evaluations "
+            "and "
             "checkpoints",
         },
     }
@@ -132,7 +133,7 @@ def energy_of(
 ) -> dict[str, Any] | None:
     """Energy of the measured updates over all cards.
 
-    `joules`: each rank's counter; `during`: a sampler's sum. None where nothing measures it.
+    `joules`: each rank's counter; `during`: a sampler's sum. None without both.
     """
     counted = [value for value in joules if value is not None]
     if len(counted) == len(joules):

@@ -1,8 +1,8 @@
-"""The console command `glassloop`: finds the command's module and hands it the rest of the words.
+"""The console command `glassloop`, which hands its words to a command's module.
 
-A command is a module of this package. Its name is the file's name with - for _, its help line is
-the first line of its docstring, and `main(argv: list[str]) -> int | None` runs it: the value is the
-exit code, None is 0.
+A command is a module of this package. Its name is the file's name with - for _; the first line of
+its docstring is its help line; `main(argv: list[str]) -> int | None` runs it and returns the exit
+code, where None is 0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import io
+import logging
 import os
 import pkgutil
 import sys
@@ -25,7 +26,10 @@ TRAINING = "To train: glassloop train FILE --model ID"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: the command's own, 2 for input that is refused, with the reason on stderr, 130 after Ctrl-C."""
+    """Run one command and return its exit code.
+
+    That is the command's own; 2 for refused input, with the reason on stderr; 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -87,7 +91,7 @@ def _help() -> str:
 
 
 def _unknown(name: str) -> str:
-    """Says what is wrong with a command's name and what to type instead."""
+    """Explain a wrong command's name, and what to type instead."""
     names = command_names()
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}\n{TRAINING}"

@@ -1,10 +1,11 @@
-"""Look over this machine before a run, or explain an error message: what is wrong, and what cures it."""
+"""Check this machine before a run, or explain an error message."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,18 @@ WIDTH, INDENT = 100, 20
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop doctor [PRESET] [--explain TEXT] [--config_file FILE] [--with-data] [--json] [section.field=VALUE ...]`. Exit code 1: a problem."""
+    """`glassloop doctor [PRESET] [OPTION] ...`, or `glassloop doctor "MESSAGE"`.
+
+    Exit code 1: a problem was found, or the message is unknown.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop doctor", add_help=False, allow_abbrev=False, description=__doc__
     )
-    own.add_argument("--explain", metavar="TEXT", help="cause and cure of an error message")
+    own.add_argument(
+        "--explain",
+        metavar="TEXT",
+        help='cause and cure of an error message; `glassloop doctor "MESSAGE"` is short for it',
+    )
     own.add_argument(
         "--config_file",
         type=Path,
@@ -37,8 +45,9 @@ def main(argv: list[str]) -> int:
         own.print_help()
         print("\nAll other words are those of train_loop.py:\n")
     given, words = own.parse_known_args(argv)
-    if given.explain is not None:
-        return explain(given.explain, as_json=given.json)
+    message = given.explain if given.explain is not None else message_in(words)
+    if message is not None:
+        return explain(message, as_json=given.json)
     from glassloop.config.arguments import parse
     from glassloop.doctor.findings import PROBLEM
 
@@ -61,10 +70,18 @@ def main(argv: list[str]) -> int:
     return 1 if problems else 0
 
 
+def message_in(words: list[str]) -> str | None:
+    """Return the error message that the words are, quoted or not; None for a config's words."""
+    if any(word.startswith("--") or re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) for word in words):
+        return None
+    text = " ".join(words).strip()
+    return text if re.search(r"\s", text) else None
+
+
 def examine(config: Config, launch_file: Path | None, *, with_data: bool) -> list[Finding]:
     """All checks, in the order in which they are printed."""
+    from glassloop.doctor import card_checks, launch_files
     from glassloop.doctor import checks as doctor
-    from glassloop.doctor import launch_files
     from glassloop.predict.hardware import gpus_present
 
     environ, present, cuda = os.environ, gpus_present(), doctor.torch_cuda()
@@ -72,7 +89,7 @@ def examine(config: Config, launch_file: Path | None, *, with_data: bool) -> lis
         *doctor.check_versions(),
         *doctor.check_pins(),
         *doctor.check_engine(config, on_cuda=cuda is not None and bool(present)),
-        *doctor.check_cards(config, present, cuda, environ),
+        *card_checks.check_cards(config, present, cuda, environ),
         *check_p2p(len(present) if cuda is not None else 0),
         *launch_files.check_launcher(config, environ, launch_file),
         *doctor.check_disk(config, environ),
@@ -82,7 +99,7 @@ def examine(config: Config, launch_file: Path | None, *, with_data: bool) -> lis
 
 
 def check_p2p(gpus: int) -> list[Finding]:
-    """Time a small all-reduce between two cards, where there are two visible; name what cures a hang."""
+    """Time a small all-reduce between two cards; name what cures a hang."""
     from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
     from glassloop.doctor.p2p import LIMIT_S, MIB, find_cure, try_all_reduce
 
@@ -106,14 +123,18 @@ def check_p2p(gpus: int) -> list[Finding]:
     said = f"hung for {LIMIT_S:.0f} s" if answer.outcome == "hang" else f"failed: {answer.text}"
     cure = find_cure()
     if cure is None:
-        text = "NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 do not help: look at the driver (nvidia-smi topo -m) and at NCCL_DEBUG=INFO"
+        text = (
+            "NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 do not help: look at the driver (nvidia-smi "
+            "topo -m) and at NCCL_DEBUG=INFO"
+        )
     else:
-        text = f"export {' '.join(f'{name}={value}' for name, value in cure.items())} (tried: it works with that)"
+        words = " ".join(f"{name}={value}" for name, value in cure.items())
+        text = f"export {words} (tried: it works with that)"
     return [Finding(PROBLEM, "p2p", f"an all-reduce of {MIB} MiB between two GPUs {said}", text)]
 
 
 def check_data(config: Config, with_data: bool) -> list[Finding]:
-    """The data set's columns, by loading it; a note where that was not asked for."""
+    """Read the data set and check its columns, if asked to."""
     from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 
     if not with_data:
@@ -150,7 +171,7 @@ def check_data(config: Config, with_data: bool) -> list[Finding]:
 
 
 def explain(message: str, *, as_json: bool) -> int:
-    """Print what is known of an error message. Exit code 1 where nothing is."""
+    """Explain an error message. Exit code 1 if it is unknown."""
     from glassloop.doctor.known_errors import explain as look_up
 
     found = look_up(message)

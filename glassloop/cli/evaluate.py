@@ -1,4 +1,4 @@
-"""Held-out loss and verdicts of the adapter against its base, with 95 % intervals, on all ranks."""
+"""Compare the adapter with its base on held-out rows, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ NAMES = {"loss_nats": "loss, nats a token"}
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop evaluate RUN [--data SOURCE]`. Exit code 0; 2 for what is refused."""
+    """`glassloop evaluate RUN [--data SOURCE]`.
+
+    Exit code 0; 2 for refused input.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop evaluate",
         allow_abbrev=False,
-        description="The adapter and its base on the same rows: loss over all, verdicts of greedy answers where rows have labels.",
+        description="The adapter and its base on the same rows: loss over all, verdicts of greedy "
+        "answers if rows have labels.",
         epilog="The result goes into RUN/evaluated/, from where push takes it. "
         "On several GPUs: accelerate launch --config_file accelerate_configs/ddp_2gpu.yaml -m "
         "glassloop.cli evaluate RUN",
@@ -99,9 +103,8 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     batch = config.batch.model_copy(
         update={"ranks": None, "rows_per_update": None, "accumulation": 1}
     )
-    has_fp16 = (
-        on_cuda() or config.execution.precision != "fp16"
-    )  # a CPU has not: load() takes fp32 there, and says so
+    # A CPU has no fp16: load() computes in fp32 there, and says so.
+    has_fp16 = on_cuda() or config.execution.precision != "fp16"
     execution = config.execution.model_copy(
         update={"engine": "peft", **({} if has_fp16 else {"precision": "fp32"})}
     )
@@ -151,24 +154,11 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
         report = report_of(measured, config.seed)
         took = time.perf_counter() - started
         found = as_object(trained, rows.name, report, took, ranks, given, loaded.precision)
-        if given.json:
-            print(json.dumps(found))
-        else:
-            print(
-                "\n".join(
-                    [f"adapter   {trained.checkpoint}, {trained.why}", f"rows      {rows.name}"]
-                )
-            )
-            print(
-                "".join(
-                    f"          {note}\n" for note in (*trained.notes, *loaded.notes, *rows.notes)
-                ),
-                end="",
-            )
-            print("\n".join(lines(report, found)), flush=True)
-        saved = save(
-            trained, found
-        )  # after it was shown: a disk that refuses it takes nothing away
+        notes = (*trained.notes, *loaded.notes, *rows.notes)
+        head = [f"adapter   {trained.checkpoint}, {trained.why}", f"rows      {rows.name}"]
+        text = [*head, *(f"          {note}" for note in notes), *lines(report, found)]
+        print(json.dumps(found) if given.json else "\n".join(text), flush=True)
+        saved = save(trained, found)  # last: a disk that refuses it loses nothing
         if not given.json or saved.startswith("nowhere"):
             print(f"saved     {saved}", file=sys.stderr if given.json else sys.stdout)
     leave()
@@ -203,7 +193,10 @@ def as_object(
 
 
 def save(trained: Any, found: dict[str, Any]) -> str:
-    """Into the run's folder, one file an evaluation. Returns its path, or "nowhere" and why."""
+    """Write one file an evaluation into the run's folder.
+
+    Returns its path, or "nowhere" and why.
+    """
     from glassloop.disk.opening import NotPlain, require_plain_folder
     from glassloop.disk.publish import make, write_json
 

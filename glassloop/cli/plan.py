@@ -1,4 +1,4 @@
-"""Say what a run will do before a GPU is touched: updates, rows, learning rates, memory by card, disk and time."""
+"""Predict updates, learning rates, memory, disk and time of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NVIDIA = "/proc/driver/nvidia/gpus"  # a folder for each card, where the driver 
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop plan [PRESET] [--ranks N] [--machines M] [--rows N] [--with-data] [--json] [--compare "ranks=1"] [section.field=VALUE]`.
+    """`glassloop plan [PRESET] [OPTION] ... [section.field=VALUE] ...`.
 
     Exit code 0; ValueError for what cannot be planned.
     """
@@ -110,7 +110,11 @@ def _positive(text: str) -> int:
 
 
 def look(config: Config, given: argparse.Namespace) -> tuple[Outlook, list[str]]:
-    """The outlook and what to note beside it. Raises ValueError where the rows are unknown."""
+    """Build the outlook and the notes beside it.
+
+    Raises:
+        ValueError: the number of rows is unknown.
+    """
     from glassloop.data.counting import count_rows
     from glassloop.plan.outlook import look_ahead, plan_of
     from glassloop.predict.hardware import gpus_present
@@ -171,7 +175,7 @@ def _ranks(
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows of a run as its own pipeline makes them, and what they add up to."""
+    """Rows of a run from its own pipeline, with their sums."""
 
     dataset: Dataset
     plan: StepPlan
@@ -181,7 +185,11 @@ class Measured:
 
 
 def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
-    """Load tokenizer and rows, and count tokens. Raises ValueError for rows of no use."""
+    """Load tokenizer and rows, and count tokens.
+
+    Raises:
+        ValueError: the rows are of no use.
+    """
     from glassloop.base.tokenizer import load_tokenizer
     from glassloop.data.batches import Batches
     from glassloop.data.dataset import build_rows
@@ -211,7 +219,10 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
         two_passes_every=config.record.probe_every_updates,
     )
     train = dataset.train
-    how = f"loaded: {len(train.dropped):,} dropped and {train.cut:,} cut at {config.data.max_tokens:,} tokens"
+    how = (
+        f"loaded: {len(train.dropped):,} dropped and {train.cut:,} cut at "
+        f"{config.data.max_tokens:,} tokens"
+    )
     by_source = tuple(rows_by_source(batches, loaded.mixed))
     return Measured(dataset, plan, count_tokens(batches), how, by_source)
 
@@ -228,7 +239,7 @@ def _usual_changes(outlook: Outlook) -> list[str]:
 def _changed(
     text: str, outlook: Outlook, given: argparse.Namespace, words: Sequence[str]
 ) -> Change:
-    """One --compare, read as the command line is, later words over earlier ones."""
+    """Read one --compare as a command line; later words replace earlier ones."""
     from glassloop.config.arguments import parse
     from glassloop.plan.changes import Change, change
     from glassloop.plan.outlook import plan_of
@@ -259,7 +270,10 @@ def _changed(
 
 
 def _over(words: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """The command line with fields put over it: of the two names for an update's rows, the later one replaces the earlier."""
+    """Put fields over the command line.
+
+    Of the two names for an update's rows, the later one replaces the earlier.
+    """
     pair = ("batch.accumulation", "batch.rows_per_update")
     if not any(field.lstrip("-").startswith(pair) for field in fields):
         return [*words, *fields]

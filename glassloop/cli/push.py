@@ -1,4 +1,4 @@
-"""Publish the adapter or merged weights with a model card written from the run; only you can read it by default."""
+"""Publish the adapter or merged weights with a model card, privately by default."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from glassloop.cli.generate import add_run_options, overrides_of
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop push RUN REPO [--dry-run FOLDER]`. Exit code 0; 2 for what is refused."""
+    """`glassloop push RUN REPO [--dry-run FOLDER]`.
+
+    Exit code 0; 2 for refused input.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop push",
         allow_abbrev=False,
-        description="Uploads weights, tokenizer, chat template and a card. Never rows, answers, capsules, optimizer state, config.yaml or env.json.",
+        description="Uploads weights, tokenizer, chat template and a card. Never rows, answers, "
+        "capsules, optimizer state, config.yaml or env.json.",
     )
     add_run_options(own)
     own.add_argument("repo", metavar="REPO", help="owner/name on the hub")

@@ -1,4 +1,4 @@
-"""Carry a recorded update out again: does it reproduce, what is to blame (--bisect), what helps (--try)."""
+"""Re-run a recorded update: compare, find the cause, try cures."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser(
         prog="glassloop replay",
         allow_abbrev=False,
-        description="Carry a recorded update out again, on one process, from its capsule, the nearest earlier checkpoint, or the beginning.",
-        epilog=f"Fields that may be given as section.field=VALUE where things have moved: {', '.join(sorted(MAY_CHANGE))}.",
+        description="Re-run a recorded update on one process, from its capsule, the nearest "
+        "earlier checkpoint, or the beginning.",
+        epilog="Fields that may be given as section.field=VALUE if files have moved: "
+        f"{', '.join(sorted(MAY_CHANGE))}.",
     )
     own.add_argument(
         "run", metavar="RUN", type=Path, help="folder of a run, or of one of its capsules"
@@ -103,7 +105,11 @@ def replay(
     tried: bool,
     as_json: bool,
 ) -> int:
-    """Replays and prints; returns the exit code. Raises ValueError for what cannot be replayed."""
+    """Replay and print; return the exit code.
+
+    Raises:
+        ValueError: it cannot be replayed.
+    """
     from glassloop.loop.launch import hush
     from glassloop.replay import prose as text
     from glassloop.replay.progress import Progress, silent
@@ -169,7 +175,7 @@ def decoder(opened: Opened) -> Any:
 def next_command(
     where: Path, opened: Opened, found: Bisection | None, trials: Trials | None
 ) -> str:
-    """What to type to go on from here."""
+    """Return the command to type next."""
     update = opened.scene.update
     own = f"glassloop replay {where} --update {update}"
     if trials is None:
@@ -178,7 +184,8 @@ def next_command(
     if trials.verdict.earlier and update > 1 and not (where / "capsule.json").exists():
         return f"glassloop replay {where} --update {update - 1} --bisect --try"
     start = f"{_launch(opened)} --config {run_folder(where)}/config.yaml"
-    go_on = f"{_launch(opened)} --resume {run_folder(where)} --at {checkpoint_before(run_folder(where), update)}"
+    before = checkpoint_before(run_folder(where), update)
+    go_on = f"{_launch(opened)} --resume {run_folder(where)} --at {before}"
     return {
         "data": f"{go_on} --without-window {update}",
         "precision": f"{go_on} execution.precision=fp32",
@@ -196,12 +203,12 @@ def _launch(opened: Opened) -> str:
 
 
 def run_folder(where: Path) -> Path:
-    """The run that a folder belongs to: itself, or two levels above a capsule."""
+    """Find the run of a folder: itself, or two levels above a capsule."""
     return where.resolve().parent.parent if (where / "capsule.json").exists() else where
 
 
 def checkpoint_before(folder: Path, update: int) -> int:
-    """Updates done at the newest checkpoint from which `update` is still to come; 0, the beginning, where there is none."""
+    """Updates done at the newest checkpoint before `update`; 0 without one."""
     names = [
         path.name.removeprefix("update_") for path in (folder / "checkpoints").glob("update_*")
     ]
@@ -216,7 +223,7 @@ def as_object(
     conclusion: str,
     command: str,
 ) -> dict[str, Any]:
-    """The replay in plain JSON types; numbers that are not finite are the texts "nan", "inf", "-inf"."""
+    """Write the replay as plain JSON types; not finite are "nan", "inf", "-inf"."""
     from dataclasses import asdict
 
     from glassloop.saved.capsule_facts import finite_or_text

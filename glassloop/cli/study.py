@@ -1,4 +1,4 @@
-"""Run a small grid of runs from one YAML file, and judge each claim in it against the spread of the seeds."""
+"""Run a small grid of runs, and judge claims against the seeds' spread."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ SCHEMA = 1
 
 
 def main(argv: list[str]) -> int:
-    """`glassloop study FILE [--out DIR] [--dry-run] [--only TEXT] [--parallel N] [--minutes M] [--again] [section.field=VALUE ...]`.
+    """`glassloop study FILE [OPTION] ... [section.field=VALUE] ...`.
 
-    Exit code 0; 1 where a cell has no result; ValueError for a study that cannot be run.
+    Exit code 0; 1 if a cell has no result; ValueError for a study that cannot run.
     """
     own = argparse.ArgumentParser(
         prog="glassloop study",
         allow_abbrev=False,
-        description="Every cell of the grid is a run of its own. Cells that are done are not run again: the same command goes on where it was.",
+        description="Every cell of the grid is a run of its own. A finished cell is not run again: "
+        "the same command continues.",
         epilog="Words section.field=VALUE go over the file's base in every cell.",
     )
     own.add_argument("file", metavar="FILE", type=Path, help="the study, such as studies/rank.yaml")
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
         "--minutes",
         type=float,
         metavar="M",
-        help="end what is under way after M minutes; the next call goes on",
+        help="end all running cells after M minutes; the next call continues",
     )
     own.add_argument(
         "--again",
@@ -168,7 +169,7 @@ def _answer(
 
 
 def _bisect_first(results: Sequence[CellResult], out: Path, deadline: float | None) -> None:
-    """The first cell that diverged, where time is left: the others have their command on the page."""
+    """Bisect the first cell that diverged, if time is left."""
     from glassloop.study.divergence import bisect, divergences
     from glassloop.study.running import environment, first_slot
 

@@ -1,4 +1,4 @@
-"""Prove on this machine that the math of the loop is right, and that its faults would be noticed."""
+"""Prove the loop's math on this machine, and that faults are noticed."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="glassloop verify",
         allow_abbrev=False,
-        description="Trains a tiny random Llama for a few updates in every way that glassloop can carry out an update: layouts, one and two "
-        "ranks, both reductions, stored and recomputed activations, every installed engine, NF4 "
-        "and unquantised. Each is compared with the formula in plain transformers. Then come "
-        "deliberate faults, each of which must be noticed. Nothing is downloaded.",
+        description="Trains a tiny random Llama for a few updates in every way that glassloop has: "
+        "layouts, one and two ranks, both reductions, stored and recomputed activations, every "
+        "installed engine, NF4 and unquantised. Each is compared with the formula in plain "
+        "transformers. Then come deliberate faults, each of which must be noticed. Nothing is "
+        "downloaded.",
     )
     parser.add_argument(
         "--json",
@@ -186,7 +187,7 @@ def _device(asked: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that processes and folder go too."""
+    """Let SIGTERM end the block as an exception, so that processes and folder go too."""
 
     def leave(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)

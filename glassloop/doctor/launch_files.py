@@ -13,7 +13,8 @@ from glassloop.config.config import Config
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 
 REFUSED = {
-    "DEEPSPEED": "DeepSpeed steps inside its own backward (a ZeRO stage, 3 included, brings its own "
+    "DEEPSPEED": "DeepSpeed steps inside its own backward (a ZeRO stage, 3 included, brings its "
+    "own "
     "too)",
     "FSDP": "FSDP shards what the flat adapter buffer holds whole",
     "MEGATRON_LM": "Megatron-LM brings its own loop",

@@ -1,4 +1,4 @@
-"""A trained adapter in its base, on one device, ready to answer and to be measured."""
+"""A trained adapter in its base, on one device, ready to answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glassloop.base.quantised import DTYPES
+from glassloop.base.reading import DTYPES
 from glassloop.data.templates import Template
 from glassloop.engines.build import build_engine
 from glassloop.engines.peft import PeftEngine

@@ -1,4 +1,4 @@
-"""The benchmark: drawn weights, FLOPs, what a card says of itself, the matrix's order, checks, tables and comparisons."""
+"""The benchmark: drawn weights, FLOPs, cards, matrix, checks, tables."""
 
 from __future__ import annotations
 

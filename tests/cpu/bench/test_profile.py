@@ -1,4 +1,4 @@
-"""A profiled update on one page: sums, gaps and memory of a small trace that was written by hand, and a real trace of a CPU."""
+"""A profiled update on one page, from a small and a real trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console command: one module a command, the nearest name for an unknown one, refusals in one line."""
+"""The console command: modules, near names, refusals in one line."""
 
 from __future__ import annotations
 

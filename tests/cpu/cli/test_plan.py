@@ -1,4 +1,4 @@
-"""`glassloop plan`: what it says of the recipe, that it is light, and what it refuses."""
+"""`glassloop plan`: the recipe's numbers, its lightness, its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`glassloop doctor`: each check seen to find its fault, no secret in what it prints, and every known message explained."""
+"""`glassloop doctor`: checks find their faults, print no secret, explain messages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from glassloop.cli.doctor import check_data, check_p2p, main, shown
 from glassloop.config.arguments import parse
+from glassloop.doctor import card_checks, p2p
 from glassloop.doctor import checks as doctor
-from glassloop.doctor import p2p
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.doctor.known_errors import KNOWN, explain
 from glassloop.doctor.launch_files import check_launcher, default_config_file
@@ -106,7 +106,7 @@ def test_torchs_cuda_is_read_from_its_files():
 def cards(
     words: list[str], present: tuple[Present, ...], cuda: str | None = "13.0", **environ: str
 ) -> list[Finding]:
-    return doctor.check_cards(parse(words), present, cuda, environ)
+    return card_checks.check_cards(parse(words), present, cuda, environ)
 
 
 def test_a_sound_pair_of_cards_has_no_problem():
@@ -400,6 +400,16 @@ def test_every_known_message_has_a_sample_that_it_explains_first():
     assert max(firsts.values()) == 1
     assert all(known.cause.endswith(".") and known.cure.endswith(".") for known in KNOWN)
     assert explain("the moon is full") == ()
+
+
+@pytest.mark.parametrize(
+    "words", [["CUDA error: out of memory"], ["CUDA", "error:", "out", "of", "memory"]]
+)
+def test_a_message_alone_is_explained(words: list[str], capsys):
+    assert main(words) == 0
+    assert "A pass needs more GPU memory" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="preset = smollm2_dem"):
+        main(["smollm2_dem"])
 
 
 def test_explain_finds_a_message_in_a_long_traceback(capsys):

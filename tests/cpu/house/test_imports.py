@@ -31,7 +31,10 @@ HEAVY = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What a module may import. The standard library is free; a package not named here is refused."""
+    """What a module may import.
+
+    The standard library is free; a package not named here is refused.
+    """
 
     siblings: str = ""  # modules of glassloop
     packages: str = ""  # packages, anywhere in the file
@@ -69,7 +72,7 @@ TABLE = {
     ),
     "use": Rule(
         "base config data disk engines formula loop plan record report saved stats",
-        "pydantic safetensors torch",
+        "pydantic rich safetensors torch",
         late="bitsandbytes huggingface_hub peft transformers",
     ),
     "train_loop": Rule("config data formula health loop plan predict report", "torch"),
@@ -130,7 +133,10 @@ def module_of(path: Path) -> str:
 
 
 def imports(module: str, source: str) -> Iterator[Import]:
-    """Every import statement of a file, relative ones made absolute. `from a import b` counts as a.b, for b may be a module."""
+    """Every import statement of a file, relative ones made absolute.
+
+    `from a import b` counts as a.b, for b may be a module.
+    """
 
     def visit(node: ast.AST, late: bool, types_only: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -285,7 +291,8 @@ PLANTED = {
     ),
     "sibling for types": (
         "glassloop.formula.loss",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from glassloop.config.config import Config",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from glassloop.config.config "
+        "import Config",
         "does not name config",
     ),
     "the loop": ("glassloop.engines.peft", "def f():\n    import train_loop", "only cli may"),

@@ -1,4 +1,4 @@
-"""One finished run for all files of this folder; a test that changes it takes a copy."""
+"""One finished run for this folder; a test that changes it copies it."""
 
 from __future__ import annotations
 

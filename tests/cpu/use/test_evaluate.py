@@ -1,4 +1,4 @@
-"""`glassloop evaluate`: intervals against known values, the same losses as the run, rows of one's own, refusals."""
+"""`glassloop evaluate`: the run's own losses, other rows, refusals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def found(capsys, *words) -> dict:
 
 
 def plain_loss(run: Path) -> float:
-    """Of the quantised base in plain transformers, over the run's held-out rows, one by one."""
+    """Loss of the quantised base in plain transformers, row by row."""
     trained = open_trained(run)
     tokenizer = load_tokenizer_of(trained)
     rows = rows_of(trained, template_of(trained, tokenizer)).rows

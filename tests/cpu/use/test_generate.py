@@ -1,4 +1,4 @@
-"""`glassloop generate`: base and adapter, sampling by the model's settings, reasoning apart, reproducible draws, refusals."""
+"""`glassloop generate`: sampling, reasoning, reproducible draws, refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from trained_runs import copy_of, finished_run, prompt_of
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from glassloop.cli.__main__ import main
-from glassloop.cli.generate import beside
 from glassloop.data.rows import Example, Turn
 from glassloop.use.answering import (
     GumbelNoise,
@@ -30,6 +29,7 @@ from glassloop.use.answering import (
     stop_ids_of,
 )
 from glassloop.use.loaded import load, setup_of
+from glassloop.use.session import beside
 from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
 QUESTIONS = [
@@ -346,7 +346,7 @@ def test_another_base_is_refused(run, tiny_qwen2, tmp_path, capsys, tiny_llama):
 
 
 def test_umlauts_arrive_and_leave_under_a_locale_without_them(run, monkeypatch):
-    """As Python has them under LC_ALL=C: bytes as lone surrogates, and an ascii stdout."""
+    """Python under LC_ALL=C: bytes as lone surrogates, and an ascii stdout."""
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
     typed_in_c = "Gr\u00fc\u00dfe".encode().decode("ascii", "surrogateescape")

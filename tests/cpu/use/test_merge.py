@@ -1,4 +1,4 @@
-"""`glassloop merge`: the sum in fp32 rounded once, NF4 as training saw it, shards, what others load, and refusals."""
+"""`glassloop merge`: the sum in fp32, NF4, shards, loaders, refusals."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_table_that_fails_takes_no_merge_away(run, tmp_path, capsys, monkeypat
     def too_much(*_args):
         raise torch.OutOfMemoryError("no room for 16 GiB")
 
-    monkeypatch.setattr("glassloop.use.merge.table.look_at_folder", too_much)
+    monkeypatch.setattr("glassloop.use.merge.job.look_at_folder", too_much)
     assert main(["merge", str(run), str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert (

@@ -1,4 +1,4 @@
-"""What a merge says to vLLM and Ollama: the prompt that they tokenise is the prompt of training, for each template."""
+"""vLLM's and Ollama's prompt of a merge is the prompt of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`glassloop push`: what is published and what never is, private by default, a card that says what the run's records say."""
+"""`glassloop push`: published files, privacy, and a card from the records."""
 
 from __future__ import annotations
 

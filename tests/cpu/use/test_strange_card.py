@@ -1,4 +1,4 @@
-"""A model card says a stranger's strings and does nothing else; fields that name code stay behind."""
+"""A stranger's strings do nothing in a model card but stand there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stranger's run folder is data: no command runs its code or writes where it says."""
+"""A stranger's run is data: no code runs, no folder is made."""
 
 from __future__ import annotations
 

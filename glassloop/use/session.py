@@ -1,0 +1,266 @@
+"""A session of `glassloop generate`: streamed answers, batches, or a chat."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glassloop.data.rows import Example, Turn
+from glassloop.data.scam import SCAM_QUESTION
+from glassloop.data.templates import Template
+from glassloop.record.printable import printable
+from glassloop.use import answering
+from glassloop.use.answering import Reply, Sampling, check_lengths, sampling_of, stop_ids_of
+from glassloop.use.loaded import Loaded, setup_of
+from glassloop.use.questions import typed
+from glassloop.use.trained import Trained
+
+SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
+
+
+WIDE = 100  # columns from which answers stand beside each other
+
+
+class Session:
+    """State that all questions share."""
+
+    def __init__(
+        self,
+        given: argparse.Namespace,
+        trained: Trained,
+        tokenizer: Any,
+        template: Template,
+        loaded: Loaded,
+    ) -> None:
+        self.given, self.template, self.loaded = given, template, loaded
+        settings = loaded.hf.get_base_model().generation_config
+        own, notes = sampling_of(settings)
+        self.sampling = chosen(own, given)
+        setup = setup_of(
+            loaded,
+            template,
+            tokenizer,
+            batch_size=given.batch,
+            max_new_tokens=given.max_new_tokens,
+        )
+        self.setup = dataclasses.replace(setup, stop_ids=stop_ids_of(template, settings))
+        self.system = trained.config.data.system
+        if given.system is not None:
+            self.system = typed(given.system, "--system") or None
+        self.console: Console = Console(soft_wrap=True, highlight=False)
+        self.sides = SIDES[given.only]
+        if not given.json:
+            self.say(
+                f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed "
+                f"{given.seed}"
+            )
+            for note in (*trained.notes, *loaded.notes, *notes):
+                self.say(f"          {note}")
+
+    def say(self, text: str = "", style: str = "", end: str = "\n") -> None:
+        self.console.print(
+            harmless(text, self.console.encoding), markup=False, style=style, end=end
+        )
+
+    def run(self, questions: list[str]) -> int:
+        if self.given.chat:
+            self.chat()
+            return 0
+        prompts = [self.prompt(self.first_turns(question)) for question in questions]
+        check_lengths(self.loaded, prompts)  # all of them before the first answer
+        if len(questions) == 1 and not self.given.json:
+            self.say()
+            self.stream(prompts[0])
+            return 0
+        for start in range(0, len(prompts), self.given.batch):
+            batch = prompts[start : start + self.given.batch]
+            replies = {side: self.answers(batch, side, start) for side in self.sides}
+            for place in range(len(batch)):
+                self.show(
+                    start + place,
+                    questions[start + place],
+                    {side: replies[side][place] for side in self.sides},
+                )
+        return 0
+
+    def first_turns(self, question: str) -> list[Turn]:
+        text = SCAM_QUESTION + question.strip() if self.given.call else question
+        return [
+            *([Turn("system", self.system)] if self.system is not None else []),
+            Turn("user", text),
+        ]
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        return self.template.prompt_ids(Example("question", tuple(turns)))
+
+    def answers(
+        self, prompts: list[list[int]], side: str, first: int, write: Any = None
+    ) -> list[Reply]:
+        return answering.answer(
+            self.loaded,
+            prompts,
+            self.setup,
+            with_adapter=side == "adapter",
+            sampling=self.sampling,
+            seed=self.given.seed,
+            number=first,
+            write=write,
+        )
+
+    def stream(
+        self, prompt: list[int], sides: Sequence[str] = (), turn: int = 0
+    ) -> dict[str, Reply]:
+        """Stream both answers, one after the other.
+
+        Reasoning is dim and has its own heading.
+        """
+        replies = {}
+        for side in sides or self.sides:
+            self.say(f"--- {side}", "bold")
+            shown: list[str] = []
+
+            def write(kind: str, text: str, shown: list[str] = shown) -> None:
+                if kind not in shown:
+                    if shown:
+                        self.say()
+                    shown.append(kind)
+                    self.say(f"[{kind}]", "dim")
+                self.say(text, "dim italic" if kind == "reasoning" else "", end="")
+                self.console.file.flush()
+
+            (replies[side],) = self.answers([prompt], side, turn, write)
+            self.say()
+            self.say(ending(replies[side], self.given.max_new_tokens), "dim")
+        return replies
+
+    def show(self, number: int, question: str, replies: dict[str, Reply]) -> None:
+        if self.given.json:
+            told = {side: dataclasses.asdict(reply) for side, reply in replies.items()}
+            line = {"number": number, "question": question, **told}
+            utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+            print(json.dumps(line, ensure_ascii=not utf8), flush=True)
+            return
+        self.say()
+        self.say(
+            f"=== {number + 1}: {question if len(question) <= 300 else question[:300] + ' ...'}",
+            "bold",
+        )
+        if self.console.is_terminal and self.console.width >= WIDE and len(replies) == 2:
+            self.console.print(beside(replies, self.console, self.given.max_new_tokens))
+            return
+        for side, reply in replies.items():
+            self.say(f"--- {side} ({ending(reply, self.given.max_new_tokens)})", "bold")
+            if reply.reasoning is not None:
+                self.say("[reasoning]", "dim")
+                self.say(reply.reasoning, "dim italic")
+                self.say("[answer]", "dim")
+            self.say(reply.answer)
+
+    def chat(self) -> None:
+        """Each side has its own conversation, since its answers are other ones."""
+
+        self.say(
+            "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers "
+            "(--only adapter for one)."
+        )
+        talks: dict[str, list[Turn]] = {side: [] for side in self.sides}
+        turn = 0
+        while True:
+            try:
+                said = typed(input("you> "), "what you typed").strip()
+            except (EOFError, KeyboardInterrupt):
+                self.say()
+                return
+            if said == "/exit":
+                return
+            if said == "/reset":
+                talks = {side: [] for side in self.sides}
+                continue
+            if not said:
+                continue
+            said_now: dict[str, list[Turn]] = {}
+            try:
+                for side, turns in talks.items():
+                    asked = [*turns, Turn("user", said)] if turns else self.first_turns(said)
+                    prompt = self.prompt(asked)
+                    check_lengths(self.loaded, [prompt])
+                    reply = self.stream(prompt, (side,), turn)[side]
+                    reasoning = (
+                        reply.reasoning
+                        if reply.reasoning is not None or not self.template.opens_think
+                        else ""
+                    )
+                    said_now[side] = [*asked, Turn("assistant", reply.answer, reasoning)]
+            except KeyboardInterrupt:
+                self.say("\nstopped: your last words and what was answered are forgotten")
+                continue
+            except (
+                ValueError
+            ) as error:  # the template takes one question only, or the talk has grown too long
+                self.say(f"refused: {error}; /reset begins anew")
+                continue
+            talks = said_now
+            turn += 1
+
+
+def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
+    """The model's own sampling with what was given in place.
+
+    Raises ValueError for values that mean nothing.
+    """
+    if given.greedy and any(
+        value is not None for value in (given.temperature, given.top_p, given.top_k)
+    ):
+        raise ValueError(
+            "--greedy takes the most likely token: leave --temperature, --top-p and --top-k out"
+        )
+    if given.greedy:
+        return dataclasses.replace(own, temperature=0.0)
+    fields = {
+        name: value
+        for name in ("temperature", "top_p", "top_k")
+        if (value := getattr(given, name)) is not None
+    }
+    if fields and "temperature" not in fields and not own.temperature:
+        fields["temperature"] = 1.0
+    return dataclasses.replace(own, **fields)
+
+
+def harmless(text: str, encoding: str) -> str:
+    """Escape what a terminal would obey in a model's text; keep line breaks."""
+
+    return printable(text, encoding, keep="\n")
+
+
+def ending(reply: Reply, most: int) -> str:
+    """Describe how an answer ended."""
+    if reply.ended:
+        return f"{reply.tokens:,} tokens, ended by itself"
+    inside = "" if reply.closed else ", inside its reasoning"
+    full = ": the model has no more positions" if reply.tokens < most else ""
+    return f"cut off at {reply.tokens:,} of at most {most:,} tokens{inside}{full}"
+
+
+def beside(replies: dict[str, Reply], console: Console, most: int) -> Any:
+    """Two answers in two columns."""
+
+    table = Table(expand=True)
+    cells = []
+    for side, reply in replies.items():
+        table.add_column(f"{side} ({ending(reply, most)})", ratio=1, overflow="fold")
+        cell = Text()
+        if reply.reasoning is not None:
+            cell.append("[reasoning]\n", style="dim")
+            cell.append(harmless(reply.reasoning, console.encoding) + "\n", style="dim italic")
+            cell.append("[answer]\n", style="dim")
+        cells.append(cell.append(harmless(reply.answer, console.encoding)))
+    table.add_row(*cells)
+    return table
