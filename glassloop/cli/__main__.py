@@ -39,9 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in command_names():
         print(_unknown(name), file=sys.stderr)
         return 2
-    # PEFT imports bitsandbytes, which warns of an inference kernel for CPUs that training never
-    # uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = importlib.import_module(_module(name))
     try:
         code = command.main(rest) or 0

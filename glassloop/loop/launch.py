@@ -22,10 +22,6 @@ from glassloop.engines.unsloth_checks import check_unsloth
 from glassloop.loop.commands import launch_command
 from glassloop.loop.meeting import meet
 
-# Before bitsandbytes is first imported (by PEFT): there it warns of an inference kernel for CPUs
-# that it lacks, on every rank.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 REFUSED_LAUNCHES = {
     DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor "
