@@ -184,7 +184,7 @@ def accelerate_line(ranks: int, words: Sequence[str], *, on_cpu: bool) -> str:
     if ranks > 1:
         options = "--multi_gpu " + options
     if on_cpu:
-        options += f" --gpu_ids {','.join(['-1'] * max(2, ranks))}"
+        options += f" --gpu_ids={','.join(['-1'] * max(2, ranks))}"
     return f"accelerate launch {options} {script()} {shlex.join(words)}"
 
 

@@ -204,3 +204,20 @@ def test_a_run_that_train_started_is_resumed_by_train(monkeypatch: pytest.Monkey
     assert "cpu_2proc.yaml" in launch_command(2, on_cuda=False)
     monkeypatch.setenv(starting.STARTED_BY, "1")
     assert launch_command(2, on_cuda=False) == "glassloop train"
+
+
+@pytest.mark.parametrize(("ranks", "on_cpu"), [(1, True), (2, True), (1, False), (4, False)])
+def test_accelerate_understands_the_line_outside_of_a_checkout(
+    ranks: int, on_cpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.commands import launch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "none.yaml"))
+    line = shlex.split(accelerate_line(ranks, ["data.source=a b.csv"], on_cpu=on_cpu))
+    asked = launch.launch_command_parser().parse_args(line[2:])
+    asked, _, _ = launch._validate_launch_command(asked)
+    assert asked.training_script == str(starting.script())
+    assert asked.training_script_args == ["data.source=a b.csv"]
+    assert (asked.num_processes, bool(asked.multi_gpu)) == (ranks, ranks > 1)
+    assert (asked.gpu_ids or "all") == ("-1,-1" if on_cpu else "all")
