@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import socket
-import stat
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glassloop.disk.environment import command_line
+from glassloop.disk.opening import open_plain
 from glassloop.disk.publish import make
 
 LOCK = "run.lock"
@@ -149,7 +149,7 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Folder
 
     Raises:
         Held: names the folder, its holder and the cure.
-        ValueError: run.lock is not a plain file.
+        NotPlain: run.lock is a link, a FIFO or the like.
         OSError: the folder cannot be written; names the cure.
     """
     made = not folder.is_dir()
@@ -169,31 +169,20 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Folder
 
 def _opened(folder: Path) -> tuple[int, bool]:
     """Open the folder's lock file; say whether it is new."""
-    path, flags = folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    path = folder / LOCK
     try:
         make(folder)
         while True:
             with contextlib.suppress(FileExistsError):
-                return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+                return open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), True
             with contextlib.suppress(FileNotFoundError):  # removed in between
-                handle = os.open(path, flags)
-                break
+                return open_plain(path, os.O_RDWR), False
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise _odd(path) from None
         raise OSError(
             error.errno,
             f"{folder} cannot be written ({error.strerror}): make it writable for this user, or "
             "set run.dir to a folder that is",
         ) from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise _odd(path)
-    return handle, False
-
-
-def _odd(path: Path) -> ValueError:
-    return ValueError(f"{path} is not a plain file: remove it, no run of glassloop made it")
 
 
 def _won(
@@ -313,7 +302,7 @@ def _age_s(handle: int) -> float:
 def _mark(path: Path) -> tuple[int, int, int] | None:
     """Read what each sign of life changes, on a network disk too."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = open_plain(path)
     except FileNotFoundError:
         return None
     try:

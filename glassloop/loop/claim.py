@@ -1,4 +1,4 @@
-"""The claim of a run on its folder: one writer at a time, held by rank 0 until the run is closed."""
+"""A run's claim on its folder: one writer at a time, held by rank 0 until the run is closed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def claim(folder: Path, config: Config, checkpoint: Path | None, *, rank: int) -
                 lock = hold(folder, lambda line: print(line, file=sys.stderr, flush=True))
                 if find_checkpoint(config)[0] != checkpoint:
                     raise ValueError(
-                        f"resume.run = {folder}: its earlier process saved another checkpoint while "
-                        "this one started. Start it again"
+                        f"resume.run = {folder}: its earlier process saved another checkpoint "
+                        "while this one started. Start it again"
                     )
     except BaseException:
         release(lock)

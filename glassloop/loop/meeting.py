@@ -68,9 +68,9 @@ def _reach(timeout_s: float) -> None:
 def _missed(timeout_s: float) -> str:
     ranks = os.environ["WORLD_SIZE"]
     return (
-        f"{_who()} did not meet the others at {_where()} within {timeout_s:.0f} s: start all {ranks} "
-        "with `accelerate launch`, which announces and starts them, let them reach that address, or "
-        "unset RANK, LOCAL_RANK and WORLD_SIZE for a run of one process"
+        f"{_who()} did not meet the others at {_where()} within {timeout_s:.0f} s: start all "
+        f"{ranks} with `accelerate launch`, which announces and starts them, let them reach that "
+        "address, or unset RANK, LOCAL_RANK and WORLD_SIZE for a run of one process"
     )
 
 

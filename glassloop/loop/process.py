@@ -20,7 +20,7 @@ REPORT_S = 300.0
 
 
 def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
-    """The run that `build` makes, or an exit code: 2 if it is refused, 130 or 1 if it is stopped."""
+    """The run that `build` makes, or an exit code: 2 if refused, 130 or 1 if stopped."""
     try:
         guard.starts()
         try:

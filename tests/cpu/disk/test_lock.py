@@ -255,7 +255,7 @@ def test_a_strange_lock_file_is_refused_and_not_opened(kind: str, tmp_path: Path
         os.mkfifo(folder / LOCK)
     else:
         (folder / LOCK).mkdir()
-    with pytest.raises(ValueError, match=r"run\.lock is not a plain file: remove it"):
+    with pytest.raises(ValueError, match=r"run\.lock is a .*, not a plain file"):
         hold(folder)
     assert target.read_text() == "theirs"
 
