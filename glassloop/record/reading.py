@@ -238,7 +238,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
-    """Return the recorded config as plain values. Raises ValueError if it cannot be read."""
+    """Return the recorded config as plain values.
+
+    Raises ValueError if it cannot be read.
+    """
     path = folder / name
     values = recorded_config(path)
     if values is None:
@@ -250,7 +253,7 @@ def read_config(folder: Path, name: str = "config.yaml") -> dict[str, Any]:
 
 
 def file_of(folder: Path, record: Record, name: str) -> str:
-    """The name that a file of the run has today, as it was when an update ran.
+    """Name the file that holds what an update ran under.
 
     A start that rewrites config.yaml or plan.json keeps the one before as config_000020.yaml, and
     names it in an event of the kind "changed".

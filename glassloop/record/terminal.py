@@ -193,7 +193,7 @@ class TerminalObserver:
 
 
 def heading(updates: int) -> str:
-    """Titles of the columns of `update_line`, and their units in a second line."""
+    """Return the titles of `update_line`'s columns, with units below."""
     columns = _columns(updates)
     titles = " ".join(title.rjust(width) for title, _, width in columns)
     units = " ".join(unit.rjust(width) for _, unit, width in columns)
@@ -259,7 +259,10 @@ def evaluation_line(record: EvaluationRecord) -> str:
 
 
 def _columns(updates: int) -> list[tuple[str, str, int]]:
-    """Title, unit and width of each column; 80 columns in all, if a run has at most 99 updates."""
+    """Return title, unit and width of each column.
+
+    The line has 80 columns if a run has at most 99 updates.
+    """
     return [
         ("update", "", max(6, 2 * len(str(updates)) + 1)),
         ("ep", "", 3),

@@ -1,9 +1,8 @@
 """Run a study's cells in processes of their own. No torch.
 
-A cell is done where its run's folder says so: the config is the one that is asked now, and the last
-update and the end stand in it. So a study that was killed at any moment continues with the
-same command. A cell holds a lock while it runs; a cell that outlived its study keeps it, and is waited
-for instead of being run twice.
+A cell is done if its run's folder holds the config that is asked now, the last update and the end.
+So a study that was killed at any moment continues with the same command. A cell holds a lock while
+it runs. A cell that outlived its study keeps the lock, and is waited for instead of run twice.
 """
 
 from __future__ import annotations

@@ -254,9 +254,13 @@ class Place:
         """Run `script`, `-m module` or `-c code` with the arguments behind it; return the code."""
         unbuffered = "-u" in words[:1] or bool(os.environ.get("PYTHONUNBUFFERED"))
         words = words[1:] if words[:1] == ["-u"] else words
-        for stream in (sys.stdout, sys.stderr):
-            lines = stream is sys.stderr and not unbuffered
-            stream.reconfigure(write_through=unbuffered, line_buffering=lines)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            old = getattr(sys, name)  # it may believe that its descriptor still is a file
+            stream = open(number, "w", encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
+            stream.reconfigure(
+                write_through=unbuffered, line_buffering=name == "stderr" and not unbuffered
+            )
+            setattr(sys, name, stream)
         asked = os.environ.get("PYTHONPATH")
         asked_paths = asked.split(os.pathsep) if asked else []
         paths = list(dict.fromkeys([*map(os.path.abspath, asked_paths), *self.path]))
