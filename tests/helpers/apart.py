@@ -25,6 +25,7 @@ KNOWN = (
     "home/.config/chromium/*",
     "home/.config/matplotlib*",
     "home/.config/wandb*",
+    "tmp/tmp*wandb-*",  # artifacts and media of a tracked run
     "tmp/torchelastic_*",  # logs of torch's launcher
     "tmp/torchinductor_*",  # made when torch's compiler is imported
 )
@@ -33,7 +34,11 @@ CACHES = (".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "*.egg-inf
 
 def _move() -> Path:
     temporary, home = Path(tempfile.gettempdir()), Path.home()
-    folder = Path(tempfile.mkdtemp(prefix="glassloop-tests-"))
+    for left in temporary.glob("glassloop-tests-*-*"):  # of sessions that were killed
+        pid = left.name.split("-")[2]
+        if pid.isdigit() and not _lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"glassloop-tests-{os.getpid()}-"))
     for name in ("home", "tmp"):
         (folder / name).mkdir()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(temporary))  # tmp_path stays inspectable
@@ -42,6 +47,16 @@ def _move() -> Path:
     os.environ.update(HOME=str(folder / "home"), TMPDIR=str(folder / "tmp"))
     tempfile.tempdir = None
     return folder
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 OWNER = MARK not in os.environ

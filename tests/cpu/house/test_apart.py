@@ -29,10 +29,16 @@ def test_a_session_that_leaves_something_fails_and_names_it(
         lines += [f"    (folder / '{name}').parent.mkdir(parents=True, exist_ok=True)"]
         lines += [f"    (folder / '{name}').write_text('')"]
     (tmp_path / "test_leaves.py").write_text("\n".join(lines))
-    env = environment(PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE))))
+    killed, living = (tmp_path / f"glassloop-tests-{pid}-x" for pid in (2**22 + 1, os.getpid()))
+    killed.mkdir()
+    living.mkdir()
+    env = environment(
+        TMPDIR=str(tmp_path), PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
+    )
     del env[apart.MARK]
     words = ["-q", "-s", "-p", "conftest", "-p", "no:cacheprovider", "test_leaves.py"]
     done = run([sys.executable, "-m", "pytest", *words], env=env, cwd=tmp_path)
+    assert not killed.exists() and living.exists()
     assert done.returncode == (1 if said else 0), done.stdout + done.stderr
     assert ("left behind" in done.stderr) == bool(said)
     for name in said:
