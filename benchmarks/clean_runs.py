@@ -1,4 +1,7 @@
-"""Series of losses and gradient norms from clean runs: trained here on a CPU, or read from recorded runs."""
+"""Series of losses and gradient norms from clean runs.
+
+Trained here on a CPU, or read from recorded runs.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ class Series:
 
 
 def make_base(folder: Path, pretraining: int) -> None:
-    """A Llama of two layers with a tokenizer made from the calls, trained on half of them for `pretraining` updates."""
+    """A Llama of two layers with a tokenizer made from the calls, trained on half of them for
+    `pretraining` updates.
+    """
     calls = [json.loads(line) for line in CALLS.read_text(encoding="utf-8").splitlines()]
     texts = [f"{call['dialogue']} {call['reasoning']} {call['response']}" for call in calls]
     tokenizer = Tokenizer(models.BPE())
@@ -113,7 +118,8 @@ def clean_runs(folder: Path, seeds: int) -> list[Series]:
     for name, pretraining in bases.items():
         make_base(folder / name, pretraining)
     write_short_rows(folder / "short.jsonl", 600)
-    # rows taken: windows an epoch. 56 long ones: 3.5. 600 short ones: 37.5. 40 of them, which a high lr learns by heart: 2.5.
+    # rows taken: windows an epoch. 56 long ones: 3.5. 600 short ones: 37.5. 40 of them, which a
+    # high lr learns by heart: 2.5.
     sources = {
         "calls": (CALLS, 56),
         "short": (folder / "short.jsonl", 600),
@@ -183,7 +189,10 @@ def signals_of(record: dict) -> Signals:
 
 
 def read_run(folder: Path) -> Series:
-    """A recorded run: the last attempt at each update that was applied. Raises ValueError where it holds none."""
+    """A recorded run.
+
+    The last attempt at each update that was applied. Raises ValueError where it holds none.
+    """
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     updates: dict[int, dict] = {}

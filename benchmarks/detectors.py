@@ -1,10 +1,14 @@
-"""How often the detectors of glassloop/health/stability.py raise an alarm on sound updates, and how often they see a fault.
+"""How often the detectors of glassloop/health/stability.py raise an alarm on sound updates, and how
+often they see a fault.
 
-    PYTHONPATH=. python benchmarks/detectors.py [--runs RUN_FOLDER ...] [--seeds 1] [--out benchmarks/results/detectors.json]
+    PYTHONPATH=. python benchmarks/detectors.py [--runs RUN_FOLDER ...] [--seeds 1] [--out
+    benchmarks/results/detectors.json]
 
-Trains clean runs of 60 updates with the real loop (a tiny Llama on this CPU, fresh and briefly pretrained; ragged rows, tails, both layouts,
-two learning rates), adds recorded runs if asked to, and draws series whose scatter is known. Then a fault is planted into the recorded numbers
-of one update at a time, and the detectors are asked. What they say where none was planted is a false alarm.
+Trains clean runs of 60 updates with the real loop (a tiny Llama on this CPU, fresh and briefly
+pretrained; ragged rows, tails, both layouts, two learning rates), adds recorded runs if asked to,
+and draws series whose scatter is known. Then a fault is planted into the recorded numbers of one
+update at a time, and the detectors are asked. What they say where none was planted is a false
+alarm.
 """
 
 from __future__ import annotations
@@ -48,7 +52,10 @@ Alarm = tuple[int, str]  # update, kind
 
 
 def ask(series: Series, change: Callable[[Signals, int], Signals] | None = None) -> list[Alarm]:
-    """What the detectors, at their defaults, say of a series; `change` gets each update and its index."""
+    """What the detectors, at their defaults, say of a series.
+
+    `change` gets each update and its index.
+    """
     detectors = Detectors(
         rows_per_update=series.rows_per_update,
         warmup_updates=series.warmup_updates,
@@ -104,7 +111,9 @@ def clean(all_series: Sequence[Series]) -> dict[str, Any]:
 
 
 def scatter(all_series: Sequence[Series]) -> dict[str, Any]:
-    """How much sound log norms and log losses scatter around a line through 20 whole windows, and how one depends on the one before."""
+    """How much sound log norms and log losses scatter around a line through 20 whole windows, and
+    how one depends on the one before.
+    """
     result = {}
     for what in ("grad_norm", "loss_nats"):
         sigmas, correlations = [], []
@@ -156,7 +165,10 @@ def norm_spikes(all_series: Sequence[Series], *, tail: bool) -> dict[str, Any]:
 
 
 def row_spikes(all_series: Sequence[Series], *, tail: bool) -> dict[str, Any]:
-    """The loss of one row of the window times a factor: its lightest, middle and heaviest row in turn."""
+    """The loss of one row of the window times a factor.
+
+    Its lightest, middle and heaviest row in turn.
+    """
 
     def hits(factor: float, which: Callable[[list[float]], float]) -> Iterator[bool]:
         for series in all_series:
@@ -226,9 +238,12 @@ def drawn(
     fall: float = 0.0,
     updates: int = UPDATES,
 ) -> Series:
-    """A series of log-normal norms and losses that scatter by sigma, with drift; `fall`: of the loss, over 40 updates.
+    """A series of log-normal norms and losses that scatter by sigma, with drift.
 
-    heavy: the scatter is Student's t with 4 degrees of freedom, scaled to sigma. Every 8th window is a tail of half the rows.
+    `fall`: of the loss, over 40 updates.
+
+    heavy: the scatter is Student's t with 4 degrees of freedom, scaled to sigma. Every 8th window
+    is a tail of half the rows.
     """
     random_ = random.Random(f"{seed}:{sigma}:{correlation}:{heavy}:{fall}")
 
@@ -255,7 +270,9 @@ def drawn(
 
 
 def synthetic(count: int) -> list[dict[str, Any]]:
-    """False alarms of the two spike detectors on drawn series, by scatter, correlation and weight of the tails."""
+    """False alarms of the two spike detectors on drawn series, by scatter, correlation and weight
+    of the tails.
+    """
     result = []
     for heavy in (False, True):
         for sigma in (0.05, 0.1, 0.2, 0.4):
@@ -285,7 +302,9 @@ def synthetic(count: int) -> list[dict[str, Any]]:
 
 
 def no_learning(count: int) -> list[dict[str, Any]]:
-    """Share of drawn runs of 60 updates that are said not to learn, by how much the loss falls over 40 updates and how it scatters."""
+    """Share of drawn runs of 60 updates that are said not to learn, by how much the loss falls over
+    40 updates and how it scatters.
+    """
     result = []
     for sigma in (0.01, 0.03, 0.05, 0.1):
         for fall in (0.0, 0.02, 0.05, 0.1, 0.2):
@@ -296,7 +315,9 @@ def no_learning(count: int) -> list[dict[str, Any]]:
 
 
 def residuals(series: Series) -> dict[int, float]:
-    """Update -> how far its loss lies off the line through its stretch of 20 whole updates, as a share of that line's mean."""
+    """Update -> how far its loss lies off the line through its stretch of 20 whole updates, as a
+    share of that line's mean.
+    """
     found = {}
     whole = [s for s in series.signals if s.rows == series.rows_per_update]
     for start in range(0, len(whole), 20):
@@ -313,7 +334,10 @@ def residuals(series: Series) -> dict[int, float]:
 
 
 def stuck(all_series: Sequence[Series]) -> dict[str, Any]:
-    """Clean runs whose loss is made flat: each whole window's loss without the run's line, so that only its real scatter is left."""
+    """Clean runs whose loss is made flat.
+
+    Each whole window's loss without the run's line, so that only its real scatter is left.
+    """
     told = []
     for series in all_series:
         first = series.signals[:10]
@@ -335,7 +359,10 @@ def stuck(all_series: Sequence[Series]) -> dict[str, Any]:
 
 
 def diverging(all_series: Sequence[Series]) -> dict[str, Any]:
-    """From the fourth update on the loss lies at a multiple of the first one, with its own scatter; how many updates until it is told."""
+    """From the fourth update on the loss lies at a multiple of the first one, with its own scatter.
+
+    How many updates until it is told.
+    """
 
     def delay(series: Series, factor: float) -> int | None:
         level, lines = factor * series.signals[0].loss_nats, residuals(series)

@@ -1,11 +1,15 @@
-"""GPU memory by phase, predicted beside measured: one process, the base loaded once, adapters rebuilt for every rank.
+"""GPU memory by phase, predicted beside measured.
 
-    python benchmarks/memory.py model.id=/path/to/model            # 24 cells: 512 and 2048 tokens, 1 and 2 rows, recomputed and stored, r 8, 16, 32
-    python benchmarks/memory.py --calibrate model.id=/path/to/model
+One process, the base loaded once, adapters rebuilt for every rank.
 
-Writes JSON lines: one for the machine, one for each cell, one that sums up, to $OUT or benchmarks/results/memory-<card>.jsonl. What the
-prediction was fitted to does not count as a check of it: cells of CALIBRATION are marked, and left out of the summary. Without a GPU the same
-code runs and measures nothing (null).
+    python benchmarks/memory.py model.id=/path/to/model            # 24 cells: 512 and 2048 tokens,
+    1 and 2 rows, recomputed and stored, r 8, 16, 32 python benchmarks/memory.py --calibrate
+    model.id=/path/to/model
+
+Writes JSON lines: one for the machine, one for each cell, one that sums up, to $OUT or
+benchmarks/results/memory-<card>.jsonl. What the
+prediction was fitted to does not count as a check of it: cells of CALIBRATION are marked, and left
+out of the summary. Without a GPU the same code runs and measures nothing (null).
 """
 
 from __future__ import annotations
@@ -53,7 +57,8 @@ class Cell:
     r: int
 
 
-# 2 x 2048 tokens, recomputed, r = 16 was known when the terms were written down (7.63 GiB on an H100).
+# 2 x 2048 tokens, recomputed, r = 16 was known when the terms were written down (7.63 GiB on an
+# H100).
 CALIBRATION = (Cell(2048, 2, True, 16), Cell(1024, 2, True, 16), Cell(1024, 2, False, 16))
 MATRIX = tuple(
     Cell(*sizes) for sizes in itertools.product((512, 2048), (1, 2), (True, False), (8, 16, 32))
@@ -177,7 +182,10 @@ def one_update(
 
 
 def full_pass(cell: Cell, vocabulary: int, device: torch.device) -> Pass:
-    """Rows of the full length, everything after the first token supervised: the heaviest pass of its size."""
+    """Rows of the full length, everything after the first token supervised.
+
+    The heaviest pass of its size.
+    """
     rows = []
     for row in range(cell.rows):
         ids = tuple(
@@ -208,7 +216,10 @@ def predicted(
 
 
 def compared(cell: Cell, expected: dict[str, int], found: dict[str, int | None]) -> dict[str, Any]:
-    """A cell's line: GiB predicted and measured by phase, and by how much the prediction is off (0.01: 1 % too high)."""
+    """A cell's line.
+
+    GiB predicted and measured by phase, and by how much the prediction is off (0.01: 1 % too high).
+    """
     gib = lambda size: None if size is None else round(size / GIB, 4)  # noqa: E731
     off = {
         phase: round(expected[phase] / size - 1, 4)
@@ -226,7 +237,11 @@ def compared(cell: Cell, expected: dict[str, int], found: dict[str, int | None])
 
 
 def summed_up(lines: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Over the cells that count: how many, the worst error of the peak, and whether all are inside the mark (None: nothing was measured)."""
+    """Over the cells that count.
+
+    How many, the worst error of the peak, and whether all are inside the mark (None: nothing was
+    measured).
+    """
     off = {
         json.dumps({k: line[k] for k in vars(MATRIX[0])}): line["off"]["peak"]
         for line in lines

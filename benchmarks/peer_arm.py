@@ -1,6 +1,10 @@
-"""One peer in a process of its own: `python benchmarks/peer_arm.py SPEC.json BASE`, or the same under `accelerate launch` for several ranks.
+"""One peer in a process of its own.
 
-Its interpreter needs that peer. Of glassloop only parts without dependencies are imported, through PYTHONPATH.
+`python benchmarks/peer_arm.py SPEC.json BASE`, or the same under `accelerate launch` for several
+ranks.
+
+Its interpreter needs that peer. Of glassloop only parts without dependencies are imported, through
+PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ class Peer:
 
     Attributes:
         library: trl | unsloth, which is also the key of --python. batch: rows of a micro-batch.
-        checkpointing: activations recomputed; for Unsloth its own way, with inputs kept on the host.
+        checkpointing: activations recomputed; for Unsloth its own way, with inputs kept on the
+            host.
         kbit: after PEFT's prepare_model_for_kbit_training, as many tutorials have it.
     """
 
@@ -61,7 +66,10 @@ PEERS = {
 
 
 def arm(spec_file: Path, base: Path) -> int:
-    """In the peer's process: train, write the line, and leave at once (Unsloth can hang in its own shutdown)."""
+    """In the peer's process.
+
+    Train, write the line, and leave at once (Unsloth can hang in its own shutdown).
+    """
     spec = read_spec(spec_file)
     try:
         line, code = spec.about | measure(spec, PEERS[spec.engine], base, spec_file.parent), 0
@@ -81,7 +89,10 @@ def arm(spec_file: Path, base: Path) -> int:
 
 
 def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]:
-    """The peer's own trainer over the workload's rows in their order. `signals`: where the arm's turns are told (see bench/clock.py)."""
+    """The peer's own trainer over the workload's rows in their order.
+
+    `signals`: where the arm's turns are told (see bench/clock.py).
+    """
     os.environ |= {
         "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
@@ -318,7 +329,9 @@ def unsloth_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -
 
 
 def draw_adapters(model: Any) -> None:
-    """The A matrices that glassloop draws for the same seed, in the same order (adapters.attach_lora), so that norms can be compared."""
+    """The A matrices that glassloop draws for the same seed, in the same order
+    (adapters.attach_lora), so that norms can be compared.
+    """
     import math
 
     import torch

@@ -1,14 +1,19 @@
-"""Other trainers on the same rows, adapters and optimizer, beside glassloop: each in a process of its own, one line in the results' own form.
+"""Other trainers on the same rows, adapters and optimizer, beside glassloop.
 
-    python benchmarks/peers.py --peers trl,unsloth-trainer --workloads scam-v1,full-v1 --python unsloth=/path/to/env/bin/python --out FILE
-    python benchmarks/peers.py --turns 5 --updates 1 --warmup 1 --workloads full-v1 --peers unsloth-kept --ours fused,memory.profile=20.9 --out FILE
+Each in a process of its own, one line in the results' own form.
 
-The second form measures side by side: all arms of a workload are loaded, and in every turn one after the other carries out its updates while the
-rest waits with its activations given back. A ratio is taken turn by turn, so a card that slows down slows down both.
+    python benchmarks/peers.py --peers trl,unsloth-trainer --workloads scam-v1,full-v1 --python
+    unsloth=/path/to/env/bin/python --out FILE python benchmarks/peers.py --turns 5 --updates 1
+    --warmup 1 --workloads full-v1 --peers unsloth-kept --ours fused,memory.profile=20.9 --out FILE
 
-Loss and norm of update 1 are held to the reference engine's on the same rows; where FILE has no such line, one is measured first. A peer's
-interpreter needs that peer; glassloop itself is found through PYTHONPATH, and only parts of it without dependencies are imported there.
-`--ranks 2`: the peer's own way with two cards, `accelerate launch` and DDP.
+The second form measures side by side: all arms of a workload are loaded, and in every turn one
+after the other carries out its updates while the rest waits with its activations given back. A
+ratio is taken turn by turn, so a card that slows down slows down both.
+
+Loss and norm of update 1 are held to the reference engine's on the same rows; where FILE has no
+such line, one is measured first. A peer's interpreter needs that peer; glassloop itself is found
+through PYTHONPATH, and only parts of it without dependencies are imported there. `--ranks 2`: the
+peer's own way with two cards, `accelerate launch` and DDP.
 """
 
 from __future__ import annotations
@@ -219,7 +224,10 @@ def _serves(line: dict[str, Any], spec: Spec) -> bool:
 
 
 def peer_command(spec: Spec, python: str, work: Path, base: Path) -> list[str]:
-    """How a peer's process is started; with several ranks by Accelerate's launcher, as its own documentation has it."""
+    """How a peer's process is started.
+
+    With several ranks by Accelerate's launcher, as its own documentation has it.
+    """
     words = [
         str(Path(__file__).resolve().with_name("peer_arm.py")),
         str(work / "spec.json"),
@@ -234,7 +242,9 @@ def peer_command(spec: Spec, python: str, work: Path, base: Path) -> list[str]:
 
 
 def base_folder(model: str, precision: str, device: str, folder: Path) -> Path:
-    """A folder with the base in NF4 and its tokenizer, as links into glassloop's cache, where it is made if need be."""
+    """A folder with the base in NF4 and its tokenizer, as links into glassloop's cache, where it is
+    made if need be.
+    """
     code = (
         "import contextlib, sys, torch\n"
         "from glassloop.base.quantised import load_base\n"
@@ -242,7 +252,8 @@ def base_folder(model: str, precision: str, device: str, folder: Path) -> Path:
         "from glassloop.config.config import ModelConfig\n"
         "model = ModelConfig(id=sys.argv[1])\n"
         "device = torch.device(sys.argv[3], 0) if sys.argv[3] == 'cuda' else torch.device('cpu')\n"
-        "_, report = load_base(model, precision=sys.argv[2], device=device, first=contextlib.nullcontext)\n"
+        "_, report = load_base(model, precision=sys.argv[2], device=device, "
+        "first=contextlib.nullcontext)\n"
         "print('FOLDERS', report.folder, resolve_source(model).folder, sep='\\n')\n"
     )
     done = subprocess.run(

@@ -1,12 +1,17 @@
-"""What the record costs: update_once with probes off, and with per-layer probes at every update, beside the formula alone.
+"""What the record costs.
 
-    python benchmarks/record_cost.py MODEL [--workload scam-v1] [--rounds 6] [--out FILE] [section.field=VALUE ...]
+Update_once with probes off, and with per-layer probes at every update, beside the formula alone.
 
-One process, one model, three arms that take turns on the same rows, so that all see the same machine: `bare` (passes, norm, clip, step: no
-report, checksum, detector, noise scale or file), `recorded` (the run's update with every observer of its folder, no probe) and `probed` (a
-probe of every matrix at each update). A machine's own noise can be larger than what is looked for, so all three are timed again with an engine
-that computes next to nothing: what is left of an update is then its overhead, and differences of that over the real `bare` update are the
-figures to go by. Prints one JSON object.
+    python benchmarks/record_cost.py MODEL [--workload scam-v1] [--rounds 6] [--out FILE]
+    [section.field=VALUE ...]
+
+One process, one model, three arms that take turns on the same rows, so that all see the same
+machine: `bare` (passes, norm, clip, step: no report, checksum, detector, noise scale or file),
+`recorded` (the run's update with every observer of its folder, no probe) and `probed` (a probe of
+every matrix at each update). A machine's own noise can be larger than what is looked for, so all
+three are timed again with an engine
+that computes next to nothing: what is left of an update is then its overhead, and differences of
+that over the real `bare` update are the figures to go by. Prints one JSON object.
 """
 
 from __future__ import annotations

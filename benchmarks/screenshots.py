@@ -1,6 +1,9 @@
-"""Pictures of a run's page for the README: `python benchmarks/screenshots.py RUN` with Chromium and playwright installed.
+"""Pictures of a run's page for the README.
 
-Writes docs/images/report-*.png from the page of RUN (the demo: `make demo`), at 1,000 pixels of width.
+`python benchmarks/screenshots.py RUN` with Chromium and playwright installed.
+
+Writes docs/images/report-*.png from the page of RUN (the demo: `make demo`), at 1,000 pixels of
+width.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ def main() -> int:
             page.wait_for_selector("html[data-ready]", state="attached")
             if anchor:
                 page.evaluate(
-                    "id => scrollTo(0, document.getElementById(id).getBoundingClientRect().top + scrollY - 78)",
+                    "id => scrollTo(0, document.getElementById(id).getBoundingClientRect().top + "
+                    "scrollY - 78)",
                     anchor,
                 )
             page.wait_for_timeout(200)

@@ -1,9 +1,13 @@
-"""What fits on a smaller card: the rest of a large one's memory is held by this process while `glassloop bench` runs beside it.
+"""What fits on a smaller card.
 
-    python benchmarks/small_card.py --gib 23.5 --engines fused --workloads full-v1 --layouts literal --vary memory.profile=min,fill --out FILE
+The rest of a large one's memory is held by this process while `glassloop bench` runs beside it.
 
-The arms find no more free memory than --gib, so `fill` chooses what it would choose there, and what does not fit runs out. Speeds are those of
-the large card. All further words go to `glassloop bench`.
+    python benchmarks/small_card.py --gib 23.5 --engines fused --workloads full-v1 --layouts literal
+    --vary memory.profile=min,fill --out FILE
+
+The arms find no more free memory than --gib, so `fill` chooses what it would choose there, and what
+does not fit runs out. Speeds are those of the large card. All further words go to `glassloop
+bench`.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ def main() -> int:
         max(0, int(free - given.gib * GIB) - SLACK), dtype=torch.uint8, device="cuda"
     )
     print(
-        f"held {held.numel() / GIB:.1f} GiB, left free {torch.cuda.mem_get_info()[0] / GIB:.2f} GiB",
+        f"held {held.numel() / GIB:.1f} GiB, left free {torch.cuda.mem_get_info()[0] / GIB:.2f} "
+        "GiB",
         flush=True,
     )
     return subprocess.run(

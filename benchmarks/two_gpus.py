@@ -1,7 +1,10 @@
-"""Everything that two cards are to show, one part after the other, into one JSON: see two_gpus.sh, which starts it.
+"""Everything that two cards are to show, one part after the other, into one JSON.
 
-Each part has its own time limit, and one that fails does not stop the others. Verdicts: held, missed (measured, and below its mark), failed (not
-measured), left out (a peer that is not installed). The JSON is written anew after every part.
+See two_gpus.sh, which starts it.
+
+Each part has its own time limit, and one that fails does not stop the others. Verdicts: held,
+missed (measured, and below its mark), failed (not measured), left out (a peer that is not
+installed). The JSON is written anew after every part.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from two_gpus_runs import ROOT, RUNNING, Place, end, write_rows
 SCHEMA = 1
 ROWS = 600
 MACHINE_S = 90.0
-# Stages, in order: parts of one stage run side by side, which only those may that are judged by results and not by their speed. Seconds: the limit.
+# Stages, in order: parts of one stage run side by side, which only those may that are judged by
+# results and not by their speed. Seconds: the limit.
 STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (300.0, ("peft",)),
     (240.0, ("one_rank", "verify", "killed")),
@@ -206,7 +210,8 @@ def machine_of(place: Place) -> tuple[dict[str, Any], str]:
     if place.device == "cuda" and machine["cards_seen"] < 2:
         return (
             machine,
-            f"torch sees {machine['cards_seen']} CUDA devices, and this needs two; --device cpu --model random:tiny tests the script",
+            f"torch sees {machine['cards_seen']} CUDA devices, and this needs two; --device cpu "
+            "--model random:tiny tests the script",
         )
     return machine, ""
 
@@ -268,7 +273,9 @@ def _run(
 
 
 def write(out: Path, about: dict[str, Any], found: dict[str, Any], began: float) -> None:
-    """The JSON, whole at any time, without the name of the user whose folders the logs' ends speak of."""
+    """The JSON, whole at any time, without the name of the user whose folders the logs' ends speak
+    of.
+    """
     text = json.dumps(
         about | {"seconds": round(time.monotonic() - began, 1), "parts": found},
         indent=1,
@@ -287,18 +294,21 @@ def summary(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[s
     """For people: the machine in a line, then each part's verdict."""
     cards = ", ".join(gpu["name"] for gpu in machine["gpus"][:2]) or machine["cpu"] or "CPU"
     link = (
-        f"P2P {'yes' if machine['p2p'] else 'no'}, driver {machine['driver']}, NCCL {machine['nccl']}"
+        f"P2P {'yes' if machine['p2p'] else 'no'}, driver {machine['driver']}, NCCL "
+        f"{machine['nccl']}"
         if machine["gpus"]
         else "gloo"
     )
     lines = [
-        f"{cards}; {link}; torch {machine['packages']['torch']}; 4 MiB all-reduce: {machine['all_reduce_4_mib']['outcome']}"
+        f"{cards}; {link}; torch {machine['packages']['torch']}; 4 MiB all-reduce: "
+        f"{machine['all_reduce_4_mib']['outcome']}"
     ]
     lines += [line_of(title, verdict) for title, verdict in found.items()]
     run = found.get("the recipe, peft", {}).get("numbers", {})
     if run.get("updates_timed"):
         lines.append(
-            f"communication, rank 0, peft: {run['reduce_share']:.2%} of an update sums gradients ({run['reduce_s_median'] * 1e3:.1f} ms), "
+            f"communication, rank 0, peft: {run['reduce_share']:.2%} of an update sums gradients "
+            f"({run['reduce_s_median'] * 1e3:.1f} ms), "
             f"{run['waiting_share']:.2%} waits for the other rank and exchanges reports"
         )
     return lines

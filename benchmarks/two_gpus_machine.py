@@ -1,4 +1,6 @@
-"""What the two cards are and how they are linked: prints one JSON. In a process of its own, so that nobody else holds a context on a card.
+"""What the two cards are and how they are linked.
+
+Prints one JSON. In a process of its own, so that nobody else holds a context on a card.
 
 python benchmarks/two_gpus_machine.py cuda|cpu
 """
@@ -20,7 +22,9 @@ from glassloop.doctor.p2p import try_all_reduce
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Versions, commit, cards, topology, whether they reach each other's memory, and an all-reduce between two processes."""
+    """Versions, commit, cards, topology, whether they reach each other's memory, and an all-reduce
+    between two processes.
+    """
     cuda = device == "cuda"
     cards = torch.cuda.device_count() if cuda else 0
     uuids = [f"GPU-{torch.cuda.get_device_properties(card).uuid}" for card in range(min(cards, 2))]

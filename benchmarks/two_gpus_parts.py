@@ -1,4 +1,7 @@
-"""The parts of two_gpus.py that are judged by results: each takes a Place, what was asked and a deadline, and returns verdicts by name. No torch."""
+"""The parts of two_gpus.py that are judged by results.
+
+Each takes a Place, what was asked and a deadline, and returns verdicts by name. No torch.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Verdict:
-    """verdict: held | missed (measured, and below its mark) | failed (not measured) | left out. why: one line. numbers: what was measured."""
+    """verdict.
+
+    Held | missed (measured, and below its mark) | failed (not measured) | left out. why: one line.
+    numbers: what was measured.
+    """
 
     verdict: str
     why: str
@@ -92,7 +99,8 @@ def peft(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         for line in runs.lines_of(folder, "events.jsonl")
         if line["kind"] == "failed"
     ]
-    # The gate of every update refuses replicas whose checksums of adapters and optimizer differ, before anything is applied.
+    # The gate of every update refuses replicas whose checksums of adapters and optimizer differ,
+    # before anything is applied.
     agree = Verdict(
         "missed" if parted else "held" if updates else "failed",
         parted[0]
@@ -120,9 +128,12 @@ def ddp(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
 
 
 def fused(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
-    """The fast engine on two ranks: its first update beside the reference engine's, all of them beside the same engine on one rank.
+    """The fast engine on two ranks.
 
-    No more than the first beside the reference: in bf16 that rounds most of small adapters' share away, so the two part (docs/findings.md).
+    Its first update beside the reference engine's, all of them beside the same engine on one rank.
+
+    No more than the first beside the reference: in bf16 that rounds most of small adapters' share
+    away, so the two part (docs/findings.md).
     """
     words = ["execution.engine=fused", "execution.layout=packed"]
     return {
@@ -144,7 +155,9 @@ def _beside(
     beside: str = "peft",
     most: int | None = None,
 ) -> Verdict:
-    """The first updates of the recipe done otherwise, beside those of another run: same plan, so same rows and lr; ended by SIGTERM then.
+    """The first updates of the recipe done otherwise, beside those of another run.
+
+    Same plan, so same rows and lr; ended by SIGTERM then.
 
     Args:
         beside: name of the other run. most: updates that are compared; None: all of the first.
@@ -223,7 +236,11 @@ def _other_rows(ours: Path, theirs: Path) -> list[int]:
 
 
 def killed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
-    """A deterministic run; the same with rank 1 killed in its middle; then `--resume`. Half of the recipe's rows an update, for time."""
+    """A deterministic run.
+
+    The same with rank 1 killed in its middle; then `--resume`. Half of the recipe's rows an update,
+    for time.
+    """
     fixed = [
         "batch.rows_per_update=8", f"schedule.updates={KILL['updates']}", f"checkpoint.every_updates={KILL['every']}", "checkpoint.keep=100",
         "execution.deterministic=true",
@@ -290,7 +307,10 @@ def killed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
 
 
 def _same_again(folder: Path, whole: Path, code: int | None, one: runs.Started) -> Verdict:
-    """The resumed run's updates beside those of the run that nobody killed: equal to the last bit."""
+    """The resumed run's updates beside those of the run that nobody killed.
+
+    Equal to the last bit.
+    """
     ours, theirs = runs.updates_of(folder), runs.updates_of(whole)
     again = [update for update, line in ours.items() if line["attempt"] > 1]
     if code != 0 or not again:

@@ -1,4 +1,7 @@
-"""Runs of train_loop.py through `accelerate launch`: started, followed by their records, ended, compared. No torch."""
+"""Runs of train_loop.py through `accelerate launch`.
+
+Started, followed by their records, ended, compared. No torch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ from glassloop.bench.workloads import workload
 from glassloop.verify.processes import LAUNCHER_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN_TOKENS = 3  # <s> <|user|> ... <|assistant|>: what the template of random: models puts around a prompt; behind the answer stands one more
+# <s> <|user|> ... <|assistant|>: what the template of random: models puts around a prompt; behind
+# the answer stands one more
+BEGIN_TOKENS = 3
 LAUNCH_FILES = {
     ("cuda", 2): "ddp_2gpu.yaml",
     ("cuda", 1): "single_gpu.yaml",
@@ -34,7 +39,11 @@ LAUNCH_FILES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where all parts run. device: cuda | cpu. work: folder for runs and logs. cards: CUDA_VISIBLE_DEVICES of two ranks ("" on a CPU)."""
+    """Where all parts run.
+
+    device: cuda | cpu. work: folder for runs and logs. cards: CUDA_VISIBLE_DEVICES of two ranks (""
+    on a CPU).
+    """
 
     device: str
     model: str
@@ -47,7 +56,10 @@ class Place:
         return "bf16" if self.device == "cuda" else "fp32"
 
     def environment(self, ranks: int) -> dict[str, str]:
-        """This process's environment for a command: nobody else's launcher, the cards of `ranks` ranks, and this very glassloop."""
+        """This process's environment for a command.
+
+        Nobody else's launcher, the cards of `ranks` ranks, and this very glassloop.
+        """
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -67,7 +79,11 @@ class Place:
 
 
 def write_rows(path: Path, name: str, rows: int) -> list[int]:
-    """Rows of letters, as long under the template and tokenizer of `random:` models as the workload's: their lengths in tokens."""
+    """Rows of letters, as long under the template and tokenizer of `random:` models as the
+    workload's.
+
+    Their lengths in tokens.
+    """
     made = workload(name, rows, vocabulary=512)
     with open(path, "w", encoding="utf-8") as file:
         for index, row in enumerate(made):
@@ -148,7 +164,9 @@ def train(place: Place, name: str, words: Sequence[str], *, ranks: int = 2) -> S
 
 
 def recipe(place: Place, name: str, *words: str) -> list[str]:
-    """The recipe on the made rows, with the reference engine unless words name another: what differs from `r1_8b_scam` is where weights and rows
+    """The recipe on the made rows, with the reference engine unless words name another.
+
+    What differs from `r1_8b_scam` is where weights and rows
     come from, and that nothing is generated."""
     return [
         "r1_8b_scam", f"model.id={place.model}", f"data.source={place.work / 'rows.jsonl'}", "data.format=prompt_completion",
@@ -160,7 +178,9 @@ def recipe(place: Place, name: str, *words: str) -> list[str]:
 
 
 def tree(pid: int) -> dict[int, str]:
-    """The process and all that it has started, with the tick at which each began (so that a number used anew is not taken for it)."""
+    """The process and all that it has started, with the tick at which each began (so that a number
+    used anew is not taken for it).
+    """
     parents: dict[int, tuple[int, str]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -218,7 +238,10 @@ def rows_of(folder: Path) -> dict[int, list[str]]:
 
 
 def checkpoint(folder: Path) -> tuple[str, str] | None:
-    """Name of the newest complete checkpoint and a digest of its files; None where there is none."""
+    """Name of the newest complete checkpoint and a digest of its files.
+
+    None where there is none.
+    """
     names = sorted(path.name for path in (folder / "checkpoints").glob("update_*") if path.is_dir())
     if not names:
         return None
@@ -230,9 +253,12 @@ def checkpoint(folder: Path) -> tuple[str, str] | None:
 
 
 def speed(updates: dict[int, dict[str, Any]], skip: int = 2) -> dict[str, Any]:
-    """Of the updates after the first `skip`: seconds, tokens, and what communication took of them on rank 0.
+    """Of the updates after the first `skip`.
 
-    reduce: summing gradients over ranks and taking the norm. waiting: for the slower rank's passes and the exchange of reports.
+    Seconds, tokens, and what communication took of them on rank 0.
+
+    reduce: summing gradients over ranks and taking the norm. waiting: for the slower rank's passes
+    and the exchange of reports.
     """
     lines = [line for update, line in sorted(updates.items()) if update > skip]
     if not lines:
@@ -254,7 +280,10 @@ def speed(updates: dict[int, dict[str, Any]], skip: int = 2) -> dict[str, Any]:
 def apart(
     ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], name: str
 ) -> dict[int, float]:
-    """Update -> |ours / theirs - 1| of the record's field `name`; infinite where one has no such number."""
+    """Update -> |ours / theirs - 1| of the record's field `name`.
+
+    Infinite where one has no such number.
+    """
     found = {}
     for update in sorted(ours.keys() & theirs.keys()):
         a, b = ours[update][name], theirs[update][name]

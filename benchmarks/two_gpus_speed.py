@@ -1,4 +1,7 @@
-"""The parts of two_gpus.py that are judged by their speed: the benchmark on one and two ranks, and other trainers beside it. No torch."""
+"""The parts of two_gpus.py that are judged by their speed.
+
+The benchmark on one and two ranks, and other trainers beside it. No torch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,11 @@ TOO_GOOD = 1.05  # above it the one-rank arm was disturbed, and the ratio is no 
 
 
 def bench(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
-    """The arms of `glassloop bench`: engines on one and two ranks, each in its usual layout; their lines are kept in work/bench.jsonl."""
+    """The arms of `glassloop bench`.
+
+    Engines on one and two ranks, each in its usual layout; their lines are kept in
+    work/bench.jsonl.
+    """
     spot = processes.Place(place.device, len(place.cards))
     common = dict(
         rows_per_update=asked.rows_per_update,
@@ -60,7 +67,10 @@ def bench(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
 
 
 def _scaling(place: Place, lines: list[dict[str, Any]], engine: str, rows: str) -> Verdict:
-    """Rate of two ranks over twice that of one. On a CPU, whose cores the ranks share, only the results are judged."""
+    """Rate of two ranks over twice that of one.
+
+    On a CPU, whose cores the ranks share, only the results are judged.
+    """
     mine = [
         line
         for line in lines
@@ -116,7 +126,10 @@ def of_line(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def peers(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
-    """TRL and Unsloth on two ranks under DDP, on the bench's rows; only where they are installed, here or in `--python`."""
+    """TRL and Unsloth on two ranks under DDP, on the bench's rows.
+
+    Only where they are installed, here or in `--python`.
+    """
     pythons, found = dict(asked.pythons), {}
     for library, peer in (("trl", "trl"), ("unsloth", "unsloth-trainer")):
         name = f"{library} under DDP"

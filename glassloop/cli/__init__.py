@@ -1,1 +1,4 @@
-"""One file a command; each imports what it needs inside its functions, so that `glassloop --help` stays quick."""
+"""One file a command.
+
+Each imports what it needs inside its functions, so that `glassloop --help` stays quick.
+"""

@@ -25,8 +25,9 @@ rows a window; then faults planted into their numbers.
                                       loss at 1.5 x 33 %, 2 x and 3 x all: at the fifth window
 
 That one run fell too little to tell from flat: losses scatter by 8 % there, and runs like it fall
-by less than 2 % over 40 updates. On drawn series with normal scatter up to 20 % the spike detectors raised 2 false alarms in 198,000 updates; with
-heavy tails (Student's t, 4 degrees) 163, about 1 in 1,200: `on_spike` = warn is the default for
+by less than 2 % over 40 updates. On drawn series with normal scatter up to 20 % the spike
+detectors raised 2 false alarms in 198,000 updates; with heavy tails (Student's t, 4 degrees) 163,
+about 1 in 1,200: `on_spike` = warn is the default for
 that reason. Of 150 drawn series of 200 updates none was told to have diverged where losses scatter
 by 20 % and never fall, 7 where they scatter by 30 %. A lightest row at x50 is seen in 83 %, since
 it weighs little in the mean.

@@ -24,7 +24,8 @@ from glassloop.loop.meeting import meet
 
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 REFUSED_LAUNCHES = {
-    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g nor "
+    DistributedType.DEEPSPEED: "DeepSpeed clips and steps inside its own backward, so neither g "
+    "nor "
     "c of the formula could be seen",
     DistributedType.FSDP: "FSDP shards what the flat adapter buffer holds whole (and 4-bit weights "
     "need "

@@ -120,8 +120,8 @@ def carry_out(
 ) -> Carried:
     """Run the passes of all ranks, one rank after the other.
 
-    Their sum is in the flat gradient afterwards. Two shares add up to the same bits in any order; a collective of more ranks orders its sum
-    itself. Raises ValueError if memory runs out.
+    Their sum is in the flat gradient afterwards. Two shares add up to the same bits in any order;
+    a collective of more ranks orders its sum itself. Raises ValueError if memory runs out.
 
     Args:
         rows: those that the window's passes are indices into. n: N of the formula.

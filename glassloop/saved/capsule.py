@@ -5,7 +5,7 @@
         adapter_before.safetensors    # fp32 LoRA matrices under PEFT's names, before the update
         optimizer.safetensors  optimizer.json
         rng_rank0.json ...            # one a rank, before its passes
-        capsule.json                  # CapsuleFacts: rows, passes, lr, scale, config, versions, results
+        capsule.json        # CapsuleFacts: rows, passes, lr, scale, config, versions, results
         SHA256SUMS                    # of all files above
 
 Rank 0 saves, after the gate and before the optimizer moves. Published by rename like a checkpoint;

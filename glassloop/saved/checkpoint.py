@@ -1,7 +1,7 @@
 """A run on disk between two updates, whole or not at all.
 
     runs/<name>/checkpoints/
-      best.json                       # the checkpoint with the lowest held-out loss: pruning keeps it
+      best.json   # the checkpoint with the lowest held-out loss: pruning keeps it
       update_000060/
         adapter_model.safetensors     # fp32 LoRA matrices under PEFT's names; no base weights
         adapter_config.json           # and the tokenizer's files, chat_template.jinja among them

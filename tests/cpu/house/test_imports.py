@@ -115,7 +115,10 @@ LONGEST = {
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module: dotted name, whether a function's body holds it, whether only a type checker sees it."""
+    """One imported module.
+
+    Dotted name, whether a function's body holds it, whether only a type checker sees it.
+    """
 
     name: str
     line: int
@@ -128,7 +131,10 @@ def sources() -> list[Path]:
 
 
 def module_of(path: Path) -> str:
-    """Dotted name of a file: glassloop/cli/data.py is glassloop.cli.data, glassloop/__init__.py is glassloop.__init__."""
+    """Dotted name of a file.
+
+    Glassloop/cli/data.py is glassloop.cli.data, glassloop/__init__.py is glassloop.__init__.
+    """
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -162,7 +168,10 @@ def imports(module: str, source: str) -> Iterator[Import]:
 
 
 def row_of(module: str) -> str:
-    """The table's row for a dotted name: glassloop.engines.fused.norm is fused, train_loop is itself, glassloop alone is __init__."""
+    """The table's row for a dotted name.
+
+    Glassloop.engines.fused.norm is fused, train_loop is itself, glassloop alone is __init__.
+    """
     parts = module.split(".")
     if parts[0] != "glassloop":
         return parts[0]
@@ -367,7 +376,7 @@ def test_a_heavy_import_is_seen() -> None:
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_no_file_outgrows_a_reader(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines < 440, (
+    assert lines < 410, (
         f"{path.name} has {lines} lines: split it by concept"
     )  # 350 when prose is shortened
 

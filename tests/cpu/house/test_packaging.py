@@ -1,4 +1,8 @@
-"""What is installed: every package listed, every requirement pinned within its range, launch files without training knobs."""
+"""What is installed.
+
+Every package listed, every requirement pinned within its range, launch files without training
+knobs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH_FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-# How many ranks, and on what. Everything else in a launch file would be a second place that decides about training.
+# How many ranks, and on what. Everything else in a launch file would be a second place that decides
+# about training.
 LAUNCH_KEYS = {
     "compute_environment",
     "distributed_type",

@@ -1,7 +1,11 @@
-"""Strangers agree: a plain loop, transformers' Trainer and TRL's SFTTrainer, given the same rows in the same order, do the same updates.
+"""Strangers agree.
 
-strangers.py has the four of them and the problem: a Llama in fp32 without quantisation, LoRA on all seven projections, AdamW with 32-bit states
-and weight decay, a constant learning rate, clipping at 1, 2 rows x 2 micro-batches an update, ten updates.
+A plain loop, transformers' Trainer and TRL's SFTTrainer, given the same rows in the same order, do
+the same updates.
+
+strangers.py has the four of them and the problem: a Llama in fp32 without quantisation, LoRA on all
+seven projections, AdamW with 32-bit states and weight decay, a constant learning rate, clipping at
+1, 2 rows x 2 micro-batches an update, ten updates.
 """
 
 from __future__ import annotations

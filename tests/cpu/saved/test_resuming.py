@@ -47,8 +47,8 @@ def test_rows_of_an_update_stay_with_any_number_of_ranks_that_divides_them(
 def test_ranks_that_do_not_divide_the_rows_are_refused_with_sizes_that_do() -> None:
     with pytest.raises(
         ValueError,
-        match=r"rows_per_update = 16 is not a multiple of batch\.size x ranks = 2 x 16: batch\.size "
-        "could be 1",
+        match=r"rows_per_update = 16 is not a multiple of batch\.size x ranks = 2 x 16: "
+        r"batch\.size could be 1",
     ):
         reshaped(Config(), saved(), 16)
 
