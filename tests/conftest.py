@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,15 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+# A shell starts what it runs in the background with these ignored, and tests send them.
+for _number, _usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 if TYPE_CHECKING:
     from glassloop.engines.peft import PeftEngine
