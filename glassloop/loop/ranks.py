@@ -52,12 +52,13 @@ def start_ranks(ranks: int, words: Sequence[str], *, on_cpu: bool) -> int:
         one, as shells have it.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks) if on_cpu else 1))
-    os.environ[STARTED_BY] = "1"
+    threads = str(max(1, cores // ranks) if on_cpu else 1)
+    around = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), STARTED_BY: "1"}
     disabled = logging.root.manager.disable
     with tempfile.TemporaryDirectory(prefix="glassloop_train_") as folder:
         file = Path(folder) / "launch.yaml"
@@ -66,7 +67,8 @@ def start_ranks(ranks: int, words: Sequence[str], *, on_cpu: bool) -> int:
         asked = launch_command_parser().parse_args([*options, str(script()), *words])
         logging.disable(logging.CRITICAL)
         try:
-            launch_command(asked)
+            with patch_environment(**around):
+                launch_command(asked)
         except SignalException as stopped:
             return 128 + stopped.sigval
         except ChildFailedError as failed:

@@ -184,6 +184,7 @@ def test_the_exit_code_is_the_runs(
     def launched(asked) -> None:
         assert asked.training_script_args == ["a.b=1"]
         assert Path(asked.config_file).is_file()
+        assert (os.environ[starting.STARTED_BY], os.environ["OMP_NUM_THREADS"]) == ("1", "3")
         if raised == "interrupted":
             raise SignalException("", signal.SIGINT)
         if raised:
@@ -191,9 +192,10 @@ def test_the_exit_code_is_the_runs(
             raise ChildFailedError("", {1: ProcessFailure(1, 77, exitcode, "")})
 
     monkeypatch.setattr(launch, "launch_command", launched)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv(starting.STARTED_BY, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before = dict(os.environ)
     assert starting.start_ranks(2, ["a.b=1"], on_cpu=True) == code
+    assert dict(os.environ) == before
     assert ("rank 1 was killed by SIGKILL" in capsys.readouterr().out) == (raised == "killed")
 
 
