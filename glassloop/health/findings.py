@@ -1,4 +1,4 @@
-"""What detectors found, in words and numbers."""
+"""Findings of the detectors, in words and numbers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def diverged(signals: Signals, began: float, since: int, updates: int) -> Findin
 def not_learning(
     signals: Signals, losses: Sequence[tuple[int, float]], first: Sequence[float]
 ) -> Finding | None:
-    """A loss that has not fallen, or None if noise alone may hide that it has.
+    """A loss that has not fallen, or None.
+
+    None too if noise alone may hide that it has.
 
     Args:
         losses: (update, nats a token) of the last whole updates. first: of the run's first ones.

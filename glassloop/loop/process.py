@@ -1,4 +1,7 @@
-"""What surrounds a run in its process: refusals, the ways to end, exit codes, the last line."""
+"""The surroundings of a run in its process.
+
+Refusals, the ways to end, exit codes, the last line.
+"""
 
 from __future__ import annotations
 

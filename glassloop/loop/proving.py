@@ -1,4 +1,7 @@
-"""The fast engine's proof at the start of a run, and what a run does without it."""
+"""The fast engine's proof at the start of a run.
+
+And what a run does without it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from glassloop.plan.engine import Choice
 def proven(
     asked: Config, engine: Engine, adapters: FlatAdapters, rows: Sequence[Row], pad_id: int
 ) -> tuple[Engine, Choice | None]:
-    """Return the engine that computes this run, and why it is not fused if fused is not sound.
+    """Return the engine that computes this run.
+
+    With it why it is not fused, if fused is not sound.
 
     All ranks take part and decide alike: one rank's doubt is everyone's. Other engines pass.
 
@@ -47,7 +52,7 @@ def proven(
 def doubt_of(
     asked: Config, engine: Engine, adapters: FlatAdapters, rows: Sequence[Row], pad_id: int
 ) -> str:
-    """Name what speaks against fused on this rank; empty if it agrees with the reference."""
+    """Name what speaks against fused on this rank, or ""."""
     from glassloop.engines.fused.proof import disagreement
 
     packed = asked.execution.layout == "packed"

@@ -1,4 +1,7 @@
-"""The first stages of a start: past, launch, engine, rows. What is cheap to refuse comes first."""
+"""The first stages of a start: past, launch, engine, rows.
+
+What is cheap to refuse comes first.
+"""
 
 from __future__ import annotations
 

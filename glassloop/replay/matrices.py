@@ -1,4 +1,4 @@
-"""Norms of adapter matrices, compared with a healthy update or with other layers.
+"""Norms of adapter matrices beside a healthy update's or other layers'.
 
 Legend: A (R, in) and B (out, R) of an adapter.
 """

@@ -118,7 +118,7 @@ def rerun(
 
 
 def _batches(folder: Path, record: Record, rows: tuple[Row, ...], config: Config) -> Batches:
-    """The run's windows and passes, packed as they were when the update ran."""
+    """The run's windows and passes, packed as in the update."""
     planned = read_plan(folder, file_of(folder, record, "plan.json"))
     chosen = planned.get("pass_tokens") if chooses_passes(config) else None
     return Batches(
@@ -138,7 +138,10 @@ def _do_again(
     record: Record,
     rng_states: tuple[dict[str, Any], ...],
 ) -> Carried:
-    """Run an update on the way; apply it if the run applied it, with its clip coefficient."""
+    """Re-run an update on the way.
+
+    It is applied, with its clip coefficient, if the run applied it.
+    """
     parts.replica.scale.value = number(record["loss_scale"]) or 1.0
     parts.replica.optimizer.param_groups[0]["lr"] = record["lr"]
     carried = carry_out(parts, rows, window, record["supervised_tokens"], rng_states)
@@ -157,7 +160,11 @@ def _compared(carried: Carried, record: Record) -> OnTheWay:
 
 
 def _with_record(scene: Scene, record: Record, lines: list[Record]) -> Scene:
-    """The scene with the numbers on record; `lines` are the update's of rows.jsonl."""
+    """The scene with the numbers on record.
+
+    Args:
+        lines: the update's of rows.jsonl.
+    """
     norms = record["rank_grad_norm"]
     numbers = recorded_numbers(
         scene,

@@ -89,7 +89,7 @@ def try_out(
 
 
 def _same_engine(scene: Scene, found: Bisection, grad: Tensor) -> Iterator[Trial]:
-    """Try the update as it was, without its worst row, at half the rate."""
+    """Try as it was, without the worst row, at half the lr."""
     yield _attempt(AS_IT_WAS, scene, enter(scene), grad)
     yield _without_row(scene, found, grad)
     slower = replace(scene, lr=scene.lr / 2)

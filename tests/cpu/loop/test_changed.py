@@ -14,8 +14,8 @@ import yaml
 
 from glassloop.config.arguments import ConfigError, parse
 from glassloop.config.names import field_names
-from glassloop.loop import build
-from glassloop.loop.changed import keep_aside, machine_changes, plan_changes
+from glassloop.loop import build, starting
+from glassloop.loop.changed import in_words, keep_aside, machine_changes, plan_changes
 from glassloop.record.jsonl import read_jsonl
 from glassloop.record.reading import file_of
 from glassloop.record.records import Event, to_json
@@ -153,7 +153,7 @@ def as_list(value: Any) -> list[Any]:
 def test_every_setting_that_changed_is_told_by_files_event_and_header(
     begun, tmp_path, monkeypatch
 ) -> None:
-    pytest.importorskip("wandb")
+    monkeypatch.setattr(starting, "check_tracking", lambda _: None)  # nothing is tracked here
     monkeypatch.setattr(build, "make_tracker_observer", lambda *_, **__: None)
     before = files(begun)
     words = [f"{name}={value.replace('CACHE', str(tmp_path))}" for name, value in OTHERWISE.items()]
@@ -373,3 +373,13 @@ def test_no_file_outside_the_run_stands_for_its_config(tmp_path) -> None:
     assert file_of(tmp_path, record, "plan.json") == "plan_000002.json"
     assert file_of(tmp_path, {"attempt": 1, "update": 3}, "plan.json") == "plan.json"
     assert file_of(tmp_path, {"attempt": 2, "update": 1}, "plan.json") == "plan.json"
+
+
+def test_odd_characters_of_a_strangers_run_are_spelled_out() -> None:
+    assert in_words("\x1b[31mred") == '"\\u001b[31mred"'
+    assert [in_words(value) for value in ("fp32", None, True, [1, 2])] == [
+        "fp32",
+        "null",
+        "true",
+        "[1, 2]",
+    ]
