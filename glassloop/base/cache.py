@@ -52,10 +52,10 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
 def published(
     folder: Path, unwritable: Callable[[Path, OSError], ValueError] = _unwritable
 ) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `folder` when the block ends well.
+    """A temporary folder that is renamed to `folder` when the block ends.
 
-    So `folder` exists whole or not at all. Two writers may race: the first rename wins, and the
-    other's copy is removed.
+    So `folder` exists whole or not at all. If two writers race, the first rename wins, and the
+    other's copy is deleted.
 
     Args:
         unwritable: the error to raise if no folder can be made in `folder.parent`.

@@ -9,6 +9,8 @@ from transformers import PretrainedConfig
 
 from glassloop.predict.sizes import odd_size
 
+READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 CURE = "choose another model, or an undamaged copy"
 
 
@@ -51,3 +53,15 @@ def names_of_index(index: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise FileError(f"{index.name} names {file!r}, which lies elsewhere: {CURE}")
     return found
+
+
+def check_no_pointers(folder: Path) -> None:
+    """Raise FileError for a Git LFS pointer in place of a file."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in READ or not file.is_file() or file.stat().st_size > POINTER_BYTES:
+            continue
+        if file.read_bytes().startswith(POINTER):
+            raise FileError(
+                f"{file.name} is a Git LFS pointer, not the file itself: "
+                f"type `git lfs pull` in {folder}"
+            )

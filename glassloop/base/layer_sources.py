@@ -1,4 +1,7 @@
-"""Sources of a file of layers: safetensors, or drawn weights, a layer at a time."""
+"""Sources of a file of layers, read a layer at a time.
+
+Safetensors, or drawn weights.
+"""
 
 from __future__ import annotations
 

@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from glassloop.base.cache import cache_root
-from glassloop.base.files import FileError, check_files
+from glassloop.base.files import FileError, check_files, check_no_pointers
 from glassloop.base.random import PREFIX, VERSION, random_folder
 from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
 from glassloop.config.config import ModelConfig
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")  # the first kind that is there, as transformers chooses
 HUB_TIMEOUT_S = 10.0
-READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
-POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
 class BaseError(ValueError):
@@ -95,7 +93,10 @@ def resolve_source(model: ModelConfig) -> BaseSource:
                 f"model.id = {model.id} is a folder without config.json: name the folder that "
                 "save_pretrained wrote"
             )
-        check_no_pointers(folder)
+        try:
+            check_no_pointers(folder)
+        except FileError as error:
+            raise BaseError(f"model.id = {folder}: {error}") from error
         return BaseSource(name=str(folder.absolute()), commit=None, folder=folder.absolute())
     if model.id.startswith(("/", "./", "../", "~")) or model.id.count("/") > 1:
         raise BaseError(
@@ -103,18 +104,6 @@ def resolve_source(model: ModelConfig) -> BaseSource:
             "an existing folder"
         )
     return _hub_source(model)
-
-
-def check_no_pointers(folder: Path) -> None:
-    """Raise BaseError for a Git LFS pointer in place of a file."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in READ or not file.is_file() or file.stat().st_size > POINTER_BYTES:
-            continue
-        if file.read_bytes().startswith(POINTER):
-            raise BaseError(
-                f"model.id = {folder}: {file.name} is a Git LFS pointer, not the file itself: "
-                f"type `git lfs pull` in {folder}"
-            )
 
 
 def _hub_source(model: ModelConfig) -> BaseSource:

@@ -121,12 +121,14 @@ class Contract:
 
 
 def has_rows_digest(saved: Mapping[str, Any]) -> bool:
-    """Whether a run's plan.json says which rows the run began with."""
+    """True if a run's plan.json names the rows it began with."""
     return saved.get("schema", 0) >= SCHEMA and "rows_digest" in saved
 
 
 def check_same_rows(saved: Mapping[str, Any], digest: str, where: str) -> None:
-    """Raise ValueError if a resumed run would train other rows than it began with.
+    """Raise ValueError if a resumed run would train other rows.
+
+    `saved`: its plan.json.
 
     Args:
         saved: the run's plan.json.

@@ -143,7 +143,10 @@ def _of_shapes(
     mean: float,
     present: Sequence[Present],
 ) -> dict[str, Any]:
-    """Fields of an Outlook that need the model's shapes; `unknown` names what is missing."""
+    """Fields of an Outlook that need the model's shapes.
+
+    `unknown` names what is missing.
+    """
     share = plan.size * plan.accumulation * config.data.max_tokens
     work = work_of(config, counts, counts.heaviest_share if counts else share)
     n = shapes.trainable(work.r, config.lora.targets)
@@ -193,7 +196,10 @@ def _of_shapes(
 def _verdicts(
     plan: StepPlan, shapes: Shapes, work: Work, engine: str, present: Sequence[Present]
 ) -> tuple[list[Verdict], list[Verdict], list[str]]:
-    """Judge the planned cards and this machine's; the third names cards that are unknown."""
+    """Judge the planned cards and this machine's.
+
+    The third list names cards that are unknown.
+    """
 
     def judged(gpu: Gpu, free_gib: float | None = None) -> Verdict:
         return verdict(

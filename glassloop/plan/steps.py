@@ -145,7 +145,7 @@ def make_plan(
 
 
 def counted(number: int, what: str) -> str:
-    """A number with its noun: 1 rank, 2 ranks, 3 passes, 1,000 rows."""
+    """A number with its noun: 1 rank, 2 ranks, 3 passes."""
     ending = "" if number == 1 else "es" if what.endswith(("s", "ch")) else "s"
     return f"{number:,} {what}{ending}"
 

@@ -127,7 +127,7 @@ def test_a_resumed_update_is_the_uninterrupted_one_bit_for_bit(
 def test_a_resumed_update_without_deterministic_mode_has_the_same_rows_and_stays_within_rounding(
     run_of: Any,
 ) -> None:
-    """The noise floor of two runs of the same updates, for the docs."""
+    """The noise floor of two equal runs, for the docs."""
     run = run_of(
         model={"quantization": "nf4"},
         lora={"r": 16, "alpha": 16, "dropout": 0.1},

@@ -133,7 +133,7 @@ def test_the_reference_is_refused_where_unsloth_has_patched_the_process(wide_run
 
 
 def saved_at_3(wide_run, engine: str):
-    """A run with a checkpoint after update 3 that has done update 4.
+    """A run saved after update 3 that has done update 4.
 
     With that update's record.
     """

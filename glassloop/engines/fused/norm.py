@@ -17,9 +17,9 @@ from torch import Tensor
 def add_norm_reference(
     x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor
 ) -> Tensor:
-    """Write weight * s / rms(s) to `out`, with s = x + y.
+    """Write weight * s / rms(s), with s = x + y.
 
-    `out`: (T, H), any row stride. Returns s (T, H), which is x itself without y.
+    It goes to `out` (T, H), any row stride. Returns s (T, H), which is x itself without y.
     """
     s = x if y is None else (x.float() + y.float()).to(x.dtype)
     wide = s.float()

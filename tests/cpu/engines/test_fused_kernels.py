@@ -337,7 +337,7 @@ def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_fi
 
 
 def wide_heads(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype):
-    """q, k, v side by side in rows with room; angles; a gradient.
+    """q, k, v side by side, with room; angles; a gradient.
 
     As a layer has them. The gradient has wider rows too.
     """

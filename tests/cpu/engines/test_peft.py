@@ -99,7 +99,7 @@ def test_packed_pass_equals_padded_pass(engine_of: EngineOf, folder: Path, atten
 
 
 def test_packed_rows_keep_a_sliding_window(engine_of: EngineOf, tmp_path: Path) -> None:
-    """Layers that see the last 4 places do so in packed passes too."""
+    """Layers that see 4 places do so in packed passes too."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -263,7 +263,7 @@ def test_generating_between_two_updates_changes_nothing(
 def test_generating_would_change_gradients_without_the_cure(
     engine_of: EngineOf, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault is real on this CPU, or the cure cannot be seen."""
+    """The fault is real here, or the cure cannot be seen."""
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():

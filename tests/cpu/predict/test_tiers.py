@@ -287,7 +287,7 @@ def test_a_pass_is_no_larger_than_a_ranks_share_and_no_smaller_than_the_longest_
 
 
 def test_groups_of_one_shape_share_neither_weights_nor_gradients():
-    """An MLP as wide as the model gives o_proj and down_proj one shape."""
+    """An MLP as wide as the model: o_proj has down_proj's shape."""
     one = sizes_of(replace(R1, intermediate=4096), 16, PROJECTIONS, element=2)
     assert one.o == one.down
     apart = [
