@@ -31,12 +31,12 @@ from transformers import (
 
 from glassloop.base.cache import cache_root, published, save_pretrained_here
 from glassloop.base.checksum import base_checksum
+from glassloop.base.hashing import base_hash
 from glassloop.base.random import drawn_shapes, fill, write_nf4
 from glassloop.base.reading import DTYPES, compare_own_quantization, own_quantization, read_model
 from glassloop.base.source import (
     BaseError,
     BaseSource,
-    base_hash,
     damaged_copy,
     downloaded,
     loading_errors,

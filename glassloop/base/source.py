@@ -6,11 +6,7 @@ weight is read, so all ranks and a later resume mean the same bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +15,10 @@ from typing import Any
 
 from glassloop.base.cache import cache_root
 from glassloop.base.files import FileError, check_files, check_no_pointers
-from glassloop.base.random import PREFIX, VERSION, random_folder
+from glassloop.base.random import PREFIX, random_folder
 from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
 from glassloop.config.config import ModelConfig
 
-WEIGHT_FILES = ("*.safetensors", "*.bin")  # the first kind that is there, as transformers chooses
 HUB_TIMEOUT_S = 10.0
 
 
@@ -93,10 +88,8 @@ def resolve_source(model: ModelConfig) -> BaseSource:
                 f"model.id = {model.id} is a folder without config.json: name the folder that "
                 "save_pretrained wrote"
             )
-        try:
+        with _naming(folder):
             check_no_pointers(folder)
-        except FileError as error:
-            raise BaseError(f"model.id = {folder}: {error}") from error
         return BaseSource(name=str(folder.absolute()), commit=None, folder=folder.absolute())
     if model.id.startswith(("/", "./", "../", "~")) or model.id.count("/") > 1:
         raise BaseError(
@@ -167,11 +160,16 @@ def config_of(source: BaseSource, model: ModelConfig) -> dict[str, Any]:
 
 def check_config(source: BaseSource, model: ModelConfig) -> None:
     """Raise BaseError for files from which a library would build something absurd."""
-    with loading_errors(model):
-        try:
-            check_files(source.path, source.revision, source.folder)
-        except FileError as error:
-            raise BaseError(f"model.id = {model.id}: {error}") from error
+    with loading_errors(model), _naming(model.id):
+        check_files(source.path, source.revision, source.folder)
+
+
+@contextmanager
+def _naming(model_id: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except FileError as error:
+        raise BaseError(f"model.id = {model_id}: {error}") from error
 
 
 def locate_base(model: ModelConfig) -> tuple[BaseSource, dict[str, Any]]:
@@ -195,65 +193,6 @@ def downloaded(source: BaseSource) -> Path:
     config = try_to_load_from_cache(source.name, "config.json", revision=source.commit)
     assert isinstance(config, str)  # whoever asks has just loaded it
     return Path(config).parent
-
-
-def base_hash(source: BaseSource, memo: Path) -> str:
-    """64 hex digits that stand for the base's config and weights.
-
-    Hub: of name and commit, since a commit is itself a hash of all its files. Drawn weights: of
-    their name and version. Local folder: of the files' bytes, remembered in the file `memo` by
-    path, size and time of change, so that 16 GB are read once.
-    """
-    if source.commit is not None:
-        return hashlib.sha256(f"hub:{source.name}@{source.commit}".encode()).hexdigest()
-    if source.drawn is not None:
-        return hashlib.sha256(f"{PREFIX}{source.drawn}:{VERSION}".encode()).hexdigest()
-    assert source.folder is not None
-    known: dict[str, str] = _read_memo(memo)
-    total, fresh = hashlib.sha256(b"folder"), dict(known)
-    for file in base_files(source.folder):
-        stat = file.resolve().stat()
-        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if key not in fresh:
-            with open(file, "rb") as handle:
-                fresh[key] = hashlib.file_digest(handle, "sha256").hexdigest()
-        total.update(f"{file.name}:{fresh[key]}\n".encode())
-    if fresh != known:
-        _write_memo(memo, fresh)
-    return total.hexdigest()
-
-
-def base_files(folder: Path) -> list[Path]:
-    """config.json and the weight files that transformers would read from a folder."""
-    weights = next((found for kind in WEIGHT_FILES if (found := sorted(folder.glob(kind)))), [])
-    if not weights:
-        raise BaseError(
-            f"model.id = {folder} holds no weights (*.safetensors or *.bin): name the folder that "
-            "save_pretrained wrote"
-        )
-    return [folder / "config.json", *weights]
-
-
-def _read_memo(memo: Path) -> dict[str, str]:
-    try:
-        return json.loads(memo.read_text())
-    except (OSError, ValueError):
-        return {}  # only a memory of hashes: without it they are computed again
-
-
-def _write_memo(memo: Path, hashes: dict[str, str]) -> None:
-    """Remember hashes if the cache can be written.
-
-    Another user's cache, or a read-only one, cannot.
-    """
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=memo.parent, prefix=f".{memo.name}.")
-    except OSError:
-        return
-    with os.fdopen(descriptor, "w") as handle:
-        json.dump(hashes, handle, indent=1)
-    os.chmod(temporary, 0o644)  # mkstemp makes it private, and the next user could not read it
-    os.replace(temporary, memo)
 
 
 def _gated(name: str) -> str:

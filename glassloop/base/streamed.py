@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from glassloop.base.cache import cache_root, published
 from glassloop.base.checksum import base_checksum
+from glassloop.base.hashing import base_hash
 from glassloop.base.host_pages import HostPages, Locking
 from glassloop.base.layer_file import (
     FORMAT,
@@ -37,7 +38,6 @@ from glassloop.base.reading import DTYPES, compare_own_quantization, own_quantiz
 from glassloop.base.source import (
     BaseError,
     BaseSource,
-    base_hash,
     damaged_copy,
     loading_errors,
     resolve_source,

@@ -17,10 +17,10 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
-from glassloop.base import cache
-from glassloop.base import source as base_source
+from glassloop.base import cache, hashing
+from glassloop.base.hashing import base_hash
 from glassloop.base.quantised import LoadReport, load_base
-from glassloop.base.source import base_hash, resolve_source
+from glassloop.base.source import resolve_source
 from glassloop.config.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -124,14 +124,14 @@ def test_local_base_is_hashed_once_and_again_when_it_changes(
 
 def test_safetensors_are_preferred_to_bin(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no weights \(\*.safetensors or \*.bin\)"):
-        base_source.base_files(tmp_path)
+        hashing.base_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    assert [file.name for file in base_source.base_files(tmp_path)] == [
+    assert [file.name for file in hashing.base_files(tmp_path)] == [
         "config.json",
         "pytorch_model.bin",
     ]
     (tmp_path / "model.safetensors").touch()
-    assert [file.name for file in base_source.base_files(tmp_path)] == [
+    assert [file.name for file in hashing.base_files(tmp_path)] == [
         "config.json",
         "model.safetensors",
     ]
@@ -299,7 +299,7 @@ def test_a_cache_that_cannot_be_written_is_read_and_costs_the_memo_alone(
 
     (tmp_path / "file_hashes.json").unlink()
     monkeypatch.setattr(cache.tempfile, "mkdtemp", refuse)
-    monkeypatch.setattr(base_source.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(hashing.tempfile, "mkstemp", refuse)
     assert load(tiny_llama, tmp_path)[1].checksum == made
     with pytest.raises(
         ValueError, match=r"cannot be written \(Permission denied\): set model.cache"

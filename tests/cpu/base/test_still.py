@@ -66,6 +66,15 @@ def test_every_rate_is_found_set_to_0_and_said(kind):
     assert silence(model) == "" and model.training
 
 
+def test_rates_that_only_the_config_holds_are_set_to_0_too():
+    """Some models read them in every forward pass."""
+    model = MODELS["attention"]()
+    for module in model.modules():
+        vars(module).pop("attention_dropout", None)
+    assert "attention_dropout 0.1" in silence(model)
+    assert model.config.attention_dropout == 0
+
+
 class Noisy(nn.Module):
     def forward(self, x):
         return x + torch.randn_like(x) if self.training else x

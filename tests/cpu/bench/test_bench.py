@@ -16,8 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glassloop.base import random as random_base
+from glassloop.base.hashing import base_hash
 from glassloop.base.quantised import load_base
-from glassloop.base.source import base_hash, resolve_source
+from glassloop.base.source import resolve_source
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.bench import card, machine, results, table
 from glassloop.bench.arm import build
