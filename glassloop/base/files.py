@@ -15,7 +15,10 @@ CURE = "choose another model, or an undamaged copy"
 
 
 class FileError(ValueError):
-    """Unusable file of a base; the message names it, its field and the cure."""
+    """Unusable file of a base.
+
+    The message names it, its field and the cure.
+    """
 
 
 def check_files(path: str, revision: str | None, folder: Path | None) -> None:

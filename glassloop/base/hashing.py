@@ -1,4 +1,7 @@
-"""Hashes that stand for a base's files, remembered so that 16 GB are read once."""
+"""Hashes that stand for a base's files.
+
+They are remembered, so that 16 GB are read once.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import io
+import logging
 import os
 import pkgutil
 import sys

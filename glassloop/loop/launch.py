@@ -5,6 +5,7 @@ What cannot work is refused before anything is loaded.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings

@@ -24,9 +24,9 @@ LISTS = ("layer_types", "mlp_layer_types")  # one entry a layer
 
 
 def odd_size(values: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Name the first absurd size, as `field = value: bounds`; None if there is none.
+    """Name the first absurd size; None if there is none.
 
-    A size may be null or absent; transformers then has a default.
+    It is `field = value: bounds`. A size may be null or absent; transformers then has a default.
     """
     for name, most in MOST.items():
         value = values.get(name)
