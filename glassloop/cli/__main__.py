@@ -11,7 +11,6 @@ import difflib
 import importlib
 import inspect
 import io
-import logging
 import os
 import pkgutil
 import sys

@@ -5,7 +5,6 @@ What cannot work is refused before anything is loaded.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from glassloop.base.cache import cache_root, save_pretrained_here
-from glassloop.base.hashing import base_hash, resolve_source
+from glassloop.base.hashing import base_hash
 from glassloop.base.quantised import find_base
 from glassloop.base.reading import DTYPES
+from glassloop.base.source import resolve_source
 from glassloop.disk.publish import replace_file
 from glassloop.use.heldout import rows_of
 from glassloop.use.loaded import check_base, device_here, load
