@@ -1,4 +1,4 @@
-"""One finished run for this folder; a test that changes it copies it."""
+"""Finished runs for this folder; a test that changes one copies it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pushed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A run with a system prompt, samples and an evaluation, to be published."""
+    """A run to publish, with system prompt, samples and an evaluation."""
     made = finished_run(
         tmp_path_factory.mktemp("push"),
         tiny_llama,
