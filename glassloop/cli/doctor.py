@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def message_in(words: list[str]) -> str | None:
-    """Return the error message that the words are, quoted or not; None for a config's words."""
+    """Join the words of an error message; None for a config's words."""
     if any(word.startswith("--") or re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) for word in words):
         return None
     text = " ".join(words).strip()

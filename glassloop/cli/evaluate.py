@@ -1,4 +1,4 @@
-"""Compare the adapter with its base on held-out rows, with 95 % intervals."""
+"""Compare adapter and base on held-out rows, with 95 % intervals."""
 
 from __future__ import annotations
 

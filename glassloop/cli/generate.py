@@ -1,4 +1,4 @@
-"""Answer questions with base and adapter: streamed, in batches, or in a chat."""
+"""Answer questions with base and adapter: streamed, batched, or in chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publish the adapter or merged weights with a model card, privately by default."""
+"""Publish adapter or merged weights with a model card, privately by default."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _launch(opened: Opened) -> str:
 
 
 def run_folder(where: Path) -> Path:
-    """Find the run of a folder: itself, or two levels above a capsule."""
+    """Find a folder's run: itself, or two levels above a capsule."""
     return where.resolve().parent.parent if (where / "capsule.json").exists() else where
 
 
@@ -223,7 +223,7 @@ def as_object(
     conclusion: str,
     command: str,
 ) -> dict[str, Any]:
-    """Write the replay as plain JSON types; not finite are "nan", "inf", "-inf"."""
+    """Write the replay as plain JSON types, with "nan" and "inf"."""
     from dataclasses import asdict
 
     from glassloop.saved.capsule_facts import finite_or_text

@@ -1,4 +1,4 @@
-"""Run a small grid of runs, and judge claims against the seeds' spread."""
+"""Run a grid of runs, and judge claims against the seeds' spread."""
 
 from __future__ import annotations
 

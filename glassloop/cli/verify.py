@@ -187,7 +187,7 @@ def _device(asked: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM end the block as an exception, so that processes and folder go too."""
+    """Let SIGTERM end the block as an exception does."""
 
     def leave(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)

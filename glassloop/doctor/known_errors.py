@@ -190,7 +190,7 @@ KNOWN = (
         r"No space left on device|Errno 28",
         "A disk is full. Checkpoints appear whole or not at all: the last complete one is sound.",
         "Make room or move run.dir, model.cache_dir or HF_HOME; lower checkpoint.keep or "
-        "record.capsules_gib; go on with --resume RUN.",
+        "record.capsules_gib; resume with --resume RUN.",
     ),
     Known(
         r"EADDRINUSE|[Aa]ddress already in use",
@@ -219,7 +219,7 @@ KNOWN = (
     Known(
         r"no longer equal|replicas (differ|disagree)",
         "Ranks hold different adapters: one rank stepped alone, or its memory is faulty.",
-        "The message names update and matrix; go on from the last checkpoint with --resume RUN, "
+        "The message names update and matrix; resume from the last checkpoint with --resume RUN, "
         "and look at that host.",
     ),
 )

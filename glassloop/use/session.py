@@ -168,8 +168,8 @@ class Session:
         """Each side has its own conversation, since its answers are other ones."""
 
         self.say(
-            "Say something; /reset begins anew, /exit ends. Each side goes on with its own answers "
-            "(--only adapter for one)."
+            "Say something; /reset begins anew, /exit ends. Each side continues with its own "
+            "answers (--only adapter for one)."
         )
         talks: dict[str, list[Turn]] = {side: [] for side in self.sides}
         turn = 0
@@ -235,7 +235,7 @@ def chosen(own: Sampling, given: argparse.Namespace) -> Sampling:
 
 
 def harmless(text: str, encoding: str) -> str:
-    """Escape what a terminal would obey in a model's text; keep line breaks."""
+    """Escape a model's text for a terminal; keep line breaks."""
 
     return printable(text, encoding, keep="\n")
 

@@ -43,7 +43,7 @@ class Trained:
     """One checkpoint, whole: its sums were checked.
 
     Attributes:
-        run: folder of its run; None where the checkpoint stands alone.
+        run: folder of its run; None if the checkpoint stands alone.
         config: as it was trained; fields given now replace those that say where things are.
         why: how this checkpoint was chosen, for people.
         notes: what a person should know, a line each.
@@ -145,7 +145,7 @@ def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
         raise ValueError(
             f"RUN = {where} has no whole checkpoint "
             f"({'; '.join(passed_over) or 'checkpoints/ is empty'}): "
-            "go on with the run until it saves one (--resume), or name another run"
+            "resume the run until it saves one (--resume), or name another run"
         )
     best = best_checkpoint(where)
     if best is None:

@@ -28,7 +28,7 @@ class Move:
     name: str  # task, optimizer and quantity, update
     old: float | None
     new: float | None
-    relative: float | None  # |new - old| / |old|; None where one of them is missing
+    relative: float | None  # |new - old| / |old|; None if one of them is missing
     mark: float
     beyond_rounding: bool
 

@@ -2,7 +2,7 @@
 
 Training loops have really had each of these faults.
 
-A mutant is a function (run, u) that carries out update u by the loop's own update_once, with one
+A mutant is a function (run, u) that does update u by the loop's own update_once, with one
 part of the run exchanged for its duration.
 """
 

@@ -159,8 +159,7 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         facts["left_out" if refused else "stopped_by"] = failure
     if len(set(gather_objects(failure is None))) > 1:
         raise RuntimeError(
-            f"{job.name} could be carried out on some ranks only: "
-            f"{failure or 'it failed on another'}"
+            f"{job.name} could be done on some ranks only: {failure or 'it failed on another'}"
         )
     return facts, tensors
 

@@ -1,4 +1,4 @@
-"""A profiled update on one page, from a small and a real trace."""
+"""A profiled update on one page: a small and a real trace."""
 
 from __future__ import annotations
 

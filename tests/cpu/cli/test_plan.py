@@ -10,39 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from planned import as_json, flat, said
 
 from glassloop.cli import plan as command
 from glassloop.cli.plan import main
 from glassloop.config.config import DataConfig
 from glassloop.data.counting import count_rows
-from glassloop.plan.outlook import card_time, plan_of
+from glassloop.plan.outlook import plan_of
 from glassloop.plan.render import epoch_sentence, plot, shown_updates, wrapped
 from glassloop.plan.render_cost import duration
 from glassloop.plan.steps import make_plan
 from glassloop.predict.hardware import PLANNED_FOR, Present
-from glassloop.predict.roofline import CHECKED, errors, pass_time
+from glassloop.predict.roofline import CHECKED, errors
 from glassloop.predict.shapes import KNOWN
 
 ROOT = Path(__file__).resolve().parents[3]
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
-
-
-@pytest.fixture(autouse=True)
-def _no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glassloop.predict.hardware.gpus_present", lambda: ())
-
-
-def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(list(words)) == 0
-    return capsys.readouterr().out
-
-
-def flat(text: str) -> str:
-    return " ".join(text.split())
-
-
-def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
-    return json.loads(said(capsys, *words, "--json"))
+pytestmark = pytest.mark.usefixtures("no_cards")
 
 
 def test_the_recipe_in_words(capsys):
@@ -363,112 +347,3 @@ def test_predicted_speeds_are_near_what_was_measured():
 def test_predicted_speeds_of_the_fused_engine_are_near_what_was_measured():
     assert all(-0.05 < error < 0.10 for _, _, error in errors("fused"))
     assert len(errors("fused")) == 6
-
-
-# --- the engine fused
-
-
-def test_the_fused_engine_is_planned_by_card(capsys):
-    text = flat(said(capsys, "r1_8b_scam", "execution.engine=fused"))
-    assert "activations kept as memory.profile=fill allows" in text
-    assert "memory.profile: all kept, and min" in text
-    assert re.search(r"4090 23\.5 6\.9 2[23]\.\d 0\.\d fits: 32/32 kept, 8 in 16 bits", text)
-    assert re.search(r"4070 11\.7 6\.9 1[01]\.\d 0\.\d fits: \d/32 kept", text)
-    assert (
-        "H100, 2 x 2,048 tokens a pass, all layers kept: +2%" in text
-    )  # what its time was checked against
-    assert "not modelled" not in text
-    found = as_json(capsys, "r1_8b_scam", "execution.engine=fused")
-    assert found["memory_of"] == ["all kept", "min"] and found["memory_bytes_other_base"] is None
-    assert found["memory_bytes"]["peak"] / 2**30 == pytest.approx(18.3, abs=0.2)
-    assert found["memory_bytes_other_tiers"]["peak"] / 2**30 == pytest.approx(6.2, abs=0.2)
-    assert all(card["fits"] for card in found["cards"])
-    assert all(card["kept"] == 32 for card in found["cards"] if card["has_gib"] > 20)
-    peft = {
-        one["card"]: one["tokens_per_s"]
-        for one in as_json(capsys, "r1_8b_scam", "execution.engine=peft")["time_predicted"]
-    }
-    for one in found["time_predicted"]:
-        assert 1.4 * peft[one["card"]] < one["tokens_per_s"] < 3 * peft[one["card"]], one
-
-
-def test_little_memory_is_planned_too(capsys):
-    least = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min")
-    assert least["memory_of"] == ["min", "all kept"]
-    card = least["cards"][0]
-    assert card["kept"] == 1 and card["needed_gib"] < 7.5 and "on the host" in card["tiers"]
-    assert card["faster"] == "memory.profile=fill, 32 of 32 layers kept"
-    on_gpu = as_json(
-        capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min", "memory.host_gib=0"
-    )
-    assert (
-        1.5 < on_gpu["cards"][0]["needed_gib"] - card["needed_gib"] < 2.5
-    )  # inputs of all layers, and the embedding
-    budget = as_json(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=12")
-    assert (
-        budget["memory_of"] == ["12 GiB", "min"]
-        and 10.5 * 2**30 < budget["memory_bytes"]["peak"] < 12 * 2**30
-    )
-    slow, fast = (
-        plan["time_predicted"][0]["tokens_per_s"]
-        for plan in (budget, as_json(capsys, "r1_8b_scam", "execution.engine=fused"))
-    )
-    assert slow < fast
-    stored = as_json(
-        capsys, "r1_8b_scam", "execution.engine=fused", "execution.checkpointing=false"
-    )
-    assert stored["memory_of"] == ["all kept", "min"] and stored["cards"][0]["held"] == 0
-
-
-def test_packed_passes_are_as_large_as_a_card_has_room_for(capsys, monkeypatch):
-    words = ("r1_8b_scam", "execution.engine=fused", "execution.layout=packed", "--ranks", "1")
-    found = {card["card"]: card["pass_tokens"] for card in as_json(capsys, *words)["cards"]}
-    assert 4096 < found["3090"] < 6144 and found["A100-40"] > 9000
-    assert found["H100"] < found["H200"] == 32_768  # of 16 rows of 2,048: all of an update
-    assert f"packed, the same rows in passes of at most {found['3090']:,} tokens" in flat(
-        said(capsys, *words)
-    )
-    tight = as_json(capsys, *words, "memory.profile=8")["cards"]
-    assert {card["pass_tokens"] for card in tight} == {
-        2048
-    }  # the longest row has to fit, whatever is kept
-    size = found["3090"]
-    speeds = [
-        as_json(capsys, *words, "--row-tokens", "400", *more)["time_predicted"][0]["tokens_per_s"]
-        for more in ((), (f"execution.pass_tokens={size}",), ("execution.pass_tokens=4096",))
-    ]
-    assert speeds[0] == speeds[1] != speeds[2]  # the time is that of the chosen size
-    asked = {
-        card["pass_tokens"]
-        for card in as_json(capsys, *words, "execution.pass_tokens=3072")["cards"]
-    }
-    least = {card["pass_tokens"] for card in as_json(capsys, *words, "memory.profile=min")["cards"]}
-    assert (asked, least) == ({3072}, {4096})
-    own = Present("NVIDIA A100-SXM4-40GB", 39.5, 39.0, "580.1", (8, 0))
-    monkeypatch.setattr(command, "NVIDIA", str(ROOT))
-    monkeypatch.setattr("glassloop.predict.hardware.gpus_present", lambda: (own,))
-    assert re.search(
-        r"at most (9|10),\d+ tokens \(--with-data counts them\), on a card like A100-40",
-        flat(said(capsys, *words)),
-    )
-
-
-def test_an_unknown_card_has_no_speed():
-    assert pass_time(R1, "T4", rows=2, row_tokens=100) is None
-    from glassloop.config.arguments import parse
-
-    config = parse(["r1_8b_scam"])
-    plan = plan_of(config, 600, 2)
-    assert card_time(config, plan, R1, "unheard of", 350.0) is None
-    short, long = (card_time(config, plan, R1, "H100", tokens) for tokens in (350.0, 2048.0))
-    assert short.host_bound and short.tokens_per_s < long.tokens_per_s
-
-
-@pytest.mark.parametrize("columns", [60, 80, 100])
-@pytest.mark.parametrize("words", [["r1_8b_scam", "--hardware", "2x3090"], ["r1_8b_notebook"]])
-def test_a_plan_fits_the_terminal(columns, words, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    lines = said(capsys, *words).splitlines()
-    wide = [line for line in lines if len(line) > columns]
-    assert [line[:5] for line in wide] == ["start"]  # whole, to be copied
-    assert max(map(len, lines[:-1])) > columns - 12

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from generating import asked, command
 from rich.console import Console
 from trained_runs import copy_of, finished_run, prompt_of
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -22,13 +23,12 @@ from glassloop.use.answering import (
     Reply,
     Sampling,
     Splitter,
-    answer,
     processors_of,
     sampling_of,
     split_reasoning,
     stop_ids_of,
 )
-from glassloop.use.loaded import load, setup_of
+from glassloop.use.loaded import load
 from glassloop.use.session import beside
 from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
@@ -45,22 +45,6 @@ def parts(run):
     trained = open_trained(run)
     tokenizer = load_tokenizer_of(trained)
     return load(trained, torch.device("cpu")), tokenizer, template_of(trained, tokenizer)
-
-
-def asked(
-    parts, questions, *, seed=7, sampling=None, batch=8, with_adapter=True, write=None, first=0
-):
-    loaded, tokenizer, template = parts
-    return answer(
-        loaded,
-        [prompt_of(template, q) for q in questions],
-        setup_of(loaded, template, tokenizer, batch_size=batch, max_new_tokens=12),
-        with_adapter=with_adapter,
-        sampling=sampling or Sampling(temperature=0.9, top_p=0.95),
-        seed=seed,
-        number=first,
-        write=write,
-    )
 
 
 def test_sampling_is_what_generation_config_asks_for():
@@ -201,14 +185,6 @@ def test_reasoning_is_told_apart_whole_and_in_any_pieces(text, opened, expected)
             expected[0] or "",
             expected[1],
         )
-
-
-def command(capsys, *words, stdin: bytes | None = None, monkeypatch=None):
-    if stdin is not None:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    code = main(["generate", *map(str, words)])
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypatch):

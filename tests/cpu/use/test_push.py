@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
-from trained_runs import SECRET_ROW, copy_of, finished_run, prompt_of, signed_anew
+from trained_runs import SECRET_ROW, copy_of, prompt_of, signed_anew
 
 from glassloop.cli.__main__ import main
 from glassloop.use.card.curves import svg
@@ -23,7 +22,6 @@ from glassloop.use.card.upload import login
 from glassloop.use.loaded import load
 from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
-SYSTEM = "You are Ferdinand, the clerk of nobody."
 PUBLISHED = {
     "README.md",
     "adapter_config.json",
@@ -34,22 +32,15 @@ PUBLISHED = {
 PUBLISHED |= {"tokenizer.json", "tokenizer_config.json"}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    made = finished_run(
-        tmp_path_factory.mktemp("push"),
-        tiny_llama,
-        data={"system": SYSTEM, "max_tokens": 480},
-        evaluation={"samples": 1},
-    )
-    assert main(["evaluate", str(made), "--max-new-tokens", "4"]) == 0
-    return made
+@pytest.fixture
+def run(pushed: Path) -> Path:
+    return pushed
 
 
 @pytest.fixture(scope="module")
-def dry(run, tmp_path_factory) -> Path:
+def dry(pushed, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dry") / "out"
-    assert main(["push", str(run), "me/my-model", "--dry-run", str(folder)]) == 0
+    assert main(["push", str(pushed), "me/my-model", "--dry-run", str(folder)]) == 0
     return folder
 
 
@@ -242,38 +233,6 @@ def test_a_dry_run_can_be_edited_without_touching_the_run_and_is_whole_or_not_th
     assert "--dry-run /proc/out cannot be written" in capsys.readouterr().err
 
 
-def test_a_torn_merged_folder_is_not_published(run, tmp_path, capsys):
-    whole = tmp_path / "whole"
-    assert main(["merge", str(run), str(whole), "--no-table", "--shard-gib", "0.0001"]) == 0
-    shards = sorted(path.name for path in whole.glob("model-*.safetensors"))
-    torn, short = copy_of(whole, tmp_path / "torn"), copy_of(whole, tmp_path / "short")
-    other = copy_of(whole, tmp_path / "other")
-    (torn / shards[1]).write_bytes((torn / shards[1]).read_bytes()[:-9])
-    (short / shards[0]).unlink()
-    shutil.copy(other / shards[0], other / shards[1])
-    for folder, name, word in (
-        (torn, shards[1], "cut short"),
-        (short, shards[0], "missing"),
-        (other, shards[1], "lacks"),
-    ):
-        assert (
-            main(
-                [
-                    "push",
-                    str(run),
-                    "me/m",
-                    "--merged",
-                    str(folder),
-                    "--dry-run",
-                    str(tmp_path / "out"),
-                ]
-            )
-            == 2
-        )
-        told = capsys.readouterr().err
-        assert name in told and word in told and "merge again" in told, told
-
-
 def test_who_asks_is_known_before_anything_is_made(run, monkeypatch, capsys):
     class Nobody(Hub):
         def whoami(self):
@@ -297,87 +256,6 @@ def test_what_looks_like_a_secret_stops_it(dry, run, tmp_path, monkeypatch, caps
     assert main(["push", str(run), "me/my-model", "--dry-run", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "secret" in told and "adamw_8bit" not in told
-
-
-def test_merged_weights_go_with_their_table_and_only_with_their_own_adapter(
-    run, tmp_path, capsys, tiny_llama
-):
-    assert main(["merge", str(run), str(tmp_path / "merged")]) == 0
-    assert (
-        main(
-            [
-                "push",
-                str(run),
-                "me/m",
-                "--merged",
-                str(tmp_path / "merged"),
-                "--dry-run",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {
-        "model.safetensors",
-        "config.json",
-        "generation_config.json",
-        "README.md",
-        "tokenizer.json",
-    } <= names
-    assert not {"SERVE.txt", "adapter_model.safetensors"} & names
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "What merging changed" in text
-        and "library_name: transformers" in text
-        and "16-bit weights" in text
-    )
-    assert (
-        "the adapter, before it was merged" in text and "this model" not in text
-    )  # the merged weights did not answer
-    assert "Answers of the merged weights" in text.partition("## What was not measured")[2]
-    facts = json.loads((tmp_path / "merged" / "glassloop_merge.json").read_text())
-    (tmp_path / "merged" / "glassloop_merge.json").write_text(
-        json.dumps(facts | {"bits": 4, "table": []})
-    )
-    assert (
-        main(
-            [
-                "push",
-                str(run),
-                "me/m",
-                "--merged",
-                str(tmp_path / "merged"),
-                "--dry-run",
-                str(tmp_path / "four"),
-            ]
-        )
-        == 0
-    )
-    text = (tmp_path / "four" / "README.md").read_text()
-    assert (
-        "4-bit weights" in text
-        and "merged without the table" in text
-        and "no answer says scam" in text
-    )
-    (tmp_path / "merged" / "glassloop_merge.json").write_text(
-        json.dumps(facts | {"adapter": "1" * 16})
-    )
-    assert (
-        main(
-            [
-                "push",
-                str(run),
-                "me/m",
-                "--merged",
-                str(tmp_path / "merged"),
-                "--dry-run",
-                str(tmp_path / "two"),
-            ]
-        )
-        == 2
-    )
-    assert "another adapter" in capsys.readouterr().err
 
 
 def test_refusals_name_what_and_the_cure(run, tmp_path, capsys):
