@@ -118,8 +118,9 @@ def test_what_it_starts_is_warm_unless_imports_would_differ(
 ) -> None:
     done = run([sys.executable, "-c", PARENT, *variable])
     assert done.stderr == ""
-    assert done.stdout.splitlines() == [
-        "held back",
+    lines = done.stdout.splitlines()
+    # A started child writes before its parent's buffer is written: "held back" may come second.
+    assert lines.pop(lines.index("held back")) and lines == [
         f"True {warm_too} False True",
         "0 True",
         "the parent ends",
