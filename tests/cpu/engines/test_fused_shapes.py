@@ -184,7 +184,7 @@ def test_a_layer_without_adapters_and_one_that_misses_some(base_of, pair):
 
 
 def test_room_for_gradients_is_counted_by_group(base_of):
-    from glassloop.engines.fused.engine import build_layer
+    from glassloop.engines.fused.building import build_layer
     from glassloop.predict.tiers import product_bytes
 
     _, base = base_of(EQUAL["o and down"], tied=False)
