@@ -17,6 +17,9 @@ from torch import Tensor, nn
 ALIGNMENT = (
     256  # elements of one block of bitsandbytes' 8-bit states: no block holds parts of two tensors
 )
+# Elements whose norm or checksum is taken at a time: 8 bytes each in a copy. Large enough that the
+# adapters of an 8B at r = 16 are one piece.
+PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def bit_sum(tensor: Tensor) -> Tensor:
     bits = tensor.detach().reshape(-1)
     if bits.numel() * bits.element_size() % 4 == 0:
         bits = bits.view(torch.int32)
-    return bits.sum(dtype=torch.int64)
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(PIECE)]).sum()
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[tuple[str, Tensor]]:
@@ -152,9 +155,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[tuple[
 def l2_norm(flat: Tensor) -> Tensor:
     """L2 norm of a flat vector, () float64.
 
-    It is accumulated in float64: fp32 is off by 3e-3 at 42 M entries on a CPU.
+    It is accumulated in float64: fp32 is off by 3e-3 at 42 M entries on a CPU. A vector above PIECE
+    is taken in parts, because torch copies what it accumulates in another type.
     """
-    return torch.linalg.vector_norm(flat, dtype=torch.float64)
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in flat.split(PIECE)]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
 
 
 def make_optimizer(

@@ -37,6 +37,7 @@ class CardTime:
     tokens_per_s: float  # of all ranks together
     run_s: float
     host_bound: bool
+    waits_share: float = 0.0  # of the time: the GPU waits for layers from the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +258,7 @@ def card_time(
     )
     work |= dict(r=config.lora.r, targets=shapes.apart(config.lora.targets))
     if config.execution.engine == "fused":
-        kept, held = (0, 0) if on_card is None else (on_card.kept or 0, on_card.held or 0)
-        one = fused_pass_time(shapes, card, **work, kept=kept, held=held)
+        one = fused_pass_time(shapes, card, **work, **_tiers(on_card))
     else:
         quantized, checkpointing = (
             config.model.quantization == "nf4",
@@ -268,7 +268,15 @@ def card_time(
     if one is None:
         return None
     rate = tokens_per_s(one, rows=rows, row_tokens=row_tokens, passes=passes, ranks=plan.ranks)
-    return CardTime(card, rate, plan.rows_trained * row_tokens / rate, one.host_bound)
+    waits = one.waits_s / one.seconds
+    return CardTime(card, rate, plan.rows_trained * row_tokens / rate, one.host_bound, waits)
+
+
+def _tiers(on_card: Verdict | None) -> dict[str, int]:
+    """Layers kept, held and streamed on a card, for its speed."""
+    if on_card is None:
+        return {}
+    return {name: getattr(on_card, name) or 0 for name in ("kept", "held", "streamed")}
 
 
 def as_plain(outlook: Outlook) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from glassloop.plan.outlook import Outlook, overridden
-from glassloop.plan.render_cost import LABEL, card_lines, memory_lines, time_lines
+from glassloop.plan.render_cost import LABEL, base_lines, card_lines, memory_lines, time_lines
 from glassloop.plan.steps import StepPlan, counted
 from glassloop.plan.work import TokenCounts, chooses_passes
 
@@ -31,7 +31,7 @@ def render(outlook: Outlook) -> list[str]:
     if outlook.tokens is not None:
         lines += ["", *_tokens(outlook.tokens, outlook)]
     if outlook.ledger is not None:
-        lines += ["", *memory_lines(outlook), "", *card_lines(outlook)]
+        lines += ["", *memory_lines(outlook), "", *card_lines(outlook), *base_lines(outlook)]
         lines += ["", *time_lines(outlook)] if outlook.times else []
     return lines + [f"{'unknown':<{LABEL}}{text}" for text in outlook.unknown]
 

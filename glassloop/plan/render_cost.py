@@ -5,8 +5,9 @@ from __future__ import annotations
 from glassloop.plan.outlook import CardTime, Outlook
 from glassloop.plan.work import chooses_passes
 from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, Verdict
-from glassloop.predict.roofline import CALIBRATED_ON, errors
-from glassloop.predict.terms import GIB
+from glassloop.predict.roofline import CALIBRATED_ON, errors, hidden_tokens
+from glassloop.predict.spend import HIDING_TOKENS
+from glassloop.predict.terms import GIB, layer_bytes
 
 LABEL = 10  # columns before a line's text
 KEPT = "kept: layers that keep their activations; in 16 bits: layers that hold their weights so"
@@ -95,13 +96,52 @@ def _judgement(one: Verdict, outlook: Outlook) -> str:
         text = "fits"
         if one.kept is not None and outlook.shapes is not None:
             held = f", {one.held} in 16 bits" if one.held else ""
-            text += f": {one.kept}/{outlook.shapes.layers} kept{held}"
+            streamed = f", {one.streamed} streamed" if one.streamed else ""
+            text += f": {one.kept}/{outlook.shapes.layers} kept{held}{streamed}"
         if chooses_passes(outlook.config) and one.pass_tokens:
             text += f", passes of {one.pass_tokens:,}"
         return text + (f"; also {one.faster} ({one.faster_gib:.1f})" if one.faster else "") + note
     if one.cure:
         return f"does NOT fit; {one.cure} does ({one.cure_gib:.1f}){note}"
     return f"does NOT fit, nor any smaller pass: lower data.max_tokens{note}"
+
+
+def base_lines(outlook: Outlook) -> list[str]:
+    """Cards to which layers of the base stream; empty where all of them stay on the card."""
+    shapes, work, config = outlook.shapes, outlook.work, outlook.config
+    streaming = [one for one in outlook.verdicts if one.fits and one.streamed]
+    if not streaming or shapes is None or work is None:
+        return []
+    blank = " " * LABEL
+    gib = layer_bytes(shapes, work) * shapes.layers / GIB
+    lines = [
+        f"{'base':<{LABEL}}4-bit layers that a card does not hold stream from its host "
+        f"(memory.base={config.memory.base}); host memory: {gib:.1f} GiB, once a machine",
+    ]
+    for one in streaming:
+        assert one.streamed is not None and one.pass_tokens is not None
+        text = f"{one.streamed} of {shapes.layers} stream"
+        hidden = hidden_tokens(
+            shapes,
+            one.card,
+            row_tokens=outlook.row_tokens,
+            streamed=one.streamed,
+            r=work.r,
+            targets=work.targets,
+        )
+        if hidden is not None:
+            text += f", hidden behind passes of {hidden:,} tokens and more"
+            if one.pass_tokens < hidden:
+                text += f" (the heaviest here has {one.pass_tokens:,}: {_longer(outlook)})"
+        lines.append(f"{blank}{one.card:<9}{text}")
+    return lines
+
+
+def _longer(outlook: Outlook) -> str:
+    """What makes passes longer."""
+    if outlook.config.execution.layout == "literal":
+        return "execution.layout=packed makes longer ones"
+    return f"execution.pass_tokens={HIDING_TOKENS} makes longer ones"
 
 
 def time_lines(outlook: Outlook) -> list[str]:
@@ -127,6 +167,8 @@ def time_lines(outlook: Outlook) -> list[str]:
 
 def _card_time(one: CardTime) -> str:
     bound = ", bound by its host" if one.host_bound else ""
+    if one.waits_share >= 0.005:
+        bound += f", {one.waits_share:.0%} of it waiting for the base"
     return f"{one.card:<9}{one.tokens_per_s:>8,.0f} tokens/s  {duration(one.run_s):>9}{bound}"
 
 

@@ -14,7 +14,7 @@ from glassloop.predict.cards import budget_bytes
 from glassloop.predict.hardware import PLANNED_FOR, Present, gpu_named
 from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import Shapes
-from glassloop.predict.spend import pass_tokens_of, with_tiers
+from glassloop.predict.spend import chosen_pass, with_tiers
 from glassloop.predict.terms import GIB, Ledger, Work
 
 
@@ -58,7 +58,7 @@ def pass_tokens_for(config: Config, shapes: Shapes | None, budget_bytes: int | N
     asked = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
     if shapes is None or budget_bytes is None or not chooses_passes(config):
         return asked
-    return max(config.data.max_tokens, pass_tokens_of(shapes, work_of(config), budget_bytes))
+    return max(config.data.max_tokens, chosen_pass(shapes, work_of(config), budget_bytes))
 
 
 def work_of(config: Config, counts: TokenCounts | None = None, share: int | None = None) -> Work:
@@ -95,6 +95,7 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
         reduction=config.execution.reduction,
         profile=config.memory.profile,
         host_gib=config.memory.host_gib,
+        base=config.memory.base,
         between=(config.data.max_tokens, max(share, config.data.max_tokens))
         if share and chooses_passes(config)
         else None,
@@ -132,7 +133,7 @@ def ledgers_of(
     least = ledger_of(
         shapes, with_tiers(shapes, replace(work, profile="min", checkpointing=True), usual), engine
     )
-    whole = ledger_of(shapes, replace(work, checkpointing=False), engine)
+    whole = ledger_of(shapes, with_tiers(shapes, replace(work, checkpointing=False), usual), engine)
     if not work.checkpointing or work.profile == "fill":
         return whole, least, ("all kept", "min"), work
     if work.profile == "min":

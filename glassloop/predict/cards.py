@@ -34,9 +34,9 @@ class Verdict:
         faster: fields with which activations are stored, where that fits too and was not asked
             for; None otherwise. faster_gib: what that needs.
         note: what a reader should know beside the numbers.
-        kept, held, pass_tokens, tiers: of the engine `fused` on this card: layers kept whole
-            and held in 16 bits, tokens of its heaviest pass, and the same in words; None and ""
-            for the others.
+        kept, held, streamed, pass_tokens, tiers: of the engine `fused` on this card: layers kept
+            whole, held in 16 bits and streamed from the host, tokens of its heaviest pass, and
+            the same in words; None and "" for the others.
     """
 
     card: str
@@ -50,6 +50,7 @@ class Verdict:
     note: str = ""
     kept: int | None = None
     held: int | None = None
+    streamed: int | None = None
     pass_tokens: int | None = None
     tiers: str = ""
     least_gib: float | None = None
@@ -61,8 +62,12 @@ class Verdict:
 
 
 def least_work(work: Work) -> Work:
-    """The same rows in the smallest passes, with the fewest activations."""
-    small = replace(work, checkpointing=True, profile="min")
+    """The same rows in the smallest passes, with the fewest activations.
+
+    The base streams unless it was asked to stay.
+    """
+    base = "host" if work.base == "auto" else work.base
+    small = replace(work, checkpointing=True, profile="min", base=base)
     if work.between is not None:
         return replace(small, tokens=work.between[0], between=None)
     if work.packed:
@@ -120,6 +125,7 @@ def verdict(
             found,
             kept=tiers.kept,
             held=tiers.held,
+            streamed=tiers.streamed,
             pass_tokens=how.places,
             tiers=describe(tiers, shapes.layers),
         )
@@ -197,6 +203,8 @@ def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequenc
         on = "execution.checkpointing=true"
         found = [(on, replace(work, checkpointing=True)), *found]
         found += [(f"{fields} {on}", replace(other, checkpointing=True)) for fields, other in sizes]
+    if work.base not in ("auto", "host") and work.quantization == "nf4":
+        found.append(("memory.base=auto", replace(work, base="auto")))
     if work.quantization == "none":
         as_nf4 = [
             ("model.quantization=nf4", work),

@@ -34,22 +34,27 @@ OVERHEAD_S_PER_UPDATE = 0.05  # norm, gate, optimizer, records
 class Rates:
     """Rates that a card sustains.
 
-    bf16 matrix products, copies (bytes/s), attention forward and backward.
+    bf16 matrix products, copies (bytes/s), attention forward and backward, and copies from
+    page-locked host memory (bytes/s).
     """
 
     matmul: float
     copy: float
     attention: float
     attention_backward: float
+    link: float
 
 
+# A slot with 16 lanes, bytes/s. PCIe 5 was measured on an H200: 55 GB/s alone, 47 in both
+# directions at once. PCIe 4 is half of that less a margin. `glassloop doctor` measures yours.
+PCIE4, PCIE5 = 24e9, 50e9
 RATES = {
-    "3090": Rates(75e12, 0.85e12, 50e12, 35e12),
-    "4090": Rates(162e12, 0.92e12, 95e12, 75e12),
-    "A100-40": Rates(262e12, 1.35e12, 180e12, 130e12),
-    "A100-80": Rates(262e12, 1.70e12, 180e12, 130e12),
-    "H100": Rates(760e12, 3.0e12, 225e12, 200e12),
-    "H200": Rates(760e12, 4.3e12, 225e12, 200e12),
+    "3090": Rates(75e12, 0.85e12, 50e12, 35e12, PCIE4),
+    "4090": Rates(162e12, 0.92e12, 95e12, 75e12, PCIE4),
+    "A100-40": Rates(262e12, 1.35e12, 180e12, 130e12, PCIE4),
+    "A100-80": Rates(262e12, 1.70e12, 180e12, 130e12, PCIE4),
+    "H100": Rates(760e12, 3.0e12, 225e12, 200e12, PCIE5),
+    "H200": Rates(760e12, 4.3e12, 225e12, 200e12, PCIE5),
 }
 
 
@@ -62,6 +67,7 @@ class PassTime:
 
     gpu_s: float
     host_s: float
+    waits_s: float = 0.0  # part of gpu_s: the GPU waits for layers from the host
 
     @property
     def seconds(self) -> float:
@@ -179,10 +185,12 @@ def fused_pass_time(
     targets: Sequence[str] = ALL_SEVEN,
     kept: int = 0,
     held: int = 0,
+    streamed: int = 0,
 ) -> PassTime | None:
     """One forward and backward pass of `fused`.
 
-    It keeps `kept` layers whole and holds the weights of `held` in 16 bits.
+    It keeps `kept` layers whole and holds the weights of `held` in 16 bits. `streamed` layers are
+    copied from the host in each half of the pass, while the layers before them compute.
     """
     rates = RATES.get(card)
     if rates is None:
@@ -219,8 +227,45 @@ def fused_pass_time(
         + attention_s
         + (dequantize + elementwise + logits) / rates.copy
     )
+    forward = (
+        2 * places * (shapes.linear_weights + adapters) / (rates.matmul * efficiency)
+        + attention / rates.attention
+        + (dequantize / 2 + (rest + swiglu) * places * shapes.layers) / rates.copy
+    )
+    # The last layer's weights serve both halves.
+    copies = (streamed, min(streamed, shapes.layers - 1))
+    halves = (forward, gpu - forward)
+    layer_s = NF4_BYTES * shapes.linear_weights / shapes.layers / rates.link
+    waits = sum(
+        max(0.0, count * layer_s - half) for count, half in zip(copies, halves, strict=True)
+    )
+    gpu += waits
     host = shapes.layers * (FUSED_HOST_S_PER_LAYER + FUSED_HOST_S_PER_RECOMPUTED * again)
-    return PassTime(gpu, host)
+    return PassTime(gpu, host, waits)
+
+
+def hidden_tokens(
+    shapes: Shapes, card: str, *, row_tokens: float, streamed: int, r: int, targets: Sequence[str]
+) -> int | None:
+    """Tokens of a pass from which `streamed` layers arrive before they are needed.
+
+    A multiple of 64. None for a card without rates.
+    """
+    if card not in RATES:
+        return None
+    for tokens in range(64, 1 << 16, 64):
+        one = fused_pass_time(
+            shapes,
+            card,
+            rows=max(1.0, tokens / row_tokens),
+            row_tokens=min(row_tokens, tokens),
+            streamed=streamed,
+            r=r,
+            targets=targets,
+        )
+        if one is not None and not one.waits_s:
+            return tokens
+    return 1 << 16
 
 
 def elementwise_bytes(shapes: Shapes, targets: Sequence[str]) -> int:

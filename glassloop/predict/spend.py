@@ -9,10 +9,20 @@ from bisect import bisect_left
 from dataclasses import replace
 
 from glassloop.predict import tiers
-from glassloop.predict.ledger import fused_head_bytes
+from glassloop.predict.ledger import fused_head_bytes, ledger_of
 from glassloop.predict.shapes import Shapes
-from glassloop.predict.terms import GIB, Work, resident, tiers_of
-from glassloop.predict.tiers import MOST_PASS_TOKENS, PASS_STEP, sizes_of
+from glassloop.predict.terms import GIB, Work, layer_bytes, resident, tiers_of
+from glassloop.predict.tiers import (
+    FRAGMENTATION,
+    MOST_PASS_TOKENS,
+    PASS_STEP,
+    Base,
+    Tiers,
+    sizes_of,
+)
+
+# Tokens of a pass behind which layers arrive in time, on any card in a slot of 16 lanes.
+HIDING_TOKENS = 4096
 
 
 def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
@@ -22,7 +32,7 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
     """
     if work.between is not None:
         longest, share = work.between
-        tokens = min(max(longest, pass_tokens_of(shapes, work, budget_bytes)), share)
+        tokens = min(max(longest, chosen_pass(shapes, work, budget_bytes)), share)
         supervised = (
             None
             if work.supervised_tokens is None
@@ -30,8 +40,12 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
         )
         work = replace(work, tokens=tokens, supervised_tokens=supervised, between=None)
     if not work.checkpointing:
-        return work
-    used = resident_bytes(shapes, work)
+        base = base_of(shapes, work)
+        streamed = 0 if base is None else base.streamed(shapes.layers) or 0
+        return replace(work, tiers=Tiers(shapes.layers, host=False, streamed=streamed))
+    used, base = resident_bytes(shapes, work), base_of(shapes, work)
+    if base is not None:  # counted apart from what is used
+        used -= base.bytes(shapes.layers, 0)
     found = tiers.choose(
         work.profile,
         sizes_of(shapes, work.r, work.targets, work.act),
@@ -41,8 +55,16 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
         free=budget_bytes - used,
         head_bytes=fused_head_bytes(shapes, work),
         host_bytes=int(work.host_gib * GIB),
+        base=base,
     )
     return replace(work, tiers=found)
+
+
+def base_of(shapes: Shapes, work: Work) -> Base | None:
+    """The 4-bit layers that may stream; None for a base in 16 or 32 bits."""
+    if work.quantization != "nf4":
+        return None
+    return Base(work.base, layer_bytes(shapes, work))
 
 
 def resident_bytes(shapes: Shapes, work: Work) -> int:
@@ -61,6 +83,12 @@ def resident_bytes(shapes: Shapes, work: Work) -> int:
     )
 
 
+def chosen_pass(shapes: Shapes, work: Work, budget_bytes: int) -> int:
+    """Tokens of the packed passes that a run chooses; 0: no more than its longest row."""
+    found = pass_tokens_of(shapes, work, budget_bytes)
+    return found or streaming_pass(shapes, work, budget_bytes)
+
+
 def pass_tokens_of(shapes: Shapes, work: Work, budget_bytes: int) -> int:
     """Most tokens of a packed pass with all layers kept.
 
@@ -76,3 +104,21 @@ def pass_tokens_of(shapes: Shapes, work: Work, budget_bytes: int) -> int:
         return tiers_of(shapes, with_tiers(shapes, one, budget_bytes)).kept < shapes.layers
 
     return PASS_STEP * bisect_left(sizes, True, key=too_large)
+
+
+def streaming_pass(shapes: Shapes, work: Work, budget_bytes: int) -> int:
+    """Tokens of a packed pass that is long enough to hide the copies of streamed layers.
+
+    0 where no layer has to stream, or no such pass fits.
+    """
+    for tokens in (PASS_STEP, *range(HIDING_TOKENS, 0, -PASS_STEP)):
+        one = replace(
+            work, rows=1, tokens=tokens, supervised_tokens=None, checkpointing=True, between=None
+        )
+        one = with_tiers(shapes, one, budget_bytes)
+        if not tiers_of(shapes, one).streamed:
+            return 0
+        peak = ledger_of(shapes, one, "fused").peak_bytes * (1 + FRAGMENTATION)
+        if tokens != PASS_STEP and peak <= budget_bytes:
+            return tokens
+    return 0

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from glassloop.predict.shapes import Shapes
-from glassloop.predict.tiers import Tiers
+from glassloop.predict.tiers import SLOTS, Tiers
 
 PHASES = ("load", "adapters", "forward", "logits", "backward", "optimizer")
 GIB = 2**30
+LAYERS = ("linear weights", "their scales")  # what streams, of base_bytes
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
 HEAD_CHUNK = 512  # places whose logits are computed at a time: CHUNK_TOKENS of loss.py
+SUM_PIECE = 1 << 26  # elements of the flat buffer summed at a time: PIECE of formula/optim.py
 STATE_BLOCK = 256  # elements that share one scale in an 8-bit optimizer state
 STATE_BYTES = {  # of the optimizer's state, per trainable parameter, in GPU memory
     "adamw_8bit": 2 * (1 + 4 / STATE_BLOCK),
@@ -37,8 +39,8 @@ class Work:
         supervised_tokens: supervised places of the pass; None: all.
         r, targets: the adapters.
         capability: of the card; decides the size of cuBLAS's workspaces.
-        profile, host_gib: memory.*, for the engine `fused`. tiers: what it keeps, and where;
-            None: nothing, all without `checkpointing`.
+        profile, host_gib, base: memory.*, for the engine `fused`. tiers: what it keeps, and
+            where; None: nothing, all without `checkpointing`.
         between: packed passes whose size the engine `fused` chooses: tokens of the longest row,
             and of a rank's whole share of an update.
     """
@@ -59,6 +61,7 @@ class Work:
     capability: tuple[int, int] = (9, 0)
     profile: str | float = "fill"
     host_gib: float = 8.0
+    base: str | int = "auto"
     tiers: Tiers | None = None
     between: tuple[int, int] | None = None
 
@@ -127,10 +130,16 @@ def base_bytes(shapes: Shapes, work: Work) -> dict[str, int]:
     }
 
 
+def layer_bytes(shapes: Shapes, work: Work) -> int:
+    """Bytes of one layer's quantised weights and scales."""
+    parts = base_bytes(shapes, work)
+    return sum(parts[what] for what in LAYERS) // shapes.layers
+
+
 def tiers_of(shapes: Shapes, work: Work) -> Tiers:
     """Tiers of `fused` for this work; without a choice, the defaults."""
     if not work.checkpointing:
-        return Tiers(shapes.layers, host=False)
+        return Tiers(shapes.layers, host=False, streamed=work.tiers.streamed if work.tiers else 0)
     return work.tiers or Tiers(0, host=False)
 
 
@@ -154,14 +163,19 @@ def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         else 0
     )
     base["embedding, head, norms"] -= moved
+    streamed = work.tiers.streamed if work.tiers else 0
+    for what in LAYERS:
+        base[what] -= base[what] * streamed // shapes.layers
+    slots = min(SLOTS, streamed) * layer_bytes(shapes, work)
     return (
         *(Term(what, size, PHASES) for what, size in base.items()),
+        Term("room for streamed layers", slots, PHASES),
         Term("embedding, before it goes to the host", moved, PHASES[:2]),
         Term("adapters, fp32", 4 * n, after_load),
         Term("their gradients, fp32", 4 * n, after_load),
         Term("DDP's buckets", 4 * n if work.reduction == "ddp" else 0, PHASES[2:]),
         Term(f"state of {work.optimizer}", round(STATE_BYTES[work.optimizer] * n), PHASES[2:]),
         Term("cuBLAS workspaces", workspace_bytes(work.capability), PHASES[2:]),
-        # Norm and checksum of the flat buffer are summed in float64 and int64, of a copy.
-        Term("norm and checksum, 8-byte copy of the flat buffer", 8 * n, ("optimizer",)),
+        # Norm and checksum of the flat buffer are summed in float64 and int64, of a copy in pieces.
+        Term("norm and checksum, 8-byte copy of a piece", 8 * min(n, SUM_PIECE), ("optimizer",)),
     )

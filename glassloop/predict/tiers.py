@@ -18,6 +18,7 @@ from glassloop.predict.shapes import Shapes
 GIB = 2**30
 FRAGMENTATION = 0.03  # of the memory in use: what an allocator holds in pieces that fit nothing
 SPARE_BYTES = 512 * 2**20  # for what is not counted: libraries' workspaces, evaluation
+SLOTS = 2  # room on the GPU for layers on their way: one at work, one that is copied meanwhile
 ALIGNMENT = 16  # R is rounded up to it
 HEAD_CHUNK = 1024  # places whose logits are computed at a time
 MOST_PASS_TOKENS = (
@@ -209,7 +210,7 @@ class Base:
 
     asked: str | int
     layer_bytes: int
-    slots: int = 2
+    slots: int = SLOTS
 
     def streamed(self, layers: int) -> int | None:
         """Number of layers that stream as asked; None: as few as needed."""

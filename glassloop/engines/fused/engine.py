@@ -26,10 +26,10 @@ from glassloop.engines.fused.loss import head_loss
 from glassloop.engines.fused.matrices import Moves
 from glassloop.engines.fused.norm import add_norm, norm_backward
 from glassloop.engines.fused.rotary import angles
-from glassloop.engines.fused.stream import SLOTS, LayerStream
+from glassloop.engines.fused.stream import LayerStream
 from glassloop.engines.fused.supported import GROUPS, check_supported
 from glassloop.formula.loss import sums_by_row
-from glassloop.predict.tiers import GIB, Base, Tiers, choose, head_bytes, scratch_bytes
+from glassloop.predict.tiers import GIB, SLOTS, Base, Tiers, choose, head_bytes, scratch_bytes
 
 
 @dataclass

@@ -17,8 +17,7 @@ from glassloop.base.host_pages import HostPages
 from glassloop.base.packed import Packed
 from glassloop.engines.fused.layer import Layer
 from glassloop.engines.fused.linear import Scratch
-
-SLOTS = 2
+from glassloop.predict.tiers import SLOTS
 
 
 class LayerStream:

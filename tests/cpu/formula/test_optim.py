@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from glassloop.formula import optim
 from glassloop.formula.optim import (
     ALIGNMENT,
     FlatAdapters,
@@ -13,6 +14,7 @@ from glassloop.formula.optim import (
     make_optimizer,
     state_tensors,
 )
+from glassloop.predict.terms import SUM_PIECE
 
 HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 
@@ -86,6 +88,22 @@ def test_the_norm_of_a_large_vector_is_exact_to_1e_7():
     flat = torch.randn(5_000_000, generator=torch.Generator().manual_seed(1))
     exact = flat.double().square().sum().sqrt().item()
     assert l2_norm(flat).item() == pytest.approx(exact, rel=1e-7)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 999, 1000, 1001])
+def test_norm_and_checksum_do_not_depend_on_their_pieces(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    exact, bits = flat.double().norm().item(), int(flat.view(torch.int32).long().sum())
+    monkeypatch.setattr(optim, "PIECE", piece)
+    assert l2_norm(flat).item() == pytest.approx(exact, rel=1e-14)
+    assert int(optim.bit_sum(flat)) == bits
+    assert int(optim.bit_sum(flat[:0])) == 0
+
+
+def test_the_ledger_counts_the_same_pieces() -> None:
+    assert SUM_PIECE == optim.PIECE
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adamw_8bit"])
