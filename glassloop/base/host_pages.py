@@ -173,8 +173,7 @@ def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
 
 def shared_copy(pages: Tensor, folder: Path) -> Tensor:
     """Copy the bytes into shared memory, once a host and user."""
-    key = hashlib.sha256(f"{os.getuid()}:{folder}".encode()).hexdigest()[:16]
-    path, size = SHARED_MEMORY / f"glassloop-{key}", pages.numel()
+    path, size = shared_path(folder), pages.numel()
     if not (path.is_file() and not path.is_symlink() and path.stat().st_size == size):
         stat = os.statvfs(SHARED_MEMORY)
         if stat.f_bavail * stat.f_frsize < size:
@@ -193,6 +192,12 @@ def shared_copy(pages: Tensor, folder: Path) -> Tensor:
         return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
     finally:
         os.close(descriptor)
+
+
+def shared_path(folder: Path) -> Path:
+    """File in shared memory of this user's copy of a folder's layers."""
+    key = hashlib.sha256(f"{os.getuid()}:{folder}".encode()).hexdigest()[:16]
+    return SHARED_MEMORY / f"glassloop-{key}"
 
 
 def _cudart() -> Any:

@@ -91,6 +91,7 @@ def examine(config: Config, launch_file: Path | None, *, with_data: bool) -> lis
         *doctor.check_engine(config, on_cuda=cuda is not None and bool(present)),
         *card_checks.check_cards(config, present, cuda, environ),
         *check_p2p(len(present) if cuda is not None else 0),
+        *check_stream(config, len(present) if cuda is not None else 0),
         *launch_files.check_launcher(config, environ, launch_file),
         *doctor.check_disk(config, environ),
         *doctor.check_logins(config, environ),
@@ -131,6 +132,37 @@ def check_p2p(gpus: int) -> list[Finding]:
         words = " ".join(f"{name}={value}" for name, value in cure.items())
         text = f"export {words} (tried: it works with that)"
     return [Finding(PROBLEM, "p2p", f"an all-reduce of {MIB} MiB between two GPUs {said}", text)]
+
+
+def check_stream(config: Config, gpus: int) -> list[Finding]:
+    """Try whether a base can stream from this host; time its copies to the first card."""
+    from glassloop.base.cache import cache_root
+    from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
+    from glassloop.doctor.host_link import try_link
+
+    if not gpus:
+        return [Finding(NOTE, "stream", "not tried: it needs a GPU")]
+    root = cache_root(config.model.cache_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [Finding(PROBLEM, "stream", f"not tried: {error}", "model.cache_dir=FOLDER")]
+    link = try_link(root)
+    if link.pages == "none":
+        asked = config.memory.base not in ("auto", "gpu")
+        cure = "memory.base=gpu, or raise `ulimit -l` and the container's memory limit"
+        text = f"a base cannot stream from this host: {link.refused}"
+        return [Finding(PROBLEM if asked else NOTE, "stream", text, cure)]
+    how = (
+        "a file's pages are locked read only"
+        if link.pages == "file"
+        else f"a copy in shared memory is locked, since a file's pages are not ({link.refused})"
+    )
+    text = (
+        f"a base can stream from this host: {how}; {link.alone_gbs:.1f} GB/s to the card, "
+        f"{link.both_ways_gbs:.1f} with copies back beside them"
+    )
+    return [Finding(OK, "stream", text)]
 
 
 def check_data(config: Config, with_data: bool) -> list[Finding]:

@@ -272,7 +272,7 @@ def card_time(
     return CardTime(card, rate, plan.rows_trained * row_tokens / rate, one.host_bound, waits)
 
 
-def _tiers(on_card: Verdict | None) -> dict[str, int]:
+def _tiers(on_card: Verdict | None) -> dict[str, Any]:
     """Layers kept, held and streamed on a card, for its speed."""
     if on_card is None:
         return {}
