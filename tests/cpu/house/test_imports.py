@@ -68,7 +68,7 @@ TABLE = {
         "accelerate datasets torch transformers",
     ),
     "doctor": Rule(
-        "config disk engines plan predict record", late="accelerate datasets torch yaml"
+        "base config disk engines plan predict record", late="accelerate datasets torch yaml"
     ),
     "use": Rule(
         "base config data disk engines formula loop plan record report saved stats",
