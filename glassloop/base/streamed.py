@@ -56,6 +56,7 @@ def load_streamed(
     first: Callable[[], AbstractContextManager[Any]],
     source: BaseSource | None = None,
     locking: Locking = "try",
+    spare_bytes: int | None = None,
 ) -> tuple[PreTrainedModel, LoadReport, HostPages]:
     """Load the frozen base in NF4 over a file of layers.
 
@@ -65,6 +66,7 @@ def load_streamed(
         locking: whether the layers are to stay on the host (see HostPages.of).
         groups: group -> names of its linear layers within a decoder layer.
         first: context in which one rank of a host goes before the others; it makes the file.
+        spare_bytes: bring layers to the device until no more than that is free; None: bring none.
 
     Raises:
         ValueError: naming model.id, model.cache_dir or memory.base and the cure.
@@ -81,6 +83,8 @@ def load_streamed(
         folder, made = layer_folder(source, files_hash, model, groups, dtype, device)
     with loading_errors(model, copy=folder):
         pages = HostPages.of(LayerFile.open(folder), device, locking)
+        if spare_bytes is not None and device.type == "cuda" and pages.mapped is not None:
+            bring_what_fits(pages, torch.cuda.mem_get_info(device)[0] - spare_bytes)
         hf = model_over(pages, model, groups, dtype, device)
     checksum, expected = base_checksum(hf), pages.file.manifest.checksum
     if checksum != expected:
@@ -96,6 +100,25 @@ def load_streamed(
         notes=(*notes, *pages.notes),
     )
     return hf, report, pages
+
+
+def bring_what_fits(pages: HostPages, room_bytes: int) -> None:
+    """Copy layers to the device, from the first up, into `room_bytes` less what is not quantised.
+
+    The rest stays on the host, where the device reads it through its bus.
+    """
+    manifest = pages.file.manifest
+    layers = len(manifest.layers)
+    rest = manifest.nbytes - sum(layer.nbytes for layer in manifest.layers)
+    count = min(layers, max(0, room_bytes - rest) // manifest.most_layer_bytes)
+    for index in range(count):
+        pages.bring(index)
+    if count < layers:
+        away = sum(layer.nbytes for layer in manifest.layers[count:])
+        pages.notes += (
+            f"{layers - count} of {layers} layers stay on the host: every token of an answer reads "
+            f"{away / 2**30:.1f} GiB of them, all questions of a batch together",
+        )
 
 
 def layer_folder(

@@ -35,6 +35,21 @@ def r1_8b_scam() -> dict[str, Any]:
     }
 
 
+def r1_32b_scam() -> dict[str, Any]:
+    """The recipe on the 32B Qwen distill: layers stream to a card that is too small."""
+    return {**r1_8b_scam(), **_larger("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")}
+
+
+def r1_70b_scam() -> dict[str, Any]:
+    """The recipe on the 70B Llama distill: layers stream to a card that is too small."""
+    return {**r1_8b_scam(), **_larger("deepseek-ai/DeepSeek-R1-Distill-Llama-70B")}
+
+
+def _larger(model: str) -> dict[str, Any]:
+    """A larger base; packed passes, long enough to hide its copies."""
+    return {"model": {"id": model}, "execution": {"layout": "packed", "pass_tokens": None}}
+
+
 def r1_8b_medical() -> dict[str, Any]:
     """The recipe on medical reasoning: question, chain of thought, response."""
     return {
@@ -96,6 +111,8 @@ def smollm2_demo() -> dict[str, Any]:
 
 PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "r1_8b_scam": r1_8b_scam,
+    "r1_32b_scam": r1_32b_scam,
+    "r1_70b_scam": r1_70b_scam,
     "r1_8b_medical": r1_8b_medical,
     "r1_8b_notebook": r1_8b_notebook,
     "smollm2_demo": smollm2_demo,

@@ -49,6 +49,7 @@ def build_engine(
     engine: str = "peft",
     longest_row: int | None = None,
     memory_base: str | int = "auto",
+    spare_bytes: int | None = None,
     source: BaseSource | None = None,
 ) -> Engine:
     """Load the base onto `device`, attach fp32 adapters, check both.
@@ -64,6 +65,8 @@ def build_engine(
         engine: peft | fused | unsloth.
         longest_row: tokens, for unsloth; None: as many as the model has positions.
         memory_base: memory.base, for fused.
+        spare_bytes: for peft without training, over a base that may outgrow the device: what of it
+            stays free while as many layers as fit are brought there. None: all are.
         source: of the base, where the caller has resolved it.
 
     Raises:
@@ -88,7 +91,7 @@ def build_engine(
         )
         only_on_cpu = unsloth.ON_CPU
     else:
-        base, report, pages = _load(model, engine, memory_base, shared)
+        base, report, pages = _load(model, engine, memory_base, spare_bytes, shared)
         check_unpatched(base, engine)
         check_plain_head(base, device, report.name)
         report = prepared(base, report, model, device)
@@ -116,17 +119,22 @@ def prepared(
 
 
 def _load(
-    model: ModelConfig, engine: str, memory_base: str | int, shared: dict[str, Any]
+    model: ModelConfig,
+    engine: str,
+    memory_base: str | int,
+    spare_bytes: int | None,
+    shared: dict[str, Any],
 ) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
-    """Load the base; for fused over a file of layers.
+    """Load the base; for fused, or within `spare_bytes`, over a file of layers.
 
     If its weights have that form.
     """
-    if engine != "fused" or model.quantization != "nf4":
+    over_file = engine == "fused" or spare_bytes is not None
+    if not over_file or model.quantization != "nf4":
         return *load_base(model, **shared), None
     locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")
     try:
-        return load_streamed(model, GROUPS, **shared, locking=locking)  # type: ignore[arg-type]
+        return load_streamed(model, GROUPS, **shared, locking=locking, spare_bytes=spare_bytes)  # type: ignore[arg-type]
     except NotStreamable as error:
         if locking == "must":
             raise ValueError(

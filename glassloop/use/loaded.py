@@ -94,7 +94,9 @@ def load(
     shared: dict[str, Any] = dict(
         precision=precision, checkpointing=False, seed=config.seed, device=device, first=first
     )
-    engine = build_engine(model, config.lora, **shared)
+    over_file = config.execution.engine == "fused" and device.type == "cuda"
+    spare = int(spare_gib(device) * 2**30) if over_file else None
+    engine = build_engine(model, config.lora, **shared, spare_bytes=spare)
     assert isinstance(engine, PeftEngine)
     check_base(trained, engine.report.base_hash)
     put_adapter(trained, engine)
@@ -104,6 +106,11 @@ def load(
         nullcontext if precision == "fp32" else partial(torch.autocast, device.type, dtype=dtype)
     )
     return Loaded(engine, device, autocast, precision, (*engine.report.notes, *notes))
+
+
+def spare_gib(device: torch.device) -> float:
+    """GiB of a GPU for what answers need beside the base: caches, logits, dequantised weights."""
+    return max(2.0, 0.15 * torch.cuda.get_device_properties(device).total_memory / 2**30)
 
 
 def check_base(trained: Trained, base_hash: str) -> None:

@@ -15,13 +15,17 @@ import torch
 
 from glassloop.base.cache import cache_root, save_pretrained_here
 from glassloop.base.hashing import base_hash
+from glassloop.base.layer_file import LayerFile, NotStreamable
 from glassloop.base.quantised import find_base
 from glassloop.base.reading import DTYPES
 from glassloop.base.source import resolve_source
+from glassloop.base.streamed import layer_folder
 from glassloop.disk.publish import replace_file
+from glassloop.plan.support import GROUPS
 from glassloop.use.heldout import rows_of
 from glassloop.use.loaded import check_base, device_here, load
 from glassloop.use.merge.folder import adds_bos, check_room, original_folder, read_json, write_rest
+from glassloop.use.merge.layer_weights import LayerWeights
 from glassloop.use.merge.merge import pairs_of, shards_of, write_merged
 from glassloop.use.merge.modelfile import modelfile
 from glassloop.use.merge.serve import commands
@@ -110,9 +114,19 @@ class Job:
         device = (
             torch.device("cuda") if self.device.type == "cuda" else torch.device("cpu")
         )  # the copy that training here would read
+        if self.trained.config.execution.engine == "fused":
+            with suppress(NotStreamable):
+                return self.layer_weights(device)
         found = find_base(model, precision=precision, device=device, first=nullcontext)
         assert found.folder is not None
         return Weights(Path(found.folder), DTYPES[precision]), Path(found.folder)
+
+    def layer_weights(self, device: torch.device) -> tuple[LayerWeights, Path]:
+        """The base's file of layers, which the engine `fused` trains over."""
+        model, dtype = self.trained.config.model, DTYPES[self.trained.config.execution.precision]
+        files_hash = base_hash(self.source, cache_root(model.cache_dir) / "file_hashes.json")
+        folder, _ = layer_folder(self.source, files_hash, model, GROUPS, dtype, device)
+        return LayerWeights(LayerFile.open(folder), dtype), folder
 
     def write(self, folder: Path, kind: str) -> None:
         """Merged weights of that kind and all that stands beside them."""
