@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from clean_runs import ROWS, UPDATES, WARMUP, Series, clean_runs, read_run
 
-from glassloop.config.config import StabilityConfig
+from glassloop.config import StabilityConfig
 from glassloop.disk.environment import environment
 from glassloop.health import stability
 from glassloop.health.signals import Signals

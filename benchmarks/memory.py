@@ -32,8 +32,8 @@ import torch
 from glassloop.base.checks import check_plain_head
 from glassloop.base.quantised import load_base
 from glassloop.base.reading import DTYPES
+from glassloop.config import Config
 from glassloop.config.arguments import parse
-from glassloop.config.config import Config
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Pass, Row
 from glassloop.disk.environment import environment

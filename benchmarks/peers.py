@@ -33,7 +33,7 @@ from glassloop.bench.processes import Place, Start, run_command
 from glassloop.bench.results import is_reference, read
 from glassloop.bench.spec import Spec
 from glassloop.bench.table import beside, table
-from glassloop.config.sections import ENGINES
+from glassloop.config import ENGINES
 from glassloop.verify.processes import launch_file
 
 
@@ -249,7 +249,7 @@ def base_folder(model: str, precision: str, device: str, folder: Path) -> Path:
         "import contextlib, sys, torch\n"
         "from glassloop.base.quantised import load_base\n"
         "from glassloop.base.source import resolve_source\n"
-        "from glassloop.config.config import ModelConfig\n"
+        "from glassloop.config import ModelConfig\n"
         "model = ModelConfig(id=sys.argv[1])\n"
         "device = torch.device(sys.argv[3], 0) if sys.argv[3] == 'cuda' else torch.device('cpu')\n"
         "_, report = load_base(model, precision=sys.argv[2], device=device, "

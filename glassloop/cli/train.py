@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glassloop.config.config import Config
+    from glassloop.config import Config
 
 USAGE = "glassloop train FILE_OR_DATASET --model ID [section.field=VALUE ...]"
 EXPLAINED = f"""\

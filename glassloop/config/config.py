@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from glassloop.config.data import DataConfig as DataConfig
+from glassloop.config.data import DataConfig
 from glassloop.config.sections import (
     CheckpointConfig,
     EvaluationConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.disk.lock import FolderLock, hold
 from glassloop.formula.dist import all_or_none
 from glassloop.saved.resuming import find_checkpoint

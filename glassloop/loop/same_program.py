@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import glassloop
-from glassloop.config.config import Config, as_dict
+from glassloop.config import Config, as_dict
 from glassloop.disk.environment import package_version
 from glassloop.disk.secrets import without_secrets
 from glassloop.formula.dist import gather_objects, is_distributed

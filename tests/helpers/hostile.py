@@ -15,8 +15,8 @@ from typing import Any
 import hostile_runs
 from hostile_rows import row_cases
 
+from glassloop.config import as_dict
 from glassloop.config.arguments import from_values, parse
-from glassloop.config.config import as_dict
 from glassloop.disk.publish import SUMS
 from glassloop.loop.build import build_run
 from glassloop.saved.capsule import read_capsule

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.dataset import build_rows, summary
 from glassloop.data.sources import load_examples
 from glassloop.data.templates import make_template

@@ -26,7 +26,7 @@ from glassloop.base import source as base_source
 from glassloop.base.checksum import base_checksum
 from glassloop.base.quantised import MANIFEST, LoadReport, copy_name, load_base
 from glassloop.base.reading import DTYPES
-from glassloop.config.config import ModelConfig
+from glassloop.config import ModelConfig
 
 CPU = torch.device("cpu")
 COMMIT = "c0ffee" * 6 + "abcd"

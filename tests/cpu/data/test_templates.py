@@ -37,7 +37,7 @@ from toys import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import templates
 from glassloop.data.own_templates import INSTRUCTION, PREAMBLE, THINK_FIRST
 from glassloop.data.rows import Example, RowFault, Turn

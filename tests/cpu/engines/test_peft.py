@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from glassloop.base import reading
 from glassloop.base.checksum import base_checksum
 from glassloop.base.tokenizer import load_tokenizer
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Pass, Row
 from glassloop.engines.peft import PeftEngine

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from stand_in import write_stand_in
 
 from glassloop.base.quantised import find_base, load_base
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.config.arguments import from_values
-from glassloop.config.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines import unsloth as unsloth_engine

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from glassloop.config.config import StabilityConfig
+from glassloop.config import StabilityConfig
 from glassloop.health.signals import Finding, Signals
 from glassloop.health.stability import (
     DIVERGED_UPDATES,

@@ -11,8 +11,8 @@ import hostile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from glassloop.config import Config, DataConfig
 from glassloop.config.arguments import ConfigError, from_values, parse
-from glassloop.config.config import Config, DataConfig
 from glassloop.config.names import field_names
 from glassloop.data.sources import load_examples
 from train_loop import update_once

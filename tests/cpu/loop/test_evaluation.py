@@ -30,7 +30,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from glassloop.base.tokenizer import load_tokenizer
-from glassloop.config.config import DataConfig, LoraConfig, ModelConfig
+from glassloop.config import DataConfig, LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Example, Row, Turn
 from glassloop.data.scam import verdict_of

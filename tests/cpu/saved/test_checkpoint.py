@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from glassloop.config.config import Config, as_dict
+from glassloop.config import Config, as_dict
 from glassloop.disk import publish as folders
 from glassloop.formula.optim import FlatAdapters, make_optimizer
 from glassloop.saved import checkpoint
