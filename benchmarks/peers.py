@@ -103,8 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ENGINE,..",
-        help="an arm of glassloop beside them: its engine, then what differs from literal, batch 2, recomputed: packed, kept, batch=N, "
-        "execution.FIELD=VALUE, memory.FIELD=VALUE (may be given several times)",
+        help="add an arm of glassloop: its engine, then what differs from literal, batch 2, "
+        "recomputed: packed, kept, batch=N, execution.FIELD=VALUE, memory.FIELD=VALUE "
+        "(may be given several times)",
     )
     parser.add_argument("--workloads", default="scam-v1,full-v1")
     parser.add_argument(
