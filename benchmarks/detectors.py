@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import random
 import statistics
 import tempfile
 from collections import Counter
@@ -31,16 +30,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from clean_runs import ROWS, UPDATES, WARMUP, Series, clean_runs, read_run
+from clean_runs import UPDATES, Series, clean_runs, read_run
+from detectors_asked import DEFAULTS, ask, share
+from detectors_drawn import no_learning, synthetic
 
-from glassloop.config.config import StabilityConfig
 from glassloop.disk.environment import environment
 from glassloop.health import stability
-from glassloop.health.signals import Signals
-from glassloop.health.stability import Detectors
 from glassloop.stats import LEAST_SIGMA, fit
 
-DEFAULTS = StabilityConfig()
 PLACES = (
     14,
     21,
@@ -48,28 +45,6 @@ PLACES = (
     47,
     58,
 )  # a fault is planted at the first whole window, and the first tail, from here on
-Alarm = tuple[int, str]  # update, kind
-
-
-def ask(series: Series, change: Callable[[Signals, int], Signals] | None = None) -> list[Alarm]:
-    """What the detectors, at their defaults, say of a series.
-
-    `change` gets each update and its index.
-    """
-    detectors = Detectors(
-        rows_per_update=series.rows_per_update,
-        warmup_updates=series.warmup_updates,
-        window_updates=DEFAULTS.window_updates,
-        false_alarm_rate=DEFAULTS.false_alarm_rate,
-        no_learning_updates=DEFAULTS.no_learning_updates,
-    )
-    alarms = []
-    for index, sound in enumerate(series.signals):
-        signals = change(sound, index) if change else sound
-        findings = detectors.look(signals)
-        detectors.note(signals, findings, applied=True)
-        alarms += [(signals.update, finding.kind) for finding in findings]
-    return alarms
 
 
 def places(series: Series, *, tail: bool) -> list[int]:
@@ -81,14 +56,6 @@ def places(series: Series, *, tail: bool) -> list[int]:
     ]
     found = (next((i for i in fits if series.signals[i].update >= least), None) for least in PLACES)
     return sorted({index for index in found if index is not None})
-
-
-def share(hits: Sequence[bool]) -> dict[str, Any]:
-    return {
-        "detected": sum(hits),
-        "of": len(hits),
-        "rate": round(sum(hits) / len(hits), 3) if hits else None,
-    }
 
 
 def clean(all_series: Sequence[Series]) -> dict[str, Any]:
@@ -226,91 +193,6 @@ def vanishing(all_series: Sequence[Series]) -> dict[str, Any]:
             **share([d is not None for d in delays]),
             "updates_until": statistics.median(told) if told else None,
         }
-    return result
-
-
-def drawn(
-    seed: int,
-    *,
-    sigma: float,
-    correlation: float,
-    heavy: bool = False,
-    fall: float = 0.0,
-    updates: int = UPDATES,
-) -> Series:
-    """A series of log-normal norms and losses that scatter by sigma, with drift.
-
-    `fall`: of the loss, over 40 updates.
-
-    heavy: the scatter is Student's t with 4 degrees of freedom, scaled to sigma. Every 8th window
-    is a tail of half the rows.
-    """
-    random_ = random.Random(f"{seed}:{sigma}:{correlation}:{heavy}:{fall}")
-
-    def innovation() -> float:
-        z = random_.gauss(0, 1)
-        return z / math.sqrt(random_.gammavariate(2, 2) / 4) / math.sqrt(2) if heavy else z
-
-    drift = random_.uniform(-0.02, 0.02)  # of the log norm, an update
-    norm = loss = 0.0
-    signals = []
-    for u in range(1, updates + 1):
-        fresh = math.sqrt(1 - correlation**2)
-        norm, loss = (
-            correlation * norm + fresh * innovation(),
-            correlation * loss + fresh * innovation(),
-        )
-        rows = ROWS // 2 if u % 8 == 0 else ROWS
-        more = math.sqrt(ROWS / rows - 1)  # a tail's scatter beyond that of a whole window
-        trend = 2.0 * (1 - fall * (u - 1) / 40)
-        log_norm = drift * u + sigma * (norm + more * innovation()) + math.log(ROWS / rows) / 4
-        log_loss = math.log(trend) + sigma * (loss + more * innovation())
-        signals.append(Signals(u, 2e-4, rows, 25 * rows, math.exp(log_loss), math.exp(log_norm)))
-    return Series(f"drawn-{seed}", tuple(signals), ((),) * updates, ROWS, WARMUP)
-
-
-def synthetic(count: int) -> list[dict[str, Any]]:
-    """False alarms of the two spike detectors on drawn series, by scatter, correlation and weight
-    of the tails.
-    """
-    result = []
-    for heavy in (False, True):
-        for sigma in (0.05, 0.1, 0.2, 0.4):
-            for correlation in (0.0, 0.5, 0.9):
-                counts = Counter(
-                    kind
-                    for seed in range(count)
-                    for _, kind in ask(
-                        drawn(seed, sigma=sigma, correlation=correlation, heavy=heavy, fall=0.2)
-                    )
-                )
-                where = {
-                    "sigma_log": sigma,
-                    "lag_1_correlation": correlation,
-                    "scatter": "Student t, 4" if heavy else "normal",
-                }
-                updates = count * (UPDATES - WARMUP)
-                result.append(
-                    {
-                        **where,
-                        "updates": updates,
-                        "norm_spikes": counts["norm_spike"],
-                        "loss_spikes": counts["loss_spike"],
-                    }
-                )
-    return result
-
-
-def no_learning(count: int) -> list[dict[str, Any]]:
-    """Share of drawn runs of 60 updates that are said not to learn, by how much the loss falls over
-    40 updates and how it scatters.
-    """
-    result = []
-    for sigma in (0.01, 0.03, 0.05, 0.1):
-        for fall in (0.0, 0.02, 0.05, 0.1, 0.2):
-            runs = (drawn(seed, sigma=sigma, correlation=0.0, fall=fall) for seed in range(count))
-            told = [any(kind == "no_learning" for _, kind in ask(run)) for run in runs]
-            result.append({"sigma": sigma, "fall_over_40_updates": fall, **share(told)})
     return result
 
 

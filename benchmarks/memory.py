@@ -2,14 +2,13 @@
 
 One process, the base loaded once, adapters rebuilt for every rank.
 
-    python benchmarks/memory.py model.id=/path/to/model            # 24 cells: 512 and 2048 tokens,
-    1 and 2 rows, recomputed and stored, r 8, 16, 32 python benchmarks/memory.py --calibrate
-    model.id=/path/to/model
+    python benchmarks/memory.py model.id=/path/to/model
+    python benchmarks/memory.py --calibrate model.id=/path/to/model
 
-Writes JSON lines: one for the machine, one for each cell, one that sums up, to $OUT or
-benchmarks/results/memory-<card>.jsonl. What the
-prediction was fitted to does not count as a check of it: cells of CALIBRATION are marked, and left
-out of the summary. Without a GPU the same code runs and measures nothing (null).
+There are 24 cells: 512 and 2048 tokens, 1 and 2 rows, recomputed and stored, r 8, 16 and 32.
+Writes JSON lines to $OUT or benchmarks/results/memory-<card>.jsonl: one for the machine, one for
+each cell, one summary. The prediction was fitted to the cells of CALIBRATION. They are marked and
+left out of the summary. Without a GPU the same code runs and measures nothing (null).
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ import torch
 from glassloop.base.checks import check_plain_head
 from glassloop.base.quantised import load_base
 from glassloop.base.reading import DTYPES
+from glassloop.config import Config
 from glassloop.config.arguments import parse
-from glassloop.config.config import Config
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Pass, Row
 from glassloop.disk.environment import environment
@@ -124,9 +123,7 @@ def measure(
             weight_decay=o.weight_decay,
         )
         p = full_pass(cell, hf.config.get_text_config().vocab_size, device)  # type: ignore[union-attr, operator]
-        for _ in range(
-            2
-        ):  # in the first update neither the optimizer's state nor all workspaces are there yet
+        for _ in range(2):  # the first update still lacks optimizer state and some workspaces
             phases |= one_update(engine, adapters, optimizer, p, config, meter)
         phases["reserved"] = meter.reserved()
         return phases
@@ -288,11 +285,8 @@ def main(argv: list[str]) -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     capability = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
-    out = (
-        given.out
-        or folder
-        / f"memory-{re.sub(r'[^a-z0-9]+', '-', name.lower().removeprefix('nvidia ')).strip('-')}.jsonl"
-    )
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
+    out = given.out or folder / f"memory-{plain}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
 
     base, report = load_base(

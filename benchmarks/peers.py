@@ -33,7 +33,7 @@ from glassloop.bench.processes import Place, Start, run_command
 from glassloop.bench.results import is_reference, read
 from glassloop.bench.spec import Spec
 from glassloop.bench.table import beside, table
-from glassloop.config.sections import ENGINES
+from glassloop.config import ENGINES
 from glassloop.verify.processes import launch_file
 
 
@@ -103,8 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ENGINE,..",
-        help="an arm of glassloop beside them: its engine, then what differs from literal, batch 2, recomputed: packed, kept, batch=N, "
-        "execution.FIELD=VALUE, memory.FIELD=VALUE (may be given several times)",
+        help="add an arm of glassloop: its engine, then what differs from literal, batch 2, "
+        "recomputed: packed, kept, batch=N, execution.FIELD=VALUE, memory.FIELD=VALUE "
+        "(may be given several times)",
     )
     parser.add_argument("--workloads", default="scam-v1,full-v1")
     parser.add_argument(
@@ -249,7 +250,7 @@ def base_folder(model: str, precision: str, device: str, folder: Path) -> Path:
         "import contextlib, sys, torch\n"
         "from glassloop.base.quantised import load_base\n"
         "from glassloop.base.source import resolve_source\n"
-        "from glassloop.config.config import ModelConfig\n"
+        "from glassloop.config import ModelConfig\n"
         "model = ModelConfig(id=sys.argv[1])\n"
         "device = torch.device(sys.argv[3], 0) if sys.argv[3] == 'cuda' else torch.device('cpu')\n"
         "_, report = load_base(model, precision=sys.argv[2], device=device, "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from glassloop.base.streamed import load_streamed
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.disk.environment import environment

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import two_gpus_killed
 import two_gpus_parts as parts
 import two_gpus_speed
 from two_gpus_parts import Asked, Verdict
@@ -41,9 +42,13 @@ STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (330.0, ("bench",)),
     (300.0, ("peers",)),
 )
-SPEED: dict[str, parts.Part] = {"bench": two_gpus_speed.bench, "peers": two_gpus_speed.peers}
+OWN_FILES: dict[str, parts.Part] = {
+    "killed": two_gpus_killed.killed,
+    "bench": two_gpus_speed.bench,
+    "peers": two_gpus_speed.peers,
+}
 PARTS: dict[str, parts.Part] = {
-    name: SPEED.get(name) or getattr(parts, name) for _, names in STAGES for name in names
+    name: OWN_FILES.get(name) or getattr(parts, name) for _, names in STAGES for name in names
 }
 
 

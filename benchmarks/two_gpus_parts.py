@@ -6,9 +6,6 @@ Each takes a Place, what was asked and a deadline, and returns verdicts by name.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +15,7 @@ import two_gpus_runs as runs
 from two_gpus_runs import Place
 
 from glassloop.bench.results import TOLERANCE
-from glassloop.loop.watchdog import PATIENCE_S
 
-RANK_ENDS_S = (
-    PATIENCE_S + 5.0
-)  # a rank whose partner was killed: its watchdog's patience, and the time to leave the card
-LAUNCHER_ENDS_S = 2 * PATIENCE_S
-KILL = {
-    "updates": 12,
-    "every": 4,
-    "at": 6,
-}  # of the killed run: checkpoints at 4 and 8, killed after update 6
 TRAINED = (
     "rows",
     "supervised_tokens",
@@ -105,7 +92,7 @@ def peft(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         "missed" if parted else "held" if updates else "failed",
         parted[0]
         if parted
-        else f"checksums of adapters and optimizer were equal before each of {len(updates)} updates",
+        else f"adapters and optimizer had equal checksums before each of {len(updates)} updates",
         {"updates_compared": len(updates)},
     )
     if not updates:
@@ -213,7 +200,8 @@ def _beside(
             "reduce_share": None,
             "reduce_s_median": None,
         }  # nothing is summed, or DDP does it inside backward
-    why = f"losses of {len(shared)} of the first {wanted} updates differ by at most {max(loss.values()):.1e}, norms by {max(norm.values()):.1e}"
+    why = f"losses of {len(shared)} of the first {wanted} updates differ by at most "
+    why += f"{max(loss.values()):.1e}, norms by {max(norm.values()):.1e}"
     return judged(
         held, why + (f"; OTHER ROWS in updates {other_rows}" if other_rows else ""), **numbers
     )
@@ -233,104 +221,6 @@ def _other_rows(ours: Path, theirs: Path) -> list[int]:
         if mine.get(update) != known.get(update)
         or any(a[update][name] != b[update][name] for name in TRAINED)
     ]
-
-
-def killed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
-    """A deterministic run.
-
-    The same with rank 1 killed in its middle; then `--resume`. Half of the recipe's rows an update,
-    for time.
-    """
-    fixed = [
-        "batch.rows_per_update=8", f"schedule.updates={KILL['updates']}", f"checkpoint.every_updates={KILL['every']}", "checkpoint.keep=100",
-        "execution.deterministic=true",
-    ]  # fmt: skip
-    whole, folder = place.work / "runs" / "whole", place.work / "runs" / "killed"
-    before = runs.train(place, "whole", runs.recipe(place, "whole", *fixed))
-    code = before.wait(until)
-    runs.end(before)
-    if code != 0:
-        return {
-            "one rank killed": failed(f"the run that nobody kills: {ended(code)}", before),
-            "exact resume": failed("nothing to resume"),
-        }
-    one = runs.train(place, "killed", runs.recipe(place, "killed", *fixed))
-    if (
-        not one.reaches(lambda: len(runs.updates_of(folder)) >= KILL["at"], until)
-        or one.process.poll() is not None
-    ):
-        runs.end(one)
-        return {
-            "one rank killed": failed("it did not get to the kill", one),
-            "exact resume": failed("nothing to resume"),
-        }
-    pids = [
-        json.loads((folder / "ranks" / f"rank{rank}.json").read_text())["pid"] for rank in range(2)
-    ]
-    saved = runs.checkpoint(folder)
-    os.kill(pids[1], signal.SIGKILL)
-    at = time.monotonic()
-    tick = runs.tree(pids[0])
-    one.reaches(lambda: runs.tree(pids[0]).get(pids[0]) != tick.get(pids[0]), until)
-    rank_s = time.monotonic() - at
-    code = one.wait(until)
-    launcher_s = time.monotonic() - at
-    runs.end(one)
-    runs.kill(tick)  # should the rank have outlived its launcher
-    left = runs.checkpoint(folder)
-    untouched = saved is not None and saved == left
-    good = (
-        code not in (0, None)
-        and untouched
-        and rank_s <= RANK_ENDS_S
-        and launcher_s <= LAUNCHER_ENDS_S
-    )
-    why = f"the other rank ended {rank_s:.1f} s later, the launcher {launcher_s:.1f} s, {ended(code)}; "
-    why += f"{left[0] if left else 'no checkpoint'} {'untouched' if untouched else 'NOT AS IT WAS'}"
-    numbers = {
-        "rank_ended_s": rank_s,
-        "launcher_ended_s": launcher_s,
-        "exit_code": code,
-        "marks_s": [RANK_ENDS_S, LAUNCHER_ENDS_S],
-    }
-    numbers |= {
-        "killed_after_update": max(runs.updates_of(folder)),
-        "checkpoint_before": saved,
-        "checkpoint_after": left,
-        "said": one.said,
-    }
-    verdict = judged(good, why, **numbers)
-    back = runs.train(place, "resumed", ["--resume", str(folder)])
-    code = back.wait(until)
-    runs.end(back)
-    return {"one rank killed": verdict, "exact resume": _same_again(folder, whole, code, back)}
-
-
-def _same_again(folder: Path, whole: Path, code: int | None, one: runs.Started) -> Verdict:
-    """The resumed run's updates beside those of the run that nobody killed.
-
-    Equal to the last bit.
-    """
-    ours, theirs = runs.updates_of(folder), runs.updates_of(whole)
-    again = [update for update, line in ours.items() if line["attempt"] > 1]
-    if code != 0 or not again:
-        return failed(f"the resumed run: {ended(code)}", one)
-    fields = ("loss_nats", "grad_norm_pre_clip", "lr")
-    other = [
-        update
-        for update in theirs
-        if update not in ours or any(ours[update][name] != theirs[update][name] for name in fields)
-    ]
-    loss = runs.apart(ours, theirs, "loss_nats")
-    why = f"updates {again[0]} to {again[-1]} were done again; "
-    why += (
-        f"updates {other} differ from the uninterrupted run"
-        if other
-        else "losses and norms are those of the uninterrupted run, bit for bit"
-    )
-    return judged(
-        not other, why, done_again=again, differing=other, loss_off_worst=max(loss.values())
-    )
 
 
 def verify(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
@@ -357,7 +247,8 @@ def verify(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         return {"glassloop verify": failed(ended(code), one)}
     bad = [verdict["name"] for verdict in output["verdicts"] if not verdict["good"]]
     numbers = {name: output[name] for name in ("gpus", "seconds", "only", "verdicts")}
-    why = f"{len(output['verdicts'])} ways and deliberate faults, {len(bad)} not as they should be{': ' * bool(bad)}{', '.join(bad)}"
+    why = f"{len(output['verdicts'])} ways and deliberate faults, {len(bad)} not as they should be"
+    why += f": {', '.join(bad)}" if bad else ""
     return {"glassloop verify": judged(output["good"], why, **numbers)}
 
 

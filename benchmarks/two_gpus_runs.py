@@ -169,8 +169,9 @@ def recipe(place: Place, name: str, *words: str) -> list[str]:
     What differs from `r1_8b_scam` is where weights and rows
     come from, and that nothing is generated."""
     return [
-        "r1_8b_scam", f"model.id={place.model}", f"data.source={place.work / 'rows.jsonl'}", "data.format=prompt_completion",
-        "data.template=chat", "data.heldout=null", "data.heldout_rows=null", "evaluation.samples=0", "tracking.to=[]",
+        "r1_8b_scam", f"model.id={place.model}", f"data.source={place.work / 'rows.jsonl'}",
+        "data.format=prompt_completion", "data.template=chat", "data.heldout=null",
+        "data.heldout_rows=null", "evaluation.samples=0", "tracking.to=[]",
         "execution.engine=peft", f"execution.precision={place.precision}",
         "execution.collective_timeout_s=300", f"run.dir={place.work / 'runs'}", f"run.name={name}",
         *words,

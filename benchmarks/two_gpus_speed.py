@@ -46,7 +46,8 @@ def bench(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         spec
         for engine in asked.engines
         for spec in matrix.specs_of(
-            engines=[engine], workloads=asked.workloads, layouts=["packed" if engine == "fused" else "literal"], ranks=[1, 2], batches=[2],
+            engines=[engine], workloads=asked.workloads,
+            layouts=["packed" if engine == "fused" else "literal"], ranks=[1, 2], batches=[2],
             checkpointing=[True], place=spot, common=common,
         )
     ]  # fmt: skip
@@ -87,7 +88,8 @@ def _scaling(place: Place, lines: list[dict[str, Any]], engine: str, rows: str) 
             else failed("arms are missing", **numbers)
         )
     efficiency = rates[2] / (2 * rates[1])
-    why = f"two ranks reach {efficiency:.0%} of twice one rank ({rates[2]:,.0f} and {rates[1]:,.0f} tokens/s)"
+    why = f"two ranks reach {efficiency:.0%} of twice one rank "
+    why += f"({rates[2]:,.0f} and {rates[1]:,.0f} tokens/s)"
     if efficiency > 1:
         why += (
             "; above 100 %: the one-rank arm was slow, as a busy host makes it, so this says little"

@@ -1,4 +1,7 @@
-"""glassloop: a training loop for LoRA on 4-bit models that shows every term of every update."""
+"""A training loop for LoRA on 4-bit models.
+
+It shows every term of every update.
+"""
 
 import logging
 

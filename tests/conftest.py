@@ -186,7 +186,7 @@ def engine_of() -> Callable[..., PeftEngine]:
 
     Other fields go to ModelConfig.
     """
-    from glassloop.config.config import LoraConfig, ModelConfig
+    from glassloop.config import LoraConfig, ModelConfig
     from glassloop.engines.build import build_engine
 
     def build(

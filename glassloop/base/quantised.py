@@ -42,7 +42,7 @@ from glassloop.base.source import (
     loading_errors,
     resolve_source,
 )
-from glassloop.config.config import ModelConfig
+from glassloop.config import ModelConfig
 
 FORMAT = 1  # of a cached folder
 MANIFEST = "glassloop_base.json"

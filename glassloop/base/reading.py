@@ -22,7 +22,7 @@ from glassloop.base.source import (
     damaged_copy,
     loading_errors,
 )
-from glassloop.config.config import ModelConfig
+from glassloop.config import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -17,7 +17,7 @@ from glassloop.base.cache import cache_root
 from glassloop.base.files import FileError, check_files, check_no_pointers
 from glassloop.base.random import PREFIX, random_folder
 from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
-from glassloop.config.config import ModelConfig
+from glassloop.config import ModelConfig
 
 HUB_TIMEOUT_S = 10.0
 

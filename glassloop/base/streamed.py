@@ -42,7 +42,7 @@ from glassloop.base.source import (
     loading_errors,
     resolve_source,
 )
-from glassloop.config.config import ModelConfig
+from glassloop.config import ModelConfig
 
 COPIED = ("config.json", "generation_config.json")
 

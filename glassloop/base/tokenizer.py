@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glassloop.base.source import BaseSource, loading_errors, locate_base
-from glassloop.config.config import ModelConfig
+from glassloop.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -37,8 +37,8 @@ from glassloop.bench.profile import SUMMARY, TRACE, profiled  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
 from glassloop.bench.sums import digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
 from glassloop.bench.workloads import OWN, workload  # noqa: E402
+from glassloop.config import Config  # noqa: E402
 from glassloop.config.arguments import parse  # noqa: E402
-from glassloop.config.config import Config  # noqa: E402
 from glassloop.data.batches import epoch_order  # noqa: E402
 from glassloop.data.rows import Row  # noqa: E402
 from glassloop.disk.environment import environment  # noqa: E402

@@ -55,7 +55,7 @@ def _matrix(asked: argparse.Namespace) -> int:
     from glassloop.bench.matrix import run_in_turns, run_matrix, schedule, specs_of
     from glassloop.bench.table import table
     from glassloop.bench.workloads import OWN, QUANTILES
-    from glassloop.config.sections import ENGINES
+    from glassloop.config import ENGINES
 
     if unknown := [name for name in asked.workloads if name not in (*QUANTILES, OWN)]:
         raise ValueError(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.rows import Row
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glassloop.config.config import Config
+    from glassloop.config import Config
     from glassloop.doctor.findings import Finding
 
 SIGNS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}

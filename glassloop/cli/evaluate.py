@@ -78,7 +78,7 @@ def columns_of(text: str | None) -> dict[str, str]:
 
     Raises ValueError naming the word and the roles that there are.
     """
-    from glassloop.config.data import Columns
+    from glassloop.config import Columns
 
     found = {}
     for word in (text or "").split(",") if text else ():

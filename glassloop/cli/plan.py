@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glassloop.config.config import Config
+    from glassloop.config import Config
     from glassloop.data.dataset import Dataset
     from glassloop.plan.changes import Change
     from glassloop.plan.outlook import Outlook

@@ -1,4 +1,4 @@
-"""Train on a file or data set: guess format and template, show the plan, start the ranks."""
+"""Train on a file or data set: a model and a source suffice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glassloop.config.config import Config
+    from glassloop.config import Config
 
 USAGE = "glassloop train FILE_OR_DATASET --model ID [section.field=VALUE ...]"
 EXPLAINED = f"""\
@@ -52,7 +52,10 @@ class Asked:
 
 
 def main(argv: list[str]) -> int:
-    """Plan and start a run. Exit code of the run; 130 after Ctrl-C; ValueError for bad input."""
+    """Plan and start a run.
+
+    Returns the run's exit code, 130 after Ctrl-C. Raises ValueError for bad input.
+    """
     from glassloop.config.arguments import parse
     from glassloop.config.presets import PRESETS
     from glassloop.predict.hardware import card_here
@@ -107,7 +110,10 @@ def split(argv: Sequence[str]) -> Asked:
 
 
 def run_words(asked: Asked) -> list[str]:
-    """Words for train_loop.py. Raises ValueError if nothing says what to train, or on what."""
+    """Words for train_loop.py.
+
+    Raises ValueError if nothing says what to train, or on what.
+    """
     from glassloop.config.presets import PRESETS
 
     sources, preset = asked.sources, asked.options.get("--preset")
@@ -140,7 +146,10 @@ def _pattern(sources: Sequence[str]) -> str:
 
 
 def devices(gpus: str | None) -> tuple[bool, int]:
-    """Whether to train on the CPU, and the number of visible GPUs. Raises ValueError."""
+    """Whether to train on the CPU, and the visible GPUs.
+
+    Raises ValueError if the words contradict the machine.
+    """
     import torch
 
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -155,7 +164,10 @@ def devices(gpus: str | None) -> tuple[bool, int]:
 
 
 def ranks_for(config: Config, gpus: str | None, visible: int, *, on_cpu: bool) -> int:
-    """Ranks to start: as asked, else one for each GPU, else two on a CPU with two cores."""
+    """Number of ranks to start.
+
+    As asked, else one for each GPU, else two on a CPU with two cores.
+    """
     import os
 
     asked = config.batch.ranks
@@ -220,7 +232,7 @@ def outline(config: Config, ranks: int, *, on_cpu: bool) -> list[str]:
 
 
 def cpu_flops_per_s(ranks: int) -> float:
-    """What a product of fp32 matrices reaches on a rank's threads just now, for all ranks."""
+    """Measured FLOP/s of fp32 products on a rank's threads, times the ranks."""
     import os
     import time
 

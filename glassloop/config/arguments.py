@@ -47,7 +47,9 @@ EITHER = {  # section -> two fields that say one thing
 def parse(
     argv: list[str], prog: str = "train_loop.py", cards_here: Callable[[], str] | None = None
 ) -> Config:
-    """Parse a command line: PRESET, --config, --hardware and fields, in any order after PRESET.
+    """Parse a command line.
+
+    It has PRESET, then --config, --hardware and fields in any order.
 
     Prints and exits with 0 on --help and --print_config. Says on stderr what --hardware changed.
 
@@ -123,7 +125,10 @@ def parse(
 
 
 def _check_trust(config: Config, given: dict[str, str], run: str | None, file: str | None) -> None:
-    """Refuse what only a file asks for. A preset asks for nothing of the kind."""
+    """Refuse what only a file asks for.
+
+    A preset never asks for such a thing.
+    """
     source = " or ".join(name for name in (run, file) if name is not None) or "the preset"
     asked = given if run is not None else {**given, CACHE: ""}  # --config is asked for by name
     if (why := unasked(config, asked, source, FIELDS)) is not None:
@@ -133,7 +138,10 @@ def _check_trust(config: Config, given: dict[str, str], run: str | None, file: s
 def _merge_hardware(
     values: dict[str, Any], name: str, cards_here: Callable[[], str] | None
 ) -> None:
-    """Put what a set of cards wants over `values`, and say on stderr what that changed."""
+    """Put the values of a set of cards over `values`.
+
+    Say on stderr what that changed.
+    """
     if name == HERE:
         if cards_here is None:
             raise ConfigError(f"--hardware needs a name here, for example {EXAMPLES[1]}")
@@ -170,7 +178,10 @@ def changed_fields(
 
 
 def with_old_engine(values: dict[str, Any]) -> dict[str, Any]:
-    """Name the engine of a recorded config; one without a name is older than the choice."""
+    """Name the engine of a recorded config.
+
+    A config without the name is older than the choice.
+    """
     execution = values.get("execution") or {}
     if not isinstance(execution, dict):
         return values
@@ -200,7 +211,10 @@ def from_values(values: dict[str, Any]) -> Config:
 def _add_fields(
     parser: argparse.ArgumentParser, model: type[BaseModel] = Config, prefix: str = ""
 ) -> None:
-    """Add one option a field, with its docstring as help. Values stay text for pydantic."""
+    """Add one option a field, with its docstring as help.
+
+    Values stay text: pydantic converts them.
+    """
     group = parser.add_argument_group(prefix.rstrip(".")) if prefix else parser
     for name, info in model.model_fields.items():
         if is_section(info.annotation):
@@ -227,7 +241,7 @@ def _add_fields(
 
 
 def _check_said_once(given: dict[str, str]) -> None:
-    """Raise ConfigError if the command line gives both numbers of updates and of epochs."""
+    """Raise ConfigError if the command line gives both updates and epochs."""
     updates, epochs = (given.get(f"schedule.{name}") for name in EITHER["schedule"])
     if updates not in (None, "null") and epochs is not None:
         raise ConfigError(
@@ -237,7 +251,10 @@ def _check_said_once(given: dict[str, str]) -> None:
 
 
 def _nested(given: dict[str, str]) -> dict[str, Any]:
-    """Nest {"batch.size": "2"} as {"batch": {"size": "2"}}; null is None, commas make a list."""
+    """Nest {"batch.size": "2"} as {"batch": {"size": "2"}}.
+
+    null is None, commas make a list.
+    """
     values: dict[str, Any] = {}
     for dotted, text in given.items():
         *sections, last = dotted.split(".")
@@ -252,7 +269,7 @@ def _nested(given: dict[str, str]) -> dict[str, Any]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """Put the values of a higher layer over those of a lower one, in place.
+    """Put a higher layer's values over a lower one's, in place.
 
     Of two fields that say one thing, the one that the higher layer gives replaces both below. A
     warmup that outlasts the higher layer's updates falls back to its share.
@@ -274,7 +291,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises ConfigError, with the nearest name for an unknown one."""
+    """A parser that raises ConfigError and suggests the nearest name."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (.*)", message)
@@ -295,7 +312,10 @@ def _normalise(argument: str) -> str:
 
 
 def _read_yaml(path: Path, *, of_a_run: bool = False) -> dict[str, Any]:
-    """The fields of a YAML file; that of a run's folder is not read through a link."""
+    """Read the fields of a YAML file.
+
+    A run's own file is never read through a link.
+    """
     try:
         with open(open_plain(path) if of_a_run else path, "rb") as file:
             values = plain_yaml(file.read(4 * MOST_CHARACTERS).decode("utf-8"))

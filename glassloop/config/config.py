@@ -1,4 +1,4 @@
-"""Settings of a run: frozen, validated, with the unit of every field in its docstring.
+"""Settings of a run: frozen, validated, with units in docstrings.
 
 pydantic validates the command line and YAML alike (arguments.py). Precedence, lowest first: preset,
 hardware, YAML file, command line. Nothing here imports torch. A bad value is refused before a model
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from glassloop.config.data import DataConfig as DataConfig
+from glassloop.config.data import DataConfig
 from glassloop.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -97,7 +97,10 @@ class BatchConfig(Section):
         return self
 
     def accumulation_for(self, ranks: int) -> int:
-        """Micro-batches of a rank in an update. Raises ValueError if rows do not divide."""
+        """Micro-batches of a rank in an update.
+
+        Raises ValueError if rows do not divide.
+        """
         if self.rows_per_update is None:
             return self.accumulation or 4
         micro_batches, left = divmod(self.rows_per_update, self.size * ranks)
@@ -239,7 +242,7 @@ class Config(Section):
 
 
 def settled(config: Config, *, template: str, warmup_updates: int) -> Config:
-    """Fill in what tokenizer and rows decided, so that a recorded config names it."""
+    """Fill in what tokenizer and rows decided, for the recorded config."""
     data = config.data.model_copy(update={"template": template})
     schedule = config.schedule.model_copy(update={"warmup_updates": warmup_updates})
     return config.model_copy(update={"data": data, "schedule": schedule})

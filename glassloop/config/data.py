@@ -1,4 +1,4 @@
-"""The section `data` of a config: where rows come from and how they become tokens."""
+"""The section `data`: where rows come from and how they become tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from glassloop.config.sections import Section
 
 
 class Columns(Section):
-    """Which column of the source holds what; None: the format's own or a usual name for it."""
+    """Names of the source's columns.
+
+    None: the format's own name, or a usual one for it.
+    """
 
     question: str | None = None
     """Column with what the user asks."""
@@ -158,7 +161,10 @@ class DataConfig(Section):
 
 
 def items_of(text: str) -> Any:
-    """A list's items: with commas, or as YAML if they have fields ([{source: a.csv}])."""
+    """Items of a list: by commas, or YAML.
+
+    Items with fields need YAML ([{source: a.csv}]).
+    """
     if "{" in text:
         try:
             return yaml.safe_load(text)

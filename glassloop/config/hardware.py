@@ -1,4 +1,7 @@
-"""Settings that a set of cards wants: how an update is computed, never what it is."""
+"""Settings for a set of cards.
+
+They say how an update is computed, never what it is.
+"""
 
 from __future__ import annotations
 

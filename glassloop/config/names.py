@@ -1,4 +1,4 @@
-"""Names of fields: all of them, other trainers' for them, and the nearest to a wrong one."""
+"""Names of fields, other trainers' names for them, and nearest names."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ PEER_NAMES = {
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used. The message names each field, its value and the cure."""
+    """A config that cannot be used.
+
+    The message names each field, its value and the cure.
+    """
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -85,7 +88,7 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def unknown_name(name: str) -> str:
-    """Say of a name that is no field what it is called here, or the nearest names."""
+    """Name the field that an unknown name means, or the nearest names."""
     last = name.rsplit(".", 1)[-1]
     if last in PEER_NAMES:
         return f"{name} is not a field of glassloop: it is called {PEER_NAMES[last]} here"

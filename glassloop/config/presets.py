@@ -1,4 +1,4 @@
-"""Presets: functions that return the values in which a run differs from the defaults."""
+"""Presets: functions that return values other than the defaults."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def r1_8b_medical() -> dict[str, Any]:
 
 
 def r1_8b_notebook() -> dict[str, Any]:
-    """The recipe's notebook as it ran: one GPU, fp16, loss on the whole text, lr(1) = 0."""
+    """The recipe's notebook as it ran.
+
+    One GPU, fp16, loss on the whole text, lr(1) = 0.
+    """
     return {
         "data": {
             "source": "FreedomIntelligence/medical-o1-reasoning-SFT",
@@ -88,7 +91,7 @@ def r1_8b_notebook() -> dict[str, Any]:
 
 
 def smollm2_demo() -> dict[str, Any]:
-    """SmolLM2-135M in NF4 on glassloop's own sample of calls, for two CPU ranks."""
+    """SmolLM2-135M in NF4 on the sample of calls, for two CPU ranks."""
     return {
         "model": {"id": "smollm2"},
         "data": {

@@ -1,4 +1,7 @@
-"""Which run `--resume` means: a run's folder, one of its checkpoints, or `latest`."""
+"""The run that `--resume` names.
+
+By its folder, one of its checkpoints, or `latest`.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def values_of_run(given: dict[str, str], read: Callable[[Path], dict[str, Any]])
 
 
 def run_to_resume(named: str, runs: Path) -> tuple[Path, int | None]:
-    """Find the run's folder, and the checkpoint's number of updates if a checkpoint is named.
+    """Find the run's folder, and the update of a named checkpoint.
 
     Args:
         named: the value of --resume. runs: the folder that holds runs, run.dir.

@@ -1,4 +1,7 @@
-"""Sections on how a run is executed, watched, kept and resumed. The others are in config.py."""
+"""Sections on how a run is executed, watched, kept and resumed.
+
+The other sections are in config.py.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _one_line(cls, value: Any, info: ValidationInfo) -> Any:
-        """Names and paths are printed and become files' names: no terminal may obey them."""
+        """Refuse control characters in names and paths.
+
+        They are printed and become files' names.
+        """
         texts = value if isinstance(value, tuple) else (value,)
         if info.field_name not in MANY_LINES and any(
             isinstance(text, str) and OBEYED.search(text) for text in texts

@@ -1,4 +1,6 @@
-"""Tables of what an engine supports of a run's config. `peft` supports all of it.
+"""Tables of what an engine supports of a run's config.
+
+`peft` supports all of it.
 
 What `fused` supports of a model's own config is in plan/support.py.
 """
@@ -12,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limit:
-    """A field of the config, the values that an engine supports, why no other, and the cure."""
+    """A field, the values that an engine supports, reason and cure."""
 
     field: str
     values: tuple[Any, ...]
@@ -49,7 +51,7 @@ LIMITS = {"fused": FUSED, "unsloth": UNSLOTH, "peft": (), "auto": ()}
 
 
 def beyond(sections: Mapping[str, Any], engine: str) -> tuple[str, Limit] | None:
-    """The first field that an engine does not support, as 'field = value', with its limit.
+    """The first unsupported field, as 'field = value', with its limit.
 
     Args:
         sections: the config's sections by name.

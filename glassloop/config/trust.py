@@ -34,7 +34,7 @@ OPTIONS = Words("--trust-remote-code", "--no-trust-remote-code", "--cache-dir=")
 
 
 def unasked(config: Config, given: Collection[str], source: str, words: Words) -> str | None:
-    """Explain the first setting that `source` may not switch on; None without one.
+    """Explain the first setting that `source` may not switch on, or None.
 
     Args:
         given: dotted names of the fields that the command line gives.

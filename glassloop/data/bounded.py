@@ -1,4 +1,6 @@
-"""Bounds on time and memory of a chat template, a program by strangers.
+"""Bounds on time and memory of a chat template.
+
+A template is a stranger's program.
 
 jinja2's sandbox keeps a template from files and Python; it does not keep it from a loop that never
 ends or a string that fills the memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.opening import names_files, open_source
 
 

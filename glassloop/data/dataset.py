@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.duplicates import near_duplicates, repeated
 from glassloop.data.names import listed
 from glassloop.data.rows import Example, Row, RowFault

@@ -41,7 +41,7 @@ class Chosen:
 
 
 def kind_of(name: str) -> str | None:
-    """Kind of a file by its name; None if it holds no rows."""
+    """Kind of a file by its name, None without rows."""
     path = PurePosixPath(name.lower())
     if path.suffix in PACKED:
         path = path.with_suffix("")

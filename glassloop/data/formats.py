@@ -23,7 +23,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.names import candidates, listed, shown
 
 # Format -> role -> the format's own name of a column that it needs.

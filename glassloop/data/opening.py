@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.arrow_files import read_arrow
 from glassloop.data.folders import KINDS, choose, kind_of
 from glassloop.data.hub import open_repository

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.duplicates import key
 from glassloop.data.formats import Reading, reading_of
 from glassloop.data.names import listed, shown

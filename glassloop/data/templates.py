@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.bounded import bounded
 from glassloop.data.chat_template import MessageOf, Parts, chat_parts
 from glassloop.data.own_templates import (

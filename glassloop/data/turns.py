@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import scam
 from glassloop.data.cells import calls_of, is_blank, parsed, text_of, tools_of
 from glassloop.data.names import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.doctor.checks import numbers
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.plan.engine import planned_engine

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.disk.environment import package_version
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.engines import unsloth_checks

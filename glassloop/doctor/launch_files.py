@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 
 REFUSED = {

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from glassloop.config.config import LoraConfig
+from glassloop.config import LoraConfig
 
 # Fields of adapter_config.json that do not change what a trained adapter computes. Every other one
 # must be as in the run's own, those that a newer PEFT has included.

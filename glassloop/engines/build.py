@@ -25,7 +25,7 @@ from glassloop.base.source import BaseSource
 from glassloop.base.still import check_still, silence
 from glassloop.base.streamed import load_streamed
 from glassloop.base.tokenizer import load_tokenizer
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import attach_lora, load_adapter
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers

@@ -35,7 +35,7 @@ from glassloop.base.quantised import LoadReport, find_base
 from glassloop.base.reading import DTYPES, prepare_4bit
 from glassloop.base.source import BaseSource
 from glassloop.base.still import silence
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import check_targets, draw_adapters
 from glassloop.engines.unsloth_checks import OTHER_ENGINE, check_unsloth
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from glassloop.config.config import StabilityConfig
+from glassloop.config import StabilityConfig
 from glassloop.data.batches import Batches, Window
 from glassloop.formula.dist import Gate, rank_cosine
 from glassloop.health.signals import Finding, Signals

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from glassloop.config.config import Config, RecordConfig, StabilityConfig
+from glassloop.config import Config, RecordConfig, StabilityConfig
 from glassloop.data.batches import Batches, Window
 from glassloop.formula.dist import Gate
 from glassloop.formula.optim import FlatAdapters, l2_norm

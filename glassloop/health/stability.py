@@ -164,7 +164,10 @@ class Detectors:
         return math.exp(math.fsum(entry.log_norm for entry in self.window) / len(self.window))
 
     def _widen(self, signals: Signals) -> float:
-        """Sigma of a tail, a mean over fewer rows, over that of a whole window."""
+        """Ratio of a tail's sigma to a whole window's.
+
+        A tail is a mean over fewer rows.
+        """
         return math.sqrt(max(1.0, self.rows_per_update / signals.rows))
 
     def _forecast(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config.config import as_dict
+from glassloop.config import as_dict
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
 from glassloop.loop.generation import EvaluationSetup
 from glassloop.record.records import EvaluationRecord, SampleRecord

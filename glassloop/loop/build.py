@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from glassloop.config.config import Config, as_dict
+from glassloop.config import Config, as_dict
 from glassloop.data.batches import Batches
 from glassloop.formula.dist import all_or_none, gather_objects, require_same
 from glassloop.health.inspection import make_inspection

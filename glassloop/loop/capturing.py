@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from glassloop.config.config import as_dict
+from glassloop.config import as_dict
 from glassloop.data.batches import Window
 from glassloop.formula.dist import Gate, gather_objects
 from glassloop.health.decision import Decision, Terms

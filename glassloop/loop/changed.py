@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glassloop.config import Config, ResumeConfig
 from glassloop.config.arguments import from_values, to_yaml, with_old_engine
-from glassloop.config.config import Config
-from glassloop.config.sections import ResumeConfig
 from glassloop.disk.opening import read_plain
 from glassloop.disk.publish import replace_file, write_json, write_text
 from glassloop.loop.run import Run

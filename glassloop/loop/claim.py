@@ -1,18 +1,23 @@
-"""A run's claim on its folder: one writer at a time, held by rank 0 until the run is closed."""
+"""A run's claim on its folder: one writer at a time.
+
+Rank 0 holds it until the run is closed.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.disk.lock import FolderLock, hold
 from glassloop.formula.dist import all_or_none
 from glassloop.saved.resuming import find_checkpoint
 
 
 def claim(folder: Path, config: Config, checkpoint: Path | None, *, rank: int) -> FolderLock | None:
-    """Lock the run's folder on rank 0. All ranks take part, and all raise where it fails.
+    """Lock the run's folder on rank 0.
+
+    All ranks take part, and all raise if it fails.
 
     Other ranks write nothing but their position, and end with rank 0.
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from glassloop.base.checks import check_token_ids, dtype_audit
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset
 from glassloop.formula.dist import gather_objects

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glassloop.base.source import BaseSource, loading_errors
+from glassloop.config import ALL_LINEAR, Config
 from glassloop.config.arguments import with_old_engine
-from glassloop.config.config import ALL_LINEAR, Config
 from glassloop.engines.adapters import linear_names
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda

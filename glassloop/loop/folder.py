@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from glassloop.config import Config
 from glassloop.config.arguments import to_yaml
-from glassloop.config.config import Config
 from glassloop.data.dataset import Dataset
 from glassloop.disk.environment import environment
 from glassloop.disk.publish import make, write_json, write_text

@@ -1,4 +1,6 @@
-"""Ends a process in time: a stop during start-up, a launcher that is gone, an end that hangs.
+"""Bounds on how long a process may take to end.
+
+They cover a stop during start-up, a launcher that is gone, and an end that hangs.
 
 A thread does it, because the main thread may be in a call that does not return and runs no handler
 meanwhile. Signals reach the thread through Python's wakeup descriptor.
@@ -87,7 +89,10 @@ class Guard:
 
     @contextlib.contextmanager
     def within(self, seconds: float, what: str) -> Iterator[None]:
-        """Bound a part of the end: beyond `seconds` the process ends with `code` and says so."""
+        """Bound a part of the end.
+
+        Beyond `seconds` the process ends with `code` and says so.
+        """
         self.stop.raises, self._part = False, "end"
         why = f"{what} took over {seconds:.0f} s"
         self._latest[why] = time.monotonic() + seconds
@@ -110,7 +115,10 @@ class Guard:
                     end_now(why, self.code)
 
     def _asked(self, why: str) -> None:
-        """Bound what comes after a stop, but for a run, whose loop ends it."""
+        """Bound what follows a stop.
+
+        A run's own loop ends it.
+        """
         self.stop.ask(why)
         if self._part != "run":
             patience = EARLY_S if self._part == "start" else LATE_S
@@ -158,7 +166,10 @@ def say(line: str) -> None:
 
 
 def _before_fork() -> None:
-    """Hold signals back, so that none meets a child that still has this run's handlers."""
+    """Hold signals back around a fork.
+
+    A new child still has this run's handlers.
+    """
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS) if _active else None
 
 
@@ -168,7 +179,10 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
-    """Give a forked child its signals back: those of a pool's workers are not this run's."""
+    """Give a forked child its own signals back.
+
+    Signals of a pool's workers are not this run's.
+    """
     global _active
     if _active is not None:
         signal.set_wakeup_fd(-1)

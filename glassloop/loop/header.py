@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from glassloop.base.checks import audit_table, dtype_audit
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, summary
 from glassloop.loop.replica import Replica

@@ -17,7 +17,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.engines.unsloth_checks import check_unsloth
 from glassloop.loop.commands import launch_command
 from glassloop.loop.meeting import meet

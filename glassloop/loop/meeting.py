@@ -1,4 +1,4 @@
-"""How the ranks of a run meet, and what is said where they do not."""
+"""How the ranks of a run meet, and what a failure says."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def meet(begin: Callable[[], T], timeout_s: float) -> T:
 
 
 def _reach(timeout_s: float) -> None:
-    """Wait until something listens where the ranks meet; rank 0 itself does without a launcher."""
+    """Wait until something listens where the ranks meet.
+
+    Without a launcher, rank 0 itself listens.
+    """
     launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = (os.environ.get("MASTER_ADDR"), _number("MASTER_PORT", 0))
     if not all(address) or (_number("RANK", 0) == 0 and not launcher):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.formula.dist import Gate, gather_objects

@@ -23,7 +23,10 @@ REPORT_S = 300.0
 
 
 def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
-    """The run that `build` makes, or an exit code: 2 if refused, 130 or 1 if stopped."""
+    """The run that `build` makes, or an exit code.
+
+    2 if refused, 130 or 1 if stopped.
+    """
     try:
         guard.starts()
         try:
@@ -50,7 +53,10 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
 def carried_out(
     run: Run, guard: Guard, train: Callable[[Run], int], report: Callable[[Path], None]
 ) -> int:
-    """Train, then close everything, each part within its time. Returns the exit code."""
+    """Train, then close everything, and return the exit code.
+
+    Each part has its time.
+    """
     code = 1
     try:
         code = train(run)

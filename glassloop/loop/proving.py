@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.rows import Row
 from glassloop.engines.build import Engine
 from glassloop.engines.peft import PeftEngine, recompute_layers

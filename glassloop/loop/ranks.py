@@ -25,7 +25,10 @@ mixed_precision: 'no'
 
 
 def launch_file(ranks: int, *, on_cpu: bool) -> str:
-    """The text of a launch file: `ranks` ranks on this machine, with torch's elastic launcher."""
+    """Text of a launch file for `ranks` ranks on this machine.
+
+    It uses torch's elastic launcher.
+    """
     ids = ",".join(["-1"] * max(2, ranks)) if on_cpu else "all"  # -1 hides every GPU
     return LAUNCH_FILE.format(use_cpu=str(on_cpu).lower(), gpu_ids=ids, ranks=ranks)
 
@@ -80,7 +83,10 @@ def start_ranks(ranks: int, words: Sequence[str], *, on_cpu: bool) -> int:
 
 
 def _code(rank: int, code: int) -> int:
-    """Exit code for a failed rank; says so where the rank could not."""
+    """Exit code for a failed rank.
+
+    Says so if the rank could not.
+    """
     if code >= 0:
         return code
     name = signal.Signals(-code).name

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import set_seed
 
 from glassloop.base.source import BaseSource
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.engines.build import Engine, build_engine
 from glassloop.formula.dist import broadcast_from_rank_0, first_difference, gather_objects
 from glassloop.formula.optim import FlatAdapters, LossScale, bit_sum, make_optimizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.rows import Example, Row
 from glassloop.disk.lock import FolderLock

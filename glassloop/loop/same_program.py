@@ -1,4 +1,6 @@
-"""Whether all ranks run one program: the same code, config and libraries, before anything is built.
+"""A check that all ranks run one program, before anything is built.
+
+It compares code, config and libraries.
 
 Ranks that differ would train together all the same, on gradients of different formulas.
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import glassloop
-from glassloop.config.config import Config, as_dict
+from glassloop.config import Config, as_dict
 from glassloop.disk.environment import package_version
 from glassloop.disk.secrets import without_secrets
 from glassloop.formula.dist import gather_objects, is_distributed
@@ -38,7 +40,9 @@ SHOWN = 12  # differences that a message names
 
 
 def require_same_program(config: Config) -> None:
-    """Raise ValueError, on every rank, unless all run the same code, config and libraries.
+    """Raise ValueError on every rank unless all run one program.
+
+    They compare code, config and libraries.
 
     One small gather; where it finds a difference, a second one names it.
     """

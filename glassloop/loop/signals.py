@@ -1,4 +1,7 @@
-"""What signals ask of a run. A handler only sets a flag; the gate carries it to all ranks."""
+"""Signals that a run answers.
+
+A handler only sets a flag. The gate carries it to all ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,16 @@ LEFT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)  # where nohup or a shell has the
 
 
 class StoppedEarly(BaseException):
-    """Raised in the main thread by a stop before the run has begun, when nothing is to save."""
+    """A stop before the run has begun, with nothing to save.
+
+    It is raised in the main thread.
+    """
 
 
 class StopFlag:
-    """Set by the first signal of STOPS. Further ones change nothing: a launcher sends several.
+    """Flag of the first signal of STOPS.
+
+    Further signals change nothing: a launcher sends several.
 
     Attributes:
         by: the signal's name, or why else.
@@ -31,7 +39,10 @@ class StopFlag:
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Handle STOPS from here on; a second call does nothing. For the main thread."""
+        """Handle STOPS from here on.
+
+        For the main thread. A second call does nothing.
+        """
         for number in STOPS if not self._before else ():
             if number in LEFT_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
                 continue
@@ -50,7 +61,10 @@ class StopFlag:
 
     @property
     def exit_code(self) -> int:
-        """Of a run that ended on demand: 130 after Ctrl-C, as shells expect, else 0."""
+        """Exit code of a run that ended on demand.
+
+        130 after Ctrl-C, as shells expect, else 0.
+        """
         return 130 if self.by == signal.SIGINT.name else 0
 
     def _set(self, number: int, _frame: Any) -> None:
@@ -61,7 +75,10 @@ class StopFlag:
 
 
 class CaptureFlag:
-    """Set by SIGUSR1: keep the update under way, or the next one, whole. The gate carries it."""
+    """Flag of SIGUSR1: keep this update, or the next one, whole.
+
+    The gate carries it to all ranks.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -72,7 +89,10 @@ class CaptureFlag:
         self._before = signal.signal(signal.SIGUSR1, self._set)
 
     def restore(self) -> None:
-        """Ignore SIGUSR1 from here on: one that comes late must not kill a run that ends."""
+        """Ignore SIGUSR1 from here on.
+
+        A late signal must not kill a run that ends.
+        """
         if signal.getsignal(signal.SIGUSR1) == self._set:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

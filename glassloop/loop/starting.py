@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from glassloop.base.source import BaseSource, locate_base, vocabulary_of
 from glassloop.base.tokenizer import load_tokenizer
-from glassloop.config.config import Config, as_dict, settled
+from glassloop.config import Config, as_dict, settled
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, build_rows
 from glassloop.data.sources import Loaded, load_examples

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glassloop.config.config import Config, MemoryConfig
+from glassloop.config import Config, MemoryConfig
 from glassloop.config.support import beyond
 from glassloop.plan.support import unsupported
 from glassloop.predict.shapes import config_values

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.plan.engine import planned_engine
 from glassloop.plan.steps import StepPlan, make_plan
 from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of

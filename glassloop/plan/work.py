@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.predict.cards import budget_bytes
 from glassloop.predict.hardware import PLANNED_FOR, Present, gpu_named
 from glassloop.predict.ledger import ledger_of

@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from glassloop.config import Config
 from glassloop.config.arguments import from_values, with_old_engine
-from glassloop.config.config import Config
 from glassloop.config.trust import FIELDS, Words, unasked
 from glassloop.record.jsonl import (
     EVALUATIONS,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from glassloop.config.config import TrackingConfig
+from glassloop.config import TrackingConfig
 from glassloop.disk.environment import package_version
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config.config import TrackingConfig
+from glassloop.config import TrackingConfig
 from glassloop.disk.opening import require_plain_folder
 from glassloop.disk.secrets import without_secrets
 from glassloop.record.jsonl import EVALUATIONS, METRICS, SAMPLES, read_jsonl

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.rows import Row
 from glassloop.loop.launch import make_accelerator
 from glassloop.loop.replica import Replica, adapters_of, build_replica, device_of, load_engine

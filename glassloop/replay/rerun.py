@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from glassloop.base.tokenizer import load_tokenizer
-from glassloop.config.config import Config, as_dict
+from glassloop.config import Config, as_dict
 from glassloop.data.batches import Batches, Window
 from glassloop.data.dataset import build_rows
 from glassloop.data.rows import Row

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.disk.environment import PACKAGES, package_version

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.data.batches import Window
 from glassloop.formula.optim import l2_norm, make_optimizer
 from glassloop.replay.bisect import Bisection

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from glassloop.config.config import Config, ScheduleConfig, as_dict
+from glassloop.config import Config, ScheduleConfig, as_dict
 from glassloop.plan.contract import has_rows_digest
 from glassloop.plan.steps import StepPlan, lr_at, warmup_of
 from glassloop.saved.run_state import RunState

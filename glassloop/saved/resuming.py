@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glassloop.config.config import BatchConfig, Config, as_dict
+from glassloop.config import BatchConfig, Config, as_dict
 from glassloop.disk.opening import read_plain
 from glassloop.disk.publish import SUMS
 from glassloop.plan.steps import StepPlan

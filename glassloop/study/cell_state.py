@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.config.config import as_dict
+from glassloop.config import as_dict
 from glassloop.disk.opening import require_plain_folder
 from glassloop.record.checked import is_finite
 from glassloop.record.jsonl import read_jsonl

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glassloop.config import Config
 from glassloop.config.arguments import parse
-from glassloop.config.config import Config
 from glassloop.config.trust import TRUST
 from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
 from glassloop.study.axes import read_axes

@@ -14,7 +14,7 @@ from glassloop.data.templates import Template
 from glassloop.use.trained import Trained, with_data
 
 if TYPE_CHECKING:
-    from glassloop.config.config import DataConfig
+    from glassloop.config import DataConfig
 
 
 @dataclass(frozen=True)

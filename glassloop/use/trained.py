@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.config.trust import OPTIONS
 from glassloop.data.rows import Example, Turn
 from glassloop.data.templates import Template, make_template

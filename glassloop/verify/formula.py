@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from glassloop.config.config import PROJECTIONS
+from glassloop.config import PROJECTIONS
 from glassloop.data.batches import Batches
 from glassloop.data.rows import IGNORE, Row
 from glassloop.formula.optim import Slice

@@ -16,9 +16,8 @@ from pathlib import Path
 from torch import Tensor
 
 import train_loop
+from glassloop.config import ENGINES, Config
 from glassloop.config.arguments import from_values
-from glassloop.config.config import Config
-from glassloop.config.sections import ENGINES
 from glassloop.health.decision import Outcome
 from glassloop.loop.build import build_run
 from glassloop.loop.run import Run

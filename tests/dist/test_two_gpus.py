@@ -22,7 +22,7 @@ def two() -> Any:
     """The script's modules by name, found as the script finds them."""
     sys.path.insert(0, HERE)
     try:
-        names = ("two_gpus", "two_gpus_parts", "two_gpus_runs", "two_gpus_speed")
+        names = ("two_gpus", "two_gpus_killed", "two_gpus_parts", "two_gpus_runs", "two_gpus_speed")
         return type("Modules", (), {name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(HERE)
@@ -243,7 +243,7 @@ def test_another_way_is_held_to_the_same_rows_and_losses(
 
 
 def test_a_resume_is_exact_or_it_is_missed(two: Any, tmp_path: Path) -> None:
-    same = two.two_gpus_parts._same_again
+    same = two.two_gpus_killed._same_again
     whole = write(tmp_path / "whole", [record(update) for update in (1, 2, 3)])
     again = write(
         tmp_path / "again", [record(1), record(2), record(2, attempt=2), record(3, attempt=2)]

@@ -24,7 +24,10 @@ SPIKE_AT = 14  # the detectors have their eight entries by then
 
 
 def spiked(run, at: int = SPIKE_AT) -> None:
-    """One row of rank 1 costs 50 times its loss in update `at`."""
+    """Multiply the loss of one row of rank 1 by 50.
+
+    In update `at`.
+    """
     engine, window = run.replica.engine, run.batches.window(at)
     row = run.batches.share(window, 1)[-1].row_id
 
@@ -189,7 +192,10 @@ def noise_scale() -> dict:
 
 
 def gone_back() -> dict:
-    """Train to the end; resume at update 2, once unchanged and once without update 4's window."""
+    """Train to the end, then resume twice at update 2.
+
+    Once unchanged and once without update 4's window.
+    """
     run = run_of("back", checkpoint={"every_updates": 2, "keep": 9})
     code = train(run)
     run.close_observers()

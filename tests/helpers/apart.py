@@ -1,4 +1,6 @@
-"""A home and a temporary folder for one session of tests, and what the session leaves behind.
+"""A home and a temporary folder for one session of tests.
+
+What the session leaves behind is found.
 
 Importing this module moves HOME and TMPDIR, for this process and all that it starts. Workers of
 pytest-xdist share the folders of the process that started them. `left_behind` lists what the
@@ -73,7 +75,10 @@ def in_repository() -> set[str]:
 
 
 def left_behind(before: set[str]) -> list[str]:
-    """Return what lies in the session's folders, and what the repository lacked `before`."""
+    """Return what lies in the session's folders, and new files here.
+
+    `before`: what the repository had.
+    """
     apart = set()
     for name in ("home", "tmp"):
         for folder, folders, files in os.walk(SESSION / name):

@@ -1,4 +1,6 @@
-"""Checks of the plan's contract on two ranks: each line broken on purpose, memory that runs out.
+"""Checks of the plan's contract on two ranks.
+
+Each line is broken on purpose, and memory runs out.
 
 `accelerate launch contracts.py FOLDER MODEL ROWS` writes FOLDER/contracts.json, as faults.py does.
 """
@@ -23,7 +25,10 @@ REAL_BUILD_PASS = train_loop.build_pass
 
 
 def broken_at(run, change) -> dict:
-    """Do two good updates, then `change` rank 1: what both ranks say, and what moved."""
+    """Do two good updates, then `change` rank 1.
+
+    Returns what both ranks say, and what moved.
+    """
     update_once(run, 1)
     update_once(run, 2)
     before = state(run)
@@ -39,7 +44,7 @@ def broken_at(run, change) -> dict:
 
 
 def pass_changed(change):
-    """On rank 1, rows of each pass go through `change` before tensors are made of them."""
+    """Change the rows of rank 1's passes before they are tensors."""
 
     def apply(run) -> None:
         if run.replica.rank == 1:
@@ -82,7 +87,7 @@ def token_lost() -> dict:
 
 
 def other_lr() -> dict:
-    """A scheduler somebody left in: it writes its own lr before the step."""
+    """A leftover scheduler that writes its own lr before the step."""
 
     def apply(run) -> None:
         real = run.batches.supervised_tokens
@@ -122,7 +127,10 @@ def plan_and_ledger() -> dict:
 
 
 def memory_runs_out(name: str, **execution) -> dict:
-    """Rank 1 runs out of memory in update 2 as long as its passes have more than one row."""
+    """Let rank 1 run out of memory in update 2.
+
+    Passes of one row still fit.
+    """
     run = run_of(name, execution=execution)
     engine = run.replica.engine
 

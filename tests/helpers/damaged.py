@@ -1,4 +1,6 @@
-"""Two ranks with a copy of a run each, as on two hosts; rank 1's copy is damaged.
+"""Two ranks with a copy of a run each, one damaged.
+
+As on two hosts; the damage is in rank 1's copy.
 
 `accelerate launch damaged.py FOLDER MODEL ROWS` writes damaged.json.
 
@@ -32,7 +34,10 @@ NAMES = (
 
 
 def saved_run() -> Path:
-    """Four updates, a checkpoint after the second and the fourth, copied for rank 1."""
+    """Train four updates and copy the run for rank 1.
+
+    Checkpoints follow the second and the fourth.
+    """
     run = run_of("saved", checkpoint={"keep": 9})
     for update in range(1, 5):
         outcome = update_once(run, update)
@@ -49,7 +54,10 @@ def saved_run() -> Path:
 
 
 def damage(path: Path) -> bytes:
-    """Cut a file of rank 1's copy in half; returns what it held."""
+    """Cut a file of rank 1's copy in half.
+
+    Returns what it held.
+    """
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     return data

@@ -1,4 +1,6 @@
-"""Ends many runs of two ranks under load, and measures how long each rank stays after the report.
+"""Many runs of two ranks, ended under load.
+
+Measures how long each rank stays after the report.
 
     ends.py FOLDER MODEL ROWS [--runs N] [--load K] [--longest S]
 
@@ -67,7 +69,10 @@ def forked(rank: int, port: int, words: list[str], log: Path) -> int:
 
 
 def ended(pid: int, until: float) -> tuple[int | None, float]:
-    """Exit code and time of a rank's end; None, after a kill, for one that stayed."""
+    """Exit code and time of a rank's end.
+
+    None, after a kill, for one that stayed.
+    """
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:

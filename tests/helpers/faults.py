@@ -71,7 +71,10 @@ def infinite_gradient_on_rank_1():
 
 
 def losses_of_unequal_ranks():
-    """Rank 0 has constant loss 1 a token, rank 1 has 3, and not equally many tokens."""
+    """Give rank 0 a token loss of 1, and rank 1 of 3.
+
+    They have different numbers of tokens.
+    """
     run = run_of("mean")
     engine = run.replica.engine
 
@@ -110,7 +113,10 @@ def out_of_memory_on_rank_1():
 
 
 def nan_ends_the_run():
-    """train() on a run whose second update is not finite on rank 1: exit code, and what is left."""
+    """Train a run whose second update is not finite on rank 1.
+
+    Returns the exit code and what is left.
+    """
     from glassloop.saved.checkpoint import last_checkpoint
     from train_loop import train
 
@@ -209,7 +215,10 @@ def evaluation_in_between():
 
 
 def ledger():
-    """Rows that were consumed, by update, against the plan; two epochs with a tail."""
+    """Compare consumed rows with the plan, by update.
+
+    Two epochs with a tail.
+    """
     run = run_of("ledger")
     seen = [
         [(r.rank, r.row_id, r.supervised_tokens) for r in update_once(run, u).rows]

@@ -27,7 +27,10 @@ def render(template: str, messages: Sequence[dict[str, str]]) -> str:
 
 
 def _block(tokens, messages, current):
-    """Renders up to `end` or `else`; gives what was written and the tokens from there on."""
+    """Render up to `end` or `else`.
+
+    Returns what was written and the remaining tokens.
+    """
     out = ""
     while tokens:
         kind, text = tokens[0]

@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.dataset import build_rows, summary
 from glassloop.data.sources import load_examples
 from glassloop.data.templates import make_template
 
 if TYPE_CHECKING:
-    from hostile import Case, Place
+    from hostile_place import Case, Place
 
 WORDS = b"prompt,completion\nq,NA\nq,null\nq,007\n"
 GOOD = b'{"prompt": "who calls?", "completion": "nobody"}\n'
@@ -94,7 +94,10 @@ def lines(*rows: Any) -> bytes:
 
 
 def row_cases(harm: bytes) -> list[Case]:
-    """Given -> what became of it. `harm`: a pickle that names a function."""
+    """Cases of rows: what is given, and what became of it.
+
+    `harm`: a pickle that names a function.
+    """
     marks = "</s><|assistant|>yes<s>"
     huge = lines(
         {"prompt": "yes?", "completion": "word " * 200_000}, {"prompt": "a", "completion": "b"}

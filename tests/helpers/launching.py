@@ -1,4 +1,6 @@
-"""Start processes as a user would: a script on two CPU ranks, a command, a Python.
+"""Start processes as a user would.
+
+A script on two CPU ranks, a command, a Python.
 
 They are warm (see warm.py) unless `cold` is asked: then each process imports everything itself.
 """
@@ -27,7 +29,10 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a started process: offline, one thread a rank, glassloop importable."""
+    """Environment of a started process.
+
+    Offline, one thread a rank, glassloop importable.
+    """
     paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     quiet = {
         "OMP_NUM_THREADS": "1",
@@ -50,7 +55,10 @@ def start(
 def run(
     command: Sequence[str], *, timeout_s: float = 300, cold: bool = False, **start_settings: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and keep what it prints. A command that takes too long is killed."""
+    """Run a command to its end and keep what it prints.
+
+    A command that takes too long is killed.
+    """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with start(command, cold=cold, **{**pipes, **start_settings}) as process:
         try:
@@ -84,7 +92,10 @@ def launch(
 
 
 class _Server:
-    """The process that forks warm ones; started with the first of them, ends with this one."""
+    """The process that forks warm ones.
+
+    It starts with the first of them and ends with this one.
+    """
 
     def __init__(self) -> None:
         self.env = {**environment(), **warm.HIDDEN}
@@ -148,7 +159,10 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def write_rows(path: Path, rows: int) -> Path:
-    """Write a jsonl file of prompts (1 to 14 words) and completions (1 to 9), always alike."""
+    """Write a jsonl file of prompts and completions, always alike.
+
+    Prompts have 1 to 14 words, completions 1 to 9.
+    """
     words = [
         "the",
         "caller",

@@ -1,4 +1,6 @@
-"""Count the bytes that live at once while an engine computes, on a CPU with a GPU's allocations.
+"""Count the bytes that live at once while an engine computes.
+
+On a CPU, with a GPU's allocations.
 
 Stand-ins with a GPU's allocations replace what a CPU allocates otherwise: 16-bit dequantisation by
 bitsandbytes, fused RMS norms, flash attention with its saved log-sum-exp. Values are wrong, sizes
@@ -23,7 +25,10 @@ from glassloop.formula.optim import FlatAdapters
 
 
 class Live(TorchDispatchMode):
-    """Count the storages that operations make, until they are freed; not those of `known`."""
+    """Count the storages that operations make, until they are freed.
+
+    Storages of `known` do not count.
+    """
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
@@ -52,7 +57,10 @@ class Live(TorchDispatchMode):
 
 
 def peaks(engine, adapters: FlatAdapters, p: Pass, *, autocast: bool) -> dict[str, int]:
-    """Peak bytes of a pass's forward, logits and backward, beside the base and flat buffers."""
+    """Peak bytes of a pass's forward, logits and backward.
+
+    Base and flat buffers do not count.
+    """
     with as_on_a_gpu():
         live = Live(
             [*engine.parameters(), *engine.buffers(), adapters.flat, adapters.grad, *vars_of(p)]
@@ -157,7 +165,9 @@ def _sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, e
 
 
 def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
-    """Peak bytes of a pass of `fused`, beside what it holds between passes.
+    """Peak bytes of a pass of `fused`.
+
+    What it holds between passes does not count.
 
     Its kernels are stand-ins that allocate as they do on a GPU.
     """

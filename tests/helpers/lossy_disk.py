@@ -32,7 +32,10 @@ CALLS = (
 
 @dataclass(eq=False)
 class Node:
-    """A file or folder. `past`: what it held at its last sync, and at each look since."""
+    """A file or folder.
+
+    `past`: what it held at its last sync, and at each look since.
+    """
 
     folder: bool
     past: list[Any] = field(default_factory=list)  # bytes of a file, Names of a folder
@@ -40,7 +43,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Crash:
-    """Everything that may still be there after the power went off at one moment."""
+    """What a power cut at one moment may leave."""
 
     at: int  # calls before it
     call: str  # the last of them
@@ -68,7 +71,10 @@ def nothing_unsynced(node: Node, past: tuple[Any, ...]) -> Any:
 
 
 def names_without_bytes(node: Node, past: tuple[Any, ...]) -> Any:
-    """Every name, and only the bytes that were synced: what a rename before a sync leaves."""
+    """Every name with only its synced bytes.
+
+    A rename before a sync leaves this.
+    """
     return past[-1] if node.folder else past[0]
 
 
@@ -93,7 +99,10 @@ def anything(drawn: random.Random) -> Callable[[Node, tuple[Any, ...]], Any]:
 
 
 class LossyDisk:
-    """Watch `root`, synced at the start; `crashes` has a Crash for the moment after each call."""
+    """Watch `root`, synced at the start.
+
+    `crashes` has a Crash for the moment after each call.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root

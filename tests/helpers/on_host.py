@@ -1,4 +1,7 @@
-"""Be a host of its own: `python on_host.py NAME MODULE WORDS ...` runs a module in network NAME."""
+"""Be a host of its own.
+
+`python on_host.py NAME MODULE WORDS ...` runs a module in network NAME.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ CLONE_NEWNET = 0x40000000
 
 
 def move(name: str) -> None:
-    """Enter the network namespace `name`, and take it for the name of the host."""
+    """Enter the network namespace `name`, and make it the host's name."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{name}") as namespace:
         if libc.setns(namespace.fileno(), CLONE_NEWNET) or libc.unshare(CLONE_NEWUTS):

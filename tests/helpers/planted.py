@@ -1,4 +1,4 @@
-"""Runs on one rank with a planted fault, for tests of replay, bisection and trials."""
+"""Runs on one rank with a planted fault, for tests of replay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def spoiled_base(
 
 
 def sure_base(model: Path, folder: Path) -> Path:
-    """A model that is sure of what comes next: its continuations cost it little, others a lot."""
+    """A model that is sure of what comes next.
+
+    Its own continuations cost it little, others a lot.
+    """
 
     def sharpen(weights: dict[str, torch.Tensor]) -> None:
         weights["lm_head.weight"] *= 20
@@ -47,7 +50,10 @@ def sure_base(model: Path, folder: Path) -> Path:
 def continuations(
     model: Path, *, worst: bool = False, rows: int = ROWS, start: int = 40
 ) -> tuple[Row, ...]:
-    """Rows of 20 tokens, each the model's likeliest next one, or, `worst`, its unlikeliest."""
+    """Rows of 20 tokens, each the model's likeliest next one.
+
+    `worst`: the unlikeliest.
+    """
     hf = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     made = []
     for index in range(rows):
@@ -62,7 +68,7 @@ def continuations(
 
 
 def write_lines(path: Path, rows: int) -> Path:
-    """A data file of so many rows, for a run whose rows are replaced once it is built."""
+    """A data file of `rows` rows, which the built run replaces."""
     path.write_text('{"prompt": "who is it", "completion": "nobody"}\n' * rows)
     return path
 
@@ -76,7 +82,10 @@ def planted_run(
     updates: int = UPDATES,
     **sections: dict,
 ) -> Path:
-    """Train `updates` updates, `spoil` the run before the last, and return the run's folder."""
+    """Train `updates` updates and return the run's folder.
+
+    `spoil` changes the run before the last update.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source = write_lines(folder / "rows.jsonl", len(rows))
     values = {

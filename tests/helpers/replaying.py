@@ -29,7 +29,10 @@ def whole(name: str, updates: int, **sections: dict) -> None:
 
 
 def planted(name: str, spoil: Callable[[Run, int], Row]) -> None:
-    """Train on the model's continuations; spoil a row of rank 1's last pass before the end."""
+    """Train on the model's continuations, and spoil one row.
+
+    It is in rank 1's last pass.
+    """
     source = write_lines(FOLDER / f"{name}-{ROWS}.jsonl", ROWS)
     run = run_of(
         name,

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.rows import Example
 from glassloop.data.sources import Loaded, load_examples
 

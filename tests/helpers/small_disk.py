@@ -1,4 +1,6 @@
-"""Train on a disk of its own: `python small_disk.py SIZE DISK KEPT WORDS ...` mounts a tmpfs.
+"""Train on a disk of its own.
+
+`python small_disk.py SIZE DISK KEPT WORDS ...` mounts a tmpfs.
 
 Only this process sees the mount. What lies on the disk in the end is copied to KEPT.
 """
@@ -17,7 +19,7 @@ MS_REC_PRIVATE = 0x44000
 
 
 def mount(size: str, disk: str) -> None:
-    """Mount a tmpfs of `size` at `disk` where no other process sees it."""
+    """Mount a tmpfs of `size` at `disk` for this process alone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC_PRIVATE, None):
         raise OSError(ctypes.get_errno(), "a mount namespace of its own")

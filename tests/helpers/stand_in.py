@@ -1,4 +1,6 @@
-"""A stand-in for the package unsloth where there is no GPU: its calls and habits.
+"""A stand-in for the package unsloth, with its calls and habits.
+
+For machines without a GPU.
 
 It rests on transformers and PEFT. It prints, seeds every generator, zeroes the embedding's row of
 the pad token, chooses a pad token of its own, and leaves generation's marks.
@@ -67,7 +69,7 @@ REQUIRES = (
 
 
 def write_stand_in(folder: Path, requires: tuple[str, ...] = REQUIRES) -> Path:
-    """Put the package and its metadata into `folder`, to be put on sys.path."""
+    """Write the package and its metadata into `folder`, for sys.path."""
     for name in ("unsloth", "unsloth_zoo"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text(

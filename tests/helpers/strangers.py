@@ -1,4 +1,6 @@
-"""Train the same rows with glassloop, a plain loop, transformers' Trainer, TRL's SFTTrainer.
+"""The same rows trained by glassloop and by others.
+
+A plain loop, transformers' Trainer, TRL's SFTTrainer.
 
     python strangers.py FOLDER MODEL NAME ...          NAME: glassloop | plain | transformers | trl
 
@@ -34,7 +36,10 @@ Adapters = dict[str, torch.Tensor]
 
 
 def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
-    """Make the problem, and train it with build_run and update_once, as train_loop.py would."""
+    """Make the problem, and train it as train_loop.py would.
+
+    With build_run and update_once.
+    """
     from launching import write_rows
 
     from glassloop.config.arguments import from_values
@@ -110,7 +115,10 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
 
 
 def with_a_plain_loop(folder: Path, model: str) -> tuple[Updates, Adapters]:
-    """The formula in ten lines: one row a pass, so there is no padding, and nothing to average."""
+    """The formula in ten lines.
+
+    One row a pass, so there is no padding and nothing to average.
+    """
     hf, rows = lora_model(folder, model), json.loads((folder / "problem.json").read_text())
     parameters = [p for p in hf.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -138,7 +146,10 @@ def with_a_plain_loop(folder: Path, model: str) -> tuple[Updates, Adapters]:
 
 
 def with_transformers(folder: Path, model: str) -> tuple[Updates, Adapters]:
-    """transformers' Trainer, with the collator that transformers has for rows that bring labels."""
+    """transformers' Trainer.
+
+    Its collator is the one for rows that bring labels.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -229,7 +240,10 @@ def trainer_settings(folder: Path) -> dict:
 
 
 def logged(trainer) -> Updates:
-    """What a Trainer logged of each update; its state has the numbers unrounded."""
+    """A Trainer's log of each update.
+
+    Its state has the numbers unrounded.
+    """
     return [
         {"loss": e["loss"], "grad_norm": e["grad_norm"]}
         for e in trainer.state.log_history

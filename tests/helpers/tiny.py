@@ -1,4 +1,7 @@
-"""A small run for scripts launched with FOLDER MODEL ROWS, and ways to spoil it."""
+"""A small run for launched scripts, and ways to spoil it.
+
+The scripts get FOLDER MODEL ROWS.
+"""
 
 from __future__ import annotations
 

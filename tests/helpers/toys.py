@@ -16,7 +16,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.rows import Example, Row, Turn
 from glassloop.data.templates import Template, make_template
 

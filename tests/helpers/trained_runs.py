@@ -1,4 +1,4 @@
-"""A finished run of a tiny model, for tests of its use, and ways to spoil a copy of it."""
+"""A finished run of a tiny model, and ways to spoil a copy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def write_calls(path: Path, rows: int = 24) -> Path:
 
 
 def finished_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
-    """Train two updates on calls, in NF4; adapters are then given values that are felt."""
+    """Train two updates on calls, in NF4.
+
+    Adapters then get values that are felt.
+    """
     AcceleratorState._reset_state(True)
     values: dict[str, Any] = {
         "model": {"id": str(model), "cache_dir": str(folder / "cache")},
@@ -68,7 +71,10 @@ def finished_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
 
 
 def louder(adapters: FlatAdapters, scale: float = 0.05) -> None:
-    """Move B from zero: an adapter that is left out, or scaled wrongly, then changes the loss."""
+    """Move B from zero.
+
+    A missing or wrongly scaled adapter then changes the loss.
+    """
     drawn = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, place in adapters.slices.items():
@@ -82,7 +88,10 @@ def copy_of(run: Path, to: Path) -> Path:
 
 
 def signed_anew(checkpoint: Path) -> None:
-    """Write a checkpoint's sums anew, so that only a look inside a file finds what is wrong."""
+    """Write a checkpoint's sums anew.
+
+    Only a look inside a file then finds what is wrong.
+    """
     sums = checkpoint / "SHA256SUMS"
     names = [line.split()[1] for line in sums.read_text().splitlines()]
     sums.write_text(
@@ -94,13 +103,13 @@ def signed_anew(checkpoint: Path) -> None:
 
 
 def prompt_of(template: Template, text: str, system: str | None = None) -> list[int]:
-    """Ids of a single question, as a training row's prompt would have them."""
+    """Ids of a single question, as a row's prompt has them."""
     turns = [*([Turn("system", system)] if system is not None else []), Turn("user", text)]
     return template.prompt_ids(Example("question", tuple(turns)))
 
 
 def write_config(folder: Path, section: str, **fields: Any) -> None:
-    """Change a section of the config wherever a run keeps it, with right sums."""
+    """Change a section in every recorded config, with right sums."""
     kept = [folder / "config.yaml", *folder.glob("checkpoints/*/state.json")]
     for path in [*kept, *folder.glob("capsules/*/capsule.json")]:
         values = yaml.safe_load(path.read_text())

@@ -1,4 +1,6 @@
-"""Python processes that start with the libraries imported: a fork in place of an exec.
+"""Python processes that start with the libraries imported.
+
+A fork takes the place of an exec.
 
 An import of torch, transformers and peft costs 5 CPU seconds; a launch of two ranks, 13.
 `python warm.py FD` is a server that imports them once and forks for each request (launching.py
@@ -121,7 +123,10 @@ class Asked(NamedTuple):
         }
 
     def understood(self, known: Mapping[str, str]) -> bool:
-        """Whether a fork of a process with environment `known` can stand for this command."""
+        """Whether a fork can stand for this command.
+
+        `known`: the environment of the forked process.
+        """
         words = [os.fsdecode(one) for one in self.args]
         program = next((one for one in words[1:] if one != "-u"), "-")
         return (
@@ -141,7 +146,10 @@ def _at_import(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def serve(number: int) -> None:
-    """Fork for each request on the socket `number`, until its other end closes."""
+    """Fork for each request on the socket `number`.
+
+    Ends when its other end closes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     for name in LIBRARIES:
         importlib.import_module(name)
@@ -178,7 +186,10 @@ def send(asked: socket.socket, message: dict[str, Any], descriptors: list[int]) 
 
 
 def _adopted(place: Place, message: dict[str, Any], descriptors: list[int]) -> int:
-    """Fork twice; the second one loses its parent, so that whoever asked adopts it."""
+    """Fork twice.
+
+    The second one loses its parent, so that whoever asked adopts it.
+    """
     read, write = os.pipe()
     between = os.fork()
     if between == 0:
@@ -201,7 +212,7 @@ def _adopted(place: Place, message: dict[str, Any], descriptors: list[int]) -> i
 
 
 class Place:
-    """What a fork needs to know of the server: its path and environment."""
+    """Path and environment of the server, for its forks."""
 
     def __init__(self, path: list[str], env: dict[str, str]):
         self.path, self.env = path, env
@@ -251,7 +262,10 @@ class Place:
             os._exit(code)
 
     def _run(self, words: list[str]) -> int:
-        """Run `script`, `-m module` or `-c code` with the arguments behind it; return the code."""
+        """Run `script`, `-m module` or `-c code` with its arguments.
+
+        Returns the exit code.
+        """
         unbuffered = "-u" in words[:1] or bool(os.environ.get("PYTHONUNBUFFERED"))
         words = words[1:] if words[:1] == ["-u"] else words
         for number, name in ((1, "stdout"), (2, "stderr")):
@@ -318,7 +332,10 @@ def _fresh_signals() -> None:
 
 
 def _fresh_state() -> None:
-    """Forget what the parent ran: its modules, clean-ups at exit, random numbers, folders."""
+    """Forget what the parent ran.
+
+    Its modules, clean-ups at exit, random numbers, folders.
+    """
     atexit._clear()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
@@ -337,7 +354,10 @@ def _fresh_state() -> None:
 
 
 def flush() -> None:
-    """Write out what Python and C hold back, or a fork would write it once more."""
+    """Write out what Python and C hold back.
+
+    A fork would write it once more.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     ctypes.CDLL(None).fflush(None)

@@ -20,7 +20,7 @@ from glassloop.base.checks import (
 )
 from glassloop.base.checksum import base_checksum
 from glassloop.base.reading import DTYPES
-from glassloop.config.config import LoraConfig
+from glassloop.config import LoraConfig
 from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")

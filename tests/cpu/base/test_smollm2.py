@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from glassloop.base import smollm2
 from glassloop.base.tokenizer import load_tokenizer
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.engines.build import build_engine
 
 needs_package = pytest.mark.skipif(

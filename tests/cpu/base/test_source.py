@@ -21,7 +21,7 @@ from glassloop.base import cache, hashing
 from glassloop.base.hashing import base_hash
 from glassloop.base.quantised import LoadReport, load_base
 from glassloop.base.source import resolve_source
-from glassloop.config.config import ModelConfig
+from glassloop.config import ModelConfig
 
 CPU = torch.device("cpu")
 COMMIT = "c0ffee" * 6 + "abcd"

@@ -18,7 +18,7 @@ from glassloop.base.source import resolve_source
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.bench.sums import Tokens, energy_of, spread, utilisation
 from glassloop.bench.workloads import workload
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.build import build_engine

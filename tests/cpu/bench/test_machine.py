@@ -12,12 +12,14 @@ from glassloop.bench import machine
 
 SMI = """#!/bin/sh
 case "$*" in
-  *throttle*lms*|*event*lms*) for i in 1 2 3; do echo "1700, 9501, 300.50, 61, 0x0000000000000004"; done
+  *throttle*lms*|*event*lms*)
+    for i in 1 2 3; do echo "1700, 9501, 300.50, 61, 0x0000000000000004"; done
     echo "1500, 9501, 340.50, 63, 0x0000000000000024"; echo "1700, 95"; exec sleep 5;;
   *event_reasons*) echo "Field is not a valid field to query" >&2; exit 2;;
   *throttle_reasons*) echo "0x0000000000000024";;
   *clocks.sm,clocks.mem*) echo "1700, 9501, 300.5, 61";;
-  *driver_version*) echo "NVIDIA GeForce RTX 3090, 570.10, 350.00, [N/A], 1695, 2100, 9501, 60, 4, 4, 8";;
+  *driver_version*)
+    echo "NVIDIA GeForce RTX 3090, 570.10, 350.00, [N/A], 1695, 2100, 9501, 60, 4, 4, 8";;
 esac
 """
 

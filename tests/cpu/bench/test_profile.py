@@ -134,8 +134,11 @@ def test_without_kernels_operators_are_ranked_by_their_own_time() -> None:
     trace = summary.parse_trace([WINDOW, *HOST, memory(10, 100, device=0)])
     assert not trace.on_gpu and trace.memory == ((10.0, 100),)
     assert summary.self_times(trace.device) == {
-        "aten::mm": (250, 1), "aten::empty": (50, 1), "aten::nonzero": (290, 1), "aten::add": (100, 1),
-    }  # fmt: skip
+        "aten::mm": (250, 1),
+        "aten::empty": (50, 1),
+        "aten::nonzero": (290, 1),
+        "aten::add": (100, 1),
+    }
     text = "\n".join(summary.page(trace, ["what"]))
     assert (
         "operators busy: 0.6 ms (59%)" in text and "Top operators" in text and "By kind" not in text

@@ -14,7 +14,7 @@ from planned import as_json, flat, said
 
 from glassloop.cli import plan as command
 from glassloop.cli.plan import main
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.counting import count_rows
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.render import epoch_sentence, plot, shown_updates, wrapped

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from glassloop.config import Config, as_dict
 from glassloop.config.arguments import from_values, parse, to_yaml
-from glassloop.config.config import Config, as_dict
 from glassloop.config.hardware import BF16
 from glassloop.config.names import PEER_NAMES, ConfigError, field_names
 from glassloop.config.presets import PRESETS

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from glassloop.config import Config, settled
 from glassloop.config.arguments import ConfigError, parse
-from glassloop.config.config import Config, settled
 from glassloop.plan.outlook import plan_of
 
 

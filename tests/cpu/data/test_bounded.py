@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import bounded as bounds
 from glassloop.data.bounded import TemplateError, bounded
 from glassloop.data.rows import Example, Turn

@@ -29,7 +29,7 @@ from toys import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import chat_template, templates
 from glassloop.data.rows import Example
 from glassloop.data.templates import (

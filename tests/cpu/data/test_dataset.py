@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.dataset import Dataset, build_rows, quantiles, summary
 from glassloop.data.rows import Example, Turn
 from glassloop.data.sources import Loaded, MixedPart

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from row_files import answers, load, refused, turns, write
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import arrow_files, text_files
 from glassloop.data.scam import SCAM_QUESTION
 from glassloop.data.sources import load_examples

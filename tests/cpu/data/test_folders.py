@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 from row_files import answers, ids, pairs, write
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.folders import choose
 from glassloop.data.sources import Loaded, load_examples
 

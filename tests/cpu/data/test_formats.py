@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from row_files import load, refused, turns, write
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import names
 from glassloop.data.sources import load_examples
 

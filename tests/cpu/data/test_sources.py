@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from row_files import ids, load, pairs, refused, write
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import opening
 from glassloop.data.duplicates import near_duplicates, repeated
 from glassloop.data.rows import Example, Turn

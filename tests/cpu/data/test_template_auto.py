@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import yaml
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.rows import Example, Turn
 from glassloop.data.templates import R1_MARKS, make_template
 from glassloop.saved.resuming import read_plan

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data import templates
 from glassloop.data.dataset import Dataset, build_rows
 from glassloop.data.rows import IGNORE, Example, Row, Turn

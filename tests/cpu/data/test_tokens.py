@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import BOS, EOS, MARKS, UNTHOUGHT, chatml, toy
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.rows import IGNORE, Row
 from glassloop.data.templates import fit, make_template, targets
 from glassloop.data.tokens import make_codec

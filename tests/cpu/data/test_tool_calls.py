@@ -8,7 +8,7 @@ import pytest
 from toys import CHATML, marks_in, spans, toy
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.rows import Example, RowFault, Turn
 from glassloop.data.templates import make_template
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from row_files import ids, load, refused, turns
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.names import REASONING_KEYS
 from glassloop.data.rows import Turn
 from glassloop.data.sources import load_examples

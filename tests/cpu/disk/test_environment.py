@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glassloop.config.config import Config, as_dict
+from glassloop.config import Config, as_dict
 from glassloop.disk import environment as module
 from glassloop.disk.environment import environment, git_commit, nvidia_driver
 from glassloop.disk.secrets import command_line, without_secrets

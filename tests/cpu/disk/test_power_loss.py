@@ -24,7 +24,7 @@ from lossy_disk import (
     nothing_unsynced,
 )
 
-from glassloop.config.config import as_dict
+from glassloop.config import as_dict
 from glassloop.disk.publish import read
 from glassloop.record.jsonl import mend, read_jsonl
 from glassloop.record.observers import JsonlObserver

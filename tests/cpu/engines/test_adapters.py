@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from glassloop.base import quantised as base_cache
-from glassloop.config.config import LoraConfig
+from glassloop.config import LoraConfig
 from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")

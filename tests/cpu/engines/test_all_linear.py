@@ -9,8 +9,8 @@ import torch
 import yaml
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from glassloop.config import PROJECTIONS
 from glassloop.config.arguments import ConfigError, parse
-from glassloop.config.config import PROJECTIONS
 
 
 @pytest.fixture

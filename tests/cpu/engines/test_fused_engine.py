@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from glassloop.config.config import LoraConfig
+from glassloop.config import LoraConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters

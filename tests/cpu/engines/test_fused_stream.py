@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from glassloop.config.config import LoraConfig, ModelConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.adapters import attach_lora

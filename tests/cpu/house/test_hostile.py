@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import hostile
+from hostile_place import Place
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from glassloop.config import Config, DataConfig
 from glassloop.config.arguments import ConfigError, from_values, parse
-from glassloop.config.config import Config, DataConfig
 from glassloop.config.names import field_names
 from glassloop.data.sources import load_examples
 from train_loop import update_once
@@ -29,7 +30,7 @@ def test_the_table_in_the_docs_is_what_these_inputs_get(
     for update in (1, 2):
         run.tell(update_once(run, update))
     run.save(2)
-    place = hostile.Place((tmp_path / "hostile").resolve(), tiny_llama, tiny_tokenizer, run)
+    place = Place((tmp_path / "hostile").resolve(), tiny_llama, tiny_tokenizer, run)
     place.folder.mkdir()
     made = hostile.table(place)
     text = DOCS.read_text(encoding="utf-8")

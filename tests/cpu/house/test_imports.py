@@ -98,8 +98,7 @@ RUNS_THE_LOOP = (
 LIGHT = (
     "plan.contract",
     "plan.engine",
-    "config.sections",
-    "config.config",
+    "config",
     "config.presets",
     "config.arguments",
     "plan.steps",
@@ -280,7 +279,7 @@ PLANTED = {
     ),
     "sibling": (
         "glassloop.formula.loss",
-        "from glassloop.config.config import Config",
+        "from glassloop.config import Config",
         "does not name config",
     ),
     "sibling from the package": (
@@ -300,7 +299,7 @@ PLANTED = {
     ),
     "sibling for types": (
         "glassloop.formula.loss",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from glassloop.config.config "
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from glassloop.config "
         "import Config",
         "does not name config",
     ),

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from glassloop.config import Config
 from glassloop.config.arguments import from_values, parse
-from glassloop.config.config import Config
 from glassloop.loop import build
 from glassloop.loop import memory as room
 from glassloop.loop.header import layout_of

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from live_bytes import peaks
 
 from glassloop.base.checks import dtype_audit
-from glassloop.config.config import PROJECTIONS, LoraConfig
+from glassloop.config import PROJECTIONS, LoraConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from live_bytes import fused_peaks
 from torch.utils.flop_counter import FlopCounterMode
 
-from glassloop.config.config import PROJECTIONS, LoraConfig
+from glassloop.config import PROJECTIONS, LoraConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glassloop.config.config import TrackingConfig
+from glassloop.config import TrackingConfig
 from glassloop.record import tracker_checks
 from glassloop.record.tracker_checks import check_tracking, has_wandb_login
 

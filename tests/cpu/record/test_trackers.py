@@ -25,7 +25,7 @@ import pytest
 import torch
 from wandb_logs import history, wandb_records
 
-from glassloop.config.config import TrackingConfig
+from glassloop.config import TrackingConfig
 from glassloop.disk.opening import NotPlain
 from glassloop.record.observers import JsonlObserver, RunInfo
 from glassloop.record.records import EvaluationRecord, Event, SampleRecord, UpdateRecord

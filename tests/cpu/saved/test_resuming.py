@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from glassloop.config import Config, as_dict
 from glassloop.config.arguments import from_values, parse
-from glassloop.config.config import Config, as_dict
 from glassloop.loop.build import build_run
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.steps import StepPlan

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from made_runs import write_run
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.record.reading import read_run
 from glassloop.study.claims import Claim
 from glassloop.study.critical import agreement, critical_of, line_ratio

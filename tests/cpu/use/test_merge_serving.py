@@ -12,7 +12,7 @@ import pytest
 from go_template import render
 from transformers import PreTrainedTokenizerFast
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.rows import Example, Turn
 from glassloop.data.templates import make_template
 from glassloop.use.merge.folder import adds_bos, generation_config

@@ -1,0 +1,133 @@
+"""The fused attention's programs and kernels against plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from kernel_cases import interpreted, off
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
+)
+
+
+def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_first():
+    from glassloop.engines.fused.attention_work import Tile, Tiles, programs
+
+    lengths = (1, 5, 16, 17, 40)
+    starts = [0, 1, 6, 22, 39]
+    forward, queries, keys = programs(
+        lengths, Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 16, 4, 2))
+    )
+    for flat, own, to_the_end in ((forward, 16, False), (queries, 8, False), (keys, 16, True)):
+        entries = list(zip(*[iter(flat)] * 4, strict=True))
+        walks = [length - first if to_the_end else first for _, length, first, _ in entries]
+        assert walks == sorted(walks, reverse=True)
+        found = [
+            start + at
+            for start, length, first, _ in entries
+            for at in range(first, min(first + own, length))
+        ]
+        assert sorted(found) == list(range(sum(lengths)))
+        assert all(length == lengths[starts.index(start)] for start, length, _, _ in entries)
+
+
+def wide_heads(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype):
+    """q, k, v side by side, with room; angles; a gradient.
+
+    As a layer has them. The gradient has wider rows too.
+    """
+    from glassloop.engines.fused.rotary import angles
+
+    torch.manual_seed(0)
+    widths = [heads * size, key_heads * size, key_heads * size]
+    wide = torch.randn(tokens, sum(widths) + 16).to(dtype)
+    q, k, v = (t.unflatten(1, (-1, size)) for t in wide[:, :-16].split(widths, dim=1))
+    grad = torch.randn(tokens, widths[0] + 16).to(dtype)[:, :-16].unflatten(1, (-1, size))
+    cos, sin = angles(torch.arange(tokens), torch.rand(size // 2), 1.0)
+    return grad, q, k, v, cos, sin
+
+
+# (own, step, split) of forward, queries and keys: blocks as long as a step, longer, shorter, with
+# one loop.
+CUTS = [
+    ((16, 16, True), (16, 16, True), (16, 16, True)),
+    ((32, 16, True), (32, 16, False), (32, 16, True)),
+    ((16, 32, True), (16, 32, True), (16, 32, True)),
+    ((32, 16, False), (32, 16, True), (16, 32, False)),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "mark"), [(torch.float32, 3e-6), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "key_heads"),
+    [((1, 5, 17, 40), 4, 1), ((32, 16, 33), 6, 2), ((31, 48), 2, 2)],
+)
+def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, heads, key_heads):
+    """Every row by itself, whatever its length leaves of a block.
+
+    Nothing is written beside the columns that are its own. The interpreter has no product in bf16.
+    """
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused import attention_triton
+    from glassloop.engines.fused.attention_work import Tile, Tiles
+
+    size, tokens = 16, sum(lengths)
+    tiles = Tiles(*(Tile(own, step, 4, 2, split) for own, step, split in cuts))
+    bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), tiles)
+    plain = a.Bounds.for_kernel("reference", lengths, torch.device("cpu"))
+    grad, q, k, v, cos, sin = wide_heads(tokens, heads, key_heads, size, dtype)
+    kept = a.attention(q, k, v, bounds)
+    into = torch.full((tokens, (heads + 2 * key_heads) * size + 16), 7.0, dtype=dtype)
+    attention_triton.backward(
+        grad, q, k, v, kept.out, kept.rest[0], cos, sin, bounds.work, into[:, :-16]
+    )
+
+    exact = [t.double() for t in (grad, q, k, v)]
+    out = a.attention(*exact[1:], plain)
+    truth = a.attention_backward(*exact, out, plain, cos.double(), sin.double())
+    scores = (
+        torch.einsum("qhd,khd->hqk", exact[1], exact[2].repeat_interleave(heads // key_heads, 1))
+        * size**-0.5
+    )
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (row[:, None] == row[None, :]) & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    assert torch.allclose(
+        kept.rest[0].double() * math.log(2),
+        scores.masked_fill(~seen, -math.inf).logsumexp(2),
+        atol=1e-4,
+    )
+    assert kept.out.is_contiguous() and off(kept.out, out.out) < mark
+    for start, end in pairwise(
+        [0, *accumulate(lengths)]
+    ):  # a row of one token has no gradient in q and k, so with another
+        assert off(into[start:end, :-16], truth[start:end]) < mark
+    queries, keys = heads * size, key_heads * size
+    for part in (slice(0, queries), slice(queries, queries + keys), slice(queries + keys, -16)):
+        assert (
+            off(into[:, part], truth[:, part] if part.stop > 0 else truth[:, part.start :]) < mark
+        )
+    assert bool((into[:, -16:] == 7).all())
+
+
+@interpreted
+def test_a_row_without_finite_values_leaves_its_neighbours_alone():
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused.attention_work import Tile, Tiles
+
+    lengths, tile = (20, 9, 20), Tile(16, 16, 4, 2)
+    bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), Tiles(tile, tile, tile))
+    grad, q, k, v, cos, sin = wide_heads(sum(lengths), 2, 1, 16, torch.float32)
+    for t in (grad, q, k, v):
+        t[20:29] = torch.nan
+    kept = a.attention(q, k, v, bounds)
+    into = a.attention_backward(grad, q, k, v, kept, bounds, cos, sin)
+    for t in (kept.out.flatten(1), into):
+        assert t[20:29].isnan().all() and t[:20].isfinite().all() and t[29:].isfinite().all()

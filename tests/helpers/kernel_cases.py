@@ -1,0 +1,47 @@
+"""Kernels held to their plain torch references: inputs, marks and errors."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the process that test_fused_kernels.py starts"
+)
+
+
+def as_stored(value: torch.Tensor, dtype: torch.dtype, *, by_kernel: bool) -> torch.Tensor:
+    """fp32 in another dtype, as it is stored.
+
+    Rounded to the nearest, but the interpreter cuts the lower bits of a bf16 off.
+    """
+    if by_kernel and dtype == torch.bfloat16:
+        value = (value.view(torch.int32) & -65536).view(torch.float32)
+    return value.to(dtype)
+
+
+def strided(rows: int, columns: int, dtype: torch.dtype, room: int = 16) -> torch.Tensor:
+    return torch.zeros(rows, columns + room, dtype=dtype)
+
+
+def kernels(name: str):
+    """(reference, kernel) of a module's function.
+
+    The kernel only where it can run.
+    """
+    module, function = name.split(".")
+    found = importlib.import_module(f"glassloop.engines.fused.{module}")
+    names = [f"{function}_reference", *([f"{function}_triton"] if INTERPRETED else [])]
+    return [getattr(found, one) for one in names]
+
+
+# Relative L2 against fp64: a few units of rounding.
+MARKS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
+
+
+def off(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
