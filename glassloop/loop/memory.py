@@ -154,12 +154,17 @@ def spend_memory(run: Run) -> None:
     )
 
 
+def can_stream(engine: Any) -> bool:
+    """Whether layers of the base may lie on the host."""
+    return engine.pages is not None and engine.pages.mapped is not None
+
+
 def place_base(engine: Any, asked: str | int) -> None:
     """Put as many layers on the card as `memory.base` asks.
 
     auto: all of them.
     """
-    if engine.pages is None or engine.pages.mapped is None:
+    if not can_stream(engine):
         return
     one = Base(asked, engine.pages.file.manifest.most_layer_bytes)
     streamed = one.streamed(len(engine.layers)) or 0
@@ -174,19 +179,25 @@ def use_tiers(run: Run, tiers: Any) -> None:
 
 
 def fewer_kept(run: Run, update: int, why: str) -> bool:
-    """Hold no weights, or keep fewer layers, after a lack of memory.
+    """Hold no weights, keep fewer layers, or stream the base, after a lack of memory.
 
     Returns False if the least is done, or nothing can be chosen.
     """
-    if run.tiers is None or (run.tiers["kept"] <= 1 and not run.tiers["held"]):
+    if run.tiers is None:
         return False
-    tiers = run.replica.plain_engine.tiers
-    use_tiers(
-        run,
-        replace(tiers, held=0) if tiers.held else replace(tiers, kept=max(1, tiers.kept * 3 // 4)),
-    )
-    torch.cuda.empty_cache()
-    layers = len(run.replica.plain_engine.layers)
+    engine = run.replica.plain_engine
+    tiers, layers = engine.tiers, len(engine.layers)
+    if tiers.held:
+        less = replace(tiers, held=0)
+    elif tiers.kept > 1:
+        less = replace(tiers, kept=max(1, tiers.kept * 3 // 4))
+    elif run.config.memory.base == "auto" and can_stream(engine) and tiers.streamed < layers:
+        less = replace(tiers, streamed=layers)
+    else:
+        return False
+    use_tiers(run, less)
+    if run.replica.device.type == "cuda":
+        torch.cuda.empty_cache()
     run.event(
         update,
         "out_of_memory",

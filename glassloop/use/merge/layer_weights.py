@@ -5,6 +5,7 @@ A 70B in NF4 is merged without ever being whole in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +84,9 @@ class LayerWeights:
         packed = self.file.packed(one.layer, self.file.layer(one.layer), self.shared)[one.group]
         codes = packed.codes[one.start // 2 : (one.start + rows * columns) // 2].view(-1, 1)
         return dequantize_4bit(codes, state_of(packed, one.member, one.start, self.compute))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
 
     @cached_property
     def shared(self) -> Shared:

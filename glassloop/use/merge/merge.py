@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glassloop.use.merge.layer_weights import LayerWeights
 from glassloop.use.merge.weights import INDEX, Weights
 
 PREFIX = "base_model.model."
@@ -83,7 +84,7 @@ class Shard:
     bytes: int
 
 
-def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
+def shards_of(weights: Weights | LayerWeights, most_bytes: int) -> list[Shard]:
     """Deal names to files in order, as many as fit.
 
     A larger tensor has a file of its own.
@@ -107,7 +108,7 @@ def shards_of(weights: Weights, most_bytes: int) -> list[Shard]:
 
 
 def write_merged(
-    weights: Weights,
+    weights: Weights | LayerWeights,
     pairs: Mapping[str, AdapterPair],
     scale: float,
     out: Path,
