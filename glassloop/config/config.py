@@ -214,10 +214,11 @@ class Config(Section):
                 "or set execution.engine=peft"
             )
         if execution.engine not in ("auto", "fused") and self.memory != MemoryConfig():
+            asked = self.memory.model_dump(exclude_defaults=True)
+            told = " and ".join(f"memory.{field} = {value}" for field, value in asked.items())
             raise ValueError(
-                f"memory.profile = {self.memory.profile} and memory.host_gib = "
-                f"{self.memory.host_gib:g} are for execution.engine=fused: set that, "
-                "or leave them out"
+                f"{told}: only execution.engine=fused can do that, and it is "
+                f"{execution.engine}: set it to fused, or leave memory.* out"
             )
         if self.evaluation.every_updates is not None and self.data.heldout is None:
             raise ValueError(
