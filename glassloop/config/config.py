@@ -213,7 +213,7 @@ class Config(Section):
         if execution.engine not in ("auto", "fused") and self.memory != MemoryConfig():
             raise ValueError(
                 f"memory.profile = {self.memory.profile} and memory.host_gib = "
-                f"{self.memory.host_gib:g} are for execution.engine=fused: set that, "
+                f"{self.memory.host_gib} are for execution.engine=fused: set that, "
                 "or leave them out"
             )
         if self.evaluation.every_updates is not None and self.data.heldout is None:
