@@ -69,8 +69,8 @@ def card_lines(outlook: Outlook) -> list[str]:
     lines = [
         f"{'cards':<{LABEL}}GiB a rank = peak + {FRAGMENTATION:.0%} fragmentation + {CONTEXT_GIB} "
         f"CUDA context{nccl}; rows an update stay {outlook.plan.rows_per_update}",
-        f"{blank}least: one row a pass, as few activations kept as possible; asked: "
-        f"{_asked(outlook)}",
+        f"{blank}least: one row a pass, as few activations kept as possible"
+        f"{_on_host(outlook)}; asked: {_asked(outlook)}",
         *([f"{blank}{KEPT}"] if outlook.config.execution.engine == "fused" else []),
         f"{blank}{'card':<9}{'has':>6}{'least':>7}{'asked':>7}{'spare':>7}",
     ]
@@ -79,6 +79,13 @@ def card_lines(outlook: Outlook) -> list[str]:
         numbers = f"{one.has_gib:>6.1f}{least:>7}{one.needed_gib:>7.1f}{one.spare_gib:>7.1f}"
         lines.append(f"{blank}{one.card:<9}{numbers}  {_judgement(one, outlook)}")
     return lines
+
+
+def _on_host(outlook: Outlook) -> str:
+    """What else the column `least` supposes."""
+    config = outlook.config
+    may = config.execution.engine == "fused" and config.model.quantization == "nf4"
+    return ", the base on the host" if may and config.memory.base == "auto" else ""
 
 
 def _asked(outlook: Outlook) -> str:

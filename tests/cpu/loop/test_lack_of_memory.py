@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from glassloop.loop import memory as room
+from glassloop.loop import spending as room
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
