@@ -156,7 +156,7 @@ def main() -> int:
         for turn in range(asked.turns + 1):
             for base in asked.bases.split(","):
                 streamed = layers if base == "host" else 0
-                engine.use_tiers(Tiers(asked.kept, True, streamed=streamed))
+                engine.use_tiers(Tiers(asked.kept, "all", streamed=streamed))
                 if turn == 0:
                     loss, grad = gradient(engine, adapters, p)
                     again = gradient(engine, adapters, p)[1]

@@ -28,7 +28,7 @@ THREADS = 8  # that lock pages beside each other
 Ranges = Sequence[tuple[int, int]]  # (first byte, bytes): one a layer, for a copy may not cross two
 
 
-class _Seen:
+class Seen:
     """Page-locked host memory, shown to a card as its own."""
 
     def __init__(self, pages: Tensor):
@@ -114,7 +114,7 @@ class HostPages:
                 f"does not lock a file's pages ({refused})",
             )
         self.memory = own
-        self.mapped = torch.as_tensor(_Seen(own), device=self.device)
+        self.mapped = torch.as_tensor(Seen(own), device=self.device)
         return None
 
     def blob(self, index: int) -> Tensor:
@@ -143,8 +143,8 @@ class HostPages:
     def close(self) -> None:
         """Unlock the pages; nothing may read them through `seen` any more."""
         if self.mapped is not None and self.device.type == "cuda":
-            for layer in self.file.manifest.layers:
-                _cudart().cudaHostUnregister(self.memory.data_ptr() + layer.offset)
+            base = self.memory.data_ptr()
+            unlock([base + layer.offset for layer in self.file.manifest.layers])
         self.mapped = None
 
     def _part(self, memory: Tensor, index: int) -> Tensor:
@@ -165,10 +165,14 @@ def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
         codes = list(pool.map(one, ranges))
     if not any(codes):
         return None
-    for (start, _), code in zip(ranges, codes, strict=True):
-        if not code:
-            _cudart().cudaHostUnregister(base + start)
+    unlock([base + start for (start, _), code in zip(ranges, codes, strict=True) if not code])
     return f"cudaHostRegister: error {next(code for code in codes if code)}"
+
+
+def unlock(starts: Sequence[int]) -> None:
+    """Unlock the ranges that begin at these addresses."""
+    for start in starts:
+        _cudart().cudaHostUnregister(start)
 
 
 def shared_copy(pages: Tensor, folder: Path) -> Tensor:

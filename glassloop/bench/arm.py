@@ -44,8 +44,8 @@ from glassloop.data.rows import Row  # noqa: E402
 from glassloop.disk.environment import environment  # noqa: E402
 from glassloop.formula.dist import gather_objects, leave  # noqa: E402
 from glassloop.loop.build import build_run  # noqa: E402
-from glassloop.loop.memory import spend_memory  # noqa: E402
 from glassloop.loop.run import Run  # noqa: E402
+from glassloop.loop.spending import spend_memory  # noqa: E402
 from glassloop.plan.steps import make_plan  # noqa: E402
 from glassloop.predict.shapes import shapes_from_config  # noqa: E402
 from glassloop.record.observers import JsonlObserver  # noqa: E402
@@ -173,7 +173,7 @@ def flops(run: Run, spec: Spec, seconds: float, tiers: Any) -> dict[str, Any] | 
         ranks=spec.ranks,
         ceiling=matmul_ceiling(shapes, run.replica.device) if run.replica.rank == 0 else None,
         kept=None if tiers is None else tiers.kept,
-        host=tiers is not None and tiers.host,
+        host="nothing" if tiers is None else tiers.host,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from glassloop.data.rows import Row
 from glassloop.predict.flops import Flops, flops_of
 from glassloop.predict.shapes import Shapes
+from glassloop.predict.tiers import Host
 
 RECIPE_UPDATES = 60
 
@@ -96,12 +97,12 @@ def utilisation(
     ranks: int,
     ceiling: float | None,
     kept: int | None = None,
-    host: bool = False,
+    host: Host = "nothing",
 ) -> dict[str, Any]:
     """FLOPs a token, and a rank's share of the ceiling.
 
     mfu: with the FLOPs of real tokens. hfu: with padding and recomputation too.
-    kept, host: layers that `fused` keeps whole, and whether the others wait for the host.
+    kept, host: layers that `fused` keeps whole, and what of the others waits on the host.
     """
     real, padded = [], []
     for rows in passes:

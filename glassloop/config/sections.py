@@ -97,9 +97,10 @@ class MemoryConfig(Section):
     """Where the quantised layers lie. gpu: all on the GPU. host: all on the host, each copied ahead
     of its use. auto: on the GPU as far as they fit. A whole number: layers on the GPU. 12GiB: their
     memory there."""
-    host_gib: float = Field(default=8.0, ge=0)
-    """Pinned host memory, in GiB, that a rank may take for layers' large tensors, if the GPU is to
-    hold little."""
+    host_gib: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """Page-locked host memory, in GiB, that a rank may take for layers' large tensors, if the GPU
+    is to hold little. auto: what the host has to spare, its container's limit counted, shared by
+    its ranks."""
 
 
 class StabilityConfig(Section):

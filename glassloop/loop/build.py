@@ -24,11 +24,12 @@ from glassloop.loop.conditions import (
 )
 from glassloop.loop.folder import check_no_run_in, observe
 from glassloop.loop.header import header
-from glassloop.loop.memory import allocated_gib, choose_pass_tokens, spend_memory
+from glassloop.loop.memory import allocated_gib, choose_pass_tokens
 from glassloop.loop.proving import proven
 from glassloop.loop.replica import Replica, adapters_of, build_replica, device_of, load_engine
 from glassloop.loop.run import Run
 from glassloop.loop.signals import StopFlag
+from glassloop.loop.spending import spend_memory
 from glassloop.loop.starting import Rows, Start, read_rows, settle, start_ranks
 from glassloop.loop.watchdog import Watchdog
 from glassloop.plan.contract import Contract, check_same_rows

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +13,12 @@ from glassloop.config import Config
 from glassloop.data.batches import Window
 from glassloop.data.rows import Row
 from glassloop.formula.dist import Gate, gather_objects
+from glassloop.loop.spending import fewer_kept, ranks_on
 from glassloop.plan.work import chooses_passes, pass_tokens_for, work_of
 from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import shapes_from_config, shapes_of
 from glassloop.predict.terms import GIB, Ledger
-from glassloop.predict.tiers import Base, Tiers, describe
+from glassloop.predict.tiers import Tiers
 
 if TYPE_CHECKING:
     from glassloop.loop.run import Run
@@ -45,7 +45,7 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
         tokens=tokens,
         supervised_tokens=sum(row.supervised_tokens for row in rows),
     )
-    tiers = Tiers(**run.tiers) if run.tiers is not None else None
+    tiers = Tiers.of(run.tiers) if run.tiers is not None else None
     try:
         card = torch.cuda.get_device_capability(run.replica.device)
         return ledger_of(
@@ -105,106 +105,6 @@ def choose_pass_tokens(
         torch.cuda.memory_reserved(device) + free,
     )
     return min(gather_objects(most))
-
-
-def ranks_on(device: torch.device) -> int:
-    """Count the ranks that share this rank's device. All take part."""
-    own = f"{socket.gethostname()} {device}"
-    return gather_objects(own).count(own)
-
-
-def spend_memory(run: Run) -> None:
-    """Choose how many layers keep activations, equal on all ranks.
-
-    Only `fused` can.
-
-    A resumed run takes what its checkpoint has, as long as the ranks have room for it.
-    """
-    engine = run.replica.plain_engine
-    if engine.name != "fused":
-        return
-    if not run.config.execution.checkpointing:
-        place_base(engine, run.config.memory.base)
-        return
-    window = run.batches.heaviest()
-    passes = [[run.batches.rows[row] for row in one] for rank in window.passes for one in rank]
-    tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
-    supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
-    memory = run.config.memory
-    engine.use_tiers(
-        replace(engine.tiers, held=0)
-    )  # what is held is given back before free memory is counted
-    engine.host.most_tokens = tokens
-    sizes = dict(tokens=tokens, supervised_tokens=supervised, host_gib=memory.host_gib)
-    sizes |= {"base": memory.base}
-    found = engine.choose_tiers(memory.profile, **sizes, sharing=ranks_on(run.replica.device))
-    kept = min(gather_objects(found.kept))
-    before = run.tiers
-    held = min(gather_objects(found.held))
-    streamed = max(gather_objects(found.streamed))  # the same bits wherever layers lie
-    if before is not None and (before["kept"], before["held"]) <= (kept, held):
-        found = replace(found, **(before | {"streamed": streamed}))
-    else:
-        found = replace(found, kept=kept, host=any(gather_objects(found.host)), held=held)
-        found = replace(found, streamed=streamed)
-    use_tiers(run, found)
-    run.header = (
-        *run.header,
-        f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})",
-    )
-
-
-def can_stream(engine: Any) -> bool:
-    """Whether layers of the base may lie on the host."""
-    return engine.pages is not None and engine.pages.mapped is not None
-
-
-def place_base(engine: Any, asked: str | int) -> None:
-    """Put as many layers on the card as `memory.base` asks.
-
-    auto: all of them.
-    """
-    if not can_stream(engine):
-        return
-    one = Base(asked, engine.pages.file.manifest.most_layer_bytes)
-    streamed = one.streamed(len(engine.layers)) or 0
-    if engine.tiers.streamed != streamed:
-        engine.use_tiers(replace(engine.tiers, streamed=streamed))
-
-
-def use_tiers(run: Run, tiers: Any) -> None:
-    """From here on."""
-    run.replica.plain_engine.use_tiers(tiers)
-    run.tiers = asdict(tiers)
-
-
-def fewer_kept(run: Run, update: int, why: str) -> bool:
-    """Hold no weights, keep fewer layers, or stream the base, after a lack of memory.
-
-    Returns False if the least is done, or nothing can be chosen.
-    """
-    if run.tiers is None:
-        return False
-    engine = run.replica.plain_engine
-    tiers, layers = engine.tiers, len(engine.layers)
-    if tiers.held:
-        less = replace(tiers, held=0)
-    elif tiers.kept > 1:
-        less = replace(tiers, kept=max(1, tiers.kept * 3 // 4))
-    elif run.config.memory.base == "auto" and can_stream(engine) and tiers.streamed < layers:
-        less = replace(tiers, streamed=layers)
-    else:
-        return False
-    use_tiers(run, less)
-    if run.replica.device.type == "cuda":
-        torch.cuda.empty_cache()
-    run.event(
-        update,
-        "out_of_memory",
-        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, "
-        "passes and g stay",
-    )
-    return True
 
 
 def cures(run: Run) -> str:

@@ -94,7 +94,7 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
         attention=config.model.attention,
         reduction=config.execution.reduction,
         profile=config.memory.profile,
-        host_gib=config.memory.host_gib,
+        host_gib=None if config.memory.host_gib == "auto" else config.memory.host_gib,
         base=config.memory.base,
         between=(config.data.max_tokens, max(share, config.data.max_tokens))
         if share and chooses_passes(config)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from glassloop.predict.choice import describe
 from glassloop.predict.hardware import Gpu
 from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import with_tiers
 from glassloop.predict.terms import GIB, Work, tiers_of
-from glassloop.predict.tiers import FRAGMENTATION, Tiers, describe
+from glassloop.predict.tiers import FRAGMENTATION, Tiers
 
 CONTEXT_GIB = 0.5  # CUDA context with the kernels of torch, cuBLAS and bitsandbytes loaded
 NCCL_GIB = 0.3  # its buffers, where there is more than one rank

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glassloop.predict.shapes import Shapes
+from glassloop.predict.tiers import Host
 
 STAGES = (
     ("q_proj", "k_proj", "v_proj"),
@@ -57,7 +58,7 @@ def flops_of(
     checkpointing: bool,
     causal: bool = True,
     kept: int | None = None,
-    host: bool = False,
+    host: Host = "nothing",
 ) -> Flops:
     """FLOPs of forward and backward over `rows`.
 
@@ -67,8 +68,8 @@ def flops_of(
         checkpointing: each decoder layer is computed again in the backward pass.
         kept: layers that the engine `fused` keeps whole; it computes the others again without
             down_proj. None: another engine.
-        host: those left what attention came to on the host, so that attention and o_proj are
-            not computed again either.
+        host: what those left on the host, and is not computed again either: attention, or that
+            and o_proj.
         causal: a place sees itself and those before it; False: every place of its row, as
             attention without a causal kernel computes it.
     """
@@ -86,18 +87,19 @@ def flops_of(
     skipped, skipped_adapters = _before_any_adapter(shapes, r, targets)
     again = linear + adapters + attention if checkpointing else 0
     if kept is not None:
-        known = ("o_proj", "down_proj") if host else ("down_proj",)
+        known = ("o_proj", "down_proj") if host == "all" else ("down_proj",)
         again = (
             linear
             + adapters
-            + (0 if host else attention)
+            + (0 if host in ("attention", "all") else attention)
             - tokens * 2 * shapes.layers * _weights(shapes, r, targets, known)
         )
         again = again * (shapes.layers - kept) // shapes.layers
         if (
             kept == 0
         ):  # the last layer's, which needs what follows attention at supervised places alone
-            after = ("gate_proj", "up_proj") if host else ("o_proj", "gate_proj", "up_proj")
+            after = ("gate_proj", "up_proj")
+            after = after if host == "all" else ("o_proj", *after)
             again -= (tokens - supervised) * 2 * _weights(shapes, r, targets, after)
     q, k, v = (name in targets for name in STAGES[0])
     needed = v + (q or k) + q + k  # of the four products of the first layer's attention backward

@@ -26,7 +26,7 @@ from glassloop.predict.terms import (
     resident,
     tiers_of,
 )
-from glassloop.predict.tiers import Sizes, sizes_of
+from glassloop.predict.tiers import Sizes, Tiers, sizes_of
 
 
 def ledger_of(shapes: Shapes, work: Work, engine: str = "peft") -> Ledger:
@@ -184,10 +184,10 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     one, chosen = sizes_of(shapes, work.r, work.targets, a), tiers_of(shapes, work)
     flows, run = ("forward", "logits", "backward"), PHASES[2:]
     recomputed = layers - chosen.kept
-    away = (
-        tiers.away_bytes(one, places) if chosen.host else 0
-    )  # of a layer, brought back from the host when it is at work
-    stays = tiers.beside_away_bytes(one, places) if chosen.host else tiers.input_bytes(one, places)
+    # Of a layer: what is brought back from the host when it is at work, and what stays.
+    away, stays = tiers.away_bytes(one, places, chosen.host), tiers.input_bytes(one, places)
+    if chosen.host != "nothing":
+        stays = tiers.beside_away_bytes(one, places, chosen.host)
     whole = tiers.kept_bytes(one, places)
     last = tiers.last_kept_bytes(one, places, work.supervised)
     kept = (chosen.kept - 1) * whole + last if chosen.kept else 0
@@ -212,14 +212,14 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         Term("cosines and sines", 4 * places * shapes.head_dim, flows),
         Term(f"kept whole by {chosen.kept} layers", kept, flows),
         Term(
-            f"{'small parts' if chosen.host else 'inputs'} of {recomputed} layers",
+            f"{'inputs' if chosen.host == 'nothing' else 'small parts'} of {recomputed} layers",
             recomputed * stays,
             flows,
         ),
         Term("large tensors on their way to and from the host", min(2, recomputed) * away, flows),
         Term(
             "forward: buffers of a layer",
-            _fused_forward_buffers(shapes, work, one, chosen.kept),
+            _fused_forward_buffers(shapes, work, one, chosen, stays),
             ("forward",),
         ),
         Term(
@@ -245,26 +245,32 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     )
 
 
-def _fused_forward_buffers(shapes: Shapes, work: Work, one: Sizes, kept: int) -> int:
+def _fused_forward_buffers(
+    shapes: Shapes, work: Work, one: Sizes, chosen: Tiers, stays: int
+) -> int:
     """Most that a layer holds beside what is kept of all.
 
-    It is the one before the last, or the last, which ends at supervised places.
+    It is the one before the last, or the last, which ends at supervised places. `stays`: what a
+    recomputed layer leaves on the GPU.
     """
     a, places, hidden, supervised = work.act, work.places, shapes.hidden, work.supervised
+    kept = chosen.kept
+    counted = a * places * hidden * (chosen.host == "all")  # the middle, on its way to the host
     product = shapes.intermediate + one.down.rank  # of gate and up
     whole, last = tiers.kept_bytes(one, places), tiers.last_kept_bytes(one, places, supervised)
-    inputs = tiers.input_bytes(one, places)
     before = (
         a * places * (product + (2 + (kept <= 2)) * hidden)
-        + (kept <= 1) * (whole - inputs)
-        - (last if kept else inputs)
+        - (kept <= 2) * counted
+        + (kept <= 1) * (whole - stays)
+        - (last if kept else stays)
     )
     after_gate = a * supervised * (product + hidden)
     before_gate = a * places * (hidden + one.qkv.rank) - a * supervised * one.gate_up.rows
     at_last = (
         a * places * (1 + (kept <= 1)) * hidden
+        - (kept <= 1) * counted
         + max(after_gate, before_gate)
-        + (kept == 0) * (last - inputs)
+        + (kept == 0) * (last - stays)
     )
     return max(before, at_last)
 

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from dataclasses import replace
 
 from glassloop.predict import tiers
+from glassloop.predict.choice import Asked, Base, Room, choose
 from glassloop.predict.ledger import fused_head_bytes, ledger_of
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.terms import GIB, Work, layer_bytes, resident, tiers_of
@@ -16,7 +17,6 @@ from glassloop.predict.tiers import (
     FRAGMENTATION,
     MOST_PASS_TOKENS,
     PASS_STEP,
-    Base,
     Tiers,
     sizes_of,
 )
@@ -42,22 +42,20 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
     if not work.checkpointing:
         base = base_of(shapes, work)
         streamed = 0 if base is None else base.streamed(shapes.layers) or 0
-        return replace(work, tiers=Tiers(shapes.layers, host=False, streamed=streamed))
+        return replace(work, tiers=Tiers(shapes.layers, streamed=streamed))
     used, base = resident_bytes(shapes, work), base_of(shapes, work)
     if base is not None:  # counted apart from what is used
         used -= base.bytes(shapes.layers, 0)
-    found = tiers.choose(
-        work.profile,
-        sizes_of(shapes, work.r, work.targets, work.act),
-        shapes.layers,
-        tokens=work.places,
-        used=used,
-        free=budget_bytes - used,
-        head_bytes=fused_head_bytes(shapes, work),
-        host_bytes=int(work.host_gib * GIB),
+    asked = Asked(work.profile, work.places, work.supervised, host_bytes_of(shapes, work))
+    room = Room(
+        used,
+        budget_bytes - used,
+        head=fused_head_bytes(shapes, work),
+        embedding=movable_bytes(shapes, work),
         base=base,
     )
-    return replace(work, tiers=found)
+    one = sizes_of(shapes, work.r, work.targets, work.act)
+    return replace(work, tiers=choose(asked, room, one, shapes.layers))
 
 
 def base_of(shapes: Shapes, work: Work) -> Base | None:
@@ -65,6 +63,23 @@ def base_of(shapes: Shapes, work: Work) -> Base | None:
     if work.quantization != "nf4":
         return None
     return Base(work.base, layer_bytes(shapes, work))
+
+
+def movable_bytes(shapes: Shapes, work: Work) -> int:
+    """Bytes of the embedding, if it may lie on the host."""
+    return 0 if shapes.tied_head else shapes.embedding_weights * work.act
+
+
+def host_bytes_of(shapes: Shapes, work: Work) -> int:
+    """Bytes of the host that layers' large tensors may take.
+
+    As asked, or what the host has beside the embedding and a base that may stream.
+    """
+    if work.host_gib is not None:
+        return int(work.host_gib * GIB)
+    base = base_of(shapes, work)
+    locked = 0 if base is None or base.asked == "gpu" else base.layer_bytes * shapes.layers
+    return max(0, int(work.host_has_gib * GIB) - movable_bytes(shapes, work) - locked)
 
 
 def resident_bytes(shapes: Shapes, work: Work) -> int:

@@ -13,6 +13,7 @@ from glassloop.predict.tiers import SLOTS, Tiers
 PHASES = ("load", "adapters", "forward", "logits", "backward", "optimizer")
 GIB = 2**30
 LAYERS = ("linear weights", "their scales")  # what streams, of base_bytes
+PLANNED_HOST_GIB = 56.0  # that a rank may take on a machine that is not here: one of 64 GiB
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights a scale, scales a second-level scale
 HEAD_CHUNK = 512  # places whose logits are computed at a time: CHUNK_TOKENS of loss.py
 SUM_PIECE = 1 << 26  # elements of the flat buffer summed at a time: PIECE of formula/optim.py
@@ -40,7 +41,8 @@ class Work:
         r, targets: the adapters.
         capability: of the card; decides the size of cuBLAS's workspaces.
         profile, host_gib, base: memory.*, for the engine `fused`. tiers: what it keeps, and
-            where; None: nothing, all without `checkpointing`.
+            where; None: nothing, all without `checkpointing`. host_gib None: auto, of the
+            `host_has_gib` that a rank may take of its host in all.
         between: packed passes whose size the engine `fused` chooses: tokens of the longest row,
             and of a rank's whole share of an update.
     """
@@ -60,7 +62,8 @@ class Work:
     reduction: str = "explicit"
     capability: tuple[int, int] = (9, 0)
     profile: str | float = "fill"
-    host_gib: float = 8.0
+    host_gib: float | None = None
+    host_has_gib: float = PLANNED_HOST_GIB
     base: str | int = "auto"
     tiers: Tiers | None = None
     between: tuple[int, int] | None = None
@@ -139,8 +142,8 @@ def layer_bytes(shapes: Shapes, work: Work) -> int:
 def tiers_of(shapes: Shapes, work: Work) -> Tiers:
     """Tiers of `fused` for this work; without a choice, the defaults."""
     if not work.checkpointing:
-        return Tiers(shapes.layers, host=False, streamed=work.tiers.streamed if work.tiers else 0)
-    return work.tiers or Tiers(0, host=False)
+        return Tiers(shapes.layers, streamed=work.tiers.streamed if work.tiers else 0)
+    return work.tiers or Tiers(0)
 
 
 def workspace_bytes(capability: tuple[int, int]) -> int:
@@ -159,7 +162,7 @@ def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     base = base_bytes(shapes, work)
     moved = (
         shapes.embedding_weights * work.act
-        if work.tiers and work.tiers.host and not shapes.tied_head
+        if work.tiers and work.tiers.host != "nothing" and not shapes.tied_head
         else 0
     )
     base["embedding, head, norms"] -= moved

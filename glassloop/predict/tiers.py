@@ -1,8 +1,9 @@
 """Memory tiers of the engine `fused`, from shapes alone.
 
 A layer's activations wait for backward whole; or its input alone does, and the layer is computed
-again; or that input waits on the host. Then weights may be held in 16 bits beside the 4-bit ones.
-Every choice gives the same gradient.
+again; or that input waits on the host, alone or with results that are then not computed again.
+Memory that is left holds weights in 16 bits beside the 4-bit ones. Every choice gives the same
+gradient.
 
 Legend: H hidden size, I intermediate size, N and K rows and columns of a group's weights, R columns
 of its adapters, T slot tokens of a pass.
@@ -11,7 +12,8 @@ of its adapters, T slot tokens of a pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from glassloop.predict.shapes import Shapes
 
@@ -24,6 +26,11 @@ HEAD_CHUNK = 1024  # places whose logits are computed at a time
 MOST_PASS_TOKENS = (
     32768  # of a pass whose size is chosen: dequantisation and launches are about 1 % of it by then
 )
+PAGE = 4096  # bytes; a layer's slot on the host is a multiple
+# Large tensors of a recomputed layer that wait on the host: its input; that and attention's output;
+# both and the middle, after which nothing before the gate but q, k and v is computed again.
+Host = Literal["nothing", "inputs", "attention", "all"]
+HOSTS: tuple[Host, ...] = get_args(Host)  # from the least host memory to the most
 # Tokens. A pass's size is a multiple, so that a few MiB more or less free give the same one.
 PASS_STEP = 256
 
@@ -70,17 +77,37 @@ class Tiers:
 
     Attributes:
         kept: how many layers, from the last one down, keep all that backward needs.
-        host: the large tensors of the others (input, attention's output, middle), and the
-            embedding, lie in pinned host memory.
+        host: what of the others waits in page-locked host memory; the embedding does too, unless
+            it is "nothing".
         held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit
             ones.
         streamed: how many layers, from the first up, have their 4-bit weights on the host.
     """
 
     kept: int
-    host: bool
+    host: Host = "nothing"
     held: int = 0
     streamed: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.host in HOSTS, f"host = {self.host!r}, not one of {', '.join(HOSTS)}"
+
+    @staticmethod
+    def of(recorded: dict[str, Any]) -> Tiers:
+        """Tiers as a checkpoint has them; before 0.2 `host` was true or false."""
+        known = {one.name for one in fields(Tiers)}
+        found = {name: value for name, value in recorded.items() if name in known}
+        if isinstance(found["host"], bool):
+            found["host"] = "all" if found["host"] else "nothing"
+        return Tiers(**found)
+
+    def no_more_than(self, other: Tiers) -> bool:
+        """True if memory that has room for `other` has room for these."""
+        if (self.host == "nothing") != (other.host == "nothing"):
+            return other.host == "nothing"
+        return (self.kept, self.held) <= (other.kept, other.held) and (
+            HOSTS.index(self.host) <= HOSTS.index(other.host)
+        )
 
 
 def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Sizes:
@@ -139,17 +166,36 @@ def input_bytes(one: Sizes, tokens: int) -> int:
     return tokens * one.element * (one.qkv.columns + one.down.rank)
 
 
-def away_bytes(one: Sizes, tokens: int) -> int:
-    """Bytes of a layer on the host: input, attention's output, middle."""
-    return tokens * one.element * (2 * one.qkv.columns + one.o.columns)
+def away_widths(one: Sizes, host: Host) -> tuple[int, ...]:
+    """Columns of a layer's large tensors on the host, in order."""
+    widths = (one.qkv.columns, one.o.columns, one.qkv.columns)
+    return widths[: HOSTS.index(host)]
 
 
-def beside_away_bytes(one: Sizes, tokens: int) -> int:
+def away_bytes(one: Sizes, tokens: int, host: Host) -> int:
+    """Bytes of a layer on the host."""
+    return tokens * one.element * sum(away_widths(one, host))
+
+
+def slot_bytes_of(size: int) -> int:
+    """A slot of the host for `size` bytes: whole pages."""
+    return -(-size // PAGE) * PAGE
+
+
+def room_bytes(one: Sizes, tokens: int, layers: int, host: Host) -> int:
+    """Bytes of the host that the large tensors of so many layers take."""
+    return layers * slot_bytes_of(away_bytes(one, tokens, host))
+
+
+def beside_away_bytes(one: Sizes, tokens: int, host: Host) -> int:
     """Bytes of such a layer that stay on the GPU.
 
-    Narrow products of o_proj and down_proj, attention's log-sum-exp.
+    The narrow product of down_proj; attention's log-sum-exp, beside its output; and the narrow
+    product of o_proj, beside the middle.
     """
-    return tokens * (one.element * (one.o.rank + one.down.rank) + 4 * one.heads)
+    attention = 4 * one.heads if host in ("attention", "all") else 0
+    narrow = one.down.rank + (one.o.rank if host == "all" else 0)
+    return tokens * (one.element * narrow + attention)
 
 
 def held_bytes(one: Sizes) -> int:
@@ -197,105 +243,3 @@ def product_bytes(one: Sizes) -> int:
 def head_bytes(vocabulary: int, hidden: int, places: int, element: int) -> int:
     """Most bytes of the loss, for `places` supervised tokens."""
     return element * (min(HEAD_CHUNK, places) * vocabulary + 5 * places * hidden)
-
-
-@dataclass(frozen=True)
-class Base:
-    """The 4-bit weights that can stream from the host.
-
-    Attributes:
-        asked: memory.base: auto, gpu, host, a number of layers on the GPU, or GiB as "12GiB".
-        layer_bytes: of one layer's weights. slots: room on the GPU for layers on their way.
-    """
-
-    asked: str | int
-    layer_bytes: int
-    slots: int = SLOTS
-
-    def streamed(self, layers: int) -> int | None:
-        """Number of layers that stream as asked; None: as few as needed."""
-        if self.asked in ("gpu", "host"):
-            return layers if self.asked == "host" else 0
-        if isinstance(self.asked, int):
-            return max(0, layers - self.asked)
-        if self.asked.endswith("GiB"):
-            budget = int(float(self.asked.removesuffix("GiB")) * GIB)
-            return max(0, layers - budget // self.layer_bytes)
-        return None
-
-    def bytes(self, layers: int, streamed: int) -> int:
-        """On the GPU, slots included."""
-        return (layers - streamed + min(self.slots, streamed)) * self.layer_bytes
-
-
-def choose(
-    profile: str | float,
-    one: Sizes,
-    layers: int,
-    *,
-    tokens: int,
-    used: int,
-    free: int,
-    head_bytes: int,
-    host_bytes: int,
-    base: Base | None = None,
-) -> Tiers:
-    """The tiers of a profile.
-
-    Args:
-        profile: min: as little as possible. fill: as much as there is. A number: GiB of the GPU
-            that may be used in all.
-        one, layers: a layer, and how many there are.
-        tokens: slot tokens of the heaviest pass.
-        used, free: bytes of the GPU that are taken and that could be taken yet; without any of the
-            4-bit weights where `base` is given.
-        head_bytes: what the head's loss takes while no layer computes.
-        host_bytes: pinned memory that may be taken for layers' large tensors.
-        base: 4-bit weights that may stream; None: they are part of `used`.
-
-    Returns:
-        The tiers; where not even the smallest fit the budget, the smallest.
-    """
-    inputs = layers * input_bytes(one, tokens)
-    fits_host = host_bytes >= layers * away_bytes(one, tokens)
-    budget = used + free if profile in ("min", "fill") else int(float(profile) * GIB)
-    most = min(budget, used + free) * (1 - FRAGMENTATION) - used - SPARE_BYTES
-    most -= max(live_bytes(one, tokens), head_bytes)  # beyond what layers keep
-    more = kept_bytes(one, tokens) - input_bytes(one, tokens)
-    streamed = 0
-    if base is not None:
-        asked = base.streamed(layers)
-        beside = layers * beside_away_bytes(one, tokens) + 2 * away_bytes(one, tokens)
-        least = more + min(inputs, beside if fits_host else inputs)
-        fewest = (s for s in range(layers) if most - base.bytes(layers, s) >= least)
-        streamed = next(fewest, layers) if asked is None else asked
-        most -= base.bytes(layers, streamed)
-    most -= inputs
-    if profile == "min":  # one layer is kept or computed again: its memory is the same
-        return Tiers(min(1, layers), fits_host, streamed=streamed)
-    if most >= layers * more:
-        held = min(layers, int((most - layers * more) // held_bytes(one)))
-        return Tiers(layers, False, held=0 if streamed else held, streamed=streamed)
-    kept = int(most // more)  # their memory is free when the first of the others is computed again
-    if kept >= 1:
-        return Tiers(kept, False, streamed=streamed)
-    return Tiers(min(1, layers), fits_host, streamed=streamed)
-
-
-def describe(tiers: Tiers, layers: int) -> str:
-    """Tiers in words: "12 of 32 layers kept, ...".
-
-    For example "12 of 32 layers kept, inputs of the others on the GPU".
-    """
-    told = [f"{tiers.kept} of {layers} layers kept"]
-    if tiers.kept < layers:
-        told.append(
-            "inputs and attention of the others on the host"
-            if tiers.host
-            else "inputs of the others on the GPU"
-        )
-    if tiers.streamed:
-        told.append(f"4-bit weights of {tiers.streamed} streamed from the host")
-    if tiers.held:
-        told.append(f"weights of {tiers.held} held in 16 bits")
-    return ", ".join(told)

@@ -187,6 +187,7 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
             if linear.held is not None
         ]
         held += [
+            *engine.host.slots,
             *engine.scratch.matrices.values(),
             *(t for pair in engine.scratch.sums.values() for t in pair),
         ]
@@ -218,7 +219,7 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
 
 @contextmanager
 def fused_as_on_a_gpu() -> Iterator[None]:
-    from glassloop.engines.fused import attention, engine, layer, linear, matrices
+    from glassloop.engines.fused import attention, engine, host, layer, linear, matrices
     from glassloop.engines.fused.loss import HEAD_CHUNK
 
     def nothing(*_, **__) -> None:
@@ -247,7 +248,19 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         del room
         return losses, grad
 
+    copy_out = host.HostRoom.put
+
+    def settle(room, most):
+        while len(room.going) > most:
+            room.going.popleft()
+
+    def put(room, index, tensors):  # a copy takes as long as a layer
+        settle(room, host.IN_FLIGHT - 1)
+        copy_out(room, index, tensors)
+        room.going.append((tensors, None))
+
     with (
+        patch.multiple(host.HostRoom, put=put, _settle=settle),
         patch.multiple(
             layer,
             add_norm=add_norm,

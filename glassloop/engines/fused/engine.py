@@ -29,7 +29,15 @@ from glassloop.engines.fused.rotary import angles
 from glassloop.engines.fused.stream import LayerStream
 from glassloop.engines.fused.supported import GROUPS, check_supported
 from glassloop.formula.loss import sums_by_row
-from glassloop.predict.tiers import GIB, SLOTS, Base, Tiers, choose, head_bytes, scratch_bytes
+from glassloop.predict.choice import Asked, Base, Room, choose
+from glassloop.predict.tiers import (
+    SLOTS,
+    Tiers,
+    away_bytes,
+    away_widths,
+    head_bytes,
+    scratch_bytes,
+)
 
 
 @dataclass
@@ -84,10 +92,11 @@ class FusedEngine(nn.Module):
         self.stream = None if pages is None else LayerStream(pages, self.embedding.device)
         self.scratch = Scratch()
         streamed = 0 if pages is None else len(self.layers) - len(pages.on_card)
-        self.tiers = Tiers(len(self.layers) if keep else 0, host=False, streamed=streamed)
+        self.tiers = Tiers(len(self.layers) if keep else 0, streamed=streamed)
         if self.stream is not None:
             self.stream.open(min(SLOTS, streamed))
-        self.host = HostRoom(len(self.layers), self.embedding.device)
+        self.embedding_away = False
+        self.host = HostRoom(self.embedding.device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.adapted: list[Any] = [module for module in hf.modules() if hasattr(module, "lora_A")]
         self.places: list[int] = []
@@ -114,8 +123,10 @@ class FusedEngine(nn.Module):
         for index, one in enumerate(self.layers):
             for linear in one.linears:
                 linear.hold() if index < tiers.held else linear.release()
-        if tiers.host and self.embedding is not self.head:
-            self.embedding.data = on_host(self.embedding.data)
+        if tiers.host == "nothing":
+            self.host.open(0, 0)
+        elif self.embedding is not self.head and not self.embedding_away:
+            self.embedding.data, self.embedding_away = on_host(self.embedding.data), True
         self.tiers, self.places = tiers, []  # where adapters are rounded to has moved,
         self.inward, self.outward = None, []  # and what knew of it would keep its memory
 
@@ -158,48 +169,43 @@ class FusedEngine(nn.Module):
             return list(range(streamed))
         return list(reversed(range(min(streamed, len(self.layers) - 1))))
 
-    def choose_tiers(
-        self,
-        profile: str | float,
-        *,
-        tokens: int,
-        supervised_tokens: int,
-        host_gib: float,
-        base: str | int = "auto",
-        sharing: int = 1,
-    ) -> Tiers:
-        """Choose tiers of a memory profile, by what is free.
-
-        Passes have at most `tokens` slot tokens. On a CPU everything is kept.
-
-        Args:
-            base: memory.base.
-            sharing: ranks on this GPU: each takes its part of what is free.
-        """
+    def choose_tiers(self, asked: Asked) -> Tiers:
+        """Choose tiers by what is free. On a CPU everything is kept."""
         device, one, count = self.embedding.device, self.layers[0], len(self.layers)
         weights = None
         if self.pages is not None and self.pages.mapped is not None:
-            weights = Base(base, self.pages.file.manifest.most_layer_bytes)
+            weights = Base(asked.base, self.pages.file.manifest.most_layer_bytes)
         if device.type != "cuda":
             streamed = 0 if weights is None else weights.streamed(count) or 0
-            return Tiers(1 if profile == "min" else count, host=False, streamed=streamed)
-        free = torch.cuda.mem_get_info(device)[0] // sharing
+            return Tiers(1 if asked.profile == "min" else count, streamed=streamed)
+        free = torch.cuda.mem_get_info(device)[0] // asked.sharing
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         fixed = scratch_bytes(one.sizes) - self.scratch.bytes
         if weights is not None:  # counted apart from what is used
             fixed -= weights.bytes(count, self.tiers.streamed)
-        vocabulary, hidden = self.head.shape
-        return choose(
-            profile,
-            one.sizes,
-            count,
-            tokens=tokens,
+        places, element = asked.supervised_tokens, self.head.element_size()
+        room = Room(
             used=torch.cuda.memory_allocated(device) + fixed,
             free=free - fixed,
-            head_bytes=head_bytes(vocabulary, hidden, supervised_tokens, self.head.element_size()),
-            host_bytes=int(host_gib * GIB),
+            head=head_bytes(*self.head.shape, places, element),
+            embedding=0 if self.embedding_away else self.movable_bytes,
             base=weights,
         )
+        return choose(asked, room, one.sizes, count)
+
+    @property
+    def movable_bytes(self) -> int:
+        """Bytes of the embedding, if it may lie on the host."""
+        return 0 if self.embedding is self.head else self.embedding.nbytes
+
+    def make_room(self, tiers: Tiers, tokens: int) -> None:
+        """Have room on the host for passes of at most `tokens` slot tokens.
+
+        Raises ValueError naming memory.host_gib where the system does not lock so much.
+        """
+        self.host.most_tokens = tokens
+        layers = 0 if tiers.host == "nothing" else len(self.layers) - tiers.kept
+        self.host.open(layers, away_bytes(self.layers[0].sizes, tokens, tiers.host))
 
     def forward(self, p: Pass) -> tuple[Tensor, Tensor]:
         """Summed token cross-entropy of a pass, this rank's alone.
@@ -223,20 +229,19 @@ class FusedEngine(nn.Module):
         x: Tensor = F.embedding(p.input_ids.flatten(), self.embedding)  # (T, H)
         y, saved, tiers = None, [], self.tiers
         recomputed = len(self.layers) - tiers.kept
-        if training and tiers.host:
-            self.host.begin(len(x), (x.shape[1], self.layers[0].o.columns, x.shape[1]), x.dtype)
+        if training and tiers.host != "nothing":
+            widths = away_widths(self.layers[0].sizes, tiers.host)
+            self.host.begin(recomputed, len(x), widths, x.dtype)
         if self.stream is not None:
             self.stream.begin(self.visits(backward=False), self.visits(backward=training))
         for index, one in enumerate(self.layers):
             self.visit(index)
             last = index == len(self.layers) - 1
             keep = index >= recomputed if training else None
-            away = training and tiers.host and index < recomputed
+            away = tiers.host if training and index < recomputed else "nothing"
             places = p.places if last else None
-            x, y, kept = layers.forward(
-                one, x, y, where, keep=keep, keep_attended=away, places=places
-            )
-            if away:
+            x, y, kept = layers.forward(one, x, y, where, keep=keep, away=away, places=places)
+            if away != "nothing":
                 assert kept is not None
                 kept, large = layers.part(kept)
                 self.host.put(index, large)
@@ -263,7 +268,7 @@ class FusedEngine(nn.Module):
             state.grad_normed * grad.to(out.dtype), state.end, self.norm, self.eps, out[:, :hidden]
         )
         recomputed = (
-            len(self.layers) - state.tiers.kept if state.tiers.host else 0
+            0 if state.tiers.host == "nothing" else len(self.layers) - state.tiers.kept
         )  # layers that left theirs on the host
         if self.stream is not None:
             self.stream.begin(self.visits(backward=True), self.visits(backward=False))

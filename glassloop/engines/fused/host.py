@@ -1,4 +1,4 @@
-"""Pinned host memory for large tensors of a pass.
+"""Host memory for large tensors of a pass.
 
 They are tensors of layers, and an embedding of which a pass reads a few rows.
 """
@@ -11,64 +11,77 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from glassloop.base.host_pages import Seen
+from glassloop.engines.fused.pinned import pinned
+
 IN_FLIGHT = 2
 
 
-class _Visible:
-    """Pinned host memory, shown to a GPU as its own."""
-
-    def __init__(self, pinned: Tensor):
-        self.pinned = pinned  # lives as long as what is made of it
-        self.__cuda_array_interface__ = {
-            "shape": tuple(pinned.shape),
-            "typestr": f"<i{pinned.element_size()}",
-            "data": (pinned.data_ptr(), False),
-            "version": 3,
-        }
-
-
 def on_host(weight: Tensor) -> Tensor:
-    """Move a tensor's bytes to pinned host memory.
+    """Move a tensor's bytes to page-locked host memory.
 
     It stays a tensor of its device, for one that is read a few rows at a time.
     """
     if not weight.is_cuda:
         return weight
-    return torch.as_tensor(_Visible(weight.cpu().pin_memory()), device=weight.device).view(
-        weight.dtype
-    )
+    flat = weight.contiguous().flatten().view(torch.uint8)
+    (memory,) = pinned(1, flat.nbytes)
+    memory.copy_(flat)
+    seen = torch.as_tensor(Seen(memory), device=weight.device)
+    return seen.view(weight.dtype).view(weight.shape)
 
 
 class HostRoom:
-    """Pinned buffers for layers' tensors, on their way in or out.
+    """Room on the host for layers' tensors, on their way in or out.
 
     A tensor that is on its way is referred to until the computing stream has waited for its copy:
     then whatever takes its place in memory comes later in that stream. So at most IN_FLIGHT layers
     are on their way out, however far the host runs ahead.
     """
 
-    def __init__(self, layers: int, device: torch.device):
-        self.layers, self.device = layers, device
-        # Of any pass, if it is known: room is made once then, which takes a second for a gigabyte.
+    def __init__(self, device: torch.device):
+        self.device = device
+        # Of any pass, if it is known: room is made once then.
         self.most_tokens = 0
-        self.rooms: list[Tensor] = []  # (layers, T, width) each
+        self.most_bytes: int | None = None  # that may be taken; None: as many as are needed
+        self.slots: list[Tensor] = []  # (bytes,) uint8, a layer's each
+        self.widths: Sequence[int] = ()
+        self.dtype = torch.float32
         self.lengths: dict[int, list[int]] = {}
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.going: deque[tuple[Sequence[Tensor], torch.Event]] = deque()
         self.coming: dict[int, tuple[list[Tensor], torch.Event | None]] = {}
 
-    def begin(self, tokens: int, widths: Sequence[int], dtype: torch.dtype) -> None:
-        """Make room for the layers' tensors of a pass.
+    @property
+    def bytes(self) -> int:
+        """Bytes that the layers' tensors may lie in."""
+        return sum(slot.nbytes for slot in self.slots)
+
+    def open(self, layers: int, slot_bytes: int) -> None:
+        """Make room for `layers` layers of as many bytes each; 0 layers give it back.
+
+        Raises ValueError naming memory.host_gib where the system does not lock so much.
+        """
+        if layers and len(self.slots) >= layers and self.slots[0].nbytes >= slot_bytes:
+            return
+        if self.stream is not None:
+            self.stream.synchronize()  # copies may still be on their way
+        self.going.clear()
+        self.coming.clear()
+        self.slots = []  # freed first
+        if self.stream is None:
+            self.slots = [torch.empty(slot_bytes, dtype=torch.uint8) for _ in range(layers)]
+        else:
+            self.slots = pinned(layers, slot_bytes, self.most_bytes)
+
+    def begin(self, layers: int, tokens: int, widths: Sequence[int], dtype: torch.dtype) -> None:
+        """Make ready for the first `layers` layers' tensors of a pass.
 
         Each has at most `tokens` rows of its width.
         """
-        if not self.rooms or self.rooms[0].shape[1] < tokens:
-            self.rooms.clear()  # freed first
-            shapes = [(self.layers, max(tokens, self.most_tokens), width) for width in widths]
-            self.rooms = [
-                torch.empty(shape, dtype=dtype, pin_memory=self.stream is not None)
-                for shape in shapes
-            ]
+        most = max(tokens, self.most_tokens)
+        self.open(layers, most * sum(widths) * dtype.itemsize)
+        self.widths, self.dtype = widths, dtype
         self.going.clear()
         self.coming.clear()
 
@@ -89,10 +102,7 @@ class HostRoom:
         if index in self.coming:
             return
         self._settle(0)
-        places = [
-            room[index, :length]
-            for room, length in zip(self.rooms, self.lengths[index], strict=True)
-        ]
+        places = self._places(index)
         tensors = [
             torch.empty(place.shape, dtype=place.dtype, device=self.device) for place in places
         ]
@@ -117,8 +127,17 @@ class HostRoom:
         return tensors
 
     def _copy_out(self, index: int, tensors: Sequence[Tensor]) -> None:
-        for room, one in zip(self.rooms, tensors, strict=True):
-            room[index, : len(one)].copy_(one, non_blocking=True)
+        for place, one in zip(self._places(index), tensors, strict=True):
+            place.copy_(one, non_blocking=True)
+
+    def _places(self, index: int) -> list[Tensor]:
+        """(length, width) each: where a layer's tensors lie in its slot."""
+        found, start = [], 0
+        for length, width in zip(self.lengths[index], self.widths, strict=True):
+            end = start + length * width * self.dtype.itemsize
+            found.append(self.slots[index][start:end].view(self.dtype).view(length, width))
+            start = end
+        return found
 
     def _settle(self, most: int) -> None:
         """Wait until at most so many layers are on their way out.

@@ -8,9 +8,9 @@ The sums are left to the norm that follows, which has to read both parts anyway:
 gives pairs of which x is the sum. What backward needs is the smallest set: norms and the gate's
 product are computed again from it, and the product of W_down never is.
 
-A layer that is not kept whole leaves x alone, or x with attention's output and m, three tensors of
-one size: all that lies before the gate but q, k and v, so that neither attention nor the product of
-W_o is carried out again.
+A layer that is not kept whole leaves x alone, or x with attention's output, or both with m: three
+tensors of one size. With the second attention is not computed again, with the third neither that
+nor the product of W_o.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from glassloop.engines.fused.linear import Linear, Scratch
 from glassloop.engines.fused.norm import add_norm, norm_backward
 from glassloop.engines.fused.rotary import rotate
 from glassloop.engines.fused.swiglu import swiglu, swiglu_backward
-from glassloop.predict.tiers import Group, Sizes
+from glassloop.predict.tiers import Group, Host, Sizes
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class Middle:
 
 @dataclass(frozen=True)
 class Attended:
-    """Attention's results."""
+    """Attention's results, and those of W_o; None: the latter are computed again."""
 
     kept: Kept
-    mid: Tensor  # (T, H)
-    narrow_o: Tensor  # (T, R)
+    mid: Tensor | None  # (T, H)
+    narrow_o: Tensor | None  # (T, R)
 
 
 @dataclass(frozen=True)
@@ -115,25 +115,31 @@ class Saved:
     places: Tensor | None
 
 
-def part(saved: Saved) -> tuple[Saved, tuple[Tensor, Tensor, Tensor]]:
-    """Split a layer with `attended` into small and large tensors.
+def part(saved: Saved) -> tuple[Saved, tuple[Tensor, ...]]:
+    """Split what a recomputed layer left into small and large tensors.
 
-    The large ones are x (T, H), attention's output (T, heads * D) and m.
+    The large ones are x (T, H) and, as far as they are kept, attention's output (T, heads * D) and
+    m.
     """
-    assert saved.attended is not None
-    kept, none = saved.attended.kept, saved.x.new_empty(0)
-    large = saved.x, kept.out.flatten(1), saved.attended.mid
-    return replace(
-        saved, x=none, attended=replace(saved.attended, kept=replace(kept, out=none), mid=none)
-    ), large
+    none, attended = saved.x.new_empty(0), saved.attended
+    if attended is None:
+        return replace(saved, x=none), (saved.x,)
+    large = saved.x, attended.kept.out.flatten(1)
+    kept = replace(attended.kept, out=none)
+    if attended.mid is not None:
+        large = (*large, attended.mid)
+        attended = replace(attended, mid=none)
+    return replace(saved, x=none, attended=replace(attended, kept=kept)), large
 
 
 def join(layer: Layer, saved: Saved, large: Sequence[Tensor]) -> Saved:
     """The two together again."""
-    assert saved.attended is not None
-    x, out, mid = large
-    kept = replace(saved.attended.kept, out=out.unflatten(1, (-1, layer.head_size)))
-    return replace(saved, x=x, attended=replace(saved.attended, kept=kept, mid=mid))
+    x, *rest = large
+    attended = saved.attended
+    if attended is not None:
+        kept = replace(attended.kept, out=rest[0].unflatten(1, (-1, layer.head_size)))
+        attended = replace(attended, kept=kept, mid=rest[1] if len(rest) > 1 else None)
+    return replace(saved, x=x, attended=attended)
 
 
 def first_half(
@@ -154,8 +160,8 @@ def first_half(
     qkv = layer.qkv.forward(normed_x, where.scratch.weights(layer.qkv))
     narrow_qkv = layer.qkv.narrow(normed_x)
     rotate(qkv[:, : layer.turned], where.cos, where.sin, qkv[:, : layer.turned])
-    if known is None:
-        kept = attention(*layer.split(qkv), where.bounds)
+    kept = attention(*layer.split(qkv), where.bounds) if known is None else known.kept
+    if known is None or known.mid is None:
         attended, mid = chosen(kept.out.flatten(1), places), chosen(x, places)
         seen = layer.o.input(len(attended))
         seen[:, : layer.o.columns].copy_(attended)
@@ -163,7 +169,8 @@ def first_half(
         narrow_o = layer.o.narrow(seen)
         del seen
     else:
-        kept, mid, narrow_o, y = known.kept, known.mid, known.narrow_o, None
+        mid, narrow_o, y = known.mid, known.narrow_o, None
+        assert narrow_o is not None
     normed_mid = layer.gate_up.input(len(mid))
     mid = add_norm(mid, y, layer.norm_mid, layer.eps, normed_mid[:, :hidden])
     gate_up = layer.gate_up.output(len(mid))
@@ -196,7 +203,7 @@ def forward(
     where: Where,
     *,
     keep: bool | None,
-    keep_attended: bool = False,
+    away: Host = "nothing",
     places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """One layer of a pass.
@@ -207,7 +214,7 @@ def forward(
             layer; None: everywhere.
         keep: keep what lies between for backward; False: the input alone; None: there will be
             no backward.
-        keep_attended: with keep = False, what attention came to as well.
+        away: with keep = False, what goes to the host; the input is kept in any case.
 
     Returns:
         Two parts of the output, (T, H) or (S, H), and what backward needs.
@@ -219,7 +226,10 @@ def forward(
     y = layer.down.forward(product, where.scratch.weights(layer.down))
     if keep is None:
         return middle.mid, y, None
-    attended = Attended(middle.kept, middle.mid, middle.narrow_o) if keep_attended else None
+    attended = None
+    if away in ("attention", "all"):
+        results = (middle.mid, middle.narrow_o) if away == "all" else (None, None)
+        attended = Attended(middle.kept, *results)
     return (
         middle.mid,
         y,

@@ -17,13 +17,14 @@ from glassloop.config import LoraConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters
-from glassloop.predict.tiers import Tiers, choose, held_bytes, input_bytes, kept_bytes
+from glassloop.predict.choice import Asked, Room, choose
+from glassloop.predict.tiers import HOSTS, Tiers, held_bytes, input_bytes, kept_bytes, room_bytes
 
 if importlib.util.find_spec("triton") is not None:
     TIERS = [
         Tiers(kept, host, held)
         for kept, held in ((0, 0), (1, 2), (2, 1), (2, 0), (0, 0))
-        for host in (False, True)
+        for host in HOSTS
     ]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -127,7 +128,7 @@ def test_without_its_adapters_it_is_the_base_and_with_them_what_it_was(engine_of
     adapters_of(engine)
     p = build_pass(rows_of(12, 7), packed=False, pad_id=0, device=torch.device("cpu"))
     for held in (0, 2):
-        engine.use_tiers(Tiers(2, host=False, held=held))
+        engine.use_tiers(Tiers(2, host="nothing", held=held))
         with torch.no_grad():
             before = engine(p)[0].item()
             with engine.hf.disable_adapter():
@@ -164,10 +165,10 @@ def test_weights_that_are_no_longer_held_are_freed(engine_of, tiny_llama):
         adapters_of(engine),
         build_pass(rows_of(12), packed=False, pad_id=0, device=torch.device("cpu")),
     )
-    engine.use_tiers(Tiers(2, host=False, held=2))
+    engine.use_tiers(Tiers(2, host="nothing", held=2))
     gradient(engine, adapters, [p])
     held = [weakref.ref(linear.held) for layer in engine.layers for linear in layer.linears]
-    engine.use_tiers(Tiers(2, host=False))
+    engine.use_tiers(Tiers(2, host="nothing"))
     gc.collect()
     assert not any(one() is not None for one in held)
 
@@ -241,12 +242,12 @@ def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
     tokens, gib = 100_000, 2**30
 
     def tiers(profile, free_gib=1000.0, host_gib=1000.0):
-        sizes = {"used": gib, "free": int(free_gib * gib), "host_bytes": int(host_gib * gib)}
-        return choose(profile, one, 16, tokens=tokens, head_bytes=0, **sizes)
+        asked = Asked(profile, tokens, tokens, host_bytes=int(host_gib * gib))
+        return choose(asked, Room(gib, int(free_gib * gib)), one, 16)
 
     assert kept_bytes(one, tokens) > 5 * input_bytes(one, tokens)
-    assert tiers("min") == Tiers(1, host=True) and tiers("min", host_gib=0) == Tiers(1, host=False)
-    assert tiers("fill") == Tiers(16, host=False, held=16) == tiers(900.0)
+    assert tiers("min") == Tiers(1, "all") and tiers("min", host_gib=0) == Tiers(1)
+    assert tiers("fill") == Tiers(16, held=16) == tiers(900.0)
     free = [quarter / 4 for quarter in range(40)]
     found = [tiers("fill", free_gib=f).kept for f in free]
     assert found == sorted(found) and len(set(found)) > 5 and found[0] == 1
@@ -265,9 +266,43 @@ def test_memory_is_spent_on_as_many_layers_as_fit(engine_of, tiny_llama):
     ]
     assert steps == [*range(17), 16]  # then weights, one layer's after the other
     assert tiers(3.0).kept == tiers("fill", free_gib=2.0).kept  # a GiB is in use already
-    assert tiers(0.1) == Tiers(
-        1, host=True
-    )  # too small a budget: the least, and preflight says what it takes
+    # Too small a budget: the least, and preflight says what it takes.
+    assert tiers(0.1) == Tiers(1, "inputs")
+
+
+def test_of_the_host_the_most_that_fits_is_taken(engine_of, tiny_llama):
+    """On the host and, for two layers on their way, on the GPU."""
+    one = fused_of(engine_of(tiny_llama, quantization="nf4")).layers[0].sizes
+    tokens, layers, gib = 100_000, 16, 2**30
+
+    def host(host_bytes, free=100 * gib, embedding=0):
+        room = Room(gib, free, embedding=embedding)
+        return choose(Asked("min", tokens, tokens, host_bytes), room, one, layers).host
+
+    needs = {name: room_bytes(one, tokens, layers - 1, name) for name in HOSTS}
+    assert [host(needs[name]) for name in HOSTS] == list(HOSTS)
+    assert [host(needs[name] - 1) for name in HOSTS[1:]] == list(HOSTS[:-1])
+    assert needs["all"] == 15 * (100_000 * 4 * 3 * 64 + (-100_000 * 4 * 3 * 64) % 4096)
+    found = [host(needs["all"], free) for free in range(gib // 2, 3 * gib, gib // 128)]
+    steps = [HOSTS.index(name) for name in found]
+    assert steps == sorted(steps) and set(steps) == {1, 2, 3}
+    short = range(gib // 2, 3 * gib, gib // 128)[steps.index(3) - 1]
+    assert host(needs["all"], short) == "attention"
+    assert host(needs["all"], short, embedding=gib // 64) == "all"  # which then leaves the GPU
+
+
+def test_an_old_checkpoint_says_true_or_false_of_the_host():
+    old = {"kept": 1, "host": True, "held": 0}
+    assert Tiers.of(old) == Tiers(1, "all") and Tiers.of(old | {"host": False}) == Tiers(1)
+    assert Tiers.of({"kept": 2, "host": "inputs", "streamed": 3}) == Tiers(2, "inputs", streamed=3)
+
+
+def test_tiers_of_a_resumed_run_are_kept_where_there_is_room():
+    assert Tiers(2).no_more_than(Tiers(3)) and not Tiers(3).no_more_than(Tiers(2))
+    assert Tiers(1, "inputs").no_more_than(Tiers(1, "all"))
+    assert not Tiers(1, "all").no_more_than(Tiers(1, "inputs"))
+    # Inputs on the GPU take more of it than any on the host.
+    assert Tiers(1, "all").no_more_than(Tiers(1)) and not Tiers(1).no_more_than(Tiers(1, "all"))
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
@@ -279,7 +314,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
     }
     run = run_of(**how)
     assert (
-        run.tiers == {"kept": 1, "host": False, "held": 0, "streamed": 0}
+        run.tiers == {"kept": 1, "host": "nothing", "held": 0, "streamed": 0}
         and "1 of 2 layers kept, inputs of the others" in run.header[-1]
     )
     run.begin()
@@ -298,16 +333,16 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_tiers_and_bits(run_of):
 
 def test_weights_held_before_do_not_count_as_taken_when_memory_is_spent_anew(run_of, monkeypatch):
     """As in a benchmark's arm, whose rows come after the run."""
-    from glassloop.loop.memory import spend_memory
+    from glassloop.loop.spending import spend_memory
 
     run = run_of(execution={"engine": "fused", "precision": "fp32"})
     engine = run.replica.plain_engine
-    engine.use_tiers(Tiers(2, host=False, held=2))
+    engine.use_tiers(Tiers(2, host="nothing", held=2))
     held = []
 
     def choose_tiers(*_, **__):
         held.extend(linear.held for layer in engine.layers for linear in layer.linears)
-        return Tiers(2, host=False)
+        return Tiers(2, host="nothing")
 
     monkeypatch.setattr(engine, "choose_tiers", choose_tiers)
     spend_memory(run)
@@ -319,7 +354,7 @@ def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
     from glassloop.loop.memory import smaller_passes
 
     run = run_of(execution={"engine": "fused", "precision": "fp32", "layout": "packed"})
-    assert run.tiers == {"kept": 2, "host": False, "held": 0, "streamed": 0}
+    assert run.tiers == {"kept": 2, "host": "nothing", "held": 0, "streamed": 0}
     told = []
     run.event = lambda update, kind, message, *_: told.append(message)
     kept = []

@@ -82,11 +82,13 @@ def test_every_number_of_streamed_layers_gives_the_same_bits(engine_of, folder, 
     wanted = gradient(resident, adapters_of(before.hf), passes)
     engine, adapters = streamed(folder, double=double)
     for count, kept, host in (
-        (2, 0, False),
-        (2, 1, True),
-        (1, 2, False),
-        (0, 1, False),
-        (2, 2, True),
+        (2, 0, "nothing"),
+        (2, 1, "all"),
+        (1, 1, "inputs"),
+        (1, 2, "nothing"),
+        (0, 0, "attention"),
+        (0, 1, "nothing"),
+        (2, 2, "all"),
     ):
         engine.use_tiers(Tiers(kept, host, streamed=count))
         found = gradient(engine, adapters, passes)
@@ -105,7 +107,7 @@ def test_the_base_is_the_one_that_transformers_loads(engine_of, folder):
     ids = torch.arange(5, 25).unsqueeze(0)
     with torch.no_grad(), engine.hf.disable_adapter(), reference.hf.disable_adapter():
         for count in (2, 1, 0):  # and so it does when layers move to the card
-            engine.use_tiers(Tiers(0, False, streamed=count))
+            engine.use_tiers(Tiers(0, "nothing", streamed=count))
             assert torch.equal(engine.hf(input_ids=ids).logits, reference.hf(input_ids=ids).logits)
 
 
@@ -196,25 +198,17 @@ def test_a_place_that_is_none_is_refused_by_its_field(asked):
 
 def test_as_few_layers_stream_as_needed():
     """And all stay on the GPU where they fit, whatever the profile."""
+    from glassloop.predict.choice import Asked, Base, Room, choose
     from glassloop.predict.shapes import KNOWN
-    from glassloop.predict.tiers import GIB, Base, choose, sizes_of
+    from glassloop.predict.tiers import GIB, sizes_of
 
     shapes = KNOWN["random:llama-70b"]
     one = sizes_of(shapes, 16, tuple(shapes.projections), 2)
     layer = 441_400_000
 
     def streamed(free_gib, asked="auto", profile="min"):
-        return choose(
-            profile,
-            one,
-            80,
-            tokens=4096,
-            used=5 * GIB,
-            free=int(free_gib * GIB),
-            head_bytes=0,
-            host_bytes=100 * GIB,
-            base=Base(asked, layer),
-        ).streamed
+        room = Room(5 * GIB, int(free_gib * GIB), base=Base(asked, layer))
+        return choose(Asked(profile, 4096, 4096, 100 * GIB), room, one, 80).streamed
 
     found = [streamed(free) for free in (2, 8, 16, 24, 32, 60)]
     assert found == sorted(found, reverse=True) and found[0] == 80 and found[-1] == 0

@@ -11,7 +11,7 @@ import torch
 
 from glassloop.config import Config
 from glassloop.config.arguments import from_values, parse
-from glassloop.loop import build
+from glassloop.loop import build, spending
 from glassloop.loop import memory as room
 from glassloop.loop.header import layout_of
 from glassloop.plan.work import work_of
@@ -137,11 +137,12 @@ def card_of(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(
             torch.cuda, "memory_reserved", lambda device: int(reserved_gib * room.GIB)
         )
-        monkeypatch.setattr(
-            room,
-            "gather_objects",
-            lambda own: [own, *others] if isinstance(own, int) else [own] * sharing,
-        )
+        for module in (room, spending):
+            monkeypatch.setattr(
+                module,
+                "gather_objects",
+                lambda own: [own, *others] if isinstance(own, int) else [own] * sharing,
+            )
         return SimpleNamespace(type="cuda")
 
     return make

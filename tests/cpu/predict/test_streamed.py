@@ -47,11 +47,11 @@ def test_a_base_that_outgrows_a_card_streams_as_few_layers_as_needed(key, stream
 
 
 def test_a_streamed_layer_leaves_the_ledger_and_two_slots_enter_it():
-    work = replace(WORK, tiers=Tiers(1, host=False))
+    work = replace(WORK, tiers=Tiers(1))
     whole = ledger_of(LLAMA_70B, work, "fused")
     one = layer_bytes(LLAMA_70B, work)
     for streamed in (1, 2, 3, 80):
-        tiers = Tiers(1, host=False, streamed=streamed)
+        tiers = Tiers(1, streamed=streamed)
         part = ledger_of(LLAMA_70B, replace(work, tiers=tiers), "fused")
         saved = whole.peak_bytes - part.peak_bytes
         assert saved == pytest.approx((streamed - min(2, streamed)) * one, abs=streamed * 4)

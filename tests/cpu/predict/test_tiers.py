@@ -25,7 +25,7 @@ from glassloop.predict.ledger import ledger_of
 from glassloop.predict.shapes import KNOWN, shapes_of
 from glassloop.predict.spend import pass_tokens_of, resident_bytes, with_tiers
 from glassloop.predict.terms import GIB, Work
-from glassloop.predict.tiers import Tiers, sizes_of
+from glassloop.predict.tiers import HOSTS, Tiers, sizes_of
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -98,7 +98,15 @@ def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, 
 
 @needs_triton
 @pytest.mark.parametrize(
-    "chosen", [Tiers(4, False), Tiers(2, False), Tiers(0, False), Tiers(4, False, 4)], ids=str
+    "chosen",
+    [
+        Tiers(4),
+        Tiers(2),
+        Tiers(0),
+        Tiers(4, held=4),
+        *(Tiers(kept, host) for kept in (0, 1) for host in HOSTS[1:]),
+    ],
+    ids=str,
 )
 def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engine_of, chosen):
     engine = fused_of(
@@ -148,12 +156,12 @@ def test_the_peaks_that_an_h100_measured_are_predicted():
     assert held == pytest.approx(1.94, abs=0.01)
     embedding = R1.embedding_weights * 2 / GIB
     measured = (
-        (2, 2048, 3276, Tiers(32, False), 20.18),
-        (2, 2048, 3276, Tiers(0, False), 9.93),
-        (2, 2048, 3276, Tiers(0, True), 8.99 - embedding),
-        (1, 6787, 5430, Tiers(32, False), 28.05),
-        (1, 6787, 5430, Tiers(0, False), 11.07),
-        (1, 16384, 13104, Tiers(32, False), 55.88),
+        (2, 2048, 3276, Tiers(32, "nothing"), 20.18),
+        (2, 2048, 3276, Tiers(0, "nothing"), 9.93),
+        (2, 2048, 3276, Tiers(0, "all"), 8.99 - embedding),
+        (1, 6787, 5430, Tiers(32, "nothing"), 28.05),
+        (1, 6787, 5430, Tiers(0, "nothing"), 11.07),
+        (1, 16384, 13104, Tiers(32, "nothing"), 55.88),
     )
     for rows, tokens, supervised, chosen, gib in measured:
         work = replace(WORK, rows=rows, tokens=tokens, supervised_tokens=supervised, tiers=chosen)
@@ -176,7 +184,7 @@ def test_the_performance_page_says_what_is_predicted():
         (1, 6787, 5430, 0),
     ]
     works = [
-        replace(WORK, rows=b, tokens=t, supervised_tokens=s, tiers=Tiers(k, False))
+        replace(WORK, rows=b, tokens=t, supervised_tokens=s, tiers=Tiers(k, "nothing"))
         for b, t, s, k in cells
     ]
     assert said == [
@@ -186,11 +194,11 @@ def test_the_performance_page_says_what_is_predicted():
 
 @given(tokens=st.integers(1, 20_000), kept=st.integers(0, 31), r=st.sampled_from([8, 16, 32]))
 def test_more_work_never_needs_less(tokens, kept, r):
-    work = replace(WORK, rows=1, tokens=tokens, r=r, tiers=Tiers(kept, False))
+    work = replace(WORK, rows=1, tokens=tokens, r=r, tiers=Tiers(kept, "nothing"))
     peak = ledger_of(R1, work, "fused").peak_bytes
-    for more in (dict(tokens=tokens + 16), dict(r=2 * r), dict(tiers=Tiers(kept + 1, False))):
+    for more in (dict(tokens=tokens + 16), dict(r=2 * r), dict(tiers=Tiers(kept + 1, "nothing"))):
         assert ledger_of(R1, replace(work, **more), "fused").peak_bytes >= peak
-    assert ledger_of(R1, replace(work, tiers=Tiers(0, True)), "fused").peak_bytes <= peak
+    assert ledger_of(R1, replace(work, tiers=Tiers(0, "all")), "fused").peak_bytes <= peak
 
 
 # --- cards and passes
@@ -300,7 +308,7 @@ def test_groups_of_one_shape_share_neither_weights_nor_gradients():
 
 
 @needs_triton
-@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("host", HOSTS)
 def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, wide_llama, host):
     """And attention with o_proj, where the host has what they came to."""
     targets = ("o_proj",)  # a group of one member: nothing of the folded product is zeros
@@ -323,7 +331,9 @@ def test_what_a_recomputed_layer_computes_again_leaves_down_proj_out(engine_of, 
             shapes, [(64, 20)], r=16, targets=targets, checkpointing=True, kept=kept, host=host
         )
         attention = (
-            0 if host else shapes.layers * 2 * 2 * (64 * 65 // 2) * shapes.q_width * (4 - kept) / 4
+            0
+            if host in ("attention", "all")
+            else shapes.layers * 2 * 2 * (64 * 65 // 2) * shapes.q_width * (4 - kept) / 4
         )
         assert products(kept) - products(4) == pytest.approx(
             counted.recompute - attention, rel=1e-6

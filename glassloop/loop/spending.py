@@ -1,0 +1,189 @@
+"""Memory tiers of a run on `fused`: chosen at its start, lowered when memory runs out."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glassloop.formula.dist import gather_objects
+from glassloop.predict.choice import Asked, Base, describe
+from glassloop.predict.host import host_ledger, spare_bytes
+from glassloop.predict.terms import GIB
+from glassloop.predict.tiers import HOSTS, Tiers, room_bytes
+
+if TYPE_CHECKING:
+    from glassloop.loop.run import Run
+
+
+def ranks_on(device: torch.device) -> int:
+    """Count the ranks that share this rank's device. All take part."""
+    own = f"{socket.gethostname()} {device}"
+    return gather_objects(own).count(own)
+
+
+def spend_memory(run: Run) -> None:
+    """Choose how many layers keep activations, equal on all ranks.
+
+    Only `fused` can.
+
+    A resumed run takes what its checkpoint has, as long as the ranks have room for it.
+    """
+    engine = run.replica.plain_engine
+    if engine.name != "fused":
+        return
+    if not run.config.execution.checkpointing:
+        place_base(engine, run.config.memory.base)
+        return
+    window = run.batches.heaviest()
+    passes = [[run.batches.rows[row] for row in one] for rank in window.passes for one in rank]
+    tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
+    supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
+    memory = run.config.memory
+    engine.use_tiers(
+        replace(engine.tiers, host="nothing", held=0)
+    )  # what is held is given back before free memory is counted
+    asked = Asked(
+        memory.profile,
+        tokens,
+        supervised,
+        host_bytes=host_bytes_of(engine, memory.host_gib),
+        base=memory.base,
+        sharing=ranks_on(run.replica.device),
+    )
+    notes = []
+    while True:
+        found = agreed_tiers(engine, asked, run.tiers)
+        refused = [why for why in gather_objects(room_refused(engine, found, tokens)) if why]
+        if not refused:
+            break
+        if memory.host_gib != "auto":
+            raise ValueError(refused[0])
+        notes.append(f"{'':<10}less on the host: {refused[0]}")
+        asked = replace(asked, host_bytes=room_of(engine, found, tokens) - 1)
+    use_tiers(run, found)
+    run.header = (
+        *run.header,
+        f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})",
+        *notes,
+        *host_lines(engine),
+    )
+
+
+def agreed_tiers(engine: Any, asked: Asked, before: Mapping[str, Any] | None) -> Tiers:
+    """Choose tiers that all ranks have room for.
+
+    They are `before`, those of the run that is resumed, where these fit. All take part.
+    """
+    each = gather_objects(engine.choose_tiers(asked))
+    away = [one.host for one in each if one.host != "nothing"]
+    found = Tiers(
+        min(one.kept for one in each),
+        min(away, key=HOSTS.index, default="nothing"),
+        held=min(one.held for one in each),
+        streamed=max(one.streamed for one in each),  # the same bits wherever layers lie
+    )
+    recorded = None if before is None else replace(Tiers.of(before), streamed=found.streamed)
+    return found if recorded is None or not recorded.no_more_than(found) else recorded
+
+
+def host_bytes_of(engine: Any, asked: str | float) -> int:
+    """Bytes of the host that a rank may take for activations, equal on all ranks.
+
+    auto: what this host has to spare, shared by its ranks, beside what the base and the embedding
+    take there. All take part. Raises ValueError naming memory.host_gib where that is unknown.
+    """
+    if asked != "auto":
+        return int(float(asked) * GIB)
+    if engine.embedding.device.type != "cuda":
+        return 0
+    here = gather_objects(socket.gethostname())
+    spare = (spare_bytes() - base_bytes_of(engine)) // here.count(socket.gethostname())
+    return min(gather_objects(max(0, spare - engine.movable_bytes)))
+
+
+def base_bytes_of(engine: Any) -> int:
+    """Bytes of the base's file whose pages are locked here; they count as available."""
+    pages = engine.pages
+    locked = pages is not None and pages.mapped is not None
+    return pages.file.manifest.nbytes if locked else 0
+
+
+def room_of(engine: Any, tiers: Tiers, tokens: int) -> int:
+    """Bytes of the host that a pass's large tensors take."""
+    layers = len(engine.layers) - tiers.kept
+    return room_bytes(engine.layers[0].sizes, tokens, layers, tiers.host)
+
+
+def room_refused(engine: Any, tiers: Tiers, tokens: int) -> str:
+    """Make room on the host; returns why the system refused."""
+    try:
+        engine.make_room(tiers, tokens)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def host_lines(engine: Any) -> list[str]:
+    """A line on the host memory that this rank locks; none without any."""
+    if engine.embedding.device.type != "cuda":
+        return []
+    away = engine.movable_bytes if engine.embedding_away else 0
+    ledger = host_ledger(away, engine.host.bytes, base_bytes_of(engine))
+    return [f"host      {ledger.describe()}"] if ledger.total_bytes else []
+
+
+def can_stream(engine: Any) -> bool:
+    """Whether layers of the base may lie on the host."""
+    return engine.pages is not None and engine.pages.mapped is not None
+
+
+def place_base(engine: Any, asked: str | int) -> None:
+    """Put as many layers on the card as `memory.base` asks.
+
+    auto: all of them.
+    """
+    if not can_stream(engine):
+        return
+    one = Base(asked, engine.pages.file.manifest.most_layer_bytes)
+    streamed = one.streamed(len(engine.layers)) or 0
+    if engine.tiers.streamed != streamed:
+        engine.use_tiers(replace(engine.tiers, streamed=streamed))
+
+
+def use_tiers(run: Run, tiers: Tiers) -> None:
+    """From here on."""
+    run.replica.plain_engine.use_tiers(tiers)
+    run.tiers = asdict(tiers)
+
+
+def fewer_kept(run: Run, update: int, why: str) -> bool:
+    """Hold no weights, keep fewer layers, or stream the base, after a lack of memory.
+
+    Returns False if the least is done, or nothing can be chosen.
+    """
+    if run.tiers is None:
+        return False
+    engine = run.replica.plain_engine
+    tiers, layers = engine.tiers, len(engine.layers)
+    if tiers.held:
+        less = replace(tiers, held=0)
+    elif tiers.kept > 1:
+        less = replace(tiers, kept=max(1, tiers.kept * 3 // 4))
+    elif run.config.memory.base == "auto" and can_stream(engine) and tiers.streamed < layers:
+        less = replace(tiers, streamed=layers)
+    else:
+        return False
+    use_tiers(run, less)
+    if run.replica.device.type == "cuda":
+        torch.cuda.empty_cache()
+    run.event(
+        update,
+        "out_of_memory",
+        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, "
+        "passes and g stay",
+    )
+    return True
