@@ -108,8 +108,7 @@ def host_bytes_of(engine: Any, asked: str | float) -> int:
 def base_bytes_of(engine: Any) -> int:
     """Bytes of the base's file whose pages are locked here; they count as available."""
     pages = engine.pages
-    locked = pages is not None and pages.mapped is not None
-    return pages.file.manifest.nbytes if locked else 0
+    return 0 if pages is None or pages.mapped is None else pages.file.manifest.nbytes
 
 
 def room_of(engine: Any, tiers: Tiers, tokens: int) -> int:
