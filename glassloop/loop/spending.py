@@ -107,7 +107,8 @@ def host_bytes_of(engine: Any, asked: str | float) -> int:
 
 def base_bytes_of(engine: Any) -> int:
     """Bytes of the base's file whose pages are locked here; they count as available."""
-    return engine.pages.file.manifest.nbytes if can_stream(engine) else 0
+    pages = engine.pages
+    return 0 if pages is None or pages.mapped is None else pages.file.manifest.nbytes
 
 
 def room_of(engine: Any, tiers: Tiers, tokens: int) -> int:
@@ -181,6 +182,7 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
     run.event(
         update,
         "out_of_memory",
-        f"{why}. From here on {describe(engine.tiers, layers)}; rows, passes and g stay",
+        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, "
+        "passes and g stay",
     )
     return True

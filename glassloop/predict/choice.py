@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from glassloop.predict.tiers import (
+    AWAY,
     FRAGMENTATION,
     GIB,
-    HOSTS,
     SLOTS,
     SPARE_BYTES,
+    Host,
     Sizes,
     Tiers,
     away_bytes,
@@ -106,12 +107,12 @@ def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:
     most -= max(live_bytes(one, tokens), room.head)  # beyond what layers keep
     more = kept_bytes(one, tokens) - input_bytes(one, tokens)
     # One layer is kept or computed again: its memory is the same.
-    least = {host: more + layers * beside_away_bytes(one, tokens, host) for host in HOSTS[1:]}
-    for host in least:  # two layers are on their way
+    least = {host: more + layers * beside_away_bytes(one, tokens, host) for host in AWAY}
+    for host in AWAY:  # two layers are on their way
         least[host] += 2 * away_bytes(one, tokens, host) - room.embedding
-    hosts = [
+    hosts: list[Host] = [
         host
-        for host in reversed(HOSTS[1:])
+        for host in reversed(AWAY)
         if asked.host_bytes >= room_bytes(one, tokens, layers - 1, host)
     ]
     streamed = 0
@@ -129,11 +130,11 @@ def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:
         return Tiers(kept, streamed=streamed)
     # What is computed again costs more than what is copied: the most that fits, else the least.
     fitting = [host for host in hosts if least[host] <= most]
-    host = fitting[0] if fitting else hosts[-1] if hosts else "nothing"
-    return Tiers(min(1, layers), host, streamed=streamed)
+    best: Host = fitting[0] if fitting else hosts[-1] if hosts else "nothing"
+    return Tiers(min(1, layers), best, streamed=streamed)
 
 
-AWAY = {
+WORDS = {
     "nothing": "inputs",
     "inputs": "inputs alone",
     "attention": "inputs and attention's output",
@@ -149,7 +150,7 @@ def describe(tiers: Tiers, layers: int) -> str:
     told = [f"{tiers.kept} of {layers} layers kept"]
     where = "GPU" if tiers.host == "nothing" else "host"
     if tiers.kept < layers:
-        told.append(f"{AWAY[tiers.host]} of the others on the {where}")
+        told.append(f"{WORDS[tiers.host]} of the others on the {where}")
     if tiers.streamed:
         told.append(f"4-bit weights of {tiers.streamed} streamed from the host")
     if tiers.held:

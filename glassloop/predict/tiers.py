@@ -11,7 +11,7 @@ of its adapters, T slot tokens of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,7 @@ PAGE = 4096  # bytes; a layer's slot on the host is a multiple
 # both and the middle, after which nothing before the gate but q, k and v is computed again.
 Host = Literal["nothing", "inputs", "attention", "all"]
 HOSTS: tuple[Host, ...] = get_args(Host)  # from the least host memory to the most
+AWAY = HOSTS[1:]
 # Tokens. A pass's size is a multiple, so that a few MiB more or less free give the same one.
 PASS_STEP = 256
 
@@ -93,7 +94,7 @@ class Tiers:
         assert self.host in HOSTS, f"host = {self.host!r}, not one of {', '.join(HOSTS)}"
 
     @staticmethod
-    def of(recorded: dict[str, Any]) -> Tiers:
+    def of(recorded: Mapping[str, Any]) -> Tiers:
         """Tiers as a checkpoint has them; before 0.2 `host` was true or false."""
         known = {one.name for one in fields(Tiers)}
         found = {name: value for name, value in recorded.items() if name in known}

@@ -183,11 +183,12 @@ class FusedEngine(nn.Module):
         fixed = scratch_bytes(one.sizes) - self.scratch.bytes
         if weights is not None:  # counted apart from what is used
             fixed -= weights.bytes(count, self.tiers.streamed)
+        vocabulary, hidden = self.head.shape
         places, element = asked.supervised_tokens, self.head.element_size()
         room = Room(
             used=torch.cuda.memory_allocated(device) + fixed,
             free=free - fixed,
-            head=head_bytes(*self.head.shape, places, element),
+            head=head_bytes(vocabulary, hidden, places, element),
             embedding=0 if self.embedding_away else self.movable_bytes,
             base=weights,
         )

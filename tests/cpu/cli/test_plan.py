@@ -159,13 +159,13 @@ def test_the_last_line_starts_what_was_planned(capsys, words, start):
 
 def test_ranks_are_those_of_the_config_else_of_the_machine(capsys, monkeypatch):
     assert as_json(capsys, "r1_8b_scam", "--hardware", "2x3090")["notes"] == []
-    card = Present("NVIDIA GeForce RTX 4090", 23.99, 4.0, "580.1", (8, 9))
+    card = Present("NVIDIA GeForce RTX 4090", 23.99, 3.0, "580.1", (8, 9))
     odd = Present("NVIDIA Something New", 100.0, 90.0, "580.1", (13, 0))
     monkeypatch.setattr(command, "NVIDIA", str(ROOT))
     monkeypatch.setattr("glassloop.predict.hardware.gpus_present", lambda: (card, card, odd, odd))
     found = as_json(capsys, "r1_8b_scam")
     assert found["plan"]["ranks"] == 4
-    judged = [one for one in found["cards"] if one["has_gib"] == 4.0]  # by what is free
+    judged = [one for one in found["cards"] if one["has_gib"] == 3.0]  # by what is free
     assert len(judged) == 2 and not any(one["fits"] for one in judged)
     assert "NVIDIA Something New: not in the table of cards" in " ".join(found["unknown"])
 

@@ -1,0 +1,160 @@
+"""Tiers that all ranks have room for: on the card, and on a host that they share."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from glassloop.loop import spending
+from glassloop.loop.spending import agreed_tiers, base_bytes_of, host_bytes_of
+from glassloop.predict.choice import Asked, Room, choose
+from glassloop.predict.terms import GIB
+from glassloop.predict.tiers import Tiers
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
+)
+ASKED = Asked("min", 1000, 1000, 0)
+
+
+def engine_of(device: str = "cuda", movable: int = GIB, locked: int | None = None):
+    pages = SimpleNamespace(
+        mapped=object(), file=SimpleNamespace(manifest=SimpleNamespace(nbytes=locked))
+    )
+    return SimpleNamespace(
+        embedding=SimpleNamespace(device=SimpleNamespace(type=device)),
+        movable_bytes=movable,
+        pages=None if locked is None else pages,
+    )
+
+
+def ranks_say(monkeypatch: pytest.MonkeyPatch, *answers: list) -> None:
+    """What gather_objects returns, call by call; `own` stands for this rank's word."""
+    left = iter(answers)
+    monkeypatch.setattr(
+        spending,
+        "gather_objects",
+        lambda own: [own if one == "own" else one for one in next(left)],
+    )
+
+
+# --- the host's share
+
+
+def test_ranks_of_one_host_share_what_it_has_to_spare(monkeypatch):
+    monkeypatch.setattr(spending, "spare_bytes", lambda: 60 * GIB)
+    ranks_say(monkeypatch, ["own", "own", "other", "own"], ["own"] * 4)
+    assert host_bytes_of(engine_of(movable=2 * GIB), "auto") == 18 * GIB
+    # The base's pages are locked once a host; they count as available all the same.
+    ranks_say(monkeypatch, ["own", "own"], ["own"] * 2)
+    assert host_bytes_of(engine_of(movable=GIB, locked=6 * GIB), "auto") == 26 * GIB
+
+
+def test_all_ranks_take_what_the_poorest_host_has(monkeypatch):
+    monkeypatch.setattr(spending, "spare_bytes", lambda: 60 * GIB)
+    ranks_say(monkeypatch, ["own", "other"], ["own", 5])
+    assert host_bytes_of(engine_of(), "auto") == 5
+    monkeypatch.setattr(spending, "spare_bytes", lambda: 0)
+    ranks_say(monkeypatch, ["own"], ["own"])
+    assert host_bytes_of(engine_of(), "auto") == 0
+
+
+def test_a_number_is_taken_as_it_is_and_a_cpu_has_no_host(monkeypatch):
+    monkeypatch.setattr(spending, "spare_bytes", pytest.fail)
+    assert host_bytes_of(engine_of(), 2.5) == int(2.5 * GIB)
+    assert host_bytes_of(engine_of("cpu"), "auto") == 0
+
+
+def test_a_base_that_is_not_locked_takes_nothing_of_the_host():
+    engine = engine_of(locked=6 * GIB)
+    assert base_bytes_of(engine) == 6 * GIB
+    engine.pages.mapped = None
+    assert base_bytes_of(engine) == base_bytes_of(engine_of()) == 0
+
+
+# --- agreement
+
+
+@pytest.mark.parametrize(
+    ("each", "agreed"),
+    [
+        ((Tiers(3), Tiers(5)), Tiers(3)),
+        ((Tiers(16, held=9), Tiers(16, held=4)), Tiers(16, held=4)),
+        ((Tiers(5), Tiers(1, "all")), Tiers(1, "all")),  # a rank that need not goes along
+        ((Tiers(1, "attention"), Tiers(1, "all")), Tiers(1, "attention")),
+        ((Tiers(1, "all", streamed=4), Tiers(1, "inputs")), Tiers(1, "inputs", streamed=4)),
+    ],
+)
+def test_the_ranks_agree_on_what_all_have_room_for(monkeypatch, each, agreed):
+    ranks_say(monkeypatch, list(each))
+    engine = SimpleNamespace(choose_tiers=lambda asked: each[0])
+    assert agreed_tiers(engine, ASKED, None) == agreed
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "taken"),
+    [
+        ({"kept": 2, "host": False, "held": 0}, Tiers(5), Tiers(2)),
+        ({"kept": 1, "host": True, "held": 0}, Tiers(1, "all"), Tiers(1, "all")),
+        ({"kept": 1, "host": "inputs", "held": 0}, Tiers(1, "all"), Tiers(1, "inputs")),
+        ({"kept": 1, "host": True, "held": 0}, Tiers(1, "inputs"), Tiers(1, "inputs")),
+        ({"kept": 5, "host": False, "held": 0}, Tiers(1, "all"), Tiers(1, "all")),
+        ({"kept": 2, "host": "nothing", "streamed": 7}, Tiers(2), Tiers(2)),
+    ],
+)
+def test_a_resumed_run_keeps_its_tiers_where_they_fit(monkeypatch, before, now, taken):
+    ranks_say(monkeypatch, [now])
+    engine = SimpleNamespace(choose_tiers=lambda asked: now)
+    assert agreed_tiers(engine, ASKED, before) == taken
+
+
+# --- a system that does not lock what it has
+
+
+@pytest.fixture
+def run_on_a_host(run_of, monkeypatch):
+    """A run whose engine may leave everything on the host; `refused` tiers cannot be locked."""
+    run = run_of(execution={"engine": "fused", "precision": "fp32"}, model={"quantization": "nf4"})
+    engine, refused = run.replica.plain_engine, set()
+    sizes = engine.layers[0].sizes
+
+    def make_room(tiers, tokens):
+        if tiers.host in refused:
+            raise ValueError(f"memory.host_gib: {tiers.host} cannot be locked")
+
+    def choose_tiers(asked):
+        return choose(replace(asked, profile="min"), Room(GIB, 99 * GIB), sizes, 2)
+
+    monkeypatch.setattr(engine, "choose_tiers", choose_tiers)
+    monkeypatch.setattr(engine, "make_room", make_room)
+    return run, refused
+
+
+@needs_triton
+def test_what_a_system_refuses_to_lock_lowers_the_tier_and_is_said(run_on_a_host, monkeypatch):
+    run, refused = run_on_a_host
+    refused.update(("all", "attention"))
+    monkeypatch.setattr(spending, "host_bytes_of", lambda *_: GIB)
+    before = len(run.header)
+    spending.spend_memory(run)
+    said = [" ".join(line.split()) for line in run.header[before:]]
+    assert run.tiers["host"] == "inputs"
+    assert said[0].startswith("memory 1 of 2 layers kept, inputs alone of the others on the host")
+    assert said[1:] == [
+        f"less on the host: memory.host_gib: {tier} cannot be locked"
+        for tier in ("all", "attention")
+    ]
+
+
+@needs_triton
+def test_a_number_that_the_system_does_not_lock_is_refused(run_on_a_host):
+    run, refused = run_on_a_host
+    refused.add("all")
+    memory = run.config.memory.model_copy(update={"host_gib": 1.0})
+    run.config = run.config.model_copy(update={"memory": memory})
+    with pytest.raises(ValueError, match=r"memory\.host_gib: all cannot be locked"):
+        spending.spend_memory(run)
