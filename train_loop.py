@@ -287,7 +287,7 @@ def train(run: Run) -> int:
             return run.refused(str(error))
     run.start()
     u, skipped = run.first_update, 0
-    while u <= run.plan.updates:
+    while u <= run.plan.updates and not run.ends_early:
         try:
             outcome = update_once(run, u)
         except RanOutOfMemory as error:
@@ -311,7 +311,7 @@ def train(run: Run) -> int:
         if run.checkpoint_is_due(u):
             run.save(u)
         u += 1
-    return run.finish()
+    return run.finish(u - 1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -226,6 +226,12 @@ class Config(Section):
                 "evaluate on: "
                 "set data.heldout to a split, a file or a fraction such as 0.1"
             )
+        if self.evaluation.patience is not None and self.evaluation.every_updates is None:
+            raise ValueError(
+                f"evaluation.patience = {self.evaluation.patience} counts evaluations, and there "
+                "are none during the run: set evaluation.every_updates, or leave "
+                "evaluation.patience out"
+            )
         if self.resume.run is None and (
             self.resume.at is not None or self.resume.without_windows or self.resume.reshape
         ):

@@ -135,6 +135,9 @@ class EvaluationConfig(Section):
     every_updates: int | None = Field(default=None, ge=1)
     """Updates between evaluations on held-out rows. None: only before the first update and after
     the last."""
+    patience: int | None = Field(default=None, ge=1)
+    """Evaluations in a row without a lower held-out loss after which the run ends. The best
+    checkpoint is its result. None: all updates."""
     generate_rows: int = Field(default=8, ge=0)
     """Held-out rows that are answered in an evaluation (greedy); 0: loss only."""
     max_new_tokens: int = Field(default=256, ge=1)

@@ -51,7 +51,8 @@ def evaluate_run(run: Run, update: int) -> None:
         )
         run.base_scores = record.scores if fresh else (run.base_scores or record.base)
         _tell(run, replace(record, base=run.base_scores))
-    if update in (0, run.plan.updates) and settings.samples:
+    ends = update in (0, run.plan.updates) or run.ends_early
+    if ends and settings.samples:
         if not answers and run.sample_examples:
             answers = answer_together(replica.plain_engine.hf, run.sample_examples, setup)
         for answer in answers[: settings.samples]:
@@ -60,6 +61,7 @@ def evaluate_run(run: Run, update: int) -> None:
 
 def _tell(run: Run, record: EvaluationRecord) -> None:
     run.heldout_nats = (record.update, record.loss_nats)
+    run.course = run.course.after(record.update, record.loss_nats)
     for observer in run.observers:
         observer.on_evaluation(record)
 
@@ -100,6 +102,7 @@ def publish_checkpoint(run: Run, update: int, rng_states: list[dict[str, Any]]) 
             **run.inspection.state(),
             "halvings": run.batches.halvings,
             "tiers": run.tiers,
+            "heldout": run.course.state(),
         },
     )
     run.sync_records()  # first: with a checkpoint, the records of its updates are on the disk

@@ -15,6 +15,7 @@ from glassloop.config import Config, as_dict
 from glassloop.data.batches import Batches
 from glassloop.formula.dist import all_or_none, gather_objects, require_same
 from glassloop.health.inspection import make_inspection
+from glassloop.health.patience import HeldOut, heldout_from
 from glassloop.loop.claim import release
 from glassloop.loop.conditions import (
     contract_of,
@@ -145,7 +146,7 @@ def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batch
         linear_shapes=target_shapes(hf, config.lora.targets),
         on_cuda=device.type == "cuda",
     )
-    contract = contract_of(batches, rows.digest, planned)
+    contract = contract_of(batches, rows.digest, planned, config.evaluation)
     shared = planned["devices"] == "shared"
     contract.check_facts(found_facts(start.accelerator, replica, shared=shared))
     return batches, contract
@@ -217,3 +218,6 @@ def resume(run: Run, start: Start, saved: RunState) -> None:
     run.batches = replace(run.batches, halvings=state.details.get("halvings", 0))
     run.tiers = state.details.get("tiers")
     run.best_heldout_nats = best_heldout(run.folder)
+    older = HeldOut(update=state.update)  # a checkpoint that does not have it
+    known = state.details.get("heldout")
+    run.course = older if known is None else heldout_from(known)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from glassloop.base.checks import check_token_ids, dtype_audit
-from glassloop.config import Config
+from glassloop.config import Config, EvaluationConfig
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset
 from glassloop.formula.dist import gather_objects
@@ -111,8 +111,15 @@ def found_facts(accelerator: Accelerator, replica: Replica, *, shared: bool) -> 
     }
 
 
-def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Contract:
+def contract_of(
+    batches: Batches,
+    rows_digest: str,
+    facts: dict[str, Any],
+    evaluation: EvaluationConfig,
+) -> Contract:
     """The run's contract, update by update."""
+    patience, every = evaluation.patience, evaluation.every_updates
+    early = None if patience is None else {"patience": patience, "every_updates": every or 0}
     windows = [batches.window(update) for update in range(1, batches.plan.updates + 1)]
     return Contract(
         step=batches.plan,
@@ -122,6 +129,7 @@ def contract_of(batches: Batches, rows_digest: str, facts: dict[str, Any]) -> Co
         rows_digest=rows_digest,
         facts=facts,
         pass_tokens=batches.pass_tokens if batches.layout == "packed" else None,
+        ends_early=early,
     )
 
 

@@ -9,7 +9,7 @@ from glassloop.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, summary
 from glassloop.loop.replica import Replica
-from glassloop.plan.outlook import overridden
+from glassloop.plan.outlook import early_end, overridden
 from glassloop.plan.steps import counted, describe
 from glassloop.plan.work import chooses_passes
 
@@ -39,7 +39,7 @@ def header(
         *(f"data      {line}" for line in summary(dataset, config.data)),
         f"asked     {asked}",
         f"          {windows}",
-        f"          {updates}{overridden(config)}",
+        f"          {updates}{overridden(config)}{early_end(config)}",
         *([f"engine    {auto}"] if auto else []),
         f"executed  {execution_of(config, batches, replica.device)}",
         *([f"          {LOST_IN_BF16}"] if lossy else []),

@@ -18,6 +18,7 @@ from glassloop.disk.lock import FolderLock
 from glassloop.formula.dist import gather_objects
 from glassloop.health.decision import Outcome
 from glassloop.health.inspection import Inspection
+from glassloop.health.patience import HeldOut
 from glassloop.loop.between import evaluate_run, publish_checkpoint
 from glassloop.loop.claim import release
 from glassloop.loop.commands import generate_command, launch_command, replay_command, replay_of
@@ -74,6 +75,7 @@ class Run:
     last_saved: int | None = None
     inspected: dict[str, Any] = field(init=False)  # the inspection before the update in progress
     heldout_nats: tuple[int, float] = (0, math.inf)  # (updates, newest held-out loss)
+    course: HeldOut = field(default_factory=HeldOut)  # of held-out loss; the same on every rank
     best_heldout_nats: float = math.inf  # of the checkpoints so far
     base_scores: dict[str, float | None] | None = None
 
@@ -113,6 +115,15 @@ class Run:
             self.save(done)  # again: it is the newest now, and knows what is left out
         if done == 0:
             self.evaluate(0)
+        elif self.heldout and self.course.update < done and self.evaluation_is_due(done):
+            self.evaluate(done)  # a stop came before it
+            if self.checkpoint_is_due(done):
+                self.save(done)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether held-out loss has not fallen for evaluation.patience evaluations."""
+        return self.course.exhausted(self.config.evaluation.patience)
 
     def evaluation_is_due(self, update: int) -> bool:
         every = self.config.evaluation.every_updates
@@ -275,13 +286,23 @@ class Run:
         self.event(self.first_update - 1, "failed", why)
         return 2
 
-    def finish(self) -> int:
-        """End after the last update.
+    def finish(self, update: int) -> int:
+        """End after `update`: the last, or the one at which evaluation.patience ran out.
 
         Exit code 0, or 1 if the final checkpoint could not be saved.
         """
-        saved = self.save(self.plan.updates)
-        self.event(self.plan.updates, "finished", f"run folder {self.folder}")
+        saved = self.save(update)
+        patience = self.config.evaluation.patience
+        if update < self.plan.updates and patience is not None:
+            self.event(
+                update,
+                "finished",
+                self.course.early_end(update, patience),
+                f"{self.resume_command} evaluation.patience=null",
+                early={"patience": patience, "best_update": self.course.best_update},
+            )
+        else:
+            self.event(update, "finished", f"run folder {self.folder}")
         if saved:
             ask = generate_command(self.folder, self.config.data.format)
             self.last_line = f"ask it: {ask}"

@@ -22,6 +22,7 @@ from glassloop.data.sources import Loaded, load_examples
 from glassloop.data.templates import Template, make_template
 from glassloop.disk.lock import FolderLock
 from glassloop.formula.dist import in_turn, one_first, require_same
+from glassloop.health.patience import HeldOut, heldout_from
 from glassloop.loop.changed import recorded_config
 from glassloop.loop.claim import claim
 from glassloop.loop.conditions import (
@@ -112,7 +113,20 @@ def past_of(config: Config) -> tuple[Config, Past]:
     config = config.model_copy(update={"run": recorded.run})
     if config.resume.reshape:
         config = reshaped(config, saved, ranks)
+    check_not_ended_early(config, saved)
     return config, Past(checkpoint, saved, recorded, plan, passed_over)
+
+
+def check_not_ended_early(config: Config, saved: RunState) -> None:
+    """Raise ValueError if evaluation.patience has run out already."""
+    patience, state = config.evaluation.patience, saved.details.get("heldout")
+    course = HeldOut() if state is None else heldout_from(state)
+    if patience is not None and course.exhausted(patience):
+        raise ValueError(
+            f"resume.run = {config.resume.run} {course.early_end(saved.update, patience)}. To "
+            f"train further, set evaluation.patience to more than {course.worse_in_a_row}, or to "
+            "null"
+        )
 
 
 def start_ranks(config: Config, stop: StopFlag | None) -> Start:

@@ -44,8 +44,9 @@ class Contract:
         str, Any
     ]  # what holds for the whole run, planned: "world size", "precision of autocast", ...
     pass_tokens: int | None = (
-        None  # most of a packed pass: a run that goes on packs as it began; None: literal
+        None  # most of a packed pass: a run that resumes packs as it began; None: literal
     )
+    ends_early: Mapping[str, int] | None = None  # evaluation.patience and .every_updates
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for plan.json."""
@@ -58,6 +59,7 @@ class Contract:
             "contract": dict(self.facts),
             "rows_digest": self.rows_digest,
             "pass_tokens": self.pass_tokens,
+            "ends_early": self.ends_early and dict(self.ends_early),
         }
         return {
             **self.step.as_dict(),

@@ -11,7 +11,7 @@ from typing import Any
 
 from glassloop.config import Config
 from glassloop.plan.engine import planned_engine
-from glassloop.plan.steps import StepPlan, make_plan
+from glassloop.plan.steps import StepPlan, counted, make_plan
 from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
@@ -96,6 +96,17 @@ def overridden(config: Config) -> str:
     if updates is None or epochs == 1:
         return ""
     return f" (schedule.updates overrides epochs = {epochs:g})"
+
+
+def early_end(config: Config) -> str:
+    """Name the condition under which the run ends before its last update; empty without one."""
+    patience, every = config.evaluation.patience, config.evaluation.every_updates
+    if patience is None:
+        return ""
+    return (
+        f", or fewer: it ends after {counted(patience, 'evaluation')} in a row, one every "
+        f"{counted(every or 0, 'update')}, without a lower held-out loss"
+    )
 
 
 def look_ahead(

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
-from glassloop.plan.outlook import Outlook, overridden
+from glassloop.plan.outlook import Outlook, early_end, overridden
 from glassloop.plan.render_cost import LABEL, base_lines, card_lines, memory_lines, time_lines
 from glassloop.plan.steps import StepPlan, counted
 from glassloop.plan.work import TokenCounts, chooses_passes
@@ -150,7 +150,11 @@ def _steps(outlook: Outlook) -> list[str]:
         ("executed", f"{how}; {config.execution.reduction} reduction, activations {activations}"),
         ("engine", outlook.engine),
         ("epoch", epoch_sentence(plan)),
-        ("run", f"{plan.updates} updates = {plan.epochs:.2f} epochs{overridden(config)}"),
+        (
+            "run",
+            f"{plan.updates} updates = {plan.epochs:.2f} epochs{overridden(config)}"
+            f"{early_end(config)}",
+        ),
         ("", seen),
     ]
     return [f"{name:<{LABEL}}{text}" for name, text in rows]

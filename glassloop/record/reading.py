@@ -94,6 +94,24 @@ class RunData:
         return end_of(self.events)
 
     @property
+    def ended_early(self) -> bool:
+        """Whether evaluation.patience ended the run before its last update."""
+        return self.end is not None and bool(self.end["details"].get("early"))
+
+    @property
+    def best_evaluation(self) -> Record | None:
+        """The evaluation with the lowest finite held-out loss after update 1, of equals the first.
+
+        None without one.
+        """
+        known = [
+            one
+            for one in self.evaluations
+            if one["update"] and math.isfinite(float(one["loss_nats"]))
+        ]
+        return min(known, key=lambda one: float(one["loss_nats"]), default=None)
+
+    @property
     def text(self) -> str:
         """record.text of the run."""
         return str(setting(self.config, "record.text", "ids"))

@@ -113,6 +113,7 @@ def _payload(run: RunData, text: bool) -> dict[str, Any]:
         ],
         "plan": _plan(run),
         "evaluations": [{name: one[name] for name in EVALUATION} for one in run.evaluations],
+        "best": None if run.best_evaluation is None else run.best_evaluation["update"],
         "events": [
             {name: event.get(name) for name in ("update", "kind", "message", "command")}
             for event in run.events

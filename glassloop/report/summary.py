@@ -59,6 +59,9 @@ def how_it_ended(run: RunData) -> Say:
             f"No end is on record: the run is still going, or it was broken off. {count}{again}.",
             done or None,
         )
+    if run.ended_early:
+        message = f"The run {end['message']}. {count}{again}."
+        return Say("ended", "good", message, end["update"] or None)
     if end["kind"] == "finished":
         return Say("ended", "good", f"The run finished: {count}{again}.")
     how = "was stopped on demand" if end["kind"] == "stopped" else "failed"

@@ -57,7 +57,11 @@ def state_of(cell: Cell, out: Path) -> CellState:
             "other", f"{name} = {theirs.get(name)}, and {ours.get(name)} is asked now", run
         )
     end = run.end["kind"] if run.end else None
-    if end == "finished" and run.updates and run.updates[-1]["update"] == run.planned_updates:
+    if (
+        end == "finished"
+        and run.updates
+        and (run.ended_early or run.updates[-1]["update"] == run.planned_updates)
+    ):
         return CellState("done", run=run)
     if end == "failed" and (bad := first_bad(run)) is not None:
         return CellState("diverged", f"update {bad} was not finite, or not applied", run)

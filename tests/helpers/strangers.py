@@ -88,7 +88,8 @@ def with_glassloop(folder: Path, model: str) -> tuple[Updates, Adapters]:
             row, supervised=tuple(t >= len(row) - labels for t in range(len(row)))
         )
     run.batches = replace(run.batches, rows=tuple(rows))
-    run.contract = contract_of(run.batches, run.contract.rows_digest, run.contract.facts)
+    old = run.contract
+    run.contract = contract_of(run.batches, old.rows_digest, old.facts, run.config.evaluation)
     problem = [
         {
             "input_ids": row.input_ids,

@@ -6,12 +6,14 @@ function drawFigures(run, parent) {
   const many = data.ranks > 1, none = "No value of this is on record.";
   const byRank = (name, width = 1.1) => (many ? ranks[name].map((values, r) => ({ name: `rank ${r}`, values: pad(values), colour: `--c${(r + 1) % 8}`, dash: DASHES[(r + 1) % DASHES.length], width })) : []);
   const heldout = run.x.map((update) => run.heldout.get(update) ?? null);
+  const best = heldout.map((value, i) => (run.x[i] === data.best ? value : null));
   figure({
     id: "loss", wide: true, height: 260, log: true, title: "Loss", unit: "nats per supervised token", marks: true,
     how: `Of the rows of each update, before its step.${many ? " A rank's loss is the mean of its own rows." : ""} Dashed lines begin an epoch: from there rows repeat, which lowers the loss without learning; held-out rows are never trained on. Above a figure: ▼ noticed, ■ not applied; a red ✕ is a value that is not finite.`,
     series: [
       { name: many ? "all ranks" : "training rows", values: pad(columns.loss), colour: "--c0", width: 2.2 }, ...byRank("loss"),
       { name: "held-out rows", values: heldout, colour: "--ink", dots: true, joined: true, dash: [2, 4] },
+      { name: "lowest of them, the run's result", values: best, colour: "--good", dots: true },
     ],
   }, parent);
   figure({

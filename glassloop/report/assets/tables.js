@@ -64,7 +64,7 @@ function evaluationTable(run, pick) {
   if (!evaluations.length) return absent("No row was held out: data.heldout says which ones are.");
   const base = evaluations[evaluations.length - 1].base, names = Object.keys(evaluations[evaluations.length - 1].scores).filter((name) => name !== "loss_nats" && evaluations.some((one) => one.scores[name] !== null));
   const cells = (scores) => names.map((name) => show(asNumber(scores[name])));
-  const lines = evaluations.map((one) => ({ update: one.update, pick: () => pick(one.update), cells: [one.update, show(asNumber(one.loss_nats)), one.rows, show(one.supervised_tokens), ...cells(one.scores), show(one.seconds)] }));
+  const lines = evaluations.map((one) => ({ update: one.update, pick: () => pick(one.update), cells: [one.update === run.data.best ? make("span", { class: "good" }, `${one.update} ★ best`) : one.update, show(asNumber(one.loss_nats)), one.rows, show(one.supervised_tokens), ...cells(one.scores), show(one.seconds)] }));
   if (base && evaluations[0].update !== 0) lines.unshift({ cells: ["base", show(asNumber(base.loss_nats)), "", "", ...cells(base), ""] });
   return table(["#after update", "#loss, nats/token", "#rows", "#supervised tokens", ...names.map((name) => `#${name.replaceAll("_", " ")}`), "#s"], lines);
 }
