@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from strange_folders import copied, read_everything, shown, spoil
 
 from glassloop.cli.__main__ import main
 from glassloop.config.arguments import ConfigError, parse
-from glassloop.disk.opening import NotPlain, read_plain, require_plain_entries
+from glassloop.disk.opening import NotPlain, open_plain, read_plain, require_plain_entries
 from glassloop.disk.publish import NotSaved, publish, read, sweep
 from glassloop.record.jsonl import KINDS, mend, read_records
 from glassloop.record.observers import JsonlObserver
@@ -136,6 +137,38 @@ def test_a_resumed_run_writes_through_no_link(folder: Path, name: str) -> None:
     with pytest.raises(NotPlain, match=f"{name} is a link"):
         JsonlObserver(folder, "ids")
     assert not (folder.parent / "not-there-yet").exists()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_that_has_another_name_elsewhere_is_read_but_not_written(
+    folder: Path, name: str
+) -> None:
+    outside = folder.parent / f"outside-{name}"
+    for path in map(folder.joinpath, KINDS):  # torn: a resume would mend each of them
+        with path.open("ab") as file:
+            file.write(b'{"torn')
+    os.link(folder / name, outside)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    read_run(folder)
+    with pytest.raises(NotPlain, match=f"{name} is a hard link: its bytes have 2 names") as refused:
+        JsonlObserver(folder, "ids")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    cure = str(refused.value).partition("bytes of its own: ")[2]
+    subprocess.run(cure, shell=True, check=True)
+    JsonlObserver(folder, "ids").close()
+    assert outside.read_bytes() == before[name]
+
+
+def test_a_file_of_two_names_is_not_emptied_on_its_way_to_the_refusal(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("theirs")
+    os.link(tmp_path / "log", tmp_path / "other")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with pytest.raises(NotPlain, match="log is a hard link"):
+        open_plain(tmp_path / "log", flags)
+    assert (tmp_path / "other").read_text() == "theirs"
+    (tmp_path / "other").unlink()
+    os.close(open_plain(tmp_path / "log", flags))
+    assert (tmp_path / "log").read_text() == ""
 
 
 def test_a_torn_line_of_a_link_is_not_mended(tmp_path: Path) -> None:
