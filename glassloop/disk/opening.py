@@ -27,7 +27,7 @@ CURE = "Remove it, or put a copy in its place"
 
 
 class NotPlain(ValueError):
-    """A link, FIFO or device has a file's name, or a file to write has several.
+    """A file's name leads to something else, or to shared bytes.
 
     It was neither read nor written.
     """

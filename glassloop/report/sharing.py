@@ -113,7 +113,9 @@ def without_text(run: RunData) -> RunData:
 
 
 def shared(found: Comparison) -> Comparison:
-    """Drop row ids, system prompts, folders and names of people from a comparison.
+    """Drop what is private from a comparison.
+
+    Row ids, system prompts, folders and names of people.
 
     That they differ stays known. Names are found as in `without_names`, in whole configs.
     """
