@@ -1,4 +1,4 @@
 """The frozen base: its source, quantised forms, drawn weights and checks.
 
-May import config, predict and disk.
+May import config, disk and predict.
 """

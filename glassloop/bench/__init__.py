@@ -1,4 +1,4 @@
 """Speed and cost of updates: arms in fresh processes, matrices, tables.
 
-May import verify, replay, report and what stands above them.
+May import verify, replay, report and above.
 """

@@ -32,9 +32,15 @@ def main(argv: list[str]) -> int:
         "--out",
         type=Path,
         metavar="FILE",
-        help="where the page goes (default: compare-A-B.html beside the first run)",
+        help="where to write the page (default: compare-A-B.html beside the first run; "
+        "compare-A-B-no-text.html with --no-text)",
     )
-    own.add_argument("--no-page", action="store_true", help="the terminal alone")
+    own.add_argument("--no-page", action="store_true", help="write no page")
+    own.add_argument(
+        "--no-text",
+        action="store_true",
+        help="to share: no row id, system prompt, folder or name of a user, on the page or here",
+    )
     given = own.parse_args(argv)
     if given.floor is not None and not 0 < given.floor < 1:
         raise ValueError(f"--floor {given.floor:g}: a relative difference between 0 and 1")
@@ -45,12 +51,14 @@ def main(argv: list[str]) -> int:
     from glassloop.report.compare_text import console, render
     from glassloop.report.comparing import compare
     from glassloop.report.page import page
+    from glassloop.report.sharing import shared
 
     found = compare([read_run(folder) for folder in given.runs], given.floor)
-    console().print(render(found))
+    console().print(render(shared(found) if given.no_text else found))
     if not given.no_page:
         names = "-".join(run.name for run in (found.runs[0], found.runs[-1]))
+        names += "-no-text" if given.no_text else ""
         out = given.out or given.runs[0].resolve().parent / f"compare-{names}.html"
-        write_text(out, page(comparison_payload(found)))
+        write_text(out, page(comparison_payload(found, text=not given.no_text)))
         print(f"\n{out}: open it in a browser; it needs no network")
     return 0

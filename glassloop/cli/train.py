@@ -1,4 +1,4 @@
-"""Train on a file or data set: a model and a source suffice."""
+"""Train on a file or data set: model and source suffice."""
 
 from __future__ import annotations
 

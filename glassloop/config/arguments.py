@@ -15,14 +15,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from glassloop.config.config import Config, as_dict
-from glassloop.config.data import items_of
 from glassloop.config.hardware import EXAMPLES, hardware_values
+from glassloop.config.layers import check_said_once, merge, nested
 from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
 from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.resumed import values_of_run
@@ -38,10 +38,6 @@ SHORTHANDS = {
     "--init_adapter": "--model.init_adapter",
 }
 HERE = "here"  # --hardware without a name
-EITHER = {  # section -> two fields that say one thing
-    "batch": ("accumulation", "rows_per_update"),
-    "schedule": ("updates", "epochs"),
-}
 
 
 def parse(
@@ -111,9 +107,9 @@ def parse(
     if hardware is not None:
         _merge_hardware(values, hardware, cards_here)
     if file is not None:
-        _merge(values, _read_yaml(Path(file)))
-    _check_said_once(given)
-    _merge(values, _nested(given))
+        merge(values, _read_yaml(Path(file)))
+    check_said_once(given)
+    merge(values, nested(given))
     config = from_values(values)
     _check_trust(config, given, f"{given['resume.run']}/config.yaml" if resumes else None, file)
     if print_config:
@@ -148,7 +144,7 @@ def _merge_hardware(
         name = cards_here()
     before = as_dict(from_values(values))
     try:
-        _merge(values, hardware_values(name))
+        merge(values, hardware_values(name))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -238,56 +234,6 @@ def _add_fields(
                 nargs="?" if flag else None,
                 const="true" if flag else None,
             )
-
-
-def _check_said_once(given: dict[str, str]) -> None:
-    """Raise ConfigError if the command line gives both updates and epochs."""
-    updates, epochs = (given.get(f"schedule.{name}") for name in EITHER["schedule"])
-    if updates not in (None, "null") and epochs is not None:
-        raise ConfigError(
-            f"schedule.updates = {updates} and schedule.epochs = {epochs} both say how long the "
-            "run is: keep one"
-        )
-
-
-def _nested(given: dict[str, str]) -> dict[str, Any]:
-    """Nest {"batch.size": "2"} as {"batch": {"size": "2"}}.
-
-    null is None, commas make a list.
-    """
-    values: dict[str, Any] = {}
-    for dotted, text in given.items():
-        *sections, last = dotted.split(".")
-        model: type[BaseModel] = Config
-        place = values
-        for section in sections:
-            model = cast(type[BaseModel], model.model_fields[section].annotation)
-            place = place.setdefault(section, {})
-        is_list = str(model.model_fields[last].annotation).startswith("tuple")
-        place[last] = items_of(text) if is_list else None if text == "null" else text
-    return values
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """Put a higher layer's values over a lower one's, in place.
-
-    Of two fields that say one thing, the one that the higher layer gives replaces both below. A
-    warmup that outlasts the higher layer's updates falls back to its share.
-    """
-    for section, pair in EITHER.items():
-        if any((above.get(section) or {}).get(name) is not None for name in pair):
-            for name in pair:
-                (below.get(section) or {}).pop(name, None)
-    upper, lower = above.get("schedule") or {}, below.get("schedule") or {}
-    updates, warmup = str(upper.get("updates")), str(lower.get("warmup_updates"))
-    both = updates.isdigit() and warmup.isdigit()
-    if both and "warmup_updates" not in upper and int(warmup) > int(updates):
-        del lower["warmup_updates"]
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _merge(below[key], value)
-        else:
-            below[key] = value
 
 
 class _Parser(argparse.ArgumentParser):

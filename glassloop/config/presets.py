@@ -36,12 +36,18 @@ def r1_8b_scam() -> dict[str, Any]:
 
 
 def r1_32b_scam() -> dict[str, Any]:
-    """The recipe on the 32B Qwen distill: layers stream to a card that is too small."""
+    """The recipe on the 32B Qwen distill.
+
+    Layers stream to a card that is too small.
+    """
     return {**r1_8b_scam(), **_larger("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")}
 
 
 def r1_70b_scam() -> dict[str, Any]:
-    """The recipe on the 70B Llama distill: layers stream to a card that is too small."""
+    """The recipe on the 70B Llama distill.
+
+    Layers stream to a card that is too small.
+    """
     return {**r1_8b_scam(), **_larger("deepseek-ai/DeepSeek-R1-Distill-Llama-70B")}
 
 

@@ -1,4 +1,4 @@
 """Files: opened as a stranger's, published whole, locks, secrets, the environment.
 
-No torch on top. Imports no other room.
+No torch on top. May import nothing of ours.
 """

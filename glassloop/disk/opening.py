@@ -1,14 +1,16 @@
 """Open files of a run's folder, plain ones alone.
 
 A run's folder may come from a stranger. A link in it would lead reads and writes elsewhere, a FIFO
-would wait for ever, a device has no end. So whatever lies inside of a run's folder is opened here.
-The folder itself may be reached through a link: its path is the user's own word.
+would wait for ever, a device has no end. A hard link shares its bytes with a file elsewhere, so it
+is read but never written. Whatever lies inside of a run's folder is opened here. The folder itself
+may be reached through a link: its path is the user's own word.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ CURE = "Remove it, or put a copy in its place"
 
 
 class NotPlain(ValueError):
-    """A link, FIFO or device has a file's name.
+    """A file's name leads to something else, or to shared bytes.
 
     It was neither read nor written.
     """
@@ -35,19 +37,31 @@ def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a plain file and return its descriptor.
 
     Raises:
-        NotPlain: there is something else under that name; a folder counts as something else.
-        OSError: as os.open; FileNotFoundError where there is nothing.
+        NotPlain: something else has that name, such as a folder; or the file is to be written and
+            has another name too.
+        OSError: as os.open; FileNotFoundError if there is nothing.
     """
+    safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        file = os.open(path, flags & ~os.O_TRUNC | safe, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise _not_plain(path, os.lstat(path).st_mode, "a plain file") from None
         raise
-    mode = os.fstat(file).st_mode
-    if not stat.S_ISREG(mode):
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode):
         os.close(file)
-        raise _not_plain(path, mode, "a plain file")
+        raise _not_plain(path, found.st_mode, "a plain file")
+    if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+        os.close(file)
+        here, copy = shlex.quote(str(path)), shlex.quote(f"{path}.own")
+        raise NotPlain(
+            f"{path} is a hard link: its bytes have {found.st_nlink} names, and a write would "
+            f"change them under each. It was not written. Give it bytes of its own: "
+            f"cp {here} {copy} && mv {copy} {here}"
+        )
+    if flags & os.O_TRUNC:  # only now: the others under its names keep their bytes
+        os.ftruncate(file, 0)
     return file
 
 

@@ -1,4 +1,4 @@
 """Checks of a machine, and what known error messages mean.
 
-May import engines and what stands above it.
+May import engines and above.
 """

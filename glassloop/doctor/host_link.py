@@ -1,4 +1,6 @@
-"""Test of a base that streams: are pages locked, and how fast does a card read them.
+"""Test of a base that streams.
+
+It says whether pages are locked, and how fast a card reads them.
 
 `try_link` starts its process as `python -m glassloop.doctor.host_link FOLDER`, because a machine
 that refuses may leave a CUDA context that is of no more use.
@@ -38,7 +40,10 @@ class Link:
 
 
 def try_link(folder: Path, *, limit_s: float = LIMIT_S) -> Link:
-    """Lock a file's pages in `folder` and time copies to card 0, in a process with a deadline."""
+    """Lock a file's pages in `folder` and time copies to card 0.
+
+    A process with a deadline does it.
+    """
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
     command = [sys.executable, "-m", "glassloop.doctor.host_link", str(folder)]
@@ -88,7 +93,10 @@ def measure(folder: Path) -> Link:
 
 
 def gbs(pages: object, *, back: bool) -> float:
-    """1e9 bytes/s of copies of locked pages to the card, with copies back beside them or not."""
+    """1e9 bytes/s of copies of locked pages to the card.
+
+    With copies back beside them or not.
+    """
     import torch
 
     assert isinstance(pages, torch.Tensor)

@@ -125,7 +125,9 @@ def _load(
     spare_bytes: int | None,
     shared: dict[str, Any],
 ) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
-    """Load the base; for fused, or within `spare_bytes`, over a file of layers.
+    """Load the base.
+
+    For fused, or within `spare_bytes`, over a file of layers.
 
     If its weights have that form.
     """

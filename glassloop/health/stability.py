@@ -1,13 +1,11 @@
 """Detectors: compare an update with the ones before, before the optimizer moves.
 
-Plain float arithmetic, so that all ranks decide alike.
-
-Spikes are judged on logarithms, against a line through the last `window_updates` sound whole
-windows, with Student's t for a new value (so the size of the window counts), and only from
-LEAST_ENTRIES on and after warmup. A tail of few rows may scatter more, and its norm lie higher, by
-sqrt(rows_per_update / rows). What the defaults did, measured by benchmarks/detectors.py (results
-beside it): 48 clean runs of 60 updates of a tiny Llama, 2,640 updates after warmup, 576 tails, 16
-rows a window; then faults planted into their numbers.
+Plain float arithmetic, so that all ranks decide alike. Spikes are judged on logarithms, against a
+line through the last `window_updates` sound whole windows, with Student's t for a new value (so the
+size of the window counts), and only from LEAST_ENTRIES on and after warmup. A tail of few rows may
+scatter more, and its norm lie higher, by sqrt(rows_per_update / rows). What the defaults did,
+measured by benchmarks/detectors.py: 48 clean runs of 60 updates of a tiny Llama, 2,640 updates
+after warmup, 576 tails, 16 rows a window; then faults planted into their numbers.
 
     finding             false alarms  found when; how often planted faults were seen
     norm_spike          0             at least 2 x the forecast, chance < 1e-5
@@ -27,10 +25,9 @@ rows a window; then faults planted into their numbers.
 That one run fell too little to tell from flat: losses scatter by 8 % there, and runs like it fall
 by less than 2 % over 40 updates. On drawn series with normal scatter up to 20 % the spike
 detectors raised 2 false alarms in 198,000 updates; with heavy tails (Student's t, 4 degrees) 163,
-about 1 in 1,200: `on_spike` = warn is the default for
-that reason. Of 150 drawn series of 200 updates none was told to have diverged where losses scatter
-by 20 % and never fall, 7 where they scatter by 30 %. A lightest row at x50 is seen in 83 %, since
-it weighs little in the mean.
+about 1 in 1,200: so `on_spike` = warn is the default. Of 150 drawn series of 200 updates whose
+losses never fall, none was reported as diverged at a scatter of 20 %, and 7 at 30 %. The lightest
+row at x50 is seen in 83 %: it weighs little in the mean.
 """
 
 from __future__ import annotations

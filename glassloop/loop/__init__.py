@@ -1,4 +1,4 @@
 """One run: launch, build, replica, memory, evaluation, watchdog, ways to end.
 
-May import all rooms above it but report.
+May import all above but report.
 """

@@ -1,8 +1,6 @@
 """Noise scale, probe and capsule of an update.
 
 Nothing here changes a weight or a gradient.
-
-Nothing here changes a weight or a gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +18,8 @@ from glassloop.health.probes import Before, read_after, read_before
 from glassloop.loop.commands import replay_command
 from glassloop.loop.run import Run
 from glassloop.record.records import ProbeRecord
-from glassloop.saved.capsule import CapsuleNotSaved, facts_of, save_capsule
+from glassloop.saved.capsule import CapsuleNotSaved, save_capsule, versions
+from glassloop.saved.capsule_facts import CapsuleFacts, Expected
 
 
 @dataclass(frozen=True)
@@ -84,24 +83,7 @@ def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -
     if replica.rank != 0:
         return
     record = run.config.record
-    facts = facts_of(
-        window=window,
-        batches=run.batches,
-        gate=gate,
-        why=why,
-        attempt=run.attempt,
-        lr=terms.lr,
-        n=terms.n,
-        norm=terms.norm,
-        scale=terms.scale,
-        finite_updates=replica.before.finite_updates,
-        max_norm=run.config.optimizer.max_grad_norm,
-        explicit=terms.explicit,
-        pad_id=replica.pad_id,
-        base_hash=replica.plain_engine.report.base_hash,
-        config=as_dict(run.config),
-        device=replica.device,
-    )
+    facts = facts_of(run, window, gate, why, terms)
     if run.lock is not None:
         run.lock.check()  # it would make the folder again under its old name
     try:
@@ -123,3 +105,35 @@ def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -
         run.event(window.update, "capsule", message, replay_command(run.folder, window.update))
     if saved.note is not None:
         run.event(window.update, "warning", saved.note)
+
+
+def facts_of(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -> CapsuleFacts:
+    """The facts of an update, from the numbers that it used."""
+    replica, reports = run.replica, gate.reports
+    norms = tuple(report.grad_norm / terms.scale for report in reports)
+    return CapsuleFacts(
+        update=window.update,
+        epoch=window.epoch,
+        attempt=run.attempt,
+        why=why,
+        world_size=len(reports),
+        lr=terms.lr,
+        supervised_tokens=terms.n,
+        loss_scale=terms.scale,
+        finite_updates=replica.before.finite_updates,
+        max_grad_norm=run.config.optimizer.max_grad_norm,
+        packed=window.packed,
+        pad_id=replica.pad_id,
+        base_hash=replica.plain_engine.report.base_hash,
+        config=as_dict(run.config),
+        versions=versions(replica.device),
+        passes=window.passes,
+        rows={row: run.batches.rows[row] for row in window.rows},
+        expected=Expected(
+            loss_nats=gate.loss_sum / terms.n if terms.n else None,
+            grad_norm_pre_clip=terms.norm if terms.n else None,
+            rank_loss_sums=tuple(report.loss_sum for report in reports),
+            rank_grad_norms=norms if terms.explicit and terms.n else None,
+            row_loss_sums=tuple(report.row_loss_sums for report in reports),
+        ),
+    )

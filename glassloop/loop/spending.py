@@ -160,7 +160,9 @@ def use_tiers(run: Run, tiers: Tiers) -> None:
 
 
 def fewer_kept(run: Run, update: int, why: str) -> bool:
-    """Hold no weights, keep fewer layers, or stream the base, after a lack of memory.
+    """Need less GPU memory after a lack of it.
+
+    Hold no weights, keep fewer layers, or stream the base.
 
     Returns False if the least is done, or nothing can be chosen.
     """

@@ -114,7 +114,7 @@ def _judgement(one: Verdict, outlook: Outlook) -> str:
 
 
 def base_lines(outlook: Outlook) -> list[str]:
-    """Cards to which layers of the base stream; empty where all of them stay on the card."""
+    """Cards that layers stream to; empty if all stay on the card."""
     shapes, work, config = outlook.shapes, outlook.work, outlook.config
     streaming = [one for one in outlook.verdicts if one.fits and one.streamed]
     if not streaming or shapes is None or work is None:

@@ -1,4 +1,4 @@
 """Bytes, FLOPs and seconds from shapes alone. No torch.
 
-Imports no other room.
+May import nothing of ours.
 """

@@ -247,7 +247,7 @@ def fused_pass_time(
 def hidden_tokens(
     shapes: Shapes, card: str, *, row_tokens: float, streamed: int, r: int, targets: Sequence[str]
 ) -> int | None:
-    """Tokens of a pass from which `streamed` layers arrive before they are needed.
+    """Least tokens of a pass for which `streamed` layers arrive in time.
 
     A multiple of 64. None for a card without rates.
     """

@@ -59,7 +59,7 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
 
 
 def base_of(shapes: Shapes, work: Work) -> Base | None:
-    """The 4-bit layers that may stream; None for a base in 16 or 32 bits."""
+    """The 4-bit layers that may stream; None for other bases."""
     if work.quantization != "nf4":
         return None
     return Base(work.base, layer_bytes(shapes, work))
@@ -99,7 +99,7 @@ def resident_bytes(shapes: Shapes, work: Work) -> int:
 
 
 def chosen_pass(shapes: Shapes, work: Work, budget_bytes: int) -> int:
-    """Tokens of the packed passes that a run chooses; 0: no more than its longest row."""
+    """Tokens of a run's packed passes; 0: its longest row."""
     found = pass_tokens_of(shapes, work, budget_bytes)
     return found or streaming_pass(shapes, work, budget_bytes)
 
@@ -122,7 +122,7 @@ def pass_tokens_of(shapes: Shapes, work: Work, budget_bytes: int) -> int:
 
 
 def streaming_pass(shapes: Shapes, work: Work, budget_bytes: int) -> int:
-    """Tokens of a packed pass that is long enough to hide the copies of streamed layers.
+    """Tokens of a packed pass that hides the copies of layers.
 
     0 where no layer has to stream, or no such pass fits.
     """

@@ -21,6 +21,7 @@ from glassloop.disk.publish import make, named, sync
 from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
+    KINDS,
     METRICS,
     PROBES,
     ROWS,
@@ -112,9 +113,13 @@ class JsonlObserver:
         self._folder = Path(folder)
         with named(self._folder, CURE):
             make(self._folder)
-        for name in (METRICS, ROWS, PROBES, EVENTS, EVALUATIONS, SAMPLES):
-            with named(self._folder / name, CURE):
-                mend(self._folder / name)
+        every = [self._folder / name for name in KINDS]
+        for path in every:  # all of them, before the first is written
+            with named(path, CURE), contextlib.suppress(FileNotFoundError):
+                os.close(open_plain(path, os.O_WRONLY))
+        for path in every:
+            with named(path, CURE):
+                mend(path)
         self._attempts = _attempts(self._folder, (METRICS, ROWS))
         self._evaluation_attempts = _attempts(self._folder, (EVALUATIONS,))
         names = [METRICS, PROBES, EVENTS, EVALUATIONS] + ([] if text == "none" else [ROWS, SAMPLES])

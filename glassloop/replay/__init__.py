@@ -2,5 +2,5 @@
 
 Whether it reproduces, what stands out, what changes it.
 
-May import train_loop and what stands above it.
+May import train_loop and above.
 """

@@ -6,10 +6,12 @@ import time
 from typing import Any
 
 import glassloop
+from glassloop.disk.secrets import without_secrets
 from glassloop.record.reading import RunData, number, setting
 from glassloop.report.columns import column
 from glassloop.report.compare_text import parting_lines, tokens_per_s
 from glassloop.report.comparing import Comparison
+from glassloop.report.sharing import PACKED, shared
 
 CURVES = {
     "loss": "loss_nats",
@@ -20,11 +22,18 @@ CURVES = {
 }
 
 
-def comparison_payload(found: Comparison) -> dict[str, Any]:
+def comparison_payload(found: Comparison, *, text: bool = True) -> dict[str, Any]:
     """Return the page's data.
 
     It holds no text of a row, but ids if two runs were given different rows.
+
+    Args:
+        text: False leaves out row ids, system prompts, folders and names of people, for sharing.
     """
+    return without_secrets(_payload(found if text else shared(found)), leave=PACKED)
+
+
+def _payload(found: Comparison) -> dict[str, Any]:
     runs = [
         {
             "name": run.name,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from glassloop.disk.secrets import without_secrets
 from glassloop.record.reading import RunData, flat, number, setting
 from glassloop.report.partings import Parting, first_partings, relative_difference
 from glassloop.report.verdict import Side, verdict_of
@@ -109,14 +110,16 @@ def sides_of(runs: Sequence[RunData]) -> list[Side]:
 def differences(runs: Sequence[RunData]) -> list[tuple[str, tuple[Any, ...]]]:
     """List fields of config, plan and environment that differ.
 
-    None stands for a field that a run does not have.
+    None stands for a field that a run does not have. Secrets are hidden.
     """
     found = []
     tables = [_everything(run) for run in runs]
     for name in dict.fromkeys(name for table in tables for name in table):
         values = tuple(table.get(name) for table in tables)
         if name not in OF_THE_RUN and any(value != values[0] for value in values):
-            found.append((name, values))
+            last = name.rpartition(".")[2]
+            shown = tuple(without_secrets({last: value})[last] for value in values)
+            found.append((name, shown))
     return found
 
 

@@ -12,8 +12,11 @@ from typing import Any
 from glassloop.record.observers import under_policy
 from glassloop.record.reading import Record, RunData, setting
 from glassloop.record.records import Event
+from glassloop.report.comparing import Comparison
 
 PACKED = frozenset({"f32", "u8", "u16", "u32", "codes"})  # keys of numbers as base64
+TEXTS = ("data.system",)  # fields of a config that hold text for the model
+LEFT_OUT = "(left out)"
 NOBODY = {"root", "user", "users", "home", "shared", "public", "ubuntu", "runner", "nobody"}
 A_HOME = re.compile(r"[/\\](?:home|Users)[/\\]+([^/\\\s'\":,;]+)")
 ABSOLUTE = re.compile(
@@ -92,7 +95,7 @@ def without_text(run: RunData) -> RunData:
         row.pop("text", None)
     config = run.config
     if config and setting(config, "data.system"):
-        config = {**config, "data": {**config["data"], "system": "(left out)"}}
+        config = {**config, "data": {**config["data"], "system": LEFT_OUT}}
     env = (
         {name: value for name, value in run.env.items() if name != "command"}
         if run.env
@@ -107,6 +110,52 @@ def without_text(run: RunData) -> RunData:
         config=config,
         env=env,
     )
+
+
+def shared(found: Comparison) -> Comparison:
+    """Drop what is private from a comparison.
+
+    Row ids, system prompts, folders and names of people.
+
+    That they differ stays known. Names are found as in `without_names`, in whole configs.
+    """
+    found = _without_rows(found)
+    said = {
+        "runs": {id(run): run.name for run in found.runs},
+        "values": [list(values) for _, values in found.differences],
+        "floor": found.floor_from,
+        "whys": [pair.why for pair in found.pairs],
+    }
+    seen = [(run.config, run.env, str(run.folder.resolve())) for run in found.runs]
+    clean = without_names({**said, "seen": seen})
+    runs = {id(run): replace(run, folder=Path(clean["runs"][id(run)])) for run in found.runs}
+    names = [name for name, _ in found.differences]
+    return replace(
+        found,
+        sides=tuple(
+            replace(side, runs=tuple(runs[id(run)] for run in side.runs)) for side in found.sides
+        ),
+        differences=tuple(zip(names, map(tuple, clean["values"]), strict=True)),
+        floor_from=clean["floor"],
+        pairs=tuple(
+            replace(pair, a=runs[id(pair.a)], b=runs[id(pair.b)], why=why)
+            for pair, why in zip(found.pairs, clean["whys"], strict=True)
+        ),
+    )
+
+
+def _without_rows(found: Comparison) -> Comparison:
+    differences = [
+        (name, tuple(LEFT_OUT if value else value for value in values) if name in TEXTS else values)
+        for name, values in found.differences
+    ]
+    pairs = [
+        replace(pair, went_in=replace(pair.went_in, a=LEFT_OUT, b=LEFT_OUT))
+        if pair.went_in is not None and pair.went_in.quantity == "rows"
+        else pair
+        for pair in found.pairs
+    ]
+    return replace(found, differences=tuple(differences), pairs=tuple(pairs))
 
 
 def _last_part(found: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
 """The parts of a run that survive a process.
 
-May import formula, data, disk and plan.
+May import config, data, disk, formula and plan.
 """

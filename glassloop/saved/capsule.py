@@ -28,11 +28,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from glassloop.data.batches import Batches, Window
 from glassloop.disk import publish as folders
 from glassloop.disk.environment import PACKAGES, package_version
 from glassloop.disk.publish import NotSaved as CapsuleNotSaved
-from glassloop.formula.dist import Gate
 from glassloop.formula.optim import FlatAdapters
 from glassloop.saved import state as snapshots
 from glassloop.saved.capsule_facts import (
@@ -48,7 +46,6 @@ from glassloop.saved.state import adapter_matrices, flat_from
 
 __all__ = ["Capsule", "CapsuleFacts", "CapsuleNotSaved", "CapsuleSaved", "Expected"]
 __all__ += [
-    "facts_of",
     "find_capsules",
     "read_capsule",
     "read_facts",
@@ -85,64 +82,6 @@ class CapsuleSaved:
     path: Path | None
     removed: tuple[Path, ...] = ()
     note: str | None = None
-
-
-def facts_of(
-    *,
-    window: Window,
-    batches: Batches,
-    gate: Gate,
-    why: str,
-    attempt: int,
-    lr: float,
-    n: int,
-    norm: float,
-    scale: float,
-    finite_updates: int,
-    max_norm: float | None,
-    explicit: bool,
-    pad_id: int,
-    base_hash: str,
-    config: dict[str, Any],
-    device: torch.device,
-) -> CapsuleFacts:
-    """The facts of an update, from the numbers that it used.
-
-    Arguments are named as in health.decision.
-
-    Args:
-        scale, finite_updates: of fp16's loss scale, as they were before this update. config:
-            as_dict(config).
-    """
-    reports = gate.reports
-    return CapsuleFacts(
-        update=window.update,
-        epoch=window.epoch,
-        attempt=attempt,
-        why=why,
-        world_size=len(reports),
-        lr=lr,
-        supervised_tokens=n,
-        loss_scale=scale,
-        finite_updates=finite_updates,
-        max_grad_norm=max_norm,
-        packed=window.packed,
-        pad_id=pad_id,
-        base_hash=base_hash,
-        config=config,
-        versions=versions(device),
-        passes=window.passes,
-        rows={row: batches.rows[row] for row in window.rows},
-        expected=Expected(
-            loss_nats=gate.loss_sum / n if n else None,
-            grad_norm_pre_clip=norm if n else None,
-            rank_loss_sums=tuple(report.loss_sum for report in reports),
-            rank_grad_norms=tuple(report.grad_norm / scale for report in reports)
-            if explicit and n
-            else None,
-            row_loss_sums=tuple(report.row_loss_sums for report in reports),
-        ),
-    )
 
 
 def versions(device: torch.device) -> dict[str, str]:

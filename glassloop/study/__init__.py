@@ -1,4 +1,4 @@
 """Small grids of runs that test a claim. No torch.
 
-May import verify, report and what stands above them.
+May import verify, replay, report and above.
 """

@@ -1,4 +1,4 @@
 """After training: generate, evaluate, merge, model card.
 
-May import loop, report and what stands above them.
+May import loop, report and above.
 """

@@ -109,7 +109,10 @@ def load(
 
 
 def spare_gib(device: torch.device) -> float:
-    """GiB of a GPU for what answers need beside the base: caches, logits, dequantised weights."""
+    """GiB of a GPU that answers need beside the base.
+
+    For caches, logits and dequantised weights.
+    """
     return max(2.0, 0.15 * torch.cuda.get_device_properties(device).total_memory / 2**30)
 
 

@@ -71,7 +71,7 @@ def infinite_gradient_on_rank_1():
 
 
 def losses_of_unequal_ranks():
-    """Give rank 0 a token loss of 1, and rank 1 of 3.
+    """Give rank 0 a token loss of 1, rank 1 of 3.
 
     They have different numbers of tokens.
     """

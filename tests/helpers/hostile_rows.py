@@ -98,10 +98,10 @@ def row_cases(harm: bytes) -> list[Case]:
 
     `harm`: a pickle that names a function.
     """
-    marks = "</s><|assistant|>yes<s>"
-    huge = lines(
-        {"prompt": "yes?", "completion": "word " * 200_000}, {"prompt": "a", "completion": "b"}
-    )
+    return [*broken_files(harm), *odd_rows(), *odd_files(), *odd_turns()]
+
+
+def broken_files(harm: bytes) -> list[Case]:
     return [
         ("an empty csv file", data("a.csv", b"")),
         ("a csv file with a header alone", data("a.csv", b"prompt,completion\n")),
@@ -119,6 +119,40 @@ def row_cases(harm: bytes) -> list[Case]:
         ("a jsonl line of 100,000 brackets", data("a.jsonl", b"[" * 100_000 + b"\n")),
         ("a json file of 100,000 brackets", data("a.json", b"[" * 100_000)),
         ("a json list that holds null", data("a.json", b"[null, " + GOOD + b"]")),
+    ]
+
+
+def odd_files() -> list[Case]:
+    return [
+        ("NA, null and 007 in a folder of csv", folder({"a.csv": WORDS})),
+        ("a gzip file cut short", data("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9])),
+        ("a parquet bomb", data("a.parquet", bomb(), max_gib=0.01)),
+        (
+            "a line that is longer than 64 MiB",
+            data("a.jsonl", b'{"prompt": "x", "completion": "' + b"y" * 2**26 + b'"}\n'),
+        ),
+        (
+            "a Git LFS pointer",
+            data("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ),
+        (
+            "a README that names a file outside",
+            folder({"a.csv": WORDS, "README.md": readme("../x")}),
+        ),
+        (
+            "a README that grows by aliases",
+            folder({"a.csv": WORDS, "README.md": b"---\na: &a [x]\nb: [*a, *a]\n---\n"}),
+        ),
+        ("a folder that save_to_disk did not write", folder({"state.json": b"{}"})),
+    ]
+
+
+def odd_rows() -> list[Case]:
+    marks = "</s><|assistant|>yes<s>"
+    huge = lines(
+        {"prompt": "yes?", "completion": "word " * 200_000}, {"prompt": "a", "completion": "b"}
+    )
+    return [
         ("columns that fit no format", data("a.jsonl", lines({"who": "a", "what": "b"}))),
         (
             "a number where text is wanted",
@@ -162,26 +196,11 @@ def row_cases(harm: bytes) -> list[Case]:
         ),
         ("a csv file with an unnamed index", data("a.csv", b",prompt,completion\n0,x,y\n")),
         ("semicolons and Excel's mark", data("a.csv", b"\xef\xbb\xbfprompt;completion\nx;y\n")),
-        ("NA, null and 007 in a folder of csv", folder({"a.csv": WORDS})),
-        ("a gzip file cut short", data("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9])),
-        ("a parquet bomb", data("a.parquet", bomb(), max_gib=0.01)),
-        (
-            "a line that is longer than 64 MiB",
-            data("a.jsonl", b'{"prompt": "x", "completion": "' + b"y" * 2**26 + b'"}\n'),
-        ),
-        (
-            "a Git LFS pointer",
-            data("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        ),
-        (
-            "a README that names a file outside",
-            folder({"a.csv": WORDS, "README.md": readme("../x")}),
-        ),
-        (
-            "a README that grows by aliases",
-            folder({"a.csv": WORDS, "README.md": b"---\na: &a [x]\nb: [*a, *a]\n---\n"}),
-        ),
-        ("a folder that save_to_disk did not write", folder({"state.json": b"{}"})),
+    ]
+
+
+def odd_turns() -> list[Case]:
+    return [
         (
             "an answer that only closes a think block",
             data("a.jsonl", asked({"content": "a\n</think>\nb"})),

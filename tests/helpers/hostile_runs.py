@@ -67,6 +67,16 @@ def link(name: str, to: str = "") -> Change:
     return change
 
 
+def hard_link(name: str) -> Change:
+    def change(folder: Path) -> None:
+        outside = folder.parent / "elsewhere"
+        shutil.rmtree(outside, ignore_errors=True)
+        outside.mkdir()
+        os.link(folder / name, outside / name)
+
+    return change
+
+
 def fifo(name: str) -> Change:
     def change(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -94,6 +104,8 @@ def cases() -> list[tuple[str, Callable[[Any], str]]]:
     return [
         ("a link in place of metrics.jsonl, report", gets(report, link("metrics.jsonl"))),
         ("a link in place of events.jsonl, --resume", gets(resume, link("events.jsonl"))),
+        ("events.jsonl is a hard link, --resume", gets(resume, hard_link("events.jsonl"))),
+        ("events.jsonl is a hard link, report", gets(report, hard_link("events.jsonl"))),
         ("a link in place of config.yaml, --resume", gets(resume, link("config.yaml"))),
         ("a link in place of checkpoints/, --resume", gets(resume, link("checkpoints"))),
         (

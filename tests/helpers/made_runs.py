@@ -147,22 +147,22 @@ def write_run(
     faults: bool = True,
     end: str | None = "finished",
     rows: int = 60,
-    offset: float = 0.0,
-    from_update: int = 1,
+    raised: tuple[int, float] = (1, 0.0),
 ) -> Path:
     """Write a run's folder.
 
     Args:
-        offset: added to the loss of updates from `from_update` on, in nats.
+        raised: (update, nats): what is added to losses from that update on.
         faults: plant SPIKE, BROKEN and REDONE.
     """
     folder.mkdir(parents=True)
     drawn = random.Random(seed)
     records = [update_record(u, updates, ranks, drawn=drawn, lr=lr) for u in range(1, updates + 1)]
+    first, offset = raised
     if offset:
         records = [
             dataclasses.replace(r, loss_nats=r.loss_nats + offset)
-            if r.update >= from_update and r.loss_nats
+            if r.update >= first and r.loss_nats
             else r
             for r in records
         ]

@@ -71,8 +71,7 @@ def cell(words: list[str]) -> int:
         seed=seed,
         faults=r == 66,
         end=None,
-        offset=offset,
-        from_update=99,
+        raised=(99, offset),
     )
     write_text(made / "config.yaml", to_yaml(from_values(config.model_dump(mode="json"))))
     (made / "checkpoints" / "update_000008").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A finished run of a tiny model, and ways to spoil a copy."""
+"""A finished run of a tiny model, and spoilt copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of a base from its file of layers, one at a time.
+"""Tensors of a base, one at a time, from its layers' file.
 
 A 70B in NF4 is merged without ever being whole in memory.
 """
@@ -20,7 +20,10 @@ from glassloop.plan.support import GROUPS
 
 
 class Member(NamedTuple):
-    """A linear weight's place: layer, group, member of it, and its first weight there."""
+    """A linear weight's place in the file.
+
+    Layer, group, member of it, and its first weight there.
+    """
 
     layer: int
     group: str

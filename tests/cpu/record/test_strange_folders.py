@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from strange_folders import copied, read_everything, shown, spoil
 
 from glassloop.cli.__main__ import main
 from glassloop.config.arguments import ConfigError, parse
-from glassloop.disk.opening import NotPlain, read_plain, require_plain_entries
+from glassloop.disk.opening import NotPlain, require_plain_entries
 from glassloop.disk.publish import NotSaved, publish, read, sweep
 from glassloop.record.jsonl import KINDS, mend, read_records
 from glassloop.record.observers import JsonlObserver
@@ -138,6 +139,30 @@ def test_a_resumed_run_writes_through_no_link(folder: Path, name: str) -> None:
     assert not (folder.parent / "not-there-yet").exists()
 
 
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_that_has_another_name_elsewhere_is_read_but_not_written(
+    folder: Path, name: str
+) -> None:
+    outside = folder.parent / f"outside-{name}"
+    for path in map(folder.joinpath, KINDS):  # torn: a resume would mend each of them
+        with path.open("ab") as file:
+            file.write(b'{"torn')
+    os.link(folder / name, outside)
+    before = bytes_of(folder)
+    read_run(folder)
+    with pytest.raises(NotPlain, match=f"{name} is a hard link: its bytes have 2 names") as refused:
+        JsonlObserver(folder, "ids")
+    assert bytes_of(folder) == before
+    cure = str(refused.value).partition("bytes of its own: ")[2]
+    subprocess.run(cure, shell=True, check=True)
+    JsonlObserver(folder, "ids").close()
+    assert outside.read_bytes() == before[name]
+
+
 def test_a_torn_line_of_a_link_is_not_mended(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b'{"a": 1}\n{"b')
@@ -208,13 +233,6 @@ def test_resume_reads_no_config_through_a_link(folder: Path) -> None:
         parse(["--resume", str(folder)])
 
 
-def test_a_file_larger_than_asked_for_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"12345")
-    assert read_plain(tmp_path / "a", 5) == b"12345"
-    with pytest.raises(ValueError, match="has 5 bytes, and a file of its kind has 4 at most"):
-        read_plain(tmp_path / "a", 4)
-
-
 # Records that are damaged.
 
 
@@ -280,13 +298,9 @@ def test_any_value_anywhere_is_read_or_refused_with_its_file(whole: Path, other:
 
 def test_an_alias_bomb_in_a_recorded_config_is_refused(folder: Path, other: Path) -> None:
     (folder / "config.yaml").write_text(BOMB)
-    with pytest.raises(
-        ValueError, match=r"config\.yaml: not readable YAML \(its aliases stand for"
-    ):
+    told = r"config\.yaml: not readable YAML \(its aliases stand for"
+    with pytest.raises(ValueError, match=told):
         read_everything(folder, other)
-
-
-# Terminals.
 
 
 def test_no_text_of_a_file_is_obeyed_by_a_terminal(

@@ -84,7 +84,7 @@ def test_a_fault_is_found_where_it_was_planted(tmp_path: Path) -> None:
 
 
 def test_one_seed_a_side_is_not_resolved(tmp_path: Path) -> None:
-    found = compare([made(tmp_path / "a"), made(tmp_path / "b", lr=4e-4, offset=5.0)])
+    found = compare([made(tmp_path / "a"), made(tmp_path / "b", lr=4e-4, raised=(1, 5.0))])
     assert [side.label for side in found.sides] == ["A", "B"]
     assert ("optimizer.lr", (2e-4, 4e-4)) in found.differences
     (pair,) = found.pairs

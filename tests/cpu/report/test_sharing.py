@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from made_runs import write_run
 
+from glassloop.cli.__main__ import main
 from glassloop.disk.publish import write_json
 from glassloop.record.reading import read_run
+from glassloop.report.comparing import compare
 from glassloop.report.page import page
 from glassloop.report.payload import payload
-from glassloop.report.sharing import without_names
+from glassloop.report.sharing import shared, without_names
 
 HOMES = ("/home/ottoline", "/Users/ottoline", "/var/home/ottoline", "C:\\Users\\ottoline")
 HEX = "0123456789abcdef0123456789abcdef01234567"
@@ -63,6 +65,60 @@ def test_a_shared_page_holds_no_folder_and_no_name(folder: Path) -> None:
     assert data["config"]["model.id"] == "(...)/tiny"  # what it is stays known
     assert data["events"][0]["command"] == "glassloop replay (...)/mine --update 3"
     assert data["title"] == "(user)_run-(user)"
+
+
+def test_a_shared_comparison_holds_no_row_prompt_folder_or_name(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "other", updates=8, layers=1)
+    config = json.loads((folder / "config.yaml").read_text())
+    config["data"]["system"] = "You are Dr. Watson."
+    write_json(folder / "config.yaml", config)
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    first = json.loads(lines[0]) | {"row_id": "patient-4711"}
+    (folder / "rows.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    hidden = ("patient-4711", "Watson", "ottoline", "quatermain", "/home/", str(tmp_path))
+    told = {}
+    for more in ([], ["--no-text"]):
+        out = tmp_path / "page.html"
+        words = ["compare", str(folder), str(other), "--out", str(out), *more]
+        assert main(words) == 0
+        said = capsys.readouterr().out.replace(str(out), "")
+        told[bool(more)] = said + out.read_text(encoding="utf-8")
+    for word in hidden[:4]:
+        assert word in told[False]
+    for word in hidden:
+        assert word not in told[True].replace("\n", "")
+    for still in ("(...)/tiny", "data.system", "(left out)", "(user)_run", "rows (left out)"):
+        assert still in told[True]
+
+
+def test_two_system_prompts_are_two_sides_in_a_shared_comparison_too(tmp_path: Path) -> None:
+    runs = []
+    for prompt in ("Be brief.", "Be polite."):
+        made = write_run(tmp_path / prompt[3:6], updates=8, layers=1)
+        config = json.loads((made / "config.yaml").read_text())
+        config["data"]["system"] = prompt
+        write_json(made / "config.yaml", config)
+        runs.append(read_run(made))
+    found = shared(compare(runs))
+    assert len(found.sides) == 2
+    assert dict(found.differences)["data.system"] == ("(left out)", "(left out)")
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+def test_a_token_that_an_older_run_recorded_is_in_no_comparison(
+    folder: Path, tmp_path: Path, token: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "other", updates=8, layers=1)
+    config = json.loads((folder / "config.yaml").read_text())
+    config["data"]["source"] = f"https://x.org/calls?revision={token}"
+    write_json(folder / "config.yaml", config)
+    out = tmp_path / "page.html"
+    assert main(["compare", str(folder), str(other), "--out", str(out)]) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert token not in said + out.read_text(encoding="utf-8")
+    assert "hidden" in said
 
 
 def test_what_is_no_folder_stays(monkeypatch: pytest.MonkeyPatch) -> None:

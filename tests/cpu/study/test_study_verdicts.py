@@ -163,7 +163,7 @@ def test_a_run_that_broke_has_diverged_and_its_spike_is_counted(tmp_path: Path) 
     values = measured(run)
     assert values["diverged"] == 1 and values["spikes"] == 1
     raised = read_run(
-        write_run(tmp_path / "b", updates=20, ranks=1, faults=False, offset=5.0, from_update=10)
+        write_run(tmp_path / "b", updates=20, ranks=1, faults=False, raised=(10, 5.0))
     )
     assert diverged(raised) == 1 and (train_loss(raised) or 0) > 6
     assert diverged(read_run(write_run(tmp_path / "c", updates=20, ranks=1, faults=False))) == 0
