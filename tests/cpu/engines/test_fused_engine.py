@@ -203,7 +203,8 @@ def test_the_peft_model_over_the_same_storage_still_answers_as_before(engine_of,
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu', fused knows 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
-        ({"model_type": "qwen3"}, "model_type = 'qwen3', fused knows 'llama', 'qwen2'"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2', fused knows 'llama', 'qwen2'"),
+        ({"pretraining_tp": 4}, "pretraining_tp = 4, fused knows 1"),
     ],
 )
 def test_a_config_that_is_not_carried_out_is_refused_by_its_field(
