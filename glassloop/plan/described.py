@@ -26,7 +26,6 @@ def groups(
     }
 
 
-
 @dataclass(frozen=True)
 class Kind:
     """Attributes in which layers of one model differ.

@@ -134,8 +134,8 @@ def llama(f: Fields) -> Described:
 
 def qwen2(f: Fields) -> Described:
     f.get("max_window_layers")  # layer_types has it
-    used = f.get("use_sliding_window", False)
-    return replace(plain(f), kinds=kinds_of(f, f.get("sliding_window") if used else None))
+    used, window = f.get("use_sliding_window", False), f.get("sliding_window")
+    return replace(plain(f), kinds=kinds_of(f, window if used else None))
 
 
 def qwen3(f: Fields) -> Described:

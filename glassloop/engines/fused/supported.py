@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def describe_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> Desc
     values = fields_of(config)
     try:
         found = description_of(values)
-        check_fields(values, frozenset(getattr(type(config), "__dataclass_fields__", ())))
+        check_fields(values, declared(config))
     except Unsupported as error:
         raise ValueError(f"execution.engine = fused: {error}: {CURE}") from error
     if type(base).__module__.startswith("transformers_modules"):
@@ -45,6 +46,13 @@ def describe_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> Desc
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"execution.engine = fused: the head has a bias: {CURE}")
     return found
+
+
+def declared(config: Any) -> frozenset[str]:
+    """Fields that transformers' class of a config declares; none of one before transformers 5."""
+    if not dataclasses.is_dataclass(config):
+        return frozenset()
+    return frozenset(field.name for field in dataclasses.fields(config))
 
 
 def check_adapter(name: str, module: nn.Module) -> None:
