@@ -30,7 +30,7 @@ from glassloop.engines.fused.engine import FusedEngine
 from glassloop.engines.fused.stream import LayerStream
 from glassloop.engines.norms import fuse_norms
 from glassloop.formula.optim import FlatAdapters, l2_norm
-from glassloop.plan.support import GROUPS
+from glassloop.plan.support import groups_of
 from glassloop.predict.tiers import Tiers
 
 GIB = 2**30
@@ -128,7 +128,7 @@ def main() -> int:
     for what in ("made", "read"):
         started = time.perf_counter()
         hf, report, pages = load_streamed(
-            model, GROUPS, precision="bf16", device=device, first=contextlib.nullcontext
+            model, groups_of, precision="bf16", device=device, first=contextlib.nullcontext
         )
         took = time.perf_counter() - started
         say(kind="load", what=what, seconds=took, checksum=report.checksum, notes=report.notes)

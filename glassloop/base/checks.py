@@ -16,15 +16,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Factors between the head's product and the logits that a head of plain weights leaves out. 1, 0
-# and None are no factor.
-LOGIT_FACTORS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-)
+# Fields of a config between the head's product and the logits, and how they act there. 1, 0 and
+# None are no factor.
+LOGIT_FACTORS = {
+    "logits_scaling": "divides",
+    "logit_scale": "multiplies",
+    "lm_head_multiplier": "multiplies",
+    "final_logit_softcapping": "caps",
+    "logits_soft_cap": "caps",
+}
+
+
+def logit_factors(config: Any) -> tuple[float, float | None]:
+    """Scale and cap between the head's product and the logits, of a config.
+
+    Logits are scale * product; with a cap, cap * tanh(scale * product / cap).
+    """
+    scale, cap = 1.0, None
+    for field, acts in LOGIT_FACTORS.items():
+        value = getattr(config, field, None)
+        if value in (None, 0, 1):
+            continue
+        if acts == "caps":
+            cap = float(value)
+        else:
+            scale *= float(value) if acts == "multiplies" else 1 / float(value)
+    return scale, cap
 
 
 @dataclass(frozen=True)
@@ -177,21 +194,13 @@ def check_unpatched(base: nn.Module, engine: str) -> None:
 
 
 def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None:
-    """Raise ValueError unless logits are head(decoder(x)), and finite.
+    """Raise ValueError unless logits are head(decoder(x)) with `logit_factors`, and finite.
 
-    The loss is computed from hidden states and the head's weight, chunk by chunk, so softcaps,
-    scales and a quantised head would be left out. Known names come first, then four tokens go
-    through both ways. `model_id` is named in the message.
+    The loss is computed from hidden states and the head's weight, chunk by chunk, so any other
+    factor and a quantised head would be left out. Four tokens go through both ways. `model_id` is
+    named in the message.
     """
     config = hf.config.get_text_config()  # type: ignore[union-attr, operator]
-    for field in LOGIT_FACTORS:
-        value = getattr(config, field, None)
-        if value is not None and value not in (0, 1):
-            raise ValueError(
-                f"{config.model_type} has {field} = {value} between head and logits, which "
-                "execution.engine = peft does not compute: "
-                "take a model without it"
-            )
     head, decoder = hf.get_output_embeddings(), hf.get_decoder()  # type: ignore[operator]
     name = type(hf).__name__
     if decoder is None or decoder is hf:
@@ -212,7 +221,9 @@ def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None
     hf.train(was_training)
     if not bool(logits.isfinite().all()):
         raise ValueError(_not_finite(hf, model_id, head.weight.dtype))
-    plain = F.linear(hidden, head.weight, head.bias).float()
+    scale, cap = logit_factors(config)
+    plain = F.linear(hidden, head.weight, head.bias).float() * scale
+    plain = plain if cap is None else cap * torch.tanh(plain / cap)
     if plain.shape != logits.shape or not torch.allclose(
         plain, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())
     ):

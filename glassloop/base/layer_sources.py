@@ -51,7 +51,7 @@ class WeightFiles:
                 )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.count = int(config["num_hidden_layers"])
-        if "model.layers.0.input_layernorm.weight" not in self.files:
+        if not any(name.startswith("model.layers.0.self_attn.") for name in self.files):
             raise NotStreamable(f"{folder} names its weights otherwise than the model does")
         self.opened: tuple[str, Any] = "", None
 

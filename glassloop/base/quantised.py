@@ -33,7 +33,13 @@ from glassloop.base.cache import cache_root, published, save_pretrained_here
 from glassloop.base.checksum import base_checksum
 from glassloop.base.hashing import base_hash
 from glassloop.base.random import drawn_shapes, fill, write_nf4
-from glassloop.base.reading import DTYPES, compare_own_quantization, own_quantization, read_model
+from glassloop.base.reading import (
+    DTYPES,
+    attention_for,
+    compare_own_quantization,
+    own_quantization,
+    read_model,
+)
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -194,7 +200,7 @@ def _draw(
     with loading_errors(model), device:
         config = AutoConfig.from_pretrained(source.path)
         hf = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=model.attention
+            config, dtype=dtype, attn_implementation=attention_for(model.attention, config)
         )
     fill(hf, drawn_shapes(source.drawn), device)
     return hf.eval().requires_grad_(False)  # as from_pretrained leaves it

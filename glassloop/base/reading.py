@@ -39,12 +39,15 @@ def read_model(
 ) -> PreTrainedModel:
     settings = {} if quantize is None else {"quantization_config": quantize}
     with loading_errors(model, copy):
+        config = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=model.trust_remote_code
+        )
         hf, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             path,
             revision=revision,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=model.attention,
+            attn_implementation=attention_for(model.attention, config),
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             **settings,
@@ -59,6 +62,12 @@ def read_model(
         _to_dtype(hf, dtype)
     prepare_4bit(hf, dtype)
     return hf
+
+
+def attention_for(asked: str, config: Any) -> str:
+    """model.attention, but eager for sdpa if the model caps its scores: sdpa has no cap."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if asked == "sdpa" and capped else asked
 
 
 def _to_dtype(hf: PreTrainedModel, dtype: torch.dtype) -> None:

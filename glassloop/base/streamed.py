@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,13 @@ from glassloop.base.layer_file import (
 from glassloop.base.layer_sources import Groups, WeightFiles, reader_of
 from glassloop.base.packed import SCALE_BLOCK, Packed
 from glassloop.base.quantised import LoadReport, check_free_space, copy_name, quantized_copy
-from glassloop.base.reading import DTYPES, compare_own_quantization, own_quantization, prepare_4bit
+from glassloop.base.reading import (
+    DTYPES,
+    attention_for,
+    compare_own_quantization,
+    own_quantization,
+    prepare_4bit,
+)
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -44,12 +50,13 @@ from glassloop.base.source import (
 )
 from glassloop.config import ModelConfig
 
+GroupsOf = Callable[[Mapping[str, Any]], Groups]
 COPIED = ("config.json", "generation_config.json")
 
 
 def load_streamed(
     model: ModelConfig,
-    groups: Groups,
+    groups_of: GroupsOf,
     *,
     precision: str,
     device: torch.device,
@@ -64,7 +71,7 @@ def load_streamed(
 
     Args:
         locking: whether the layers are to stay on the host (see HostPages.of).
-        groups: group -> names of its linear layers within a decoder layer.
+        groups_of: a config's values -> group -> names of its linear layers in a decoder layer.
         first: context in which one rank of a host goes before the others; it makes the file.
         spare_bytes: bring layers to the device until no more than that is free; None: bring none.
 
@@ -80,12 +87,12 @@ def load_streamed(
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
         if own is not None:
             notes += compare_own_quantization(own, model, dtype)
-        folder, made = layer_folder(source, files_hash, model, groups, dtype, device)
+        folder, made = layer_folder(source, files_hash, model, groups_of, dtype, device)
     with loading_errors(model, copy=folder):
         pages = HostPages.of(LayerFile.open(folder), device, locking)
         if spare_bytes is not None and device.type == "cuda" and pages.mapped is not None:
             bring_what_fits(pages, torch.cuda.mem_get_info(device)[0] - spare_bytes)
-        hf = model_over(pages, model, groups, dtype, device)
+        hf = model_over(pages, model, groups_of, dtype, device)
     checksum, expected = base_checksum(hf), pages.file.manifest.checksum
     if checksum != expected:
         raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))
@@ -127,7 +134,7 @@ def layer_folder(
     source: BaseSource,
     files_hash: str,
     model: ModelConfig,
-    groups: Groups,
+    groups_of: GroupsOf,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Path, bool]:
@@ -150,6 +157,7 @@ def layer_folder(
             if hasattr(config, "quantization_config"):
                 delattr(config, "quantization_config")  # of the repository
             config.dtype = dtype
+            groups = groups_of(config.to_dict())
             config.save_pretrained(temporary)
             if (reader.folder / COPIED[1]).is_file():
                 shutil.copyfile(reader.folder / COPIED[1], temporary / COPIED[1])
@@ -166,7 +174,7 @@ def layer_folder(
         )
         with loading_errors(model):
             pages = HostPages.of(LayerFile.open(temporary), device)
-            checksum = base_checksum(model_over(pages, model, groups, dtype, device))
+            checksum = base_checksum(model_over(pages, model, groups_of, dtype, device))
         pages.close()
         write_manifest(temporary, replace(manifest, checksum=checksum))
     return folder, True
@@ -175,7 +183,7 @@ def layer_folder(
 def model_over(
     pages: HostPages,
     model: ModelConfig,
-    groups: Groups,
+    groups_of: GroupsOf,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
@@ -185,9 +193,10 @@ def model_over(
     """
     folder, file = pages.file.folder, pages.file
     config = AutoConfig.from_pretrained(folder)
+    groups = groups_of(config.to_dict())
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=model.attention
+            config, dtype=dtype, attn_implementation=attention_for(model.attention, config)
         )
     decoder = hf.get_decoder()
     if len(decoder.layers) != len(file.manifest.layers):
@@ -212,6 +221,9 @@ def model_over(
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     hf.tie_weights()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    embedding = hf.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):  # Gemma's, in no file
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
     tensors = [*hf.named_parameters(), *hf.named_buffers()]
     if missing := [name for name, tensor in tensors if tensor.is_meta]:
         raise NotStreamable(f"{missing[0]} is missing from its files")

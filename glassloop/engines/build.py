@@ -29,7 +29,8 @@ from glassloop.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import attach_lora, load_adapter
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers
-from glassloop.plan.support import GROUPS
+from glassloop.plan.families import Unsupported
+from glassloop.plan.support import groups_of
 
 if TYPE_CHECKING:
     from glassloop.engines.fused.engine import FusedEngine
@@ -136,7 +137,15 @@ def _load(
         return *load_base(model, **shared), None
     locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")
     try:
-        return load_streamed(model, GROUPS, **shared, locking=locking, spare_bytes=spare_bytes)  # type: ignore[arg-type]
+        return load_streamed(
+            model,
+            groups_of,
+            **shared,  # type: ignore[arg-type]
+            locking=locking,  # type: ignore[arg-type]
+            spare_bytes=spare_bytes,
+        )
+    except Unsupported as error:
+        raise ValueError(f"execution.engine = fused: {error}: set execution.engine=peft") from error
     except NotStreamable as error:
         if locking == "must":
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from glassloop.base.checks import logit_factors
 from glassloop.base.quantised import LoadReport
 from glassloop.data.rows import Pass
 from glassloop.formula.loss import token_loss_sums
@@ -80,8 +81,17 @@ class PeftEngine(nn.Module):
             f"{self.name} cut a pass of {tuple(p.input_ids.shape)} places"
         )
         head = self.hf.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        scale, cap = logit_factors(self.hf.config.get_text_config())  # type: ignore[union-attr, operator]
         return token_loss_sums(
-            hidden, head.weight, head.bias, p.targets, p.row_of, len(p.row_ids), places=p.places
+            hidden,
+            head.weight,
+            head.bias,
+            p.targets,
+            p.row_of,
+            len(p.row_ids),
+            places=p.places,
+            scale=scale,
+            cap=cap,
         )
 
     def hidden_states(

@@ -17,6 +17,17 @@ from glassloop.data.rows import IGNORE
 CHUNK_TOKENS = 512
 
 
+def bent(products: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | float]:
+    """Logits of the head's products, and the slope of the one in the other.
+
+    Logits are scale * product, or cap * tanh(scale * product / cap) with a cap.
+    """
+    if cap is None:
+        return products if scale == 1 else products * scale, scale
+    share = torch.tanh(products * (scale / cap))
+    return cap * share, scale * (1 - share**2)
+
+
 def token_loss_sums_reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_of: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +62,8 @@ def token_loss_sums(
     *,
     places: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums of `token_loss_sums_reference`, in chunks of supervised places.
 
@@ -61,12 +74,15 @@ def token_loss_sums(
     Args:
         places: (S,) int64, flat indices of the supervised places, where the caller knows them;
             None: found here, at the price of one wait for the device.
+        scale, cap: between the head's product and the logits (see `bent`).
     """
     if places is None:
         places = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (S,)
     chosen = hidden.flatten(0, 1).index_select(0, places)  # (S, H)
     labels = targets.flatten().index_select(0, places)  # (S,)
-    losses = _ChunkedCrossEntropy.apply(chosen, weight, bias, labels, chunk_tokens)  # (S,) fp32
+    losses = _ChunkedCrossEntropy.apply(
+        chosen, weight, bias, labels, chunk_tokens, scale, cap
+    )  # (S,) fp32
     owner = row_of.flatten().index_select(0, places)
     return losses.sum(), sums_by_row(losses.detach(), owner, rows)
 
@@ -95,6 +111,8 @@ def chunked_cross_entropy(
     *,
     wants_grad: bool,
     chunk_tokens: int = CHUNK_TOKENS,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of each place, (S,) fp32.
 
@@ -110,6 +128,7 @@ def chunked_cross_entropy(
             chunk = slice(start, start + chunk_tokens)
             label = labels[chunk].unsqueeze(1)  # (C, 1)
             logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias).float()  # (C, V)
+            logits, slope = bent(logits, scale, cap)
             label_logit = logits.gather(1, label)  # (C, 1)
             peak = logits.amax(1, keepdim=True)
             scaled = logits.sub_(peak).exp_()  # in place: the logits are not needed again
@@ -118,9 +137,11 @@ def chunked_cross_entropy(
             if grad_hidden is not None:
                 gradient = scaled.div_(total)  # softmax - onehot
                 gradient.scatter_add_(1, label, torch.full_like(label_logit, -1.0))
+                if cap is not None or scale != 1:
+                    gradient.mul_(slope)
                 grad_hidden[chunk] = (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
                 del gradient
-            del logits, scaled  # or they would live on while the next chunk's are made
+            del logits, scaled, slope  # or they would live on while the next chunk's are made
     return losses, grad_hidden
 
 
@@ -132,11 +153,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_tokens: int,
+        scale: float,
+        cap: float | None,
     ) -> Tensor:  # type: ignore[override]
         wants_grad = ctx.needs_input_grad[0]
         losses, grad_hidden = chunked_cross_entropy(
-            hidden, weight, bias, labels, wants_grad=wants_grad, chunk_tokens=chunk_tokens
+            hidden,
+            weight,
+            bias,
+            labels,
+            wants_grad=wants_grad,
+            chunk_tokens=chunk_tokens,
+            scale=scale,
+            cap=cap,
         )
         ctx.save_for_backward(grad_hidden)
         return losses
@@ -144,4 +179,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses: Tensor):  # type: ignore[override]
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_losses.unsqueeze(1).to(grad_hidden.dtype), None, None, None, None
+        return grad_hidden * grad_losses.unsqueeze(1).to(grad_hidden.dtype), *[None] * 6

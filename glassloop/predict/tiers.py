@@ -58,6 +58,10 @@ class Sizes:
     """Sizes of one layer.
 
     Its groups, query heads, and bytes of an element in 16 bits (4 in fp32).
+
+    Attributes:
+        turned: columns of q and k that stand beside their product, where a norm is on them; else 0.
+        after_o, after_down: a norm follows that product, which is kept for it.
     """
 
     qkv: Group
@@ -66,6 +70,9 @@ class Sizes:
     down: Group
     heads: int
     element: int
+    turned: int = 0
+    after_o: bool = False
+    after_down: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -143,6 +150,7 @@ def kept_bytes(one: Sizes, tokens: int) -> int:
     columns = (
         3 * one.qkv.columns + one.qkv.rows + one.gate_up.rows + 2 * one.gate_up.rank + one.qkv.rank
     )
+    columns += one.qkv.columns * (one.after_o + one.after_down)
     return tokens * (one.element * (columns + one.o.rank + one.down.rank) + 4 * one.heads)
 
 
@@ -156,21 +164,28 @@ def last_kept_bytes(one: Sizes, tokens: int, places: int) -> int:
         + 4 * one.heads
     )
     after = one.o.rank + one.qkv.columns + one.gate_up.rows + 2 * one.gate_up.rank + one.down.rank
+    after += one.qkv.columns * (one.after_o + one.after_down)
     return tokens * whole + places * one.element * after
 
 
 def input_bytes(one: Sizes, tokens: int) -> int:
     """Bytes of a layer that keeps its input alone.
 
-    And the narrow product of down_proj, which is not computed again.
+    And the narrow product of down_proj, which is not computed again, with the whole one if a norm
+    follows it.
     """
-    return tokens * one.element * (one.qkv.columns + one.down.rank)
+    return tokens * one.element * (one.qkv.columns * (1 + one.after_down) + one.down.rank)
 
 
 def away_widths(one: Sizes, host: Host) -> tuple[int, ...]:
-    """Columns of a layer's large tensors on the host, in order."""
-    widths = (one.qkv.columns, one.o.columns, one.qkv.columns)
-    return widths[: HOSTS.index(host)]
+    """Columns of a layer's large tensors on the host, in order.
+
+    The product of down_proj lies beside the input if a norm follows it.
+    """
+    hidden = one.qkv.columns
+    inputs = (hidden,) * (1 + one.after_down)
+    parts = inputs, (one.o.columns,), (hidden,)
+    return tuple(width for part in parts[: HOSTS.index(host)] for width in part)
 
 
 def away_bytes(one: Sizes, tokens: int, host: Host) -> int:
@@ -217,6 +232,8 @@ def live_bytes(one: Sizes, tokens: int) -> int:
     attention = (
         2 * hidden + one.qkv.rows + 4 * one.o.columns
     )  # as torch's flash kernel does; ours takes less
+    attention += one.turned
+    mlp += hidden * one.after_down  # gradient of the product before its norm
     return tokens * one.element * (normed + max(mlp, attention))
 
 

@@ -45,3 +45,28 @@ MARKS = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 def off(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
+
+
+def wide_heads(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype):
+    """q, k, v side by side, with room; angles; a gradient.
+
+    As a layer has them. The gradient has wider rows too.
+    """
+    from glassloop.engines.fused.rotary import angles
+
+    torch.manual_seed(0)
+    widths = [heads * size, key_heads * size, key_heads * size]
+    wide = torch.randn(tokens, sum(widths) + 16).to(dtype)
+    q, k, v = (t.unflatten(1, (-1, size)) for t in wide[:, :-16].split(widths, dim=1))
+    grad = torch.randn(tokens, widths[0] + 16).to(dtype)[:, :-16].unflatten(1, (-1, size))
+    return grad, q, k, v, angles(torch.arange(tokens), torch.rand(size // 2), 1.0)
+
+
+# (own, step, split) of forward, queries and keys: blocks as long as a step, longer, shorter, with
+# one loop.
+CUTS = [
+    ((16, 16, True), (16, 16, True), (16, 16, True)),
+    ((32, 16, True), (32, 16, False), (32, 16, True)),
+    ((16, 32, True), (16, 32, True), (16, 32, True)),
+    ((32, 16, False), (32, 16, True), (16, 32, False)),
+]

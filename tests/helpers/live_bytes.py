@@ -219,7 +219,7 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
 
 @contextmanager
 def fused_as_on_a_gpu() -> Iterator[None]:
-    from glassloop.engines.fused import attention, engine, host, layer, linear, matrices
+    from glassloop.engines.fused import attention, engine, heads, host, layer, linear, matrices
     from glassloop.engines.fused.loss import HEAD_CHUNK
 
     def nothing(*_, **__) -> None:
@@ -234,7 +234,7 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         )
 
     def attend_back(
-        grad, q, k, v, kept, bounds, cos, sin, *, room
+        grad, q, k, v, kept, bounds, by, *, room
     ):  # torch's flash kernel, which takes the most
         sums = torch.empty(q.shape)
         wide = [torch.empty(q.shape, dtype=q.dtype) for _ in range(2)]
@@ -242,7 +242,7 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         del sums, wide
         return torch.empty(len(q), sum(t[0].numel() for t in found) + room, dtype=q.dtype)
 
-    def head_loss(hidden, weight, labels, *, wants_grad):
+    def head_loss(hidden, weight, labels, *, wants_grad, **_):
         losses, grad = torch.empty(len(labels)), torch.empty_like(hidden)
         room = hidden.new_empty(min(HEAD_CHUNK, len(labels)), len(weight))
         del room
@@ -265,9 +265,16 @@ def fused_as_on_a_gpu() -> Iterator[None]:
             layer,
             add_norm=add_norm,
             norm_backward=nothing,
-            rotate=nothing,
             swiglu=nothing,
             swiglu_backward=nothing,
+        ),
+        patch.multiple(
+            heads,
+            add_norm=add_norm,
+            norm_backward=nothing,
+            norm_heads=nothing,
+            norm_heads_backward=nothing,
+            rotate=nothing,
         ),
         patch.multiple(layer, attention=attend, attention_backward=attend_back),
         patch.multiple(engine, add_norm=add_norm, norm_backward=nothing, head_loss=head_loss),

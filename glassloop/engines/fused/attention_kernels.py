@@ -1,4 +1,8 @@
-"""Triton kernels of attention_triton.py: forward, gradient of queries, gradient of keys."""
+"""Triton kernels of attention_triton.py: forward, gradient of queries, gradient of keys.
+
+WINDOWED: a token sees `window` tokens, itself the last; every step is masked then. CAPPED: a score
+is cap * tanh(q k^T * bend), with bend = scale / cap.
+"""
 
 from __future__ import annotations
 
@@ -44,18 +48,49 @@ def _store_turned_back(
 
 
 @triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def _seen(key, query, window, WINDOWED: tl.constexpr):
+    """True where a query sees a key; both have one dimension of length 1."""
+    seen = key <= query
+    if WINDOWED:
+        seen = seen & (key > query - window)
+    return seen
+
+
+@triton.jit
+def _begin(first, window, STEP: tl.constexpr, WINDOWED: tl.constexpr):
+    """First key of a step that a block of queries from `first` on sees."""
+    begin = first * 0
+    if WINDOWED:
+        begin = tl.maximum(first - window + 1, 0) // STEP * STEP
+    return begin
+
+
+@triton.jit
 def _attend(
-    mixed, total, top, q, k, v, k_stride, v_stride, query, first, length, scale,
+    mixed, total, top, q, k, v, k_stride, v_stride, query, first, length, scale, bend, cap, window,
     D: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One step of `forward_kernel`: keys from `first` on."""
     key = first + tl.arange(0, STEP)
     scores = tl.dot(q, tl.trans(_rows(k, k_stride, key, length, D, MASKED)))  # (OWN, STEP)
+    if CAPPED:
+        scores = cap * _tanh(scores * bend)
+        scale = 1.0
     if MASKED:
-        scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
+        seen = _seen(key[None, :], query[:, None], window, WINDOWED)
+        scores = tl.where(seen, scores, float("-inf"))
     above = tl.maximum(top, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - above[:, None])
-    shrink = tl.exp2(top - above)
+    least = above
+    if WINDOWED:  # a query may have seen no key yet
+        least = tl.where(above == float("-inf"), 0.0, above)
+    p = tl.exp2(scores * scale - least[:, None])
+    shrink = tl.exp2(top - least)
     values = _rows(v, v_stride, key, length, D, MASKED)
     return (
         tl.dot(p.to(values.dtype), values, mixed * shrink[:, None]),
@@ -66,9 +101,9 @@ def _attend(
 
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
-    q, k, v, out, lse, table, tokens, q_stride, k_stride, v_stride, scale,
+    q, k, v, out, lse, table, tokens, q_stride, k_stride, v_stride, scale, bend, cap, window,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     head, heads, entry = tl.program_id(0), tl.num_programs(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
@@ -77,46 +112,24 @@ def forward_kernel(
     k += start * k_stride + head // GROUP * D
     v += start * v_stride + head // GROUP * D
     mixed, total = tl.zeros((OWN, D), tl.float32), tl.zeros((OWN,), tl.float32)
-    top = tl.full(
-        (OWN,), float("-inf"), tl.float32
-    )  # finite after the first step: every query sees the row's first key
-    diagonal = first // STEP * STEP if SPLIT else 0
-    for key in range(0, diagonal, STEP):
+    # Finite after the first step, unless there is a window: every query sees the row's first key.
+    top = tl.full((OWN,), float("-inf"), tl.float32)
+    begin = _begin(first, window, STEP, WINDOWED)
+    diagonal = begin
+    if SPLIT and not WINDOWED:
+        diagonal = first // STEP * STEP
+    for key in range(begin, diagonal, STEP):
         mixed, total, top = _attend(
-            mixed,
-            total,
-            top,
-            q_rows,
-            k,
-            v,
-            k_stride,
-            v_stride,
-            query,
-            key,
-            length,
-            scale,
-            D,
-            STEP,
-            False,
-        )
+            mixed, total, top, q_rows, k, v, k_stride, v_stride, query, key, length,
+            scale, bend, cap, window,
+            D, STEP, False, CAPPED, WINDOWED,
+        )  # fmt: skip
     for key in range(diagonal, tl.minimum(first + OWN, length), STEP):
         mixed, total, top = _attend(
-            mixed,
-            total,
-            top,
-            q_rows,
-            k,
-            v,
-            k_stride,
-            v_stride,
-            query,
-            key,
-            length,
-            scale,
-            D,
-            STEP,
-            True,
-        )
+            mixed, total, top, q_rows, k, v, k_stride, v_stride, query, key, length,
+            scale, bend, cap, window,
+            D, STEP, True, CAPPED, WINDOWED,
+        )  # fmt: skip
     inside = query < length
     at = (
         out + start * heads * D + head * D + query[:, None] * (heads * D) + tl.arange(0, D)[None, :]
@@ -127,8 +140,10 @@ def forward_kernel(
 
 @triton.jit
 def _to_queries(
-    dq, q, grad, lse, delta, k, v, k_stride, v_stride, query, first, length, scale,
+    dq, q, grad, lse, delta, k, v, k_stride, v_stride, query, first, length,
+    scale, bend, cap, window,
     D: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One step of `queries_kernel`: keys from `first` on."""
     key = first + tl.arange(0, STEP)
@@ -136,10 +151,17 @@ def _to_queries(
         _rows(k, k_stride, key, length, D, MASKED),
         _rows(v, v_stride, key, length, D, MASKED),
     )
-    p = tl.exp2(tl.dot(q, tl.trans(keys)) * scale - lse[:, None])  # (OWN, STEP)
+    scores = tl.dot(q, tl.trans(keys))  # (OWN, STEP)
+    if CAPPED:
+        bent = _tanh(scores * bend)
+        scores = cap * bent
+        scale = 1.0
+    p = tl.exp2(scores * scale - lse[:, None])
     if MASKED:
-        p = tl.where(key[None, :] <= query[:, None], p, 0.0)
+        p = tl.where(_seen(key[None, :], query[:, None], window, WINDOWED), p, 0.0)
     slope = p * (tl.dot(grad, tl.trans(values)) - delta[:, None])
+    if CAPPED:
+        slope *= 1.0 - bent * bent
     return tl.dot(slope.to(keys.dtype), keys, dq)
 
 
@@ -147,8 +169,9 @@ def _to_queries(
 def queries_kernel(
     grad, q, k, v, out, lse, sums, cos, sin, into, table, tokens,
     grad_stride, q_stride, k_stride, v_stride, out_stride, into_stride, scale, scale_2,
+    bend, cap, window,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     head, entry = tl.program_id(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
@@ -164,45 +187,22 @@ def queries_kernel(
     k += start * k_stride + head // GROUP * D
     v += start * v_stride + head // GROUP * D
     dq = tl.zeros((OWN, D), tl.float32)
-    diagonal = first // STEP * STEP if SPLIT else 0
-    for key in range(0, diagonal, STEP):
+    begin = _begin(first, window, STEP, WINDOWED)
+    diagonal = begin
+    if SPLIT and not WINDOWED:
+        diagonal = first // STEP * STEP
+    for key in range(begin, diagonal, STEP):
         dq = _to_queries(
-            dq,
-            q_rows,
-            grads,
-            log,
-            delta,
-            k,
-            v,
-            k_stride,
-            v_stride,
-            query,
-            key,
-            length,
-            scale_2,
-            D,
-            STEP,
-            False,
-        )
+            dq, q_rows, grads, log, delta, k, v, k_stride, v_stride, query, key, length,
+            scale_2, bend, cap, window,
+            D, STEP, False, CAPPED, WINDOWED,
+        )  # fmt: skip
     for key in range(diagonal, tl.minimum(first + OWN, length), STEP):
         dq = _to_queries(
-            dq,
-            q_rows,
-            grads,
-            log,
-            delta,
-            k,
-            v,
-            k_stride,
-            v_stride,
-            query,
-            key,
-            length,
-            scale_2,
-            D,
-            STEP,
-            True,
-        )
+            dq, q_rows, grads, log, delta, k, v, k_stride, v_stride, query, key, length,
+            scale_2, bend, cap, window,
+            D, STEP, True, CAPPED, WINDOWED,
+        )  # fmt: skip
     half = start * (D // 2)
     to = into + start * into_stride + head * D
     _store_turned_back(dq * scale, cos + half, sin + half, to, into_stride, query, length, OWN, D)
@@ -210,8 +210,10 @@ def queries_kernel(
 
 @triton.jit
 def _to_keys(
-    dk, dv, k, v, q, grad, sums, q_stride, grad_stride, key, first, length, scale,
+    dk, dv, k, v, q, grad, sums, q_stride, grad_stride, key, first, length,
+    scale, bend, cap, window,
     D: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One step of `keys_kernel`: queries of a head from `first` on.
 
@@ -230,20 +232,27 @@ def _to_keys(
     )
     known, _ = tl.split(tl.reshape(known, (STEP, WIDTH // 2, 2)))
     lse, delta = tl.split(known)  # (STEP,)
-    p = tl.exp2(tl.dot(k, tl.trans(queries)) * scale - lse[None, :])  # (OWN, STEP), keys by queries
+    scores = tl.dot(k, tl.trans(queries))  # (OWN, STEP), keys by queries
+    if CAPPED:
+        bent = _tanh(scores * bend)
+        scores = cap * bent
+        scale = 1.0
+    p = tl.exp2(scores * scale - lse[None, :])
     if MASKED:
-        p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        p = tl.where(_seen(key[:, None], query[None, :], window, WINDOWED), p, 0.0)
     dv = tl.dot(p.to(grads.dtype), grads, dv)
     slope = p * (tl.dot(v, tl.trans(grads)) - delta[None, :])
+    if CAPPED:
+        slope *= 1.0 - bent * bent
     return tl.dot(slope.to(queries.dtype), queries, dk), dv
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def keys_kernel(
     grad, q, k, v, sums, cos, sin, into, table, tokens,
-    grad_stride, q_stride, k_stride, v_stride, into_stride, scale, scale_2,
+    grad_stride, q_stride, k_stride, v_stride, into_stride, scale, scale_2, bend, cap, window,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     key_head, key_heads, entry = tl.program_id(0), tl.num_programs(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
@@ -254,22 +263,29 @@ def keys_kernel(
     grad += start * grad_stride + key_head * GROUP * D
     sums += (key_head * GROUP * tokens + start) * WIDTH
     dk, dv = tl.zeros((OWN, D), tl.float32), tl.zeros((OWN, D), tl.float32)
-    steps = tl.cdiv(length - first, STEP)  # of one head's walk
-    near = tl.minimum(tl.cdiv(OWN, STEP), steps) if SPLIT else steps  # of these, on the diagonal
+    end = length
+    if WINDOWED:
+        end = tl.minimum(length, first + OWN + window - 1)
+    steps = tl.cdiv(end - first, STEP)  # of one head's walk
+    near = steps  # of these, on the diagonal
+    if SPLIT and not WINDOWED:
+        near = tl.minimum(tl.cdiv(OWN, STEP), steps)
     far = steps - near
     for i in range(GROUP * near):
         head = i // near
         query = first + (i - head * near) * STEP
         dk, dv = _to_keys(
             dk, dv, k_rows, v_rows, q + head * D, grad + head * D, sums + head * tokens * WIDTH,
-            q_stride, grad_stride, key, query, length, scale_2, D, STEP, True,
+            q_stride, grad_stride, key, query, length, scale_2, bend, cap, window,
+            D, STEP, True, CAPPED, WINDOWED,
         )  # fmt: skip
     for i in range(GROUP * far):
         head = i // far
         query = first + (near + i - head * far) * STEP
         dk, dv = _to_keys(
             dk, dv, k_rows, v_rows, q + head * D, grad + head * D, sums + head * tokens * WIDTH,
-            q_stride, grad_stride, key, query, length, scale_2, D, STEP, False,
+            q_stride, grad_stride, key, query, length, scale_2, bend, cap, window,
+            D, STEP, False, CAPPED, WINDOWED,
         )  # fmt: skip
     half = start * (D // 2)
     to = into + start * into_stride + (key_heads * GROUP + key_head) * D

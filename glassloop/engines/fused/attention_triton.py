@@ -21,6 +21,7 @@ and so does the log-sum-exp. The algorithm is FlashAttention's (Dao 2023, arXiv:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,27 @@ from glassloop.engines.fused.attention_kernels import (
     keys_kernel,
     queries_kernel,
 )
-from glassloop.engines.fused.attention_work import Work
+from glassloop.engines.fused.attention_work import Scores, Tile, Work
+from glassloop.engines.fused.rotary import Angles
+
+
+def _options(scores: Scores, tile: Tile, heads: int, key_heads: int, size: int) -> dict[str, Any]:
+    """Arguments that all three kernels share."""
+    cap = scores.cap or 1.0
+    return {
+        "bend": scores.scale_of(size) / cap,
+        "cap": cap * math.log2(math.e),
+        "window": scores.window or 0,
+        "GROUP": heads // key_heads,
+        "D": size,
+        "OWN": tile.own,
+        "STEP": tile.step,
+        "SPLIT": tile.split,
+        "CAPPED": scores.cap is not None,
+        "WINDOWED": scores.window is not None,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor]:
@@ -50,9 +71,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor
     )
     forward_kernel[(heads, len(work.forward))](
         q, k, v, out, lse, work.forward, tokens, q.stride(0), k.stride(0), v.stride(0),
-        size**-0.5 * math.log2(math.e),
-        GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
-        num_warps=tile.warps, num_stages=tile.stages,
+        work.scores.scale_of(size) * math.log2(math.e),
+        **_options(work.scores, tile, heads, k.shape[1], size),
     )  # fmt: skip
     return out, lse
 
@@ -64,8 +84,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    by: Angles,
     work: Work,
     into: Tensor,
 ) -> None:
@@ -75,30 +94,30 @@ def backward(
 
     Args:
         grad: (T, heads, D), of the output. out, lse: as `forward` gave them.
-        cos, sin: (T, D / 2) fp32, by which q and k were turned.
+        by: angles of whole heads by halves, by which q and k were turned.
     """
+    assert by.halves
     sums = lse.new_empty(*lse.shape, WIDTH.value)
-    gradient_of_queries(grad, q, k, v, out, lse, sums, cos, sin, work, into)
-    gradient_of_keys(grad, q, k, v, sums, cos, sin, work, into)
+    gradient_of_queries(grad, q, k, v, out, lse, sums, by, work, into)
+    gradient_of_keys(grad, q, k, v, sums, by, work, into)
 
 
 def gradient_of_queries(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sums: Tensor,
-    cos: Tensor, sin: Tensor, work: Work, into: Tensor,
+    by: Angles, work: Work, into: Tensor,
 ) -> None:  # fmt: skip
     """Write the first heads * D columns of `into`, and `sums`.
 
     `sums` (heads, T, WIDTH) fp32: the log-sum-exp at 0, delta at WIDTH / 2.
     """
     tokens, heads, size = _checked(q, k, v, grad, out)
-    assert cos.is_contiguous() and sin.is_contiguous() and into.stride(1) == 1
-    tile, scale = work.tiles.queries, size**-0.5
+    assert by.cos.is_contiguous() and by.sin.is_contiguous() and into.stride(1) == 1
+    tile, scale = work.tiles.queries, work.scores.scale_of(size)
     queries_kernel[(heads, len(work.queries))](
-        grad, q, k, v, out, lse, sums, cos, sin, into, work.queries, tokens,
+        grad, q, k, v, out, lse, sums, by.cos, by.sin, into, work.queries, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), into.stride(0),
         scale, scale * math.log2(math.e),
-        GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **_options(work.scores, tile, heads, k.shape[1], size),
     )  # fmt: skip
 
 
@@ -108,20 +127,18 @@ def gradient_of_keys(
     k: Tensor,
     v: Tensor,
     sums: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    by: Angles,
     work: Work,
     into: Tensor,
 ) -> None:
     """The other columns of `into`: of k, then of v."""
     tokens, heads, size = _checked(q, k, v, grad)
-    tile, scale = work.tiles.keys, size**-0.5
+    tile, scale = work.tiles.keys, work.scores.scale_of(size)
     keys_kernel[(k.shape[1], len(work.keys))](
-        grad, q, k, v, sums, cos, sin, into, work.keys, tokens,
+        grad, q, k, v, sums, by.cos, by.sin, into, work.keys, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), into.stride(0),
         scale, scale * math.log2(math.e),
-        GROUP=heads // k.shape[1], D=size, OWN=tile.own, STEP=tile.step, SPLIT=tile.split,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **_options(work.scores, tile, heads, k.shape[1], size),
     )  # fmt: skip
 
 

@@ -30,6 +30,27 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """From q and k of a row to the scores of a softmax.
+
+    Attributes:
+        scale: factor of q k^T; None: D ** -0.5.
+        cap: c of c tanh(score / c); None: no cap.
+        window: tokens that a token sees, itself included; None: all before it.
+    """
+
+    scale: float | None = None
+    cap: float | None = None
+    window: int | None = None
+
+    def scale_of(self, size: int) -> float:
+        return size**-0.5 if self.scale is None else self.scale
+
+
+PLAIN = Scores()
+
+
+@dataclass(frozen=True)
 class Tiles:
     forward: Tile
     queries: Tile
@@ -55,6 +76,7 @@ class Work:
     forward: Tensor
     queries: Tensor
     keys: Tensor
+    scores: Scores = PLAIN
 
 
 def programs(lengths: tuple[int, ...], tiles: Tiles) -> list[list[int]]:

@@ -9,24 +9,24 @@ from torch import Tensor
 
 from glassloop.base.packed import Packed
 from glassloop.engines.fused.dequant import pack
-from glassloop.engines.fused.layer import Layer
 from glassloop.engines.fused.linear import Adapter, Linear
-from glassloop.engines.fused.supported import GROUPS
+from glassloop.engines.fused.parts import Layer
+from glassloop.plan.described import Described
 
 
 def build_layer(
     module: Any,
-    config: Any,
+    of: Described,
     dtype: torch.dtype,
     index: int,
     stacked: dict[str, Packed] | None = None,
 ) -> Layer:
     """Stack the weights of one decoder layer into groups.
 
-    `stacked`: they are stacked already.
+    `stacked`: they are stacked already. Raises ValueError naming a layer that is not in NF4.
     """
     groups = {}
-    for group, names in GROUPS.items():
+    for group, names in of.groups.items():
         found = [module.get_submodule(name) for name in names]
         if stacked is None:
             plain = [getattr(one, "base_layer", one) for one in found]
@@ -36,15 +36,29 @@ def build_layer(
         groups[group] = Linear(
             group, packed, tuple(_adapter(one) for one in found), dtype, _bias(found)
         )
+    norms, attention = of.norms, module.self_attn
+    norm_qk = None
+    if of.head_norms:
+        norm_qk = tuple(multiplier(one.weight, of) for one in (attention.q_norm, attention.k_norm))
     return Layer(
         **groups,
-        norm_in=module.input_layernorm.weight,
-        norm_mid=module.post_attention_layernorm.weight,
-        eps=config.rms_norm_eps,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
-        head_size=module.self_attn.head_dim,
+        norm_in=_norm(module, norms.before_attention, of),
+        norm_after_o=_norm(module, norms.after_attention, of),
+        norm_mid=_norm(module, norms.before_mlp, of),
+        norm_after_down=_norm(module, norms.after_mlp, of),
+        norm_qk=norm_qk,  # type: ignore[arg-type]
+        of=of,
+        kind=of.kinds[index],
     )
+
+
+def multiplier(weight: Tensor, of: Described) -> Tensor:
+    """What a norm multiplies by, the added one included."""
+    return 1 + weight.detach().float() if of.added_one else weight
+
+
+def _norm(module: Any, name: str | None, of: Described) -> Tensor | None:
+    return None if name is None else multiplier(module.get_submodule(name).weight, of)
 
 
 def _bias(modules: list[Any]) -> Tensor | None:

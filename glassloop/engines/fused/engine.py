@@ -17,17 +17,16 @@ from glassloop.base.packed import Packed
 from glassloop.base.streamed import put_weights
 from glassloop.data.rows import Pass
 from glassloop.engines.fused import layer as layers
-from glassloop.engines.fused.attention import Bounds
-from glassloop.engines.fused.building import build_layer
+from glassloop.engines.fused.building import build_layer, multiplier
 from glassloop.engines.fused.host import HostRoom, on_host
-from glassloop.engines.fused.layer import Saved, Where
 from glassloop.engines.fused.linear import Scratch
 from glassloop.engines.fused.loss import head_loss
 from glassloop.engines.fused.matrices import Moves
 from glassloop.engines.fused.norm import add_norm, norm_backward
-from glassloop.engines.fused.rotary import angles
+from glassloop.engines.fused.parts import Saved, Where, join, part
+from glassloop.engines.fused.positions import where_of
 from glassloop.engines.fused.stream import LayerStream
-from glassloop.engines.fused.supported import GROUPS, check_supported
+from glassloop.engines.fused.supported import describe_supported
 from glassloop.formula.loss import sums_by_row
 from glassloop.predict.choice import Asked, Base, Room, choose
 from glassloop.predict.tiers import (
@@ -52,9 +51,10 @@ class PassState:
 
 
 class FusedEngine(nn.Module):
-    """The Llama family over the storage of a PEFT model.
+    """A decoder of a supported family over the storage of a PEFT model.
 
     Attributes:
+        of: its description.
         name: as in execution.engine.
         hf: the PEFT model over the same weights and adapters; generation and saving go through it.
         report: how the base was loaded.
@@ -77,16 +77,12 @@ class FusedEngine(nn.Module):
         base: Any = hf.get_base_model()  # type: ignore[operator]
         self.embedding = base.get_input_embeddings().weight  # (V, H)
         self.head = base.get_output_embeddings().weight  # (V, H)
-        check_supported(base.config, base, self.embedding.dtype)
+        self.of = describe_supported(base.config, base, self.embedding.dtype)
         decoder = base.model
-        self.norm, self.rotary, self.eps = (
-            decoder.norm.weight,
-            decoder.rotary_emb,
-            base.config.rms_norm_eps,
-        )
+        self.norm, self.rotary = multiplier(decoder.norm.weight, self.of), decoder.rotary_emb
         self.pages = pages
         self.layers = [
-            build_layer(one, base.config, self.embedding.dtype, index, self.packed(index))
+            build_layer(one, self.of, self.embedding.dtype, index, self.packed(index))
             for index, one in enumerate(decoder.layers)
         ]
         self.stream = None if pages is None else LayerStream(pages, self.embedding.device)
@@ -143,7 +139,7 @@ class FusedEngine(nn.Module):
             assert found is not None
             for linear in one.linears:
                 linear.packed = found[linear.group]
-                names = GROUPS[linear.group]
+                names = self.of.groups[linear.group]
                 put_weights(
                     module,
                     names,
@@ -226,8 +222,8 @@ class FusedEngine(nn.Module):
             none = torch.zeros(len(p.row_ids), device=p.input_ids.device)
             return none.sum(), none, None
         self.refresh(training)
-        where = self.where(p)
-        x: Tensor = F.embedding(p.input_ids.flatten(), self.embedding)  # (T, H)
+        where = where_of(p, self.of, self.rotary, self.embedding.dtype, self.scratch)
+        x: Tensor = self.embedded(p.input_ids.flatten())  # (T, H)
         y, saved, tiers = None, [], self.tiers
         recomputed = len(self.layers) - tiers.kept
         if training and tiers.host != "nothing":
@@ -244,14 +240,21 @@ class FusedEngine(nn.Module):
             x, y, kept = layers.forward(one, x, y, where, keep=keep, away=away, places=places)
             if away != "nothing":
                 assert kept is not None
-                kept, large = layers.part(kept)
+                kept, large = part(kept)
                 self.host.put(index, large)
                 del large  # or it would live a layer longer
             saved.append(kept)
         normed = torch.empty_like(x)  # (S, H): supervised places are all that is left
-        end = add_norm(x, y, self.norm, self.eps, normed)
+        end = add_norm(x, y, self.norm, self.of.eps, normed)
         labels = p.targets.flatten().index_select(0, p.places)  # (S,)
-        losses, grad_normed = head_loss(normed, self.head, labels, wants_grad=training)
+        losses, grad_normed = head_loss(
+            normed,
+            self.head,
+            labels,
+            wants_grad=training,
+            scale=self.of.logit_scale,
+            cap=self.of.logit_cap,
+        )
         owner = p.row_of.flatten().index_select(0, p.places)
         state = None if grad_normed is None else PassState(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
         return losses.sum(), sums_by_row(losses, owner, len(p.row_ids)), state
@@ -266,7 +269,11 @@ class FusedEngine(nn.Module):
             len(state.end), hidden + room, dtype=state.end.dtype, device=state.end.device
         )
         norm_backward(
-            state.grad_normed * grad.to(out.dtype), state.end, self.norm, self.eps, out[:, :hidden]
+            state.grad_normed * grad.to(out.dtype),
+            state.end,
+            self.norm,
+            self.of.eps,
+            out[:, :hidden],
         )
         recomputed = (
             0 if state.tiers.host == "nothing" else len(self.layers) - state.tiers.kept
@@ -277,7 +284,7 @@ class FusedEngine(nn.Module):
             self.visit(index)
             saved = state.saved.pop()
             if index < recomputed:
-                saved = layers.join(self.layers[index], saved, self.host.take(index))
+                saved = join(self.layers[index], saved, self.host.take(index))
             if 0 < index <= recomputed:
                 self.host.fetch(index - 1)  # comes while this layer computes
             out = layers.backward(self.layers[index], out, saved, state.where, first=index == 0)
@@ -315,21 +322,12 @@ class FusedEngine(nn.Module):
                 for linear in one.linears:
                     linear.b[:, : linear.adapted].zero_()
 
-    def where(self, p: Pass) -> Where:
-        """Bounds and angles of a pass.
-
-        A padded row counts with its padding, to its right, which causal attention hides from its
-        tokens.
-        """
-        rows, width = p.input_ids.shape
-        lengths = p.lengths if p.packed else (width,) * rows
-        bounds = Bounds.of(
-            lengths, p.input_ids.device, self.embedding.dtype, self.layers[0].head_size
-        )
-        cos, sin = angles(
-            p.position_ids.flatten(), self.rotary.inv_freq, self.rotary.attention_scaling
-        )
-        return Where(bounds, cos, sin, self.scratch)
+    def embedded(self, ids: Tensor) -> Tensor:
+        """(T, H): the first layer's input of ids (T,)."""
+        x, scale = F.embedding(ids, self.embedding), self.of.embedding_scale
+        if scale == 1:
+            return x
+        return x * (x.new_tensor(scale) if self.of.embedding_rounds else scale)
 
 
 class _Pass(torch.autograd.Function):

@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glassloop.base.checks import logit_factors
+from glassloop.base.reading import attention_for
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Pass, Row
 from glassloop.engines.fused.engine import FusedEngine
 from glassloop.engines.peft import PeftEngine, recompute_layers, store_layers
+from glassloop.formula.loss import bent
 from glassloop.formula.optim import FlatAdapters
 
 TOKENS, PIECE = 64, 16  # of the pass, and of each row in it: several, so that borders count
@@ -178,24 +181,28 @@ def exact(reference: PeftEngine, head: Tensor, p: Pass) -> float:
     Its gradient is added as usual. Frozen weights are those that the engines use, NF4 rounded to
     bf16. Only the arithmetic differs.
     """
+    factors = logit_factors(reference.hf.config.get_text_config())  # type: ignore[union-attr, operator]
     with computing_in_fp32(reference.hf), torch.autocast(p.input_ids.device.type, enabled=False):
         hidden = reference.hidden_states(p.input_ids).flatten(0, 1)[p.places]  # (S, H)
         labels = p.targets.flatten()[p.places]
-        loss, grad = exact_head(hidden.detach(), head, labels)
+        loss, grad = exact_head(hidden.detach(), head, labels, *factors)
         hidden.backward(grad)
     return loss
 
 
-def exact_head(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+def exact_head(
+    hidden: Tensor, head: Tensor, labels: Tensor, scale: float = 1.0, cap: float | None = None
+) -> tuple[float, Tensor]:
     """Summed cross-entropy in fp32 and its gradient in hidden (S, H).
 
-    The head is widened in pieces.
+    The head is widened in pieces. scale, cap: between its product and the logits.
     """
     pieces = head.detach().split(HEAD_ROWS)
     logits = torch.cat([hidden @ rows.float().t() for rows in pieces], dim=1)  # (S, V)
+    logits, rise = bent(logits, scale, cap)
     own = labels.unsqueeze(1)
     loss = (logits.logsumexp(1, keepdim=True) - logits.gather(1, own)).sum()
-    slope = logits.softmax(1).scatter_add_(1, own, logits.new_full(own.shape, -1.0))
+    slope = logits.softmax(1).scatter_add_(1, own, logits.new_full(own.shape, -1.0)) * rise
     grad = torch.zeros_like(hidden)
     for columns, rows in zip(slope.split(HEAD_ROWS, dim=1), pieces, strict=True):
         grad += columns @ rows.float()
@@ -210,7 +217,8 @@ def computing_in_fp32(hf: nn.Module) -> Iterator[None]:
     dtypes, attention = [m.compute_dtype for m in quantised], base.config._attn_implementation
     widen = base.get_input_embeddings().register_forward_hook(lambda _, __, out: out.float())
     try:
-        base.config._attn_implementation = "sdpa"  # flash_attention_2 has no fp32
+        if attention == "flash_attention_2":  # which has no fp32
+            base.config._attn_implementation = attention_for("sdpa", base.config)
         for module in quantised:
             module.compute_dtype = torch.float32
         yield

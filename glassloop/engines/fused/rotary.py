@@ -1,11 +1,16 @@
-"""Rotary position embeddings in transformers' form.
+"""Rotary position embeddings in transformers' forms.
 
-Su et al. 2021, arXiv:2104.09864. The first half of a head is turned with the second.
+Su et al. 2021, arXiv:2104.09864. In each head the first elements are turned by pairs: one half with
+the other, or neighbours. The rest of a head, if there is one, stays.
+
+Legend: T tokens, D head size, P pairs that are turned.
 """
 
 # pyright: reportCallIssue=false
 # (a launch has options, num_warps say, that are no parameters of the kernel)
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,62 +18,105 @@ import triton.language as tl
 from torch import Tensor
 
 
-def angles(positions: Tensor, frequencies: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, D / 2) fp32.
+@dataclass(frozen=True)
+class Angles:
+    """Cosines and sines, each (T, P) fp32, and where in a head they go.
 
-    positions: (T,) int64, restarting at each row. frequencies: (D / 2,) fp32.
+    Attributes:
+        size: D.
+        interleaved: neighbours make a pair; else element i and element i + P.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    size: int
+    interleaved: bool = False
+
+    @property
+    def halves(self) -> bool:
+        """True if one half of a head is turned with the other."""
+        return 2 * self.cos.shape[1] == self.size and not self.interleaved
+
+
+def angles(
+    positions: Tensor,
+    frequencies: Tensor,
+    scaling: float,
+    *,
+    size: int | None = None,
+    interleaved: bool = False,
+) -> Angles:
+    """Angles of a pass.
+
+    Args:
+        positions: (T,) int64, restarting at each row. frequencies: (P,) fp32.
+        size: D; None: 2 P.
     """
     turned = positions.unsqueeze(1).to(torch.float32) * frequencies.to(torch.float32)
-    return turned.cos() * scaling, turned.sin() * scaling
+    size = 2 * len(frequencies) if size is None else size
+    return Angles(turned.cos() * scaling, turned.sin() * scaling, size, interleaved)
 
 
-def rotate_reference(
-    x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False
-) -> None:
+def no_angles(tokens: int, size: int, device: torch.device) -> Angles:
+    """Angles that leave every head as it is."""
+    cos = torch.ones(tokens, size // 2, device=device)
+    return Angles(cos, torch.zeros_like(cos), size)
+
+
+def rotate_reference(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
     """Turn each head of x (T, heads * D) by its position.
 
     The result goes to `out` (T, heads * D), which may be x. `back`: the other way (its gradient).
     """
-    half = cos.shape[1]
-    first, second = x.float().view(len(x), -1, 2, half).unbind(2)  # (T, heads, D / 2)
-    c, s = cos.unsqueeze(1), (-sin if back else sin).unsqueeze(1)
-    turned = torch.stack(
-        [first * c - second * s, second * c + first * s], dim=2
-    )  # (T, heads, 2, D / 2)
-    out.copy_(turned.reshape(len(x), -1))
+    pairs = by.cos.shape[1]
+    heads = x.float().unflatten(1, (-1, by.size))  # (T, heads, D)
+    part, rest = heads[..., : 2 * pairs], heads[..., 2 * pairs :]
+    shape = (pairs, 2) if by.interleaved else (2, pairs)
+    which = -1 if by.interleaved else -2
+    first, second = part.unflatten(2, shape).unbind(which)  # (T, heads, P)
+    c, s = by.cos.unsqueeze(1), (-by.sin if back else by.sin).unsqueeze(1)
+    turned = torch.stack([first * c - second * s, second * c + first * s], dim=which)
+    out.copy_(torch.cat([turned.flatten(2), rest], dim=2).flatten(1))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:
+def rotate(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
     """As `rotate_reference`; on a GPU in one launch."""
-    (rotate_triton if x.is_cuda else rotate_reference)(x, cos, sin, out, back=back)
+    (rotate_triton if x.is_cuda else rotate_reference)(x, by, out, back=back)
 
 
-def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:
-    half = cos.shape[1]
-    heads = x.shape[1] // (2 * half)
+def rotate_triton(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
+    pairs = by.cos.shape[1]
+    if 2 * pairs < by.size and out.data_ptr() != x.data_ptr():
+        x = out.copy_(x)
+    heads = x.shape[1] // by.size
     _rotate[(len(x),)](
-        x, cos, sin, out, x.stride(0), out.stride(0), heads, half,
-        HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(half), BACK=back,
-        num_warps=4,
+        x, by.cos, by.sin, out, x.stride(0), out.stride(0), heads, by.size, pairs,
+        HEADS=triton.next_power_of_2(heads), PAIRS=triton.next_power_of_2(pairs), BACK=back,
+        INTERLEAVED=by.interleaved, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _rotate(
-    x, cos, sin, out, x_stride, out_stride, heads, half,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
+    x, cos, sin, out, x_stride, out_stride, heads, size, pairs,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, BACK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, HALF)
-    c = tl.load(cos + row * half + place, mask=place < half, other=0.0)[None, :]
-    s = tl.load(sin + row * half + place, mask=place < half, other=0.0)[None, :]
+    place = tl.arange(0, PAIRS)
+    c = tl.load(cos + row * pairs + place, mask=place < pairs, other=0.0)[None, :]
+    s = tl.load(sin + row * pairs + place, mask=place < pairs, other=0.0)[None, :]
     if BACK:
         s = -s
     head = tl.arange(0, HEADS)
-    at = head[:, None] * (2 * half) + place[None, :]
-    inside = (head[:, None] < heads) & (place[None, :] < half)
+    inside = (head[:, None] < heads) & (place[None, :] < pairs)
+    if INTERLEAVED:
+        at = head[:, None] * size + 2 * place[None, :]
+        beside = at + 1
+    else:
+        at = head[:, None] * size + place[None, :]
+        beside = at + pairs
     first = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + row * x_stride + at + half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + row * x_stride + beside, mask=inside, other=0.0).to(tl.float32)
     kind = out.dtype.element_ty
     tl.store(out + row * out_stride + at, (first * c - second * s).to(kind), mask=inside)
-    tl.store(out + row * out_stride + at + half, (second * c + first * s).to(kind), mask=inside)
+    tl.store(out + row * out_stride + beside, (second * c + first * s).to(kind), mask=inside)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 
-from glassloop.plan.support import GROUPS, fields_of, unsupported
+from glassloop.plan.described import Described
+from glassloop.plan.families import Unsupported
+from glassloop.plan.support import check_fields, description_of, fields_of
 
 CURE = "set execution.engine=peft"
 
 
-def check_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> None:
-    """Raise ValueError naming the first field or module not supported.
+def describe_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> Described:
+    """Describe a model. Raises ValueError naming the first field or module not supported.
 
     Args:
         config: the model's config. base: the causal language model, adapters attached. dtype:
             of its 16- or 32-bit weights.
     """
-    if (problem := unsupported(fields_of(config))) is not None:
-        raise ValueError(f"execution.engine = fused: {problem}: {CURE}")
+    values = fields_of(config)
+    try:
+        found = description_of(values)
+        check_fields(values, declared(config))
+    except Unsupported as error:
+        raise ValueError(f"execution.engine = fused: {error}: {CURE}") from error
     if type(base).__module__.startswith("transformers_modules"):
         raise ValueError(
             "execution.engine = fused: the model brings Python code of its own, which it would "
@@ -32,12 +39,20 @@ def check_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> None:
             "execution.engine=peft"
         )
     for index, layer in enumerate(base.model.layers):  # type: ignore[union-attr, arg-type]
-        for names in GROUPS.values():
+        for names in found.groups.values():
             for name in names:
                 check_adapter(f"layer {index} {name}", layer.get_submodule(name))
     head = base.get_output_embeddings()  # type: ignore[operator]
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"execution.engine = fused: the head has a bias: {CURE}")
+    return found
+
+
+def declared(config: Any) -> frozenset[str]:
+    """Fields that transformers' class of a config declares; none of one before transformers 5."""
+    if not dataclasses.is_dataclass(config):
+        return frozenset()
+    return frozenset(field.name for field in dataclasses.fields(config))
 
 
 def check_adapter(name: str, module: nn.Module) -> None:

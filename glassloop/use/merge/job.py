@@ -21,7 +21,7 @@ from glassloop.base.reading import DTYPES
 from glassloop.base.source import resolve_source
 from glassloop.base.streamed import layer_folder
 from glassloop.disk.publish import replace_file
-from glassloop.plan.support import GROUPS
+from glassloop.plan.support import groups_of
 from glassloop.use.heldout import rows_of
 from glassloop.use.loaded import check_base, device_here, load
 from glassloop.use.merge.folder import adds_bos, check_room, original_folder, read_json, write_rest
@@ -125,7 +125,7 @@ class Job:
         """The base's file of layers, which the engine `fused` trains over."""
         model, dtype = self.trained.config.model, DTYPES[self.trained.config.execution.precision]
         files_hash = base_hash(self.source, cache_root(model.cache_dir) / "file_hashes.json")
-        folder, _ = layer_folder(self.source, files_hash, model, GROUPS, dtype, device)
+        folder, _ = layer_folder(self.source, files_hash, model, groups_of, dtype, device)
         return LayerWeights(LayerFile.open(folder), dtype), folder
 
     def write(self, folder: Path, kind: str) -> None:

@@ -5,6 +5,7 @@ A 70B in NF4 is merged without ever being whole in memory.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from glassloop.base.layer_file import LayerFile, Shared
 from glassloop.base.streamed import state_of
-from glassloop.plan.support import GROUPS
+from glassloop.plan.support import groups_of
 
 
 class Member(NamedTuple):
@@ -50,8 +51,9 @@ class LayerWeights:
     def members(self) -> dict[str, Member]:
         """Quantised weights by name."""
         found = {}
+        groups = groups_of(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
         for index, layer in enumerate(self.file.manifest.layers):
-            for group, names in GROUPS.items():
+            for group, names in groups.items():
                 place, start = layer.groups[group], 0
                 for member, name in enumerate(names):
                     key = f"model.layers.{index}.{name}.weight"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.base.checks import (
     audit_table,
@@ -167,14 +167,34 @@ def test_base_checksum_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     ("field", "value"),
     [("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625)],
 )
-def test_factors_between_head_and_logits_are_refused_by_name(
+def test_a_factor_that_the_model_does_not_compute_is_found(
     tiny_llama: Path, field: str, value: float
 ) -> None:
     hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    hf.lm_head.weight.data *= 20  # a cap of 30 is seen
     setattr(hf.config, field, 1.0)
     check_plain_head(hf, CPU, "org/base")
     setattr(hf.config, field, value)
-    with pytest.raises(ValueError, match=f"llama has {field} = {value} between head and logits"):
+    with pytest.raises(ValueError, match=r"the logits of LlamaForCausalLM are not head"):
+        check_plain_head(hf, CPU, "org/base")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [("granite", "logits_scaling", 8.0), ("gemma2", "final_logit_softcapping", 2.0)],
+)
+def test_factors_between_head_and_logits_are_known(
+    kind: str, field: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(kind, **sizes, **heads, pad_token_id=0, **{field: value})
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    hf.get_output_embeddings().weight.data *= 40
+    check_plain_head(hf, CPU, "org/base")
+    monkeypatch.setattr("glassloop.base.checks.logit_factors", lambda config: (1.0, None))
+    with pytest.raises(ValueError, match="are not head"):
         check_plain_head(hf, CPU, "org/base")
 
 

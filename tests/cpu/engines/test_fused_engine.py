@@ -204,7 +204,8 @@ def test_the_peft_model_over_the_same_storage_still_answers_as_before(engine_of,
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu', fused knows 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
-        ({"model_type": "qwen3"}, "model_type = 'qwen3', fused knows 'llama', 'qwen2'"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2', fused knows 'llama', 'qwen2'"),
+        ({"pretraining_tp": 4}, "pretraining_tp = 4, fused knows 1"),
     ],
 )
 def test_a_config_that_is_not_carried_out_is_refused_by_its_field(
@@ -353,7 +354,10 @@ def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
     """Rows an update and the gradient stay either way."""
     from glassloop.loop.memory import smaller_passes
 
-    run = run_of(execution={"engine": "fused", "precision": "fp32", "layout": "packed"})
+    run = run_of(
+        execution={"engine": "fused", "precision": "fp32", "layout": "packed"},
+        memory={"base": "gpu"},
+    )
     assert run.tiers == {"kept": 2, "host": "nothing", "held": 0, "streamed": 0}
     told = []
     run.event = lambda update, kind, message, *_: told.append(message)

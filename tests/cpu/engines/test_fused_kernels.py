@@ -188,18 +188,18 @@ def test_rotation_and_back(dtype, heads, size):
 
     torch.manual_seed(0)
     positions, frequencies = torch.tensor([0, 1, 2, 0, 1, 700]), torch.rand(size // 2)
-    cos, sin = angles(positions, frequencies, 1.0)
+    by = angles(positions, frequencies, 1.0)
     x = torch.randn(6, heads * size).to(dtype)
     q = x.double().view(1, 6, heads, size).transpose(1, 2)
-    wide = [torch.cat([t, t], dim=1).double().unsqueeze(0) for t in (cos, sin)]
+    wide = [torch.cat([t, t], dim=1).double().unsqueeze(0) for t in (by.cos, by.sin)]
     truth = apply_rotary_pos_emb(q, q, *wide)[0].transpose(1, 2).reshape(6, -1)
     for rotate in kernels("rotary.rotate"):
         out = strided(6, heads * size, dtype)
-        rotate(x, cos, sin, out[:, : heads * size])
+        rotate(x, by, out[:, : heads * size])
         assert (
             off(out[:, : heads * size], truth) < MARKS[dtype] and not out[:, heads * size :].any()
         )
-        rotate(out[:, : heads * size], cos, sin, out[:, : heads * size], back=True)  # in place
+        rotate(out[:, : heads * size], by, out[:, : heads * size], back=True)  # in place
         assert off(out[:, : heads * size], x.double()) < 2 * MARKS[dtype]
 
 

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from kernel_cases import interpreted, off
+from kernel_cases import CUTS, interpreted, off, wide_heads
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -37,32 +37,6 @@ def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_fi
         assert all(length == lengths[starts.index(start)] for start, length, _, _ in entries)
 
 
-def wide_heads(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype):
-    """q, k, v side by side, with room; angles; a gradient.
-
-    As a layer has them. The gradient has wider rows too.
-    """
-    from glassloop.engines.fused.rotary import angles
-
-    torch.manual_seed(0)
-    widths = [heads * size, key_heads * size, key_heads * size]
-    wide = torch.randn(tokens, sum(widths) + 16).to(dtype)
-    q, k, v = (t.unflatten(1, (-1, size)) for t in wide[:, :-16].split(widths, dim=1))
-    grad = torch.randn(tokens, widths[0] + 16).to(dtype)[:, :-16].unflatten(1, (-1, size))
-    cos, sin = angles(torch.arange(tokens), torch.rand(size // 2), 1.0)
-    return grad, q, k, v, cos, sin
-
-
-# (own, step, split) of forward, queries and keys: blocks as long as a step, longer, shorter, with
-# one loop.
-CUTS = [
-    ((16, 16, True), (16, 16, True), (16, 16, True)),
-    ((32, 16, True), (32, 16, False), (32, 16, True)),
-    ((16, 32, True), (16, 32, True), (16, 32, True)),
-    ((32, 16, False), (32, 16, True), (16, 32, False)),
-]
-
-
 @interpreted
 @pytest.mark.parametrize(("dtype", "mark"), [(torch.float32, 3e-6), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("cuts", CUTS)
@@ -83,16 +57,14 @@ def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, 
     tiles = Tiles(*(Tile(own, step, 4, 2, split) for own, step, split in cuts))
     bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), tiles)
     plain = a.Bounds.for_kernel("reference", lengths, torch.device("cpu"))
-    grad, q, k, v, cos, sin = wide_heads(tokens, heads, key_heads, size, dtype)
+    grad, q, k, v, by = wide_heads(tokens, heads, key_heads, size, dtype)
     kept = a.attention(q, k, v, bounds)
     into = torch.full((tokens, (heads + 2 * key_heads) * size + 16), 7.0, dtype=dtype)
-    attention_triton.backward(
-        grad, q, k, v, kept.out, kept.rest[0], cos, sin, bounds.work, into[:, :-16]
-    )
+    attention_triton.backward(grad, q, k, v, kept.out, kept.rest[0], by, bounds.work, into[:, :-16])
 
     exact = [t.double() for t in (grad, q, k, v)]
     out = a.attention(*exact[1:], plain)
-    truth = a.attention_backward(*exact, out, plain, cos.double(), sin.double())
+    truth = a.attention_backward(*exact, out, plain, by)
     scores = (
         torch.einsum("qhd,khd->hqk", exact[1], exact[2].repeat_interleave(heads // key_heads, 1))
         * size**-0.5
@@ -124,10 +96,10 @@ def test_a_row_without_finite_values_leaves_its_neighbours_alone():
 
     lengths, tile = (20, 9, 20), Tile(16, 16, 4, 2)
     bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), Tiles(tile, tile, tile))
-    grad, q, k, v, cos, sin = wide_heads(sum(lengths), 2, 1, 16, torch.float32)
+    grad, q, k, v, by = wide_heads(sum(lengths), 2, 1, 16, torch.float32)
     for t in (grad, q, k, v):
         t[20:29] = torch.nan
     kept = a.attention(q, k, v, bounds)
-    into = a.attention_backward(grad, q, k, v, kept, bounds, cos, sin)
+    into = a.attention_backward(grad, q, k, v, kept, bounds, by)
     for t in (kept.out.flatten(1), into):
         assert t[20:29].isnan().all() and t[:20].isfinite().all() and t[29:].isfinite().all()

@@ -185,10 +185,13 @@ def test_a_layer_without_adapters_and_one_that_misses_some(base_of, pair):
 
 def test_room_for_gradients_is_counted_by_group(base_of):
     from glassloop.engines.fused.building import build_layer
+    from glassloop.plan.support import description_of, fields_of
     from glassloop.predict.tiers import product_bytes
 
     _, base = base_of(EQUAL["o and down"], tied=False)
-    one = build_layer(base.model.layers[0], base.config, torch.float32, 0).sizes
+    one = build_layer(
+        base.model.layers[0], description_of(fields_of(base.config)), torch.float32, 0
+    ).sizes
     assert one.o == one.down
     assert product_bytes(one) == sum(
         4 * g.rank * (g.rows + g.columns) for g in (one.qkv, one.o, one.gate_up, one.down)

@@ -14,7 +14,7 @@ from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.adapters import attach_lora
 from glassloop.formula.optim import FlatAdapters
-from glassloop.plan.support import GROUPS
+from glassloop.plan.support import groups_of
 from glassloop.predict.tiers import Tiers
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def streamed(folder, *, precision="fp32", double=True, r=4):
 
     model = ModelConfig(id=str(folder), quantization="nf4", double_quantization=double)
     hf, report, pages = load_streamed(
-        model, GROUPS, precision=precision, device=CPU, first=contextlib.nullcontext
+        model, groups_of, precision=precision, device=CPU, first=contextlib.nullcontext
     )
     peft = attach_lora(hf, LoraConfig(r=r, alpha=8), seed=0, base_name="base", commit=None)
     return FusedEngine(peft, report, pages=pages), adapters_of(peft)

@@ -17,7 +17,7 @@ from glassloop.base.quantised import find_base
 from glassloop.base.source import resolve_source
 from glassloop.base.streamed import layer_folder
 from glassloop.config import ModelConfig
-from glassloop.plan.support import GROUPS
+from glassloop.plan.support import groups_of
 from glassloop.use.merge.layer_weights import LayerWeights
 from glassloop.use.merge.merge import AdapterPair, write_merged
 from glassloop.use.merge.weights import Weights
@@ -48,7 +48,7 @@ def test_every_tensor_is_the_one_of_the_quantised_copy(
     )
     source = resolve_source(model)
     known = base_hash(source, tmp_path / "hashes.json")
-    made, _ = layer_folder(source, known, model, GROUPS, torch.float32, CPU)
+    made, _ = layer_folder(source, known, model, groups_of, torch.float32, CPU)
     ours = LayerWeights(LayerFile.open(made), torch.float32)
     copy = find_base(model, precision="fp32", device=CPU, first=contextlib.nullcontext)
     assert copy.folder is not None

@@ -1,0 +1,310 @@
+"""Every family of `fused`: a small odd model of its config against transformers, in fp32.
+
+The loss, and the gradient of every adapter matrix, over the same NF4 weights and several rows.
+A description that is wrong in one field is seen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from glassloop.config import LoraConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.engines.adapters import linear_names
+from glassloop.formula.optim import FlatAdapters
+from glassloop.plan.described import Described, Kind, Norms
+from glassloop.plan.families import FAMILIES, FREE, Unsupported, described
+from glassloop.plan.support import check_fields, fields_of, unsupported
+from glassloop.predict.tiers import Tiers
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which has no build for this system",
+)
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXED = {"num_hidden_layers": 3, "sliding_window": 5}
+BOTH = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+THETAS = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 5e3, "factor": 3.0},
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# name -> model_type, and what its config has beside SIZES
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, windows": (
+        "qwen2",
+        MIXED | {"use_sliding_window": True, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3, yarn": ("qwen3", {"rope_parameters": YARN, "attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral, windows": ("mistral", {"sliding_window": 4, "head_dim": 48}),
+    "ministral": ("ministral", MIXED | BOTH),
+    "gemma2": (
+        "gemma2",
+        MIXED
+        | BOTH
+        | {
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+    "gemma3": ("gemma3_text", MIXED | BOTH | {"rope_parameters": THETAS}),
+    "phi3": ("phi3", {"sliding_window": 6}),
+    "phi3, part of a head turned": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+            }
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 5.0,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", MIXED | BOTH | {"rope_parameters": THETAS}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "glm4": ("glm4", {}),
+    "seed_oss": ("seed_oss", {}),
+    "exaone4": ("exaone4", MIXED | BOTH),
+    "exaone4, no windows": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+}
+
+
+def rows_of(lengths: tuple[int, ...]) -> list[Row]:
+    drawn = torch.Generator().manual_seed(0)
+    return [
+        Row(
+            f"r{index}",
+            tuple(torch.randint(3, 130, (length,), generator=drawn).tolist()),
+            tuple(index != 1 and place >= length // 2 for place in range(length)),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def drawn(model: torch.nn.Module) -> torch.nn.Module:
+    """Give norms and biases random values too: ones and zeros would hide that they are lost."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            centre = 1.0 if name.endswith("norm.weight") else 0.0
+            torch.nn.init.normal_(parameter, mean=centre, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory, tiny_tokenizer, engine_of):
+    """The reference engine of a model of MODELS, with drawn adapters; each is made once."""
+    made: dict[str, tuple[Any, FlatAdapters]] = {}
+
+    def build(name: str) -> tuple[Any, FlatAdapters]:
+        if name not in made:
+            kind, own = MODELS[name]
+            folder = tmp_path_factory.mktemp("family")
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(kind, **SIZES | own)
+            model = drawn(AutoModelForCausalLM.from_config(config))
+            model.to(torch.bfloat16).save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+            lora = LoraConfig(r=3, alpha=6, targets=linear_names(model))
+            engine = engine_of(folder, quantization="nf4", lora=lora)
+            adapters = FlatAdapters(engine.hf.named_parameters())
+            torch.manual_seed(3)
+            adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
+            made[name] = engine, adapters
+        return made[name]
+
+    return build
+
+
+def fused_of(engine: Any) -> Any:
+    from glassloop.engines.fused.engine import FusedEngine
+
+    return FusedEngine(engine.hf, engine.report)
+
+
+def gradient(engine: Any, adapters: FlatAdapters, p: Any) -> tuple[float, torch.Tensor]:
+    adapters.zero_grad()
+    loss_sum, _ = engine(p)
+    (loss_sum / 7).backward()
+    return loss_sum.item(), adapters.grad.clone()
+
+
+def passes(*, packed: bool) -> Any:
+    rows = rows_of((13, 4, 21, 1))
+    return build_pass(rows, packed=packed, pad_id=0, device=torch.device("cpu"))
+
+
+def test_every_family_has_a_model_here():
+    assert {kind for kind, _ in MODELS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_every_gradient_are_transformers(model_of, name):
+    reference, adapters = model_of(name)
+    engine = fused_of(reference)
+    wanted, slope = gradient(reference, adapters, passes(packed=False))
+    layers = len(engine.layers)
+    for packed, tiers in (
+        (True, Tiers(layers)),
+        (True, Tiers(0)),
+        (True, Tiers(1, "inputs")),
+        (True, Tiers(0, "attention")),
+        (True, Tiers(1, "all")),
+        (False, Tiers(1, held=1)),
+    ):
+        engine.use_tiers(tiers)
+        found, ours = gradient(engine, adapters, passes(packed=packed))
+        assert found == pytest.approx(wanted, rel=1e-5)
+        for matrix, place in adapters.slices.items():
+            far = float((place.of(ours) - place.of(slope)).norm())
+            assert far <= 1e-5 * float(place.of(slope).norm()), f"{matrix}: off by {far:g}"
+
+
+# model of MODELS -> a field of its description, what it is changed to, as a function
+FAULTS: list[tuple[str, str, Any]] = [
+    ("llama", "eps", lambda of: 0.1),
+    ("llama", "score_scale", lambda of: of.score_scale * 1.1),
+    ("llama", "gate", lambda of: "gelu_tanh"),
+    ("llama", "added_one", lambda of: True),
+    ("llama", "interleaved", lambda of: True),
+    ("qwen2, windows", "kinds", lambda of: (Kind(),) * 3),
+    ("qwen3", "head_norms", lambda of: ""),
+    ("mistral, windows", "kinds", lambda of: (Kind(5),) * 2),
+    ("ministral", "kinds", lambda of: tuple(reversed(of.kinds[:2])) + of.kinds[2:]),
+    ("gemma2", "score_cap", lambda of: None),
+    ("gemma2", "logit_cap", lambda of: None),
+    ("gemma2", "logit_cap", lambda of: 3.1),
+    ("gemma2", "embedding_scale", lambda of: 1.0),
+    ("gemma3", "gate", lambda of: "silu"),
+    ("gemma3", "added_one", lambda of: False),
+    ("gemma3", "norms", lambda of: Norms()),
+    ("gemma3", "kinds", lambda of: tuple(replace(k, rotary="full_attention") for k in of.kinds)),
+    ("granite", "residual_scale", lambda of: 1.0),
+    ("granite", "embedding_scale", lambda of: 1.0),
+    ("granite", "logit_scale", lambda of: 1.0),
+    ("olmo2", "head_norms", lambda of: ""),
+    ("olmo2", "norms", lambda of: Norms(None, None, "post_attention_layernorm", None)),
+    ("smollm3", "kinds", lambda of: (Kind(),) * 2),
+    ("glm4", "interleaved", lambda of: False),
+    ("exaone4", "kinds", lambda of: tuple(replace(k, rotary="") for k in of.kinds)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "wrong"), FAULTS, ids=[f"{one[0]}: {one[1]}" for one in FAULTS]
+)
+def test_a_description_that_is_wrong_in_one_field_is_seen(
+    model_of, monkeypatch, name, field, wrong
+):
+    from glassloop.engines.fused import engine as whole
+
+    reference, adapters = model_of(name)
+    wanted, slope = gradient(reference, adapters, passes(packed=False))
+    right = whole.describe_supported
+
+    def spoiled(*given: Any) -> Described:
+        of = right(*given)
+        changed = replace(of, **{field: wrong(of)})
+        assert changed != of
+        return changed
+
+    monkeypatch.setattr(whole, "describe_supported", spoiled)
+    found, ours = gradient(fused_of(reference), adapters, passes(packed=True))
+    assert found != pytest.approx(wanted, rel=1e-4)
+    assert float((ours - slope).norm() / slope.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3", "olmo3", "glm4", "granite"])
+def test_the_check_of_a_run_passes_and_sees_a_fault(model_of, monkeypatch, name):
+    from glassloop.engines.fused import proof
+
+    reference, adapters = model_of(name)
+    engine, rows = fused_of(reference), rows_of((13, 4, 21, 1))
+    judge = lambda: proof.disagreement(engine, adapters, rows, packed=True, pad_id=0)  # noqa: E731
+    assert judge() == ""
+    engine.of = replace(engine.of, embedding_scale=engine.of.embedding_scale * 1.5)
+    assert "fused does not compute what peft computes" in judge()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_field_of_a_family_s_config_is_read_or_known_to_be_without_effect(kind):
+    """A field that a newer transformers adds is refused until it is looked at."""
+    from glassloop.engines.fused import supported
+
+    config = AutoConfig.for_model(kind, **SIZES)
+    names, values = supported.declared(config), fields_of(config)
+    check_fields(values, names)
+    assert not {name for name in names if name[0] != "_"} - (described(values)[1] | FREE)
+    with pytest.raises(Unsupported, match=r"router_noise = 0\.5, which fused does not know"):
+        check_fields(values | {"router_noise": 0.5}, names | {"router_noise"})
+
+
+REFUSED = [
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    ("qwen3", {"layer_types": ["chunked_attention"]}, "layer_types = 'chunked_attention'"),
+    ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope'"),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic"),
+    ("mistral", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
+    ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ("phi3", {"hidden_act": "gelu"}, "hidden_act = 'gelu', fused knows 'silu'"),
+    ("gemma2", {"hidden_activation": "gelu"}, "fused knows 'gelu_pytorch_tanh'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "said"), REFUSED)
+def test_what_a_description_has_no_word_for_is_refused_by_name(kind, fields, said):
+    assert unsupported({"model_type": kind}) is None
+    assert said in (unsupported({"model_type": kind, **fields}) or "")
