@@ -107,7 +107,9 @@ def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:
     most -= max(live_bytes(one, tokens), room.head)  # beyond what layers keep
     more = kept_bytes(one, tokens) - input_bytes(one, tokens)
     # One layer is kept or computed again: its memory is the same.
-    least = {host: more + layers * beside_away_bytes(one, tokens, host) for host in AWAY}
+    least: dict[Host, int] = {
+        host: more + layers * beside_away_bytes(one, tokens, host) for host in AWAY
+    }
     for host in AWAY:  # two layers are on their way
         least[host] += 2 * away_bytes(one, tokens, host) - room.embedding
     hosts: list[Host] = [
@@ -129,7 +131,7 @@ def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:
     if kept >= 1:  # their memory is free when the first of the others is computed again
         return Tiers(kept, streamed=streamed)
     # What is computed again costs more than what is copied: the most that fits, else the least.
-    fitting = [host for host in hosts if least[host] <= most]
+    fitting: list[Host] = [host for host in hosts if least[host] <= most]
     best: Host = fitting[0] if fitting else hosts[-1] if hosts else "nothing"
     return Tiers(min(1, layers), best, streamed=streamed)
 
