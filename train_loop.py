@@ -225,6 +225,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
         checksum=int(checksum),
         largest_weight=largest_weight,
         row_loss_sums=tuple(row_loss_sums),
+        machine=run.machine.take(),
     )
     ranks = range(run.replica.ranks)
     gate = gather_reports(own, [len(run.batches.share(window, rank)) for rank in ranks])

@@ -44,11 +44,12 @@ class RankReport:
     grad_norm: float  # of the rank's share of the gradient, still times the loss scale
     checksum: int  # of adapters and optimizer state before this update
     largest_weight: float  # of the adapters before this update, by magnitude; inf or NaN if one is
-    row_loss_sums: tuple[float, ...]  # nats, in the order of the rank's rows; the last field
+    row_loss_sums: tuple[float, ...]  # nats, in the order of the rank's rows
+    machine: tuple[float, ...] = ()  # readings of the machine, equally many on all ranks
 
 
 KINDS: dict[str, Callable[[float], float]] = {"bool": bool, "int": int, "float": float}
-NUMBERS = {field.name: KINDS[str(field.type)] for field in fields(RankReport)[:-1]}
+NUMBERS = {field.name: KINDS[str(field.type)] for field in fields(RankReport)[:-2]}
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,15 @@ def gather_reports(own: RankReport, rows_of_ranks: Sequence[int]) -> Gate:
     """
     numbers = [getattr(own, name) for name in NUMBERS]
     missing = [0.0] * (max(rows_of_ranks) - len(own.row_loss_sums))
-    packed = torch.tensor([*numbers, *own.row_loss_sums, *missing], dtype=torch.float64)  # (K,)
+    packed = torch.tensor(  # (K,)
+        [*numbers, *own.machine, *own.row_loss_sums, *missing], dtype=torch.float64
+    )
     reports = []
     for rows, told in zip(rows_of_ranks, _all_gather(packed).tolist(), strict=True):
         plain: list[Any] = [kind(x) for kind, x in zip(NUMBERS.values(), told, strict=False)]
-        losses = tuple(told[len(plain) : len(plain) + rows])
-        reports.append(RankReport(*plain, row_loss_sums=losses))
+        rest = told[len(plain) :]
+        machine, losses = rest[: len(own.machine)], rest[len(own.machine) :][:rows]
+        reports.append(RankReport(*plain, row_loss_sums=tuple(losses), machine=tuple(machine)))
     return Gate(tuple(reports))
 
 

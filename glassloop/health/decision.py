@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from glassloop.config import StabilityConfig
 from glassloop.data.batches import Batches, Window
 from glassloop.formula.dist import Gate, rank_cosine
+from glassloop.health.machine import machine_record
 from glassloop.health.signals import Finding, Signals
 from glassloop.health.stability import Detectors
-from glassloop.record.records import ProbeRecord, RowRecord, UpdateRecord
+from glassloop.record.records import MachineRecord, ProbeRecord, RowRecord, UpdateRecord
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Outcome:
     decision: Decision
     stop: bool  # a rank was asked to end the run
     probe: ProbeRecord | None = None
+    machine: MachineRecord | None = None
 
 
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
@@ -247,7 +249,8 @@ def describe(
         for rank, report in enumerate(reports)
         for (index, row), loss in zip(_places(window, rank), report.row_loss_sums, strict=True)
     )
-    return Outcome(record, rows, decision, gate.stop, terms.probe)
+    machine = machine_record(window.update, attempt, [report.machine for report in reports])
+    return Outcome(record, rows, decision, gate.stop, terms.probe, machine)
 
 
 def _places(window: Window, rank: int) -> list[tuple[int, int]]:

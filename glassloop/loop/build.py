@@ -25,6 +25,7 @@ from glassloop.loop.conditions import (
 )
 from glassloop.loop.folder import check_no_run_in, observe
 from glassloop.loop.header import header
+from glassloop.loop.machine_here import sampler_of
 from glassloop.loop.memory import allocated_gib, choose_pass_tokens
 from glassloop.loop.proving import proven
 from glassloop.loop.replica import Replica, adapters_of, build_replica, device_of, load_engine
@@ -159,11 +160,12 @@ def assemble(
     config, dataset, stop = start.config, rows.dataset, start.stop
     batches, contract = planned_and_found(start, rows, replica)
     per_update, trained = batches.plan.rows_per_update, len(dataset.train.rows)
+    sampler, unread = sampler_of(config, replica)
     return Run(
         config=config,
         accelerator=start.accelerator,
         folder=folder,
-        header=tuple(header(config, batches, dataset, replica, start.auto)),
+        header=(*header(config, batches, dataset, replica, start.auto), *unread),
         plan=batches.plan,
         contract=contract,
         batches=batches,
@@ -180,6 +182,7 @@ def assemble(
         inspection=make_inspection(config, rows=trained, rows_per_update=per_update),
         first_update=rows.updates_done + 1,
         measured_gib=measured_gib,
+        machine=sampler,
         watchdog=Watchdog(
             folder,
             replica.rank,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from glassloop.disk.lock import FolderLock
 from glassloop.formula.dist import gather_objects
 from glassloop.health.decision import Outcome
 from glassloop.health.inspection import Inspection
+from glassloop.health.machine import Sampler
 from glassloop.health.patience import HeldOut
+from glassloop.health.slowness import SlowUpdates
 from glassloop.loop.between import evaluate_run, publish_checkpoint
 from glassloop.loop.claim import release
 from glassloop.loop.commands import generate_command, launch_command, replay_command, replay_of
@@ -61,6 +63,8 @@ class Run:
     capture: CaptureFlag
     inspection: Inspection
     watchdog: Watchdog | None = None
+    machine: Sampler = field(default_factory=Sampler)
+    slowness: SlowUpdates = field(default_factory=SlowUpdates)  # rank 0's clock alone
     last_line: str | None = None  # for the screen, below everything else
     lock: FolderLock | None = None  # on the folder; rank 0's
     measured_gib: dict[str, float] = field(default_factory=dict)  # by phase; {} without a GPU
@@ -91,6 +95,7 @@ class Run:
         done = self.first_update - 1
         if self.watchdog is not None:
             self.watchdog.start()
+        self.machine.start()
         for observer in self.observers:
             observer.on_start(
                 RunInfo(str(self.folder), self.plan.updates, self.replica.ranks, done, self.header)
@@ -155,6 +160,7 @@ class Run:
         """Note what the coming update moves besides weights and optimizer."""
         self.at = update
         self.replica.remember()
+        self.machine.begin()
         self.inspected = self.inspection.state()
 
     def put_back(self) -> None:
@@ -168,8 +174,12 @@ class Run:
         Each event has the next command to type.
         """
         record, decision, u = outcome.record, outcome.decision, outcome.record.update
+        slow = self.slowness.look(record, outcome.machine)
         for observer in self.observers:
             observer.on_update(record, outcome.rows)
+            if outcome.machine is not None:
+                machine = replace(outcome.machine, slow=None if slow is None else slow.cause)
+                observer.on_machine(machine)
             if outcome.probe is not None:
                 observer.on_probe(outcome.probe)
         look = replay_command(self.folder, u)
@@ -181,6 +191,8 @@ class Run:
                 replay_of(one, self.folder, u),
                 **one.details,
             )
+        if slow is not None:
+            self.event(u, "slow", slow.message, **slow.details)
         if decision.overflow or self.replica.scale.value > self.replica.before.loss_scale:
             change = (
                 f"loss scale {self.replica.before.loss_scale:g} -> {self.replica.scale.value:g}"
@@ -326,6 +338,7 @@ class Run:
         if not self.stop.guarded:
             self.stop.restore()
         self.capture.restore()
+        self.machine.close()
         if self.watchdog is not None:
             self.watchdog.close()
         self.accelerator.end_training()

@@ -13,6 +13,7 @@ from typing import Any
 from glassloop.record.records import (
     EvaluationRecord,
     Event,
+    MachineRecord,
     ProbeRecord,
     RowRecord,
     SampleRecord,
@@ -23,6 +24,7 @@ Kind = (
     type[UpdateRecord]
     | type[RowRecord]
     | type[ProbeRecord]
+    | type[MachineRecord]
     | type[Event]
     | type[EvaluationRecord]
     | type[SampleRecord]
@@ -61,9 +63,13 @@ OF_MATRICES = (
     "update_to_weight",
     "unmoved_share",
 )
+OF_MACHINE = tuple(
+    field.name for field in dataclasses.fields(MachineRecord) if field.name.startswith("rank_")
+)
 SAME_LENGTH = {  # fields of a kind whose lists have one entry for each of the same things
     UpdateRecord: (OF_RANKS,),
     ProbeRecord: (OF_MATRICES, ("modules", "delta_norm")),
+    MachineRecord: (OF_MACHINE,),
 }
 
 

@@ -14,6 +14,7 @@ from glassloop.record.records import (
     SCHEMA,
     EvaluationRecord,
     Event,
+    MachineRecord,
     ProbeRecord,
     RowRecord,
     SampleRecord,
@@ -23,6 +24,7 @@ from glassloop.record.records import (
 METRICS = "metrics.jsonl"  # one UpdateRecord a line
 ROWS = "rows.jsonl"  # one RowRecord a line, under record.text=full with its "text"; not under none
 PROBES = "probes.jsonl"
+MACHINE = "machine.jsonl"  # one MachineRecord a line; not there under record.machine_every_s=null
 EVENTS = "events.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"  # not there under record.text=none
@@ -30,6 +32,7 @@ KINDS: dict[str, Kind] = {
     METRICS: UpdateRecord,
     ROWS: RowRecord,
     PROBES: ProbeRecord,
+    MACHINE: MachineRecord,
     EVENTS: Event,
     EVALUATIONS: EvaluationRecord,
     SAMPLES: SampleRecord,

@@ -22,6 +22,7 @@ from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
     KINDS,
+    MACHINE,
     METRICS,
     PROBES,
     ROWS,
@@ -32,6 +33,7 @@ from glassloop.record.jsonl import (
 from glassloop.record.records import (
     EvaluationRecord,
     Event,
+    MachineRecord,
     ProbeRecord,
     RowRecord,
     SampleRecord,
@@ -70,6 +72,7 @@ class RunInfo:
 class Observer(Protocol):
     def on_start(self, info: RunInfo) -> None: ...
     def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None: ...
+    def on_machine(self, record: MachineRecord) -> None: ...
     def on_probe(self, record: ProbeRecord) -> None: ...
     def on_evaluation(self, record: EvaluationRecord) -> None: ...
     def on_sample(self, sample: SampleRecord) -> None: ...
@@ -122,7 +125,8 @@ class JsonlObserver:
                 mend(path)
         self._attempts = _attempts(self._folder, (METRICS, ROWS))
         self._evaluation_attempts = _attempts(self._folder, (EVALUATIONS,))
-        names = [METRICS, PROBES, EVENTS, EVALUATIONS] + ([] if text == "none" else [ROWS, SAMPLES])
+        names = [METRICS, MACHINE, PROBES, EVENTS, EVALUATIONS]
+        names += [] if text == "none" else [ROWS, SAMPLES]
         self._files: dict[str, int] = {}  # descriptors by name
         self._update_ids: list[str] = []  # rows of the last update, which its events may name
         for name in names:
@@ -160,6 +164,9 @@ class JsonlObserver:
         self._append(
             METRICS, [to_json(record)]
         )  # last: where it stands, the update's rows stand too
+
+    def on_machine(self, record: MachineRecord) -> None:
+        self._append(MACHINE, [to_json(record)])
 
     def on_probe(self, record: ProbeRecord) -> None:
         self._append(PROBES, [to_json(record)])

@@ -26,6 +26,7 @@ from glassloop.config.trust import FIELDS, Words, unasked
 from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
+    MACHINE,
     METRICS,
     PROBES,
     ROWS,
@@ -53,7 +54,7 @@ class RunData:
             attempt, and none from a course that was left when the run went back.
         replaced: the UpdateRecords that do not count any more, in the order in which they were
             written.
-        probes, rows: of `updates` only; rows in the order in which they were written.
+        probes, machine, rows: of `updates` only; rows in the order in which they were written.
         evaluations: the last of each update.
         events: all, in the order in which they were written.
         plan, env, config: None where the file is missing.
@@ -63,6 +64,7 @@ class RunData:
     updates: list[Record]
     replaced: list[Record]
     probes: list[Record]
+    machine: list[Record]
     rows: list[Record]
     evaluations: list[Record]
     samples: list[Record]
@@ -161,6 +163,7 @@ def read_run(folder: Path) -> RunData:
         updates=updates,
         replaced=replaced,
         probes=standing(counted(PROBES))[0],
+        machine=standing(counted(MACHINE))[0],
         rows=counted(ROWS),
         evaluations=standing(read_records(folder / EVALUATIONS))[0],
         samples=read_records(folder / SAMPLES),

@@ -90,6 +90,38 @@ class UpdateRecord:
 
 
 @dataclass(frozen=True)
+class MachineRecord:
+    """The machine during one update, from its start until the ranks met at the gate.
+
+    Tuples have one entry a rank, None for a rank that could not read the quantity. A field is None
+    if no rank could. Readings of the card are means over the update's readings; an update without
+    one has the newest.
+    """
+
+    update: int
+    rank_sm_clock_mhz: tuple[float | None, ...] | None  # clock of the card's processors
+    rank_memory_clock_mhz: tuple[float | None, ...] | None
+    rank_power_w: tuple[float | None, ...] | None
+    rank_temperature_c: tuple[float | None, ...] | None  # the highest reading
+    rank_throttle: tuple[str | None, ...] | None  # "heat + power cap"; "" for none
+    rank_card_busy: tuple[float | None, ...] | None  # share of time in which a kernel ran
+    rank_pcie_in_mb_s: tuple[float | None, ...] | None  # host to card, 1e6 bytes a second
+    rank_pcie_out_mb_s: tuple[float | None, ...] | None
+    rank_other_processes: tuple[float | None, ...] | None  # on the card, beside the run's ranks
+    rank_device_allocations: tuple[float | None, ...] | None  # calls that take memory from CUDA
+    rank_host_gib: tuple[float | None, ...] | None  # resident memory of the rank's process
+    rank_host_free_gib: tuple[float | None, ...] | None  # of the host, the lowest reading
+    rank_page_faults: tuple[float | None, ...] | None  # answered from memory
+    rank_disk_faults: tuple[float | None, ...] | None  # page faults that waited for a disk
+    rank_read_mib: tuple[float | None, ...] | None  # read from disks
+    rank_cpu_s: tuple[float | None, ...] | None  # processor time of all the process's threads
+    rank_preempted: tuple[float | None, ...] | None  # times another process took the processor
+    slow: str | None = None  # likely cause of a slow update; None for one that was not slow
+    attempt: int = 1
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
 class ProbeRecord:
     """Every adapter matrix in one update.
 
@@ -183,7 +215,9 @@ class SampleRecord:
     schema: int = SCHEMA
 
 
-AnyRecord = UpdateRecord | ProbeRecord | RowRecord | Event | EvaluationRecord | SampleRecord
+AnyRecord = (
+    UpdateRecord | MachineRecord | ProbeRecord | RowRecord | Event | EvaluationRecord | SampleRecord
+)
 
 
 def to_json(record: AnyRecord) -> str:

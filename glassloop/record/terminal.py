@@ -22,6 +22,7 @@ from glassloop.record.printable import printable
 from glassloop.record.records import (
     EvaluationRecord,
     Event,
+    MachineRecord,
     ProbeRecord,
     RowRecord,
     SampleRecord,
@@ -31,7 +32,7 @@ from glassloop.record.records import (
 WIDTH = 120  # columns of an update's line at most; without extreme values it has 80
 HEADING_EVERY = 20  # update lines between two headings
 STYLES = {  # by kind of event
-    **dict.fromkeys(("skipped", "warning", "alarm", "clipped"), "yellow"),
+    **dict.fromkeys(("skipped", "warning", "alarm", "clipped", "slow"), "yellow"),
     **dict.fromkeys(("stopped", "failed"), "red"),
     "finished": "green",
 }
@@ -131,6 +132,9 @@ class TerminalObserver:
             self._bar.update(self._bar.task_ids[0], completed=record.update, description=left)
         elif self._lines % HEADING_EVERY == 0:
             self._print(f"{record.update}/{record.updates} updates, {left}")
+
+    def on_machine(self, record: MachineRecord) -> None:
+        pass
 
     def on_probe(self, record: ProbeRecord) -> None:
         pass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
 from glassloop.record.records import (
     EvaluationRecord,
+    MachineRecord,
     ProbeRecord,
     UpdateRecord,
 )
@@ -54,6 +56,17 @@ def update_metrics(record: UpdateRecord) -> dict[str, float | int]:
             None if record.rank_peak_gib is None else record.rank_peak_gib[rank]
         )
     return {name: value for name, value in values.items() if value is not None}
+
+
+def machine_metrics(record: MachineRecord) -> dict[str, float]:
+    """Return what was read of each rank's machine, under machine/."""
+    return {
+        f"machine/rank{rank}_{field.name.removeprefix('rank_')}": value
+        for field in dataclasses.fields(record)
+        if field.name.startswith("rank_")
+        for rank, value in enumerate(getattr(record, field.name) or ())
+        if isinstance(value, float)
+    }
 
 
 def probe_metrics(record: ProbeRecord) -> dict[str, float]:

@@ -17,17 +17,23 @@ from typing import TYPE_CHECKING, Any
 from glassloop.config import TrackingConfig
 from glassloop.disk.opening import require_plain_folder
 from glassloop.disk.secrets import without_secrets
-from glassloop.record.jsonl import EVALUATIONS, METRICS, SAMPLES, read_jsonl
+from glassloop.record.jsonl import EVALUATIONS, MACHINE, METRICS, SAMPLES, read_jsonl
 from glassloop.record.observers import RunInfo, TextPolicy
 from glassloop.record.records import (
     EvaluationRecord,
     Event,
+    MachineRecord,
     ProbeRecord,
     RowRecord,
     SampleRecord,
     UpdateRecord,
 )
-from glassloop.record.tracker_metrics import evaluation_metrics, probe_metrics, update_metrics
+from glassloop.record.tracker_metrics import (
+    evaluation_metrics,
+    machine_metrics,
+    probe_metrics,
+    update_metrics,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,6 +89,9 @@ class TrackerObserver:
 
     def on_update(self, record: UpdateRecord, rows: tuple[RowRecord, ...]) -> None:
         self._log(update_metrics(record), record.update)
+
+    def on_machine(self, record: MachineRecord) -> None:
+        self._log(machine_metrics(record), record.update)
 
     def on_probe(self, record: ProbeRecord) -> None:
         self._log(probe_metrics(record), record.update)
@@ -230,7 +239,7 @@ def _records_in(folder: Path) -> int:
 
     There are at least as many as there were calls of wandb's log.
     """
-    paths = [folder / name for name in (METRICS, EVALUATIONS, SAMPLES)]
+    paths = [folder / name for name in (METRICS, MACHINE, EVALUATIONS, SAMPLES)]
     return sum(len(read_jsonl(path)) for path in paths if os.path.lexists(path))
 
 

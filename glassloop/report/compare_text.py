@@ -11,6 +11,7 @@ from rich.text import Text
 from glassloop.record.printable import BREAK, printable
 from glassloop.record.reading import RunData, number, setting
 from glassloop.report.comparing import ComparedRuns, Comparison
+from glassloop.report.machines import machine_facts
 from glassloop.report.partings import Parting
 
 MOST_DIFFERENCES = 40
@@ -22,7 +23,7 @@ def render(found: Comparison) -> RenderableType:
 
     Texts of a run are never markup.
     """
-    parts: list[RenderableType] = [_runs(found), _differences(found)]
+    parts: list[RenderableType] = [_runs(found), *_machines(found), _differences(found)]
     parts.append(line(f"\nnoise floor  {found.floor:.2g} relative, {found.floor_from}"))
     for pair, side in zip(
         found.pairs, found.sides[1:] or found.sides * len(found.pairs), strict=False
@@ -132,6 +133,21 @@ def _runs(found: Comparison) -> Table:
             )
             table.add_row(*map(line, cells))
     return table
+
+
+def _machines(found: Comparison) -> list[RenderableType]:
+    """A table of the runs' machines, as far as they were read."""
+    facts = [machine_facts(run) for run in found.runs]
+    names = [name for name in facts[0] if any(one[name] is not None for one in facts)]
+    if not names:
+        return []
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("machine, medians")
+    for run in found.runs:
+        table.add_column(line(run.name), justify="right", overflow="fold")
+    for name in names:
+        table.add_row(line(name), *(line(value(one[name])) for one in facts))
+    return [line(""), table]
 
 
 def _differences(found: Comparison) -> RenderableType:

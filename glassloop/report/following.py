@@ -13,6 +13,7 @@ from glassloop.record.jsonl import (
     EVALUATIONS,
     EVENTS,
     KINDS,
+    MACHINE,
     METRICS,
     MOST_LINE_BYTES,
     parsed,
@@ -75,15 +76,18 @@ class Watched:
         self.updates: list[Record] = []
         self.events: list[Record] = []
         self.evaluations: list[Record] = []
-        self._tails = {name: Tail(folder / name) for name in (METRICS, EVENTS, EVALUATIONS)}
+        self.machine: list[Record] = []
+        self._kept = {
+            METRICS: self.updates,
+            MACHINE: self.machine,
+            EVENTS: self.events,
+            EVALUATIONS: self.evaluations,
+        }
+        self._tails = {name: Tail(folder / name) for name in self._kept}
 
     def refresh(self) -> None:
         """Reads what has been added since the last call."""
-        for name, kept in (
-            (METRICS, self.updates),
-            (EVENTS, self.events),
-            (EVALUATIONS, self.evaluations),
-        ):
+        for name, kept in self._kept.items():
             records, anew = self._tails[name].new()
             if anew:
                 kept.clear()

@@ -16,6 +16,7 @@ import glassloop
 from glassloop.disk.secrets import without_secrets
 from glassloop.record.reading import Record, RunData, flat, number, setting
 from glassloop.report.columns import column, heat, whole_numbers
+from glassloop.report.machines import machine_columns
 from glassloop.report.saying import as_objects
 from glassloop.report.sharing import PACKED, without_names, without_text
 from glassloop.report.summary import summarise
@@ -96,6 +97,8 @@ def _payload(run: RunData, text: bool) -> dict[str, Any]:
             name: [column(_of_rank(record, field, r) for record in updates) for r in range(ranks)]
             for name, field in BY_RANK.items()
         },
+        "machine": machine_columns(run),
+        "slow": {record["update"]: record["slow"] for record in run.machine if record["slow"]},
         "skipped": {
             record["update"]: record["reason"]
             for record in updates

@@ -6,6 +6,7 @@ import math
 import statistics
 
 from glassloop.record.reading import Record, RunData, number, setting
+from glassloop.report.machines import slow_updates
 from glassloop.report.saying import Say
 
 MOST_TO_LOOK_AT = 6
@@ -25,7 +26,7 @@ def what_to_look_at(run: RunData) -> list[Say]:
         *_worst_row(run),
         *_largest_norm(run),
         *_padding(run),
-        *_slowest(run),
+        *(slow_updates(run) or _slowest(run)),
         *_unmoved(run),
         *_warnings(run),
     ]

@@ -20,6 +20,7 @@ from glassloop.record.printable import printable
 from glassloop.record.reading import Record, number
 from glassloop.record.terminal import STYLES
 from glassloop.report.following import Watched
+from glassloop.report.machines import last_reading
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT = 5.0  # times the usual time of an update without a new one: worth a word
@@ -176,6 +177,7 @@ def _curves(watched: Watched, width: int) -> list[RenderableType]:
         "" if speed is None else f"{speed:,.0f} real tokens/s, all ranks",
         "" if padding is None else f"{padding:.0%} padding",
         "" if peak is None else f"peak {peak:.2f} GiB",
+        last_reading(watched.machine[-1] if watched.machine else None),
     ]
     lines.append(
         Text(

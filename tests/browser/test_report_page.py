@@ -23,6 +23,11 @@ FIGURES = (
     "tokens",
     "padding",
     "time",
+    "clock",
+    "power",
+    "heat",
+    "busy",
+    "host-gib",
 )
 # Pixels that are drawn on.
 INK = """id => {

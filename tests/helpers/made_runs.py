@@ -12,21 +12,22 @@ import random
 from pathlib import Path
 
 from glassloop.disk.publish import write_json, write_text
+from glassloop.health import machine as health_machine
+from glassloop.health.machine import Machine
 from glassloop.record.observers import JsonlObserver, TextPolicy
 from glassloop.record.records import (
     EvaluationRecord,
     Event,
+    MachineRecord,
     ProbeRecord,
     RowRecord,
     SampleRecord,
     UpdateRecord,
 )
 
-SPIKE, BROKEN, REDONE = (
-    24,
-    31,
-    12,
-)  # the loss leaps; the loss is not a number and nothing is applied; done twice, after a resume
+SPIKE, BROKEN, REDONE, SLOW = 24, 31, 12, 36
+# The loss leaps; the loss is not a number and nothing is applied; done twice, after a resume; a
+# card was throttled.
 EVIL = (
     "</script><script>window.hacked = 1</script>"
     "<img src=x onerror='window.hacked = 2'><b>&amp; bold</b>"
@@ -85,6 +86,20 @@ def update_record(
         rank_passes_s=tuple(1.0 + 0.5 * rank / ranks for rank in range(ranks)),
         noise_scale_tokens=None if update < 5 else 900.0 + update,
     )
+
+
+def machine_record(update: int, ranks: int, *, slow: str | None) -> MachineRecord:
+    """The machine of cards that tell everything; a throttled one on the last rank."""
+    calm = Machine(
+        sm_clock_mhz=1700.0 + update % 3, memory_clock_mhz=2600.0, power_w=600.0 + update % 5,
+        temperature_c=60.0 + update / 10, throttle=4.0, card_busy=0.97, host_gib=4.0,
+    )  # fmt: skip
+    hot = dataclasses.replace(calm, sm_clock_mhz=900.0, throttle=32.0, temperature_c=88.0)
+    last = calm if slow is None else hot
+    numbers = [calm.numbers()] * (ranks - 1) + [last.numbers()]
+    record = health_machine.machine_record(update, 1, numbers)
+    assert record is not None
+    return dataclasses.replace(record, slow=slow)
 
 
 def probe_record(update: int, names: tuple[str, ...], *, drawn: random.Random) -> ProbeRecord:
@@ -153,7 +168,7 @@ def write_run(
 
     Args:
         raised: (update, nats): what is added to losses from that update on.
-        faults: plant SPIKE, BROKEN and REDONE.
+        faults: plant SPIKE, BROKEN, REDONE and SLOW.
     """
     folder.mkdir(parents=True)
     drawn = random.Random(seed)
@@ -202,6 +217,9 @@ def write_run(
                     probe_record(update, names, drawn=drawn), attempt=record.attempt
                 )
             )
+        slow = "throttled" if faults and update == SLOW else None
+        read = machine_record(update, ranks, slow=slow)
+        jsonl.on_machine(dataclasses.replace(read, attempt=record.attempt))
         if faults:
             _tell_faults(jsonl, record, command)
         if update % max(1, updates // 4) == 0:
@@ -285,11 +303,16 @@ def _spoilt(record: UpdateRecord) -> UpdateRecord:
 
 
 def _tell_faults(jsonl: JsonlObserver, record: UpdateRecord, command: str) -> None:
-    """The events of SPIKE and BROKEN."""
+    """The events of SPIKE, BROKEN and SLOW."""
     update = record.update
     if update == SPIKE:
         said = "loss_spike: loss leapt, row train:evil"
         jsonl.on_event(Event(update, "alarm", said, command, {"value": 12.0}))
+    if update == SLOW:
+        said = f"update {SLOW} took 4.4 s where 2 s were usual: the others waited for rank 1: its "
+        said += "card was throttled (heat at 88 C, clock 900 MHz, usually 1,700)"
+        details = {"cause": "throttled", "rank": 1, "took_s": 4.4, "expected_s": 2.0}
+        jsonl.on_event(Event(update, "slow", said, None, details))
     if update == BROKEN:
         jsonl.on_event(Event(update, "skipped", f"update {update}: {record.reason}", command))
 

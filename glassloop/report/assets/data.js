@@ -66,7 +66,7 @@ const asNumber = (value) => (value === null || value === undefined ? null : type
 function marksOf(data) {
   const marks = new Map();
   for (const event of data.events) {
-    if (["alarm", "clipped", "loss_scale", "out_of_memory", "warning", "resumed"].includes(event.kind)) marks.set(event.update, event.kind);
+    if (["alarm", "clipped", "loss_scale", "out_of_memory", "warning", "resumed", "slow"].includes(event.kind)) marks.set(event.update, event.kind);
   }
   for (const update of Object.keys(data.alarms)) marks.set(Number(update), "alarm");
   for (const update of Object.keys(data.skipped)) marks.set(Number(update), "skipped");

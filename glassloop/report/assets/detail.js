@@ -23,7 +23,7 @@ function alerts(run, update) {
   return found.length ? make("div", {}, found) : null;
 }
 
-const kindClass = (kind) => (["failed", "skipped"].includes(kind) ? "bad" : kind === "finished" ? "good" : ["alarm", "warning", "clipped", "out_of_memory", "stopped"].includes(kind) ? "look" : "quiet");
+const kindClass = (kind) => (["failed", "skipped"].includes(kind) ? "bad" : kind === "finished" ? "good" : ["alarm", "warning", "clipped", "out_of_memory", "stopped", "slow"].includes(kind) ? "look" : "quiet");
 
 function numbers(run, i) {
   const { columns } = run, slots = run.slots[i], real = run.real[i];

@@ -72,6 +72,7 @@ function drawFigures(run, parent) {
     ],
   }, parent);
   timeFigure(run, parent);
+  machineFigures(run, parent);
   memoryFigure(run, parent, byRank);
   if (columns.loss_scale.some((value) => value !== null)) {
     figure({ id: "scale", title: "Loss scale", unit: "fp16", log: true, how: "Factor on the loss that keeps small gradients from vanishing in fp16.", none, series: [{ name: "loss scale", values: pad(columns.loss_scale), colour: "--c3" }] }, parent);
@@ -105,6 +106,23 @@ function timeFigure(run, parent) {
     how: "Parts stand on each other; the top is the whole update. Compute is forward and backward; in the gate ranks tell each other what they found. On a GPU the optimizer's kernels end in the next update's compute.", series,
   }, parent);
   if (one) one.panel.querySelectorAll(".value").forEach((node) => node.remove()); // sums, not the parts: those stand with the selected update
+}
+
+// What was read of the cards and the host, by rank. Figures of what nobody read are not drawn.
+function machineFigures(run, parent) {
+  const { data } = run, pad = run.padded;
+  const figures = [
+    ["clock", "Clock of the card", "MHz, mean of the update", "A card that is hot, or over its power, lowers it. A slow update says in the record what is its likely cause."],
+    ["power", "Power of the card", "W, mean of the update", "A card at its power cap is usual under full load."],
+    ["heat", "Heat of the card", "°C, highest of the update", ""],
+    ["busy", "Card busy", "share of time with a kernel", "Far below the usual: the host did not keep the card busy."],
+    ["host_gib", "Host memory", "GiB, resident, of each rank", "A line that keeps rising is a leak."],
+  ];
+  for (const [name, title, unit, how] of figures) {
+    if (!data.machine[name]) continue;
+    const series = data.machine[name].map((packed, r) => ({ name: data.ranks > 1 ? `rank ${r}` : name.replace("_gib", ""), values: pad(column(packed)), colour: `--c${(r + (data.ranks > 1)) % 8}`, dash: DASHES[r % DASHES.length], joined: true }));
+    figure({ id: name.replace("_", "-"), title, unit, how, percent: name === "busy", fromZero: name !== "clock" && name !== "heat", series }, parent);
+  }
 }
 
 function memoryFigure(run, parent, byRank) {

@@ -53,7 +53,7 @@ TABLE = {
     "engines": Rule(
         "base config data formula plan predict", "numpy peft safetensors torch transformers triton"
     ),
-    "health": Rule("config data formula record stats", "torch"),
+    "health": Rule("config data formula record stats", "torch", late="pynvml"),
     "saved": Rule("config data disk formula plan", "numpy safetensors torch"),
     "loop": Rule(
         "base config data disk engines formula health plan predict record saved",
@@ -87,7 +87,8 @@ LIGHT = (
     *("config", "config.presets", "config.arguments", "data.rows"),
     *("plan.contract", "plan.engine", "plan.steps", "record.records"),
 )
-CALLED = {"yaml": "pyyaml"}  # import name -> name of the package
+# import name -> name of the package
+CALLED = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py"}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_runs import BROKEN, REDONE, SPIKE, update_record, write_run
+from made_runs import BROKEN, REDONE, SLOW, SPIKE, update_record, write_run
 
 from glassloop.cli.__main__ import main
 from glassloop.record.observers import JsonlObserver
@@ -76,6 +76,7 @@ def test_the_summary_tells_faults_from_a_sound_run(planted: Path, tmp_path: Path
         planted, "stable"
     ) and f"first at update {SPIKE}" in said(planted, "stable")
     assert "train:evil" in said(planted, "look")
+    assert f"Update {SLOW} took 4.4 s where 2 s were usual" in said(planted, "look")
     sound = write_run(tmp_path / "sound", faults=False)
     assert (
         "no detector spoke" in said(sound, "stable")
