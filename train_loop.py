@@ -212,7 +212,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
         whole=sums.whole,
         out_of_memory=sums.out_of_memory,
         stop=run.stop.asked,
-        capture=run.capture.take(),
+        capture=run.capture.asked,
         passes=sums.passes,
         rows=sums.rows,
         supervised_tokens=sums.supervised_tokens,

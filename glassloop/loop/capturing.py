@@ -43,8 +43,6 @@ def look_before_step(
 
     The gradient is g * scale then. All ranks take part.
 
-    All ranks take part.
-
     Args:
         half: a lone rank's gradient and supervised tokens half-way through its passes, if taken.
     """
@@ -56,6 +54,11 @@ def look_before_step(
     why = inspection.capsule_reason(window.update, gate, decision) if terms.n else None
     if why is not None:
         keep_capsule(run, window, gate, why, terms)
+    if gate.capture and terms.n:  # only here: a pre-flight or a lack of memory keeps nothing
+        run.capture.answered()
+        if run.config.record.capsules == 0:
+            none = "SIGUSR1 asked for a capsule, but record.capsules = 0 keeps none"
+            run.event(window.update, "warning", none)
     return Look(noise, before, time.perf_counter() - started)
 
 

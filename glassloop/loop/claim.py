@@ -5,27 +5,51 @@ Rank 0 holds it until the run is closed.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from glassloop.config import Config
 from glassloop.disk.lock import FolderLock, hold
+from glassloop.disk.opening import read_plain
 from glassloop.formula.dist import all_or_none
 from glassloop.saved.resuming import find_checkpoint
 
 
-def claim(folder: Path, config: Config, checkpoint: Path | None, *, rank: int) -> FolderLock | None:
+ASKED_AND_PLANNED = ("config.yaml", "plan.json")  # a resumed run rewrites them if they change
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files that say what a run is; "" for a missing one."""
+    found = {}
+    for name in ASKED_AND_PLANNED:
+        there = os.path.lexists(folder / name)
+        found[name] = hashlib.sha256(read_plain(folder / name)).hexdigest() if there else ""
+    return found
+
+
+def claim(
+    folder: Path,
+    config: Config,
+    checkpoint: Path | None,
+    digests: Mapping[str, str],
+    *,
+    rank: int,
+) -> FolderLock | None:
     """Lock the run's folder on rank 0.
 
-    All ranks take part, and all raise if it fails.
-
-    Other ranks write nothing but their position, and end with rank 0.
+    All ranks take part, and all raise if it fails. Other ranks write nothing but their position,
+    and end with rank 0.
 
     Args:
         checkpoint: that the run resumes from, found before the folder was locked.
+        digests: of the run's files, taken before they were read; {} for a new run.
 
     Raises:
-        ValueError: another process writes there, or has just saved a newer checkpoint.
+        ValueError: another process writes there, or has just saved a newer checkpoint or rewritten
+            a file that this start has read.
         OSError: the folder cannot be written.
     """
     lock = None
@@ -33,9 +57,13 @@ def claim(folder: Path, config: Config, checkpoint: Path | None, *, rank: int) -
         with all_or_none(f"locking {folder}"):
             if rank == 0:
                 lock = hold(folder, lambda line: print(line, file=sys.stderr, flush=True))
+                now = digests_of(folder) if digests else {}
+                changed = [f"rewrote {name}" for name in digests if now[name] != digests[name]]
                 if find_checkpoint(config)[0] != checkpoint:
+                    changed.append("saved another checkpoint")
+                if changed:
                     raise ValueError(
-                        f"resume.run = {folder}: its earlier process saved another checkpoint "
+                        f"resume.run = {folder}: its earlier process {' and '.join(changed)} "
                         "while this one started. Start it again"
                     )
     except BaseException:

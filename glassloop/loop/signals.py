@@ -99,7 +99,6 @@ class CaptureFlag:
     def _set(self, _number: int, _frame: Any) -> None:
         self.asked = True
 
-    def take(self) -> bool:
-        """Whether it was set; it is not any more."""
-        asked, self.asked = self.asked, False
-        return asked
+    def answered(self) -> None:
+        """Clear the flag: an update was looked at with it."""
+        self.asked = False

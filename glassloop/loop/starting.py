@@ -24,7 +24,7 @@ from glassloop.disk.lock import FolderLock
 from glassloop.formula.dist import in_turn, one_first, require_same
 from glassloop.health.patience import HeldOut, heldout_from
 from glassloop.loop.changed import recorded_config
-from glassloop.loop.claim import claim
+from glassloop.loop.claim import claim, digests_of
 from glassloop.loop.conditions import (
     check_rows,
     hash_of,
@@ -65,6 +65,7 @@ class Past:
     recorded: Config | None = None  # its config.yaml
     plan: dict[str, Any] = field(default_factory=dict)  # its plan.json
     passed_over: tuple[str, ...] = ()  # a note for each checkpoint that is not whole
+    digests: dict[str, str] = field(default_factory=dict)  # of its files, before they were read
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def past_of(config: Config) -> tuple[Config, Past]:
     if config.resume.run is None:
         return config, Past()
     folder, ranks = Path(config.resume.run), int(os.environ.get("WORLD_SIZE", "1"))
+    digests = digests_of(folder)
     checkpoint, passed_over = find_checkpoint(config)
     plan, recorded = read_plan(folder), recorded_config(folder)
     saved = read_state(checkpoint) if checkpoint else beginning(as_dict(recorded), plan, ranks)
@@ -114,7 +116,7 @@ def past_of(config: Config) -> tuple[Config, Past]:
     if config.resume.reshape:
         config = reshaped(config, saved, ranks)
     check_not_ended_early(config, saved)
-    return config, Past(checkpoint, saved, recorded, plan, passed_over)
+    return config, Past(checkpoint, saved, recorded, plan, passed_over, digests)
 
 
 def check_not_ended_early(config: Config, saved: RunState) -> None:
@@ -145,7 +147,7 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     config = with_linear_names(config, source, first)
     choice = engine_here(config, past.checkpoint, past.plan, values)
     folder = run_folder(config)
-    lock = claim(folder, config, past.checkpoint, rank=accelerator.process_index)
+    lock = claim(folder, config, past.checkpoint, past.digests, rank=accelerator.process_index)
     return Start(
         asked=config,
         config=with_engine(config, choice),
