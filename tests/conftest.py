@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,10 +82,13 @@ def _cache_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _accelerator_apart() -> None:
-    """Let a module's runs choose a precision: Accelerate keeps the process's first one."""
+def _settings_apart() -> Iterator[None]:
+    """Let a module's runs choose: Accelerate keeps a process's first precision, torch a mode."""
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(True)
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
