@@ -54,6 +54,8 @@ class HostPages:
         shared: the tables that all layers read, on the device.
         mapped: (bytes,) uint8, `memory` as the device addresses it; None where it is not locked.
         on_card: layers whose blob has a copy on the device.
+        ranks: that keep a part of the layers each (base/sharded.py).
+        peers: layers that are copied from a card, this one or another rank's.
         notes: what a person should know, a line each.
     """
 
@@ -63,6 +65,8 @@ class HostPages:
     shared: Shared = field(repr=False)
     mapped: Tensor | None = field(default=None, repr=False)
     on_card: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    ranks: int = 1
+    peers: dict[int, Tensor] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -118,7 +122,9 @@ class HostPages:
         return None
 
     def blob(self, index: int) -> Tensor:
-        """(bytes,) uint8 on the CPU: a layer's blob, to be copied."""
+        """(bytes,) uint8 on the CPU or a card: a layer's blob, to be copied."""
+        if index in self.peers:
+            return self.peers[index]
         return self._part(self.memory, index)
 
     def seen(self, index: int) -> Tensor:

@@ -90,13 +90,13 @@ class MemoryConfig(Section):
     """min: as little as possible. fill: what the GPU has free, to recompute fewer layers. A number:
     GiB of the GPU that a rank may use in all."""
     base: (
-        Literal["auto", "gpu", "host"]
+        Literal["auto", "gpu", "host", "sharded"]
         | Annotated[int, Field(ge=0)]
         | Annotated[str, Field(pattern=r"^\d+(\.\d+)?GiB$")]
     ) = "auto"
     """Where the quantised layers lie. gpu: all on the GPU. host: all on the host, each copied ahead
-    of its use. auto: on the GPU as far as they fit. A whole number: layers on the GPU. 12GiB: their
-    memory there."""
+    of its use. auto: on the GPU as far as they fit. sharded: a part on each rank's GPU, copied from
+    there. A whole number: layers on the GPU. 12GiB: their memory there."""
     host_gib: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """Page-locked host memory, in GiB, that a rank may take for layers' large tensors, if the GPU
     is to hold little. auto: what the host has to spare, its container's limit counted, shared by

@@ -21,6 +21,7 @@ from glassloop.base.checks import (
 from glassloop.base.host_pages import HostPages
 from glassloop.base.layer_file import NotStreamable
 from glassloop.base.quantised import LoadReport, load_base
+from glassloop.base.sharded import share_layers
 from glassloop.base.source import BaseSource
 from glassloop.base.still import check_still, silence
 from glassloop.base.streamed import load_streamed
@@ -29,6 +30,7 @@ from glassloop.config import LoraConfig, ModelConfig
 from glassloop.engines.adapters import attach_lora, load_adapter
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers
+from glassloop.formula.dist import gather_objects, is_distributed
 from glassloop.plan.families import Unsupported
 from glassloop.plan.support import groups_of
 
@@ -137,13 +139,18 @@ def _load(
         return *load_base(model, **shared), None
     locking = {"gpu": "no", "auto": "try"}.get(str(memory_base), "must")
     try:
-        return load_streamed(
+        hf, report, pages = load_streamed(
             model,
             groups_of,
             **shared,  # type: ignore[arg-type]
             locking=locking,  # type: ignore[arg-type]
             spare_bytes=spare_bytes,
         )
+        if memory_base == "sharded":
+            rank = torch.distributed.get_rank() if is_distributed() else 0
+            share_layers(pages, rank, gather_objects)
+            report = replace(report, notes=(*report.notes, pages.notes[-1]))
+        return hf, report, pages
     except Unsupported as error:
         raise ValueError(f"execution.engine = fused: {error}: set execution.engine=peft") from error
     except NotStreamable as error:

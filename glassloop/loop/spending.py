@@ -67,7 +67,7 @@ def spend_memory(run: Run) -> None:
     use_tiers(run, found)
     run.header = (
         *run.header,
-        f"memory    {describe(found, len(engine.layers))} (memory.profile={memory.profile})",
+        f"memory    {in_words(engine, found)} (memory.profile={memory.profile})",
         *notes,
         *host_lines(engine),
     )
@@ -135,6 +135,11 @@ def host_lines(engine: Any) -> list[str]:
     return [f"host      {ledger.describe()}"] if ledger.total_bytes else []
 
 
+def in_words(engine: Any, tiers: Tiers) -> str:
+    sharded = engine.pages is not None and engine.pages.ranks > 1
+    return describe(tiers, len(engine.layers), sharded=sharded)
+
+
 def can_stream(engine: Any) -> bool:
     """Whether layers of the base may lie on the host."""
     return engine.pages is not None and engine.pages.mapped is not None
@@ -147,7 +152,7 @@ def place_base(engine: Any, asked: str | int) -> None:
     """
     if not can_stream(engine):
         return
-    one = Base(asked, engine.pages.file.manifest.most_layer_bytes)
+    one = Base(asked, engine.pages.file.manifest.most_layer_bytes, ranks=engine.pages.ranks)
     streamed = one.streamed(len(engine.layers)) or 0
     if engine.tiers.streamed != streamed:
         engine.use_tiers(replace(engine.tiers, streamed=streamed))
@@ -184,7 +189,6 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
     run.event(
         update,
         "out_of_memory",
-        f"{why}. From here on {describe(run.replica.plain_engine.tiers, layers)}; rows, "
-        "passes and g stay",
+        f"{why}. From here on {in_words(engine, less)}; rows, passes and g stay",
     )
     return True

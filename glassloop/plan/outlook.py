@@ -162,7 +162,7 @@ def _of_shapes(
     share = plan.size * plan.accumulation * config.data.max_tokens
     work = work_of(config, counts, counts.heaviest_share if counts else share)
     n = shapes.trainable(work.r, config.lora.targets)
-    work = replace(work, targets=shapes.apart(work.targets))
+    work = replace(work, targets=shapes.apart(work.targets), ranks=plan.ranks)
     on_disk = round(4 * n + disk_state_bytes(config.optimizer.name) * n)
     found: dict[str, Any] = {
         "shapes": shapes,

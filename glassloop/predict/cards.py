@@ -128,7 +128,7 @@ def verdict(
             held=tiers.held,
             streamed=tiers.streamed,
             pass_tokens=how.places,
-            tiers=describe(tiers, shapes.layers),
+            tiers=describe(tiers, shapes.layers, sharded=work.base == "sharded"),
         )
         if found.fits:
             return _with_more(found, shapes, work, tiers, needs, carried_out)

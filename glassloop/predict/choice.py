@@ -31,18 +31,21 @@ class Base:
     """The 4-bit weights that can stream from the host.
 
     Attributes:
-        asked: memory.base: auto, gpu, host, a number of layers on the GPU, or GiB as "12GiB".
+        asked: memory.base: auto, gpu, host, sharded, a number of layers on the GPU, or GiB as
+            "12GiB".
         layer_bytes: of one layer's weights. slots: room on the GPU for layers on their way.
+        ranks: that keep a part each, if they are sharded.
     """
 
     asked: str | int
     layer_bytes: int
     slots: int = SLOTS
+    ranks: int = 1
 
     def streamed(self, layers: int) -> int | None:
         """Number of layers that stream as asked; None: as few as needed."""
-        if self.asked in ("gpu", "host"):
-            return layers if self.asked == "host" else 0
+        if self.asked in ("gpu", "host", "sharded"):
+            return 0 if self.asked == "gpu" else layers
         if isinstance(self.asked, int):
             return max(0, layers - self.asked)
         if self.asked.endswith("GiB"):
@@ -52,7 +55,8 @@ class Base:
 
     def bytes(self, layers: int, streamed: int) -> int:
         """On the GPU, slots included."""
-        return (layers - streamed + min(self.slots, streamed)) * self.layer_bytes
+        own = -(-layers // self.ranks) if self.asked == "sharded" else 0
+        return (own + layers - streamed + min(self.slots, streamed)) * self.layer_bytes
 
 
 @dataclass(frozen=True)
@@ -144,17 +148,18 @@ WORDS = {
 }
 
 
-def describe(tiers: Tiers, layers: int) -> str:
-    """Tiers in words: "12 of 32 layers kept, ...".
+def describe(tiers: Tiers, layers: int, *, sharded: bool = False) -> str:
+    """Tiers in words, such as "12 of 32 layers kept, inputs of the others on the GPU".
 
-    For example "12 of 32 layers kept, inputs of the others on the GPU".
+    `sharded`: layers stream from the ranks' cards.
     """
     told = [f"{tiers.kept} of {layers} layers kept"]
     where = "GPU" if tiers.host == "nothing" else "host"
     if tiers.kept < layers:
         told.append(f"{WORDS[tiers.host]} of the others on the {where}")
     if tiers.streamed:
-        told.append(f"4-bit weights of {tiers.streamed} streamed from the host")
+        source = "the ranks' cards" if sharded else "the host"
+        told.append(f"4-bit weights of {tiers.streamed} streamed from {source}")
     if tiers.held:
         told.append(f"weights of {tiers.held} held in 16 bits")
     return ", ".join(told)

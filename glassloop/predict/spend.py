@@ -62,7 +62,7 @@ def base_of(shapes: Shapes, work: Work) -> Base | None:
     """The 4-bit layers that may stream; None for other bases."""
     if work.quantization != "nf4":
         return None
-    return Base(work.base, layer_bytes(shapes, work))
+    return Base(work.base, layer_bytes(shapes, work), ranks=work.ranks)
 
 
 def movable_bytes(shapes: Shapes, work: Work) -> int:

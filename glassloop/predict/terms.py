@@ -65,6 +65,7 @@ class Work:
     host_gib: float | None = None
     host_has_gib: float = PLANNED_HOST_GIB
     base: str | int = "auto"
+    ranks: int = 1
     tiers: Tiers | None = None
     between: tuple[int, int] | None = None
 
@@ -169,10 +170,12 @@ def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     streamed = work.tiers.streamed if work.tiers else 0
     for what in LAYERS:
         base[what] -= base[what] * streamed // shapes.layers
-    slots = min(SLOTS, streamed) * layer_bytes(shapes, work)
+    one = layer_bytes(shapes, work)
+    part = one * -(-shapes.layers // work.ranks) if work.base == "sharded" else 0
     return (
         *(Term(what, size, PHASES) for what, size in base.items()),
-        Term("room for streamed layers", slots, PHASES),
+        Term("room for streamed layers", min(SLOTS, streamed) * one, PHASES),
+        Term("this rank's part of the layers", part, PHASES),
         Term("embedding, before it goes to the host", moved, PHASES[:2]),
         Term("adapters, fp32", 4 * n, after_load),
         Term("their gradients, fp32", 4 * n, after_load),

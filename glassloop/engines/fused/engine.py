@@ -170,7 +170,8 @@ class FusedEngine(nn.Module):
         device, one, count = self.embedding.device, self.layers[0], len(self.layers)
         weights = None
         if self.pages is not None and self.pages.mapped is not None:
-            weights = Base(asked.base, self.pages.file.manifest.most_layer_bytes)
+            size = self.pages.file.manifest.most_layer_bytes
+            weights = Base(asked.base, size, ranks=self.pages.ranks)
         if device.type != "cuda":
             streamed = 0 if weights is None else weights.streamed(count) or 0
             return Tiers(1 if asked.profile == "min" else count, streamed=streamed)

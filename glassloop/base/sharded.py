@@ -1,0 +1,87 @@
+"""Layers of the base spread over the cards of a host, each read by all ranks.
+
+A rank keeps every n-th layer on its card and opens the others' memory through CUDA's interprocess
+handles, as torch shares tensors between processes. A copy from another card is then one of the copy
+engines' work, over NVLink or PCIe, and takes nothing from the kernels that compute.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from glassloop.base.host_pages import HostPages
+
+Gather = Callable[[Any], list[Any]]  # a value of this rank -> the values of all, by rank
+
+
+def share_layers(pages: HostPages, rank: int, gather: Gather) -> None:
+    """Fill `pages.peers`, so that layers are copied from the ranks' cards.
+
+    All ranks take part.
+
+    Raises:
+        ValueError: naming memory.base, on all ranks alike, where their cards cannot do that.
+    """
+    places = gather((socket.gethostname(), pages.device.type, pages.device.index))
+    refused = [why for why in gather(_refused(pages.device, places)) if why]
+    if refused:
+        raise ValueError(f"memory.base = sharded: {refused[0]}: set it to host, or to gpu")
+    pages.ranks = len(places)
+    part = own_part(pages, rank, pages.ranks)
+    on_cards = pages.device.type == "cuda"
+    handles = gather(reduce_tensor(part) if on_cards else part)
+    for other, handle in enumerate(handles):
+        theirs = handle[0](*handle[1]) if on_cards and other != rank else handle
+        own = other == rank
+        pages.peers |= layers_of(pages, part if own else theirs, other, len(places))
+    gather(None)  # nobody gives up a part before all have opened it
+    layers = len(pages.file.manifest.layers)
+    pages.notes += (
+        f"each of {len(places)} ranks keeps {len(range(rank, layers, len(places)))} of {layers} "
+        "4-bit layers on its card, and all ranks read them there",
+    )
+
+
+def own_part(pages: HostPages, rank: int, ranks: int) -> Tensor:
+    """(bytes,) uint8 on the device: this rank's layers, one behind another."""
+    mine = range(rank, len(pages.file.manifest.layers), ranks)
+    size = pages.file.manifest.most_layer_bytes
+    part = torch.empty(max(1, len(mine)) * size, dtype=torch.uint8, device=pages.device)
+    for place, index in enumerate(mine):
+        blob = pages.blob(index)
+        part[place * size : place * size + len(blob)].copy_(blob)
+    return part
+
+
+def layers_of(pages: HostPages, part: Tensor, rank: int, ranks: int) -> dict[int, Tensor]:
+    """Layer -> (bytes,) uint8, views of a rank's part."""
+    layers, size = pages.file.manifest.layers, pages.file.manifest.most_layer_bytes
+    return {
+        index: part[place * size : place * size + layers[index].nbytes]
+        for place, index in enumerate(range(rank, len(layers), ranks))
+    }
+
+
+def _refused(device: torch.device, places: Sequence[tuple[str, str, int | None]]) -> str:
+    """Why these ranks cannot read each other's cards, as this one sees it; empty if they can."""
+    if len(places) < 2:
+        return "it needs two ranks or more"
+    if len({host for host, _, _ in places}) > 1:
+        return "the ranks are on several hosts"
+    if device.type != "cuda":
+        return ""  # each process has all parts: for trying it out
+    if len({index for _, _, index in places}) < len(places):
+        return "two ranks share a card"
+    for _, _, index in places:
+        assert index is not None
+        if index != device.index and index >= torch.cuda.device_count():
+            return "CUDA_VISIBLE_DEVICES hides the other ranks' cards"
+        if index != device.index and not torch.cuda.can_device_access_peer(device.index, index):
+            return f"cards {device.index} and {index} cannot read each other's memory"
+    return ""

@@ -1,0 +1,131 @@
+"""Layers spread over ranks: every rank reads the bytes of the file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from glassloop.base import sharded
+from glassloop.base.streamed import load_streamed
+from glassloop.config import LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.engines.adapters import attach_lora
+from glassloop.formula.optim import FlatAdapters
+from glassloop.plan.support import groups_of
+from glassloop.predict.choice import Base
+from glassloop.predict.tiers import Tiers
+
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which has no build here"
+)
+
+
+class Ranks:
+    """Gathers between threads that stand for ranks."""
+
+    def __init__(self, count: int):
+        self.barrier, self.values = threading.Barrier(count, timeout=60), [None] * count
+
+    def gather_of(self, rank: int):
+        def gather(value: Any) -> list[Any]:
+            self.values[rank] = value
+            self.barrier.wait()
+            found = list(self.values)
+            self.barrier.wait()
+            return found
+
+        return gather
+
+
+def loaded(folder):
+    return load_streamed(
+        ModelConfig(id=str(folder)),
+        groups_of,
+        precision="fp32",
+        device=CPU,
+        first=contextlib.nullcontext,
+    )
+
+
+def shared(folder, ranks: int):
+    """(model, report, pages) of each rank, its layers shared."""
+    bases, together, errors = [loaded(folder) for _ in range(ranks)], Ranks(ranks), []
+
+    def one(rank: int) -> None:
+        try:
+            sharded.share_layers(bases[rank][2], rank, together.gather_of(rank))
+        except Exception as error:
+            errors.append(error)
+            together.barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return bases
+
+
+@pytest.mark.parametrize("ranks", [2, 3])  # two layers: with three ranks, one keeps none
+def test_every_rank_reads_every_layer_and_keeps_its_part(tiny_llama, ranks) -> None:
+    bases = shared(tiny_llama, ranks)
+    wanted = loaded(tiny_llama)[2]
+    for rank, (_, _, pages) in enumerate(bases):
+        assert pages.ranks == ranks and sorted(pages.peers) == [0, 1]
+        for index in range(2):
+            assert torch.equal(pages.blob(index), wanted.blob(index))
+            assert pages.blob(index).data_ptr() != wanted.blob(index).data_ptr()
+        kept = len(range(rank, 2, ranks))
+        assert f"each of {ranks} ranks keeps {kept} of 2" in pages.notes[-1]
+
+
+@needs_triton
+def test_a_sharded_base_gives_the_bits_of_one_on_the_host(tiny_llama) -> None:
+    from glassloop.engines.fused.engine import FusedEngine
+
+    found = []
+    row = Row("r", tuple(range(5, 25)), tuple(place > 3 for place in range(20)))
+    for hf, report, pages in (shared(tiny_llama, 2)[1], loaded(tiny_llama)):
+        peft = attach_lora(hf, LoraConfig(r=4), seed=0, base_name="b", commit=None)
+        engine, adapters = (
+            FusedEngine(peft, report, pages=pages),
+            FlatAdapters(peft.named_parameters()),
+        )
+        adapters.flat.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+        engine.use_tiers(Tiers(1, streamed=2))
+        loss, _ = engine(build_pass([row], packed=True, pad_id=0, device=CPU))
+        loss.backward()
+        found.append(adapters.grad.clone())
+    assert torch.equal(found[0], found[1]) and found[0].norm() > 0
+
+
+def test_one_rank_or_two_hosts_are_refused_on_all_ranks(tiny_llama, monkeypatch) -> None:
+    pages = loaded(tiny_llama)[2]
+    with pytest.raises(ValueError, match=r"memory\.base = sharded: it needs two ranks.*host, or"):
+        sharded.share_layers(pages, 0, lambda value: [value])
+    places = [("a", "cuda", 0), ("b", "cuda", 0)]
+    cuda = torch.device("cuda", 0)
+    assert "several hosts" in sharded._refused(cuda, places)
+    assert "share a card" in sharded._refused(cuda, [("a", "cuda", 0), ("a", "cuda", 0)])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "CUDA_VISIBLE_DEVICES" in sharded._refused(cuda, [("a", "cuda", 0), ("a", "cuda", 1)])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: False)
+    assert "cannot read each other" in sharded._refused(cuda, [("a", "cuda", 0), ("a", "cuda", 1)])
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    assert sharded._refused(cuda, [("a", "cuda", 0), ("a", "cuda", 1)]) == ""
+
+
+@pytest.mark.parametrize(("ranks", "own"), [(2, 40), (3, 27), (8, 10)])
+def test_a_card_holds_its_part_and_the_slots(ranks: int, own: int) -> None:
+    one = Base("sharded", 100, ranks=ranks)
+    assert one.streamed(80) == 80 and one.bytes(80, 80) == (own + 2) * 100
