@@ -1,0 +1,136 @@
+"""Two ranks over one base: resident, streamed from the host's one copy, sharded over their cards.
+
+    torchrun --nproc-per-node 2 benchmarks/streamed_ranks.py --model random:llama-70b --out FILE
+
+All ranks compute passes at the same time, so that they share the host's memory and its links. Arms
+take turns in one process. Each line is a measurement of all ranks. `host_gib` is the proportional
+set size of the processes together: a page that two ranks map counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from streamed import GIB, gradient, rows_of
+
+from glassloop.base.sharded import share_layers
+from glassloop.base.streamed import load_streamed
+from glassloop.disk.environment import environment
+from glassloop.config import LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.engines.adapters import attach_lora
+from glassloop.engines.fused.engine import FusedEngine
+from glassloop.engines.norms import fuse_norms
+from glassloop.formula.dist import gather_objects, one_first
+from glassloop.formula.optim import FlatAdapters
+from glassloop.plan.support import groups_of
+from glassloop.predict.tiers import Tiers
+
+
+def proportional_gib() -> float:
+    """GiB of host memory of this process, shared pages divided by those who map them."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 2**20
+    raise RuntimeError("/proc/self/smaps_rollup has no line Pss")
+
+
+def timed(engine: FusedEngine, p: Any, passes: int) -> tuple[float, float]:
+    """Seconds of a pass, all ranks at once, and the most GiB of this card meanwhile."""
+    torch.cuda.reset_peak_memory_stats()
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(passes):
+        loss_sum, _ = engine(p)
+        (loss_sum / p.supervised_tokens).backward()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / passes, torch.cuda.max_memory_allocated() / GIB
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="random:llama-70b")
+    parser.add_argument("--tokens", default="4096")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    lines: list[dict[str, Any]] = []
+
+    def say(**line: Any) -> None:
+        if rank == 0:
+            lines.append(line)
+            print(json.dumps(line), flush=True)
+            asked.out.write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+    say(kind="environment", ranks=ranks, **environment(sys.argv))
+    started = time.perf_counter()
+    hf, report, pages = load_streamed(
+        ModelConfig(id=asked.model),
+        groups_of,
+        precision="bf16",
+        device=device,
+        first=lambda: one_first(rank == 0),
+        locking="must",
+    )
+    say(kind="load", seconds=time.perf_counter() - started, base_gib=pages.file.manifest.nbytes / GIB)
+    fuse_norms(hf)
+    peft = attach_lora(hf, LoraConfig(r=16, alpha=16), seed=0, base_name="b", commit=None)
+    engine = FusedEngine(peft, report, pages=pages)
+    adapters = FlatAdapters(peft.named_parameters())
+    adapters.flat.data.normal_(0, 0.01, generator=torch.Generator(device).manual_seed(1))
+    layers, vocabulary = len(engine.layers), engine.head.shape[0]
+    say(kind="memory", what="host copy", host_gib=gather_objects(proportional_gib()))
+    peers: dict[int, torch.Tensor] = {}
+    refused = ""
+    try:
+        share_layers(pages, rank, gather_objects)
+        peers, pages.peers = pages.peers, {}
+    except ValueError as error:
+        refused = str(error)
+    say(kind="sharded", refused=refused, notes=pages.notes)
+    arms = ("gpu", "host", *(["sharded"] if peers else []))
+    for tokens in map(int, asked.tokens.split(",")):
+        rows = rows_of(tokens, 2048, vocabulary)
+        p = build_pass(rows, packed=True, pad_id=0, device=device)
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        losses: dict[str, float] = {}
+        for turn in range(asked.turns + 1):
+            for arm in arms:
+                pages.peers = {}
+                engine.use_tiers(Tiers(1, "inputs", streamed=0 if arm == "gpu" else layers))
+                pages.peers = peers if arm == "sharded" else {}
+                if turn == 0:
+                    losses[arm] = gradient(engine, adapters, p)[0]
+                    continue
+                each = gather_objects(timed(engine, p, asked.passes))
+                slowest = max(seconds for seconds, _ in each)
+                times[arm].append(slowest)
+                say(kind="turn", arm=arm, tokens=tokens, seconds=slowest, ranks=each)
+        line: dict[str, Any] = {"kind": "summary", "tokens": tokens, "layers": layers}
+        for arm, values in times.items():
+            line[arm] = ranks * tokens / statistics.median(values)
+            shares = [g / s for g, s in zip(times["gpu"], values, strict=True)]
+            line[f"{arm} of resident"], line[f"{arm} turns"] = statistics.median(shares), shares
+            line[f"{arm} loss equal"] = losses[arm] == losses["gpu"]
+        say(**line)
+    say(kind="memory", what="after passes", host_gib=gather_objects(proportional_gib()))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
