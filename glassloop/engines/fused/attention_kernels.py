@@ -116,9 +116,8 @@ def forward_kernel(
     top = tl.full((OWN,), float("-inf"), tl.float32)
     begin = _begin(first, window, STEP, WINDOWED)
     diagonal = begin
-    if not WINDOWED:
-        if SPLIT:
-            diagonal = first // STEP * STEP
+    if not WINDOWED and SPLIT:
+        diagonal = first // STEP * STEP
     for key in range(begin, diagonal, STEP):
         mixed, total, top = _attend(
             mixed, total, top, q_rows, k, v, k_stride, v_stride, query, key, length,
@@ -190,9 +189,8 @@ def queries_kernel(
     dq = tl.zeros((OWN, D), tl.float32)
     begin = _begin(first, window, STEP, WINDOWED)
     diagonal = begin
-    if not WINDOWED:
-        if SPLIT:
-            diagonal = first // STEP * STEP
+    if not WINDOWED and SPLIT:
+        diagonal = first // STEP * STEP
     for key in range(begin, diagonal, STEP):
         dq = _to_queries(
             dq, q_rows, grads, log, delta, k, v, k_stride, v_stride, query, key, length,
@@ -270,9 +268,8 @@ def keys_kernel(
         end = tl.minimum(length, first + OWN + window - 1)
     steps = tl.cdiv(end - first, STEP)  # of one head's walk
     near = steps  # of these, on the diagonal
-    if not WINDOWED:
-        if SPLIT:
-            near = tl.minimum(tl.cdiv(OWN, STEP), steps)
+    if not WINDOWED and SPLIT:
+        near = tl.minimum(tl.cdiv(OWN, STEP), steps)
     far = steps - near
     for i in range(GROUP * near):
         head = i // near

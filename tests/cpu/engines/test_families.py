@@ -6,18 +6,21 @@ A description that is wrong in one field is seen.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from glassloop.config import LoraConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.adapters import linear_names
+from glassloop.engines.build import build_engine
 from glassloop.formula.optim import FlatAdapters
 from glassloop.plan.described import Described, Kind, Norms
 from glassloop.plan.families import FAMILIES, FREE, Unsupported, described
@@ -149,22 +152,29 @@ def model_of(tmp_path_factory, tiny_tokenizer, engine_of):
 
     def build(name: str) -> tuple[Any, FlatAdapters]:
         if name not in made:
-            kind, own = MODELS[name]
-            folder = tmp_path_factory.mktemp("family")
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(kind, **SIZES | own)
-            model = drawn(AutoModelForCausalLM.from_config(config))
-            model.to(torch.bfloat16).save_pretrained(folder)
-            tiny_tokenizer.save_pretrained(folder)
-            lora = LoraConfig(r=3, alpha=6, targets=linear_names(model))
+            folder, lora = saved_model(name, tmp_path_factory.mktemp("family"), tiny_tokenizer)
             engine = engine_of(folder, quantization="nf4", lora=lora)
-            adapters = FlatAdapters(engine.hf.named_parameters())
-            torch.manual_seed(3)
-            adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
-            made[name] = engine, adapters
+            made[name] = engine, adapters_of(engine)
         return made[name]
 
     return build
+
+
+def saved_model(name: str, folder: Path, tokenizer: Any) -> tuple[Path, LoraConfig]:
+    """Save a model of MODELS; every linear layer but the head has an adapter."""
+    kind, own = MODELS[name]
+    torch.manual_seed(0)
+    model = drawn(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | own)))
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    return folder, LoraConfig(r=3, alpha=6, targets=linear_names(model))  # type: ignore[arg-type]
+
+
+def adapters_of(engine: Any) -> FlatAdapters:
+    adapters = FlatAdapters(engine.hf.named_parameters())
+    torch.manual_seed(3)
+    adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
+    return adapters
 
 
 def fused_of(engine: Any) -> Any:
@@ -209,6 +219,30 @@ def test_loss_and_every_gradient_are_transformers(model_of, name):
         for matrix, place in adapters.slices.items():
             far = float((place.of(ours) - place.of(slope)).norm())
             assert far <= 1e-5 * float(place.of(slope).norm()), f"{matrix}: off by {far:g}"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "olmo2", "glm4"])
+def test_a_base_over_a_file_of_layers_gives_the_same(model_of, tmp_path, tiny_tokenizer, name):
+    folder, lora = saved_model(name, tmp_path / "model", tiny_tokenizer)
+    engine: Any = build_engine(
+        ModelConfig(id=str(folder), quantization="nf4", cache_dir=str(tmp_path / "cache")),
+        lora,
+        precision="fp32",
+        checkpointing=False,
+        seed=0,
+        device=torch.device("cpu"),
+        first=contextlib.nullcontext,
+        engine="fused",
+    )
+    assert engine.pages is not None
+    reference, adapters = model_of(name)
+    wanted, slope = gradient(reference, adapters, passes(packed=False))
+    own = adapters_of(engine)
+    for streamed in (0, len(engine.layers)):
+        engine.use_tiers(Tiers(1, host="all", streamed=streamed))
+        found, ours = gradient(engine, own, passes(packed=True))
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert float((ours - slope).norm() / slope.norm()) < 1e-5
 
 
 # model of MODELS -> a field of its description, what it is changed to, as a function
