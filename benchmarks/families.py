@@ -46,7 +46,9 @@ GIB = 2**30
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 
-def sizes(layers: int, hidden: int, inner: int, heads: int, keys: int, head: int, words: int):
+def sizes(
+    layers: int, hidden: int, inner: int, heads: int, keys: int, head: int, words: int
+) -> dict[str, Any]:
     names = "num_hidden_layers hidden_size intermediate_size num_attention_heads"
     names += " num_key_value_heads head_dim vocab_size"
     return dict(zip(names.split(), (layers, hidden, inner, heads, keys, head, words), strict=True))
@@ -132,8 +134,9 @@ def quantised(weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
 
     rows, columns = weight.shape
     codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    layer = Linear4bit(columns, rows, False, dtype, True, "nf4", device=torch.device("meta"))
     make: Any = Params4bit
+    meta = torch.device("meta")
+    layer: Any = Linear4bit(columns, rows, False, dtype, True, "nf4", device=meta)
     layer.weight = make(
         codes,
         requires_grad=False,
