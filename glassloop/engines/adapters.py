@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from glassloop.config import LoraConfig
+from glassloop.plan.targets import reach_in_words
 
 # Fields of adapter_config.json that do not change what a trained adapter computes. Every other one
 # must be as in the run's own, those that a newer PEFT has included.
@@ -135,6 +136,28 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     return tuple(found)
+
+
+def reach_note(model: nn.Module, head: nn.Module | None) -> str:
+    """Count linear weights without an adapter, by the layers' names; empty if all have one.
+
+    Experts that lie in one tensor a layer count as linear weights.
+    """
+    adapted = {id(one.base_layer) for one in model.modules() if hasattr(one, "lora_A")}
+    total, missed = 0, dict[str, int]()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is head or ".lora_" in name:
+            continue
+        linear = isinstance(module, nn.Linear)
+        size = module.in_features * module.out_features if linear else module.weight.numel()
+        total += size
+        if id(module) not in adapted:
+            last = name.removesuffix(".base_layer").rpartition(".")[2]
+            missed[last] = missed.get(last, 0) + size
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3 and not p.requires_grad)
+    if experts:
+        total, missed["experts"] = total + experts, experts
+    return reach_in_words(sum(missed.values()), total, missed)
 
 
 def load_adapter(

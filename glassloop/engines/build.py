@@ -27,7 +27,7 @@ from glassloop.base.still import check_still, silence
 from glassloop.base.streamed import load_streamed
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config import LoraConfig, ModelConfig
-from glassloop.engines.adapters import attach_lora, load_adapter
+from glassloop.engines.adapters import attach_lora, load_adapter, reach_note
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers
 from glassloop.formula.dist import gather_objects, is_distributed
@@ -100,6 +100,8 @@ def build_engine(
         report = prepared(base, report, model, device)
         fuse_norms(base)
         hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
+        reach = reach_note(hf, base.get_output_embeddings())
+        report = replace(report, notes=(*report.notes, *filter(None, [reach])))
         if checkpointing and engine == "peft":
             recompute_layers(base, model.id)
     if model.init_adapter is not None:

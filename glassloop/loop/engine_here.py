@@ -21,6 +21,8 @@ from glassloop.engines.adapters import linear_names
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda
 from glassloop.plan.engine import Choice, choose_engine
+from glassloop.plan.targets import with_targets
+from glassloop.predict.traits import FAMILIES
 from glassloop.saved.checkpoint import read_state
 
 LEAST = (8, 0)  # compute capability that fused was written and tested for
@@ -59,10 +61,21 @@ def engine_before(checkpoint: Path | None, plan: Mapping[str, Any]) -> str | Non
 
 
 def with_linear_names(
-    config: Config, source: BaseSource, first: Callable[[], AbstractContextManager[Any]]
+    config: Config,
+    source: BaseSource,
+    values: Mapping[str, Any],
+    first: Callable[[], AbstractContextManager[Any]],
 ) -> Config:
-    """Name the layers of lora.targets=all-linear, from the model's structure without weights."""
-    if ALL_LINEAR not in config.lora.targets:
+    """Name the layers of lora.targets=all-linear, from the model's structure without weights.
+
+    A default that names layers which the model lacks is all-linear too. `values`: of the model's
+    config.
+    """
+    default = "targets" not in config.lora.model_fields_set
+    family = FAMILIES.get(str(values.get("model_type")))
+    if ALL_LINEAR not in config.lora.targets and (
+        not default or (family is not None and not family.joined)
+    ):
         return config
     model = config.model
 
@@ -77,6 +90,8 @@ def with_linear_names(
         return linear_names(hf)
 
     names = in_turn(first, read, "reading the model's structure")
+    if ALL_LINEAR not in with_targets(config, names).lora.targets:
+        return config
     return config.model_copy(update={"lora": config.lora.model_copy(update={"targets": names})})
 
 

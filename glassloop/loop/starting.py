@@ -144,7 +144,7 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     hush(accelerator.process_index)
     first = partial(one_first, accelerator.is_local_main_process)
     source, values = in_turn(first, lambda: locate_base(config.model), "reading the model's config")
-    config = with_linear_names(config, source, first)
+    config = with_linear_names(config, source, values, first)
     choice = engine_here(config, past.checkpoint, past.plan, values)
     folder = run_folder(config)
     lock = claim(folder, config, past.checkpoint, past.digests, rank=accelerator.process_index)

@@ -9,7 +9,8 @@ from typing import Any
 from glassloop.config import Config, MemoryConfig
 from glassloop.config.support import beyond
 from glassloop.plan.support import unsupported
-from glassloop.predict.shapes import config_values
+from glassloop.plan.targets import with_targets
+from glassloop.predict.shapes import config_values, shapes_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,14 @@ def in_words(config: Config, choice: Choice) -> str:
 
 
 def planned_engine(config: Config) -> tuple[Config, str]:
-    """The config with CUDA's engine, and that choice in words.
+    """The config with CUDA's engine and its targets, and that choice in words.
 
     Raises ValueError for fields that the chosen engine does not use.
     """
     model = config_values(config.model.id)
+    shapes, _ = shapes_of(config.model.id)
+    if shapes is not None:
+        config = with_targets(config, shapes.linear_layers)
     choice = choose_engine(config, model, on_cuda=True)
     if config.execution.engine != "auto":
         return config, choice.engine

@@ -126,7 +126,7 @@ def _engine(outlook: Outlook, *, on_cpu: bool) -> str:
 def _fits(outlook: Outlook, *, on_cpu: bool) -> tuple[str, list[str]]:
     """Memory needed of the cards here, with notes."""
     if outlook.shapes is None:
-        return "not known before the model is here", list(outlook.unknown)
+        return "not known", list(outlook.unknown)
     if on_cpu:
         if outlook.work is None:
             return "not predicted", list(outlook.unknown)

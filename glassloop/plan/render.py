@@ -11,10 +11,13 @@ import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
+from glassloop.config import ALL_LINEAR
 from glassloop.plan.outlook import Outlook, early_end, overridden
 from glassloop.plan.render_cost import LABEL, base_lines, card_lines, memory_lines, time_lines
 from glassloop.plan.steps import StepPlan, counted
+from glassloop.plan.targets import reach_in_words
 from glassloop.plan.work import TokenCounts, chooses_passes
+from glassloop.predict.shapes import Shapes
 
 NARROWEST, WIDEST = 60, 120  # columns that are ever used
 PLOT_HEIGHT = 8
@@ -218,17 +221,27 @@ def plot(values: Sequence[float]) -> list[str]:
 def _size(outlook: Outlook) -> list[str]:
     config, n = outlook.config, outlook.trainable
     if n is None or outlook.shapes is None or outlook.checkpoint_bytes is None:
-        return [f"{'trains':<{LABEL}}not known before the model's config.json is here"]
+        return [f"{'trains':<{LABEL}}not known, see below"]
     keep = config.checkpoint.keep + (0 if config.data.heldout is None else 1)
     return [
         f"{'trains':<{LABEL}}{n:,} parameters: r = {config.lora.r} x (in + out) of "
         f"{', '.join(config.lora.targets)}",
         f"{'':<{LABEL}}in {outlook.shapes.layers} layers of {outlook.shapes.name} "
         f"({outlook.shapes.weights:,} weights)",
+        *_reach(outlook.shapes, config.lora.targets),
         f"{'disk':<{LABEL}}{outlook.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint (adapter "
         f"fp32, {config.optimizer.name}'s state, tokenizer); "
         f"at most {keep} kept",
     ]
+
+
+def _reach(shapes: Shapes, targets: tuple[str, ...]) -> list[str]:
+    """A line on linear weights without an adapter, if there are any."""
+    there = shapes.linear_layers
+    missed = [] if ALL_LINEAR in targets else [name for name in there if name not in targets]
+    sizes = {name: inner * outer * shapes.layers for name, (inner, outer) in there.items()}
+    said = reach_in_words(sum(sizes[name] for name in missed), sum(sizes.values()), missed)
+    return [f"{'':<{LABEL}}{said}"] if said else []
 
 
 def _tokens(counts: TokenCounts, outlook: Outlook) -> list[str]:

@@ -258,14 +258,17 @@ def _fused_forward_buffers(
     counted = a * places * hidden * (chosen.host == "all")  # the middle, on its way to the host
     product = shapes.intermediate + one.down.rank  # of gate and up
     whole, last = tiers.kept_bytes(one, places), tiers.last_kept_bytes(one, places, supervised)
+    # a product that a norm follows is part of what is kept, unless it is on its way to the host
+    counted_twice = one.after_down and chosen.host != "all"
     before = (
-        a * places * (product + (2 + (kept <= 2)) * hidden)
+        a * places * (product + (2 + (kept <= 2) - counted_twice) * hidden)
         - (kept <= 2) * counted
         + (kept <= 1) * (whole - stays)
         - (last if kept else stays)
     )
-    after_gate = a * supervised * (product + hidden)
-    before_gate = a * places * (hidden + one.qkv.rank) - a * supervised * one.gate_up.rows
+    after_gate = a * supervised * (product + (1 - counted_twice) * hidden)
+    before_gate = a * places * (hidden + one.qkv.rank + one.turned)
+    before_gate -= a * supervised * one.gate_up.rows
     at_last = (
         a * places * (1 + (kept <= 1)) * hidden
         - (kept <= 1) * counted

@@ -17,22 +17,9 @@ from typing import Any
 
 from glassloop.predict.known import Row, sizes_by_name
 from glassloop.predict.sizes import odd_size
+from glassloop.predict.traits import FAMILIES, JOINED, Traits
 
-NORMS = {  # model_type -> RMS norms of hidden size in a layer
-    "llama": 2,
-    "mistral": 2,
-    "qwen2": 2,
-    "qwen3": 2,
-    "phi3": 2,
-    "gemma2": 4,
-    "gemma3_text": 4,
-}
-HEAD_NORMS = ("qwen3", "gemma3_text")  # with a norm of q and one of k, of head size
 ALL_LINEAR = "all-linear"
-JOINED = {  # phi3's names of projections that lie in one matrix
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,10 @@ class Shapes:
     tied_head: bool = False
     biased: tuple[str, ...] = ()  # names of projections that have a bias
     family: str = "llama"  # config.json's model_type
+
+    @property
+    def traits(self) -> Traits:
+        return FAMILIES[self.family]
 
     @property
     def q_width(self) -> int:
@@ -95,8 +86,9 @@ class Shapes:
 
     @property
     def norm_weights(self) -> int:
-        heads = 2 * self.head_dim if self.family in HEAD_NORMS else 0
-        return (NORMS[self.family] * self.layers + 1) * self.hidden + self.layers * heads
+        sizes = {"": 0, "head": 2 * self.head_dim, "whole": self.q_width + self.kv_width}
+        heads = sizes[self.traits.heads]
+        return (self.traits.norms * self.layers + 1) * self.hidden + self.layers * heads
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
@@ -104,14 +96,13 @@ class Shapes:
 
         Names are the model's.
         """
-        if self.family != "phi3":
-            return self.projections
-        apart = self.projections
-        joined = {
-            name: (apart[parts[0]][0], sum(apart[part][1] for part in parts))
-            for name, parts in JOINED.items()
-        }
-        return {**joined, "o_proj": apart["o_proj"], "down_proj": apart["down_proj"]}
+        apart, found = self.projections, {}
+        joined = {part: name for name in self.traits.joined for part in JOINED[name]}
+        for name in apart:
+            parts = JOINED[joined[name]] if name in joined else (name,)
+            outer = sum(apart[part][1] for part in parts)
+            found[joined.get(name, name)] = apart[name][0], outer
+        return found
 
     @property
     def weights(self) -> int:
@@ -228,7 +219,7 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
     Raises ValueError if a size is missing.
     """
     values = values.get("text_config") or values
-    if values.get("model_type") not in NORMS:
+    if values.get("model_type") not in FAMILIES:
         return None
     try:
         heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
@@ -279,15 +270,16 @@ def _experts(values: dict[str, Any]) -> str:
 
 
 def _biased(values: dict[str, Any]) -> tuple[str, ...]:
-    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-    found = (
-        attention
-        if values.get("attention_bias")
-        else attention[:3]
-        if values["model_type"] == "qwen2"
-        else ()
-    )
-    return (*found, *mlp) if values.get("mlp_bias") else found
+    """Projections with a bias; a field that config.json lacks has its family's default."""
+    kind, qkv = values["model_type"], ("q_proj", "k_proj", "v_proj")
+    found: tuple[str, ...] = ()
+    if values.get("attention_bias", kind in ("qwen2", "glm4", "seed_oss")):
+        found = qkv if kind in ("qwen2", "glm4", "seed_oss") else (*qkv, "o_proj")
+    if kind == "qwen2":  # it has no such field
+        found = qkv
+    if values.get("attention_out_bias"):
+        found = (*found, "o_proj")
+    return (*found, "gate_proj", "up_proj", "down_proj") if values.get("mlp_bias") else found
 
 
 def _from_row(row: Row, model_id: str) -> Shapes:
@@ -312,7 +304,7 @@ def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
         return (
             None,
             f"model.id = {model_id}: model_type {values.get('model_type')} is not one of "
-            f"{', '.join(NORMS)}{_experts(values)}",
+            f"{', '.join(FAMILIES)}{_experts(values)}",
         )
     return shapes, str(file)
 

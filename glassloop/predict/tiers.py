@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from glassloop.predict.shapes import Shapes
+from glassloop.predict.traits import JOINED
 
 GIB = 2**30
 FRAGMENTATION = 0.03  # of the memory in use: what an allocator holds in pieces that fit nothing
@@ -121,10 +122,12 @@ class Tiers:
 def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Sizes:
     """A layer of these shapes with adapters of rank r on `targets`."""
 
+    joined = {part for name in shapes.traits.joined for part in JOINED[name]}
+
     def group(*names: str) -> Group:
-        used = r * sum(name in targets for name in names) + any(
-            name in shapes.biased for name in names
-        )
+        reached = sum(name in targets for name in names)
+        adapters = min(reached, 1) if names[0] in joined else reached
+        used = r * adapters + any(name in shapes.biased for name in names)
         inner = shapes.projections[names[0]][0]
         return Group(
             sum(shapes.projections[name][1] for name in names),
@@ -139,6 +142,9 @@ def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Si
         group("down_proj"),
         shapes.heads,
         element,
+        turned=shapes.q_width + shapes.kv_width if shapes.traits.heads else 0,
+        after_o=shapes.traits.after,
+        after_down=shapes.traits.after,
     )
 
 

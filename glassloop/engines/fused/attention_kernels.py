@@ -116,7 +116,7 @@ def forward_kernel(
     top = tl.full((OWN,), float("-inf"), tl.float32)
     begin = _begin(first, window, STEP, WINDOWED)
     diagonal = begin
-    if SPLIT and not WINDOWED:
+    if not WINDOWED and SPLIT:
         diagonal = first // STEP * STEP
     for key in range(begin, diagonal, STEP):
         mixed, total, top = _attend(
@@ -189,7 +189,7 @@ def queries_kernel(
     dq = tl.zeros((OWN, D), tl.float32)
     begin = _begin(first, window, STEP, WINDOWED)
     diagonal = begin
-    if SPLIT and not WINDOWED:
+    if not WINDOWED and SPLIT:
         diagonal = first // STEP * STEP
     for key in range(begin, diagonal, STEP):
         dq = _to_queries(
@@ -268,7 +268,7 @@ def keys_kernel(
         end = tl.minimum(length, first + OWN + window - 1)
     steps = tl.cdiv(end - first, STEP)  # of one head's walk
     near = steps  # of these, on the diagonal
-    if SPLIT and not WINDOWED:
+    if not WINDOWED and SPLIT:
         near = tl.minimum(tl.cdiv(OWN, STEP), steps)
     far = steps - near
     for i in range(GROUP * near):

@@ -33,6 +33,11 @@ def turn(layer: Layer, qkv: Tensor, by: Angles) -> Tensor:
     return out
 
 
+def turned_again(layer: Layer, qkv: Tensor, by: Angles) -> Tensor:
+    """As `turn`, of a matrix (T, N) that it has been through."""
+    return qkv[:, : layer.turned] if layer.norm_qk is None else turn(layer, qkv, by)
+
+
 def unnorm(layer: Layer, grad: Tensor, qkv: Tensor) -> None:
     """Replace the gradient of normed q and k by that of their product, in place.
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from glassloop.engines.fused.attention import attention, attention_backward
-from glassloop.engines.fused.heads import turn, unnorm
+from glassloop.engines.fused.heads import turn, turned_again, unnorm
 from glassloop.engines.fused.linear import Linear
 from glassloop.engines.fused.norm import add_norm, norm_backward
 from glassloop.engines.fused.parts import Attended, Layer, Middle, Saved, Where, chosen, spread
@@ -56,6 +56,7 @@ def first_half(
     turned = turn(layer, qkv, where.angles[layer.kind.rotary])
     if known is None:
         kept = attention(*layer.split(qkv, turned), where.bounds[layer.kind.window])
+        del turned  # computed again where it is no part of qkv
     else:
         kept = known.kept
     if known is None or known.mid is None:
@@ -82,7 +83,6 @@ def first_half(
     )
     return x, Middle(
         qkv=qkv,
-        turned=turned,
         kept=kept,
         product=None if layer.norm_after_o is None else product,
         mid=mid,
@@ -161,15 +161,15 @@ def forward(
         Two parts of the output, (T, H) or (S, H), and what backward needs.
     """
     x, middle = first_half(layer, x, y, where, places)
-    # quick to compute again; without a norm on q and k, `turned` is part of qkv
-    turned = middle.turned if layer.norm_qk is None else None
-    middle = replace(middle, normed_x=None, normed_mid=None, turned=turned)
+    middle = replace(middle, normed_x=None, normed_mid=None)  # quick to compute again
     gated = layer.down.input(len(middle.mid))
     gelu = layer.of.gate == "gelu_tanh"
     swiglu(middle.gate_up[:, : layer.gate_up.rows], gated[:, : layer.down.columns], gelu=gelu)
     product = layer.down.forward(gated, where.scratch.weights(layer.down))
+    narrow_down = None if keep is None else layer.down.narrow(gated)
+    del gated
     y = added(layer, product, layer.norm_after_down)
-    if keep is None:
+    if narrow_down is None:
         return middle.mid, y, None
     attended = None
     if away in ("attention", "all"):
@@ -178,7 +178,7 @@ def forward(
         attended = Attended(middle.kept, *results)
     saved = Saved(
         x=x,
-        narrow_down=layer.down.narrow(gated),
+        narrow_down=narrow_down,
         product=None if layer.norm_after_down is None else product,
         middle=middle if keep else None,
         attended=attended,
@@ -243,10 +243,11 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     inner = spread(o.input_gradient(out, weights(o)), places, len(x)).unflatten(
         1, (-1, layer.of.head_size)
     )
+    del out
     by, bounds = where.angles[layer.kind.rotary], where.bounds[layer.kind.window]
-    turned = turn(layer, middle.qkv, by) if middle.turned is None else middle.turned
-    parts = layer.split(middle.qkv, turned)
+    parts = layer.split(middle.qkv, turned_again(layer, middle.qkv, by))
     out = attention_backward(inner, *parts, middle.kept, bounds, by, room=qkv.rank)  # (T, N + R)
+    del parts
     unnorm(layer, out, middle.qkv)
 
     grad = spread(grad, places, len(x))

@@ -85,16 +85,12 @@ def head_loss(
 
 @triton.jit
 def _bent(value, scale, cap, PLAIN: tl.constexpr, CAPPED: tl.constexpr):
-    """Logits of products, and their slope."""
-    slope = 1.0
+    """Logits of the head's products."""
     if not PLAIN:
-        value *= scale
-        slope = scale
+        value = value * scale
         if CAPPED:
-            value = 2.0 * tl.sigmoid(2.0 * value / cap) - 1.0  # tanh
-            slope = scale * (1.0 - value * value)
-            value *= cap
-    return value, slope
+            value = cap * (2.0 * tl.sigmoid(2.0 * value / cap) - 1.0)  # tanh
+    return value
 
 
 @triton.jit
@@ -107,21 +103,26 @@ def _cross_entropy(
     column = tl.arange(0, BLOCK)
     label = tl.load(labels + row)
     # before anything is overwritten: the sums below keep the threads together
-    picked, _ = _bent(tl.load(start + label).to(tl.float32), scale, cap, PLAIN, CAPPED)
+    picked = _bent(tl.load(start + label).to(tl.float32), scale, cap, PLAIN, CAPPED)
     peak = float("-inf")
     total = 0.0
     for block in range(tl.cdiv(size, BLOCK)):
         at = block * BLOCK + column
-        value = tl.load(start + at, mask=at < size, other=0.0).to(tl.float32)
-        value, _ = _bent(value, scale, cap, PLAIN, CAPPED)
-        value = tl.where(at < size, value, float("-inf"))
+        value = tl.load(start + at, mask=at < size, other=float("-inf")).to(tl.float32)
+        value = _bent(value, scale, cap, PLAIN, CAPPED)
+        if CAPPED:  # which makes -inf finite
+            value = tl.where(at < size, value, float("-inf"))
         higher = tl.maximum(peak, tl.max(value))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher))
         peak = higher
     tl.store(losses + row, tl.log(total) + peak - picked)
     for block in range(tl.cdiv(size, BLOCK)):
         at = block * BLOCK + column
-        value = tl.load(start + at, mask=at < size, other=0.0).to(tl.float32)
-        value, rise = _bent(value, scale, cap, PLAIN, CAPPED)
+        value = tl.load(start + at, mask=at < size, other=float("-inf")).to(tl.float32)
+        value = _bent(value, scale, cap, PLAIN, CAPPED)
         slope = tl.exp(value - peak) / total - tl.where(at == label, 1.0, 0.0)
-        tl.store(start + at, (slope * rise).to(logits.dtype.element_ty), mask=at < size)
+        if not PLAIN:
+            slope = slope * scale
+            if CAPPED:
+                slope = slope * (1.0 - (value / cap) * (value / cap))
+        tl.store(start + at, slope.to(logits.dtype.element_ty), mask=at < size)

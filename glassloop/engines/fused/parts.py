@@ -83,7 +83,6 @@ class Middle:
     """Tensors between a layer's input and its last product."""
 
     qkv: Tensor  # (T, N): q and k turned by their positions, unless a norm stands on them
-    turned: Tensor | None  # (T, columns of q and k), turned; None: to be computed again
     kept: Kept
     product: Tensor | None  # (T, H): of W_o, where a norm follows it
     mid: Tensor  # (T, H)

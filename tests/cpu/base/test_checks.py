@@ -290,7 +290,8 @@ def test_weights_that_nf4_leaves_unquantised_are_counted_and_said(
     )
     groups = {group.kind: group for group in dtype_audit(engine.hf)}
     assert groups["experts"].parameters == experts and groups["experts"].dtype == "bfloat16"
-    (note,) = engine.report.notes
+    note, reach = engine.report.notes
+    assert "have no adapter: k_proj, v_proj, o_proj" in reach and "experts" in reach
     assert note.startswith("NF4 leaves ") and f"{experts:,} experts in bfloat16" in note
 
 

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from family_models import adapters_of, saved_model
 from stand_in import write_stand_in
 
 from glassloop.engines import unsloth_checks as checks
@@ -52,3 +54,18 @@ def changed(tiny_llama, tiny_qwen2, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory, tiny_tokenizer, engine_of):
+    """The reference engine of a model of MODELS, with drawn adapters; each is made once."""
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def build(name: str) -> tuple[Any, Any]:
+        if name not in made:
+            folder, lora = saved_model(name, tmp_path_factory.mktemp("family"), tiny_tokenizer)
+            engine = engine_of(folder, quantization="nf4", lora=lora)
+            made[name] = engine, adapters_of(engine)
+        return made[name]
+
+    return build

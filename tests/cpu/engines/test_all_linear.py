@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from glassloop.cli.plan import main as plan
 from glassloop.config import PROJECTIONS
 from glassloop.config.arguments import ConfigError, parse
 
@@ -49,8 +50,46 @@ def test_of_a_llama_it_names_the_seven(run_of) -> None:
     run.close()
 
 
-def test_it_stands_alone_and_a_missing_layer_names_it(run_of, tiny_phi3: Path) -> None:
+def test_it_is_the_default_where_llama_s_names_do_not_exist(
+    run_of, tiny_phi3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(
+        model={"id": str(tiny_phi3), "quantization": "none"}, execution={"precision": "fp32"}
+    )
+    names = {"o_proj", "qkv_proj", "gate_up_proj", "down_proj"}
+    assert set(run.config.lora.targets) == names
+    assert not any("have no adapter" in line for line in run.header)
+    run.close()
+    words = ["--rows", "40", f"model.id={tiny_phi3}", "data.source=scam"]
+    assert plan(words) == 0
+    assert "r = 16 x (in + out) of all-linear" in capsys.readouterr().out
+
+
+def test_llama_s_names_are_refused_if_they_were_asked_for(run_of, tiny_phi3: Path) -> None:
     with pytest.raises(ConfigError, match="all-linear already has every layer"):
         parse(["lora.targets=all-linear,q_proj"])
     with pytest.raises(ValueError, match="Name those, or set"):
-        run_of(model={"id": str(tiny_phi3), "quantization": "none"})
+        run_of(
+            model={"id": str(tiny_phi3), "quantization": "none"},
+            lora={"targets": ["q_proj", "v_proj"]},
+        )
+
+
+def test_linear_weights_without_an_adapter_are_counted_in_header_and_plan(
+    run_of, tiny_phi3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """qkv_proj 64 x 128 and down_proj 128 x 64 of 4 layers' kinds, in 2 layers."""
+    targets = ["o_proj", "gate_up_proj"]
+    run = run_of(
+        model={"id": str(tiny_phi3), "quantization": "none"},
+        lora={"targets": targets},
+        execution={"precision": "fp32"},
+    )
+    total = 2 * (64 * 128 + 64 * 64 + 64 * 256 + 128 * 64)
+    said = f"{2 * 2 * 64 * 128:,} of {total:,} linear weights (44%) have no adapter: "
+    said += "qkv_proj, down_proj"
+    assert any(said in line for line in run.header), run.header
+    run.close()
+    words = ["--rows", "40", f"model.id={tiny_phi3}", "data.source=scam"]
+    assert plan([*words, f"lora.targets={','.join(targets)}"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())

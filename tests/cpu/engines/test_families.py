@@ -6,19 +6,27 @@ A description that is wrong in one field is seen.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from family_models import (
+    MODELS,
+    SIZES,
+    adapters_of,
+    fused_of,
+    gradient,
+    passes,
+    rows_of,
+    saved_model,
+)
+from transformers import AutoConfig
 
-from glassloop.config import LoraConfig
-from glassloop.data.batches import build_pass
-from glassloop.data.rows import Row
-from glassloop.engines.adapters import linear_names
-from glassloop.formula.optim import FlatAdapters
+from glassloop.config import ModelConfig
+from glassloop.engines.build import build_engine
 from glassloop.plan.described import Described, Kind, Norms
 from glassloop.plan.families import FAMILIES, FREE, Unsupported, described
 from glassloop.plan.support import check_fields, fields_of, unsupported
@@ -28,161 +36,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="needs triton, which has no build for this system",
 )
-
-SIZES = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MIXED = {"num_hidden_layers": 3, "sliding_window": 5}
-BOTH = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-THETAS = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-    "full_attention": {"rope_type": "linear", "rope_theta": 5e3, "factor": 3.0},
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-# name -> model_type, and what its config has beside SIZES
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-    "qwen2": ("qwen2", {}),
-    "qwen2, windows": (
-        "qwen2",
-        MIXED | {"use_sliding_window": True, "max_window_layers": 2},
-    ),
-    "qwen3": ("qwen3", {}),
-    "qwen3, yarn": ("qwen3", {"rope_parameters": YARN, "attention_bias": True}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "mistral, windows": ("mistral", {"sliding_window": 4, "head_dim": 48}),
-    "ministral": ("ministral", MIXED | BOTH),
-    "gemma2": (
-        "gemma2",
-        MIXED
-        | BOTH
-        | {
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-            "query_pre_attn_scalar": 24,
-        },
-    ),
-    "gemma3": ("gemma3_text", MIXED | BOTH | {"rope_parameters": THETAS}),
-    "phi3": ("phi3", {"sliding_window": 6}),
-    "phi3, part of a head turned": (
-        "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.75,
-            }
-        },
-    ),
-    "granite": (
-        "granite",
-        {
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 5.0,
-        },
-    ),
-    "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", MIXED | BOTH | {"rope_parameters": THETAS}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
-    "glm4": ("glm4", {}),
-    "seed_oss": ("seed_oss", {}),
-    "exaone4": ("exaone4", MIXED | BOTH),
-    "exaone4, no windows": (
-        "exaone4",
-        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
-    ),
-}
-
-
-def rows_of(lengths: tuple[int, ...]) -> list[Row]:
-    drawn = torch.Generator().manual_seed(0)
-    return [
-        Row(
-            f"r{index}",
-            tuple(torch.randint(3, 130, (length,), generator=drawn).tolist()),
-            tuple(index != 1 and place >= length // 2 for place in range(length)),
-        )
-        for index, length in enumerate(lengths)
-    ]
-
-
-def drawn(model: torch.nn.Module) -> torch.nn.Module:
-    """Give norms and biases random values too: ones and zeros would hide that they are lost."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            centre = 1.0 if name.endswith("norm.weight") else 0.0
-            torch.nn.init.normal_(parameter, mean=centre, std=0.2)
-    return model
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory, tiny_tokenizer, engine_of):
-    """The reference engine of a model of MODELS, with drawn adapters; each is made once."""
-    made: dict[str, tuple[Any, FlatAdapters]] = {}
-
-    def build(name: str) -> tuple[Any, FlatAdapters]:
-        if name not in made:
-            kind, own = MODELS[name]
-            folder = tmp_path_factory.mktemp("family")
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(kind, **SIZES | own)
-            model = drawn(AutoModelForCausalLM.from_config(config))
-            model.to(torch.bfloat16).save_pretrained(folder)
-            tiny_tokenizer.save_pretrained(folder)
-            lora = LoraConfig(r=3, alpha=6, targets=linear_names(model))
-            engine = engine_of(folder, quantization="nf4", lora=lora)
-            adapters = FlatAdapters(engine.hf.named_parameters())
-            torch.manual_seed(3)
-            adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
-            made[name] = engine, adapters
-        return made[name]
-
-    return build
-
-
-def fused_of(engine: Any) -> Any:
-    from glassloop.engines.fused.engine import FusedEngine
-
-    return FusedEngine(engine.hf, engine.report)
-
-
-def gradient(engine: Any, adapters: FlatAdapters, p: Any) -> tuple[float, torch.Tensor]:
-    adapters.zero_grad()
-    loss_sum, _ = engine(p)
-    (loss_sum / 7).backward()
-    return loss_sum.item(), adapters.grad.clone()
-
-
-def passes(*, packed: bool) -> Any:
-    rows = rows_of((13, 4, 21, 1))
-    return build_pass(rows, packed=packed, pad_id=0, device=torch.device("cpu"))
 
 
 def test_every_family_has_a_model_here():
@@ -209,6 +62,30 @@ def test_loss_and_every_gradient_are_transformers(model_of, name):
         for matrix, place in adapters.slices.items():
             far = float((place.of(ours) - place.of(slope)).norm())
             assert far <= 1e-5 * float(place.of(slope).norm()), f"{matrix}: off by {far:g}"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "olmo2", "glm4"])
+def test_a_base_over_a_file_of_layers_gives_the_same(model_of, tmp_path, tiny_tokenizer, name):
+    folder, lora = saved_model(name, tmp_path / "model", tiny_tokenizer)
+    engine: Any = build_engine(
+        ModelConfig(id=str(folder), quantization="nf4", cache_dir=str(tmp_path / "cache")),
+        lora,
+        precision="fp32",
+        checkpointing=False,
+        seed=0,
+        device=torch.device("cpu"),
+        first=contextlib.nullcontext,
+        engine="fused",
+    )
+    assert engine.pages is not None
+    reference, adapters = model_of(name)
+    wanted, slope = gradient(reference, adapters, passes(packed=False))
+    own = adapters_of(engine)
+    for streamed in (0, len(engine.layers)):
+        engine.use_tiers(Tiers(1, host="all", streamed=streamed))
+        found, ours = gradient(engine, own, passes(packed=True))
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert float((ours - slope).norm() / slope.norm()) < 1e-5
 
 
 # model of MODELS -> a field of its description, what it is changed to, as a function

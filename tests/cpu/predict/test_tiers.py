@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from live_bytes import fused_peaks
+from phases import check_phases, fused_of, row_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from glassloop.config import PROJECTIONS, LoraConfig
 from glassloop.data.batches import build_pass
-from glassloop.data.rows import Row
 from glassloop.formula.optim import FlatAdapters
 from glassloop.predict import tiers as predicted
 from glassloop.predict.cards import budget_bytes, needed_gib, verdict
@@ -33,28 +32,6 @@ needs_triton = pytest.mark.skipif(
 )
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 WORK = Work(rows=2, tokens=2048, r=16, targets=PROJECTIONS)
-BETWEEN_PASSES = (
-    "linear weights",
-    "their scales",
-    "embedding",
-    "adapters",
-    "their gradients",
-    "state of",
-    "cuBLAS",
-    "weights",
-    "gradients of",
-)  # terms that begin so
-
-
-def fused_of(engine):
-    from glassloop.engines.fused.engine import FusedEngine
-
-    return FusedEngine(engine.hf, engine.report)
-
-
-def row_of(tokens: int, supervised: int, name: str) -> Row:
-    mask = (False,) * (tokens - supervised) + (True,) * supervised
-    return Row(name, tuple((7 * place) % 400 for place in range(tokens)), mask)
 
 
 # --- one source
@@ -109,36 +86,7 @@ def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, 
     ids=str,
 )
 def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(wide_llama, engine_of, chosen):
-    engine = fused_of(
-        engine_of(wide_llama, lora=LoraConfig(r=16), precision="bf16", quantization="nf4")
-    )
-    engine.use_tiers(chosen)
-    adapters = FlatAdapters(engine.hf.named_parameters())
-    shapes, _ = shapes_of(str(wide_llama))
-    assert shapes is not None
-    for rows, tokens, supervised in ((2, 1024, 1023), (1, 1200, 40)):
-        batch = [row_of(tokens, supervised, f"row:{i}") for i in range(rows)]
-        p = build_pass(batch, packed=True, pad_id=0, device=torch.device("cpu"))
-        fused_peaks(engine, adapters, p)  # the first pass makes what stays
-        found = fused_peaks(engine, adapters, p)
-        work = Work(1, rows * tokens, 16, PROJECTIONS, p.supervised_tokens, tiers=chosen)
-        terms = ledger_of(shapes, work, "fused").terms
-        for phase, measured in found.items():
-            moving = sum(
-                term.size_bytes
-                for term in terms
-                if phase in term.phases
-                and not term.what.startswith((*BETWEEN_PASSES, "ids, targets"))
-            )
-            room = (
-                1.01 if phase == "forward" else 1.2
-            )  # the engine's own choice leaves some room in the head and in backward
-            assert 0.99 * measured <= moving <= room * measured, (
-                phase,
-                rows,
-                tokens,
-                moving / measured,
-            )
+    check_phases(wide_llama, engine_of, chosen)
 
 
 def test_the_peaks_that_an_h100_measured_are_predicted():

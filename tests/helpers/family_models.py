@@ -1,0 +1,162 @@
+"""Small odd models of every family that `fused` supports, with drawn weights and adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from glassloop.config import LoraConfig
+from glassloop.data.batches import build_pass
+from glassloop.data.rows import Row
+from glassloop.engines.adapters import linear_names
+from glassloop.formula.optim import FlatAdapters
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXED = {"num_hidden_layers": 3, "sliding_window": 5}
+BOTH = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+THETAS = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 5e3, "factor": 3.0},
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# name -> model_type, and what its config has beside SIZES
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, windows": (
+        "qwen2",
+        MIXED | {"use_sliding_window": True, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3, yarn": ("qwen3", {"rope_parameters": YARN, "attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral, windows": ("mistral", {"sliding_window": 4, "head_dim": 48}),
+    "ministral": ("ministral", MIXED | BOTH),
+    "gemma2": (
+        "gemma2",
+        MIXED
+        | BOTH
+        | {
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+    "gemma3": ("gemma3_text", MIXED | BOTH | {"rope_parameters": THETAS}),
+    "phi3": ("phi3", {"sliding_window": 6}),
+    "phi3, part of a head turned": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+            }
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 5.0,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", MIXED | BOTH | {"rope_parameters": THETAS}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "glm4": ("glm4", {}),
+    "seed_oss": ("seed_oss", {}),
+    "exaone4": ("exaone4", MIXED | BOTH),
+    "exaone4, no windows": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+}
+
+
+def rows_of(lengths: tuple[int, ...]) -> list[Row]:
+    drawn = torch.Generator().manual_seed(0)
+    return [
+        Row(
+            f"r{index}",
+            tuple(torch.randint(3, 130, (length,), generator=drawn).tolist()),
+            tuple(index != 1 and place >= length // 2 for place in range(length)),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def drawn(model: torch.nn.Module) -> torch.nn.Module:
+    """Give norms and biases random values too: ones and zeros would hide that they are lost."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            centre = 1.0 if name.endswith("norm.weight") else 0.0
+            torch.nn.init.normal_(parameter, mean=centre, std=0.2)
+    return model
+
+
+def saved_model(name: str, folder: Path, tokenizer: Any) -> tuple[Path, LoraConfig]:
+    """Save a model of MODELS; every linear layer but the head has an adapter."""
+    kind, own = MODELS[name]
+    torch.manual_seed(0)
+    model = drawn(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | own)))
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    return folder, LoraConfig(r=3, alpha=6, targets=linear_names(model))  # type: ignore[arg-type]
+
+
+def adapters_of(engine: Any) -> FlatAdapters:
+    adapters = FlatAdapters(engine.hf.named_parameters())
+    torch.manual_seed(3)
+    adapters.flat.data.copy_(torch.randn_like(adapters.flat) * 0.05)
+    return adapters
+
+
+def fused_of(engine: Any) -> Any:
+    from glassloop.engines.fused.engine import FusedEngine
+
+    return FusedEngine(engine.hf, engine.report)
+
+
+def gradient(engine: Any, adapters: FlatAdapters, p: Any) -> tuple[float, torch.Tensor]:
+    adapters.zero_grad()
+    loss_sum, _ = engine(p)
+    (loss_sum / 7).backward()
+    return loss_sum.item(), adapters.grad.clone()
+
+
+def passes(*, packed: bool) -> Any:
+    rows = rows_of((13, 4, 21, 1))
+    return build_pass(rows, packed=packed, pad_id=0, device=torch.device("cpu"))
