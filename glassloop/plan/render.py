@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from glassloop.plan.outlook import Outlook, early_end, overridden
-from glassloop.plan.render_cost import LABEL, base_lines, card_lines, memory_lines, time_lines
+from glassloop.plan.render_cost import (
+    LABEL,
+    base_lines,
+    card_lines,
+    memory_lines,
+    row_lines,
+    time_lines,
+)
 from glassloop.plan.steps import StepPlan, counted
 from glassloop.plan.work import TokenCounts, chooses_passes
 
@@ -32,6 +39,7 @@ def render(outlook: Outlook) -> list[str]:
         lines += ["", *_tokens(outlook.tokens, outlook)]
     if outlook.ledger is not None:
         lines += ["", *memory_lines(outlook), "", *card_lines(outlook), *base_lines(outlook)]
+        lines += ["", *row_lines(outlook)] if outlook.config.execution.engine == "fused" else []
         lines += ["", *time_lines(outlook)] if outlook.times else []
     return lines + [f"{'unknown':<{LABEL}}{text}" for text in outlook.unknown]
 
