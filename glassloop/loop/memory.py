@@ -16,6 +16,7 @@ from glassloop.formula.dist import Gate, gather_objects
 from glassloop.loop.spending import fewer_kept, ranks_on
 from glassloop.plan.work import chooses_passes, pass_tokens_for, work_of
 from glassloop.predict.ledger import ledger_of
+from glassloop.predict.longest import longest_row
 from glassloop.predict.shapes import shapes_from_config, shapes_of
 from glassloop.predict.terms import GIB, Ledger
 from glassloop.predict.tiers import Tiers
@@ -107,6 +108,22 @@ def choose_pass_tokens(
     return min(gather_objects(most))
 
 
+def longest_here(run: Run) -> int | None:
+    """Tokens of the longest row that `fused` has room for on this rank's card, predicted.
+
+    None for another engine or device, and for unknown shapes.
+    """
+    engine, device = run.replica.plain_engine, run.replica.device
+    shapes, _ = shapes_of(run.config.model.id)
+    if engine.name != "fused" or device.type != "cuda" or shapes is None:
+        return None
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    work = replace(work_of(run.config), capability=torch.cuda.get_device_capability(device))
+    if engine.host.most_bytes is not None:
+        work = replace(work, host_gib=engine.host.most_bytes / GIB)
+    return longest_row(shapes, work, free).tokens
+
+
 def cures(run: Run) -> str:
     """Settings that need less memory and keep an update's rows."""
     execution, batch = run.config.execution, run.config.batch
@@ -123,7 +140,9 @@ def cures(run: Run) -> str:
         f"a smaller data.max_tokens (now {run.config.data.max_tokens}), which leaves out "
         "or cuts long rows"
     )
-    return "; or ".join(cures)
+    longest = longest_here(run)
+    said = "" if longest is None else f". The longest row that fits here has {longest:,} tokens"
+    return "; or ".join(cures) + said
 
 
 def smaller_passes(run: Run, update: int, why: str) -> bool:

@@ -54,7 +54,7 @@ def spend_memory(run: Run) -> None:
         base=memory.base,
         sharing=ranks_on(run.replica.device),
     )
-    notes = []
+    engine.host.most_bytes, notes = asked.host_bytes, []
     while True:
         found = agreed_tiers(engine, asked, run.tiers)
         refused = [why for why in gather_objects(room_refused(engine, found, tokens)) if why]

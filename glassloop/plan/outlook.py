@@ -15,10 +15,11 @@ from glassloop.plan.steps import StepPlan, counted, make_plan
 from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
+from glassloop.predict.host import spare_bytes
 from glassloop.predict.ledger import PROFILES
 from glassloop.predict.roofline import fused_pass_time, pass_time, tokens_per_s
 from glassloop.predict.shapes import Shapes, shapes_of
-from glassloop.predict.terms import STATE_BYTES, Ledger, Work
+from glassloop.predict.terms import GIB, STATE_BYTES, Ledger, Work
 
 SCHEMA = 1
 TOKENIZER_BYTES = (
@@ -213,11 +214,11 @@ def _verdicts(
     The third list names cards that are unknown.
     """
 
-    def judged(gpu: Gpu, free_gib: float | None = None) -> Verdict:
+    def judged(gpu: Gpu, free_gib: float | None = None, of: Work = work) -> Verdict:
         return verdict(
             gpu,
             shapes,
-            work,
+            of,
             ranks=plan.ranks,
             rows_per_update=plan.rows_per_update,
             free_gib=free_gib,
@@ -225,8 +226,14 @@ def _verdicts(
         )
 
     planned = [judged(gpu) for name in PLANNED_FOR if (gpu := gpu_named(name))]
-    here = [judged(card.gpu, card.free_gib) for card in present if card.gpu is not None]
-    unknown = [
+    unknown, on_this = [], work
+    if present and engine == "fused":
+        try:
+            on_this = replace(work, host_has_gib=spare_bytes() / GIB / len(present))
+        except ValueError as error:
+            unknown.append(f"this machine's host memory: {error}")
+    here = [judged(card.gpu, card.free_gib, on_this) for card in present if card.gpu is not None]
+    unknown += [
         f"this machine's {card.name}: not in the table of cards, so nothing is said of it"
         for card in present
         if card.gpu is None

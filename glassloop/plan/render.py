@@ -13,7 +13,14 @@ from itertools import pairwise
 
 from glassloop.config import ALL_LINEAR
 from glassloop.plan.outlook import Outlook, early_end, overridden
-from glassloop.plan.render_cost import LABEL, base_lines, card_lines, memory_lines, time_lines
+from glassloop.plan.render_cost import (
+    LABEL,
+    base_lines,
+    card_lines,
+    memory_lines,
+    row_lines,
+    time_lines,
+)
 from glassloop.plan.steps import StepPlan, counted
 from glassloop.plan.targets import reach_in_words
 from glassloop.plan.work import TokenCounts, chooses_passes
@@ -35,6 +42,7 @@ def render(outlook: Outlook) -> list[str]:
         lines += ["", *_tokens(outlook.tokens, outlook)]
     if outlook.ledger is not None:
         lines += ["", *memory_lines(outlook), "", *card_lines(outlook), *base_lines(outlook)]
+        lines += ["", *row_lines(outlook)] if outlook.config.execution.engine == "fused" else []
         lines += ["", *time_lines(outlook)] if outlook.times else []
     return lines + [f"{'unknown':<{LABEL}}{text}" for text in outlook.unknown]
 

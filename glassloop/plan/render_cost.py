@@ -47,7 +47,7 @@ def memory_lines(outlook: Outlook) -> list[str]:
         round(2 * (outlook.trainable or 0) / 2**20) if work.optimizer == "paged_adamw_8bit" else 0
     )
     pinned = (
-        "at most memory.host_gib of layers' large tensors, and the embedding, both only under min"
+        "layers' large tensors and the embedding, where the card cannot hold them (see rows)"
         if fused
         else ""
     )
@@ -111,6 +111,29 @@ def _judgement(one: Verdict, outlook: Outlook) -> str:
     if one.cure:
         return f"does NOT fit; {one.cure} does ({one.cure_gib:.1f}){note}"
     return f"does NOT fit, nor any smaller pass: lower data.max_tokens{note}"
+
+
+def row_lines(outlook: Outlook) -> list[str]:
+    """The longest row of each card; empty for an engine that does not say."""
+    config, work = outlook.config, outlook.work
+    known = [one for one in outlook.verdicts if one.longest_tokens is not None]
+    if not known or work is None:
+        return []
+    blank = " " * LABEL
+    has = f"memory.host_gib={config.memory.host_gib}"
+    if config.memory.host_gib == "auto":
+        has += f": {work.host_has_gib:.0f} GiB of a host that is not here"
+    lines = [
+        f"{'rows':<{LABEL}}the longest that trains, alone in its pass, every token supervised; "
+        f"the same under min and fill; host GiB a rank locks then ({has})",
+        f"{blank}{'card':<9}{'tokens':>9}{'host':>7}",
+    ]
+    for one in known:
+        lines.append(
+            f"{blank}{one.card:<9}{one.longest_tokens:>9,}{one.longest_host_gib:>7.1f}  "
+            + (one.longest_tiers if one.longest_tokens else "none")
+        )
+    return lines
 
 
 def base_lines(outlook: Outlook) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from glassloop.predict.choice import describe
 from glassloop.predict.hardware import Gpu
 from glassloop.predict.ledger import ledger_of
+from glassloop.predict.longest import longest_row
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import with_tiers
 from glassloop.predict.terms import GIB, Work, tiers_of
@@ -38,6 +39,8 @@ class Verdict:
         kept, held, streamed, pass_tokens, tiers: of the engine `fused` on this card: layers kept
             whole, held in 16 bits and streamed from the host, tokens of its heaviest pass, and
             the same in words; None and "" for the others.
+        longest_tokens: of the longest row that `fused` trains there, alone in its pass;
+            longest_host_gib: host memory that it locks then; longest_tiers: how it does.
     """
 
     card: str
@@ -55,6 +58,9 @@ class Verdict:
     pass_tokens: int | None = None
     tiers: str = ""
     least_gib: float | None = None
+    longest_tokens: int | None = None
+    longest_host_gib: float | None = None
+    longest_tiers: str = ""
 
     @property
     def spare_gib(self) -> float:
@@ -130,6 +136,7 @@ def verdict(
             pass_tokens=how.places,
             tiers=describe(tiers, shapes.layers, sharded=work.base == "sharded"),
         )
+        found = _with_longest(found, shapes, work, budget_bytes(has, ranks))
         if found.fits:
             return _with_more(found, shapes, work, tiers, needs, carried_out)
         work = replace(how, tiers=None)
@@ -150,6 +157,17 @@ def verdict(
                 fields = off if size == work.rows else f"{off} batch.size={size} {kept}"
                 return replace(found, faster=fields, faster_gib=needed)
     return found
+
+
+def _with_longest(found: Verdict, shapes: Shapes, work: Work, budget: int) -> Verdict:
+    """A verdict of `fused`, with the longest row."""
+    longest = longest_row(shapes, work, budget)
+    return replace(
+        found,
+        longest_tokens=longest.tokens,
+        longest_host_gib=longest.host.total_bytes / GIB,
+        longest_tiers=describe(longest.tiers, shapes.layers).partition(", ")[2],
+    )
 
 
 def _with_more(

@@ -18,6 +18,7 @@ from glassloop.predict.tiers import (
     Tiers,
     away_bytes,
     beside_away_bytes,
+    gradient_bytes,
     held_bytes,
     input_bytes,
     kept_bytes,
@@ -109,13 +110,17 @@ def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:
     budget = room.used + room.free if profile in ("min", "fill") else int(float(profile) * GIB)
     most = min(budget, room.used + room.free) * (1 - FRAGMENTATION) - room.used - SPARE_BYTES
     most -= max(live_bytes(one, tokens), room.head)  # beyond what layers keep
-    more = kept_bytes(one, tokens) - input_bytes(one, tokens)
-    # One layer is kept or computed again: its memory is the same.
+    # A long pass has more beside than the spare bytes cover.
+    most -= max(0, gradient_bytes(one, tokens, asked.supervised_tokens) - SPARE_BYTES)
+    kept_one = kept_bytes(one, tokens)
+    more = kept_one - input_bytes(one, tokens)
+    # One layer is kept or computed again: its memory is the same. What it left on the host has come
+    # back, and that of the next is on its way.
     least: dict[Host, int] = {
-        host: more + layers * beside_away_bytes(one, tokens, host) for host in AWAY
+        host: kept_one + away_bytes(one, tokens, host) - room.embedding for host in AWAY
     }
-    for host in AWAY:  # two layers are on their way
-        least[host] += 2 * away_bytes(one, tokens, host) - room.embedding
+    for host in AWAY:
+        least[host] += (layers - 1) * beside_away_bytes(one, tokens, host)
     hosts: list[Host] = [
         host
         for host in reversed(AWAY)

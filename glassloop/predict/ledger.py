@@ -191,9 +191,11 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     whole = tiers.kept_bytes(one, places)
     last = tiers.last_kept_bytes(one, places, work.supervised)
     kept = (chosen.kept - 1) * whole + last if chosen.kept else 0
-    # Kept layers are gone before one is computed again; the last one alone leaves less than that.
+    # Kept layers are gone before one is computed again. A last one that is kept alone may take more
+    # than that; then one layer's large tensors are on their way, not two.
     middle = whole - away - stays
-    computing = (middle, middle - last + tiers.input_bytes(one, places), 0)[min(chosen.kept, 2)]
+    at_last = last - stays - away
+    computing = (max(middle - stays, at_last), max(middle - last, -away), 0)[min(chosen.kept, 2)]
     return (
         Term("adapters, rounded", (layers - chosen.held) * tiers.shadow_bytes(one), PHASES),
         Term(
@@ -232,13 +234,8 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         ),
         Term("the layer that is computed again", computing, ("backward",)),
         Term(
-            "backward: gradient of a layer's output",
-            a * places * (hidden + max(one.o.rank, one.down.rank)),
-            ("backward",),
-        ),
-        Term(
-            "backward: hidden states and gradients at supervised places",
-            2 * a * work.supervised * hidden,
+            "backward: gradients of a layer's output and at supervised places",
+            tiers.gradient_bytes(one, places, work.supervised),
             ("backward",),
         ),
         Term("backward: buffers of a layer", tiers.live_bytes(one, places), ("backward",)),

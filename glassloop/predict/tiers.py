@@ -243,6 +243,12 @@ def live_bytes(one: Sizes, tokens: int) -> int:
     return tokens * one.element * (normed + max(mlp, attention))
 
 
+def gradient_bytes(one: Sizes, tokens: int, places: int) -> int:
+    """Bytes that flow backward: a layer's output, and the end at supervised places, twice."""
+    hidden = one.qkv.columns
+    return one.element * (tokens * (hidden + max(one.o.rank, one.down.rank)) + 2 * places * hidden)
+
+
 def shadow_bytes(one: Sizes) -> int:
     """Bytes of a layer's rounded adapters.
 

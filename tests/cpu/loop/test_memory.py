@@ -272,3 +272,19 @@ def test_the_header_says_that_the_size_was_chosen():
 def test_a_literal_plan_has_no_pass_size(run_of):
     run = run_of(execution={"precision": "fp32", "checkpointing": False})
     assert json.loads((run.folder / "plan.json").read_text())["pass_tokens"] is None
+
+
+@needs_triton
+def test_a_row_that_does_not_fit_is_refused_with_the_longest_that_does(run_of, monkeypatch):
+    run = run_of(execution={"engine": "fused", "precision": "fp32"}, model={"quantization": "nf4"})
+    assert "The longest row" not in room.cures(run)  # on a CPU nothing is known
+    run.replica.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    found = []
+    for mib in (600, 800):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, b=mib << 20: (b, 0))
+        tokens = room.longest_here(run)
+        assert tokens and f"The longest row that fits here has {tokens:,} tokens" in room.cures(run)
+        found.append(tokens)
+    assert 0 < found[0] < found[1]

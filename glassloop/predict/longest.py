@@ -1,0 +1,69 @@
+"""The longest row that trains on a card, alone in its pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from glassloop.predict.host import HostLedger, host_ledger
+from glassloop.predict.ledger import ledger_of
+from glassloop.predict.shapes import Shapes
+from glassloop.predict.spend import base_of, movable_bytes, with_tiers
+from glassloop.predict.terms import Work, tiers_of
+from glassloop.predict.tiers import FRAGMENTATION, Tiers, room_bytes, sizes_of
+
+STEP = 256  # tokens; a length is a multiple
+MOST = 1 << 22  # tokens that are tried
+
+
+@dataclass(frozen=True)
+class Longest:
+    """A length, how it is computed, and the host memory that it takes."""
+
+    tokens: int  # 0: not even STEP of them fit
+    tiers: Tiers
+    host: HostLedger
+
+
+def longest_row(shapes: Shapes, work: Work, budget_bytes: int) -> Longest:
+    """Find the longest row that fits a GPU's bytes, with every token supervised.
+
+    Profile, adapters and host memory are those of `work`.
+    """
+    few, many = 0, 1  # steps that fit, and that do not
+    while many * STEP <= MOST and fits(shapes, row_of(work, many * STEP), budget_bytes):
+        few, many = many, 2 * many
+    while many - few > 1:
+        middle = (few + many) // 2
+        if fits(shapes, row_of(work, middle * STEP), budget_bytes):
+            few = middle
+        else:
+            many = middle
+    one = with_tiers(shapes, row_of(work, max(1, few) * STEP), budget_bytes)
+    return Longest(few * STEP, tiers_of(shapes, one), host_of(shapes, one))
+
+
+def row_of(work: Work, tokens: int) -> Work:
+    """A pass of one row, every token supervised."""
+    return replace(
+        work, rows=1, tokens=tokens, supervised_tokens=None, checkpointing=True, between=None
+    )
+
+
+def fits(shapes: Shapes, work: Work, budget_bytes: int) -> bool:
+    """True if torch's allocator needs no more than the budget for `fused`."""
+    peak = ledger_of(shapes, with_tiers(shapes, work, budget_bytes), "fused").peak_bytes
+    return peak * (1 + FRAGMENTATION) <= budget_bytes
+
+
+def host_of(shapes: Shapes, work: Work) -> HostLedger:
+    """Host memory that work with tiers locks; a base that stays on the card is not counted."""
+    chosen = tiers_of(shapes, work)
+    one = sizes_of(shapes, work.r, work.targets, work.act)
+    away = chosen.host != "nothing"
+    layers = shapes.layers - chosen.kept if away else 0
+    base = base_of(shapes, work) if chosen.streamed else None
+    return host_ledger(
+        movable_bytes(shapes, work) if away else 0,
+        room_bytes(one, work.places, layers, chosen.host),
+        0 if base is None else base.layer_bytes * shapes.layers,
+    )

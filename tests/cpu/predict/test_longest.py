@@ -1,0 +1,60 @@
+"""The longest row of a card: it fits, a longer one does not, and the host is counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from glassloop.config.config import PROJECTIONS
+from glassloop.predict.cards import budget_bytes
+from glassloop.predict.ledger import ledger_of
+from glassloop.predict.longest import STEP, fits, host_of, longest_row, row_of
+from glassloop.predict.shapes import KNOWN
+from glassloop.predict.spend import host_bytes_of, with_tiers
+from glassloop.predict.terms import GIB, Work, tiers_of
+
+R1 = KNOWN["random:llama-8b"]
+WORK = Work(rows=2, tokens=2048, r=16, targets=PROJECTIONS, profile="min")
+CARDS = (7.5, 11.5, 15.5, 23.5, 47.0)
+
+
+@pytest.mark.parametrize("profile", ["min", "fill", 10.0])
+@pytest.mark.parametrize("base", ["auto", "gpu", "host"])
+@pytest.mark.parametrize("gib", CARDS)
+def test_it_fits_and_the_next_length_does_not(gib, base, profile):
+    work, budget = replace(WORK, base=base, profile=profile), budget_bytes(gib, 1)
+    found = longest_row(R1, work, budget)
+    assert found.tokens and found.tokens % STEP == 0
+    chosen = with_tiers(R1, row_of(work, found.tokens), budget)
+    assert tiers_of(R1, chosen) == found.tiers
+    assert ledger_of(R1, chosen, "fused").peak_bytes * 1.03 <= budget
+    longer = [found.tokens + STEP, found.tokens * 5 // 4, found.tokens * 2]
+    assert not any(fits(R1, row_of(work, tokens), budget) for tokens in longer)
+
+
+def test_more_of_the_card_and_more_of_the_host_are_longer_rows():
+    by_card = [longest_row(R1, WORK, budget_bytes(gib, 1)).tokens for gib in CARDS]
+    assert by_card == sorted(by_card) and len(set(by_card)) == len(CARDS)
+    hosts = [replace(WORK, host_gib=gib) for gib in (0, 2, 16, 32)]
+    by_host = [longest_row(R1, one, budget_bytes(23.5, 1)).tokens for one in hosts]
+    assert by_host == sorted(by_host) and by_host[0] == by_host[1] < by_host[2] < by_host[3]
+
+
+@pytest.mark.parametrize("gib", CARDS[:-1])
+def test_the_host_that_it_takes_is_what_there_is(gib):
+    work = replace(WORK, host_has_gib=20)
+    found = longest_row(R1, work, budget_bytes(gib, 1))
+    assert 0 < found.host.total_bytes <= 20 * GIB
+    named = {term.what.partition(",")[0]: term.size_bytes for term in found.host.terms}
+    assert named["activations"] <= host_bytes_of(R1, work)
+    assert named["embedding"] == R1.embedding_weights * 2
+    assert ("the base" in named) == (found.tiers.streamed > 0)
+
+
+def test_a_pass_that_stays_on_the_card_takes_no_host():
+    assert host_of(R1, with_tiers(R1, replace(WORK, profile="fill"), 23 * GIB)).terms == ()
+
+
+def test_a_card_for_which_nothing_is_small_enough_has_no_longest_row():
+    assert longest_row(R1, WORK, GIB).tokens == 0
