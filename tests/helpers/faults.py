@@ -16,7 +16,7 @@ from tiny import FOLDER, poisoned, run_of, state
 
 from glassloop.data.rows import Row
 from glassloop.formula.dist import gather_objects, leave
-from glassloop.loop import same_program
+from glassloop.loop import engine_here, same_program
 from train_loop import update_once
 
 
@@ -261,6 +261,34 @@ def other_code_on_rank_1():
         same_program.program = genuine
 
 
+def fused_is_off_on_rank_1():
+    """Rank 1's fused engine is 1 % off.
+
+    Returns the refusal of a named engine, and what `auto` takes instead.
+    """
+    from glassloop.engines.fused.engine import FusedEngine
+
+    genuine, here = FusedEngine.forward, (engine_here.on_cuda, engine_here.lacking_here)
+
+    def forward(self, p):
+        return tuple(1.01 * sums for sums in genuine(self, p))
+
+    if os.environ["RANK"] == "1":
+        FusedEngine.forward = forward
+    engine_here.on_cuda, engine_here.lacking_here = lambda: True, lambda: ""
+    try:
+        named = refused(execution={"engine": "fused"})
+        run = run_of("doubted", execution={"engine": "auto"})
+        told = [notice.message for notice in run.changes]
+        run.close_observers()
+        record = update_once(run, 1).record
+        return {"named": named, "told": told, "engine": run.config.execution.engine,
+                "loss": record.loss_nats, "ranks": record.rank_loss_nats}  # fmt: skip
+    finally:
+        FusedEngine.forward = genuine
+        engine_here.on_cuda, engine_here.lacking_here = here
+
+
 def folder_of_a_living_run():
     """A second run resumes the first one, which still writes."""
     run = run_of("living")
@@ -274,6 +302,7 @@ def folder_of_a_living_run():
 CHECKS = [
     other_lr_on_rank_1,
     other_code_on_rank_1,
+    fused_is_off_on_rank_1,
     folder_of_a_living_run,
     learning_rates_of_60_updates,
     nan_on_rank_1,
