@@ -27,7 +27,7 @@ from glassloop.loop.commands import generate_command, launch_command, replay_com
 from glassloop.loop.generation import EvaluationStopped
 from glassloop.loop.replica import Replica
 from glassloop.loop.signals import CaptureFlag, StopFlag
-from glassloop.loop.watchdog import Watchdog
+from glassloop.loop.watchdog import SAVES, Watchdog
 from glassloop.plan.contract import Contract
 from glassloop.plan.steps import StepPlan
 from glassloop.record.observers import Observer, RunInfo
@@ -231,7 +231,7 @@ class Run:
         """
         if self.last_saved == update:
             return True
-        self.does(update, "saves a checkpoint")
+        self.does(update, SAVES)
         self.replica.require_agreement(update)
         rng_states = gather_objects(rng_state(self.replica.device))
         failure = None

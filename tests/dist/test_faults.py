@@ -51,6 +51,12 @@ def test_two_ranks_apply_the_schedule_of_one(faults):
     assert closed_form[58] > 0
 
 
+def test_a_slow_disk_delays_a_stop_and_cuts_nothing_short(faults):
+    found = both(faults, "a_disk_that_syncs_slowly")
+    assert found["waited"] > 1.5  # three times the patience, for a capsule, with a stop asked
+    assert (found["code"], found["checkpoint"], found["notes"]) == (0, "update_000003", [])
+
+
 def test_a_fused_engine_that_is_off_on_one_rank_is_taken_by_none(faults):
     found = both(faults, "fused_is_off_on_rank_1")
     assert found["named"].startswith("execution.engine = fused: ")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from dataclasses import asdict, replace
 
 import torch
@@ -17,7 +18,9 @@ from tiny import FOLDER, poisoned, run_of, state
 from glassloop.data.rows import Row
 from glassloop.formula.dist import gather_objects, leave
 from glassloop.loop import engine_here, same_program
-from train_loop import update_once
+from glassloop.loop.watchdog import WAITS
+from glassloop.saved.checkpoint import last_checkpoint
+from train_loop import train, update_once
 
 
 def learning_rates_of_60_updates():
@@ -117,9 +120,6 @@ def nan_ends_the_run():
 
     Returns the exit code and what is left.
     """
-    from glassloop.saved.checkpoint import last_checkpoint
-    from train_loop import train
-
     run = run_of("ends")
     poisoned(run, 1, 2, lambda loss, rows: (loss * float("nan"), rows * float("nan")))
     code = train(run)
@@ -139,6 +139,40 @@ def stop_asked_on_rank_1():
     unchanged = state(run) == before
     run.stop.asked = False
     return {"given_up": given_up, "unchanged": unchanged, "then": update_once(run, 1).record.action}
+
+
+def a_disk_that_syncs_slowly():
+    """Rank 0's disk is slow while a stop comes to rank 1, which waits for it.
+
+    The watchdog's patience is shorter than the disk's time.
+    """
+    run = run_of("slow-disk", record={"capture_updates": [2]})
+    run.watchdog.patience_s = 0.5
+    genuine, does, waits = os.fsync, run.watchdog.does, []
+
+    def slow(file):
+        time.sleep(0.3)
+        genuine(file)
+
+    def stop_in_the_third_gate(update, what):
+        does(update, what)
+        if (update, what) == (3, WAITS) and run.replica.rank == 1:
+            run.stop.ask("SIGTERM")
+            waits.append(time.monotonic())
+        elif waits and len(waits) == 1:
+            waits.append(time.monotonic())
+
+    run.watchdog.does = stop_in_the_third_gate
+    os.fsync = slow if run.replica.rank == 0 else genuine
+    try:
+        code = train(run)
+        run.close_observers()
+    finally:
+        os.fsync = genuine
+    run.watchdog.close()
+    checkpoint, notes = last_checkpoint(run.folder)
+    waited_s = gather_objects(waits[1] - waits[0] if waits else None)[1]
+    return {"code": code, "checkpoint": checkpoint.name, "notes": list(notes), "waited": waited_s}
 
 
 def nothing_supervised():
@@ -311,6 +345,7 @@ CHECKS = [
     out_of_memory_on_rank_1,
     nan_ends_the_run,
     stop_asked_on_rank_1,
+    a_disk_that_syncs_slowly,
     nothing_supervised,
     unwrapped_forward,
     clipping,
