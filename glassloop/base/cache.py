@@ -102,7 +102,10 @@ def published(
 
 
 def _full(error: OSError | SafetensorError) -> OSError | None:
-    """The error as an OSError if a disk or a quota is full; None for any other."""
+    """The error as an OSError if a disk or quota is full.
+
+    None for any other error.
+    """
     if isinstance(error, OSError):
         number = error.errno
     else:  # safetensors gives the system's number in its text alone

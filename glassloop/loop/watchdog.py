@@ -203,7 +203,10 @@ class Watchdog:
 
 
 def _at_disk(positions: list[Position]) -> bool:
-    """True if a living rank of this host saves: waiting for it is not in vain."""
+    """True if a living rank of this host saves.
+
+    Waiting for it is not in vain.
+    """
     here = socket.gethostname()
     return any(
         one.doing in (SAVES, KEEPS) and one.host == here and not one.gone for one in positions
