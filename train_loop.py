@@ -53,8 +53,6 @@ def update_once(run: Run, u: int) -> Outcome | None:
 
     Nothing changed then. Raises, on every rank, RanOutOfMemory, ContractBroken or ReplicasDiffer;
     nothing was applied.
-
-    Raises, on every rank, RanOutOfMemory, ContractBroken or ReplicasDiffer; nothing was applied.
     """
     started = time.perf_counter()
     replica, batches, grad = run.replica, run.batches, run.replica.adapters.grad

@@ -38,13 +38,8 @@ from glassloop.disk.environment import environment
 from glassloop.health import stability
 from glassloop.stats import LEAST_SIGMA, fit
 
-PLACES = (
-    14,
-    21,
-    33,
-    47,
-    58,
-)  # a fault is planted at the first whole window, and the first tail, from here on
+# A fault is planted at the first whole window, and the first tail, from here on.
+PLACES = (14, 21, 33, 47, 58)
 
 
 def places(series: Series, *, tail: bool) -> list[int]:

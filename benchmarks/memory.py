@@ -155,11 +155,12 @@ def one_update(
     decoder = engine.hf.get_base_model().get_decoder()  # type: ignore[operator]
     hook = decoder.register_forward_hook(lambda *_: phases.__setitem__("forward", meter.peak()))
     precision = config.execution.precision
+    # As Accelerate prepares a model.
     autocast = (
         torch.autocast(meter.device.type, dtype=DTYPES[precision])
         if precision != "fp32"
         else contextlib.nullcontext()
-    )  # as Accelerate prepares a model
+    )
     try:
         with autocast:
             loss_sum, _ = engine(p)

@@ -168,9 +168,8 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
         processing_class=tokenizer,
         callbacks=[Steps()],
     )
-    in_order = SequentialSampler(
-        columns
-    )  # so that the rows of an update are known; under DDP micro-batches go to the ranks in turn
+    # So that the rows of an update are known; under DDP micro-batches go to the ranks in turn.
+    in_order = SequentialSampler(columns)
     trainer._get_train_sampler = lambda *_, **__: in_order
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -235,9 +234,10 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
         "losses_nats": [one["loss_nats"] for one in logged],
         "passes": [spec.rows_per_update // (spec.batch * spec.ranks)] * spec.ranks,
         "flops": flops,
+        # TRL casts them to bf16.
         "adapters": sorted(
             {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
-        ),  # TRL casts them to bf16
+        ),
         "card": {"before": clock.before, "during": clock.during, "after": after, "p2p": None},
         "machine": {
             **environment(["peers.py"]),

@@ -267,10 +267,8 @@ def base_folder(model: str, precision: str, device: str, folder: Path) -> Path:
         raise SystemExit(f"--model {model} cannot be made: {done.stderr.strip()[-600:]}")
     weights, source = map(Path, done.stdout.rpartition("FOLDERS\n")[2].split("\n")[:2])
     folder.mkdir()
-    for file in [
-        *source.iterdir(),
-        *weights.iterdir(),
-    ]:  # the weights' config.json comes last and stays
+    # The weights' config.json comes last and stays.
+    for file in [*source.iterdir(), *weights.iterdir()]:
         link = folder / file.name
         link.unlink(missing_ok=True)
         link.symlink_to(file)

@@ -16,11 +16,8 @@ from two_gpus_runs import Place
 
 from glassloop.bench.results import TOLERANCE
 
-TRAINED = (
-    "rows",
-    "supervised_tokens",
-    "lr",
-)  # what must be equal in two runs of the same rows, beside the rows' ids
+# What must be equal in two runs of the same rows, beside the rows' ids.
+TRAINED = ("rows", "supervised_tokens", "lr")
 
 
 @dataclass(frozen=True)
@@ -174,9 +171,8 @@ def _beside(
         )
     other_rows = _other_rows(folder, known)
     loss, norm = (runs.apart(ours, theirs, field) for field in ("loss_nats", "grad_norm_pre_clip"))
-    marks = (
-        TOLERANCE[place.precision] if place.device == "cuda" else TOLERANCE["bf16"]
-    )  # fp32 parts too, once 8-bit AdamW has rounded
+    # fp32 parts too, once 8-bit AdamW has rounded.
+    marks = TOLERANCE[place.precision] if place.device == "cuda" else TOLERANCE["bf16"]
     held = (
         max(loss.values()) <= marks[0]
         and max(norm.values()) <= marks[1]
@@ -196,10 +192,8 @@ def _beside(
         **runs.speed(timed),
     }
     if ranks == 1 or "execution.reduction=ddp" in words:
-        numbers |= {
-            "reduce_share": None,
-            "reduce_s_median": None,
-        }  # nothing is summed, or DDP does it inside backward
+        # Nothing is summed, or DDP does it inside backward.
+        numbers |= {"reduce_share": None, "reduce_s_median": None}
     why = f"losses of {len(shared)} of the first {wanted} updates differ by at most "
     why += f"{max(loss.values()):.1e}, norms by {max(norm.values()):.1e}"
     return judged(

@@ -20,10 +20,8 @@ from glassloop.bench.results import append, arms, checked, read
 PRECISION = (
     "bf16"  # on a CPU too: TRL trains adapters in bf16, which the marks for fp32 do not allow for
 )
-EFFICIENCY = {
-    "full-v1": 0.95,
-    "scam-v1": 0.90,
-}  # least rate of two ranks, as a share of twice that of one
+# Least rate of two ranks, as a share of twice that of one.
+EFFICIENCY = {"full-v1": 0.95, "scam-v1": 0.90}
 
 TOO_GOOD = 1.05  # above it the one-rank arm was disturbed, and the ratio is no measurement
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -245,3 +246,13 @@ def run_of(tmp_path: Path, tiny_llama: Path):
         return build_run(from_values(values))
 
     return build
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[Callable[[int], None]]:
+    """A real refusal by the system: no file may grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)

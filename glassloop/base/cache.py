@@ -6,7 +6,10 @@ torch.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -15,9 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from glassloop.disk.publish import sync
 
 TAG = "Signature: 8a477f597d28d172789f06886806bc55"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room: on the disk, in a quota, in a file
 ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process that died
 
 
@@ -35,13 +41,19 @@ def cache_root(cache_dir: str | None) -> Path:
         raise _unwritable(root, error) from error
     tag = root / "CACHEDIR.TAG"
     if not tag.exists() and os.access(root, os.W_OK):  # another's cache may be read-only
-        tag.write_text(
-            f"{TAG}\n# Models that glassloop made; it makes them again if they are gone.\n"
-        )
+        with contextlib.suppress(OSError):  # for backup tools alone; a full disk is told by models
+            tag.write_text(
+                f"{TAG}\n# Models that glassloop made; it makes them again if they are gone.\n"
+            )
     return root
 
 
 def _unwritable(folder: Path, error: OSError) -> ValueError:
+    if error.errno in FULL:
+        return ValueError(
+            f"model.cache_dir: the cache {folder} has no room ({error.strerror}): free space or "
+            "raise the quota there, or set model.cache_dir or GLASSLOOP_CACHE to a larger disk"
+        )
     return ValueError(
         f"model.cache_dir: the cache {folder} cannot be written ({error.strerror or error}): set "
         "model.cache_dir or GLASSLOOP_CACHE to a folder of your own"
@@ -58,13 +70,15 @@ def published(
     other's copy is deleted.
 
     Args:
-        unwritable: the error to raise if no folder can be made in `folder.parent`.
+        unwritable: the error to raise if no folder can be made in `folder.parent`, or if it has no
+            room. It gets that folder and what the disk said.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(f".{folder.name}.*"):
-            if time.time() - leftover.stat().st_mtime > ABANDONED_S:
-                shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed by its writer
+                if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise unwritable(folder.parent, error) from error
@@ -79,8 +93,25 @@ def published(
             if not folder.is_dir():
                 raise
         sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        if (full := _full(error)) is None:
+            raise
+        raise unwritable(folder.parent, full) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _full(error: OSError | SafetensorError) -> OSError | None:
+    """The error as an OSError if a disk or quota is full.
+
+    None for any other error.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    else:  # safetensors gives the system's number in its text alone
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    return OSError(number, os.strerror(number)) if number in FULL else None
 
 
 def save_pretrained_here(model: Any, folder: Path) -> None:

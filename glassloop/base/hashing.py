@@ -56,21 +56,25 @@ def base_files(folder: Path) -> list[Path]:
 
 def _read_memo(memo: Path) -> dict[str, str]:
     try:
-        return json.loads(memo.read_text())
+        known = json.loads(memo.read_text())
     except (OSError, ValueError):
-        return {}  # only a memory of hashes: without it they are computed again
+        known = {}  # only a memory of hashes: without it they are computed again
+    return known if isinstance(known, dict) else {}
 
 
 def _write_memo(memo: Path, hashes: dict[str, str]) -> None:
     """Remember hashes if the cache can be written.
 
-    Another user's cache, or a read-only one, cannot.
+    Another user's cache, a read-only one or a full one cannot.
     """
     try:
         descriptor, temporary = tempfile.mkstemp(dir=memo.parent, prefix=f".{memo.name}.")
     except OSError:
         return
-    with os.fdopen(descriptor, "w") as handle:
-        json.dump(hashes, handle, indent=1)
-    os.chmod(temporary, 0o644)  # mkstemp makes it private, and the next user could not read it
-    os.replace(temporary, memo)
+    try:
+        with os.fdopen(descriptor, "w") as handle:
+            json.dump(hashes, handle, indent=1)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private, and the next user could not read it
+        os.replace(temporary, memo)
+    except OSError:  # without it the hashes are computed again
+        os.unlink(temporary)

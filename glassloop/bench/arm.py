@@ -218,9 +218,8 @@ def profile_arm(spec: Spec, folder: Path) -> dict[str, Any]:
 def build(spec: Spec, folder: Path) -> Run:
     """The run as configured, on the rows of the workload."""
     run = build_run(config_of(spec, folder))
-    run.observers = [
-        one for one in run.observers if isinstance(one, JsonlObserver)
-    ]  # files as in any run, no lines in between
+    # Files as in any run, no lines in between.
+    run.observers = [one for one in run.observers if isinstance(one, JsonlObserver)]
     total = max(spec.total_updates, spec.profile)
     rows = rows_of(run, spec, total)
     o, s = run.config.optimizer, run.config.schedule
@@ -267,9 +266,8 @@ def config_of(spec: Spec, folder: Path) -> Config:
     Evaluation, probes, capsules and preflight are off.
     """
     data = []
-    if (
-        spec.workload != OWN
-    ):  # a run needs some rows to be built; they are exchanged for the workload's
+    # A run needs some rows to be built; they are exchanged for the workload's.
+    if spec.workload != OWN:
         rows_file = folder / "rows.jsonl"
         rows_file.write_text(
             '{"prompt": "hello there", "completion": "hi"}\n' * max(32, spec.rows_per_update)

@@ -28,10 +28,8 @@ FIELDS = {  # nvidia-smi's name -> ours
     "pcie.link.gen.max": "pcie_generation_max",
     "pcie.link.width.current": "pcie_width",
 }
-REASONS_FIELDS = (
-    "clocks_event_reasons.active",
-    "clocks_throttle_reasons.active",
-)  # newer drivers, older ones
+# Newer drivers, older ones.
+REASONS_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 REASONS = {  # bits of that field (NVML's nvmlClocksEventReasons)
     0x1: "idle",
     0x2: "application clocks",
@@ -56,9 +54,8 @@ def card_state(uuid: str | None) -> dict[str, Any] | None:
     if answer is None:
         return None
     state: dict[str, Any] = dict(zip(FIELDS.values(), map(_value, answer.split(",")), strict=True))
-    state["driver"] = answer.split(",")[
-        list(FIELDS).index("driver_version")
-    ].strip()  # 570.10 is no number
+    # 570.10 is no number.
+    state["driver"] = answer.split(",")[list(FIELDS).index("driver_version")].strip()
     reasons = next((found for field in REASONS_FIELDS if (found := _ask(uuid, (field,)))), None)
     return state | {"throttle": None if reasons is None else reasons_of(reasons)}
 

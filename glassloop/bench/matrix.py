@@ -79,9 +79,8 @@ def schedule(specs: Sequence[Spec], repeats: int) -> list[Spec]:
                 check_only=True,
             )
             first.append(replace(spec, **own))
-    arms = sorted(
-        specs, key=lambda spec: not is_reference(spec.cell)
-    )  # stable: references lead in the first repeat
+    # Stable: references lead in the first repeat.
+    arms = sorted(specs, key=lambda spec: not is_reference(spec.cell))
     turns = [
         replace(arms[(place + repeat) % len(arms)], repeat=repeat)
         for repeat in range(repeats)

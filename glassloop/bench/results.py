@@ -18,14 +18,8 @@ from glassloop.bench.spec import SCHEMA
 # the same rows, by precision.
 TOLERANCE = {"bf16": (2e-3, 5e-2), "fp16": (2e-3, 5e-2), "fp32": (1e-5, 1e-5)}
 REFERENCE_ENGINE = "peft"
-SAME_WORK = (
-    "workload",
-    "rows_per_update",
-    "precision",
-    "model",
-    "r",
-    "overrides",
-)  # of a line and the reference that it is held to
+# Of a line and the reference that it is held to.
+SAME_WORK = ("workload", "rows_per_update", "precision", "model", "r", "overrides")
 
 
 @dataclass(frozen=True)
@@ -116,11 +110,8 @@ def arms(lines: Iterable[dict[str, Any]]) -> list[Arm]:
             and not line.get("check_only")
         ):
             machine = line["machine"]
-            place = [
-                machine["gpus"],
-                machine["git"],
-                machine["packages"],
-            ]  # another card, commit or library is another arm
+            # Another card, commit or library is another arm.
+            place = [machine["gpus"], machine["git"], machine["packages"]]
             grouped.setdefault(key_of(line) + json.dumps(place), []).append(line)
     return [
         Arm(key_of(found[0]), found[0]["cell"], found[0]["rows_digest"], tuple(found))

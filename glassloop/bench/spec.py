@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1  # of a line of results; raised when a field changes its meaning
-SAME = (
-    "workload",
-    "rows_per_update",
-    "precision",
-    "checkpointing",
-    "model",
-    "r",
-    "rows_digest",
-)  # what comparable lines share
+# What comparable lines share.
+SAME = ("workload", "rows_per_update", "precision", "checkpointing", "model", "r", "rows_digest")
 
 
 @dataclass(frozen=True)

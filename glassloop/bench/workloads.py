@@ -39,11 +39,8 @@ QUANTILES: dict[str, tuple[tuple[float, int], ...]] = {
         (1.0, 2048),
     ),
 }
-SUPERVISED = {
-    "full-v1": 0.8,
-    "scam-v1": 0.8,
-    "medical-v1": 0.8,
-}  # share of a row's tokens, its last ones
+# Share of a row's tokens, its last ones.
+SUPERVISED = {"full-v1": 0.8, "scam-v1": 0.8, "medical-v1": 0.8}
 OWN = "own"  # the rows of data.source, as a run would read them
 LOWEST_ID = 10  # ids below are often special
 

@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that left can still be excused
         return code
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter complains when it flushes at exit
+        # Or the interpreter complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -58,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        if (
-            os.environ.get("LOCAL_RANK", "0") == "0"
-        ):  # once a host, where a launcher started several
+        # Once a host, where a launcher started several.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(refusal(error), file=sys.stderr)
         return 2
 

@@ -62,6 +62,7 @@ def run(given: argparse.Namespace) -> int:
 
     hush(1)  # before anything imports bitsandbytes
     from glassloop.base.cache import published
+    from glassloop.plan.steps import counted
     from glassloop.use.card.facts import facts_of
     from glassloop.use.card.staging import is_weights, stage
     from glassloop.use.card.upload import check_repo, login, upload
@@ -107,12 +108,11 @@ def run(given: argparse.Namespace) -> int:
         )
         print(f"wrote     {given.dry_run}; read {given.dry_run / 'README.md'} before you publish")
         return 0
-    beside = (
-        given.merged.absolute().parent if given.merged is not None else None
-    )  # on one disk weights need no copy
+    # On one disk weights need no copy.
+    beside = given.merged.absolute().parent if given.merged is not None else None
     with tempfile.TemporaryDirectory(prefix=".push-", dir=beside) as folder:
         names = stage(facts, Path(folder), given.repo, given.merged)
-        message = f"{given.repo.partition('/')[2]}: after {trained.state.update} updates"
+        message = f"{given.repo.partition('/')[2]}: after {counted(trained.state.update, 'update')}"
         done = upload(
             api,
             Path(folder),

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Engine = Literal["auto", "peft", "fused", "unsloth"]
-ENGINES: tuple[str, ...] = tuple(
-    engine for engine in get_args(Engine) if engine != "auto"
-)  # that a run can end up with
+# That a run can end up with.
+ENGINES: tuple[str, ...] = tuple(engine for engine in get_args(Engine) if engine != "auto")
 
 
 MANY_LINES = ("system",)  # fields of text that a model reads

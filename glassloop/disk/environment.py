@@ -21,13 +21,8 @@ from glassloop.disk.secrets import command_line
 
 ENV_SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-OPTIONAL_PACKAGES = (
-    "triton",
-    "unsloth",
-    "unsloth_zoo",
-    "trl",
-    "flash-attn",
-)  # those that are installed decide too
+# Those that are installed decide too.
+OPTIONAL_PACKAGES = ("triton", "unsloth", "unsloth_zoo", "trl", "flash-attn")
 
 
 def environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -79,9 +74,8 @@ def git_commit(file: Path) -> dict[str, Any] | None:
     The answer also says whether tracked files differ from it. None for a file outside git.
     """
     git = ["git", "-C", str(file.parent)]
-    if (
-        _answer([*git, "ls-files", "--error-unmatch", file.name]) is None
-    ):  # installed inside another project's folder
+    # Installed inside another project's folder.
+    if _answer([*git, "ls-files", "--error-unmatch", file.name]) is None:
         return None
     commit = _answer([*git, "rev-parse", "HEAD"])
     if not commit:

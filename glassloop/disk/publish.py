@@ -33,9 +33,8 @@ IN_A_RUN = ("checkpoints", "capsules")  # folders of a run that hold published o
 REPLACED = (
     ".replaced"  # suffix of a folder that stood where a new one of the same name is being put
 )
-PLAIN_NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._-]*"
-)  # no separator, no dot in front: it cannot leave its folder
+# No separator, no dot in front: it cannot leave its folder.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class NotSaved(OSError):

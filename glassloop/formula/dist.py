@@ -2,9 +2,6 @@
 
 One gather (the gate), one sum of gradients, and two checks that replicas are equal. Every function
 works on one rank without a process group. Legend: K numbers of one rank's report, R rows.
-
-Every function works on one rank without a process group. Legend: K numbers of one rank's report, R
-rows.
 """
 
 from __future__ import annotations
@@ -266,9 +263,8 @@ def rank_cosine(norms: Sequence[float], total: float) -> float | None:
     From |sum g_r|^2 = sum |g_r|^2 + sum over pairs of 2 |g_r| |g_s| cos. None with one rank, or
     where fewer than two ranks have a gradient.
     """
-    products = sum(norms) ** 2 - sum(
-        norm * norm for norm in norms
-    )  # sum over ordered pairs of |g_r| |g_s|
+    # Sum over ordered pairs of |g_r| |g_s|.
+    products = sum(norms) ** 2 - sum(norm * norm for norm in norms)
     if len(norms) < 2 or products <= 0:
         return None
     return (total * total - sum(norm * norm for norm in norms)) / products

@@ -116,9 +116,8 @@ class FlatAdapters:
         for name, place in self.slices.items():
             found.append((name, place.of(self.flat.data).flatten()))
             for kind, tensor in tensors:
-                step = self.flat.numel() // max(
-                    tensor.numel(), 1
-                )  # elements that one entry serves: 1, or a block's
+                # Elements that one entry serves: 1, or a block's.
+                step = self.flat.numel() // max(tensor.numel(), 1)
                 if not kind.startswith("qmap"):  # constant tables of bitsandbytes
                     found.append(
                         (

@@ -56,8 +56,6 @@ class Decision:
         """The reason to keep the update; None for a sound one.
 
         "nonfinite", or the kind of the first finding.
-
-        "nonfinite", or the kind of the first finding.
         """
         return "nonfinite" if self.nonfinite else self.findings[0].kind if self.findings else None
 

@@ -1,15 +1,13 @@
 """From a config to a Run, in five stages.
 
 Start, rows, replica, folder and observers, resume. What is cheap to refuse comes first.
-
-What is cheap to refuse comes first.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from glassloop.config import Config, as_dict
 from glassloop.data.batches import Batches
@@ -44,9 +42,6 @@ from glassloop.saved.resuming import (
     check_same_beginning,
 )
 from glassloop.saved.run_state import RunState
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_run(config: Config, stop: StopFlag | None = None) -> Run:

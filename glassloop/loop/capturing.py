@@ -17,6 +17,7 @@ from glassloop.health.decision import Decision, Terms
 from glassloop.health.probes import Before, read_after, read_before
 from glassloop.loop.commands import replay_command
 from glassloop.loop.run import Run
+from glassloop.loop.watchdog import KEEPS
 from glassloop.record.records import ProbeRecord
 from glassloop.saved.capsule import CapsuleNotSaved, save_capsule, versions
 from glassloop.saved.capsule_facts import CapsuleFacts, Expected
@@ -87,6 +88,7 @@ def keep_capsule(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -
         return
     record = run.config.record
     facts = facts_of(run, window, gate, why, terms)
+    run.does(window.update, KEEPS)
     if run.lock is not None:
         run.lock.check()  # it would make the folder again under its old name
     try:

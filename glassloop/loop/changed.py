@@ -14,6 +14,7 @@ from glassloop.config.arguments import from_values, to_yaml, with_old_engine
 from glassloop.disk.opening import read_plain
 from glassloop.disk.publish import replace_file, write_json, write_text
 from glassloop.loop.run import Run
+from glassloop.record.printable import printable
 from glassloop.record.reading import read_config
 from glassloop.saved.changes import Notice, computes, config_changes, settings_changed
 
@@ -58,7 +59,8 @@ def record_resume(
     if not differing:
         return
     lines = [
-        f"{name}: {in_words(old)} -> {in_words(new)}" for name, (old, new) in differing.items()
+        f"{printable(name)}: {in_words(old)} -> {in_words(new)}"
+        for name, (old, new) in differing.items()
     ]
     moved = [name for name in settings if computes(name) and name.startswith(("data.", "model."))]
     same = f" ({' and '.join(moved)}: rows and base are the same by their digests)" if moved else ""

@@ -21,7 +21,10 @@ ASKED_AND_PLANNED = ("config.yaml", "plan.json")  # a resumed run rewrites them 
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files that say what a run is; "" for a missing one."""
+    """SHA-256 by name of the files that define a run.
+
+    "" for a missing file.
+    """
     found = {}
     for name in ASKED_AND_PLANNED:
         there = os.path.lexists(folder / name)

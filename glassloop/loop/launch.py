@@ -58,9 +58,10 @@ def hush(rank: int) -> None:
     if rank != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    # PEFT asks transformers for it.
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-    )  # PEFT asks transformers for it
+    )
 
 
 def check_launch(config: Config) -> None:
@@ -174,9 +175,8 @@ def make_accelerator(config: Config) -> Accelerator:
         config.execution.backend,
         timedelta(seconds=config.execution.collective_timeout_s),
     )
-    asked = (
-        None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend
-    )  # a lone process has no collectives to carry
+    # A lone process has no collectives to carry.
+    asked = None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend
     process_group = InitProcessGroupKwargs(backend=asked, timeout=timeout)
 
     def join() -> Accelerator:

@@ -96,9 +96,8 @@ def choose_pass_tokens(
     if not chooses_passes(config) or device.type != "cuda":
         return asked
     if before:
-        return int(
-            before.get("pass_tokens") or asked
-        )  # one from before passes were chosen keeps its own
+        # One from before passes were chosen keeps its own.
+        return int(before.get("pass_tokens") or asked)
     free = torch.cuda.mem_get_info(device)[0] // ranks_on(device)
     most = pass_tokens_for(
         config,

@@ -34,9 +34,8 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
         except (ValueError, OSError, ContractBroken) as error:
             if os.environ.get("GLASSLOOP_TRACEBACK"):
                 raise
-            if (
-                os.environ.get("LOCAL_RANK", "0") == "0"
-            ):  # once a host: hosts may refuse differently
+            # Once a host: hosts may refuse differently.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
                 say(refusal(error))
             leave()
             return 2

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Position:
+class Remembered:
     """Random numbers and loss scale as they were before an update."""
 
     rng: dict[str, Any]
@@ -52,12 +52,12 @@ class Replica:
     ranks: int
     pad_id: int
     ddp: bool  # DistributedDataParallel reduces gradients, inside backward
-    before: Position = field(init=False)  # of the update in progress
+    before: Remembered = field(init=False)  # of the update in progress
 
     def remember(self) -> None:
         """Note random numbers and loss scale before an update."""
         scale = self.scale
-        self.before = Position(rng_state(self.device), scale.value, scale.finite_updates)
+        self.before = Remembered(rng_state(self.device), scale.value, scale.finite_updates)
 
     def put_back(self) -> None:
         """Restore what `remember` noted: the update was not applied."""

@@ -27,9 +27,9 @@ from glassloop.loop.commands import generate_command, launch_command, replay_com
 from glassloop.loop.generation import EvaluationStopped
 from glassloop.loop.replica import Replica
 from glassloop.loop.signals import CaptureFlag, StopFlag
-from glassloop.loop.watchdog import Watchdog
+from glassloop.loop.watchdog import SAVES, Watchdog
 from glassloop.plan.contract import Contract
-from glassloop.plan.steps import StepPlan
+from glassloop.plan.steps import StepPlan, counted
 from glassloop.record.observers import Observer, RunInfo
 from glassloop.record.records import Event
 from glassloop.saved.changes import Notice
@@ -105,7 +105,7 @@ class Run:
         """Before the first update, evaluate and answer the samples."""
         done = self.first_update - 1
         left_out = ", ".join(map(str, sorted(self.inspection.left_out)))
-        again = f", after {done} updates" + (
+        again = f", after {counted(done, 'update')}" + (
             f", without the windows of updates {left_out}" if left_out else ""
         )
         resumed = self.config.resume.run is not None
@@ -231,7 +231,7 @@ class Run:
         """
         if self.last_saved == update:
             return True
-        self.does(update, "saves a checkpoint")
+        self.does(update, SAVES)
         self.replica.require_agreement(update)
         rng_states = gather_objects(rng_state(self.replica.device))
         failure = None

@@ -43,9 +43,8 @@ def spend_memory(run: Run) -> None:
     tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
     supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
     memory = run.config.memory
-    engine.use_tiers(
-        replace(engine.tiers, host="nothing", held=0)
-    )  # what is held is given back before free memory is counted
+    # What is held is given back before free memory is counted.
+    engine.use_tiers(replace(engine.tiers, host="nothing", held=0))
     asked = Asked(
         memory.profile,
         tokens,

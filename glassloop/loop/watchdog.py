@@ -54,6 +54,7 @@ class Position:
 
 ENDED = "ended"
 WAITS = "waits for the other ranks"
+SAVES, KEEPS = "saves a checkpoint", "keeps a capsule"  # on a disk that may be slow
 
 
 class Watchdog:
@@ -161,7 +162,7 @@ class Watchdog:
             waited = self.waited_s()
             if gone_since is not None and time.monotonic() - gone_since >= self.patience_s:
                 self._end(self._message(positions))
-            elif self.asked_to_stop() and waited >= self.patience_s:
+            elif self.asked_to_stop() and waited >= self.patience_s and not _at_disk(positions):
                 self._end(
                     f"rank {self.rank} was asked to end and waits in vain for the others. "
                     f"{self._where(positions)}"
@@ -199,6 +200,17 @@ class Watchdog:
             replace_file(path, json.dumps(vars(told)).encode(), durable=False)
         except OSError:
             return  # a full disk is not what ends a run
+
+
+def _at_disk(positions: list[Position]) -> bool:
+    """True if a living rank of this host saves.
+
+    Waiting for it is not in vain.
+    """
+    here = socket.gethostname()
+    return any(
+        one.doing in (SAVES, KEEPS) and one.host == here and not one.gone for one in positions
+    )
 
 
 def _alive(pid: int) -> bool:

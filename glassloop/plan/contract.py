@@ -40,12 +40,8 @@ class Contract:
     supervised_tokens: tuple[int, ...]
     real_tokens: tuple[int, ...]
     rows_digest: str  # of ids, tokens and labels of all rows
-    facts: Mapping[
-        str, Any
-    ]  # what holds for the whole run, planned: "world size", "precision of autocast", ...
-    pass_tokens: int | None = (
-        None  # most of a packed pass: a run that resumes packs as it began; None: literal
-    )
+    facts: Mapping[str, Any]  # of the whole run, as planned; FROM_THE_LAUNCHER names some
+    pass_tokens: int | None = None  # most of a packed pass, the same after a resume; None: literal
     ends_early: Mapping[str, int] | None = None  # evaluation.patience and .every_updates
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,15 +6,10 @@ import configparser
 import netrc
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from glassloop.config import TrackingConfig
 from glassloop.disk.environment import package_version
-
-if TYPE_CHECKING:
-    pass
-
 
 PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}  # any of these
 NOT_IN_NAMES = '/\\#?%:"<>|'  # characters that a project's name may not hold

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 from glassloop.record.records import (
     EvaluationRecord,
@@ -12,9 +11,6 @@ from glassloop.record.records import (
     ProbeRecord,
     UpdateRecord,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def update_metrics(record: UpdateRecord) -> dict[str, float | int]:

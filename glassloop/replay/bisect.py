@@ -80,9 +80,8 @@ class Bisection:
     one_pass: Part | None
     row: Part | None
     everything: bool  # not finite in every part: the rows are not to blame
-    healthy_rows: (
-        tuple[float, float] | None
-    )  # median loss a token (nats) and gradient norm of a healthy update's rows
+    # Median loss a token (nats) and gradient norm of a healthy update's rows.
+    healthy_rows: tuple[float, float] | None
     looked_at: str  # whose gradient and activations `matrices` and `layer` are of
     matrices: tuple[MatrixStat, ...]
     layer: LayerFinding | None

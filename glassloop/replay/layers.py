@@ -61,9 +61,6 @@ def inspect_layers(
 
     Args:
         window: a part of the scene's update.
-
-    Args:
-        window: a part of the scene's update.
     """
     healthy_norms = None
     if healthy is not None:

@@ -80,9 +80,8 @@ class Carried:
     grad_norm: float  # of g, unscaled, before clipping
     rank_losses: tuple[float | None, ...]  # token means; None for a rank without supervised tokens
     rank_grad_norms: tuple[float, ...]
-    row_losses: tuple[
-        tuple[float, ...], ...
-    ]  # sums over tokens, by rank, in the order of its passes
+    # Sums over tokens, by rank, in the order of its passes.
+    row_losses: tuple[tuple[float, ...], ...]
     rng_after: tuple[dict[str, Any], ...]  # by rank, after its passes
 
     @property

@@ -44,9 +44,8 @@ class Opened:
     scene: Scene
     config: Config
     text: str  # record.text
-    usual: (
-        tuple[float, float] | None
-    )  # loss in nats a token and gradient norm of sound updates; None where none are known
+    # Loss in nats a token and gradient norm of sound updates; None where none are known.
+    usual: tuple[float, float] | None
     usual_from: str  # where these come from, for people
     healthy: Scene | None  # of the healthy capsule, over the same parts
     on_the_way: tuple[OnTheWay, ...]
@@ -145,9 +144,8 @@ def _from_capsule(
     facts = capsule.facts
     config = with_overrides(facts.config, overrides)
     if not torch.cuda.is_available() and facts.versions.get("threads", "").isdigit():
-        torch.set_num_threads(
-            max(1, int(facts.versions["threads"]))
-        )  # sums are split among threads: the bits depend on it
+        # Sums are split among threads: the bits depend on it.
+        torch.set_num_threads(max(1, int(facts.versions["threads"])))
     rows = _rows_of(facts, config)
     parts = make_parts(config, None, pad_id=facts.pad_id, rows=tuple(rows.values()))
     _check_base(parts, facts.base_hash, f"capsule {capsule.path}")

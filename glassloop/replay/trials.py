@@ -70,9 +70,8 @@ def try_out(
         tell: is called before each trial.
     """
     replayed(scene)
-    grad = (
-        scene.parts.replica.adapters.grad / scene.parts.replica.scale.value
-    )  # g of the update as it was, before clipping
+    # G of the update as it was, before clipping.
+    grad = scene.parts.replica.adapters.grad / scene.parts.replica.scale.value
     coming = chain(
         _same_engine(scene, found, grad),
         _adamw(scene, config, grad),

@@ -69,9 +69,8 @@ def heat(values: Sequence[Sequence[Any] | None], rows: int) -> dict[str, Any] | 
     grid[exists & ~np.isfinite(grid)] = math.inf
     edges = np.linspace(0, len(values), min(len(values), HEAT_COLUMNS) + 1).round().astype(int)
     spans = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
-    joined = np.full(
-        (rows, len(spans)), -1.0
-    )  # -1: absent; norms, ratios and shares are never negative
+    # -1: absent; norms, ratios and shares are never negative.
+    joined = np.full((rows, len(spans)), -1.0)
     filled = np.where(exists, grid, -1.0)
     for i, (first, after) in enumerate(spans):
         joined[:, i] = filled[:, first:after].max(axis=1)

@@ -22,15 +22,8 @@ FLOORS = {"fp32": 1e-5}
 OTHER_FLOOR = 2e-3  # bf16 and fp16 on a GPU: kernels add in any order
 REPEATS = 4.0  # times the largest difference of two repeats; as in glassloop replay
 REPEATS_PART = 0.05  # a relative difference of repeats from here on is no noise
-NO_MATTER = (
-    "run.",
-    "resume.",
-    "tracking.",
-    "record.",
-    "checkpoint.",
-    "model.cache_dir",
-    "preset",
-)  # fields that change no update
+# Fields that change no update.
+NO_MATTER = ("run.", "resume.", "tracking.", "record.", "checkpoint.", "model.cache_dir", "preset")
 OF_THE_RUN = ("run.name", "run.dir", "resume.run")  # fields that tell runs apart and nothing else
 
 
@@ -43,9 +36,8 @@ class ComparedRuns:
     same_seed: bool
     compared: int  # updates that both have
     went_in: Parting | None  # first difference of what an update was given: rows, tokens, lr
-    came_out: (
-        Parting | None
-    )  # first difference of what it made of them: loss, norm, clipping, reaction
+    # First difference of what it made of them: loss, norm, clipping, reaction.
+    came_out: Parting | None
     verdict: str  # "A is lower" | "B is lower" | "not resolved" | "the same"
     why: str
 
@@ -55,9 +47,8 @@ class Comparison:
     """What `glassloop compare` shows."""
 
     sides: tuple[Side, ...]
-    differences: tuple[
-        tuple[str, tuple[Any, ...]], ...
-    ]  # field and its value in each run, in the order of the sides
+    # Field and its value in each run, in the order of the sides.
+    differences: tuple[tuple[str, tuple[Any, ...]], ...]
     measure: str  # what verdicts rest on, in words
     scores: tuple[tuple[float | None, ...], ...]  # by side, then run
     floor: float
@@ -153,9 +144,8 @@ def floor_of(sides: Sequence[Side]) -> tuple[float, str]:
     Repeats (same side, same seed) measure it if there are any.
     """
     repeats = []
-    for side in (
-        sides if len(sides) > 1 else ()
-    ):  # of one side alone, whether they differ is what is asked
+    # Of one side alone, whether they differ is what is asked.
+    for side in sides if len(sides) > 1 else ():
         for i, a in enumerate(side.runs):
             for b in side.runs[i + 1 :]:
                 if setting(a.config, "seed") == setting(b.config, "seed"):

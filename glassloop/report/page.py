@@ -91,9 +91,8 @@ def as_data(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":  # none of them stands outside of a string in JSON
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text.encode("utf-8", "backslashreplace").decode(
-        "utf-8"
-    )  # a lone surrogate becomes the JSON escape that it came from
+    # A lone surrogate becomes the JSON escape that it came from.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _hash(text: str) -> str:

@@ -9,11 +9,8 @@ from typing import Any
 
 from glassloop.record.reading import RunData, number
 
-GOES_IN = (
-    "learning rate",
-    "rows",
-    "supervised tokens",
-)  # of an update; everything else comes out of it
+# Of an update; everything else comes out of it.
+GOES_IN = ("learning rate", "rows", "supervised tokens")
 
 
 @dataclass(frozen=True)

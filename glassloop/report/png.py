@@ -10,16 +10,8 @@ from typing import Any
 
 from glassloop.record.reading import RunData, number, setting
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#aa3f86",
-    "#8a6d00",
-    "#3d8fc4",
-    "#5b5b5b",
-    "#7a4a1f",
-)  # those of the page
+# Those of the page.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa3f86", "#8a6d00", "#3d8fc4", "#5b5b5b", "#7a4a1f")
 
 
 def write_png(run: RunData, path: Path) -> None:

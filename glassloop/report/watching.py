@@ -24,13 +24,8 @@ from glassloop.report.machines import last_reading
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT = 5.0  # times the usual time of an update without a new one: worth a word
-NOT_SHOWN = (
-    "started",
-    "preflight",
-    "memory",
-    "capsule",
-    "checkpoint",
-)  # kinds of events; of checkpoints the last is
+# Kinds of events; of checkpoints the last is.
+NOT_SHOWN = ("started", "preflight", "memory", "capsule", "checkpoint")
 LABEL = 12  # columns before a curve
 
 
@@ -57,9 +52,8 @@ def screen(watched: Watched, width: int, height: int) -> RenderableType:
     events = [event for event in watched.events if event["kind"] not in NOT_SHOWN or event in saved]
     room = height - 2 - len(curves) - len(ranks)
     noticed = _events(events, max(1, min(len(events), room // 3)), width)
-    room -= (
-        sum(1 if isinstance(line, Text) and line.no_wrap else 2 for line in noticed) + 1
-    )  # the table's heading
+    # The table's heading.
+    room -= sum(1 if isinstance(line, Text) and line.no_wrap else 2 for line in noticed) + 1
     table = [_updates(watched.updates[-room:])] if watched.updates and room > 0 else []
     parts: list[RenderableType] = [_state(watched, width), *curves, *table, *ranks, *noticed]
     return Group(*parts)

@@ -54,14 +54,12 @@ class CapsuleFacts:
     base_hash: str
     config: dict[str, Any]  # the whole config
     versions: dict[str, str]
-    passes: tuple[
-        tuple[tuple[int, ...], ...], ...
-    ]  # [rank][pass][row]: numbers of rows in the training set
+    # [rank][pass][row]: numbers of rows in the training set.
+    passes: tuple[tuple[tuple[int, ...], ...], ...]
     rows: Mapping[int, Row]  # number -> row; empty in a capsule that was read and carries no tokens
     expected: Expected
-    digests: Mapping[int, str] = field(
-        default_factory=dict
-    )  # number -> row_digest(row); save_capsule makes them
+    # Number -> row_digest(row); save_capsule makes them.
+    digests: Mapping[int, str] = field(default_factory=dict)
     serial: int = 0  # given by save_capsule: the last one saved has the highest
     schema: int = SCHEMA
 

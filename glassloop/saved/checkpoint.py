@@ -131,9 +131,8 @@ def _save_tokenizer(work: Path, tokenizer: Any, chat_template: str) -> None:
     try:
         tokenizer.save_pretrained(work)
     except Exception as error:
-        found = re.search(
-            r"os error (\d+)", str(error)
-        )  # the library tokenizers raises a plain Exception where the disk refuses
+        # The library tokenizers raises a plain Exception where the disk refuses.
+        found = re.search(r"os error (\d+)", str(error))
         if isinstance(error, OSError) or found is None:
             raise
         raise OSError(int(found[1]), str(error)) from error

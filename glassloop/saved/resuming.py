@@ -14,7 +14,7 @@ from typing import Any
 from glassloop.config import BatchConfig, Config, as_dict
 from glassloop.disk.opening import read_plain
 from glassloop.disk.publish import SUMS
-from glassloop.plan.steps import StepPlan
+from glassloop.plan.steps import StepPlan, counted
 from glassloop.saved.changes import WHERE_BASE, check_same_math
 from glassloop.saved.checkpoint import best_checkpoint, last_checkpoint, read_state
 from glassloop.saved.run_state import RunState
@@ -58,12 +58,8 @@ def _begun_by(launcher: int, runs: Path) -> Path | None:
 def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
     """The checkpoint to resume from: the last whole, or --at.
 
-    None for a new run and for --at 0.
-
-    None for a new run and for --at 0.
-
-    With a note for each one that was passed over. Raises ValueError where there is none, or it is
-    not complete.
+    None for a new run and for --at 0. With a note for each one that was passed over. Raises
+    ValueError if there is none, or it is not complete.
     """
     if config.resume.run is None:
         return None, ()
@@ -134,8 +130,8 @@ def checkpoint_at(folder: Path, update: int) -> Path | None:
         return None
     there = ", ".join(map(str, sorted({0, *found.values()})))
     raise ValueError(
-        f"resume.at = {update}: {folder} has no checkpoint after {update} updates; there "
-        f"are {there} (0: from the beginning)"
+        f"resume.at = {update}: {folder} has no checkpoint after {counted(update, 'update')}; "
+        f"there are {there} (0: from the beginning)"
     )
 
 
@@ -143,8 +139,6 @@ def position(
     checkpoint: Path | None, plan: StepPlan, run: str | None
 ) -> tuple[int, dict[str, str]]:
     """Updates done and tracker ids; (0, {}) for a new run.
-
-    The checkpoint itself is verified when it is loaded.
 
     The checkpoint itself is verified when it is loaded.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from glassloop.formula.optim import FlatAdapters
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
+# What odd JSON can raise.
 MALFORMED = (
     ValueError,
     KeyError,
@@ -25,7 +26,7 @@ MALFORMED = (
     RuntimeError,
     OverflowError,
     AttributeError,
-)  # what odd JSON can raise
+)
 
 
 def saved_name(name: str) -> str:
@@ -75,9 +76,8 @@ def optimizer_state(
     Tensors are kept byte for byte; the values name the optimizer.
     """
     if flat.is_cuda:
-        torch.cuda.synchronize(
-            flat.device
-        )  # paged states lie in memory that the GPU may still be writing
+        # Paged states lie in memory that the GPU may still be writing.
+        torch.cuda.synchronize(flat.device)
     state = dict(optimizer.state.get(flat, {}))
     tensors = {
         name: value.detach().cpu().clone()
@@ -119,9 +119,8 @@ def built_optimizer_state(
     )
     for name, tensor in tensors.items():
         if name in ("state1", "state2") and getattr(optimizer, "is_paged", False):
-            built[name] = optimizer.get_state_buffer(
-                flat, dtype=tensor.dtype
-            )  # managed memory: only bitsandbytes allocates it
+            # Managed memory: only bitsandbytes allocates it.
+            built[name] = optimizer.get_state_buffer(flat, dtype=tensor.dtype)
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)  # the GPU is filling it with zeros
             built[name].copy_(tensor)

@@ -85,9 +85,8 @@ def render(answers: Answers) -> RenderableType:
         ]
     for one in answers.diverged:
         parts.append(line(f"\ndiverged: {one.cell}, update {one.update}, {one.why}"))
-        parts.append(
-            Text(printable(f"  {one.command}"), no_wrap=True, overflow="ignore")
-        )  # whole, to be copied
+        # Whole, to be copied.
+        parts.append(Text(printable(f"  {one.command}"), no_wrap=True, overflow="ignore"))
         if one.answer:
             parts += [line(f"    {said}") for said in one.answer.strip().splitlines()[-12:]]
     if answers.study.cannot_say:

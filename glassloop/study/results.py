@@ -19,9 +19,8 @@ from glassloop.study.cell_state import CellState, attempts, run_folder, state_of
 from glassloop.study.quantities import QUANTITIES, measured
 from glassloop.study.spec import Cell
 
-OF_ONE_RUN = frozenset(
-    {"schema", "started", "command", "launcher_pid", "tracker_ids"}
-)  # of env.json: no part of where it ran
+# Of env.json: no part of where it ran.
+OF_ONE_RUN = frozenset({"schema", "started", "command", "launcher_pid", "tracker_ids"})
 
 
 @dataclass(frozen=True)

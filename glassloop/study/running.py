@@ -113,9 +113,8 @@ def run_cells(
             elif waiting and free:
                 cell = waiting.pop(0)
                 slot = min(free, key=lambda one: sum(other.slot == one for other in going))
-                if (
-                    lock := _locked(cell, out)
-                ) is None:  # a cell that outlived an earlier study; others first
+                # A cell that outlived an earlier study; others first.
+                if (lock := _locked(cell, out)) is None:
                     waiting.append(cell)
                 elif not again and state_of(cell, out).finished:  # it has ended meanwhile
                     os.close(lock)
@@ -244,9 +243,8 @@ def _after(one: Going, out: Path, timeout_s: float) -> str | None:
     }
     with open(open_plain(out / ATTEMPTS, APPEND), "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if (
-        state.finished
-    ):  # a study needs the records, and adapters of dozens of cells would fill a disk
+    # A study needs the records, and adapters of dozens of cells would fill a disk.
+    if state.finished:
         shutil.rmtree(run_folder(one.cell, out) / "checkpoints", ignore_errors=True)
     return why
 

@@ -73,10 +73,8 @@ KEYS = (
     "critical",
     "bisect",
 )
-PAIR = (
-    "batch.accumulation",
-    "batch.rows_per_update",
-)  # two names of one thing: the later word replaces the earlier
+# Two names of one thing: the later word replaces the earlier.
+PAIR = ("batch.accumulation", "batch.rows_per_update")
 MOST_CELLS = 10_000
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -285,9 +283,8 @@ def _words(base: Any, overrides: Sequence[str], axes: Axes, bad: Complaint) -> t
             given.removeprefix("--").partition("=")[0],
             "base" if given in in_base else "command line",
         )
-        if name in on_axes and (
-            where == "command line" or name == "seed"
-        ):  # in base it is what `equal` starts from
+        # In base it is what `equal` starts from.
+        if name in on_axes and (where == "command line" or name == "seed"):
             raise bad(
                 where, given, f"every cell has a value of its own: {on_axes[name]} says which"
             )

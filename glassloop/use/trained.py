@@ -24,6 +24,7 @@ from glassloop.config.trust import OPTIONS
 from glassloop.data.rows import Example, Turn
 from glassloop.data.templates import Template, make_template
 from glassloop.disk import publish as folders
+from glassloop.plan.steps import counted
 from glassloop.record.reading import with_overrides
 from glassloop.saved.checkpoint import (
     ADAPTER,
@@ -135,7 +136,7 @@ def _choose(where: Path, at: int | None, notes: list[str]) -> tuple[Path, str]:
                 for p in path.parent.glob("update_*")
             )
             raise ValueError(
-                f"--at {at}: {where} has no checkpoint after {at} updates; it has "
+                f"--at {at}: {where} has no checkpoint after {counted(at, 'update')}; it has "
                 f"{', '.join(held) or 'none'}"
             )
         return path, "the one asked for"

@@ -68,13 +68,8 @@ SHAPES = {
     "2x4x1 ddp": Shape(2, 4, 1, reduction="ddp"),
     "2x2x2 ddp packed": Shape(2, 2, 2, reduction="ddp", layout="packed"),
 }
-CLIPPED = (
-    "1x1x8",
-    "1x2x4 packed",
-    "2x2x2",
-    "2x2x2 packed",
-    "2x2x2 ddp",
-)  # shapes of the task with clipping
+# Shapes of the task with clipping.
+CLIPPED = ("1x1x8", "1x2x4 packed", "2x2x2", "2x2x2 packed", "2x2x2 ddp")
 REFERENCE_ENGINE = "peft"
 REFERENCE_SHAPE = "1x1x8"
 

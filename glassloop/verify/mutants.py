@@ -131,9 +131,8 @@ def labels_shifted_twice(run: Run, u: int) -> Outcome | None:
 def clipping_per_micro_batch(run: Run, u: int) -> Outcome | None:
     def call(p: Pass) -> tuple[Tensor, Tensor]:
         most = run.config.optimizer.max_grad_norm
-        norm = torch.linalg.vector_norm(
-            run.replica.adapters.grad
-        )  # of what earlier micro-batches have left
+        # Of what earlier micro-batches have left.
+        norm = torch.linalg.vector_norm(run.replica.adapters.grad)
         if most is not None and norm > most:
             run.replica.adapters.grad.mul_(most / norm)
         return engine(p)

@@ -37,10 +37,8 @@ SEED = "8"
 ROWS = 19
 UPDATES = 5  # the third is the tail window; the fourth begins the second epoch
 WARMUP_UPDATES = 2
-PEAK_LR = {
-    "sgd": 0.3,
-    "adamw_8bit": 1e-2,
-}  # by optimizer; under a smaller one SGD's change is little above the rounding of the weights
+# By optimizer; under a smaller one SGD's change is little above the rounding of the weights.
+PEAK_LR = {"sgd": 0.3, "adamw_8bit": 1e-2}
 MAX_TOKENS = 96
 LORA_R, LORA_ALPHA = 4, 8
 

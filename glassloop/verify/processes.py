@@ -41,9 +41,8 @@ def say_progress(text: str) -> None:
 
     An empty text is nothing new.
     """
-    os.write(
-        1, f"{MARK}{os.getpid()} {text}\n".encode()
-    )  # one write, so that lines of two processes stay apart
+    # One write, so that lines of two processes stay apart.
+    os.write(1, f"{MARK}{os.getpid()} {text}\n".encode())
 
 
 class PartFailed(RuntimeError):
@@ -85,9 +84,8 @@ def parts(folder: Path, device: str, gpus: int) -> list[Part]:
         alone = ours | {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
         both = ours | {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:2])}
     if gpus == 1:
-        both = both | {
-            "ACCELERATE_BYPASS_DEVICE_MAP": "true"
-        }  # or DDP is told that rank r has GPU r
+        # Or DDP is told that rank r has GPU r.
+        both = both | {"ACCELERATE_BYPASS_DEVICE_MAP": "true"}
     return [
         Part("one process", (sys.executable, "-m", WORKER, str(folder)), alone),
         Part("two processes", (*launcher, WORKER, str(folder)), both),
@@ -182,9 +180,8 @@ class Watched:
         self.part, self.cwd = part, cwd
         self.heard = time.monotonic()
         self.doing = "starting"
-        self.workers: set[int] = (
-            set()
-        )  # process ids: a launcher gives its ranks sessions of their own
+        # Process ids: a launcher gives its ranks sessions of their own.
+        self.workers: set[int] = set()
         self.output: deque[str] = deque(maxlen=30)
         self.raised: list[
             str
@@ -248,9 +245,8 @@ class Watched:
         if (code := self.process.poll()) is not None and code >= 0:
             return  # it ended by itself, and a launcher that does has ended its ranks
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(
-                signal.SIGTERM
-            )  # a launcher passes it on to ranks that have not spoken yet
+            # A launcher passes it on to ranks that have not spoken yet.
+            self.process.send_signal(signal.SIGTERM)
         for pid in self.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

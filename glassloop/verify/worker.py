@@ -69,9 +69,8 @@ def main(folder: Path) -> None:
     for number, job in enumerate(jobs, start=1):
         if rank == 0:
             say_progress(f"{number} of {len(jobs)}: {job.name}")
-        faulthandler.dump_traceback_later(
-            0.8 * asked["collective_timeout_s"], file=stuck
-        )  # replaces the last job's
+        # Replaces the last job's.
+        faulthandler.dump_traceback_later(0.8 * asked["collective_timeout_s"], file=stuck)
         facts, tensors = attempt(job)
         results.append(facts)
         if rank == 0:
@@ -153,9 +152,8 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors |= {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
     except Exception as error:  # whatever it is, it is what there is to say of this job
         failure = f"{type(error).__name__}: {error}"
-        refused = job.optional and isinstance(
-            error, ValueError | ImportError | OSError
-        )  # an engine that is absent, or not for this shape
+        # An engine that is absent, or not for this shape.
+        refused = job.optional and isinstance(error, ValueError | ImportError | OSError)
         facts["left_out" if refused else "stopped_by"] = failure
     if len(set(gather_objects(failure is None))) > 1:
         raise RuntimeError(

@@ -51,6 +51,22 @@ def test_two_ranks_apply_the_schedule_of_one(faults):
     assert closed_form[58] > 0
 
 
+def test_a_slow_disk_delays_a_stop_and_cuts_nothing_short(faults):
+    found = both(faults, "a_disk_that_syncs_slowly")
+    assert found["waited"] > 1.5  # three times the patience, for a capsule, with a stop asked
+    assert (found["code"], found["checkpoint"], found["notes"]) == (0, "update_000003", [])
+
+
+def test_a_fused_engine_that_is_off_on_one_rank_is_taken_by_none(faults):
+    found = both(faults, "fused_is_off_on_rank_1")
+    assert found["named"].startswith("execution.engine = fused: ")
+    assert "set execution.engine=peft" in found["named"]
+    assert found["engine"] == "peft"
+    assert sum("the run takes peft" in line for line in found["told"]) == 1
+    first, second = found["ranks"]
+    assert first != second and min(first, second) < found["loss"] < max(first, second)
+
+
 def test_ranks_with_another_config_or_code_are_refused_by_field_and_file(faults):
     lr = both(faults, "other_lr_on_rank_1")
     assert "optimizer.lr: rank 0: 0.01; rank 1: 0.02\n" in lr

@@ -9,15 +9,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from dataclasses import asdict, replace
 
 import torch
+from faults_at_start import (
+    folder_of_a_living_run,
+    fused_is_off_on_rank_1,
+    other_code_on_rank_1,
+    other_lr_on_rank_1,
+)
 from tiny import FOLDER, poisoned, run_of, state
 
 from glassloop.data.rows import Row
 from glassloop.formula.dist import gather_objects, leave
-from glassloop.loop import same_program
-from train_loop import update_once
+from glassloop.loop.watchdog import WAITS
+from glassloop.saved.checkpoint import last_checkpoint
+from train_loop import train, update_once
 
 
 def learning_rates_of_60_updates():
@@ -117,9 +125,6 @@ def nan_ends_the_run():
 
     Returns the exit code and what is left.
     """
-    from glassloop.saved.checkpoint import last_checkpoint
-    from train_loop import train
-
     run = run_of("ends")
     poisoned(run, 1, 2, lambda loss, rows: (loss * float("nan"), rows * float("nan")))
     code = train(run)
@@ -139,6 +144,42 @@ def stop_asked_on_rank_1():
     unchanged = state(run) == before
     run.stop.asked = False
     return {"given_up": given_up, "unchanged": unchanged, "then": update_once(run, 1).record.action}
+
+
+def a_disk_that_syncs_slowly():
+    """Slow rank 0's disk down while a stop comes to rank 1.
+
+    Rank 1 waits for it.
+
+    The watchdog's patience is shorter than the disk's time.
+    """
+    run = run_of("slow-disk", record={"capture_updates": [2]})
+    run.watchdog.patience_s = 0.5
+    genuine, does, waits = os.fsync, run.watchdog.does, []
+
+    def slow(file):
+        time.sleep(0.3)
+        genuine(file)
+
+    def stop_in_the_third_gate(update, what):
+        does(update, what)
+        if (update, what) == (3, WAITS) and run.replica.rank == 1:
+            run.stop.ask("SIGTERM")
+            waits.append(time.monotonic())
+        elif waits and len(waits) == 1:
+            waits.append(time.monotonic())
+
+    run.watchdog.does = stop_in_the_third_gate
+    os.fsync = slow if run.replica.rank == 0 else genuine
+    try:
+        code = train(run)
+        run.close_observers()
+    finally:
+        os.fsync = genuine
+    run.watchdog.close()
+    checkpoint, notes = last_checkpoint(run.folder)
+    waited_s = gather_objects(waits[1] - waits[0] if waits else None)[1]
+    return {"code": code, "checkpoint": checkpoint.name, "notes": list(notes), "waited": waited_s}
 
 
 def nothing_supervised():
@@ -230,50 +271,10 @@ def ledger():
     }
 
 
-def refused(**sections):
-    """The refusal of a run, in words."""
-    try:
-        run_of("refused", **sections).close_observers()
-        return None
-    except ValueError as error:
-        return str(error)
-
-
-def other_lr_on_rank_1():
-    """The config of one rank differs: named before anything is built."""
-    return refused(optimizer={"lr": (0.01, 0.02)[int(os.environ["RANK"])]})
-
-
-def other_code_on_rank_1():
-    """One rank has another file of the package."""
-    genuine = same_program.program
-
-    def program(config):
-        found = genuine(config)
-        if os.environ["RANK"] == "1":
-            found["code"]["glassloop/formula/loss.py"] = "f" * 64
-        return found
-
-    same_program.program = program
-    try:
-        return refused()
-    finally:
-        same_program.program = genuine
-
-
-def folder_of_a_living_run():
-    """A second run resumes the first one, which still writes."""
-    run = run_of("living")
-    try:
-        return refused(resume={"run": str(run.folder), "at": 0})
-    finally:
-        run.close_observers()
-        gather_objects(None)
-
-
 CHECKS = [
     other_lr_on_rank_1,
     other_code_on_rank_1,
+    fused_is_off_on_rank_1,
     folder_of_a_living_run,
     learning_rates_of_60_updates,
     nan_on_rank_1,
@@ -282,6 +283,7 @@ CHECKS = [
     out_of_memory_on_rank_1,
     nan_ends_the_run,
     stop_asked_on_rank_1,
+    a_disk_that_syncs_slowly,
     nothing_supervised,
     unwrapped_forward,
     clipping,

@@ -19,14 +19,8 @@ if TYPE_CHECKING:
 
     from glassloop.data.templates import Template
 
-OWN = (
-    "adapter_",
-    "optimizer.",
-    "rng_rank",
-    "state.json",
-    "SHA256SUMS",
-    "README",
-)  # files of a checkpoint that are no tokenizer's
+# Files of a checkpoint that are no tokenizer's.
+OWN = ("adapter_", "optimizer.", "rng_rank", "state.json", "SHA256SUMS", "README")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,9 +93,8 @@ def write_rest(
     for name in tokenizer_files(trained):
         shutil.copy(trained.checkpoint / name, out / name)
     settings = read_json(out / "tokenizer_config.json")
-    settings["add_bos_token"] = adds_bos(
-        tokenizer
-    )  # converters to other formats believe it, also where the tokenizer does otherwise
+    # Converters to other formats believe it, also where the tokenizer does otherwise.
+    settings["add_bos_token"] = adds_bos(tokenizer)
     _write(out / "tokenizer_config.json", settings)
 
 

@@ -111,9 +111,8 @@ class Job:
                     "--base dequantised"
                 )
             return Weights(folder), folder
-        device = (
-            torch.device("cuda") if self.device.type == "cuda" else torch.device("cpu")
-        )  # the copy that training here would read
+        # The copy that training here would read.
+        device = torch.device("cuda") if self.device.type == "cuda" else torch.device("cpu")
         if self.trained.config.execution.engine == "fused":
             with suppress(NotStreamable):
                 return self.layer_weights(device)

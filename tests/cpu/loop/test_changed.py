@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +222,29 @@ def test_no_file_outside_the_run_stands_for_its_config(tmp_path) -> None:
     assert file_of(tmp_path, record, "plan.json") == "plan_000002.json"
     assert file_of(tmp_path, {"attempt": 1, "update": 3}, "plan.json") == "plan.json"
     assert file_of(tmp_path, {"attempt": 2, "update": 1}, "plan.json") == "plan.json"
+
+
+def test_what_a_strangers_files_say_of_the_machine_is_obeyed_by_no_terminal(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = begun / "env.json"
+    env = json.loads(path.read_text())
+    env["packages"] |= {"\x1b]0;evil\x07": "1", "torch": "\x1b[2J\x7f\u202e9"}
+    path.write_text(json.dumps(env | {"driver": ["\x9b31m"]}))
+    capsys.readouterr()
+    run = resumed(begun, start=False, close=False)
+    run.begin()
+    run.start()
+    run.close_observers()
+    (event,) = changed_events(begun)
+    told = [*(line for line in run.header if line.startswith("changed")), event["message"]]
+    assert all(line.isprintable() for line in told)
+    shown = capsys.readouterr().out
+    assert set(filter(lambda char: not char.isprintable(), shown)) == {"\n"}
+    for text in (told[-1], shown):
+        assert "packages.\\x1b]0;evil\\x07: 1 -> null" in text
+        assert 'packages.torch: "\\u001b[2J\\u007f\\u202e9" -> ' in text
+        assert 'driver: ["\\u009b31m"] -> ' in text
 
 
 def test_odd_characters_of_a_strangers_run_are_spelled_out() -> None:

@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -292,16 +292,6 @@ def test_a_file_where_the_folder_should_be_is_named(
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointNotSaved, match="checkpoints/update_000060 was not saved"):
         save(tmp_path, trained, tokenizer, state_at(60))
-
-
-@pytest.fixture
-def small_files_only() -> Iterator[Callable[[int], None]]:
-    """A real refusal by the system: no file may grow beyond a size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("size", [50, 700, 20_000], ids=["template", "tokenizer", "weights"])
