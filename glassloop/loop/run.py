@@ -299,7 +299,7 @@ class Run:
         return 2
 
     def finish(self, update: int) -> int:
-        """End after `update`: the last, or the one at which evaluation.patience ran out.
+        """End after the last update, or where evaluation.patience ran out.
 
         Exit code 0, or 1 if the final checkpoint could not be saved.
         """
