@@ -1,7 +1,7 @@
 """Readings of the machine during an update.
 
-A thread of its own asks the card and the host's free memory every few tenths of a second. Counters of the
-process are read by the main thread at both ends of the passes: a few system calls.
+A thread of its own asks the card and the host's free memory. The main thread reads the process's
+counters at both ends of the passes: a few system calls.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _empty(update: int, attempt: int) -> MachineRecord:
 
 
 def host_free_gib() -> float | None:
-    """Memory that the host could still give; None if it does not tell."""
+    """Memory that the host could give; None if it does not tell."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
