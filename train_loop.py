@@ -38,6 +38,7 @@ from glassloop.formula.optim import l2_norm
 from glassloop.health.decision import Outcome, Terms, clip_coefficient, describe
 from glassloop.loop.build import build_run
 from glassloop.loop.capturing import look_before_step, probe_of
+from glassloop.loop.evidence import leave_evidence
 from glassloop.loop.guard import Guard, end_process
 from glassloop.loop.memory import cures, preflight_done, smaller_passes
 from glassloop.loop.process import begun, carried_out
@@ -228,6 +229,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
     ranks = range(run.replica.ranks)
     gate = gather_reports(own, [len(run.batches.share(window, rank)) for rank in ranks])
     if gate.out_of_memory:
+        leave_evidence(run, window, gate.out_of_memory)  # before anything reacts to it
         short = ", ".join(map(str, gate.out_of_memory))
         raise RanOutOfMemory(
             f"rank {short} ran out of memory in update {window.update}; nothing was applied. "

@@ -1,7 +1,7 @@
-"""Readings of the machine during an update, taken by a thread of its own.
+"""Readings of the machine during an update.
 
-The thread asks the card and the host's free memory every few tenths of a second. Counters of the
-process are read by the main thread at both ends of the passes: a few system calls.
+A thread of its own asks the card and the host's free memory. The main thread reads the process's
+counters at both ends of the passes: a few system calls.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Counters:
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's readings of one update, as MachineRecord names them; None for unknown."""
+    """One rank's readings of one update; None for unknown.
+
+    Names and units are those of MachineRecord.
+    """
 
     sm_clock_mhz: float | None = None
     memory_clock_mhz: float | None = None
@@ -199,7 +202,7 @@ def counters(allocations: Callable[[], float | None] = lambda: None) -> Counters
 
 
 def cuda_allocations(device: torch.device) -> Callable[[], float | None]:
-    """Count the calls that took memory from CUDA, or gave it back to take more."""
+    """Return a counter of the calls that took memory from CUDA."""
 
     def count() -> float | None:
         stats = torch.cuda.memory_stats_as_nested_dict(device)
@@ -238,7 +241,7 @@ def _empty(update: int, attempt: int) -> MachineRecord:
 
 
 def host_free_gib() -> float | None:
-    """Memory that the host could give to a process; None where it does not tell."""
+    """Memory that the host could give; None if it does not tell."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:

@@ -68,7 +68,10 @@ class NvmlCard:
         assert set(self._asks) == {field.name for field in fields(CardReading)}
 
     def read(self) -> CardReading:
-        """Ask for every quantity. It takes up to 0.1 s, in the driver and without the GIL."""
+        """Ask for every quantity.
+
+        It takes up to 0.1 s, in the driver and without the GIL.
+        """
         found: dict[str, float] = {}
         for name, ask in list(self._asks.items()):
             try:
@@ -102,5 +105,5 @@ def open_card(uuid: str | None) -> tuple[NvmlCard | None, str | None]:
 
 
 def throttle_names(bits: int) -> str:
-    """The reasons that slow a card, joined by " + "; empty without one."""
+    """The reasons that slow a card, joined; empty without one."""
     return " + ".join(name for bit, name in THROTTLES.items() if bits & bit)

@@ -1,4 +1,4 @@
-"""Held-out loss over a run's evaluations, and when it ends the run early.
+"""Held-out loss over a run's evaluations; when it ends the run.
 
 Every rank holds the same `HeldOut` and feeds it the same loss, so that all ranks stop alike.
 """
@@ -29,7 +29,7 @@ class HeldOut:
     update: int = 0
 
     def after(self, update: int, loss_nats: float) -> HeldOut:
-        """Add an evaluation. The one before update 1 is the base's and does not count."""
+        """Add an evaluation; the one before update 1 does not count."""
         if update == 0:
             return self
         if math.isfinite(loss_nats) and (self.best_nats is None or loss_nats < self.best_nats):

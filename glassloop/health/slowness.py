@@ -61,7 +61,10 @@ CAUSES = {
 
 @dataclass
 class SlowUpdates:
-    """The updates that a new one is compared with. Call `look` once an update."""
+    """The updates that a new one is compared with.
+
+    Call `look` once an update.
+    """
 
     window: list[Pair] = field(default_factory=list)
     slow: list[Pair] = field(default_factory=list)  # in a row, up to now

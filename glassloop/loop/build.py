@@ -21,6 +21,7 @@ from glassloop.loop.conditions import (
     planned_facts,
     target_shapes,
 )
+from glassloop.loop.evidence import Witness
 from glassloop.loop.folder import check_no_run_in, observe
 from glassloop.loop.header import header
 from glassloop.loop.machine_here import sampler_of
@@ -178,6 +179,7 @@ def assemble(
         first_update=rows.updates_done + 1,
         measured_gib=measured_gib,
         machine=sampler,
+        witness=Witness(folder, replica.rank, replica.device),
         watchdog=Watchdog(
             folder,
             replica.rank,

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 
 from glassloop.config import Config
 from glassloop.engines.unsloth_checks import check_unsloth
+from glassloop.loop.collectives import record_collectives
 from glassloop.loop.commands import launch_command
 from glassloop.loop.meeting import meet
 
@@ -171,6 +172,7 @@ def make_accelerator(config: Config) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     grow_segments()
+    record_collectives()
     backend, timeout = (
         config.execution.backend,
         timedelta(seconds=config.execution.collective_timeout_s),

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from glassloop.data.templates import Template
+    from glassloop.loop.evidence import Witness
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Run:
     inspection: Inspection
     watchdog: Watchdog | None = None
     machine: Sampler = field(default_factory=Sampler)
+    witness: Witness | None = None  # of the GPU's allocator
     slowness: SlowUpdates = field(default_factory=SlowUpdates)  # rank 0's clock alone
     last_line: str | None = None  # for the screen, below everything else
     lock: FolderLock | None = None  # on the folder; rank 0's
@@ -96,6 +98,8 @@ class Run:
         if self.watchdog is not None:
             self.watchdog.start()
         self.machine.start()
+        if self.witness is not None:
+            self.witness.attach()
         for observer in self.observers:
             observer.on_start(
                 RunInfo(str(self.folder), self.plan.updates, self.replica.ranks, done, self.header)
@@ -299,7 +303,7 @@ class Run:
         return 2
 
     def finish(self, update: int) -> int:
-        """End after `update`: the last, or the one at which evaluation.patience ran out.
+        """End after the last update, or where evaluation.patience ran out.
 
         Exit code 0, or 1 if the final checkpoint could not be saved.
         """

@@ -22,11 +22,13 @@ from pathlib import Path
 
 from glassloop.disk.opening import read_plain, require_plain_folder
 from glassloop.disk.publish import replace_file
+from glassloop.loop.collectives import asked, stuck_in, write_dump
 
 # From a partner's end, or a termination signal that nobody answers, to this rank's own; a launcher
 # kills after 30
 PATIENCE_S = 10.0
 TICK_S = 1.0
+ANSWER_S = 5 * TICK_S  # for the others to write their collectives
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,15 @@ class Watchdog:
         self.timeout_s, self.patience_s = timeout_s, patience_s
         self.asked_to_stop = asked_to_stop
         self._now = (0, "starts", time.time(), time.monotonic())
+        self._began = time.time()
+        self._told = False  # whether this rank's collectives are in the folder
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Call it when the folder exists."""
         if self.ranks > 1:
+            self._began = time.time()
             require_plain_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
@@ -148,7 +153,9 @@ class Watchdog:
                 collective = self._now[1] == WAITS or any(
                     library in str(error).lower() for library in ("gloo", "nccl", "c10d")
                 )
-                return told + self._where(positions) if collective else None
+                if not collective:
+                    return None
+                return f"{told.rstrip()}{self._stuck(positions)} {self._where(positions)}"
             time.sleep(0.1)
         return None
 
@@ -157,6 +164,9 @@ class Watchdog:
         while not self._over.wait(TICK_S):
             self._write()
             positions = self.positions()
+            if not self._told and asked(self.folder, self.ranks, self._began):
+                self._told = True
+                write_dump(self.folder, self.rank)
             others_gone = any(position.gone for position in positions)
             gone_since = (gone_since or time.monotonic()) if others_gone else None
             waited = self.waited_s()
@@ -164,19 +174,29 @@ class Watchdog:
                 self._end(self._message(positions))
             elif self.asked_to_stop() and waited >= self.patience_s and not _at_disk(positions):
                 self._end(
-                    f"rank {self.rank} was asked to end and waits in vain for the others. "
-                    f"{self._where(positions)}"
+                    f"rank {self.rank} was asked to end and waits in vain for the others."
+                    f"{self._stuck(positions)} {self._where(positions)}"
                 )
             elif waited >= self.timeout_s:
                 self._end(
                     f"rank {self.rank} has waited {waited:.0f} s "
-                    f"(execution.collective_timeout_s). {self._where(positions)}"
+                    f"(execution.collective_timeout_s).{self._stuck(positions)} "
+                    f"{self._where(positions)}"
                 )
 
     def _end(self, why: str) -> None:
         if not self._over.is_set():
             print(f"\n{why}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread is in a call that does not return
+
+    def _stuck(self, positions: list[Position]) -> str:
+        """Say which collective the ranks are stuck in.
+
+        Their dumps stay in the folder.
+        """
+        self._told = True
+        updates = {position.rank: position.update for position in positions}
+        return stuck_in(self.folder, self.rank, self.ranks, self._began, updates, ANSWER_S)
 
     def _message(self, positions: list[Position]) -> str:
         gone = ", ".join(str(position.rank) for position in positions if position.gone)

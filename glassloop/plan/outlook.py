@@ -100,7 +100,7 @@ def overridden(config: Config) -> str:
 
 
 def early_end(config: Config) -> str:
-    """Name the condition under which the run ends before its last update; empty without one."""
+    """Name the condition of an early end; empty without one."""
     patience, every = config.evaluation.patience, config.evaluation.every_updates
     if patience is None:
         return ""

@@ -102,9 +102,9 @@ class RunData:
 
     @property
     def best_evaluation(self) -> Record | None:
-        """The evaluation with the lowest finite held-out loss after update 1, of equals the first.
+        """The evaluation with the lowest held-out loss after update 1.
 
-        None without one.
+        Of equals the first; None without a finite one.
         """
         known = [
             one

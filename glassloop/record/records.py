@@ -91,7 +91,7 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class MachineRecord:
-    """The machine during one update, from its start until the ranks met at the gate.
+    """The machine during one update, from its start to the gate.
 
     Tuples have one entry a rank, None for a rank that could not read the quantity. A field is None
     if no rank could. Readings of the card are means over the update's readings; an update without

@@ -32,7 +32,7 @@ from glassloop.record.records import (
 WIDTH = 120  # columns of an update's line at most; without extreme values it has 80
 HEADING_EVERY = 20  # update lines between two headings
 STYLES = {  # by kind of event
-    **dict.fromkeys(("skipped", "warning", "alarm", "clipped", "slow"), "yellow"),
+    **dict.fromkeys(("skipped", "warning", "alarm", "clipped", "slow", "memory_account"), "yellow"),
     **dict.fromkeys(("stopped", "failed"), "red"),
     "finished": "green",
 }

@@ -20,7 +20,10 @@ SHOWN = {  # column of the page: field of MachineRecord
 
 
 def machine_columns(run: RunData) -> dict[str, Any]:
-    """Columns by rank for the page's figures; those that nobody read are left out."""
+    """Columns by rank for the page's figures.
+
+    Those that nobody read are left out.
+    """
     records = {record["update"]: record for record in run.machine}
     found: dict[str, Any] = {}
     for name, field in SHOWN.items():
@@ -48,7 +51,7 @@ def slow_updates(run: RunData) -> list[Say]:
 
 
 def machine_facts(run: RunData) -> dict[str, float | None]:
-    """A run's machine in a few numbers, by name; None where it was not read.
+    """A run's machine in a few numbers; None for unknown.
 
     Medians over updates and ranks; counts of updates.
     """
@@ -69,7 +72,7 @@ def machine_facts(run: RunData) -> dict[str, float | None]:
 
 
 def last_reading(record: Record | None) -> str:
-    """The newest reading in a few words, of the rank whose card is the hottest; may be empty."""
+    """The newest reading of the hottest card in words; may be empty."""
     if record is None or not record["rank_temperature_c"]:
         return ""
     known = [(heat, rank) for rank, heat in enumerate(record["rank_temperature_c"]) if heat]
@@ -92,7 +95,7 @@ def _stands(run: RunData, event: Record) -> bool:
 
 
 def _factor(event: Record) -> float:
-    """How many times the expected time an update took; 0 for details that are odd."""
+    """Time taken over time expected; 0 for odd details."""
     took, expected = (event["details"].get(name) for name in ("took_s", "expected_s"))
     sound = isinstance(took, int | float) and isinstance(expected, int | float) and expected > 0
     return took / expected if sound else 0.0

@@ -1,4 +1,4 @@
-"""A stand-in for the module pynvml: one card whose values a test sets."""
+"""A stand-in for pynvml: a card whose values a test sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class NVMLError(Exception):
-    """What the library raises for a quantity that a card does not tell."""
+    """Raised for a quantity that a card does not tell."""
 
 
 class FakeNvml:

@@ -89,7 +89,7 @@ def update_record(
 
 
 def machine_record(update: int, ranks: int, *, slow: str | None) -> MachineRecord:
-    """The machine of cards that tell everything; a throttled one on the last rank."""
+    """Readings of cards that tell everything; a slow one is throttled."""
     calm = Machine(
         sm_clock_mhz=1700.0 + update % 3, memory_clock_mhz=2600.0, power_w=600.0 + update % 5,
         temperature_c=60.0 + update / 10, throttle=4.0, card_busy=0.97, host_gib=4.0,
@@ -199,14 +199,8 @@ def write_run(
             record, evil = _spoilt(record), "train:evil"
         if faults and update == REDONE:
             jsonl.on_update(_louder(record, 3.0), rows_of(record, rows, drawn=drawn))
-            jsonl.on_event(
-                Event(
-                    update - 1,
-                    "resumed",
-                    f"run folder {folder}, after {update - 1} updates",
-                    attempt=2,
-                )
-            )
+            said = f"run folder {folder}, after {update - 1} updates"
+            jsonl.on_event(Event(update - 1, "resumed", said, attempt=2))
             record = dataclasses.replace(record, attempt=2)
         jsonl.on_update(
             record, rows_of(record, rows, drawn=drawn, last=evil) if text != "none" else ()

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_runs import machine_record
 from plain_records import ID, probe_record, row_record, sample, update_record
 
 from glassloop.record import jsonl
-from glassloop.record.jsonl import read_jsonl
+from glassloop.record.jsonl import KINDS, read_jsonl
 from glassloop.record.observers import JsonlObserver, RunInfo
 from glassloop.record.records import (
     EvaluationRecord,
@@ -39,6 +40,7 @@ def test_a_line_is_in_its_file_when_the_call_returns_and_is_one_write(
     monkeypatch.setattr(os, "write", spy)
     observer.on_start(RunInfo(str(tmp_path), updates=60, ranks=2))
     observer.on_update(update_record(), (row_record(), row_record(rank=1, row_id="train:18")))
+    observer.on_machine(machine_record(1, 2, slow=None))
     observer.on_probe(probe_record())
     observer.on_evaluation(
         EvaluationRecord(update=1, loss_nats=2.0, rows=4, supervised_tokens=50, scores={})
@@ -48,11 +50,8 @@ def test_a_line_is_in_its_file_when_the_call_returns_and_is_one_write(
     lengths = {
         name: len(read_jsonl(tmp_path / name)) for name in os.listdir(tmp_path)
     }  # nothing is closed yet
-    once = dict.fromkeys(
-        ("metrics.jsonl", "probes.jsonl", "evaluations.jsonl", "events.jsonl", "samples.jsonl"), 1
-    )
-    assert lengths == once | {"rows.jsonl": 2}
-    assert len(writes) == 6
+    assert lengths == dict.fromkeys(KINDS, 1) | {"rows.jsonl": 2}
+    assert len(writes) == 7
     assert all(data.endswith(b"}\n") for data in writes)
     observer.close()
     observer.close()
@@ -239,7 +238,7 @@ def test_a_checkpoint_event_puts_what_was_written_on_the_disk(
     observer.on_event(Event(1, "warning", "look"))
     assert synced == []  # an update does not wait for the disk
     observer.on_event(Event(1, "checkpoint", "saved"))
-    assert len(set(synced)) == 6
+    assert len(set(synced)) == 7
     observer.close()
 
 

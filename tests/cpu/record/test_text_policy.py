@@ -43,6 +43,7 @@ def test_text_none_keeps_ids_and_text_of_rows_out_of_every_file(tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == [
         "evaluations.jsonl",
         "events.jsonl",
+        "machine.jsonl",
         "metrics.jsonl",
         "probes.jsonl",
     ]
