@@ -17,7 +17,6 @@ from glassloop.disk.opening import read_plain
 from glassloop.formula.dist import all_or_none
 from glassloop.saved.resuming import find_checkpoint
 
-
 ASKED_AND_PLANNED = ("config.yaml", "plan.json")  # a resumed run rewrites them if they change
 
 

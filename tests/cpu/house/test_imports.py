@@ -47,11 +47,12 @@ TABLE = {
         late="bitsandbytes gguf huggingface_hub tokenizers",
     ),
     "record": Rule("config disk", "rich", late="wandb"),
-    "data": Rule("config plan", "numpy torch", late="huggingface_hub pyarrow tokenizers yaml"),
+    "data": Rule("config disk plan", "numpy torch", late="huggingface_hub pyarrow tokenizers yaml"),
     "report": Rule("disk record stats", "numpy rich"),
     "formula": Rule("data", "torch", late="bitsandbytes"),
     "engines": Rule(
-        "base config data formula plan predict", "numpy peft safetensors torch transformers triton"
+        "base config data disk formula plan predict",
+        "numpy peft safetensors torch transformers triton",
     ),
     "health": Rule("config data formula record stats", "torch", late="pynvml"),
     "saved": Rule("config data disk formula plan", "numpy safetensors torch"),

@@ -1,7 +1,6 @@
-"""The cache of models that glassloop makes once.
+"""The cache of what glassloop makes once: models and tokenised rows.
 
-They are larger than a run's folders, and several processes may make the same one at a time. No
-torch.
+Its folders are large, and several processes may make the same one at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from glassloop.disk.publish import sync
 
@@ -36,7 +34,7 @@ def cache_root(cache_dir: str | None) -> Path:
     tag = root / "CACHEDIR.TAG"
     if not tag.exists() and os.access(root, os.W_OK):  # another's cache may be read-only
         tag.write_text(
-            f"{TAG}\n# Models that glassloop made; it makes them again if they are gone.\n"
+            f"{TAG}\n# Models and rows that glassloop made; it makes them again if they are gone.\n"
         )
     return root
 
@@ -81,19 +79,3 @@ def published(
         sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save_pretrained_here(model: Any, folder: Path) -> None:
-    """`model.save_pretrained(folder)` on whatever rank this is.
-
-    transformers 5 writes on global rank 0 only and is silent on the others. A cache belongs to a
-    host, and the first rank of a second host is not global rank 0. Raises RuntimeError if nothing
-    was written all the same.
-    """
-    model.should_save_on_this_rank = lambda is_main_process: True
-    try:
-        model.save_pretrained(folder)
-    finally:
-        del model.should_save_on_this_rank
-    if not (folder / "config.json").is_file():
-        raise RuntimeError(f"transformers wrote no config.json into {folder}")
