@@ -12,7 +12,8 @@ from glassloop.config import DataConfig
 from glassloop.data.duplicates import near_duplicates, repeated
 from glassloop.data.names import listed
 from glassloop.data.rows import Example, Row, RowFault
-from glassloop.data.sources import Faults, Loaded
+from glassloop.data.sources import Loaded
+from glassloop.data.taking import Faults
 from glassloop.data.templates import Template, fit
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)

@@ -13,7 +13,8 @@ from glassloop.data import opening
 from glassloop.data.duplicates import near_duplicates, repeated
 from glassloop.data.rows import Example, Turn
 from glassloop.data.scam import SCAM_QUESTION
-from glassloop.data.sources import load_examples, order
+from glassloop.data.sources import load_examples
+from glassloop.data.taking import order
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
