@@ -40,29 +40,28 @@ def show_data(config: Config, show: int) -> int:
 
     Raises ValueError for data or a tokenizer that cannot be used.
     """
+    from functools import cache
+
     from rich.console import Console
 
     from glassloop.base.tokenizer import load_tokenizer
-    from glassloop.data.dataset import build_rows, summary
-    from glassloop.data.sources import load_examples
-    from glassloop.data.templates import make_template
+    from glassloop.data.dataset import summary
+    from glassloop.data.reading import read_dataset
 
-    loaded = load_examples(config.data, config.seed)
-    tokenizer = load_tokenizer(config.model)
-    dataset = build_rows(
-        loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data
-    )
+    load = cache(lambda: load_tokenizer(config.model))
+    dataset = read_dataset(config, load, texts=show)
     console = Console(soft_wrap=True, highlight=False)
     if show:
         console.print(LEGEND, markup=False)
-    for row, example in list(zip(dataset.train.rows, dataset.train.examples, strict=True))[:show]:
+    shown = zip(dataset.train.rows[:show], dataset.train.examples[:show], strict=True)
+    for row, example in shown:
         label = "" if example.label is None else f", {example.label}"
         console.print()
         console.rule(
             f"{row.row_id}: {len(row):,} tokens, {row.supervised_tokens:,} supervised{label}",
             align="left",
         )
-        console.print(render(row, tokenizer))
+        console.print(render(row, load()))
     console.print()
     for line in summary(dataset, config.data):
         console.print(line, markup=False)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from glassloop.config.config import DataConfig
+from glassloop.config import DataConfig
 from glassloop.data.duplicates import key
 from glassloop.data.formats import Reading
 from glassloop.data.names import listed
