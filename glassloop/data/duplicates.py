@@ -58,7 +58,7 @@ def repeated(examples: Iterable[Example]) -> int:
 
 
 class HeldoutRuns:
-    """The runs of held-out rows, made to find near duplicates of other rows.
+    """Runs of held-out rows, to find near duplicates of other rows.
 
     Two sets can only be near if they share one of their rarest runs: of n runs, the n - 0.7 n + 1
     rarest in one order of all runs. So only these are looked up, and the rows that they lead to
@@ -120,7 +120,9 @@ class HeldoutRuns:
 
 
 def _flat(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all examples' runs of words, and where each example's end (0 first)."""
+    """Hash all examples' runs of words.
+
+    Returns the hashes end to end, and where each example's end (0 first)."""
     found, ends = array("q"), [0]
     for example in examples:
         words = re.findall(r"\w+", asked(example).lower())

@@ -1,4 +1,4 @@
-"""Facts about all rows of one side, counted once: reasoning, tools, classes, control tokens."""
+"""Counts over rows: reasoning, tools, classes, control tokens."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def together(parts: Iterable[Facts]) -> Facts:
 
 
 def telling(examples: Iterable[Example]) -> tuple[Example, ...]:
-    """The few examples that decide a template as all of them do, in order.
+    """Choose the few examples that decide a template, in order.
 
     They are the first of each kind that `make_template` looks for.
     """

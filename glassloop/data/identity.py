@@ -20,7 +20,9 @@ READERS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")  # the
 
 
 def key_of(data: DataConfig, seed: int, files: Files, tokenizer: PreTrainedTokenizerBase) -> str:
-    """64 hex digits of data, seed, files' bytes, tokenizer, template and the code that reads them.
+    """64 hex digits over all that decides tokenised rows.
+
+    Data, seed, files' bytes, tokenizer, template and the code that reads them.
 
     Raises OSError for a file that cannot be read.
     """

@@ -56,7 +56,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Part:
-    """One chunk of a side, as bytes where they go into a file."""
+    """One chunk of a side, as bytes of the files."""
 
     arrays: dict[str, bytes]
     digested: bytes
@@ -144,7 +144,9 @@ def _side(
     out: Writer,
     heldout: HeldoutRuns | None,
 ) -> Side:
-    """Write one side's arrays. `heldout`: rows to compare with, if there are any."""
+    """Write one side's arrays.
+
+    `heldout`: rows to compare with, if there are any."""
     forked = multiprocessing.get_context("fork")
     enough, texts, rows = forked.Value("b", 0, lock=False), 0, 0
     kept: list[Example] = []

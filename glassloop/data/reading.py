@@ -1,6 +1,6 @@
-"""The rows of a run: tokenised in memory if they are few, else once a host into mapped files.
+"""The rows of a run, read, templated and tokenised.
 
-Both ways give the same rows, ids, order, digest and counts. The files lie in the cache
+Few rows are tokenised in memory, many once a host into mapped files. Both ways give the same rows, ids, order, digest and counts. The files lie in the cache
 (model.cache_dir) under a key of all that decides them, so another run, and each rank, maps them.
 """
 
@@ -110,7 +110,9 @@ def _kept(config: Config, tokenizer: PreTrainedTokenizerBase, files: Files) -> O
 
 
 def _opened(folder: Path, key: str) -> Opened | None:
-    """The rows in a folder; None if they must be made. A folder that does not fit is removed."""
+    """The rows in a folder; None if they must be made.
+
+    A folder that does not fit is removed."""
     try:
         return open_rows(folder, key)
     except FileNotFoundError:

@@ -1,4 +1,6 @@
-"""Tokenised rows of a run as mapped files: written part by part, checked when they are opened.
+"""Tokenised rows as mapped files.
+
+They are written part by part and checked when they are opened.
 
 A folder holds flat arrays for each side (training, held-out) and a manifest with what a Dataset
 says besides its rows. The manifest lists size and SHA-256 of each array. A folder may be a
@@ -220,7 +222,7 @@ def _manifest(raw: dict[str, Any], key: str) -> Manifest:
 
 
 def _mapped(path: Path, size: int, digest: str) -> np.ndarray:
-    """A file as an array, if it is the one that was written."""
+    """Map a file that is as it was written."""
     dtype = np.dtype(ARRAYS[path.name.rpartition(".")[2]])
     with open(open_plain(path), "rb") as file:
         found = os.fstat(file.fileno()).st_size
@@ -235,7 +237,9 @@ def _mapped(path: Path, size: int, digest: str) -> np.ndarray:
 
 
 def _ends(lengths: np.ndarray, total: int) -> np.ndarray:
-    """(R,) int64: where each of some parts ends. Raises ValueError unless they fill `total`."""
+    """(R,) int64: where each part ends.
+
+    Raises ValueError unless they fill `total`."""
     ends = np.cumsum(lengths, dtype=np.int64)
     if (len(lengths) and int(lengths.min()) < 0) or (int(ends[-1]) if len(ends) else 0) != total:
         raise ValueError("parts that do not fill their array")

@@ -1,4 +1,4 @@
-"""Rows in a mapped file: one is made an object when it is asked for.
+"""Rows in mapped arrays, made objects one by one.
 
 Legend: R rows, T tokens of all rows.
 """

@@ -1,4 +1,4 @@
-"""Rows taken from one source in order, with what became of the others."""
+"""Rows taken from one source in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that are tokenised once a host into mapped files are the rows of memory."""
+"""Rows kept in mapped files are the rows of memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def config_of(tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Keep rows of any size in files, made in this process in chunks of 7."""
+    """Keep rows of any number, made in this process in chunks."""
     monkeypatch.setattr(reading, "FEW_BYTES", 0)
     monkeypatch.setattr(reading, "FEW_ROWS", 0)
     monkeypatch.setattr(making, "CHUNK", 7)

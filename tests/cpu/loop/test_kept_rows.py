@@ -1,4 +1,4 @@
-"""A run whose rows lie in mapped files is the run whose rows lie in memory."""
+"""Mapped rows make the same run as rows in memory."""
 
 from __future__ import annotations
 
