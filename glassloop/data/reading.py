@@ -1,7 +1,8 @@
 """The rows of a run, read, templated and tokenised.
 
-Few rows are tokenised in memory, many once a host into mapped files. Both ways give the same rows, ids, order, digest and counts. The files lie in the cache
-(model.cache_dir) under a key of all that decides them, so another run, and each rank, maps them.
+Few rows are tokenised in memory, many once a host into mapped files. Both ways give the same rows,
+ids, order, digest and counts. The files lie in the cache (model.cache_dir) under a key of all that
+decides them, so another run, and each rank, maps them.
 """
 
 from __future__ import annotations
