@@ -22,9 +22,9 @@ from streamed import GIB, gradient, rows_of
 
 from glassloop.base.sharded import share_layers
 from glassloop.base.streamed import load_streamed
-from glassloop.disk.environment import environment
 from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
+from glassloop.disk.environment import environment
 from glassloop.engines.adapters import attach_lora
 from glassloop.engines.fused.engine import FusedEngine
 from glassloop.engines.norms import fuse_norms
@@ -85,7 +85,11 @@ def main() -> int:
         first=lambda: one_first(rank == 0),
         locking="must",
     )
-    say(kind="load", seconds=time.perf_counter() - started, base_gib=pages.file.manifest.nbytes / GIB)
+    say(
+        kind="load",
+        seconds=time.perf_counter() - started,
+        base_gib=pages.file.manifest.nbytes / GIB,
+    )
     fuse_norms(hf)
     peft = attach_lora(hf, LoraConfig(r=16, alpha=16), seed=0, base_name="b", commit=None)
     engine = FusedEngine(peft, report, pages=pages)

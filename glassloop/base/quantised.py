@@ -29,7 +29,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from glassloop.base.cache import cache_root, published, save_pretrained_here
 from glassloop.base.checksum import base_checksum
 from glassloop.base.hashing import base_hash
 from glassloop.base.random import drawn_shapes, fill, write_nf4
@@ -40,6 +39,7 @@ from glassloop.base.reading import (
     own_quantization,
     read_model,
 )
+from glassloop.base.saving import save_pretrained_here
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -49,6 +49,7 @@ from glassloop.base.source import (
     resolve_source,
 )
 from glassloop.config import ModelConfig
+from glassloop.disk.cache import cache_root, published
 
 FORMAT = 1  # of a cached folder
 MANIFEST = "glassloop_base.json"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassloop.base.cache import published
+from glassloop.disk.cache import published
 from glassloop.predict.shapes import KNOWN, Shapes, known_shapes
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassloop.base.cache import published, save_pretrained_here
+from glassloop.base.saving import save_pretrained_here
+from glassloop.disk.cache import published
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

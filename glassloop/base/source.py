@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.base.cache import cache_root
 from glassloop.base.files import FileError, check_files, check_no_pointers
 from glassloop.base.random import PREFIX, random_folder
 from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
 from glassloop.config import ModelConfig
+from glassloop.disk.cache import cache_root
 
 HUB_TIMEOUT_S = 10.0
 

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from glassloop.base.cache import cache_root, published
 from glassloop.base.checksum import base_checksum
 from glassloop.base.hashing import base_hash
 from glassloop.base.host_pages import HostPages, Locking
@@ -49,6 +48,7 @@ from glassloop.base.source import (
     resolve_source,
 )
 from glassloop.config import ModelConfig
+from glassloop.disk.cache import cache_root, published
 
 GroupsOf = Callable[[Mapping[str, Any]], Groups]
 COPIED = ("config.json", "generation_config.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from glassloop.base.source import BaseSource, loading_errors, locate_base
+from glassloop.base.source import BaseSource, check_config, loading_errors, resolve_source
 from glassloop.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def load_tokenizer(model: ModelConfig, source: BaseSource | None = None) -> PreT
     """
     from transformers import AutoTokenizer
 
-    source = source or locate_base(model)[0]
+    if source is None:
+        source = resolve_source(model)
+        check_config(source, model)
     with loading_errors(model):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=model.trust_remote_code

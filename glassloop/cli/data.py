@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from glassloop.data.rows import Row
 if TYPE_CHECKING:
     from rich.text import Text
 
+WITH_TORCH = "GLASSLOOP_DATA_WITH_TORCH"  # set where leaving it out has failed
 LEGEND = (
     "[token] is supervised: the model learns to write it. token| is only read. "
     "«token» is a control token, all else is text."
@@ -32,7 +35,32 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         own.print_help()
     given, rest = own.parse_known_args(argv)
-    return show_data(parse(rest, prog="glassloop data"), given.show)
+    config = parse(rest, prog="glassloop data")
+    without = not config.model.trust_remote_code and WITH_TORCH not in os.environ and no_torch()
+    try:
+        return show_data(config, given.show)
+    except (ImportError, NameError, AttributeError):
+        if not without:
+            raise
+    # This tokenizer cannot be loaded so, or its model must be made first.
+    os.environ[WITH_TORCH] = "1"
+    os.execv(sys.executable, [sys.executable, "-m", "glassloop.cli", "data", *argv])
+
+
+def no_torch() -> bool:
+    """Let transformers load a tokenizer without torch.
+
+    Importing torch takes most of a short command's time.
+
+    Only for a process that loads no model. False if torch or transformers is imported already.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return False
+    import transformers.utils
+
+    for module in (transformers.utils, transformers.utils.import_utils):
+        module.is_torch_available = lambda: False  # type: ignore[assignment]
+    return True
 
 
 def show_data(config: Config, show: int) -> int:
@@ -40,29 +68,28 @@ def show_data(config: Config, show: int) -> int:
 
     Raises ValueError for data or a tokenizer that cannot be used.
     """
+    from functools import cache
+
     from rich.console import Console
 
     from glassloop.base.tokenizer import load_tokenizer
-    from glassloop.data.dataset import build_rows, summary
-    from glassloop.data.sources import load_examples
-    from glassloop.data.templates import make_template
+    from glassloop.data.dataset import summary
+    from glassloop.data.reading import read_dataset
 
-    loaded = load_examples(config.data, config.seed)
-    tokenizer = load_tokenizer(config.model)
-    dataset = build_rows(
-        loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data
-    )
+    load = cache(lambda: load_tokenizer(config.model))
+    dataset = read_dataset(config, load, texts=show)
     console = Console(soft_wrap=True, highlight=False)
     if show:
         console.print(LEGEND, markup=False)
-    for row, example in list(zip(dataset.train.rows, dataset.train.examples, strict=True))[:show]:
+    shown = zip(dataset.train.rows[:show], dataset.train.examples[:show], strict=True)
+    for row, example in shown:
         label = "" if example.label is None else f", {example.label}"
         console.print()
         console.rule(
             f"{row.row_id}: {len(row):,} tokens, {row.supervised_tokens:,} supervised{label}",
             align="left",
         )
-        console.print(render(row, tokenizer))
+        console.print(render(row, load()))
     console.print()
     for line in summary(dataset, config.data):
         console.print(line, markup=False)

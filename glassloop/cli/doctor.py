@@ -136,7 +136,7 @@ def check_p2p(gpus: int) -> list[Finding]:
 
 def check_stream(config: Config, gpus: int) -> list[Finding]:
     """Try whether a base can stream from this host, and time it."""
-    from glassloop.base.cache import cache_root
+    from glassloop.disk.cache import cache_root
     from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
     from glassloop.doctor.host_link import try_link
 

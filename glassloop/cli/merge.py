@@ -97,7 +97,7 @@ def unwritable(out: Path, error: OSError) -> ValueError:
 
 
 def run(given: argparse.Namespace) -> int:
-    from glassloop.base.cache import published
+    from glassloop.disk.cache import published
     from glassloop.loop.launch import hush
     from glassloop.use.merge.folder import check_out
     from glassloop.use.merge.job import Job

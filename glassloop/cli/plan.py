@@ -192,9 +192,7 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     """
     from glassloop.base.tokenizer import load_tokenizer
     from glassloop.data.batches import Batches
-    from glassloop.data.dataset import build_rows
-    from glassloop.data.sources import load_examples
-    from glassloop.data.templates import make_template
+    from glassloop.data.reading import read_dataset
     from glassloop.data.token_counts import count_tokens, rows_by_source
     from glassloop.plan.engine import planned_engine
     from glassloop.plan.outlook import plan_of
@@ -202,11 +200,7 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
     from glassloop.predict.shapes import shapes_of
 
     config, _ = planned_engine(config)  # it decides how large packed passes are
-    loaded = load_examples(config.data, config.seed)
-    tokenizer = load_tokenizer(config.model)
-    dataset = build_rows(
-        loaded, make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout)), config.data
-    )
+    dataset = read_dataset(config, lambda: load_tokenizer(config.model))
     plan = plan_of(config, len(dataset.train.rows), ranks)
     batches = Batches(
         rows=dataset.train.rows,
@@ -223,7 +217,7 @@ def measure(config: Config, ranks: int, present: Sequence[Present]) -> Measured:
         f"loaded: {len(train.dropped):,} dropped and {train.cut:,} cut at "
         f"{config.data.max_tokens:,} tokens"
     )
-    by_source = tuple(rows_by_source(batches, loaded.mixed))
+    by_source = tuple(rows_by_source(batches, dataset.loaded.mixed))
     return Measured(dataset, plan, count_tokens(batches), how, by_source)
 
 

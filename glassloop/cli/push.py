@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> int:
     from glassloop.loop.launch import hush
 
     hush(1)  # before anything imports bitsandbytes
-    from glassloop.base.cache import published
+    from glassloop.disk.cache import published
     from glassloop.plan.steps import counted
     from glassloop.use.card.facts import facts_of
     from glassloop.use.card.staging import is_weights, stage

@@ -1,4 +1,4 @@
 """From a file to a Pass: sources, formats, templates, tokens, rows, batches.
 
-May import config and plan.
+May import config, disk and plan.
 """

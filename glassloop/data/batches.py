@@ -7,14 +7,16 @@ and update u can be rebuilt at any time. Legend: B rows, T tokens.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 from glassloop.data.rows import IGNORE, Pass, Row
+from glassloop.data.stored import lengths_of, supervised_of
 from glassloop.data.templates import targets
 from glassloop.plan.steps import StepPlan
 
@@ -34,14 +36,14 @@ class Window:
 
 
 @lru_cache(maxsize=4)
-def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+def epoch_order(rows: int, seed: int, epoch: int) -> array[int]:
     """Permutation of range(rows), a function of its arguments alone.
 
     Python's own generator is stable over versions.
     """
     order = list(range(rows))
     random.Random(f"rows:{seed}:{epoch}").shuffle(order)
-    return tuple(order)
+    return array("i", order)  # a list of a million numbers has 40 MB
 
 
 def literal_passes(
@@ -89,7 +91,7 @@ def packed_passes(
 class Batches:
     """All windows of a run, by number."""
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     plan: StepPlan
     seed: int
     layout: str  # "literal" | "packed"
@@ -98,18 +100,31 @@ class Batches:
     two_passes_every: int | None = None
     halvings: int = 0  # how often passes were cut in two since they did not fit into memory
 
-    def window(self, update: int) -> Window:
-        """Window of update u = 1, 2, ..."""
+    @cached_property
+    def lengths(self) -> array[int]:
+        """Tokens of each row."""
+        return lengths_of(self.rows)
+
+    @cached_property
+    def labels(self) -> array[int]:
+        """Supervised tokens of each row."""
+        return supervised_of(self.rows)
+
+    def rows_of(self, update: int) -> tuple[int, ...]:
+        """Rows of update u = 1, 2, ..."""
         plan = self.plan
         epoch, place = divmod(update - 1, plan.windows_per_epoch)
         order = epoch_order(len(self.rows), self.seed, epoch)
-        rows = order[place * plan.rows_per_update : (place + 1) * plan.rows_per_update]
+        return tuple(order[place * plan.rows_per_update : (place + 1) * plan.rows_per_update])
+
+    def window(self, update: int) -> Window:
+        """Window of update u = 1, 2, ..."""
+        plan, rows = self.plan, self.rows_of(update)
+        epoch = (update - 1) // plan.windows_per_epoch
         if self.layout == "literal":
             passes = literal_passes(rows, plan.size, plan.ranks)
         else:
-            passes = packed_passes(
-                rows, [len(row) for row in self.rows], plan.ranks, self.pass_tokens
-            )
+            passes = packed_passes(rows, self.lengths, plan.ranks, self.pass_tokens)
             if (
                 self.two_passes_every
                 and update % self.two_passes_every == 0
@@ -140,7 +155,7 @@ class Batches:
 
     def slots(self, rows: Sequence[int]) -> int:
         """Slot tokens of a pass."""
-        lengths = [len(self.rows[row]) for row in rows]
+        lengths = [self.lengths[row] for row in rows]
         return sum(lengths) if self.layout == "packed" else len(rows) * max(lengths)
 
     def share(self, window: Window, rank: int) -> list[Row]:
@@ -149,7 +164,7 @@ class Batches:
 
     def supervised_tokens(self, window: Window) -> int:
         """N of the formula: supervised tokens of a window, all ranks."""
-        return sum(self.rows[row].supervised_tokens for row in window.rows)
+        return sum(self.labels[row] for row in window.rows)
 
 
 def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device) -> Pass:

@@ -62,33 +62,61 @@ class Source:
         return f"{self.files[at]}, row {index + self.first - ((0, *self.ends)[at])}"
 
 
+Part = tuple[str | None, str | None]  # start and stop of a slice, as written
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files of one source, before they are read."""
+
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]  # of the files, for messages
+    split: str
+    label: str  # for messages
+    part: Part = (None, None)
+    notes: tuple[str, ...] = ()
+
+
 def open_source(data: DataConfig, place: str, split: str, field: str) -> Source:
     """Read all rows of `place`.
 
     `field`: the config field that named it. Raises ValueError.
     """
-    said, limit = f"{field} = {place}", int(data.max_gib * 2**30)
+    return read_source(find_source(data, place, split, field), data, place, field)
+
+
+def find_source(data: DataConfig, place: str, split: str, field: str) -> Found:
+    """Find the files of `place`; those of a hub id are fetched.
+
+    `field`: the config field that named it. Raises ValueError.
+    """
+    said = f"{field} = {place}"
     path = SAMPLE if place == "sample" else Path(place).expanduser()
     if place == "sample" and not path.is_file():
         raise ValueError(
             f"{said}: {path} is missing; the sample lies in a checkout: use one (pip install -e .)"
         )
     if path.is_dir():
-        source = _folder(path, data, place, split, field, limit)
-    elif names_files(place) or path.exists():
-        if field == "data.source" and split != "train":
-            raise ValueError(
-                f"data.split = {split}: {said} names files, which have no splits; leave data.split "
-                "out"
-            )
-        paths = [path] if place == "sample" or path.exists() else _paths(place, said)
-        label = place if len(paths) == 1 else f"{len(paths)} files"
-        one = [place] if len(paths) == 1 else [str(path) for path in paths]
-        source = _read(paths, one, split, label, field, limit)
-    else:
-        source = _hub(data, place, split, field, limit)
+        return _folder(path, data, place, split, field)
+    if not names_files(place) and not path.exists():
+        return _hub(data, place, split, field)
+    if field == "data.source" and split != "train":
+        raise ValueError(
+            f"data.split = {split}: {said} names files, which have no splits; leave data.split out"
+        )
+    paths = [path] if place == "sample" or path.exists() else _paths(place, said)
+    label = place if len(paths) == 1 else f"{len(paths)} files"
+    names = [place] if len(paths) == 1 else [str(path) for path in paths]
+    return Found(tuple(paths), tuple(names), split, label)
+
+
+def read_source(found: Found, data: DataConfig, place: str, field: str) -> Source:
+    """Read the rows of files. Raises ValueError, also for no rows."""
+    limit = int(data.max_gib * 2**30)
+    source = _read(found.paths, found.names, found.split, found.label, field, limit)
+    source = _sliced(source, found.part, found.notes)
     if not len(source.rows):
-        raise ValueError(f"{said}: {source.name} has no rows")
+        raise ValueError(f"{field} = {place}: {source.name} has no rows")
     return source
 
 
@@ -146,9 +174,7 @@ def _read(
     return Source(tuple(columns), rows, split, label, tuple(names), tuple(ends))
 
 
-def _folder(
-    folder: Path, data: DataConfig, place: str, split: str, field: str, limit: int
-) -> Source:
+def _folder(folder: Path, data: DataConfig, place: str, split: str, field: str) -> Found:
     said = f"{field} = {place}"
     name, part = _part(split, said)
     if (folder / "dataset_dict.json").is_file():  # datasets.DatasetDict.save_to_disk
@@ -169,24 +195,22 @@ def _folder(
         readme = folder / "README.md"
         text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
         chosen = choose(names, text, data.config, name, said)
-        named, notes = chosen.files, _notes(chosen.files, chosen.others)
-        return _sliced(_members(folder, named, split, place, field, limit), part, notes)
-    return _sliced(_members(folder, named, split, place, field, limit), part, ())
+        notes = _notes(chosen.files, chosen.others)
+        return replace(_members(folder, chosen.files, split, place, field), part=part, notes=notes)
+    return replace(_members(folder, named, split, place, field), part=part)
 
 
-def _members(
-    folder: Path, names: Sequence[str], split: str, place: str, field: str, limit: int
-) -> Source:
-    """Rows of files within a folder; refuses links that lead out."""
+def _members(folder: Path, names: Sequence[str], split: str, place: str, field: str) -> Found:
+    """Files within a folder; refuses links that lead out."""
     for name in names:
         if not _inside(folder, name):
             raise ValueError(
                 f"{field} = {place}: {shown(name)} leads to {(folder / name).resolve()}, outside "
                 "the folder; only files inside it are read. Name that file itself as data.source"
             )
-    shown_names = [f"{place.rstrip('/')}/{shown(name)}" for name in names]
-    paths = [folder / name for name in names]
-    return _read(paths, shown_names, split, f"{place} ({split})", field, limit)
+    shown_names = tuple(f"{place.rstrip('/')}/{shown(name)}" for name in names)
+    paths = tuple(folder / name for name in names)
+    return Found(paths, shown_names, split, f"{place} ({split})")
 
 
 def _inside(folder: Path, name: str) -> bool:
@@ -211,7 +235,7 @@ def _saved(folder: Path, said: str) -> tuple[str, ...]:
         ) from error
 
 
-def _hub(data: DataConfig, place: str, split: str, field: str, limit: int) -> Source:
+def _hub(data: DataConfig, place: str, split: str, field: str) -> Found:
     repo, _, own = place.partition(":")
     if own and split not in ("train", own):
         raise ValueError(f"data.split = {split}, but {field} = {place} names {own}: keep one")
@@ -224,13 +248,13 @@ def _hub(data: DataConfig, place: str, split: str, field: str, limit: int) -> So
         text = repository.fetch("README.md").read_text(encoding="utf-8", errors="replace")
         readme = None if text.encode()[: len(LFS)] == LFS else text
     chosen = choose(repository.names, readme, data.config, name, said)
-    paths = [repository.fetch(file) for file in chosen.files]
-    names = [f"{repo}/{shown(file)}" for file in chosen.files]
-    source = _read(paths, names, split, f"{repo} ({split})", field, limit)
-    return _sliced(source, part, _notes(chosen.files, chosen.others))
+    paths = tuple(repository.fetch(file) for file in chosen.files)
+    names = tuple(f"{repo}/{shown(file)}" for file in chosen.files)
+    notes = _notes(chosen.files, chosen.others)
+    return Found(paths, names, split, f"{repo} ({split})", part, notes)
 
 
-def _part(split: str, said: str) -> tuple[str, tuple[str | None, str | None]]:
+def _part(split: str, said: str) -> tuple[str, Part]:
     """Name and slice of a split such as train[:10%]."""
     match = SPLIT.fullmatch(split)
     if match is None:
@@ -240,7 +264,7 @@ def _part(split: str, said: str) -> tuple[str, tuple[str | None, str | None]]:
     return match.group(1), (match.group(2), match.group(3))
 
 
-def _sliced(source: Source, part: tuple[str | None, str | None], notes: tuple[str, ...]) -> Source:
+def _sliced(source: Source, part: Part, notes: tuple[str, ...]) -> Source:
     def place(text: str | None) -> int | None:
         if text is None:
             return None

@@ -27,7 +27,7 @@ class Skip(Exception):
     """A row that teaches nothing; the message is the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation, or a whole text.
 
@@ -47,7 +47,7 @@ class Turn:
     extra: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A conversation before templating.
 
@@ -63,7 +63,7 @@ class Example:
     tools: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A templated, tokenised example.
 

@@ -10,38 +10,17 @@ times; of a weight of 1.5, half of the rows twice.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from glassloop.config import DataConfig
 from glassloop.data.duplicates import key
 from glassloop.data.formats import Reading, reading_of
 from glassloop.data.names import listed, shown
-from glassloop.data.opening import Source, names_files, open_source
-from glassloop.data.rows import Example, RowFault, Skip
-from glassloop.data.turns import talk_of
-
-ACROSS = "exact duplicate of a held-out row"
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Examples taken from one source, and what became of the other rows.
-
-    Attributes:
-        total: Rows that could have been taken.
-        skipped: Reason -> rows passed over; rows behind the last one taken were not looked at.
-        notes: What was read otherwise than written -> how often.
-        unread: Keys of messages that were not read.
-    """
-
-    examples: tuple[Example, ...]
-    total: int
-    skipped: dict[str, int]
-    notes: dict[str, int] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
+from glassloop.data.opening import Found, Source, find_source, names_files, read_source
+from glassloop.data.rows import Example
+from glassloop.data.taking import ACROSS, Taken, order, take
 
 
 @dataclass(frozen=True)
@@ -68,8 +47,8 @@ class Loaded:
         mixed: The parts of data.mix.
     """
 
-    train: tuple[Example, ...]
-    heldout: tuple[Example, ...]
+    train: Sequence[Example]
+    heldout: Sequence[Example]
     source: str
     heldout_source: str | None
     format: str
@@ -82,19 +61,41 @@ class Loaded:
     mixed: tuple[MixedPart, ...] = ()
 
 
-def load_examples(data: DataConfig, seed: int) -> Loaded:
-    """Read, check, shuffle and take the rows that `data` asks for.
+Place = tuple[str, str, str]  # what names a source: value, split, config field
+Files = Mapping[Place, Found]
+
+
+def find_files(data: DataConfig) -> Files:
+    """The files of all sources that `data` names, none of them read.
 
     Raises ValueError naming field or file, value and cure.
     """
-    apart = None if data.heldout is None or _fraction(data.heldout) else _heldout(data, seed)
+    parts = [(one.source, one.split, "data.source") for one in data.mix]
+    places = parts or [(data.source, data.split, "data.source")]
+    if data.heldout is not None and not _fraction(data.heldout):
+        places = [_heldout_place(data), *places]
+    return {place: find_source(data, *place) for place in places}
+
+
+def load_examples(data: DataConfig, seed: int, files: Files | None = None) -> Loaded:
+    """Read, check, shuffle and take the rows that `data` asks for.
+
+    `files`: from `find_files`, if the caller has them.
+
+    Raises ValueError naming field or file, value and cure.
+    """
+    files = find_files(data) if files is None else files
+    if data.heldout is None or _fraction(data.heldout):
+        apart = None
+    else:
+        apart = _heldout(data, seed, files)
     if not data.mix:
-        return _load(data, seed, apart)
+        return _load(data, seed, files, apart)
     parts: list[Loaded] = []
     mixed: list[MixedPart] = []
     for number, one in enumerate(data.mix, start=1):
         own = {"source": one.source, "split": one.split, "rows": one.rows}
-        part = _load(data.model_copy(update=own), seed, apart, f"{number}/")
+        part = _load(data.model_copy(update=own), seed, files, apart, f"{number}/")
         copies = _copies(part.train, one.weight, seed)
         mixed.append(MixedPart(part.source, one.weight, len(copies), f"{number}/"))
         parts.append(replace(part, train=copies))
@@ -145,18 +146,24 @@ def _copies(examples: Sequence[Example], weight: float, seed: int) -> tuple[Exam
 Apart = tuple[Source, Taken]  # held-out rows that have a source of their own
 
 
-def _heldout(data: DataConfig, seed: int) -> Apart:
+def _read(data: DataConfig, files: Files, place: Place) -> Source:
+    return read_source(files[place], data, place[0], place[2])
+
+
+def _heldout(data: DataConfig, seed: int, files: Files) -> Apart:
     """Held-out rows of another split or file."""
-    source = _heldout_source(data)
+    source = _read(data, files, _heldout_place(data))
     indices = list(range(len(source.rows)))
     drawn = order(indices, seed, "heldout_rows") if data.shuffle else indices
     reading = reading_of(source.columns, data, source.name)
     return source, take(source, drawn, reading, data, data.heldout_rows, "data.heldout_rows")
 
 
-def _load(data: DataConfig, seed: int, apart: Apart | None, prefix: str = "") -> Loaded:
+def _load(
+    data: DataConfig, seed: int, files: Files, apart: Apart | None, prefix: str = ""
+) -> Loaded:
     """Rows of one source. `apart`: held-out rows of another one."""
-    source = open_source(data, data.source, data.split, "data.source")
+    source = _read(data, files, (data.source, data.split, "data.source"))
     reading = reading_of(source.columns, data, source.name)
     indices = list(range(len(source.rows)))
     heldout_source, heldout = apart or (None, Taken((), 0, {}))
@@ -206,117 +213,10 @@ def _notes(source: Source, reading: Reading, train: Taken) -> tuple[str, ...]:
     return (text, *whole, *source.notes, *counted)
 
 
-def take(
-    source: Source,
-    indices: Sequence[int],
-    reading: Reading,
-    data: DataConfig,
-    limit: int | None,
-    field: str,
-    prefix: str = "",
-    apart: dict[bytes, str] | None = None,
-) -> Taken:
-    """Take the first `limit` usable rows in order; all if None.
-
-    Args:
-        field: The config field that set `limit`, for messages.
-        prefix: First part of row ids, in a mix.
-        apart: Keys of rows that may not be taken, with their ids.
-
-    Raises:
-        ValueError: For rows with faults, unless data.on_bad_row=skip, and for too few rows.
-    """
-    examples: list[Example] = []
-    skipped: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    unread: set[str] = set()
-    met: list[str] = []  # "row = held-out row" for exact duplicates
-    faults = Faults(data)
-    looked = 0
-    for index in indices:
-        if len(examples) + (0 if faults.skips else len(faults.found)) == limit:
-            break
-        looked += 1
-        row, row_id = source.rows[index], f"{prefix}{source.split}:{index + source.first}"
-        cells = {role: row.get(name) for role, name in reading.columns.items()}
-        try:
-            talk = talk_of(cells, reading.kind, data, source.where(index))
-        except Skip as reason:
-            skipped[str(reason)] += 1
-            continue
-        except RowFault as fault:
-            faults.add(fault)
-            continue
-        example = Example(row_id, talk.turns, talk.label, talk.tools)
-        if apart and (twin := apart.get(key(example))) is not None:
-            met.append(f"{row_id} = {twin}")
-            skipped[ACROSS] += 1
-            if data.heldout_duplicates == "drop":
-                continue
-        notes.update(talk.notes)
-        unread |= talk.unread
-        examples.append(example)
-    faults.refuse(looked)
-    skipped.update(faults.kinds())
-    if met and data.heldout_duplicates == "refuse":
-        raise ValueError(
-            f"data.heldout = {data.heldout}: {len(met)} of {len(examples)} training rows ask "
-            f"exactly what a held-out row asks ({listed(met, 3)}), so held-out loss would measure "
-            "memory; set data.heldout_duplicates=drop to leave them out of training, or choose "
-            "other held-out rows"
-        )
-    reasons = "".join(f", {rows:,} skipped ({reason})" for reason, rows in skipped.items())
-    if not examples:
-        raise ValueError(
-            f"{source.name}: none of {len(indices):,} rows can be used{reasons}; correct the "
-            "source or choose another"
-        )
-    if limit is not None and len(examples) < limit:
-        raise ValueError(
-            f"{field} = {limit:,}, but {source.name} has only {len(examples):,} usable rows of "
-            f"{len(indices):,}{reasons}; set {field}={len(examples)} or leave it out to take all"
-        )
-    return Taken(tuple(examples), len(indices), dict(skipped), dict(notes), tuple(sorted(unread)))
-
-
-class Faults:
-    """Faults of rows: refused together in one sentence, or counted."""
-
-    def __init__(self, data: DataConfig) -> None:
-        self.skips = data.on_bad_row == "skip"
-        self.found: list[str] = []  # kinds, in order
-        self.first: RowFault | None = None
-
-    def add(self, fault: RowFault) -> None:
-        self.found.append(fault.kind)
-        self.first = self.first or fault
-
-    def kinds(self) -> Counter[str]:
-        return Counter(self.found)
-
-    def refuse(self, rows: int) -> None:
-        """Raise ValueError with the first fault and their number, unless skipped."""
-        if self.first is None or self.skips:
-            return
-        kinds = self.kinds()
-        each = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        raise ValueError(
-            f"{self.first}. {len(self.found):,} of {rows:,} rows cannot train ({each}): correct "
-            "them, or leave them out with data.on_bad_row=skip"
-        ) from self.first
-
-
-def order(indices: Sequence[int], seed: int, purpose: str) -> list[int]:
-    """Order `indices` by a hash that is equal on every machine."""
-    return sorted(
-        indices, key=lambda index: hashlib.sha256(f"{purpose} {seed} {index}".encode()).digest()
-    )
-
-
-def _heldout_source(data: DataConfig) -> Source:
+def _heldout_place(data: DataConfig) -> Place:
     place = str(data.heldout)
     if names_files(place):
-        return open_source(data, place, "heldout", "data.heldout")
+        return place, "heldout", "data.heldout"
     if data.mix:
         raise ValueError(
             f"data.heldout = {place}: with data.mix it is a file or a fraction (0.1), not a split"
@@ -331,7 +231,7 @@ def _heldout_source(data: DataConfig) -> Source:
             f"data.heldout = {place}: data.source = {data.source} names files, which have no "
             "splits; give a file or a fraction (0.1)"
         )
-    return open_source(data, data.source, place, "data.heldout")
+    return data.source, place, "data.heldout"
 
 
 def _fraction(heldout: str | float) -> float | None:

@@ -14,8 +14,7 @@ def count_tokens(batches: Batches) -> TokenCounts:
 
     The heaviest pass is that of the layout that the run has.
     """
-    lengths = [len(row) for row in batches.rows]
-    supervised = [row.supervised_tokens for row in batches.rows]
+    lengths, supervised = batches.lengths, batches.labels
     plan, real, labels = batches.plan, 0, 0
     slots, passes = {"literal": 0, "packed": 0}, {"literal": 0, "packed": 0}
     heaviest, share = (0, 0, 0, 0), 0  # places, rows, tokens, supervised

@@ -28,7 +28,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from glassloop.base.cache import cache_root
 from glassloop.base.checks import check_plain_head
 from glassloop.base.checksum import base_checksum
 from glassloop.base.quantised import LoadReport, find_base
@@ -36,6 +35,7 @@ from glassloop.base.reading import DTYPES, prepare_4bit
 from glassloop.base.source import BaseSource
 from glassloop.base.still import silence
 from glassloop.config import LoraConfig, ModelConfig
+from glassloop.disk.cache import cache_root
 from glassloop.engines.adapters import check_targets, draw_adapters
 from glassloop.engines.unsloth_checks import OTHER_ENGINE, check_unsloth
 

@@ -66,7 +66,7 @@ def build_in_folder(start: Start) -> Run:
     rows = read_rows(start)
     start = settle(start, rows)
     config, accelerator, folder = start.config, start.accelerator, start.folder
-    check_same_rows(start.past.plan, rows.digest, str(folder / "plan.json"))
+    check_same_rows(start.past.plan, rows.dataset.digest, str(folder / "plan.json"))
     tracker = make_tracker_observer(  # before the model: a login that does not work shows here
         accelerator,
         config.tracking,
@@ -143,7 +143,7 @@ def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batch
         linear_shapes=target_shapes(hf, config.lora.targets),
         on_cuda=device.type == "cuda",
     )
-    contract = contract_of(batches, rows.digest, planned, config.evaluation)
+    contract = contract_of(batches, rows.dataset.digest, planned, config.evaluation)
     shared = planned["devices"] == "shared"
     contract.check_facts(found_facts(start.accelerator, replica, shared=shared))
     return batches, contract
@@ -167,8 +167,8 @@ def assemble(
         batches=batches,
         heldout=dataset.heldout.rows,
         heldout_examples=dataset.heldout.examples,
-        sample_examples=dataset.train.examples[: config.evaluation.samples],
-        template=rows.template,
+        sample_examples=tuple(dataset.train.examples[: config.evaluation.samples]),
+        template=rows.dataset.template,
         tokenizer=rows.tokenizer,
         replica=replica,
         lock=start.lock,

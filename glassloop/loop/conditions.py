@@ -5,9 +5,7 @@ The contract compares the two.
 
 from __future__ import annotations
 
-import hashlib
 import socket
-from array import array
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from glassloop.base.checks import check_token_ids, dtype_audit
 from glassloop.config import Config, EvaluationConfig
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset
+from glassloop.data.stored import rows_with
 from glassloop.formula.dist import gather_objects
 from glassloop.loop.launch import MIXED_PRECISION
 from glassloop.loop.replica import Replica
@@ -35,8 +34,8 @@ def check_rows(config: Config, dataset: Dataset, tokenizer: Any, size: int) -> N
     Args:
         size: rows of the base's embedding.
     """
-    rows = (*dataset.train.rows, *dataset.heldout.rows)
-    ids = ((row.row_id, row.input_ids) for row in rows)
+    sides = (dataset.train.rows, dataset.heldout.rows)
+    ids = ((row.row_id, row.input_ids) for rows in sides for row in rows_with(rows, size))
     check_token_ids(ids, {"pad": tokenizer.pad_token_id}, size, tokenizer, config.model.id)
 
 
@@ -120,26 +119,17 @@ def contract_of(
     """The run's contract, update by update."""
     patience, every = evaluation.patience, evaluation.every_updates
     early = None if patience is None else {"patience": patience, "every_updates": every or 0}
-    windows = [batches.window(update) for update in range(1, batches.plan.updates + 1)]
+    rows = [batches.rows_of(update) for update in range(1, batches.plan.updates + 1)]
     return Contract(
         step=batches.plan,
-        rows=tuple(len(window.rows) for window in windows),
-        supervised_tokens=tuple(batches.supervised_tokens(window) for window in windows),
-        real_tokens=tuple(sum(len(batches.rows[row]) for row in w.rows) for w in windows),
+        rows=tuple(map(len, rows)),
+        supervised_tokens=tuple(sum(batches.labels[row] for row in one) for one in rows),
+        real_tokens=tuple(sum(batches.lengths[row] for row in one) for one in rows),
         rows_digest=rows_digest,
         facts=facts,
         pass_tokens=batches.pass_tokens if batches.layout == "packed" else None,
         ends_early=early,
     )
-
-
-def hash_of(dataset: Dataset) -> str:
-    """16 hex digits over ids, tokens and labels of all rows."""
-    digest = hashlib.sha256()
-    for row in (*dataset.train.rows, *dataset.heldout.rows):
-        tokens = array("i", row.input_ids).tobytes()
-        digest.update(row.row_id.encode() + tokens + bytes(row.supervised))
-    return digest.hexdigest()[:16]
 
 
 def target_shapes(hf: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:

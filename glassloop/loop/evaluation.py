@@ -82,8 +82,8 @@ class _Share:
 
 def evaluate(
     engine: nn.Module,
-    rows: tuple[Row, ...],
-    examples: tuple[Example, ...],
+    rows: Sequence[Row],
+    examples: Sequence[Example],
     setup: EvaluationSetup,
     *,
     generate_rows: int,

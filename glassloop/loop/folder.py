@@ -12,6 +12,7 @@ from typing import Any
 from glassloop.config import Config
 from glassloop.config.arguments import to_yaml
 from glassloop.data.dataset import Dataset
+from glassloop.data.stored import places_of
 from glassloop.disk.environment import environment
 from glassloop.disk.publish import make, write_json, write_text
 from glassloop.formula.dist import gather_objects
@@ -59,11 +60,12 @@ def observe(
     config, folder = run.config, run.folder
     make(folder)
     text = config.record.text
-    by_id = {row.row_id: row for row in dataset.train.rows}
+    rows = dataset.train.rows
+    places = places_of(rows) if text == "full" else {}
     jsonl = JsonlObserver(
         folder,
         text,
-        row_text=lambda row_id: str(run.tokenizer.decode(list(by_id[row_id].input_ids))),
+        row_text=lambda row_id: str(run.tokenizer.decode(list(rows[places[row_id]].input_ids))),
         check=run.lock.check if run.lock is not None else lambda: None,
     )
     start = this_start(tracker)

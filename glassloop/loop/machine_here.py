@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.health.machine import Sampler, cuda_allocations
 from glassloop.health.nvml import open_card
 from glassloop.loop.memory import ranks_on

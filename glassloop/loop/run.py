@@ -6,7 +6,7 @@ Evaluation, samples, checkpoints, the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +54,8 @@ class Run:
     plan: StepPlan
     contract: Contract | None  # None: the loop is held to nothing (only in tests)
     batches: Batches
-    heldout: tuple[Row, ...]
-    heldout_examples: tuple[Example, ...]
+    heldout: Sequence[Row]
+    heldout_examples: Sequence[Example]
     sample_examples: tuple[Example, ...]  # answered before and after training
     template: Template
     tokenizer: PreTrainedTokenizerBase

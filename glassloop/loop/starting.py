@@ -17,18 +17,14 @@ from glassloop.base.source import BaseSource, locate_base, vocabulary_of
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config import Config, as_dict, settled
 from glassloop.data.batches import Batches
-from glassloop.data.dataset import Dataset, build_rows
-from glassloop.data.sources import Loaded, load_examples
-from glassloop.data.templates import Template, make_template
+from glassloop.data.dataset import Dataset
+from glassloop.data.reading import read_dataset
 from glassloop.disk.lock import FolderLock
 from glassloop.formula.dist import in_turn, one_first, require_same
 from glassloop.health.patience import HeldOut, heldout_from
 from glassloop.loop.changed import recorded_config
 from glassloop.loop.claim import claim, digests_of
-from glassloop.loop.conditions import (
-    check_rows,
-    hash_of,
-)
+from glassloop.loop.conditions import check_rows
 from glassloop.loop.engine_here import engine_here, with_linear_names
 from glassloop.loop.folder import run_folder
 from glassloop.loop.launch import check_launch, hush, make_accelerator
@@ -92,9 +88,7 @@ class Rows:
     """The rows of a run and their order."""
 
     tokenizer: PreTrainedTokenizerBase
-    template: Template
     dataset: Dataset
-    digest: str
     batches: Batches
     updates_done: int
     tracker_ids: dict[str, str]
@@ -172,12 +166,11 @@ def read_rows(start: Start) -> Rows:
     """
     config, run = start.config, start.config.resume.run
 
-    def read() -> tuple[Any, Loaded]:
-        return load_tokenizer(config.model, start.source), load_examples(config.data, config.seed)
+    def read() -> tuple[Any, Dataset]:
+        tokenizer = load_tokenizer(config.model, start.source)
+        return tokenizer, read_dataset(config, lambda: tokenizer, texts=config.evaluation.samples)
 
-    tokenizer, loaded = in_turn(start.first, read, "reading tokenizer and data")
-    template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
-    dataset = build_rows(loaded, template, config.data)
+    tokenizer, dataset = in_turn(start.first, read, "reading tokenizer and data")
     check_rows(config, dataset, tokenizer, start.vocabulary)
     plan = plan_of(config, len(dataset.train.rows), start.accelerator.num_processes)
     cure = "copy the run's folder of one host to the others, or name one with --at"
@@ -191,10 +184,9 @@ def read_rows(start: Start) -> Rows:
         pass_tokens=pass_tokens_for(config, None, None),
         two_passes_every=config.record.probe_every_updates,
     )
-    digest = hash_of(dataset)
     cure = "the ranks read different data or tokenizers; give every host the same files"
-    require_same("training rows", digest, cure)
-    return Rows(tokenizer, template, dataset, digest, batches, done, tracker_ids)
+    require_same("training rows", dataset.digest, cure)
+    return Rows(tokenizer, dataset, batches, done, tracker_ids)
 
 
 def settle(start: Start, rows: Rows) -> Start:
@@ -202,7 +194,7 @@ def settle(start: Start, rows: Rows) -> Start:
 
     The folder keeps them under these names.
     """
-    template, warmup = rows.template.name, rows.batches.plan.warmup
+    template, warmup = rows.dataset.template.name, rows.batches.plan.warmup
     return replace(
         start,
         asked=settled(start.asked, template=template, warmup_updates=warmup),

@@ -34,7 +34,7 @@ class Scene:
     parts: Parts  # `enter` puts right what they hold
     update: int
     window: Window  # passes hold indices into `rows`
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     row_names: tuple[str, ...]  # what to call them: their ids, or "row 17" under record.text = none
     state: StartState
     lr: float

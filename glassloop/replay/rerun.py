@@ -10,7 +10,7 @@ the seed, so the beginning needs no checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +18,10 @@ from typing import Any, cast
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config import Config, as_dict
 from glassloop.data.batches import Batches, Window
-from glassloop.data.dataset import build_rows
+from glassloop.data.reading import read_dataset
 from glassloop.data.rows import Row
-from glassloop.data.sources import load_examples
-from glassloop.data.templates import make_template
+from glassloop.data.stored import places_of
 from glassloop.disk.opening import read_plain
-from glassloop.loop.conditions import hash_of
 from glassloop.plan.outlook import plan_of
 from glassloop.plan.work import chooses_passes, pass_tokens_for
 from glassloop.record.reading import Record, file_of, number, row_records
@@ -117,7 +115,7 @@ def rerun(
     return _with_record(scene, record, of_rows[update]), tuple(on_the_way)
 
 
-def _batches(folder: Path, record: Record, rows: tuple[Row, ...], config: Config) -> Batches:
+def _batches(folder: Path, record: Record, rows: Sequence[Row], config: Config) -> Batches:
     """The run's windows and passes, packed as in the update."""
     planned = read_plan(folder, file_of(folder, record, "plan.json"))
     chosen = planned.get("pass_tokens") if chooses_passes(config) else None
@@ -133,7 +131,7 @@ def _batches(folder: Path, record: Record, rows: tuple[Row, ...], config: Config
 
 def _do_again(
     parts: Parts,
-    rows: tuple[Row, ...],
+    rows: Sequence[Row],
     window: Window,
     record: Record,
     rng_states: tuple[dict[str, Any], ...],
@@ -267,7 +265,7 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
     u = record["update"]
     cure = "replay it with the data and tokenizer as they were, or from its capsule"
     if lines:
-        numbers = {row.row_id: number for number, row in enumerate(batches.rows)}
+        numbers = places_of(batches.rows)
         for line in lines:
             row = batches.rows[numbers[line["row_id"]]] if line["row_id"] in numbers else None
             was = line["real_tokens"], line["supervised_tokens"]
@@ -330,10 +328,8 @@ def _other_rows(folder: Path, digest: str) -> list[str]:
     )
 
 
-def load_rows(config: Config) -> tuple[tuple[Row, ...], int, str]:
+def load_rows(config: Config) -> tuple[Sequence[Row], int, str]:
     """Training rows of the config's data, pad token id, and rows' digest."""
     tokenizer = load_tokenizer(config.model)
-    loaded = load_examples(config.data, config.seed)
-    template = make_template(config.data, tokenizer, (*loaded.train, *loaded.heldout))
-    dataset = build_rows(loaded, template, config.data)
-    return dataset.train.rows, cast(int, tokenizer.pad_token_id), hash_of(dataset)
+    dataset = read_dataset(config, lambda: tokenizer)
+    return dataset.train.rows, cast(int, tokenizer.pad_token_id), dataset.digest

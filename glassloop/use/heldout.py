@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Rows:
     """Rows with their examples, aligned; `name` is for people."""
 
-    rows: tuple[Row, ...]
-    examples: tuple[Example, ...]
+    rows: Sequence[Row]
+    examples: Sequence[Example]
     name: str
     notes: tuple[str, ...]
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from glassloop.base.cache import cache_root, save_pretrained_here
 from glassloop.base.hashing import base_hash
 from glassloop.base.layer_file import LayerFile, NotStreamable
 from glassloop.base.quantised import find_base
 from glassloop.base.reading import DTYPES
+from glassloop.base.saving import save_pretrained_here
 from glassloop.base.source import resolve_source
 from glassloop.base.streamed import layer_folder
+from glassloop.disk.cache import cache_root
 from glassloop.disk.publish import replace_file
 from glassloop.plan.support import groups_of
 from glassloop.use.heldout import rows_of

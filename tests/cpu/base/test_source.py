@@ -17,11 +17,12 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
-from glassloop.base import cache, hashing
+from glassloop.base import hashing
 from glassloop.base.hashing import base_hash
 from glassloop.base.quantised import LoadReport, load_base
 from glassloop.base.source import resolve_source
 from glassloop.config import ModelConfig
+from glassloop.disk import cache
 
 CPU = torch.device("cpu")
 COMMIT = "c0ffee" * 6 + "abcd"

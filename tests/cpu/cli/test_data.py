@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from row_files import write
 from transformers import PreTrainedTokenizerFast
 
 from glassloop.cli.data import main, render
@@ -127,3 +132,63 @@ def test_help_names_show_and_the_fields(capsys: pytest.CaptureFixture[str]) -> N
 def test_data_that_cannot_be_used_is_refused_before_the_tokenizer_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such file"):
         main(["model.id=no/such-model", f"data.source={tmp_path / 'gone.csv'}"])
+
+
+def answered(words: list[str], **environment: str) -> tuple[str, bool, float]:
+    """Run `glassloop data` as a process.
+
+    Returns its text, whether torch was imported, and CPU seconds."""
+    code = (
+        "import sys, time\nfrom glassloop.cli.data import main\n"
+        f"assert main({words!r}) == 0\n"
+        "print('END', 'torch' in sys.modules, time.process_time())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    text, _, end = ran.stdout.rpartition("END")
+    torch, seconds = end.split() if end.strip() else ("True", "0")
+    return text, torch == "True", float(seconds)
+
+
+def test_rows_are_shown_within_two_seconds_without_torch(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = write(
+        tmp_path / "rows.jsonl", [{"question": f"q {i}?", "answer": "a"} for i in range(9)]
+    )
+    words = [f"data.source={rows}", f"model.id={tiny_llama}"]
+    text, torch, seconds = answered(words)
+    assert not torch
+    assert seconds < 2.0  # of CPU, so that other processes do not count
+    with_torch, torch, _ = answered(words, GLASSLOOP_DATA_WITH_TORCH="1")
+    assert torch
+    assert text == with_torch != ""
+
+
+def test_a_tokenizer_that_needs_torch_is_loaded_with_it(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("tokenizer_class")  # now transformers asks the model's config for the class
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = write(tmp_path / "rows.jsonl", [{"question": "q?", "answer": "a"}])
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "glassloop.cli",
+            "data",
+            f"data.source={rows}",
+            f"model.id={folder}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "1 rows kept" in ran.stdout

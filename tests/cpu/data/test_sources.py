@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,12 @@ import pytest
 from row_files import ids, load, pairs, refused, write
 
 from glassloop.config import DataConfig
-from glassloop.data import opening
-from glassloop.data.duplicates import near_duplicates, repeated
+from glassloop.data import duplicates, opening
+from glassloop.data.duplicates import HeldoutRuns, asked, key, repeated
 from glassloop.data.rows import Example, Turn
 from glassloop.data.scam import SCAM_QUESTION
-from glassloop.data.sources import load_examples, order
+from glassloop.data.sources import load_examples
+from glassloop.data.taking import order
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
@@ -156,12 +159,55 @@ def test_near_duplicates_are_those_that_share_most_runs_of_three_words() -> None
         ask("train:far", " ".join(words[:20] + [f"new{number}" for number in range(20)])),
         ask("train:short", "hm"),
     ]
-    assert near_duplicates(train, heldout) == [("train:near", "test:0")]
+    assert HeldoutRuns(heldout).near(train) == [("train:near", "test:0")]
+
+
+def brute_force(train: list[Example], heldout: list[Example]) -> list[tuple[str, str]]:
+    """Every pair compared."""
+
+    def runs(example: Example) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", asked(example).lower())
+        return {tuple(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
+
+    pairs = []
+    for example in train:
+        own = runs(example)
+        ranked = [
+            (len(own & other) / len(own | other), place)
+            for place, other in enumerate(map(runs, heldout))
+        ]
+        share, place = max(ranked, default=(0.0, 0))
+        if share >= 0.7 and key(example) not in set(map(key, heldout)):
+            pairs.append((example.row_id, heldout[place].row_id))
+    return pairs
+
+
+def test_near_duplicates_are_those_that_comparing_every_pair_finds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK", 7)
+    draw, found = random.Random(0), 0
+    for _ in range(60):
+        texts = [[draw.choice("abcd") for _ in range(draw.randint(0, 14))] for _ in range(8)]
+
+        def near(name: str, number: int, texts: list[list[str]] = texts) -> Example:
+            words = list(draw.choice(texts))
+            for place in [draw.randrange(len(words)) for _ in range(draw.randint(0, 2)) if words]:
+                words[place] = draw.choice("abcdef")
+            return Example(f"{name}:{number}", (Turn("user", " ".join(words) or "x"),))
+
+        train = [near("train", number) for number in range(draw.randint(0, 30))]
+        heldout = [near("test", number) for number in range(draw.randint(0, 20))]
+        expected = brute_force(train, heldout)
+        assert HeldoutRuns(heldout).near(train) == expected
+        found += len(expected)
+    assert found > 10
 
 
 def test_the_words_that_every_question_begins_with_make_no_near_duplicates() -> None:
     assert (
-        near_duplicates([ask("train:0", "caller: hello")], [ask("test:0", "caller: goodbye")]) == []
+        HeldoutRuns([ask("test:0", "caller: goodbye")]).near([ask("train:0", "caller: hello")])
+        == []
     )
 
 
@@ -173,7 +219,7 @@ def test_real_rows_load_balanced_with_their_near_duplicate_found() -> None:
     assert loaded.format == "scam"
     assert 0.4 < sum(example.label == "scam" for example in loaded.train) / 600 < 0.6
     assert sum(example.label == "scam" for example in loaded.heldout) == 160
-    assert near_duplicates(loaded.train, loaded.heldout) == [("train:1105", "heldout:259")]
+    assert HeldoutRuns(loaded.heldout).near(loaded.train) == [("train:1105", "heldout:259")]
     assert repeated(loaded.train) == loaded.exact_across == 0
 
 

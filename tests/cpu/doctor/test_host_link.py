@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glassloop.cli.doctor import check_stream
-from glassloop.config.config import Config
+from glassloop.config import Config
 from glassloop.doctor import host_link
 from glassloop.doctor.findings import NOTE, OK, PROBLEM
 from glassloop.doctor.host_link import Link, try_link

@@ -36,7 +36,7 @@ class Rule:
 # Data flows one way: a package may only import from rows above its own.
 TABLE = {
     "__init__": Rule(),
-    "disk": Rule("", "yaml", late="torch"),
+    "disk": Rule("", "safetensors yaml", late="torch"),
     "config": Rule("disk", "pydantic yaml"),
     "predict": Rule(),
     "stats": Rule(),
@@ -47,11 +47,12 @@ TABLE = {
         late="bitsandbytes gguf huggingface_hub tokenizers",
     ),
     "record": Rule("config disk", "rich", late="wandb"),
-    "data": Rule("config plan", "numpy torch", late="huggingface_hub pyarrow tokenizers yaml"),
+    "data": Rule("config disk plan", "numpy torch", late="huggingface_hub pyarrow tokenizers yaml"),
     "report": Rule("disk record stats", "numpy rich"),
     "formula": Rule("data", "torch", late="bitsandbytes"),
     "engines": Rule(
-        "base config data formula plan predict", "numpy peft safetensors torch transformers triton"
+        "base config data disk formula plan predict",
+        "numpy peft safetensors torch transformers triton",
     ),
     "health": Rule("config data formula record stats", "torch", late="pynvml"),
     "saved": Rule("config data disk formula plan", "numpy safetensors torch"),

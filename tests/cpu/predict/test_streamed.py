@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glassloop.config.config import PROJECTIONS
+from glassloop.config import PROJECTIONS
 from glassloop.predict.cards import budget_bytes, needed_gib, verdict
 from glassloop.predict.hardware import gpu_named
 from glassloop.predict.ledger import ledger_of

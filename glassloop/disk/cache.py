@@ -1,7 +1,6 @@
-"""The cache of models that glassloop makes once.
+"""The cache of what glassloop makes once: models and tokenised rows.
 
-They are larger than a run's folders, and several processes may make the same one at a time. No
-torch.
+Its folders are large, and several processes may make the same one at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -43,7 +41,8 @@ def cache_root(cache_dir: str | None) -> Path:
     if not tag.exists() and os.access(root, os.W_OK):  # another's cache may be read-only
         with contextlib.suppress(OSError):  # for backup tools alone; a full disk is told by models
             tag.write_text(
-                f"{TAG}\n# Models that glassloop made; it makes them again if they are gone.\n"
+                f"{TAG}\n# Models and rows that glassloop made; it makes them again if they "
+                "are gone.\n"
             )
     return root
 
@@ -112,19 +111,3 @@ def _full(error: OSError | SafetensorError) -> OSError | None:
         found = re.search(r"\(os error (\d+)\)", str(error))
         number = int(found[1]) if found else None
     return OSError(number, os.strerror(number)) if number in FULL else None
-
-
-def save_pretrained_here(model: Any, folder: Path) -> None:
-    """`model.save_pretrained(folder)` on whatever rank this is.
-
-    transformers 5 writes on global rank 0 only and is silent on the others. A cache belongs to a
-    host, and the first rank of a second host is not global rank 0. Raises RuntimeError if nothing
-    was written all the same.
-    """
-    model.should_save_on_this_rank = lambda is_main_process: True
-    try:
-        model.save_pretrained(folder)
-    finally:
-        del model.should_save_on_this_rank
-    if not (folder / "config.json").is_file():
-        raise RuntimeError(f"transformers wrote no config.json into {folder}")
