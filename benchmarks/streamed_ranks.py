@@ -44,13 +44,17 @@ def proportional_gib() -> float:
 
 def timed(engine: FusedEngine, p: Any, passes: int) -> tuple[float, float]:
     """Seconds of a pass, all ranks at once, and the most GiB of this card meanwhile."""
-    torch.cuda.reset_peak_memory_stats()
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
     torch.distributed.barrier()
-    torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(passes):
         loss_sum, _ = engine(p)
         (loss_sum / p.supervised_tokens).backward()
+    if not on_cuda:
+        return (time.perf_counter() - started) / passes, 0.0
     torch.cuda.synchronize()
     return (time.perf_counter() - started) / passes, torch.cuda.max_memory_allocated() / GIB
 
@@ -63,10 +67,12 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
+    on_cuda = torch.cuda.is_available()  # a CPU tries the script out
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+    device = torch.device("cuda", rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
     lines: list[dict[str, Any]] = []
 
     def say(**line: Any) -> None:
