@@ -12,7 +12,8 @@ from typing import Any
 
 from glassloop.plan.described import Described, Kind, Norms, groups
 
-ROTARY = ("default", "linear", "llama3", "yarn")  # frequencies independent of a row's length
+# Kinds whose frequencies do not depend on a row's length; longrope's do not up to a length.
+ROTARY = ("default", "linear", "llama3", "yarn", "longrope")
 # Fields that change no number of a training pass, or whose part in it is read off the modules.
 FREE = frozenset(
     """
@@ -79,6 +80,18 @@ def rope_sets(f: Fields) -> dict[str, Mapping[str, Any]]:
     return nested or {"": found}
 
 
+def longest_of(f: Fields) -> int | None:
+    """Tokens of a row up to which the frequencies stay; None: of any row."""
+    found = []
+    for one in rope_sets(f).values():
+        if one.get("rope_type", one.get("type")) == "longrope":
+            own = f.get("original_max_position_embeddings")
+            if not (length := one.get("original_max_position_embeddings", own)):
+                raise Unsupported("the model's config has longrope without its original length")
+            found.append(int(length))
+    return min(found, default=None)
+
+
 def rotary_share(f: Fields, *, free: bool) -> float:
     """Part of a head that carries positions; other than 1 only for families with such code."""
     share = f.get("partial_rotary_factor")
@@ -123,6 +136,7 @@ def plain(f: Fields, *, partial: bool = False, activation: str = "hidden_act") -
         kinds=(Kind(),) * layers,
         rotated=int(size * rotary_share(f, free=partial)),
         score_scale=size**-0.5,
+        longest=longest_of(f),
         gate="gelu_tanh" if gelu else "silu",
     )
 

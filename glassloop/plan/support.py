@@ -59,6 +59,11 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     return None
 
 
+def longest_row(values: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest row that `fused` supports; None: of any length."""
+    return description_of(values).longest
+
+
 def groups_of(values: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
     """Linear layers of a decoder layer by group. Raises Unsupported as `description_of` does."""
     return description_of(values).groups

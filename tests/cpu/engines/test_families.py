@@ -26,6 +26,7 @@ from family_models import (
 from transformers import AutoConfig
 
 from glassloop.config import ModelConfig
+from glassloop.data.batches import build_pass
 from glassloop.engines.build import build_engine
 from glassloop.plan.described import Described, Kind, Norms
 from glassloop.plan.families import FAMILIES, FREE, Unsupported, described
@@ -172,7 +173,8 @@ REFUSED = [
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("qwen3", {"layer_types": ["chunked_attention"]}, "layer_types = 'chunked_attention'"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
-    ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope'"),
+    ("phi3", {"rope_scaling": {"type": "longrope"}}, "longrope without its original length"),
+    ("phi3", {"rope_scaling": {"type": "su"}}, "rope_type = 'su'"),
     ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic"),
     ("mistral", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
@@ -185,3 +187,19 @@ REFUSED = [
 def test_what_a_description_has_no_word_for_is_refused_by_name(kind, fields, said):
     assert unsupported({"model_type": kind}) is None
     assert said in (unsupported({"model_type": kind, **fields}) or "")
+
+
+def test_a_row_beyond_longrope_s_length_is_refused_and_no_longer_one_changes_it(model_of):
+    """transformers exchanges the frequencies in place once it has seen such a row."""
+    reference, adapters = model_of("phi3, longrope")
+    engine = fused_of(reference)
+    wanted, slope = gradient(reference, adapters, passes(packed=False))
+    with torch.no_grad():
+        reference.hf(input_ids=torch.full((1, 60), 7))
+        assert not torch.equal(engine.rotary.inv_freq, engine.rotary.original_inv_freq)
+    found, ours = gradient(engine, adapters, passes(packed=True))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert float((ours - slope).norm() / slope.norm()) < 1e-5
+    long = build_pass(rows_of((41, 3)), packed=True, pad_id=0, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"a row has 41 tokens.*data\.max_tokens=40"):
+        engine(long)
