@@ -269,6 +269,18 @@ FAMILIES: dict[str, Callable[[Fields], Described]] = {
 }
 
 
+# Models for more than text -> the family of their decoder, whose config is text_config.
+MULTIMODAL = {"gemma3": "gemma3_text"}
+
+
+def text_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The decoder's part of a config; `values` themselves for a model for text alone."""
+    kind = MULTIMODAL.get(str(values.get("model_type")))
+    if kind is None:
+        return values
+    return {**(values.get("text_config") or {}), "model_type": kind}
+
+
 def described(values: Mapping[str, Any]) -> tuple[Described, frozenset[str]]:
     """Describe a model, and name the fields that were read.
 
@@ -279,5 +291,5 @@ def described(values: Mapping[str, Any]) -> tuple[Described, frozenset[str]]:
     Raises:
         Unsupported: naming the first field that is not, its value and the supported ones.
     """
-    f = Fields(values)
+    f = Fields(text_of(values))
     return FAMILIES[f.one_of("model_type", *FAMILIES)](f), frozenset(f.read)

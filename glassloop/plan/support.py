@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glassloop.plan.described import Described
-from glassloop.plan.families import FREE, Unsupported, described
+from glassloop.plan.families import FREE, Unsupported, described, text_of
 
 BLOCK = 64  # weights that share a scale in NF4; a block may not reach into the next row
 
@@ -38,7 +38,7 @@ def description_of(values: Mapping[str, Any]) -> Described:
                 f"the model's own quantisation leaves out {name}, fused has every linear layer in "
                 "NF4"
             )
-    for what, size in _inputs(values).items():
+    for what, size in _inputs(text_of(values)).items():
         if size % BLOCK:
             raise Unsupported(
                 f"the model's config has {what} = {size}, fused needs a multiple of {BLOCK}, the "
