@@ -1,6 +1,6 @@
 """LoRA adapters beside the linear layers of a frozen base.
 
-W + (alpha/r) B A, with A (R, in) and B (out, R), both fp32.
+W + s B A, with A (R, in) and B (out, R), both fp32, and s = alpha/r, or alpha/sqrt(r).
 
 Legend: R rank of the adapters.
 """
@@ -41,6 +41,7 @@ NO_MATTER = {
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_rslora",
 }
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")  # by initialising
 CONFIG_BYTES = 1 << 20  # of adapter_config.json, at most
@@ -60,6 +61,7 @@ def attach_lora(
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
+        use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
         exclude_modules=outside_of_decoder(hf, lora.targets),
@@ -272,6 +274,7 @@ def adapter_differences(
     fields = {
         "lora.r": (saved.get("r"), lora.r),
         "lora.alpha": (saved.get("lora_alpha"), lora.alpha),
+        "lora.rslora": (bool(saved.get("use_rslora")), lora.rslora),
         "lora.targets": (sorted(map(str, names)), sorted(lora.targets)),
     }
     differences = [
