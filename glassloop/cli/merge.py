@@ -107,7 +107,8 @@ def run(given: argparse.Namespace) -> int:
     check_out(given.out)
     hush(1)
     trained = open_trained(given.run, given.at, overrides_of(given))
-    print(f"adapter   {trained.checkpoint}, {trained.why}; scale alpha/r = {trained.scale:g}")
+    scale = f"{trained.config.lora.scale_in_words} = {trained.scale:g}"
+    print(f"adapter   {trained.checkpoint}, {trained.why}; scale {scale}")
     tokenizer = load_tokenizer_of(trained)
     template = template_of(trained, tokenizer)
     job = Job(given, trained, tokenizer, template, columns_of(given.columns))

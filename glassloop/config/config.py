@@ -7,6 +7,7 @@ or a data set is touched.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -57,11 +58,22 @@ class LoraConfig(Section):
     """Rank of the update: W + (alpha/r) B A, A is (r, in), B is (out, r)."""
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scale alpha/r."""
+    rslora: bool = False
+    """Scale by alpha/sqrt(r) in place of alpha/r (rsLoRA, arXiv:2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that an input of A is zeroed in training."""
     targets: tuple[str, ...] = PROJECTIONS
     """Linear layers that get an adapter, by the last part of their name. all-linear: every one but
     the head."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A beside W."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def scale_in_words(self) -> str:
+        return f"{self.alpha:g}/{f'sqrt({self.r})' if self.rslora else self.r}"
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:

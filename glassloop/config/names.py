@@ -52,6 +52,7 @@ PEER_NAMES = {
     "assistant_only_loss": "data.labels=response",
     "lora_r": "lora.r",
     "lora_alpha": "lora.alpha",
+    "use_rslora": "lora.rslora",
     "lora_dropout": "lora.dropout",
     "target_modules": "lora.targets",
     "lora_target_modules": "lora.targets",

@@ -39,6 +39,7 @@ FUSED = (
 UNSLOTH = (
     Limit("model.quantization", ("nf4",), "unsloth gets its bases in NF4", "set it to nf4"),
     Limit("model.attention", ("sdpa",), "unsloth chooses attention itself", "leave it at sdpa"),
+    Limit("lora.rslora", (False,), "its kernels were not held to that scale", "set it to false"),
     Limit("lora.dropout", (0,), "its recomputed layers would use a different mask", "set it to 0"),
     Limit(
         "execution.precision", ("bf16", "fp16"), "its kernels compute in 16 bits", "set it to bf16"

@@ -1,6 +1,6 @@
 """LoRA adapters beside the linear layers of a frozen base.
 
-W + (alpha/r) B A, with A (R, in) and B (out, R), both fp32.
+W + s B A, with A (R, in) and B (out, R), both fp32, and s = alpha/r, or alpha/sqrt(r).
 
 Legend: R rank of the adapters.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ NO_MATTER = {
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_rslora",
 }
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")  # by initialising
 CONFIG_BYTES = 1 << 20  # of adapter_config.json, at most
@@ -59,8 +61,10 @@ def attach_lora(
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
+        use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
+        exclude_modules=outside_of_decoder(hf, lora.targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -125,17 +129,30 @@ def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
 
 
 def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
-    """Last parts of the names of linear layers, in the model's order.
+    """Last parts of the names of the decoder's linear layers, in the model's order.
 
-    The head is none of them.
+    Neither the head nor a part for images or sound has any.
     """
-    head = hf.get_output_embeddings()
+    head, decoder = hf.get_output_embeddings(), hf.get_decoder() or hf
     found = {
         name.rpartition(".")[2]: None
-        for name, module in hf.named_modules()
+        for name, module in decoder.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     return tuple(found)
+
+
+def outside_of_decoder(hf: PreTrainedModel, targets: tuple[str, ...]) -> str | None:
+    """Pattern of names outside the decoder, if a target is there too; else None.
+
+    A model for images has layers of the same names, which no row of text reaches.
+    """
+    decoder = hf.get_decoder()
+    path = next((name for name, module in hf.named_modules() if module is decoder), "")
+    others = (name for name, _ in hf.named_modules() if not f"{name}.".startswith(f"{path}."))
+    if not path or not any(name.rpartition(".")[2] in targets for name in others):
+        return None
+    return rf"(?!{re.escape(path)}\.).*"
 
 
 def reach_note(model: nn.Module, head: nn.Module | None) -> str:
@@ -257,6 +274,7 @@ def adapter_differences(
     fields = {
         "lora.r": (saved.get("r"), lora.r),
         "lora.alpha": (saved.get("lora_alpha"), lora.alpha),
+        "lora.rslora": (bool(saved.get("use_rslora")), lora.rslora),
         "lora.targets": (sorted(map(str, names)), sorted(lora.targets)),
     }
     differences = [

@@ -72,7 +72,7 @@ def probe_of(run: Run, update: int, before: Before | None, *, applied: bool) -> 
         run.replica.adapters,
         update=update,
         applied=applied,
-        scaling=run.config.lora.alpha / run.config.lora.r,
+        scaling=run.config.lora.scale,
         attempt=run.attempt,
     )
 

@@ -44,7 +44,7 @@ def header(
         f"executed  {execution_of(config, batches, replica.device)}",
         *([f"          {LOST_IN_BF16}"] if lossy else []),
         f"trains    {replica.adapters.trainable:,} parameters: "
-        f"W + ({lora.alpha:g}/{lora.r}) B A on {', '.join(lora.targets)}",
+        f"W + ({lora.scale_in_words}) B A on {', '.join(lora.targets)}",
         *(f"          {line}" for line in audit.splitlines()),
     ]
 

@@ -70,6 +70,7 @@ class Described:
         embedding_scale: factor of embeddings. embedding_rounds: it is rounded to their dtype first.
         residual_scale: factor of what attention and MLP add.
         logit_scale, logit_cap: of the head's product, as scores have them.
+        longest: tokens of a row beyond which its frequencies would be others; None: no such bound.
         groups: group -> names of its linear layers in a decoder layer.
     """
 
@@ -91,4 +92,5 @@ class Described:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    longest: int | None = None
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=groups)

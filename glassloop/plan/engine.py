@@ -8,7 +8,7 @@ from typing import Any
 
 from glassloop.config import Config, MemoryConfig
 from glassloop.config.support import beyond
-from glassloop.plan.support import unsupported
+from glassloop.plan.support import longest_row, unsupported
 from glassloop.plan.targets import with_targets
 from glassloop.predict.shapes import config_values, shapes_of
 
@@ -48,6 +48,9 @@ def choose_engine(
         return Choice("peft", "the model brings Python code of its own, fused would not run it")
     if (problem := unsupported(model or {})) is not None:
         return Choice("peft", problem)
+    longest, asked = longest_row(model or {}), config.data.max_tokens
+    if longest is not None and asked > longest:
+        return Choice("peft", f"data.max_tokens = {asked}, fused knows this model to {longest}")
     return Choice("peft", lacking) if lacking else Choice("fused")
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from glassloop.plan.described import Described, Kind, Norms, groups
 
-ROTARY = ("default", "linear", "llama3", "yarn")  # frequencies independent of a row's length
+# Kinds whose frequencies do not depend on a row's length; longrope's do not up to a length.
+ROTARY = ("default", "linear", "llama3", "yarn", "longrope")
 # Fields that change no number of a training pass, or whose part in it is read off the modules.
 FREE = frozenset(
     """
@@ -79,6 +80,18 @@ def rope_sets(f: Fields) -> dict[str, Mapping[str, Any]]:
     return nested or {"": found}
 
 
+def longest_of(f: Fields) -> int | None:
+    """Tokens of a row up to which the frequencies stay; None: of any row."""
+    found = []
+    for one in rope_sets(f).values():
+        if one.get("rope_type", one.get("type")) == "longrope":
+            own = f.get("original_max_position_embeddings")
+            if not (length := one.get("original_max_position_embeddings", own)):
+                raise Unsupported("the model's config has longrope without its original length")
+            found.append(int(length))
+    return min(found, default=None)
+
+
 def rotary_share(f: Fields, *, free: bool) -> float:
     """Part of a head that carries positions; other than 1 only for families with such code."""
     share = f.get("partial_rotary_factor")
@@ -123,6 +136,7 @@ def plain(f: Fields, *, partial: bool = False, activation: str = "hidden_act") -
         kinds=(Kind(),) * layers,
         rotated=int(size * rotary_share(f, free=partial)),
         score_scale=size**-0.5,
+        longest=longest_of(f),
         gate="gelu_tanh" if gelu else "silu",
     )
 
@@ -255,6 +269,18 @@ FAMILIES: dict[str, Callable[[Fields], Described]] = {
 }
 
 
+# Models for more than text -> the family of their decoder, whose config is text_config.
+MULTIMODAL = {"gemma3": "gemma3_text"}
+
+
+def text_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The decoder's part of a config; `values` themselves for a model for text alone."""
+    kind = MULTIMODAL.get(str(values.get("model_type")))
+    if kind is None:
+        return values
+    return {**(values.get("text_config") or {}), "model_type": kind}
+
+
 def described(values: Mapping[str, Any]) -> tuple[Described, frozenset[str]]:
     """Describe a model, and name the fields that were read.
 
@@ -265,5 +291,5 @@ def described(values: Mapping[str, Any]) -> tuple[Described, frozenset[str]]:
     Raises:
         Unsupported: naming the first field that is not, its value and the supported ones.
     """
-    f = Fields(values)
+    f = Fields(text_of(values))
     return FAMILIES[f.one_of("model_type", *FAMILIES)](f), frozenset(f.read)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glassloop.plan.described import Described
-from glassloop.plan.families import FREE, Unsupported, described
+from glassloop.plan.families import FREE, Unsupported, described, text_of
 
 BLOCK = 64  # weights that share a scale in NF4; a block may not reach into the next row
 
@@ -38,7 +38,7 @@ def description_of(values: Mapping[str, Any]) -> Described:
                 f"the model's own quantisation leaves out {name}, fused has every linear layer in "
                 "NF4"
             )
-    for what, size in _inputs(values).items():
+    for what, size in _inputs(text_of(values)).items():
         if size % BLOCK:
             raise Unsupported(
                 f"the model's config has {what} = {size}, fused needs a multiple of {BLOCK}, the "
@@ -57,6 +57,11 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     except Unsupported as error:
         return str(error)
     return None
+
+
+def longest_row(values: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest row that `fused` supports; None: of any length."""
+    return description_of(values).longest
 
 
 def groups_of(values: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:

@@ -137,6 +137,15 @@ class Shapes:
         return tuple(part for name in targets for part in JOINED.get(name, (name,)))
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {  # that published config.json files leave to transformers
+    "gemma3_text": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "tie_word_embeddings": True,
+    },
+}
 MOST_LAYERS = 10_000  # that are looked at one by one
 KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes(
@@ -221,6 +230,7 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
     values = values.get("text_config") or values
     if values.get("model_type") not in FAMILIES:
         return None
+    values = DEFAULTS.get(str(values["model_type"]), {}) | values
     try:
         heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
         return Shapes(

@@ -60,7 +60,7 @@ class Trained:
 
     @property
     def scale(self) -> float:
-        return self.config.lora.alpha / self.config.lora.r
+        return self.config.lora.scale
 
 
 def open_trained(

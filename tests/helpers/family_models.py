@@ -84,6 +84,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "original_max_position_embeddings": 40,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0 + place / 8 for place in range(8)],
+                "long_factor": [2.0 + place for place in range(8)],
+                "original_max_position_embeddings": 40,
+            },
+        },
+    ),
     "granite": (
         "granite",
         {

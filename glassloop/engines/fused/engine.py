@@ -78,7 +78,7 @@ class FusedEngine(nn.Module):
         self.embedding = base.get_input_embeddings().weight  # (V, H)
         self.head = base.get_output_embeddings().weight  # (V, H)
         self.of = describe_supported(base.config, base, self.embedding.dtype)
-        decoder = base.model
+        decoder = base.get_decoder()
         self.norm, self.rotary = multiplier(decoder.norm.weight, self.of), decoder.rotary_emb
         self.pages = pages
         self.layers = [

@@ -23,10 +23,19 @@ def where_of(p: Pass, of: Described, rotary: Any, dtype: torch.dtype, scratch: S
 
     Args:
         rotary: transformers' module with the frequencies. dtype: of q, k and v.
+
+    Raises:
+        ValueError: a row is longer than the model's frequencies are known for.
     """
     rows, width = p.input_ids.shape
     lengths = p.lengths if p.packed else (width,) * rows
     device, longest = p.input_ids.device, max(lengths)
+    if of.longest is not None and longest > of.longest:
+        raise ValueError(
+            f"execution.engine = fused: a row has {longest} tokens, and the model's rotary "
+            f"frequencies are others beyond {of.longest}: set data.max_tokens={of.longest}, or "
+            "execution.engine=peft"
+        )
     made: dict[int | None, Bounds] = {}
     bounds: dict[int | None, Bounds] = {}
     for window in {kind.window for kind in of.kinds}:
@@ -45,7 +54,9 @@ def _angles(p: Pass, of: Described, rotary: Any, name: str | None) -> Angles:
     if name is None:
         return no_angles(len(positions), of.head_size, positions.device)
     prefix = f"{name}_" if name else ""
-    frequencies = getattr(rotary, f"{prefix}inv_freq")
+    # those for longer rows take the place of longrope's once transformers has seen one
+    name = "inv_freq" if of.longest is None else "original_inv_freq"
+    frequencies = getattr(rotary, f"{prefix}{name}")
     scaling = getattr(rotary, f"{prefix}attention_scaling")
     assert 2 * len(frequencies) == of.rotated, "the description and transformers differ"
     return angles(positions, frequencies, scaling, size=of.head_size, interleaved=of.interleaved)

@@ -22,10 +22,10 @@ def describe_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> Desc
         config: the model's config. base: the causal language model, adapters attached. dtype:
             of its 16- or 32-bit weights.
     """
-    values = fields_of(config)
+    values, text = fields_of(config), config.get_text_config()
     try:
         found = description_of(values)
-        check_fields(values, declared(config))
+        check_fields(fields_of(text), declared(text))
     except Unsupported as error:
         raise ValueError(f"execution.engine = fused: {error}: {CURE}") from error
     if type(base).__module__.startswith("transformers_modules"):
@@ -38,7 +38,7 @@ def describe_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> Desc
             "execution.engine = fused has no fp16 backward pass: set execution.precision=bf16, or "
             "execution.engine=peft"
         )
-    for index, layer in enumerate(base.model.layers):  # type: ignore[union-attr, arg-type]
+    for index, layer in enumerate(base.get_decoder().layers):  # type: ignore[union-attr, arg-type]
         for names in found.groups.values():
             for name in names:
                 check_adapter(f"layer {index} {name}", layer.get_submodule(name))

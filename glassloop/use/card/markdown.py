@@ -189,7 +189,8 @@ def recipe(facts: Facts) -> str:
     rows = [
         (
             "LoRA",
-            f"r = {lora.r}, alpha = {lora.alpha:g}, dropout = {lora.dropout:g}, on {targets}",
+            f"r = {lora.r}, alpha = {lora.alpha:g}, scale {lora.scale_in_words}, "
+            f"dropout = {lora.dropout:g}, on {targets}",
         ),
         (
             "Optimizer",

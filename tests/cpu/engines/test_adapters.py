@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from glassloop.base import quantised as base_cache
 from glassloop.config import LoraConfig
+from glassloop.config.arguments import ConfigError, parse
 from glassloop.engines.peft import PeftEngine
 
 CPU = torch.device("cpu")
@@ -59,6 +61,31 @@ def test_scale_of_the_adapter_is_alpha_over_r(engine_of: EngineOf, tiny_llama: P
 
 
 # --- what it refuses
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the fused engine needs triton")
+def test_rslora_scales_by_the_root_of_r_in_every_engine_and_on_disk(
+    engine_of: EngineOf, tiny_llama: Path, tmp_path: Path
+) -> None:
+    from family_models import adapters_of, fused_of, gradient, passes
+
+    lora = LoraConfig(r=16, alpha=6, rslora=True)
+    assert lora.scale == 1.5 and lora.scale_in_words == "6/sqrt(16)"
+    engine = engine_of(tiny_llama, lora=lora, quantization="nf4")
+    adapters = adapters_of(engine)
+    layer = engine.hf.get_base_model().get_decoder().layers[0].self_attn.q_proj  # type: ignore[operator]
+    assert layer.scaling["default"] == 1.5
+    wanted, slope = gradient(engine, adapters, passes(packed=False))
+    found, ours = gradient(fused_of(engine), adapters, passes(packed=True))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert float((ours - slope).norm() / slope.norm()) < 1e-5
+    engine.hf.save_pretrained(tmp_path)  # type: ignore[operator]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_rslora"] is True
+    engine_of(tiny_llama, lora=lora, init_adapter=str(tmp_path))
+    with pytest.raises(ValueError, match=r"lora\.rslora is True in the adapter, False in the"):
+        engine_of(tiny_llama, lora=LoraConfig(r=16, alpha=6), init_adapter=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"lora\.rslora = True.*unsloth|unsloth.*rslora"):
+        parse(["lora.rslora=true", "execution.engine=unsloth"])
 
 
 def test_unknown_targets_are_refused_with_the_names_that_exist(
@@ -117,7 +144,7 @@ def test_saved_adapter_gives_the_same_logits_elsewhere(
             {"base_model_name_or_path": "meta/other"},
             "it was trained on meta/other, model.id gives /",
         ),
-        ({"use_rslora": True}, "use_rslora is True, not trained here"),
+        ({"use_rslora": True}, "lora.rslora is True in the adapter, False in the config"),
         ({"use_dora": True, "r": 2}, "lora.r is 2 .*; use_dora is True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"peft_type": "LOHA"}, "peft_type is LOHA, only LORA"),

@@ -69,11 +69,22 @@ REASONS = {
         "",
         "rope_type = 'dynamic', fused knows 'default', 'linear'",
     ),
+    "rows beyond its frequencies": (
+        {"data": {"max_tokens": 5000}},
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 4096,
+            }
+        },
+        "",
+        "data.max_tokens = 5000, fused knows this model to 4096",
+    ),
     "rope, newer": (
         {},
-        {"rope_parameters": {"rope_type": "longrope"}},
+        {"rope_parameters": {"rope_type": "own"}},
         "",
-        "rope_type = 'longrope'",
+        "rope_type = 'own'",
     ),
     "layers left out of NF4": (
         {},

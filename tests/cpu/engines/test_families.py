@@ -8,28 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from family_models import (
+    BOTH,
+    MIXED,
     MODELS,
     SIZES,
     adapters_of,
+    drawn,
     fused_of,
     gradient,
     passes,
     rows_of,
     saved_model,
 )
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
-from glassloop.config import ModelConfig
+from glassloop.config import PROJECTIONS, LoraConfig, ModelConfig
+from glassloop.data.batches import build_pass
+from glassloop.engines.adapters import linear_names
 from glassloop.engines.build import build_engine
 from glassloop.plan.described import Described, Kind, Norms
 from glassloop.plan.families import FAMILIES, FREE, Unsupported, described
 from glassloop.plan.support import check_fields, fields_of, unsupported
+from glassloop.predict.shapes import shapes_of
 from glassloop.predict.tiers import Tiers
 
 pytestmark = pytest.mark.skipif(
@@ -172,7 +179,8 @@ REFUSED = [
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("qwen3", {"layer_types": ["chunked_attention"]}, "layer_types = 'chunked_attention'"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
-    ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope'"),
+    ("phi3", {"rope_scaling": {"type": "longrope"}}, "longrope without its original length"),
+    ("phi3", {"rope_scaling": {"type": "su"}}, "rope_type = 'su'"),
     ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic"),
     ("mistral", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
@@ -185,3 +193,47 @@ REFUSED = [
 def test_what_a_description_has_no_word_for_is_refused_by_name(kind, fields, said):
     assert unsupported({"model_type": kind}) is None
     assert said in (unsupported({"model_type": kind, **fields}) or "")
+
+
+def test_a_row_beyond_longrope_s_length_is_refused_and_no_longer_one_changes_it(model_of):
+    """transformers exchanges the frequencies in place once it has seen such a row."""
+    reference, adapters = model_of("phi3, longrope")
+    engine = fused_of(reference)
+    wanted, slope = gradient(reference, adapters, passes(packed=False))
+    with torch.no_grad():
+        reference.hf(input_ids=torch.full((1, 60), 7))
+        assert not torch.equal(engine.rotary.inv_freq, engine.rotary.original_inv_freq)
+    found, ours = gradient(engine, adapters, passes(packed=True))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert float((ours - slope).norm() / slope.norm()) < 1e-5
+    long = build_pass(rows_of((41, 3)), packed=True, pad_id=0, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"a row has 41 tokens.*data\.max_tokens=40"):
+        engine(long)
+
+
+def test_the_decoder_of_a_model_for_images_trains_alone(engine_of, tmp_path, tiny_tokenizer):
+    """Its vision tower has projections of the same names: no row of text reaches them."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=SIZES | MIXED | BOTH | {"model_type": "gemma3_text"},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=122,
+    )
+    torch.manual_seed(0)
+    model = drawn(AutoModelForCausalLM.from_config(config)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    lora = LoraConfig(r=3, alpha=6, targets=linear_names(model))
+    assert set(lora.targets) == set(PROJECTIONS)
+    reference = engine_of(tmp_path, quantization="nf4", lora=lora)
+    adapters = adapters_of(reference)
+    assert not any("vision" in name for name in adapters.slices)
+    wanted, slope = gradient(reference, adapters, passes(packed=False))
+    found, ours = gradient(fused_of(reference), adapters, passes(packed=True))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert float((ours - slope).norm() / slope.norm()) < 1e-5
+    assert unsupported(json.loads((tmp_path / "config.json").read_text())) is None
+    shapes, _ = shapes_of(str(tmp_path))
+    assert shapes is not None and shapes.family == "gemma3_text" and shapes.layers == 3
