@@ -52,7 +52,7 @@ class HostPages:
         file: the mapped file.
         memory: (bytes,) uint8 on the CPU, from which layers are copied.
         shared: the tables that all layers read, on the device.
-        mapped: (bytes,) uint8, `memory` as the device addresses it; None where it is not locked.
+        mapped: (bytes,) uint8, `memory` as the device addresses it; None if it is not locked.
         on_card: layers whose blob has a copy on the device.
         ranks: that keep a part of the layers each (base/sharded.py).
         peers: layers that are copied from a card, this one or another rank's.
