@@ -52,7 +52,7 @@ class HostPages:
         file: the mapped file.
         memory: (bytes,) uint8 on the CPU, from which layers are copied.
         shared: the tables that all layers read, on the device.
-        mapped: (bytes,) uint8, `memory` as the device addresses it; None where it is not locked.
+        mapped: (bytes,) uint8, `memory` as the device addresses it; None if it is not locked.
         on_card: layers whose blob has a copy on the device.
         ranks: that keep a part of the layers each (base/sharded.py).
         peers: layers that are copied from a card, this one or another rank's.
@@ -192,9 +192,13 @@ def shared_copy(pages: Tensor, folder: Path) -> Tensor:
                 f"free of {size / 2**30:.1f} that a copy needs (docker: --shm-size)"
             )
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=SHARED_MEMORY)
-        with os.fdopen(descriptor, "wb") as file:
-            pages.numpy().tofile(file)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                pages.numpy().tofile(file)
+            os.replace(temporary, path)
+        except BaseException:  # a quota, Ctrl-C: it would take memory until the next boot
+            os.unlink(temporary)
+            raise
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         if os.fstat(descriptor).st_uid != os.getuid():

@@ -102,7 +102,7 @@ def utilisation(
     """FLOPs a token, and a rank's share of the ceiling.
 
     mfu: with the FLOPs of real tokens. hfu: with padding and recomputation too.
-    kept, host: layers that `fused` keeps whole, and what of the others waits on the host.
+    kept, host: layers that `fused` keeps whole, and what waits on the host of the others.
     """
     real, padded = [], []
     for rows in passes:

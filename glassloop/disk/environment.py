@@ -63,7 +63,7 @@ def package_version(name: str) -> str | None:
 
 
 def nvidia_driver() -> str | None:
-    """The NVIDIA driver's version, as nvidia-smi says; None where there is none."""
+    """The NVIDIA driver's version, as nvidia-smi says; None if there is none."""
     answer = _answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return answer.splitlines()[0].strip() if answer else None
 

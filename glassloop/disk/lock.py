@@ -120,7 +120,7 @@ class FolderLock:
             os.close(self._handle)
 
     def _path_now(self) -> Path | None:
-        """Where the locked file lies; None where it was removed."""
+        """Where the locked file lies; None if it was removed."""
         for path in (self.path, Path(os.readlink(f"/proc/self/fd/{self._handle}"))):
             if _leads_to(path, self._handle):
                 return path
@@ -284,7 +284,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def _read(handle: int) -> Holder | None:
-    """Who the lock file names; None where it names nobody."""
+    """Who the lock file names; None if it names nobody."""
     try:
         found = json.loads(os.pread(handle, LONGEST, 0))
         holder = Holder(**{field.name: found[field.name] for field in dataclasses.fields(Holder)})

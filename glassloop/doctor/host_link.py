@@ -30,7 +30,7 @@ class Link:
         pages: "file": a file's own pages are locked read only. "copy": pages of shared memory are.
             "none": neither; `refused` says why.
         alone_gbs, both_ways_gbs: 1e9 bytes/s from the host to the card, alone and with copies back
-            beside them; None where nothing was locked.
+            beside them; None if nothing was locked.
     """
 
     pages: str

@@ -68,8 +68,8 @@ def build_engine(
         engine: peft | fused | unsloth.
         longest_row: tokens, for unsloth; None: as many as the model has positions.
         memory_base: memory.base, for fused.
-        spare_bytes: for peft without training, over a base that may outgrow the device: what of it
-            stays free while as many layers as fit are brought there. None: all are.
+        spare_bytes: for peft without training, over a base that may outgrow the device: what
+            stays free there while as many layers as fit are brought. None: all are.
         source: of the base, where the caller has resolved it.
 
     Raises:

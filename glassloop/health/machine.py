@@ -253,7 +253,7 @@ def host_free_gib() -> float | None:
 
 
 def resident_gib() -> float | None:
-    """Resident memory of this process; None where the host does not tell."""
+    """Resident memory of this process; None if the host does not tell."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * PAGE_GIB

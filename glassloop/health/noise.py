@@ -46,7 +46,7 @@ def estimates(
         part_tokens: n_p, supervised tokens. Parts without any are left out.
         norm: |g|.
 
-    Returns None where fewer than two parts have tokens, or a number is not finite: the update says
+    Returns None if fewer than two parts have tokens, or a number is not finite: the update says
     nothing.
     """
     parts = [

@@ -15,7 +15,7 @@ from glassloop.config import Config
 from glassloop.disk.lock import FolderLock, hold
 from glassloop.disk.opening import read_plain
 from glassloop.formula.dist import all_or_none
-from glassloop.saved.resuming import find_checkpoint
+from glassloop.saved.resuming import find_checkpoint, sums_of
 
 ASKED_AND_PLANNED = ("config.yaml", "plan.json")  # a resumed run rewrites them if they change
 
@@ -35,7 +35,7 @@ def digests_of(folder: Path) -> dict[str, str]:
 def claim(
     folder: Path,
     config: Config,
-    checkpoint: Path | None,
+    sums: str,
     digests: Mapping[str, str],
     *,
     rank: int,
@@ -46,7 +46,7 @@ def claim(
     and end with rank 0.
 
     Args:
-        checkpoint: that the run resumes from, found before the folder was locked.
+        sums: of the checkpoint that the run resumes from (sums_of), before it was read.
         digests: of the run's files, taken before they were read; {} for a new run.
 
     Raises:
@@ -61,7 +61,7 @@ def claim(
                 lock = hold(folder, lambda line: print(line, file=sys.stderr, flush=True))
                 now = digests_of(folder) if digests else {}
                 changed = [f"rewrote {name}" for name in digests if now[name] != digests[name]]
-                if find_checkpoint(config)[0] != checkpoint:
+                if sums_of(find_checkpoint(config)[0]) != sums:
                     changed.append("saved another checkpoint")
                 if changed:
                     raise ValueError(

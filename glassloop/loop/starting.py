@@ -61,6 +61,7 @@ class Past:
     recorded: Config | None = None  # its config.yaml
     plan: dict[str, Any] = field(default_factory=dict)  # its plan.json
     passed_over: tuple[str, ...] = ()  # a note for each checkpoint that is not whole
+    sums: str = sums_of(None)  # of the checkpoint, before it was read
     digests: dict[str, str] = field(default_factory=dict)  # of its files, before they were read
 
 
@@ -104,13 +105,14 @@ def past_of(config: Config) -> tuple[Config, Past]:
     folder, ranks = Path(config.resume.run), int(os.environ.get("WORLD_SIZE", "1"))
     digests = digests_of(folder)
     checkpoint, passed_over = find_checkpoint(config)
+    sums = sums_of(checkpoint)
     plan, recorded = read_plan(folder), recorded_config(folder)
     saved = read_state(checkpoint) if checkpoint else beginning(as_dict(recorded), plan, ranks)
     config = config.model_copy(update={"run": recorded.run})
     if config.resume.reshape:
         config = reshaped(config, saved, ranks)
     check_not_ended_early(config, saved)
-    return config, Past(checkpoint, saved, recorded, plan, passed_over, digests)
+    return config, Past(checkpoint, saved, recorded, plan, passed_over, sums, digests)
 
 
 def check_not_ended_early(config: Config, saved: RunState) -> None:
@@ -141,7 +143,7 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     config = with_linear_names(config, source, values, first)
     choice = engine_here(config, past.checkpoint, past.plan, values)
     folder = run_folder(config)
-    lock = claim(folder, config, past.checkpoint, past.digests, rank=accelerator.process_index)
+    lock = claim(folder, config, past.sums, past.digests, rank=accelerator.process_index)
     return Start(
         asked=config,
         config=with_engine(config, choice),

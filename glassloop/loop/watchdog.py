@@ -174,7 +174,7 @@ class Watchdog:
                 self._end(self._message(positions))
             elif self.asked_to_stop() and waited >= self.patience_s and not _at_disk(positions):
                 self._end(
-                    f"rank {self.rank} was asked to end and waits in vain for the others."
+                    f"rank {self.rank} was asked to end, and the others do not answer."
                     f"{self._stuck(positions)} {self._where(positions)}"
                 )
             elif waited >= self.timeout_s:

@@ -18,9 +18,9 @@ class Change:
     Attributes:
         what: the variation as it was typed.
         math: lines that say what changes in the updates themselves; empty where nothing does.
-        execution: lines that say what changes in how they are carried out.
+        execution: lines that say what changes in how they are computed.
         cure: the field that keeps the rows of an update, where they change; None otherwise.
-        refused: why the variation cannot be carried out; then all else is empty.
+        refused: why the variation is impossible; then all else is empty.
     """
 
     what: str
@@ -64,11 +64,11 @@ def change(what: str, asked: StepPlan, other: StepPlan, *, rows_kept_by: str) ->
 def lines_of(one: Change) -> list[str]:
     """A change in one or two lines of text."""
     if one.refused is not None:
-        return [f"{one.what}: cannot be carried out: {one.refused}"]
+        return [f"{one.what}: is impossible: {one.refused}"]
     how = "; ".join(one.execution) or "nothing"
     if not one.math:
         return [
             f"{one.what}: same rows in every update, same lr: the gradient is the same. Only: {how}"
         ]
     cure = f" Keep the rows of an update with {one.cure}" if one.cure else ""
-    return [f"{one.what}: changes the math: {'; '.join(one.math)}.{cure}", f"  carried out: {how}"]
+    return [f"{one.what}: changes the math: {'; '.join(one.math)}.{cure}", f"  computed: {how}"]

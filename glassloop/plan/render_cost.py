@@ -178,7 +178,7 @@ def time_lines(outlook: Outlook) -> list[str]:
     exact = (
         "rows counted"
         if outlook.tokens
-        else "if every row had so many: an upper bound"
+        else "if every row had that many: an upper bound"
         if outlook.row_tokens == outlook.config.data.max_tokens
         else "as given"
     )

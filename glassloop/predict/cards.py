@@ -31,7 +31,7 @@ class Verdict:
         least_gib: the same with one row a pass and as few activations kept as the engine can do
             with.
         cure: fields that make it fit with the same rows an update, where it does not; None
-            where nothing does or nothing is needed.
+            if nothing does or nothing is needed.
         cure_gib: what is needed then.
         faster: fields with which activations are stored, where that fits too and was not asked
             for; None otherwise. faster_gib: what that needs.

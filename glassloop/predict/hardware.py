@@ -99,7 +99,7 @@ class Present:
     total_gib: float
     free_gib: float
     driver: str
-    capability: tuple[int, int] | None  # None where nvidia-smi does not say
+    capability: tuple[int, int] | None  # None if nvidia-smi does not say
 
     @property
     def gpu(self) -> Gpu | None:

@@ -82,7 +82,7 @@ def cgroup_bytes(root: Path = Path("/")) -> Iterator[int]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
-        # In a container the path may be the host's: what of it is not there has no limit to read.
+        # In a container the path may be the host's: a part that is missing has no limit to read.
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
             left = _left(top.joinpath(*parts[:depth]), *names)
@@ -106,7 +106,7 @@ def _left(group: Path, limit: str, usage: str, prefix: str) -> int | None:
 
 
 def _number(file: Path) -> int | None:
-    """The file's number; None where there is none, as for `max`."""
+    """The file's number; None if there is none, as for `max`."""
     try:
         return int(file.read_text(encoding="ascii").strip())
     except (OSError, ValueError):

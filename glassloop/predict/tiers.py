@@ -86,7 +86,7 @@ class Tiers:
 
     Attributes:
         kept: how many layers, from the last one down, keep all that backward needs.
-        host: what of the others waits in page-locked host memory; the embedding does too, unless
+        host: what the others leave in page-locked host memory; the embedding lies there too, unless
             it is "nothing".
         held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit
             ones.
@@ -205,7 +205,7 @@ def slot_bytes_of(size: int) -> int:
 
 
 def room_bytes(one: Sizes, tokens: int, layers: int, host: Host) -> int:
-    """Bytes of the host that the large tensors of so many layers take."""
+    """Bytes of the host that large tensors of these layers take."""
     return layers * slot_bytes_of(away_bytes(one, tokens, host))
 
 

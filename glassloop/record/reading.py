@@ -57,7 +57,7 @@ class RunData:
         probes, machine, rows: of `updates` only; rows in the order in which they were written.
         evaluations: the last of each update.
         events: all, in the order in which they were written.
-        plan, env, config: None where the file is missing.
+        plan, env, config: None if the file is missing.
     """
 
     folder: Path

@@ -30,13 +30,13 @@ class UpdateRecord:
     lr: float  # the learning rate that was applied
     loss_nats: (
         float | None
-    )  # global token mean: sum of loss / N; None where the window has no supervised token
+    )  # global token mean: sum of loss / N; None if the window has no supervised token
     grad_norm_pre_clip: (
         float | None
-    )  # L2 norm of the whole gradient, unscaled, before clipping; None where there is none
+    )  # L2 norm of the whole gradient, unscaled, before clipping; None if there is none
     clip_coef: float | None  # min(1, max_norm / norm); None without clipping or without a step
     action: str  # "applied" | "skipped"
-    reason: str | None  # why it was skipped; None where it was applied
+    reason: str | None  # why it was skipped; None if it was applied
     supervised_tokens: int  # N of the formula, over all ranks
     rank_loss_nats: tuple[
         float | None, ...
@@ -64,7 +64,7 @@ class UpdateRecord:
     # compute_s
     optimizer_s: float = 0.0
     noise_scale_tokens: float | None = (
-        # gradient noise scale, smoothed, in supervised tokens; None where no parts tell (see
+        # gradient noise scale, smoothed, in supervised tokens; None if no parts tell (see
         # noise.py)
         None
     )
@@ -190,7 +190,7 @@ class EvaluationRecord:
     supervised_tokens: int
     scores: dict[
         str, float | None
-    ]  # see evaluation.py for names; None where a score has no rows to stand on
+    ]  # see evaluation.py for names; None if a score has no rows to stand on
     base: dict[str, float | None] | None = None
     seconds: float = 0.0
     attempt: int = 1
@@ -201,14 +201,14 @@ class EvaluationRecord:
 class SampleRecord:
     """An answer that the model generated.
 
-    `prompt` and `expected` are a row's text, and None where record.text keeps it out.
+    `prompt` and `expected` are a row's text, and None if record.text keeps it out.
     """
 
     update: int  # updates done when it was generated
     row_id: str
     base: bool  # True: the model without its adapter
     prompt: str | None
-    expected: str | None  # the row's own answer; None where it has none
+    expected: str | None  # the row's own answer; None if it has none
     answer: str
     answer_tokens: int  # generated tokens, EOS included
     attempt: int = 1

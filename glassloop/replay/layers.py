@@ -47,7 +47,7 @@ class Output:
     module: str
     finite: bool
     input_finite: bool
-    gain: float | None  # rms of output over rms of input; None where that is not finite or 0
+    gain: float | None  # rms of output over rms of input; None if that is not finite or 0
     adapted: bool = False  # a projection with an adapter
     place: int | None = None  # the first place of the pass's first row that is not finite
 

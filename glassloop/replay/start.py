@@ -44,7 +44,7 @@ class Opened:
     scene: Scene
     config: Config
     text: str  # record.text
-    # Loss in nats a token and gradient norm of sound updates; None where none are known.
+    # Loss in nats a token and gradient norm of sound updates; None if none are known.
     usual: tuple[float, float] | None
     usual_from: str  # where these come from, for people
     healthy: Scene | None  # of the healthy capsule, over the same parts

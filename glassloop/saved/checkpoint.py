@@ -51,7 +51,7 @@ class Saved:
     """The result of a save."""
 
     path: Path
-    best: Path | None  # the run's best by held-out loss; None where none was measured
+    best: Path | None  # the run's best by held-out loss; None if none was measured
     removed: tuple[Path, ...]
     notes: tuple[str, ...]  # what could not be tidied up after publication
 

@@ -28,7 +28,7 @@ class Divergence:
     update: int
     why: str
     command: str
-    answer: str | None  # of the bisection; None where none was asked for or it is not there
+    answer: str | None  # of the bisection; None if none was asked for or it is not there
 
 
 def divergences(results: Sequence[CellResult], out: Path) -> list[Divergence]:
@@ -119,7 +119,7 @@ def bisect(
 
 
 def _answer(path: Path) -> str | None:
-    """What a bisection printed; None where none is kept."""
+    """What a bisection printed; None if none is kept."""
     require_plain_folder(path.parent)
     try:
         return read_plain(path).decode("utf-8", "replace")

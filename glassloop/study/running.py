@@ -277,7 +277,7 @@ def first_slot() -> tuple[str, ...]:
 
 
 def _locked(cell: Cell, out: Path) -> int | None:
-    """A descriptor that holds the cell's lock; None where another process does."""
+    """A descriptor that holds the cell's lock; None if another process does."""
     lock = open_plain(_room(out, "locks") / cell.name, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

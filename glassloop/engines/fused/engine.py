@@ -70,7 +70,7 @@ class FusedEngine(nn.Module):
         """Keep every layer whole, or recompute every layer.
 
         `pages`: the base's layers on the host, over which `hf` was built; None: it lies on the
-        device. Raises ValueError naming what of the model is not supported here.
+        device. Raises ValueError naming the part of the model that is not supported.
         """
         super().__init__()
         self.hf, self.report = hf, report

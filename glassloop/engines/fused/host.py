@@ -140,7 +140,7 @@ class HostRoom:
         return found
 
     def _settle(self, most: int) -> None:
-        """Wait until at most so many layers are on their way out.
+        """Wait until at most `most` layers are on their way out.
 
         The computing stream waits, not the host.
         """

@@ -69,7 +69,7 @@ def check_adapter(name: str, module: nn.Module) -> None:
     if not isinstance(dropout, nn.Identity):
         raise ValueError(
             f"execution.engine = fused: lora.dropout = {getattr(dropout, 'p', dropout)} is not "
-            f"carried out: set it to 0, or {CURE}"
+            f"supported: set it to 0, or {CURE}"
         )
     if module.lora_B[active[0]].bias is not None or getattr(module, "use_dora", {}).get(active[0]):  # type: ignore[index, union-attr]
         raise ValueError(

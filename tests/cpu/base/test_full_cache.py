@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from loaded_bases import CPU, load
 from safetensors import SafetensorError
 
-from glassloop.base import cache
+from glassloop.base import host_pages
 from glassloop.base.hashing import base_hash
 from glassloop.base.source import resolve_source
 from glassloop.base.streamed import load_streamed
 from glassloop.config import ModelConfig
+from glassloop.disk import cache
 
 NO_ROOM = r"model\.cache_dir: the cache .* has no room \(File too large\): free space or raise"
 
@@ -60,6 +62,21 @@ def test_a_new_cache_without_room_for_its_tag_is_read_all_the_same(
 ) -> None:
     small_files_only(0)
     assert cache.cache_root(str(tmp_path / "made")).is_dir()
+
+
+def test_a_copy_in_shared_memory_that_finds_no_room_does_not_stay(
+    tmp_path: Path,
+    small_files_only: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_pages, "SHARED_MEMORY", tmp_path)
+    pages = torch.arange(200, dtype=torch.uint8).repeat(1000)
+    small_files_only(1000)
+    with pytest.raises(OSError, match="written"):
+        host_pages.shared_copy(pages, Path("/some/base"))
+    assert list(tmp_path.iterdir()) == []
+    small_files_only(resource.RLIM_INFINITY)
+    assert torch.equal(host_pages.shared_copy(pages, Path("/some/base")), pages)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), SafetensorError("bad header")])

@@ -224,7 +224,7 @@ def test_weights_that_are_not_nf4_and_adapters_with_dropout_are_refused(engine_o
         ValueError, match=r"layer 0 self_attn.q_proj is not in NF4: set model.quantization=nf4"
     ):
         fused_of(engine_of(tiny_llama))
-    with pytest.raises(ValueError, match=r"lora.dropout = 0.1 is not carried out"):
+    with pytest.raises(ValueError, match=r"lora.dropout = 0.1 is not supported"):
         fused_of(
             engine_of(tiny_llama, quantization="nf4", lora=LoraConfig(r=4, alpha=8, dropout=0.1))
         )

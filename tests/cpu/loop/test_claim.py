@@ -21,6 +21,11 @@ def saves(folder: Path) -> None:
     forge(later, "state.json", lambda state: state | {"update": 3, "serial": 9})
 
 
+def saves_again(folder: Path) -> None:
+    """Under the same name, as after a resume from an older one."""
+    forge(folder / "checkpoints/update_000002", "state.json", lambda state: state | {"serial": 9})
+
+
 def rewrites_config(folder: Path) -> None:
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("checkpointing: false", "checkpointing: true"))
@@ -37,6 +42,7 @@ def removes_plan(folder: Path) -> None:
 
 DONE: dict[str, tuple[Callable[[Path], None], str]] = {
     "saves": (saves, "saved another checkpoint"),
+    "saves again": (saves_again, "saved another checkpoint"),
     "rewrites config.yaml": (rewrites_config, "rewrote config.yaml"),
     "rewrites plan.json": (rewrites_plan, "rewrote plan.json"),
     "removes plan.json": (removes_plan, "rewrote plan.json"),
