@@ -208,7 +208,8 @@ def explain(message: str, *, as_json: bool) -> int:
 
     found = look_up(message)
     if as_json:
-        print(json.dumps([{"cause": one.cause, "cure": one.cure} for one in found], indent=1))
+        told = [{"cause": one.cause, "cure": one.cure} for one in found]
+        print(json.dumps({"schema": 1, "found": told}, indent=1))
     elif not found:
         print(
             "nothing is known of this message. GLASSLOOP_TRACEBACK=1 shows where a refusal comes "

@@ -10,7 +10,8 @@ import math
 import resource
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 
@@ -225,19 +226,15 @@ def machine_record(
         name: tuple(None if math.isnan(value) else value for value in values)
         for name, values in zip(FIELDS, zip(*ranks, strict=True), strict=True)
     }
-    told: dict[str, tuple[float | str | None, ...] | None] = {
+    told: dict[str, Any] = {
         f"rank_{name}": values if any(value is not None for value in values) else None
         for name, values in columns.items()
     }
-    if (bits := columns["throttle"]) and told["rank_throttle"] is not None:
+    if told["rank_throttle"] is not None:
         told["rank_throttle"] = tuple(
-            None if one is None else throttle_names(int(one)) for one in bits
+            None if bits is None else throttle_names(int(bits)) for bits in columns["throttle"]
         )
-    return replace(_empty(update, attempt), **told)  # type: ignore[arg-type]
-
-
-def _empty(update: int, attempt: int) -> MachineRecord:
-    return MachineRecord(update, *(None,) * len(FIELDS), attempt=attempt)
+    return MachineRecord(update, **told, attempt=attempt)
 
 
 def host_free_gib() -> float | None:

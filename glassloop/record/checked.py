@@ -63,12 +63,13 @@ OF_MATRICES = (
     "update_to_weight",
     "unmoved_share",
 )
+OF_MODULES = ("modules", "delta_norm")
 OF_MACHINE = tuple(
     field.name for field in dataclasses.fields(MachineRecord) if field.name.startswith("rank_")
 )
 SAME_LENGTH = {  # fields of a kind whose lists have one entry for each of the same things
     UpdateRecord: (OF_RANKS,),
-    ProbeRecord: (OF_MATRICES, ("modules", "delta_norm")),
+    ProbeRecord: (OF_MATRICES, OF_MODULES),
     MachineRecord: (OF_MACHINE,),
 }
 

@@ -19,22 +19,35 @@ KINDS = {"int": int, "float": (int, float), "str": str, "dict": dict}
 class RunState:
     """The state of a run between two updates, in plain JSON types."""
 
-    update: int  # windows that are done, skipped ones included; the next one is update + 1
-    epoch: int  # 0-based pass over the rows that the last window belonged to
+    update: int
+    """Windows that are done, skipped ones included; the next one is update + 1."""
+    epoch: int
+    """0-based pass over the rows that the last window belonged to."""
     world_size: int
-    base_hash: str  # of the frozen base's bytes; another base is refused
-    config: dict[str, Any]  # the whole config
-    versions: dict[str, str] = field(default_factory=dict)  # package -> version
-    attempt: int = 1  # of the updates that this process does, as in their records
-    loss_scale: float = 1.0  # fp16: factor on the next update's loss
-    finite_updates: int = 0  # fp16: finite updates in a row since the factor last changed
-    heldout_loss_nats: float | None = (
-        None  # token mean with these weights; None: unknown, not finite
-    )
-    tracker_ids: dict[str, str] = field(default_factory=dict)  # tracker -> id of its run
-    details: dict[str, Any] = field(default_factory=dict)  # detector windows, passes, memory tiers
-    serial: int = 0  # save_checkpoint counts up: the last one saved has the highest in its folder
+    """Ranks that saved it."""
+    base_hash: str
+    """Of the frozen base's bytes; another base is refused."""
+    config: dict[str, Any]
+    """The whole config."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Version of each package."""
+    attempt: int = 1
+    """Of the updates that this process does, as in their records."""
+    loss_scale: float = 1.0
+    """fp16: the factor on the next update's loss; 1 otherwise."""
+    finite_updates: int = 0
+    """fp16: finite updates in a row since the factor last changed."""
+    heldout_loss_nats: float | None = None
+    """Token mean over held-out rows with these weights. None if it is unknown or not finite."""
+    tracker_ids: dict[str, str] = field(default_factory=dict)
+    """Id of the run in each tracker."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Detector windows, noise scale, windows left out, halvings of passes, memory tiers, the course
+    of held-out loss."""
+    serial: int = 0
+    """Counts up: the checkpoint saved last has the highest in its folder."""
     schema: int = SCHEMA
+    """Version of the file."""
 
 
 def parsed(contents: dict[str, bytes], name: str, parse: Callable[[bytes], Any]) -> Any:

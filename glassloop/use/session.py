@@ -26,6 +26,7 @@ from glassloop.use.trained import Trained
 SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
 
 
+SCHEMA = 1  # of a line of --json
 WIDE = 100  # columns from which answers stand beside each other
 
 
@@ -144,7 +145,7 @@ class Session:
     def show(self, number: int, question: str, replies: dict[str, Reply]) -> None:
         if self.given.json:
             told = {side: dataclasses.asdict(reply) for side, reply in replies.items()}
-            line = {"number": number, "question": question, **told}
+            line = {"schema": SCHEMA, "number": number, "question": question, **told}
             utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
             print(json.dumps(line, ensure_ascii=not utf8), flush=True)
             return

@@ -12,6 +12,7 @@ from typing import Any
 import apart
 import pytest
 from launching import ROOT, environment, run
+from schemas import conform
 
 VERIFY = [sys.executable, "-m", "glassloop.cli", "verify", "--device", "cpu"]
 
@@ -29,7 +30,7 @@ class Verified:
         def refuse(name: str) -> None:
             raise ValueError(f"{name} is not JSON")
 
-        return json.loads(self.stdout, parse_constant=refuse)
+        return conform("verify", json.loads(self.stdout, parse_constant=refuse))
 
 
 def run_verify(*arguments: str, root: Path = ROOT) -> Verified:

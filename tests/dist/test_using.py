@@ -11,6 +11,7 @@ import pytest
 import torch
 from launching import LAUNCH, ROOT, TWO_CPUS, launch
 from launching import run as run_command
+from schemas import conform
 from trained_runs import finished_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,7 +96,7 @@ def test_two_ranks_find_what_one_finds(tmp_path, tiny_llama):
         done = run_command([*start, "glassloop.cli", *words])
         assert done.returncode == 0, done.stderr[-3000:]
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        found.append(json.loads(line))
+        found.append(conform("evaluate", json.loads(line)))
     assert [one["ranks"] for one in found] == [2, 1]
     for side in ("base", "adapter"):
         assert found[0]["counts"][side]["loss_nats"] == pytest.approx(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from schemas import conform
 
 from glassloop.cli.plan import main
 
@@ -19,4 +20,4 @@ def flat(text: str) -> str:
 
 
 def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
-    return json.loads(said(capsys, *words, "--json"))
+    return conform("plan", json.loads(said(capsys, *words, "--json")))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from schemas import conform
 
 from glassloop.cli.__main__ import main
 
@@ -90,4 +91,4 @@ def as_object(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0)
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    return json.loads(output, parse_constant=refuse)
+    return conform("replay", json.loads(output, parse_constant=refuse))

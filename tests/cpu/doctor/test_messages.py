@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import pytest
+from schemas import conform
 
 from glassloop.cli.doctor import check_data, main, shown
 from glassloop.config.arguments import parse
@@ -94,7 +95,9 @@ def test_explain_finds_a_message_in_a_long_traceback(capsys):
     )
     assert "reentran" in capsys.readouterr().out
     assert main(["--explain", "the moon is full", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == []
+    assert conform("doctor-message", json.loads(capsys.readouterr().out))["found"] == []
+    assert main(["--explain", "Expected to mark a variable ready only once", "--json"]) == 0
+    assert conform("doctor-message", json.loads(capsys.readouterr().out))["found"]
 
 
 def test_the_command_ends_with_1_where_there_is_a_problem(here, capsys):
@@ -104,7 +107,7 @@ def test_the_command_ends_with_1_where_there_is_a_problem(here, capsys):
     assert "PROBLEM trackers" in out and out.rstrip().endswith("1 problem")
     assert max(map(len, out.splitlines())) <= 101
     assert main([*words, "tracking.to=null", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = conform("doctor", json.loads(capsys.readouterr().out))
     assert found["problems"] == 0 and found["schema"] == 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from schemas import conform
 from trained_runs import copy_of, signed_anew, write_calls
 from transformers import AutoModelForCausalLM
 
@@ -56,7 +57,7 @@ def found(capsys, *words) -> dict:
     code = main(["evaluate", *map(str, words), "--json"])
     out = capsys.readouterr()
     assert code == 0, out.out + out.err
-    return json.loads(out.out)
+    return conform("evaluate", json.loads(out.out))
 
 
 def plain_loss(run: Path) -> float:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from generating import asked, command
 from rich.console import Console
+from schemas import conform
 from trained_runs import copy_of, finished_run, prompt_of
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -191,9 +192,9 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question": "One?"}) + "\n" + json.dumps("Two?") + "\n")
     code, out, _ = command(capsys, run, "--file", file, "--json", "--max-new-tokens", 4)
-    told = [json.loads(line) for line in out.splitlines()]
+    told = [conform("generate", json.loads(line)) for line in out.splitlines()]
     assert code == 0 and [one["question"] for one in told] == ["One?", "Two?"]
-    assert set(told[0]) == {"number", "question", "base", "adapter"}
+    assert set(told[0]) == {"schema", "number", "question", "base", "adapter"}
     drawn = [
         command(
             capsys,
@@ -222,7 +223,7 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
         stdin=b"One?\n",
         monkeypatch=monkeypatch,
     )
-    assert code == 0 and json.loads(out)["adapter"] == told[0]["adapter"]
+    assert code == 0 and conform("generate", json.loads(out))["adapter"] == told[0]["adapter"]
     code, out, _ = command(capsys, run, "One?", "--max-new-tokens", 4)
     assert code == 0 and "--- base" in out and "--- adapter" in out
 
@@ -266,7 +267,9 @@ def test_ctrl_c_stops_an_answer_and_no_traceback_is_shown(run, capsys, monkeypat
 
 def test_options_may_stand_before_the_question(run, capsys):
     code, out, _ = command(capsys, run, "--json", "One?", "--max-new-tokens", 2, "Two?")
-    assert code == 0 and [json.loads(line)["question"] for line in out.splitlines()] == [
+    assert code == 0 and [
+        conform("generate", json.loads(line))["question"] for line in out.splitlines()
+    ] == [
         "One?",
         "Two?",
     ]
