@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.nn.modules import Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,7 +47,8 @@ def model_of(size: str, layers: int, device: torch.device) -> Any:
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
     for path, module in list(model.named_modules()):
         name = path.rpartition(".")[2]
         if name in PROJECTIONS:
@@ -75,7 +75,7 @@ def quantised(module: torch.nn.Linear, device: torch.device) -> Any:
     drawn = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
     how: dict[str, Any] = dict(quant_type="nf4", compress_statistics=True)
     how["quant_storage"] = torch.bfloat16
-    layer: Any = bnb.nn.Linear4bit(shape[1], shape[0], False, torch.bfloat16, **how)
+    layer: Any = Linear4bit(shape[1], shape[0], False, torch.bfloat16, **how)
     make_weight: Any = Params4bit
     layer.weight = make_weight(drawn, requires_grad=False, module=layer, **how)
     return layer.to(device)
