@@ -1,6 +1,7 @@
 """Long rows on small cards: the longest that trains, tokens/s, GiB of card and host.
 
-    python benchmarks/long_rows.py --cards 8,12,24 --lengths 16384,32768,65536,longest --out FILE
+    python benchmarks/long_rows.py --cards 24,12,8 --lengths 16384,32768,65536,longest
+        --compare 16384 --out FILE
 
 One process, one large card. Before each case torch is told how much of it there is: the card's
 GiB less a CUDA context. So tiers are chosen as on that card, and what does not fit runs out of
@@ -110,7 +111,8 @@ class Bench:
         here = replace(self.engine.tiers, kept=1, host="nothing", held=0)
         self.engine.use_tiers(here)  # gives back what the last case held
         release()
-        tiers = self.engine.choose_tiers(Asked(profile, tokens, tokens, host_bytes, self.base))
+        asked = Asked(profile, tokens, tokens, host_bytes, self.base, longest=tokens)
+        tiers = self.engine.choose_tiers(asked)
         self.engine.host.most_bytes = host_bytes
         self.engine.make_room(tiers, tokens)
         self.engine.use_tiers(tiers)
@@ -176,6 +178,46 @@ def case(
     return line | {"case_s": time.perf_counter() - started}
 
 
+def compared(bench: Bench, tokens: int) -> list[dict[str, Any]]:
+    """One row by every way of long passes: seconds, GiB, and how far its gradient is.
+
+    From the whole pass with everything on the host; its own second turn says what is noise.
+    """
+    found, p, first = [], bench.row(tokens), torch.empty(0)
+    streamed = bench.engine.tiers.streamed
+    for tiers in (
+        Tiers(1, "all", streamed=streamed),
+        Tiers(1, "all", streamed=streamed),
+        Tiers(0, "all", streamed=streamed, chunk=8192),
+        Tiers(0, "attention", streamed=streamed, chunk=8192),
+        Tiers(0, "inputs", streamed=streamed, chunk=8192),
+        Tiers(0, "inputs", streamed=streamed, chunk=2048),
+        Tiers(1, "inputs", streamed=streamed),
+    ):
+        bench.engine.use_tiers(Tiers(1, streamed=streamed))
+        bench.engine.make_room(tiers, tokens)
+        bench.engine.use_tiers(tiers)
+        release()
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(2):
+            started = time.perf_counter()
+            bench.adapters.zero_grad()
+            loss_sum, _ = bench.engine(p)
+            (loss_sum / p.supervised_tokens).backward()
+            grad = bench.adapters.grad.cpu()
+            times.append(time.perf_counter() - started)
+        first = first if len(first) else grad.clone()
+        line: dict[str, Any] = {"tokens": tokens, "tiers": asdict(tiers), "seconds": times}
+        line["loss_nats"] = loss_sum.item() / p.supervised_tokens
+        line["apart"] = float((grad - first).norm() / first.norm())
+        if bench.device.type == "cuda":
+            line["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        found.append(line)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="random:llama-8b")
@@ -186,6 +228,7 @@ def main() -> int:
     parser.add_argument("--host-gib", type=float, help="memory.host_gib; without: auto")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of updates a case, about")
+    parser.add_argument("--compare", type=int, help="tokens of a row that every way computes")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
@@ -209,7 +252,9 @@ def main() -> int:
     started = time.perf_counter()
     bench = Bench(asked.model, asked.r, asked.base, device)
     say(kind="load", seconds=time.perf_counter() - started, notes=bench.pages.notes)
-    for card in map(float, asked.cards.split(",")):
+    for line in [] if asked.compare is None else compared(bench, asked.compare):
+        say(kind="compare", **line)
+    for card in map(float, asked.cards.split(",") if asked.cards else ()):
         bench.shrink(card * 23.5 / 24 - CONTEXT_GIB)
         for length in asked.lengths.split(","):
             tried = [length]

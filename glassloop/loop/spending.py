@@ -11,6 +11,7 @@ import torch
 
 from glassloop.formula.dist import gather_objects
 from glassloop.predict.choice import Asked, Base, describe
+from glassloop.predict.chunks import CHUNKS
 from glassloop.predict.host import host_ledger, spare_bytes
 from glassloop.predict.terms import GIB
 from glassloop.predict.tiers import HOSTS, Tiers, room_bytes
@@ -52,6 +53,7 @@ def spend_memory(run: Run) -> None:
         host_bytes=host_bytes_of(engine, memory.host_gib),
         base=memory.base,
         sharing=ranks_on(run.replica.device),
+        longest=max(len(row) for one in passes for row in one),
     )
     engine.host.most_bytes, notes = asked.host_bytes, []
     while True:
@@ -79,11 +81,13 @@ def agreed_tiers(engine: Any, asked: Asked, before: Mapping[str, Any] | None) ->
     """
     each = gather_objects(engine.choose_tiers(asked))
     away = [one.host for one in each if one.host != "nothing"]
+    chunk = min((one.chunk for one in each if one.chunk), default=0)
     found = Tiers(
-        min(one.kept for one in each),
+        0 if chunk else min(one.kept for one in each),
         min(away, key=HOSTS.index, default="nothing"),
         held=min(one.held for one in each),
         streamed=max(one.streamed for one in each),  # the same bits wherever layers lie
+        chunk=chunk,
     )
     recorded = None if before is None else replace(Tiers.of(before), streamed=found.streamed)
     return found if recorded is None or not recorded.no_more_than(found) else recorded
@@ -163,10 +167,22 @@ def use_tiers(run: Run, tiers: Tiers) -> None:
     run.tiers = asdict(tiers)
 
 
+def smaller_chunk(engine: Any) -> int:
+    """The next smaller number of places that products take at a time; 0: none is smaller.
+
+    A layer that was kept has no slot on the host yet, and none is made in the middle of a run.
+    """
+    tiers = engine.tiers
+    if tiers.host != "nothing" and not tiers.chunk:
+        return 0
+    now = tiers.chunk or engine.host.most_tokens
+    return next((chunk for chunk in CHUNKS if chunk < now), 0)
+
+
 def fewer_kept(run: Run, update: int, why: str) -> bool:
     """Need less GPU memory after a lack of it.
 
-    Hold no weights, keep fewer layers, or stream the base.
+    Hold no weights, keep fewer layers, cut smaller chunks, or stream the base.
 
     Returns False if the least is done, or nothing can be chosen.
     """
@@ -178,6 +194,8 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
         less = replace(tiers, held=0)
     elif tiers.kept > 1:
         less = replace(tiers, kept=max(1, tiers.kept * 3 // 4))
+    elif smaller := smaller_chunk(engine):
+        less = replace(tiers, kept=0, chunk=smaller)
     elif run.config.memory.base == "auto" and can_stream(engine) and tiers.streamed < layers:
         less = replace(tiers, streamed=layers)
     else:

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from glassloop.predict.chunks import (
+    CHUNKS,
+    backward_bytes,
+    before_last_bytes,
+    forward_bytes,
+)
 from glassloop.predict.tiers import (
     AWAY,
     FRAGMENTATION,
     GIB,
+    HOSTS,
     SLOTS,
     SPARE_BYTES,
     Host,
@@ -25,6 +32,9 @@ from glassloop.predict.tiers import (
     live_bytes,
     room_bytes,
 )
+
+LONG_ROW = 8192  # tokens, from which attention is a large part of a layer's time
+How = tuple[Host, int]  # what waits on the host; places of a chunk, 0: all
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Asked:
         host_bytes: of the host, that may be taken for layers' large tensors.
         base: memory.base.
         sharing: ranks on one GPU: each takes its part of what is free.
+        longest: tokens of the longest row; 0: not known.
     """
 
     profile: str | float
@@ -79,6 +90,7 @@ class Asked:
     host_bytes: int
     base: str | int = "auto"
     sharing: int = 1
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,49 +112,110 @@ class Room:
     base: Base | None = None
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """A pass of the layers under choice, and what it may take."""
+
+    asked: Asked
+    room: Room
+    one: Sizes
+    layers: int
+
+    @property
+    def most(self) -> float:
+        """Bytes of the GPU for the pass, and for 4-bit weights where `room.base` is given."""
+        room, profile = self.room, self.asked.profile
+        all_in_all = room.used + room.free
+        budget = all_in_all if profile in ("min", "fill") else int(float(profile) * GIB)
+        return min(budget, all_in_all) * (1 - FRAGMENTATION) - room.used - SPARE_BYTES
+
+    @property
+    def beyond(self) -> int:
+        """Bytes beyond what layers keep, with all places at once.
+
+        A long pass has a larger gradient than the spare bytes cover.
+        """
+        one, tokens = self.one, self.asked.tokens
+        extra = max(0, gradient_bytes(one, tokens) - SPARE_BYTES)
+        return max(live_bytes(one, tokens), self.room.head) + extra
+
+    def needed(self, how: How) -> int:
+        """Bytes of the GPU with one layer at work and what the others left."""
+        (host, chunk), one, tokens, layers = how, self.one, self.asked.tokens, self.layers
+        stays, away = input_bytes(one, tokens), away_bytes(one, tokens, host)
+        if host != "nothing":
+            stays = beside_away_bytes(one, tokens, host)
+        gone = 0 if host == "nothing" else self.room.embedding
+        if not chunk:  # one layer is kept or computed again: its memory is the same
+            # What it left on the host has come back, and that of the next is on its way.
+            return kept_bytes(one, tokens) + away + (layers - 1) * stays + self.beyond - gone
+        work = one, tokens, chunk, host
+        backward = backward_bytes(*work) + gradient_bytes(one, tokens)
+        forward = forward_bytes(*work, self.asked.supervised_tokens)
+        forward = max(forward, before_last_bytes(*work, stays))
+        return layers * stays + 2 * away + max(backward, forward, self.room.head) - gone
+
+    def allowed(self, how: How) -> bool:
+        """True if the host has room, and chunks are smaller than the pass."""
+        host, chunk = how
+        layers = self.layers if chunk else self.layers - 1
+        room = room_bytes(self.one, self.asked.tokens, layers, host)
+        return chunk < self.asked.tokens and room <= self.asked.host_bytes
+
+    def streamed(self, needed: float) -> int:
+        """As few streamed layers as leave room for these bytes, or as many as are asked."""
+        base = self.room.base
+        if base is None:
+            return 0
+        wanted = base.streamed(self.layers)
+        counts = range(self.layers)
+        fewest = (s for s in counts if self.most - base.bytes(self.layers, s) >= needed)
+        return next(fewest, self.layers) if wanted is None else wanted
+
+    def fits(self, how: How) -> bool:
+        needed = self.needed(how)
+        return self.left(self.streamed(needed)) >= needed
+
+    def left(self, streamed: int) -> float:
+        """Bytes beside the 4-bit weights."""
+        base = self.room.base
+        return self.most - (0 if base is None else base.bytes(self.layers, streamed))
+
+    def tiers(self, how: How) -> Tiers:
+        host, chunk = how
+        kept = 0 if chunk else min(1, self.layers)
+        return Tiers(kept, host, streamed=self.streamed(self.needed(how)), chunk=chunk)
+
+
 def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:
     """Tiers for a pass; where not even the smallest fit the budget, the smallest.
 
     `one`, `layers`: a layer, and how many there are.
     """
-    profile, tokens, base = asked.profile, asked.tokens, room.base
-    inputs = layers * input_bytes(one, tokens)
-    budget = room.used + room.free if profile in ("min", "fill") else int(float(profile) * GIB)
-    most = min(budget, room.used + room.free) * (1 - FRAGMENTATION) - room.used - SPARE_BYTES
-    most -= max(live_bytes(one, tokens), room.head)  # beyond what layers keep
-    # A long pass has more beside than the spare bytes cover.
-    most -= max(0, gradient_bytes(one, tokens, asked.supervised_tokens) - SPARE_BYTES)
-    kept_one = kept_bytes(one, tokens)
-    more = kept_one - input_bytes(one, tokens)
-    # One layer is kept or computed again: its memory is the same. What it left on the host has come
-    # back, and that of the next is on its way.
-    least: dict[Host, int] = {
-        host: kept_one + away_bytes(one, tokens, host) - room.embedding for host in AWAY
-    }
-    for host in AWAY:
-        least[host] += (layers - 1) * beside_away_bytes(one, tokens, host)
-    hosts: list[Host] = [
-        host
-        for host in reversed(AWAY)
-        if asked.host_bytes >= room_bytes(one, tokens, layers - 1, host)
-    ]
-    streamed = 0
-    if base is not None:
-        wanted = base.streamed(layers)
-        smallest = min([more + inputs, *(least[host] for host in hosts)])
-        fewest = (s for s in range(layers) if most - base.bytes(layers, s) >= smallest)
-        streamed = next(fewest, layers) if wanted is None else wanted
-        most -= base.bytes(layers, streamed)
-    kept = 0 if profile == "min" else int((most - inputs) // more)
+    at = _Pass(asked, room, one, layers)
+    whole: list[How] = [(host, 0) for host in HOSTS]
+    streamed = at.streamed(min(at.needed(how) for how in whole if at.allowed(how)))
+    inputs, more = input_bytes(one, asked.tokens), kept_bytes(one, asked.tokens)
+    more -= inputs
+    spare = at.left(streamed) - at.beyond - layers * inputs
+    kept = 0 if asked.profile == "min" else int(spare // more)
     if kept >= layers:
-        held = min(layers, int((most - inputs - layers * more) // held_bytes(one)))
+        held = min(layers, int((spare - layers * more) // held_bytes(one)))
         return Tiers(layers, held=0 if streamed else held, streamed=streamed)
+    # From the quickest on: what is computed again costs more than what is copied or cut in chunks.
+    hosts: list[Host] = [*reversed(AWAY), "nothing"]
+    ways: list[How] = [(host, size) for host in hosts for size in (0, *CHUNKS)]
+    options = [how for how in ways if at.allowed(how)]
+    if kept >= 1:
+        # Few layers kept spare less than attention costs that is computed again in all others.
+        spares = asked.longest >= LONG_ROW and 2 * kept < layers
+        options = [how for how in options if spares and how[0] in ("attention", "all")]
+    fitting = [how for how in options if at.fits(how)]
+    if fitting:
+        return at.tiers(fitting[0])
     if kept >= 1:  # their memory is free when the first of the others is computed again
         return Tiers(kept, streamed=streamed)
-    # What is computed again costs more than what is copied: the most that fits, else the least.
-    fitting: list[Host] = [host for host in hosts if least[host] <= most]
-    best: Host = fitting[0] if fitting else hosts[-1] if hosts else "nothing"
-    return Tiers(min(1, layers), best, streamed=streamed)
+    return at.tiers(min(options, key=at.needed))
 
 
 WORDS = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from glassloop.predict import tiers
+from glassloop.predict import chunks, tiers
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.terms import (
     HEAD_CHUNK,
@@ -180,7 +180,7 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
 
     A layer's share is in tiers.py, where the engine's own choice of tiers comes from.
     """
-    a, places, hidden, layers = work.act, work.places, shapes.hidden, shapes.layers
+    a, places, layers = work.act, work.places, shapes.layers
     one, chosen = sizes_of(shapes, work.r, work.targets, a), tiers_of(shapes, work)
     flows, run = ("forward", "logits", "backward"), PHASES[2:]
     recomputed = layers - chosen.kept
@@ -196,6 +196,13 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     middle = whole - away - stays
     at_last = last - stays - away
     computing = (max(middle - stays, at_last), max(middle - last, -away), 0)[min(chosen.kept, 2)]
+    forward = _fused_forward_buffers(shapes, work, one, chosen, stays)
+    backward = tiers.live_bytes(one, places)
+    if 0 < chosen.chunk < places:
+        how = one, places, chosen.chunk, chosen.host
+        before = chunks.before_last_bytes(*how, stays)
+        forward = max(before, chunks.forward_bytes(*how, work.supervised))
+        computing, backward = 0, chunks.backward_bytes(*how)
     return (
         Term("adapters, rounded", (layers - chosen.held) * tiers.shadow_bytes(one), PHASES),
         Term(
@@ -221,24 +228,19 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         Term("large tensors on their way to and from the host", min(2, recomputed) * away, flows),
         Term(
             "forward: buffers of a layer",
-            _fused_forward_buffers(shapes, work, one, chosen, stays),
+            forward,
             ("forward",),
-        ),
-        Term(
-            "output of the last layer",
-            (1 + (chosen.kept == 0)) * a * work.supervised * hidden,
-            ("logits",),
         ),
         Term(
             "logits of a chunk, and supervised places", fused_head_bytes(shapes, work), ("logits",)
         ),
         Term("the layer that is computed again", computing, ("backward",)),
         Term(
-            "backward: gradients of a layer's output and at supervised places",
-            tiers.gradient_bytes(one, places, work.supervised),
+            "backward: gradient of a layer's output",
+            tiers.gradient_bytes(one, places),
             ("backward",),
         ),
-        Term("backward: buffers of a layer", tiers.live_bytes(one, places), ("backward",)),
+        Term("backward: buffers of a layer", backward, ("backward",)),
     )
 
 

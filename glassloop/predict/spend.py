@@ -46,7 +46,13 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
     used, base = resident_bytes(shapes, work), base_of(shapes, work)
     if base is not None:  # counted apart from what is used
         used -= base.bytes(shapes.layers, 0)
-    asked = Asked(work.profile, work.places, work.supervised, host_bytes_of(shapes, work))
+    asked = Asked(
+        work.profile,
+        work.places,
+        work.supervised,
+        host_bytes=host_bytes_of(shapes, work),
+        longest=0 if work.packed else work.tokens,
+    )
     room = Room(
         used,
         budget_bytes - used,

@@ -91,15 +91,19 @@ class Tiers:
         held: how many layers, from the first up, hold their weights in 16 bits beside the 4-bit
             ones.
         streamed: how many layers, from the first up, have their 4-bit weights on the host.
+        chunk: places that a layer's products take at a time, in longer passes; no layer is kept
+            then. 0: all.
     """
 
     kept: int
     host: Host = "nothing"
     held: int = 0
     streamed: int = 0
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         assert self.host in HOSTS, f"host = {self.host!r}, not one of {', '.join(HOSTS)}"
+        assert not (self.chunk and self.kept), "a layer that is kept has all places at once"
 
     @staticmethod
     def of(recorded: Mapping[str, Any]) -> Tiers:
@@ -114,9 +118,9 @@ class Tiers:
         """True if memory that has room for `other` has room for these."""
         if (self.host == "nothing") != (other.host == "nothing"):
             return other.host == "nothing"
-        return (self.kept, self.held) <= (other.kept, other.held) and (
-            HOSTS.index(self.host) <= HOSTS.index(other.host)
-        )
+        most = [(one.chunk or 1 << 62, HOSTS.index(one.host)) for one in (self, other)]
+        less = all(a <= b for a, b in zip(*most, strict=True))
+        return less and (self.kept, self.held) <= (other.kept, other.held)
 
 
 def sizes_of(shapes: Shapes, r: int, targets: Sequence[str], element: int) -> Sizes:
@@ -243,10 +247,9 @@ def live_bytes(one: Sizes, tokens: int) -> int:
     return tokens * one.element * (normed + max(mlp, attention))
 
 
-def gradient_bytes(one: Sizes, tokens: int, places: int) -> int:
-    """Bytes that flow backward: a layer's output, and the end at supervised places, twice."""
-    hidden = one.qkv.columns
-    return one.element * (tokens * (hidden + max(one.o.rank, one.down.rank)) + 2 * places * hidden)
+def gradient_bytes(one: Sizes, tokens: int) -> int:
+    """Bytes that flow backward: the gradient of a layer's output, with room for adapters."""
+    return one.element * tokens * (one.qkv.columns + max(one.o.rank, one.down.rank))
 
 
 def shadow_bytes(one: Sizes) -> int:
@@ -272,4 +275,4 @@ def product_bytes(one: Sizes) -> int:
 
 def head_bytes(vocabulary: int, hidden: int, places: int, element: int) -> int:
     """Most bytes of the loss, for `places` supervised tokens."""
-    return element * (min(HEAD_CHUNK, places) * vocabulary + 5 * places * hidden)
+    return element * (min(HEAD_CHUNK, places) * vocabulary + 2 * places * hidden)

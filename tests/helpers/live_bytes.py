@@ -219,7 +219,17 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
 
 @contextmanager
 def fused_as_on_a_gpu() -> Iterator[None]:
-    from glassloop.engines.fused import attention, engine, heads, host, layer, linear, matrices
+    from glassloop.engines.fused import (
+        attention,
+        attention_groups,
+        chunked,
+        engine,
+        heads,
+        host,
+        layer,
+        linear,
+        matrices,
+    )
     from glassloop.engines.fused.loss import HEAD_CHUNK
 
     def nothing(*_, **__) -> None:
@@ -233,20 +243,28 @@ def fused_as_on_a_gpu() -> Iterator[None]:
             torch.empty(q.shape, dtype=q.dtype), (torch.empty(q.shape[1], q.shape[0]),)
         )
 
-    def attend_back(
-        grad, q, k, v, kept, bounds, by, *, room
-    ):  # torch's flash kernel, which takes the most
+    def of_group(grad, q, k, v, kept, bounds):  # of some heads: they have to be copied
+        copies = grad.contiguous(), kept.out.contiguous()
+        return gradients(copies[0], q, k, v, kept, bounds)
+
+    def gradients(grad, q, k, v, kept, bounds):
         sums = torch.empty(q.shape)
         wide = [torch.empty(q.shape, dtype=q.dtype) for _ in range(2)]
         found = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
         del sums, wide
+        return found
+
+    def attend_back(
+        grad, q, k, v, kept, bounds, by, *, room
+    ):  # torch's flash kernel, which takes the most
+        found = gradients(grad, q, k, v, kept, bounds)
         return torch.empty(len(q), sum(t[0].numel() for t in found) + room, dtype=q.dtype)
 
     def head_loss(hidden, weight, labels, *, wants_grad, **_):
-        losses, grad = torch.empty(len(labels)), torch.empty_like(hidden)
+        losses = torch.empty(len(labels))
         room = hidden.new_empty(min(HEAD_CHUNK, len(labels)), len(weight))
         del room
-        return losses, grad
+        return losses, hidden
 
     copy_out = host.HostRoom.put
 
@@ -277,6 +295,8 @@ def fused_as_on_a_gpu() -> Iterator[None]:
             rotate=nothing,
         ),
         patch.multiple(layer, attention=attend, attention_backward=attend_back),
+        patch.multiple(chunked, attention=attend, swiglu=nothing, swiglu_backward=nothing),
+        patch.multiple(attention_groups, gradients=of_group, rotate=nothing),
         patch.multiple(engine, add_norm=add_norm, norm_backward=nothing, head_loss=head_loss),
         patch.multiple(linear, dequantise=nothing, product_fp32=nothing),
         patch.object(matrices.Moves, "carry_out", nothing),

@@ -200,7 +200,7 @@ def attention_backward(
             both = into[:, : queries + keys]
             rotate(both, by, both, back=True)
         return into
-    dq, dk, dv = _gradients(grad, q, k, v, kept, bounds)
+    dq, dk, dv = gradients(grad, q, k, v, kept, bounds)
     into = q.new_empty(len(q), queries + 2 * keys + room)
     rotate(dq.flatten(1), by, into[:, :queries], back=True)
     rotate(dk.flatten(1), by, into[:, queries : queries + keys], back=True)
@@ -208,7 +208,7 @@ def attention_backward(
     return into
 
 
-def _gradients(
+def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In q, k, v as they are, each in its shape."""

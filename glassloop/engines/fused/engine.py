@@ -16,8 +16,10 @@ from glassloop.base.host_pages import HostPages
 from glassloop.base.packed import Packed
 from glassloop.base.streamed import put_weights
 from glassloop.data.rows import Pass
+from glassloop.engines.fused import chunked
 from glassloop.engines.fused import layer as layers
 from glassloop.engines.fused.building import build_layer, multiplier
+from glassloop.engines.fused.choosing import tiers_for
 from glassloop.engines.fused.host import HostRoom, on_host
 from glassloop.engines.fused.linear import Scratch
 from glassloop.engines.fused.loss import head_loss
@@ -28,14 +30,12 @@ from glassloop.engines.fused.positions import where_of
 from glassloop.engines.fused.stream import LayerStream
 from glassloop.engines.fused.supported import describe_supported
 from glassloop.formula.loss import sums_by_row
-from glassloop.predict.choice import Asked, Base, Room, choose
+from glassloop.predict.choice import Asked
 from glassloop.predict.tiers import (
     SLOTS,
     Tiers,
     away_bytes,
     away_widths,
-    head_bytes,
-    scratch_bytes,
 )
 
 
@@ -46,6 +46,7 @@ class PassState:
     where: Where
     saved: list[Saved]
     tiers: Tiers
+    chunk: int  # places that products take at a time; 0: all
     end: Tensor  # (S, H): the last layer's output, at supervised places
     grad_normed: Tensor  # (S, H): gradient of the loss sum at the last norm's output
 
@@ -167,29 +168,7 @@ class FusedEngine(nn.Module):
 
     def choose_tiers(self, asked: Asked) -> Tiers:
         """Choose tiers by what is free. On a CPU everything is kept."""
-        device, one, count = self.embedding.device, self.layers[0], len(self.layers)
-        weights = None
-        if self.pages is not None and self.pages.mapped is not None:
-            size = self.pages.file.manifest.most_layer_bytes
-            weights = Base(asked.base, size, ranks=self.pages.ranks)
-        if device.type != "cuda":
-            streamed = 0 if weights is None else weights.streamed(count) or 0
-            return Tiers(1 if asked.profile == "min" else count, streamed=streamed)
-        free = torch.cuda.mem_get_info(device)[0] // asked.sharing
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        fixed = scratch_bytes(one.sizes) - self.scratch.bytes
-        if weights is not None:  # counted apart from what is used
-            fixed -= weights.bytes(count, self.tiers.streamed)
-        vocabulary, hidden = self.head.shape
-        places, element = asked.supervised_tokens, self.head.element_size()
-        room = Room(
-            used=torch.cuda.memory_allocated(device) + fixed,
-            free=free - fixed,
-            head=head_bytes(vocabulary, hidden, places, element),
-            embedding=0 if self.embedding_away else self.movable_bytes,
-            base=weights,
-        )
-        return choose(asked, room, one.sizes, count)
+        return tiers_for(self, asked)
 
     @property
     def movable_bytes(self) -> int:
@@ -227,6 +206,7 @@ class FusedEngine(nn.Module):
         x: Tensor = self.embedded(p.input_ids.flatten())  # (T, H)
         y, saved, tiers = None, [], self.tiers
         recomputed = len(self.layers) - tiers.kept
+        chunk = tiers.chunk if len(x) > tiers.chunk else 0
         if training and tiers.host != "nothing":
             widths = away_widths(self.layers[0].sizes, tiers.host)
             self.host.begin(recomputed, len(x), widths, x.dtype)
@@ -238,7 +218,12 @@ class FusedEngine(nn.Module):
             keep = index >= recomputed if training else None
             away = tiers.host if training and index < recomputed else "nothing"
             places = p.places if last else None
-            x, y, kept = layers.forward(one, x, y, where, keep=keep, away=away, places=places)
+            if chunk:
+                x, y, kept = chunked.forward(
+                    one, x, y, where, chunk, training=training, away=away, places=places
+                )
+            else:
+                x, y, kept = layers.forward(one, x, y, where, keep=keep, away=away, places=places)
             if away != "nothing":
                 assert kept is not None
                 kept, large = part(kept)
@@ -247,6 +232,7 @@ class FusedEngine(nn.Module):
             saved.append(kept)
         normed = torch.empty_like(x)  # (S, H): supervised places are all that is left
         end = add_norm(x, y, self.norm, self.of.eps, normed)
+        del x, y
         labels = p.targets.flatten().index_select(0, p.places)  # (S,)
         losses, grad_normed = head_loss(
             normed,
@@ -257,7 +243,9 @@ class FusedEngine(nn.Module):
             cap=self.of.logit_cap,
         )
         owner = p.row_of.flatten().index_select(0, p.places)
-        state = None if grad_normed is None else PassState(where, saved, tiers, end, grad_normed)  # type: ignore[arg-type]
+        state = None
+        if grad_normed is not None:
+            state = PassState(where, saved, tiers, chunk, end, grad_normed)  # type: ignore[arg-type]
         return losses.sum(), sums_by_row(losses, owner, len(p.row_ids)), state
 
     def run_backward(self, state: PassState, grad: Tensor) -> None:
@@ -269,13 +257,9 @@ class FusedEngine(nn.Module):
         out = torch.zeros(
             len(state.end), hidden + room, dtype=state.end.dtype, device=state.end.device
         )
-        norm_backward(
-            state.grad_normed * grad.to(out.dtype),
-            state.end,
-            self.norm,
-            self.of.eps,
-            out[:, :hidden],
-        )
+        slope = state.grad_normed.mul_(grad.to(out.dtype))
+        norm_backward(slope, state.end, self.norm, self.of.eps, out[:, :hidden])
+        del slope, state.end, state.grad_normed  # or they would live as long as the layers
         recomputed = (
             0 if state.tiers.host == "nothing" else len(self.layers) - state.tiers.kept
         )  # layers that left theirs on the host
@@ -288,7 +272,11 @@ class FusedEngine(nn.Module):
                 saved = join(self.layers[index], saved, self.host.take(index))
             if 0 < index <= recomputed:
                 self.host.fetch(index - 1)  # comes while this layer computes
-            out = layers.backward(self.layers[index], out, saved, state.where, first=index == 0)
+            how = self.layers[index], out, saved, state.where
+            if state.chunk:
+                out = chunked.backward(*how, state.chunk, first=index == 0)
+            else:
+                out = layers.backward(*how, first=index == 0)
             self.outward[index].carry_out(add=True)
 
     def refresh(self, training: bool) -> None:

@@ -162,23 +162,30 @@ class Linear:
         """
         torch.mm(grad[:, : self.rows], self.b, out=grad[:, self.rows :])
 
-    def accumulate(self, grad: Tensor, x: Tensor, narrow: Tensor, scratch: Scratch) -> None:
-        """Leave dA and dB in the scratch.
+    def accumulate(
+        self, grad: Tensor, x: Tensor, narrow: Tensor, scratch: Scratch, *, add: bool = False
+    ) -> None:
+        """Leave dA and dB in the scratch, or `add` them to what lies there.
 
         grad: (T, N + R), folded. x: (T, K). narrow: (T, R), as `forward` left it.
         """
         if self.rank:
             grad_a, grad_b = scratch.products(self)
-            product_fp32(grad[:, self.rows :].t(), x, grad_a)
-            product_fp32(grad[:, : self.rows].t(), narrow, grad_b)
+            product_fp32(grad[:, self.rows :].t(), x, grad_a, add=add)
+            product_fp32(grad[:, : self.rows].t(), narrow, grad_b, add=add)
 
     def input_gradient(self, grad: Tensor, weights: Tensor) -> Tensor:
         """(T, K). grad: (T, N + R), folded."""
         return torch.mm(grad, weights[:, : self.columns])
 
 
-def product_fp32(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """left @ right to `out`, accumulated in fp32."""
+def product_fp32(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """left @ right to `out`, accumulated in fp32; or added to it."""
+    if add:
+        one = torch.empty_like(out)
+        product_fp32(left, right, one)
+        out.add_(one)
+        return
     if left.dtype == torch.float32:
         torch.mm(left, right, out=out)
     elif left.is_cuda:

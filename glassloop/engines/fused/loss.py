@@ -64,7 +64,8 @@ def head_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (S,) fp32 of hidden (S, H) under the head (V, H).
 
-    If wanted, also the gradient of their sum in hidden, in its dtype. scale, cap: between the
+    If wanted, also the gradient of their sum in hidden, in its dtype; on a GPU it takes hidden's
+    memory. scale, cap: between the
     head's product and the logits, see formula/loss.py's `bent`.
     """
     if not hidden.is_cuda:
@@ -72,7 +73,7 @@ def head_loss(
             hidden, weight, None, labels, wants_grad=wants_grad, scale=scale, cap=cap
         )
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-    grad = torch.empty_like(hidden) if wants_grad else None
+    grad = hidden if wants_grad else None  # a chunk is not read again once its logits are there
     room = hidden.new_empty(min(HEAD_CHUNK, len(labels)), len(weight))
     for start in range(0, len(labels), HEAD_CHUNK):
         chunk = slice(start, min(start + HEAD_CHUNK, len(labels)))

@@ -62,6 +62,9 @@ def test_loss_and_every_gradient_are_transformers(model_of, name):
         (True, Tiers(0, "attention")),
         (True, Tiers(1, "all")),
         (False, Tiers(1, held=1)),
+        (True, Tiers(0, chunk=7)),
+        (True, Tiers(0, "all", chunk=10)),
+        (False, Tiers(0, "inputs", chunk=16)),
     ):
         engine.use_tiers(tiers)
         found, ours = gradient(engine, adapters, passes(packed=packed))

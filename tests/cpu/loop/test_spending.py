@@ -87,6 +87,8 @@ def test_a_base_that_is_not_locked_takes_nothing_of_the_host():
         ((Tiers(5), Tiers(1, "all")), Tiers(1, "all")),  # a rank that need not goes along
         ((Tiers(1, "attention"), Tiers(1, "all")), Tiers(1, "attention")),
         ((Tiers(1, "all", streamed=4), Tiers(1, "inputs")), Tiers(1, "inputs", streamed=4)),
+        ((Tiers(1, "all"), Tiers(0, "all", chunk=4096)), Tiers(0, "all", chunk=4096)),
+        ((Tiers(0, chunk=8192), Tiers(0, chunk=2048)), Tiers(0, chunk=2048)),
     ],
 )
 def test_the_ranks_agree_on_what_all_have_room_for(monkeypatch, each, agreed):
@@ -104,6 +106,13 @@ def test_the_ranks_agree_on_what_all_have_room_for(monkeypatch, each, agreed):
         ({"kept": 1, "host": True, "held": 0}, Tiers(1, "inputs"), Tiers(1, "inputs")),
         ({"kept": 5, "host": False, "held": 0}, Tiers(1, "all"), Tiers(1, "all")),
         ({"kept": 2, "host": "nothing", "streamed": 7}, Tiers(2), Tiers(2)),
+        ({"kept": 0, "host": "all", "chunk": 4096}, Tiers(1, "all"), Tiers(0, "all", chunk=4096)),
+        ({"kept": 1, "host": "all"}, Tiers(0, "all", chunk=4096), Tiers(0, "all", chunk=4096)),
+        (
+            {"kept": 0, "host": "all", "chunk": 8192},
+            Tiers(0, "all", chunk=4096),
+            Tiers(0, "all", chunk=4096),
+        ),
     ],
 )
 def test_a_resumed_run_keeps_its_tiers_where_they_fit(monkeypatch, before, now, taken):
@@ -158,3 +167,19 @@ def test_a_number_that_the_system_does_not_lock_is_refused(run_on_a_host):
     run.config = run.config.model_copy(update={"memory": memory})
     with pytest.raises(ValueError, match=r"memory\.host_gib: all cannot be locked"):
         spending.spend_memory(run)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "tokens", "smaller"),
+    [
+        (Tiers(1), 9000, 8192),
+        (Tiers(1), 8192, 4096),
+        (Tiers(1), 2048, 0),
+        (Tiers(0, "all", chunk=4096), 90_000, 2048),
+        (Tiers(0, "all", chunk=2048), 90_000, 0),
+        (Tiers(1, "all"), 90_000, 0),  # its kept layer has no slot on the host
+    ],
+)
+def test_a_lack_of_memory_cuts_smaller_pieces(tiers, tokens, smaller):
+    engine = SimpleNamespace(tiers=tiers, host=SimpleNamespace(most_tokens=tokens))
+    assert spending.smaller_chunk(engine) == smaller

@@ -52,6 +52,31 @@ def test_the_host_that_it_takes_is_what_there_is(gib):
     assert ("the base" in named) == (found.tiers.streamed > 0)
 
 
+def test_a_pass_is_cut_only_where_it_does_not_fit_whole():
+    """And in the largest pieces that fit."""
+    budget = budget_bytes(23.5, 1)
+    found = [
+        tiers_of(R1, with_tiers(R1, row_of(replace(WORK, base="gpu"), tokens), budget))
+        for tokens in (2048, 8192, 16_384, 32_768, 65_536, 131_072, 196_608)
+    ]
+    assert [one.chunk for one in found[:4]] == [0] * 4
+    assert found[-1].chunk and not found[-1].kept
+    cut = [one.chunk > 0 for one in found]
+    assert cut == sorted(cut)
+    whole = replace(found[-1], kept=1, chunk=0)
+    one = row_of(WORK, 196_608)
+    assert ledger_of(R1, replace(one, tiers=whole), "fused").peak_bytes > 1.5 * budget
+
+
+def test_a_long_row_on_a_small_card_leaves_all_on_the_host_while_few_layers_could_be_kept():
+    """So attention is not computed again; short rows in a pass as long keep layers instead."""
+    work, budget = replace(WORK, profile="fill", base="gpu"), budget_bytes(23.5, 1)
+    long = tiers_of(R1, with_tiers(R1, row_of(work, 24_576), budget))
+    assert (long.kept, long.host) == (1, "all")
+    many = replace(work, rows=12, tokens=2048)
+    assert tiers_of(R1, with_tiers(R1, many, budget)).host == "nothing"
+
+
 def test_a_pass_that_stays_on_the_card_takes_no_host():
     assert host_of(R1, with_tiers(R1, replace(WORK, profile="fill"), 23 * GIB)).terms == ()
 

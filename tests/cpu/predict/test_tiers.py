@@ -82,6 +82,7 @@ def test_the_engine_counts_a_layer_as_the_plan_does(engine_of, request, family, 
         Tiers(0),
         Tiers(4, held=4),
         *(Tiers(kept, host) for kept in (0, 1) for host in HOSTS[1:]),
+        *(Tiers(0, host, chunk=256) for host in HOSTS),
     ],
     ids=str,
 )

@@ -1,0 +1,40 @@
+"""Tiers of an engine, by what its device has free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from glassloop.predict.choice import Asked, Base, Room, choose
+from glassloop.predict.tiers import Tiers, head_bytes, scratch_bytes
+
+if TYPE_CHECKING:
+    from glassloop.engines.fused.engine import FusedEngine
+
+
+def tiers_for(engine: FusedEngine, asked: Asked) -> Tiers:
+    """Choose tiers by what is free. On a CPU everything is kept."""
+    device, one, count = engine.embedding.device, engine.layers[0], len(engine.layers)
+    weights = None
+    if engine.pages is not None and engine.pages.mapped is not None:
+        size = engine.pages.file.manifest.most_layer_bytes
+        weights = Base(asked.base, size, ranks=engine.pages.ranks)
+    if device.type != "cuda":
+        streamed = 0 if weights is None else weights.streamed(count) or 0
+        return Tiers(1 if asked.profile == "min" else count, streamed=streamed)
+    free = torch.cuda.mem_get_info(device)[0] // asked.sharing
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fixed = scratch_bytes(one.sizes) - engine.scratch.bytes
+    if weights is not None:  # counted apart from what is used
+        fixed -= weights.bytes(count, engine.tiers.streamed)
+    vocabulary, hidden = engine.head.shape
+    places, element = asked.supervised_tokens, engine.head.element_size()
+    room = Room(
+        used=torch.cuda.memory_allocated(device) + fixed,
+        free=free - fixed,
+        head=head_bytes(vocabulary, hidden, places, element),
+        embedding=0 if engine.embedding_away else engine.movable_bytes,
+        base=weights,
+    )
+    return choose(asked, room, one.sizes, count)

@@ -1,0 +1,71 @@
+"""Bytes of a layer of `fused` that works over chunks of places, from shapes alone.
+
+Counted from engines/fused/chunked.py. Legend: see tiers.py; S supervised places, C places of a
+chunk, A columns of attention's output.
+"""
+
+from __future__ import annotations
+
+from glassloop.predict.tiers import Host, Sizes
+
+CHUNKS = (8192, 4096, 2048)  # places, from the quickest to the smallest
+GROUPS = 8  # of heads, at most, whose gradient attention takes at a time
+
+
+def forward_bytes(one: Sizes, tokens: int, chunk: int, host: Host, places: int) -> int:
+    """Most of a layer's forward, beside what all layers have left.
+
+    It is the last layer, or the one before it, for which the last one's share is free yet.
+    """
+    a, hidden = one.element, one.qkv.columns
+    # The input, what came in (its middle may be on its way to the host), attention's output.
+    whole = hidden * ((host != "nothing") + (host != "all")) + one.o.columns
+    lse = 0 if host in ("attention", "all") else 4 * one.heads
+    queries = one.qkv.rows + one.qkv.rank + one.turned
+    always = tokens * (a * whole + lse)
+    return always + max(
+        a * tokens * queries, a * 2 * places * hidden + _forward_chunk(one, min(chunk, places))
+    )
+
+
+def before_last_bytes(one: Sizes, tokens: int, chunk: int, host: Host, stays: int) -> int:
+    """The same of a layer with all places, while the last one has left nothing yet."""
+    return forward_bytes(one, tokens, chunk, host, tokens) - stays
+
+
+def backward_bytes(one: Sizes, tokens: int, chunk: int, host: Host) -> int:
+    """Most of a layer's backward, beside what it left and the gradient that flows."""
+    a = one.element
+    again = host in ("nothing", "inputs")  # attention is computed again
+    queries = a * (one.qkv.rows + one.qkv.rank + one.turned)
+    attended = (a * one.o.columns + 4 * one.heads) if again else 0
+    slope = a * one.o.columns
+    mlp = tokens * (attended + slope + again * queries) + _backward_chunk(one, chunk, host)
+    # A group's: dq in fp32, dk and dv for each query head, copies of two tensors, the gradients.
+    group = (4 + 4 * a) * one.o.columns + a * one.qkv.rows
+    into = a * (one.qkv.rows + one.qkv.rank)
+    attention = tokens * (attended + slope + queries + into) + int(tokens * group * _share(one))
+    return max(mlp, attention)
+
+
+def _share(one: Sizes) -> float:
+    """Part of the heads that a group has; it has whole key heads."""
+    key_heads = (one.qkv.rows - one.o.columns) // 2 * one.heads // one.o.columns
+    return -(-key_heads // GROUPS) / key_heads
+
+
+def _forward_chunk(one: Sizes, chunk: int) -> int:
+    """Attention's output, the middle and its norm, gate and up, their product."""
+    columns = one.o.columns + one.o.rank + 2 * one.qkv.columns + one.gate_up.rank
+    columns += one.qkv.columns * one.after_o
+    return one.element * chunk * (columns + one.gate_up.rows + one.down.columns + one.down.rank)
+
+
+def _backward_chunk(one: Sizes, chunk: int, host: Host) -> int:
+    """The same computed again, and its gradients."""
+    columns = one.qkv.columns + one.gate_up.rank
+    if host != "all":
+        columns += one.o.columns + one.o.rank + one.qkv.columns
+    columns += one.qkv.columns * (one.after_o + one.after_down)
+    columns += one.gate_up.rows + one.gate_up.rank + one.down.columns
+    return one.element * chunk * columns
