@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from glassloop.config.sections import Section
+
+# What a template is given of a conversation.
+TEMPLATE_OWN = ("messages", "tools", "add_generation_prompt", "documents")
 
 
 class Columns(Section):
@@ -107,6 +112,10 @@ class DataConfig(Section):
     """r1: DeepSeek's chat format, reasoning kept. instruct: a plain text form. chat: the
     tokenizer's own. auto: r1 for DeepSeek-R1's tokenizers, else chat; instruct if there is no chat
     template."""
+    template_args: tuple[str, ...] = ()
+    """Arguments of the tokenizer's own chat template, as NAME=VALUE: enable_thinking=false. Also
+    data.template_args.NAME=VALUE, and a mapping in YAML. They become part of the template that is
+    saved."""
     system: str | None = None
     """System prompt put before every row that brings none."""
     system_turn: Literal["keep", "user", "drop"] = "keep"
@@ -136,8 +145,17 @@ class DataConfig(Section):
         except ValueError:
             return value
 
+    @field_validator("template_args", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        """YAML brings a mapping."""
+        if not isinstance(value, Mapping):
+            return value
+        return tuple(f"{name}={json.dumps(one)}" for name, one in value.items())
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        template_values(self.template_args)
         if isinstance(self.heldout, float) and not 0 < self.heldout < 1:
             raise ValueError(
                 f"data.heldout = {self.heldout}: a fraction must lie between 0 and 1 (for example "
@@ -171,3 +189,26 @@ def items_of(text: str) -> Any:
         except yaml.YAMLError:
             return text  # pydantic refuses it, naming the field
     return [] if text in ("null", "[]", "") else text.strip("[]").split(",")
+
+
+def template_values(args: Sequence[str]) -> dict[str, str | bool | int | float | None]:
+    """Arguments by name; a value that is no JSON is text.
+
+    Raises ValueError for one without a name, twice, or of more than one value.
+    """
+    found: dict[str, str | bool | int | float | None] = {}
+    for one in args:
+        name, equals, text = one.partition("=")
+        if not equals or not name.isidentifier() or name in found or name in TEMPLATE_OWN:
+            raise ValueError(
+                f"data.template_args = {one}: write NAME=VALUE, once a name, and none of "
+                f"{', '.join(TEMPLATE_OWN)}"
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if isinstance(value, list | dict):
+            raise ValueError(f"data.template_args.{name} = {text}: give a single value")
+        found[name] = value
+    return found

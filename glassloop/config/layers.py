@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from pydantic import BaseModel
@@ -24,6 +25,16 @@ def check_said_once(given: dict[str, str]) -> None:
             f"schedule.updates = {updates} and schedule.epochs = {epochs} both say how long the "
             "run is: keep one"
         )
+
+
+def with_template_args(argv: Sequence[str]) -> list[str]:
+    """Put words data.template_args.NAME=VALUE together, as the one field that they are."""
+    prefix, kept, found = "data.template_args.", list[str](), list[str]()
+    for word in argv:
+        plain = word.removeprefix("--")
+        single = plain.startswith(prefix) and "=" in plain
+        (found if single else kept).append(plain.removeprefix(prefix) if single else word)
+    return [*kept, f"data.template_args={','.join(found)}"] if found else kept
 
 
 def nested(given: dict[str, str]) -> dict[str, Any]:

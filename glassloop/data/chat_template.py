@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from glassloop.config.data import template_values
 from glassloop.data.bounded import TemplateError, bounded
 from glassloop.data.names import shorten
 from glassloop.data.rows import RowFault, Turn
@@ -47,7 +48,7 @@ SYSTEM_CURE = (
 
 
 def chat_parts(
-    codec: Codec, tokenizer: PreTrainedTokenizerBase
+    codec: Codec, tokenizer: PreTrainedTokenizerBase, arguments: Sequence[str] = ()
 ) -> tuple[Parts, MessageOf, str, tuple[int, ...], bool]:
     """Make the template a function.
 
@@ -55,10 +56,16 @@ def chat_parts(
 
     Reasoning becomes part of the content, in think tags as the row has them or on lines of their
     own, if the template writes that once and whole; else it goes beside the content as
-    `reasoning_content`, if the template writes that. Raises ValueError for a tokenizer without a
-    chat template.
+    `reasoning_content`, if the template writes that.
+
+    Args:
+        arguments: data.template_args. They are set at the beginning of the jinja source, so that
+            whoever renders the saved template gets the prompts of training.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it does not read an argument.
     """
-    source = _source(tokenizer)
+    source = _with_arguments(_source(tokenizer), arguments)
     skeletons: dict[str, str] = {}
 
     def render(
@@ -173,6 +180,19 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
         lambda match: repr(TODAY.strftime(match.group(2))),
         source,
     )
+
+
+def _with_arguments(source: str, arguments: Sequence[str]) -> str:
+    """The template with its arguments set."""
+    found = []
+    for name, value in template_values(arguments).items():
+        if not re.search(rf"\b{name}\b", source):
+            raise ValueError(
+                f"data.template_args.{name}: the tokenizer's chat template reads no such argument; "
+                "leave it out"
+            )
+        found.append(f"{{% set {name} = {json.dumps(value)} %}}")
+    return "".join(found).replace("= null %", "= none %") + source
 
 
 def _render(

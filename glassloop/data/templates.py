@@ -155,8 +155,13 @@ def make_template(
     )
     codec = make_codec(tokenizer, data.answer_tokens)
     name, why = template_for(tokenizer, codec) if data.template == "auto" else (data.template, "")
+    if data.template_args and name != "chat":
+        raise ValueError(
+            f"data.template_args = {', '.join(data.template_args)}: they are for the tokenizer's "
+            f"own template, and data.template is {name}; leave them out or set data.template=chat"
+        )
     if name == "chat":
-        parts, message, source, stop_ids, tools = chat_parts(codec, tokenizer)
+        parts, message, source, stop_ids, tools = chat_parts(codec, tokenizer, data.template_args)
         template = Template(
             "chat", codec, parts, message, False, data.labels, source, stop_ids, writes_tools=tools
         )
