@@ -156,7 +156,9 @@ def outside_of_decoder(hf: PreTrainedModel, targets: tuple[str, ...]) -> str | N
 
 
 def reach_note(model: nn.Module, head: nn.Module | None) -> str:
-    """Count linear weights without an adapter, by the layers' names; empty if all have one.
+    """Count linear weights without an adapter, by the layers' names.
+
+    Empty if all have one.
 
     Experts that lie in one tensor a layer count as linear weights.
     """

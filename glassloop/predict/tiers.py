@@ -103,7 +103,10 @@ class Tiers:
 
     @staticmethod
     def of(recorded: Mapping[str, Any]) -> Tiers:
-        """Tiers as a checkpoint has them; before 0.2 `host` was true or false."""
+        """Tiers as a checkpoint has them.
+
+        Before 0.2 `host` was true or false.
+        """
         known = {one.name for one in fields(Tiers)}
         found = {name: value for name, value in recorded.items() if name in known}
         if isinstance(found["host"], bool):
@@ -244,7 +247,10 @@ def live_bytes(one: Sizes, tokens: int) -> int:
 
 
 def gradient_bytes(one: Sizes, tokens: int, places: int) -> int:
-    """Bytes that flow backward: a layer's output, and the end at supervised places, twice."""
+    """Bytes that flow backward.
+
+    A layer's output, and the end at supervised places, twice.
+    """
     hidden = one.qkv.columns
     return one.element * (tokens * (hidden + max(one.o.rank, one.down.rank)) + 2 * places * hidden)
 
