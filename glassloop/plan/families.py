@@ -87,7 +87,10 @@ def rope_sets(f: Fields) -> dict[str, Mapping[str, Any]]:
 
 
 def longest_of(f: Fields) -> int | None:
-    """Tokens of a row up to which the frequencies stay; None: of any row."""
+    """Tokens of a row up to which the frequencies stay.
+
+    None: of any row.
+    """
     found = []
     for one in rope_sets(f).values():
         if one.get("rope_type", one.get("type")) == "longrope":
@@ -286,7 +289,10 @@ MULTIMODAL = {"gemma3": "gemma3_text"}
 
 
 def text_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The decoder's part of a config; `values` themselves for a model for text alone."""
+    """The decoder's part of a config.
+
+    `values` themselves for a model of text alone.
+    """
     kind = MULTIMODAL.get(str(values.get("model_type")))
     if kind is None:
         return values
