@@ -28,7 +28,7 @@ LOGIT_FACTORS = {
 
 
 def logit_factors(config: Any) -> tuple[float, float | None]:
-    """Scale and cap between the head's product and the logits, of a config.
+    """Scale and cap between head and logits, of a config.
 
     Logits are scale * product; with a cap, cap * tanh(scale * product / cap).
     """

@@ -122,7 +122,7 @@ class HostPages:
         return None
 
     def blob(self, index: int) -> Tensor:
-        """(bytes,) uint8 on the CPU or a card: a layer's blob, to be copied."""
+        """A layer's blob to copy: (bytes,) uint8, on CPU or card."""
         if index in self.peers:
             return self.peers[index]
         return self._part(self.memory, index)

@@ -65,7 +65,10 @@ def read_model(
 
 
 def attention_for(asked: str, config: Any) -> str:
-    """model.attention, but eager for sdpa if the model caps its scores: sdpa has no cap."""
+    """The attention that transformers uses for model.attention.
+
+    Eager for sdpa if the model caps its scores, because sdpa has no cap.
+    """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if asked == "sdpa" and capped else asked
 

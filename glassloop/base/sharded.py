@@ -1,4 +1,6 @@
-"""Layers of the base spread over the cards of a host, each read by all ranks.
+"""Layers of the base, spread over the cards of a host.
+
+All ranks read each of them.
 
 A rank keeps every n-th layer on its card and opens the others' memory through CUDA's interprocess
 handles, as torch shares tensors between processes. A copy from another card is then one of the copy
@@ -69,7 +71,7 @@ def layers_of(pages: HostPages, part: Tensor, rank: int, ranks: int) -> dict[int
 
 
 def _refused(device: torch.device, places: Sequence[tuple[str, str, int | None]]) -> str:
-    """Why these ranks cannot read each other's cards, as this one sees it; empty if they can."""
+    """Why this rank cannot read the others' cards; empty if it can."""
     if len(places) < 2:
         return "it needs two ranks or more"
     if len({host for host, _, _ in places}) > 1:

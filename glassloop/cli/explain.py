@@ -1,4 +1,4 @@
-"""Explain a field of the config or of a record: meaning, unit, source."""
+"""Explain a field of config or record: meaning, unit, source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ update the last one counts."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the command. Returns 0, or 2 for a name that is no field."""
+    """Run the command.
+
+    Returns 0, or 2 for a name that is no field.
+    """
     own = argparse.ArgumentParser(
         prog="glassloop explain",
         description="Explain a field of the config (optimizer.lr) or of a record "

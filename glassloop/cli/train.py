@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> int:
     from glassloop.predict.hardware import card_here
 
     if not argv or {"-h", "--help"} & set(argv):
-        print(EXPLAINED.replace("{presets}", ", ".join(PRESETS)))
+        names = textwrap.wrap(", ".join(PRESETS), 60)
+        print(EXPLAINED.replace("{presets}", f"\n{' ' * 19}".join(names)))
         if argv:
             print("\nAll settings:\n")
             parse(["--help"], prog="glassloop train")

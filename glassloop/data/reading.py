@@ -142,11 +142,15 @@ def _make(
     """Make the rows in a process of its own."""
     size = sum(path.stat().st_size for found in files.values() for path in found.paths)
     print(f"tokenising {size / 2**20:,.0f} MiB of rows once; later runs map them", file=sys.stderr)
+
+    def refused(cache: Path, error: OSError) -> _NotKept:
+        return _NotKept(f"{cache} cannot be written ({error.strerror})")
+
     try:
-        with published(folder) as temporary:
+        with published(folder, refused) as temporary:
             ordered(Order(config.data, config.seed, files, tokenizer, temporary, key, TEXTS))
     except OSError as error:
-        raise _NotKept(f"{folder.parent} cannot be written ({error.strerror})") from error
+        raise refused(folder.parent, error) from error
 
 
 def ordered(order: Order) -> None:

@@ -61,7 +61,7 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
 
 @contextmanager
 def published(
-    folder: Path, unwritable: Callable[[Path, OSError], ValueError] = _unwritable
+    folder: Path, unwritable: Callable[[Path, OSError], Exception] = _unwritable
 ) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` when the block ends.
 

@@ -129,7 +129,9 @@ def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
 
 
 def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
-    """Last parts of the names of the decoder's linear layers, in the model's order.
+    """Last parts of the names of the decoder's linear layers.
+
+    In the model's order.
 
     Neither the head nor a part for images or sound has any.
     """
@@ -143,7 +145,7 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
 
 
 def outside_of_decoder(hf: PreTrainedModel, targets: tuple[str, ...]) -> str | None:
-    """Pattern of names outside the decoder, if a target is there too; else None.
+    """Pattern of names outside the decoder; None without a target there.
 
     A model for images has layers of the same names, which no row of text reaches.
     """
@@ -156,7 +158,9 @@ def outside_of_decoder(hf: PreTrainedModel, targets: tuple[str, ...]) -> str | N
 
 
 def reach_note(model: nn.Module, head: nn.Module | None) -> str:
-    """Count linear weights without an adapter, by the layers' names; empty if all have one.
+    """Count linear weights without an adapter, by the layers' names.
+
+    Empty if all have one.
 
     Experts that lie in one tensor a layer count as linear weights.
     """

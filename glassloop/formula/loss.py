@@ -18,7 +18,7 @@ CHUNK_TOKENS = 512
 
 
 def bent(products: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | float]:
-    """Logits of the head's products, and the slope of the one in the other.
+    """Logits of the head's products, and their slope.
 
     Logits are scale * product, or cap * tanh(scale * product / cap) with a cap.
     """

@@ -148,7 +148,9 @@ def in_words(account: dict[str, Any]) -> str:
 
 
 def leave_evidence(run: Run, window: Window, short: Collection[int]) -> None:
-    """Write what each rank's allocator saw, and tell it. All ranks take part.
+    """Write what each rank's allocator saw, and say so.
+
+    All ranks take part.
 
     Call it before the run reacts. Nothing without a GPU.
 

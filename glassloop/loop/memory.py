@@ -108,7 +108,9 @@ def choose_pass_tokens(
 
 
 def longest_here(run: Run) -> int | None:
-    """Tokens of the longest row that `fused` has room for on this rank's card, predicted.
+    """Predicted tokens of the longest row that fits this card.
+
+    Under `fused`.
 
     None for another engine or device, and for unknown shapes.
     """

@@ -1,4 +1,7 @@
-"""Memory tiers of a run on `fused`: chosen at its start, lowered when memory runs out."""
+"""Memory tiers of a run on `fused`.
+
+They are chosen at its start and lowered when memory runs out.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,9 @@ def agreed_tiers(engine: Any, asked: Asked, before: Mapping[str, Any] | None) ->
 
 
 def host_bytes_of(engine: Any, asked: str | float) -> int:
-    """Bytes of the host that a rank may take for activations, equal on all ranks.
+    """Host bytes that a rank may take for activations.
+
+    Equal on all ranks.
 
     auto: what this host has to spare, shared by its ranks, beside what the base and the embedding
     take there. All take part. Raises ValueError naming memory.host_gib where that is unknown.
@@ -109,7 +114,10 @@ def host_bytes_of(engine: Any, asked: str | float) -> int:
 
 
 def base_bytes_of(engine: Any) -> int:
-    """Bytes of the base's file whose pages are locked here; they count as available."""
+    """Bytes of the base's file whose pages are locked here.
+
+    They count as available.
+    """
     pages = engine.pages
     return 0 if pages is None or pages.mapped is None else pages.file.manifest.nbytes
 
@@ -130,7 +138,7 @@ def room_refused(engine: Any, tiers: Tiers, tokens: int) -> str:
 
 
 def host_lines(engine: Any) -> list[str]:
-    """A line on the host memory that this rank locks; none without any."""
+    """A line on the host memory that this rank locks, if any."""
     if engine.embedding.device.type != "cuda":
         return []
     away = engine.movable_bytes if engine.embedding_away else 0

@@ -17,7 +17,10 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 def groups(
     qkv: tuple[str, ...] = QKV, gate_up: tuple[str, ...] = GATE_UP
 ) -> dict[str, tuple[str, ...]]:
-    """Linear layers by the input that they share; a joined one stands alone."""
+    """Linear layers by the input that they share.
+
+    A joined one stands alone.
+    """
     return {
         "qkv": qkv,
         "o": ("self_attn.o_proj",),
@@ -41,7 +44,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Norms:
-    """Names of a layer's RMS norms over H; None: there is none at that place."""
+    """Names of a layer's RMS norms over H; None for none there."""
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None

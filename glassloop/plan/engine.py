@@ -77,7 +77,7 @@ def in_words(config: Config, choice: Choice) -> str:
 
 
 def planned_engine(config: Config) -> tuple[Config, str]:
-    """The config with CUDA's engine and its targets, and that choice in words.
+    """The config with CUDA's engine and targets, and why.
 
     Raises ValueError for fields that the chosen engine does not use.
     """

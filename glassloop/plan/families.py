@@ -37,7 +37,7 @@ JOINED_GATE_UP = ("mlp.gate_up_proj",)
 
 
 class Unsupported(ValueError):
-    """A setting of a model's config that `fused` does not support, as a sentence."""
+    """A model's setting that `fused` does not support, as a sentence."""
 
 
 class Fields:
@@ -52,7 +52,10 @@ class Fields:
         return self.values.get(name, absent)
 
     def one_of(self, name: str, *known: Any) -> Any:
-        """A field's value, by default the first known one. Raises Unsupported for another."""
+        """A field's value, by default the first known one.
+
+        Raises Unsupported for another.
+        """
         value = self.get(name, known[0])
         if value not in known:
             names = ", ".join(map(repr, known))
@@ -64,7 +67,10 @@ class Fields:
 
 
 def rope_sets(f: Fields) -> dict[str, Mapping[str, Any]]:
-    """Rotary parameters by name; one set has the name "". Raises Unsupported for another kind."""
+    """Rotary parameters by name; one set has the name "".
+
+    Raises Unsupported for another kind.
+    """
     found = f.get("rope_parameters") or f.get("rope_scaling") or {}
     f.get("rope_scaling")
     nested = {name: one for name, one in found.items() if isinstance(one, Mapping)}
@@ -81,7 +87,10 @@ def rope_sets(f: Fields) -> dict[str, Mapping[str, Any]]:
 
 
 def longest_of(f: Fields) -> int | None:
-    """Tokens of a row up to which the frequencies stay; None: of any row."""
+    """Tokens of a row up to which the frequencies stay.
+
+    None: of any row.
+    """
     found = []
     for one in rope_sets(f).values():
         if one.get("rope_type", one.get("type")) == "longrope":
@@ -93,7 +102,10 @@ def longest_of(f: Fields) -> int | None:
 
 
 def rotary_share(f: Fields, *, free: bool) -> float:
-    """Part of a head that carries positions; other than 1 only for families with such code."""
+    """Part of a head that carries positions.
+
+    Other than 1 only for families with such code.
+    """
     share = f.get("partial_rotary_factor")
     share = next(iter(rope_sets(f).values())).get("partial_rotary_factor", share)
     if share not in (None, 1) and not free:
@@ -105,7 +117,10 @@ def rotary_share(f: Fields, *, free: bool) -> float:
 
 
 def kinds_of(f: Fields, window: int | None) -> tuple[Kind, ...]:
-    """Kinds of the layers by `layer_types`, each with the frequencies of its own type."""
+    """Kinds of the layers by `layer_types`.
+
+    Each has the frequencies of its own type.
+    """
     types = f.get("layer_types") or ["full_attention"] * int(f.get("num_hidden_layers") or 1)
     known = ("full_attention", "sliding_attention")
     if unknown := set(types) - set(known):
@@ -274,7 +289,10 @@ MULTIMODAL = {"gemma3": "gemma3_text"}
 
 
 def text_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The decoder's part of a config; `values` themselves for a model for text alone."""
+    """The decoder's part of a config.
+
+    `values` themselves for a model of text alone.
+    """
     kind = MULTIMODAL.get(str(values.get("model_type")))
     if kind is None:
         return values

@@ -114,7 +114,7 @@ def _judgement(one: Verdict, outlook: Outlook) -> str:
 
 
 def row_lines(outlook: Outlook) -> list[str]:
-    """The longest row of each card; empty for an engine that does not say."""
+    """The longest row of each card; empty if the engine is silent."""
     config, work = outlook.config, outlook.work
     known = [one for one in outlook.verdicts if one.longest_tokens is not None]
     if not known or work is None:

@@ -1,4 +1,4 @@
-"""Models that `fused` supports, judged by plain values before a weight is read.
+"""Models that `fused` supports, judged before a weight is read.
 
 The engine refuses by the same functions (engines/fused/supported.py), and `execution.engine=auto`
 chooses by them (engine.py). What it supports of a run's config is in config/support.py.
@@ -23,7 +23,9 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 
 def description_of(values: Mapping[str, Any]) -> Described:
-    """Describe a model. Raises Unsupported naming the first setting that is not supported.
+    """Describe a model.
+
+    Raises Unsupported naming the first setting that is not supported.
 
     Args:
         values: of config.json, or `fields_of` the loaded config; an absent field is ordinary.
@@ -48,7 +50,7 @@ def description_of(values: Mapping[str, Any]) -> Described:
 
 
 def unsupported(values: Mapping[str, Any]) -> str | None:
-    """Return the first model setting that `fused` does not support, as a sentence.
+    """The first model setting that `fused` does not support, in words.
 
     None if it supports all.
     """
@@ -65,12 +67,15 @@ def longest_row(values: Mapping[str, Any]) -> int | None:
 
 
 def groups_of(values: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
-    """Linear layers of a decoder layer by group. Raises Unsupported as `description_of` does."""
+    """Linear layers of a decoder layer by group.
+
+    Raises Unsupported as `description_of` does.
+    """
     return description_of(values).groups
 
 
 def check_fields(values: Mapping[str, Any], declared: frozenset[str]) -> None:
-    """Raise Unsupported for a field that is set, and that no description reads.
+    """Raise Unsupported for a set field that no description reads.
 
     Args:
         declared: fields of transformers' config class. Others of a config.json have no effect.

@@ -8,12 +8,15 @@ from glassloop.config import ALL_LINEAR, PROJECTIONS, Config
 
 
 def needs_names(config: Config, names: Collection[str]) -> bool:
-    """True if the default lora.targets name layers that a model with `names` lacks."""
+    """True if the default lora.targets name layers that are missing.
+
+    `names`: the model's.
+    """
     return "targets" not in config.lora.model_fields_set and not set(PROJECTIONS) <= set(names)
 
 
 def with_targets(config: Config, names: Collection[str]) -> Config:
-    """Take every linear layer where the default would name some that the model lacks.
+    """Take every linear layer if the default names missing ones.
 
     `names`: last parts of the names of the model's linear layers.
     """
@@ -24,7 +27,7 @@ def with_targets(config: Config, names: Collection[str]) -> Config:
 
 
 def reach_in_words(without: int, total: int, names: Collection[str]) -> str:
-    """Say how many linear weights have no adapter; empty if all have one."""
+    """Count linear weights without an adapter; empty if there are none."""
     if not without:
         return ""
     share = f"{without:,} of {total:,} linear weights ({without / total:.0%})"

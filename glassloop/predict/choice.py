@@ -188,7 +188,7 @@ class _Pass:
 
 
 def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:
-    """Tiers for a pass; where not even the smallest fit the budget, the smallest.
+    """Tiers for a pass, the smallest if none fits the budget.
 
     `one`, `layers`: a layer, and how many there are.
     """
@@ -227,7 +227,9 @@ WORDS = {
 
 
 def describe(tiers: Tiers, layers: int, *, sharded: bool = False) -> str:
-    """Tiers in words, such as "12 of 32 layers kept, inputs of the others on the GPU".
+    """Tiers in words.
+
+    Such as "12 of 32 layers kept, inputs of the others on the GPU".
 
     `sharded`: layers stream from the ranks' cards.
     """

@@ -1,4 +1,4 @@
-"""Host memory: what a machine has to spare, and what a run locks of it.
+"""Host memory that a machine can spare, and a run locks.
 
 Locked pages cannot be swapped, so a run takes what the system calls available and no cgroup denies,
 less a reserve. NVIDIA's driver locks pages itself and does not ask `ulimit -l`: whether it locks
@@ -35,7 +35,10 @@ class HostLedger:
 
 
 def host_ledger(embedding: int, activations: int, base: int) -> HostLedger:
-    """Bytes that one rank locks; the base's are shared by all ranks of a host."""
+    """Bytes that one rank locks.
+
+    All ranks of a host share the base's.
+    """
     terms = (
         Term("activations", activations, ("forward", "backward")),
         Term("embedding", embedding, PHASES),
@@ -68,7 +71,10 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def cgroup_bytes(root: Path = Path("/")) -> Iterator[int]:
-    """Bytes that each cgroup of this process still allows, page cache counted as free."""
+    """Bytes that each cgroup of this process still allows.
+
+    Page cache counts as free.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

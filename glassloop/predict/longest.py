@@ -17,7 +17,7 @@ MOST = 1 << 22  # tokens that are tried
 
 @dataclass(frozen=True)
 class Longest:
-    """A length, how it is computed, and the host memory that it takes."""
+    """A length, its computation, and the host memory it takes."""
 
     tokens: int  # 0: not even STEP of them fit
     tiers: Tiers
@@ -25,7 +25,9 @@ class Longest:
 
 
 def longest_row(shapes: Shapes, work: Work, budget_bytes: int) -> Longest:
-    """Find the longest row that fits a GPU's bytes, with every token supervised.
+    """Find the longest row that fits a GPU's bytes.
+
+    Every token is supervised.
 
     Profile, adapters and host memory are those of `work`.
     """
@@ -56,7 +58,10 @@ def fits(shapes: Shapes, work: Work, budget_bytes: int) -> bool:
 
 
 def host_of(shapes: Shapes, work: Work) -> HostLedger:
-    """Host memory that work with tiers locks; a base that stays on the card is not counted."""
+    """Host memory that work with tiers locks.
+
+    A base that stays on the card does not count.
+    """
     chosen = tiers_of(shapes, work)
     one = sizes_of(shapes, work.r, work.targets, work.act)
     away = chosen.host != "nothing"

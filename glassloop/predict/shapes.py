@@ -280,7 +280,10 @@ def _experts(values: dict[str, Any]) -> str:
 
 
 def _biased(values: dict[str, Any]) -> tuple[str, ...]:
-    """Projections with a bias; a field that config.json lacks has its family's default."""
+    """Projections with a bias.
+
+    A field that config.json lacks has its family's default.
+    """
     kind, qkv = values["model_type"], ("q_proj", "k_proj", "v_proj")
     found: tuple[str, ...] = ()
     if values.get("attention_bias", kind in ("qwen2", "glm4", "seed_oss")):

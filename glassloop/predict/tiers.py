@@ -107,7 +107,10 @@ class Tiers:
 
     @staticmethod
     def of(recorded: Mapping[str, Any]) -> Tiers:
-        """Tiers as a checkpoint has them; before 0.2 `host` was true or false."""
+        """Tiers as a checkpoint has them.
+
+        Before 0.2 `host` was true or false.
+        """
         known = {one.name for one in fields(Tiers)}
         found = {name: value for name, value in recorded.items() if name in known}
         if isinstance(found["host"], bool):

@@ -12,7 +12,7 @@ JOINED = {  # names of projections that lie in one matrix
 
 @dataclass(frozen=True)
 class Traits:
-    """How a family's decoder layer differs from Llama's, as far as sizes go.
+    """Sizes in which a family's decoder layer differs from Llama's.
 
     Attributes:
         norms: RMS norms of hidden size in a layer.

@@ -103,7 +103,7 @@ def _is_text(value: ast.expr) -> bool:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """A docstring without the sentence that begins with None, and that sentence's rest."""
+    """A docstring without its sentence on None, and that sentence."""
     sentences = re.split(r"(?<=[.;])\s+(?=None )", text)
     when = next((one for one in sentences[1:]), "")
     return sentences[0], when.removeprefix("None ").rstrip(".")
@@ -118,7 +118,7 @@ def _type_in_words(kind: str) -> str:
 
 
 def _layout(name: str, kind: str, text: str) -> str:
-    """What a list has one entry of, or which ranks a number stands for."""
+    """The unit of a list's entries, or the ranks of a number."""
     if kind.startswith("tuple") and name.startswith("rank_"):
         return "one a rank"
     if name in OF_MATRICES:

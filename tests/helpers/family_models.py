@@ -1,4 +1,7 @@
-"""Small odd models of every family that `fused` supports, with drawn weights and adapters."""
+"""Small odd models of every family that `fused` supports.
+
+Weights and adapters are drawn.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,10 @@ def rows_of(lengths: tuple[int, ...]) -> list[Row]:
 
 
 def drawn(model: torch.nn.Module) -> torch.nn.Module:
-    """Give norms and biases random values too: ones and zeros would hide that they are lost."""
+    """Give norms and biases random values too.
+
+    Ones and zeros would hide that they are lost.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             centre = 1.0 if name.endswith("norm.weight") else 0.0
@@ -142,7 +148,10 @@ def drawn(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def saved_model(name: str, folder: Path, tokenizer: Any) -> tuple[Path, LoraConfig]:
-    """Save a model of MODELS; every linear layer but the head has an adapter."""
+    """Save a model of MODELS.
+
+    Every linear layer but the head has an adapter.
+    """
     kind, own = MODELS[name]
     torch.manual_seed(0)
     model = drawn(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | own)))

@@ -1,4 +1,4 @@
-"""Bytes of a pass of the fused engine, phase by phase, against the plan's ledger."""
+"""Bytes of a fused pass, by phase, against the plan's ledger."""
 
 from __future__ import annotations
 

@@ -30,14 +30,17 @@ def schema_of(name: str) -> dict[str, Any]:
 
 
 def conform(name: str, value: Any) -> Any:
-    """Return the value; AssertionError names the place at which it breaks the schema."""
+    """Return the value.
+
+    AssertionError names the place at which it breaks the schema.
+    """
     complaint = broken(value, schema_of(name), name)
     assert complaint is None, complaint
     return value
 
 
 def broken(value: Any, schema: dict[str, Any], where: str) -> str | None:
-    """The first place at which `value` breaks `schema`; None if it does not.
+    """The first place at which `value` breaks `schema`, or None.
 
     Understands the part of JSON Schema that docs/schemas uses.
     """

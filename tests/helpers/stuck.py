@@ -1,4 +1,6 @@
-"""Two gloo ranks that are made to disagree, each under a watchdog that waits 2 seconds.
+"""Two gloo ranks that are made to disagree.
+
+Each has a watchdog that waits 2 seconds.
 
 `accelerate launch stuck.py FOLDER CASE`; CASE is what rank 1 does in place of the sum of gradients.
 """

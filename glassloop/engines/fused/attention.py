@@ -280,7 +280,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tens
 
 
 def attention_of_row(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-    """(length, heads, D) of q (length, heads, D) and k, v (length, key heads, D)."""
+    """Attention (length, heads, D) of one row.
+
+    Of q (length, heads, D) and k, v (length, key heads, D).
+    """
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))
     if scores.cap is not None:
         return capped(q, k, v, scores)
@@ -294,7 +297,10 @@ def attention_of_row(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 
 
 def visible(first: int, end: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) bool: True where a query, from `first` to `end`, sees a key."""
+    """Mask (queries, keys) bool: True where a query sees a key.
+
+    Queries go from `first` to `end`.
+    """
     query = torch.arange(first, end, device=device).unsqueeze(1)
     key = torch.arange(keys, device=device).unsqueeze(0)
     seen = key <= query
@@ -302,7 +308,9 @@ def visible(first: int, end: int, keys: int, window: int | None, device: torch.d
 
 
 def capped(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-    """Attention of one row with capped scores, in fp32 and a block of queries at a time.
+    """Attention of one row with capped scores.
+
+    In fp32, a block of queries at a time.
 
     q: (heads, length, D); k, v: (key heads, length, D). Returns (length, heads, D) in q's dtype.
     """
@@ -324,7 +332,7 @@ def capped(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 def attention_backward_reference(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row by row, so that one row's scores lie in memory at a time."""
+    """Attend row by row: one row's scores in memory at a time."""
     found = []
     for slope, *row in zip(*(rows_of(t, bounds) for t in (grad, q, k, v)), strict=True):
         with torch.enable_grad():

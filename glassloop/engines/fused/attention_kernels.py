@@ -54,7 +54,10 @@ def _tanh(x):
 
 @triton.jit
 def _seen(key, query, window, WINDOWED: tl.constexpr):
-    """True where a query sees a key; both have one dimension of length 1."""
+    """True where a query sees a key.
+
+    Both have one dimension of length 1.
+    """
     seen = key <= query
     if WINDOWED:
         seen = seen & (key > query - window)
@@ -63,7 +66,7 @@ def _seen(key, query, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def _begin(first, window, STEP: tl.constexpr, WINDOWED: tl.constexpr):
-    """First key of a step that a block of queries from `first` on sees."""
+    """First key of a step that queries from `first` on see."""
     begin = first * 0
     if WINDOWED:
         begin = tl.maximum(first - window + 1, 0) // STEP * STEP

@@ -31,7 +31,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Scores:
-    """From q and k of a row to the scores of a softmax.
+    """The way from a row's q and k to softmax scores.
 
     Attributes:
         scale: factor of q k^T; None: D ** -0.5.

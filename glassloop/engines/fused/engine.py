@@ -31,12 +31,7 @@ from glassloop.engines.fused.stream import LayerStream
 from glassloop.engines.fused.supported import describe_supported
 from glassloop.formula.loss import sums_by_row
 from glassloop.predict.choice import Asked
-from glassloop.predict.tiers import (
-    SLOTS,
-    Tiers,
-    away_bytes,
-    away_widths,
-)
+from glassloop.predict.tiers import SLOTS, Tiers, away_bytes, away_widths
 
 
 @dataclass
@@ -52,7 +47,7 @@ class PassState:
 
 
 class FusedEngine(nn.Module):
-    """A decoder of a supported family over the storage of a PEFT model.
+    """A supported family's decoder over the storage of a PEFT model.
 
     Attributes:
         of: its description.
@@ -176,7 +171,7 @@ class FusedEngine(nn.Module):
         return 0 if self.embedding is self.head else self.embedding.nbytes
 
     def make_room(self, tiers: Tiers, tokens: int) -> None:
-        """Have room on the host for passes of at most `tokens` slot tokens.
+        """Make room on the host for passes of `tokens` slot tokens.
 
         Raises ValueError naming memory.host_gib where the system does not lock so much.
         """

@@ -1,4 +1,7 @@
-"""Queries and keys between their product and attention: normed where a family does, and turned."""
+"""Queries and keys between their product and attention.
+
+They are normed if the family does that, and rotated.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ def turned_again(layer: Layer, qkv: Tensor, by: Angles) -> Tensor:
 
 
 def unnorm(layer: Layer, grad: Tensor, qkv: Tensor) -> None:
-    """Replace the gradient of normed q and k by that of their product, in place.
+    """Replace the gradient of normed q and k, in place.
+
+    By that of their product.
 
     grad: (T, N + R), whose first columns are q's and k's, turned back. qkv: as `turn` left it.
     """
@@ -54,7 +59,10 @@ def unnorm(layer: Layer, grad: Tensor, qkv: Tensor) -> None:
 
 
 def _by_part(layer: Layer, x: Tensor, to: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Columns of x and `to`, with their norm's weight: of q, then of k."""
+    """Columns of q, then of k, with their norm's weight.
+
+    Columns of x and of `to`.
+    """
     assert layer.norm_qk is not None
     queries = layer.of.heads * layer.of.head_size
     q, k = layer.norm_qk

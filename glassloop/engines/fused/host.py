@@ -32,7 +32,7 @@ def on_host(weight: Tensor) -> Tensor:
 
 
 class HostRoom:
-    """Room on the host for layers' tensors, on their way in or out.
+    """Host memory for layers' tensors on their way in or out.
 
     A tensor that is on its way is referred to until the computing stream has waited for its copy:
     then whatever takes its place in memory comes later in that stream. So at most IN_FLIGHT layers
@@ -58,7 +58,9 @@ class HostRoom:
         return sum(slot.nbytes for slot in self.slots)
 
     def open(self, layers: int, slot_bytes: int) -> None:
-        """Make room for `layers` layers of as many bytes each; 0 layers give it back.
+        """Make room for `layers` layers of equal size.
+
+        0 layers give it back.
 
         Raises ValueError naming memory.host_gib where the system does not lock so much.
         """

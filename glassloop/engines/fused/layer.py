@@ -98,7 +98,10 @@ def first_half(
 def sum_and_norm(
     layer: Layer, x: Tensor, y: Tensor | None, weight: Tensor | None, out: Tensor
 ) -> Tensor:
-    """Write norm(x + y) to `out` (T, H), or the sum itself without a norm; returns the sum."""
+    """Write norm(x + y) to `out` (T, H), and return the sum.
+
+    Without a norm, write the sum itself.
+    """
     if weight is not None:
         return add_norm(x, y, weight, layer.of.eps, out)
     s = x if y is None else x + y
@@ -119,7 +122,9 @@ def added(layer: Layer, product: Tensor, weight: Tensor | None) -> Tensor:
 def product_gradient(
     layer: Layer, grad: Tensor, product: Tensor | None, weight: Tensor | None, linear: Linear
 ) -> Tensor:
-    """(T, H + R): the reverse of `added`, with room for the adapters of `linear`.
+    """The reverse of `added`: (T, H + R).
+
+    It has room for the adapters of `linear`.
 
     grad: (T, H + R or more), of the residual stream; its own memory if nothing lies between.
     """
@@ -204,7 +209,10 @@ def normed_again(
 def add_norm_gradient(
     layer: Layer, inner: Tensor, x: Tensor, weight: Tensor | None, into: Tensor
 ) -> None:
-    """Add the gradient in x of norm(x) to `into` (T, H); inner: (T, H), of norm(x)."""
+    """Add the gradient in x of norm(x) to `into` (T, H).
+
+    `inner`: (T, H), the gradient in norm(x).
+    """
     if weight is None:
         into.add_(inner)
     else:

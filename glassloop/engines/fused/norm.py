@@ -1,4 +1,4 @@
-"""RMS norms over H, with the residual additions around them, and over heads.
+"""RMS norms over H, with residual additions, and over heads.
 
 Zhang and Sennrich 2019, arXiv:1910.07467. The residual is added before the norm, and in its
 gradient. Everything is computed in fp32 and rounded once.
@@ -42,7 +42,10 @@ def norm_backward_reference(
 
 
 def _slope(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient in x of weight * x / rms(x) over the last dimension, fp32."""
+    """Gradient in x of weight * x / rms(x), fp32.
+
+    Over the last dimension.
+    """
     wide = x.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (T, 1)
     unit, inner = wide * rstd, grad.float() * weight.float()
@@ -78,7 +81,10 @@ def norm_heads_reference(
 def norm_heads_backward_reference(
     grad: Tensor, x: Tensor, weights: tuple[Tensor, Tensor], keys: int, eps: float
 ) -> None:
-    """Replace grad (T, heads * D), of `norm_heads`'s output, by that of x (T, heads * D)."""
+    """Turn the gradient of `norm_heads`'s output into that of x.
+
+    In place, (T, heads * D).
+    """
     size = len(weights[0])
     heads = [t.unflatten(1, (-1, size)) for t in (grad, x)]
     weight = _by_head(weights, keys, heads[1].shape[1])

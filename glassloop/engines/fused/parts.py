@@ -1,4 +1,4 @@
-"""What a layer is made of, and what it leaves between forward and backward.
+"""Parts of a layer, and what it leaves for backward.
 
 Legend: T tokens, S places where the output is wanted, H hidden size, I intermediate size, D head
 size, N rows of a group's weights, R columns of its adapters.
@@ -71,7 +71,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Where:
-    """Bounds by window, angles by frequencies, and scratch, for all layers of a pass."""
+    """Bounds, angles and scratch for all layers of a pass.
+
+    Bounds by window, angles by frequencies.
+    """
 
     bounds: Mapping[int | None, Bounds]
     angles: Mapping[str | None, Angles]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Angles:
-    """Cosines and sines, each (T, P) fp32, and where in a head they go.
+    """Cosines and sines (T, P) fp32, and their place in a head.
 
     Attributes:
         size: D.

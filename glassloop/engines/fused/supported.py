@@ -16,7 +16,9 @@ CURE = "set execution.engine=peft"
 
 
 def describe_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> Described:
-    """Describe a model. Raises ValueError naming the first field or module not supported.
+    """Describe a model.
+
+    Raises ValueError naming the first field or module that is not supported.
 
     Args:
         config: the model's config. base: the causal language model, adapters attached. dtype:
@@ -49,7 +51,10 @@ def describe_supported(config: Any, base: nn.Module, dtype: torch.dtype) -> Desc
 
 
 def declared(config: Any) -> frozenset[str]:
-    """Fields that transformers' class of a config declares; none of one before transformers 5."""
+    """Fields that a config's class in transformers declares.
+
+    None before transformers 5.
+    """
     if not dataclasses.is_dataclass(config):
         return frozenset()
     return frozenset(field.name for field in dataclasses.fields(config))
