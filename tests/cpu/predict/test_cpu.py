@@ -26,7 +26,8 @@ def foretold(words: list[str], rows: RowFacts, counts: TokenCounts) -> tuple[flo
     text = " ".join(
         " ".join(lines[next(i for i, l in enumerate(lines) if l[:4] == "time") :]).split()
     )
-    found = re.search(r"about (\S+) (s|min|h) to train on this CPU, at most (\S+) (s|min|h)", text)
+    said = r"about (\S+) (s|min|h) to train on this CPU, at most (\S+) (s|min|h)"
+    found = re.search(said, text)
     assert found, text
     train, unit, more, other = found.groups()
     return float(train) * UNITS[unit], float(more) * UNITS[other]
