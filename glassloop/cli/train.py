@@ -6,13 +6,14 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from glassloop.config import Config
+    from glassloop.predict.cpu import CpuSpeed
 
 USAGE = "glassloop train FILE_OR_DATASET --model ID [section.field=VALUE ...]"
 EXPLAINED = f"""\
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> int:
     from glassloop.predict.hardware import card_here
 
     if not argv or {"-h", "--help"} & set(argv):
-        names = textwrap.wrap(", ".join(PRESETS), 60)
-        print(EXPLAINED.replace("{presets}", f"\n{' ' * 19}".join(names)))
+        presets = textwrap.wrap(", ".join(PRESETS), 60)
+        print(EXPLAINED.replace("{presets}", f"\n{' ' * 19}".join(presets)))
         if argv:
             print("\nAll settings:\n")
             parse(["--help"], prog="glassloop train")
@@ -229,30 +230,44 @@ def outline(config: Config, ranks: int, *, on_cpu: bool) -> list[str]:
         heldout=len(seen.dataset.heldout.rows),
         notes=(*loaded.notes, *seen.by_source),
     )
-    rate = cpu_flops_per_s(ranks) if on_cpu else None
-    return overview_lines(outlook, rows, cpu_flops_per_s=rate)
+    return overview_lines(outlook, rows, cpu=cpu_speed(ranks) if on_cpu else None)
 
 
-def cpu_flops_per_s(ranks: int) -> float:
-    """Measured FLOP/s of fp32 products on a rank's threads, times the ranks."""
+def cpu_speed(ranks: int) -> CpuSpeed:
+    """Rates that a rank's threads reach just now, the median of a few tries."""
     import os
-    import time
 
+    import bitsandbytes
     import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    from glassloop.predict.cpu import CpuSpeed
 
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     try:
-        a = torch.randn(768, 768)
-        torch.mm(a, a)
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            torch.mm(a, a)
-            times.append(time.perf_counter() - started)
+        a, token = torch.randn(768, 768), torch.randn(1, 1024)
+        weights, state = quantize_4bit(torch.randn(1024, 1024), quant_type="nf4")
+        product_s = _median_s(lambda: torch.mm(a, a))
+        linear_s = _median_s(
+            lambda: bitsandbytes.matmul_4bit(token, weights, quant_state=state)  # type: ignore[attr-defined]
+        )
     finally:
         torch.set_num_threads(before)
-    return ranks * 2 * 768**3 / sorted(times)[2]
+    return CpuSpeed(ranks * 2 * 768**3 / product_s, linear_s / 1024**2)
+
+
+def _median_s(action: Callable[[], object]) -> float:
+    """Seconds of an action, without its first time."""
+    import time
+
+    action()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[2]
 
 
 def _resume(asked: Asked) -> int:

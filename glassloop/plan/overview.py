@@ -12,6 +12,7 @@ from glassloop.plan.outlook import Outlook
 from glassloop.plan.render import width
 from glassloop.plan.render_cost import LABEL, duration
 from glassloop.plan.steps import counted
+from glassloop.predict.cpu import Answers, CpuSpeed, answering_s, measuring_s, training_s
 from glassloop.predict.flops import flops_of
 from glassloop.predict.ledger import ledger_of
 from glassloop.predict.terms import GIB
@@ -20,7 +21,6 @@ SETTING = 27  # columns of the settings at the right
 LIBRARIES_GIB = 1.0  # of a process with torch, transformers and peft loaded
 CPU_SPREAD = 1.6  # of a peak that malloc takes: 1.4 and 3.4 GiB were measured for 0.4 and 1.6
 FEW = 20  # updates below which a run hardly learns
-CPU_SHARE = 0.6  # of a product's rate that training reaches on a CPU, from one run of the demo
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,16 @@ class RowFacts:
     notes: tuple[str, ...] = ()
 
 
-def overview_lines(
-    outlook: Outlook, rows: RowFacts, *, cpu_flops_per_s: float | None = None
-) -> list[str]:
+def overview_lines(outlook: Outlook, rows: RowFacts, *, cpu: CpuSpeed | None = None) -> list[str]:
     """Lines of the block: guesses, fit and time.
 
     Args:
-        cpu_flops_per_s: of all ranks together, for a run on the CPU; None: on GPUs.
+        cpu: for a run on the CPU; None: on GPUs.
     """
     config, plan = outlook.config, outlook.plan
     left = f", {rows.left_out:,} left out" if rows.left_out else ""
     cut = f", {rows.cut:,} cut" if rows.cut else ""
-    fits, notes = _fits(outlook, on_cpu=cpu_flops_per_s is not None)
+    fits, notes = _fits(outlook, on_cpu=cpu is not None)
     base = "4 bits (NF4)" if config.model.quantization == "nf4" else "not quantised"
     guesses = [
         ("model", f"{config.model.id}, {base}, LoRA r = {config.lora.r}", "--model, lora.r"),
@@ -78,9 +76,9 @@ def overview_lines(
             f"{plan.warmup} warm up",
             "--epochs, optimizer.lr",
         ),
-        ("engine", _engine(outlook, on_cpu=cpu_flops_per_s is not None), "execution.engine"),
+        ("engine", _engine(outlook, on_cpu=cpu is not None), "execution.engine"),
         ("memory", fits, "batch.size"),
-        ("time", _time(outlook, rows, cpu_flops_per_s), ""),
+        ("time", _time(outlook, rows, cpu), ""),
     ]
     lines = [f"{'':<{LABEL}}{'guessed or asked':<{_middle()}}change it with"]
     for name, text, setting in guesses:
@@ -143,15 +141,20 @@ def _fits(outlook: Outlook, *, on_cpu: bool) -> tuple[str, list[str]]:
     return f"does NOT fit: {numbers}", [f"{cure}; without it the run shrinks its passes by itself"]
 
 
-def _time(outlook: Outlook, rows: RowFacts, cpu_flops_per_s: float | None) -> str:
-    """Predicted time of training alone."""
-    if cpu_flops_per_s is None:
+def _time(outlook: Outlook, rows: RowFacts, cpu: CpuSpeed | None) -> str:
+    """Predicted time without the start, and on GPUs without evaluations."""
+    if cpu is None:
         here = {one.card for one in outlook.here}
         found = [time for time in outlook.times_here if time.card in here]
         if not found:
             return "not predicted for these cards"
         return f"about {duration(max(time.run_s for time in found))} to train, predicted"
-    counts, shapes, config = outlook.tokens, outlook.shapes, outlook.config
+    return _cpu_time(outlook, rows, cpu)
+
+
+def _cpu_time(outlook: Outlook, rows: RowFacts, cpu: CpuSpeed) -> str:
+    """Predicted time on a CPU: training, then what evaluations add."""
+    counts, shapes, config, plan = outlook.tokens, outlook.shapes, outlook.config, outlook.plan
     if counts is None or shapes is None:
         return "not predicted"
     one = flops_of(
@@ -162,6 +165,16 @@ def _time(outlook: Outlook, rows: RowFacts, cpu_flops_per_s: float | None) -> st
         checkpointing=config.execution.checkpointing,
     )
     slots = counts.literal_slots if config.execution.layout == "literal" else counts.packed_slots
-    flops = (one.model + one.recompute) / rows.median_tokens * slots
-    seconds = flops / (cpu_flops_per_s * CPU_SHARE)
-    return f"about {duration(seconds)} to train on this CPU, without start and evaluation"
+    train = training_s((one.model + one.recompute) / rows.median_tokens * slots, cpu)
+    evaluation = config.evaluation
+    every = evaluation.every_updates
+    times = 2 + ((plan.updates - 1) // every if every and rows.heldout else 0)
+    asked = min(evaluation.generate_rows, rows.heldout) if rows.heldout else evaluation.samples
+    answers = Answers(times, asked, evaluation.max_new_tokens)
+    read = rows.heldout + asked  # a question is read before it is answered
+    more = measuring_s(one.model * read * times, cpu) + answering_s(
+        shapes, answers, cpu, ranks=plan.ranks, batch=plan.size
+    )
+    does = "evaluate and answer" if rows.heldout else "answer samples"
+    also = f", at most {duration(more)} more to {does}" if more >= 1 else ""
+    return f"about {duration(train)} to train on this CPU{also}"
