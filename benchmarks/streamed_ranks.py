@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/streamed_ranks.py --model random:llama-70b --out FILE
 
 All ranks compute passes at the same time, so that they share the host's memory and its links. Arms
-take turns in one process. Each line is a measurement of all ranks. `host_gib` is the proportional
+take turns in one process; in the arm `alone` the first rank streams and the others wait. Each line is a measurement of all ranks. `host_gib` is the proportional
 set size of the processes together: a page that two ranks map counts once.
 """
 
@@ -54,9 +54,10 @@ def timed(engine: FusedEngine, p: Any, passes: int) -> tuple[float, float]:
         loss_sum, _ = engine(p)
         (loss_sum / p.supervised_tokens).backward()
     if not on_cuda:
-        return (time.perf_counter() - started) / passes, 0.0
+        return (time.perf_counter() - started) / max(passes, 1), 0.0
     torch.cuda.synchronize()
-    return (time.perf_counter() - started) / passes, torch.cuda.max_memory_allocated() / GIB
+    took = time.perf_counter() - started
+    return took / max(passes, 1), torch.cuda.max_memory_allocated() / GIB
 
 
 def main() -> int:
@@ -111,7 +112,7 @@ def main() -> int:
     except ValueError as error:
         refused = str(error)
     say(kind="sharded", refused=refused, notes=pages.notes)
-    arms = ("gpu", "host", *(["sharded"] if peers else []))
+    arms = ("gpu", "alone", "host", *(["sharded"] if peers else []))
     for tokens in map(int, asked.tokens.split(",")):
         rows = rows_of(tokens, 2048, vocabulary)
         p = build_pass(rows, packed=True, pad_id=0, device=device)
@@ -125,16 +126,19 @@ def main() -> int:
                 if turn == 0:
                     losses[arm] = gradient(engine, adapters, p)[0]
                     continue
-                each = gather_objects(timed(engine, p, asked.passes))
+                waits = arm == "alone" and rank > 0
+                each = gather_objects(timed(engine, p, 0 if waits else asked.passes))
                 slowest = max(seconds for seconds, _ in each)
                 times[arm].append(slowest)
                 say(kind="turn", arm=arm, tokens=tokens, seconds=slowest, ranks=each)
         line: dict[str, Any] = {"kind": "summary", "tokens": tokens, "layers": layers}
         for arm, values in times.items():
-            line[arm] = ranks * tokens / statistics.median(values)
+            working = 1 if arm == "alone" else ranks
+            line[arm] = working * tokens / statistics.median(values)
             shares = [g / s for g, s in zip(times["gpu"], values, strict=True)]
             line[f"{arm} of resident"], line[f"{arm} turns"] = statistics.median(shares), shares
             line[f"{arm} loss equal"] = losses[arm] == losses["gpu"]
+        line["scaling"] = line["host"] / (ranks * line["alone"])
         say(**line)
     say(kind="memory", what="after passes", host_gib=gather_objects(proportional_gib()))
     torch.distributed.barrier()
