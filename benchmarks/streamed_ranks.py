@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 benchmarks/streamed_ranks.py --model random:llama-70b --out FILE
 
 All ranks compute passes at the same time, so that they share the host's memory and its links. Arms
-take turns in one process; in the arm `alone` the first rank streams and the others wait. Each line is a measurement of all ranks. `host_gib` is the proportional
-set size of the processes together: a page that two ranks map counts once.
+take turns in one process. In the arm `alone` the first rank streams and the others wait. Each line
+is a measurement of all ranks. `host_gib` is the proportional set size of the processes together: a
+page that two ranks map counts once.
 """
 
 from __future__ import annotations
