@@ -108,7 +108,7 @@ class Bench:
 
     def choose(self, profile: str, tokens: int, host_bytes: int) -> Tiers:
         """Tiers for one row, with room on the host and on the card."""
-        here = replace(self.engine.tiers, kept=1, host="nothing", held=0)
+        here = replace(self.engine.tiers, kept=1, host="nothing", held=0, chunk=0)
         self.engine.use_tiers(here)  # gives back what the last case held
         release()
         asked = Asked(profile, tokens, tokens, host_bytes, self.base, longest=tokens)
