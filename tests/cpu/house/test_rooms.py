@@ -99,9 +99,13 @@ def arrows() -> dict[str, set[str]]:
 def circles(arrows: dict[str, set[str]]) -> set[str]:
     """Modules that import themselves by way of others: those that no order can place."""
     left = {module: set(targets) - {module} for module, targets in arrows.items()}
-    while leaves := {module for module, targets in left.items() if not targets & left.keys()}:
-        left = {module: targets for module, targets in left.items() if module not in leaves}
-    return {module for module in left if any(module in targets for targets in left.values())}
+    while left:
+        imported = set().union(*left.values())
+        inside = {one for one, targets in left.items() if targets & left.keys() and one in imported}
+        if inside == left.keys():
+            break
+        left = {one: left[one] & inside for one in inside}
+    return set(left)
 
 
 def test_no_modules_import_in_a_circle() -> None:
