@@ -1,4 +1,4 @@
-"""Seconds of a run on a CPU, from shapes and two measured rates.
+"""Seconds of a run on a CPU, from shapes and measured rates.
 
 A run's time has three parts: training, loss on held-out rows, and answers. Answers are written
 token by token, so each token dequantises every weight: they take as long as training on few rows.
