@@ -234,7 +234,7 @@ def outline(config: Config, ranks: int, *, on_cpu: bool) -> list[str]:
 
 
 def cpu_speed(ranks: int) -> CpuSpeed:
-    """Rates that a rank's threads reach just now, the median of a few tries."""
+    """Rates that a rank's threads reach now: a median of tries."""
     import os
 
     import bitsandbytes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from glassloop.config import as_dict
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
@@ -13,10 +14,57 @@ from glassloop.saved.checkpoint import save_checkpoint
 from glassloop.saved.run_state import RunState
 
 if TYPE_CHECKING:
-    from glassloop.loop.run import Run
+    from pathlib import Path
+
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from glassloop.config import Config
+    from glassloop.data.batches import Batches
+    from glassloop.data.rows import Example, Row
+    from glassloop.data.templates import Template
+    from glassloop.health.inspection import Inspection
+    from glassloop.health.patience import HeldOut
+    from glassloop.loop.replica import Replica
+    from glassloop.loop.signals import StopFlag
+    from glassloop.plan.steps import StepPlan
+    from glassloop.record.observers import Observer
 
 
-def evaluate_run(run: Run, update: int) -> None:
+class Underway(Protocol):
+    """The parts of a Run that an evaluation or a checkpoint uses."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: Path
+    plan: StepPlan
+    batches: Batches
+    heldout: Sequence[Row]
+    heldout_examples: Sequence[Example]
+    sample_examples: tuple[Example, ...]
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    replica: Replica
+    stop: StopFlag
+    inspection: Inspection
+    observers: list[Observer]
+    tracker_ids: Callable[[], dict[str, str]]
+    sync_records: Callable[[], None]
+    tiers: dict[str, Any] | None
+    attempt: int
+    heldout_nats: tuple[int, float]
+    course: HeldOut
+    base_scores: dict[str, float | None] | None
+
+    @property
+    def ends_early(self) -> bool: ...
+
+    def event(
+        self, update: int, kind: str, message: str, command: str | None = None, **details: Any
+    ) -> None: ...
+
+
+def evaluate_run(run: Underway, update: int) -> None:
     """Evaluate held-out rows, and answer samples at both ends of a run.
 
     All ranks take part. Raises EvaluationStopped, on all of them, if a stop was asked.
@@ -59,14 +107,14 @@ def evaluate_run(run: Run, update: int) -> None:
             _show(run, answer, update)
 
 
-def _tell(run: Run, record: EvaluationRecord) -> None:
+def _tell(run: Underway, record: EvaluationRecord) -> None:
     run.heldout_nats = (record.update, record.loss_nats)
     run.course = run.course.after(record.update, record.loss_nats)
     for observer in run.observers:
         observer.on_evaluation(record)
 
 
-def _show(run: Run, answer: Answer, update: int) -> None:
+def _show(run: Underway, answer: Answer, update: int) -> None:
     sample = SampleRecord(
         update=update,
         row_id=answer.row_id,
@@ -81,7 +129,7 @@ def _show(run: Run, answer: Answer, update: int) -> None:
         observer.on_sample(sample)
 
 
-def publish_checkpoint(run: Run, update: int, rng_states: list[dict[str, Any]]) -> None:
+def publish_checkpoint(run: Underway, update: int, rng_states: list[dict[str, Any]]) -> None:
     """Write the checkpoint after `update` updates, on rank 0.
 
     Raises OSError if the disk refuses it or the records before it.

@@ -21,7 +21,6 @@ from glassloop.loop.conditions import (
     planned_facts,
     target_shapes,
 )
-from glassloop.loop.evidence import Witness
 from glassloop.loop.folder import check_no_run_in, observe
 from glassloop.loop.header import header
 from glassloop.loop.machine_here import sampler_of
@@ -33,6 +32,7 @@ from glassloop.loop.signals import StopFlag
 from glassloop.loop.spending import spend_memory
 from glassloop.loop.starting import Rows, Start, read_rows, settle, start_ranks
 from glassloop.loop.watchdog import Watchdog
+from glassloop.loop.witness import Witness
 from glassloop.plan.contract import Contract, check_same_rows
 from glassloop.plan.engine import in_words, with_engine
 from glassloop.record.trackers import make_tracker_observer

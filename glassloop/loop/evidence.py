@@ -12,17 +12,16 @@ glassloop writes it in torch's own format and never reads one.
 
 from __future__ import annotations
 
-import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glassloop.disk.opening import NotPlain, require_plain_folder
-from glassloop.disk.publish import make, replace_file, write_json
+from glassloop.disk.publish import make, write_json
 from glassloop.formula.dist import gather_objects
 from glassloop.loop.memory import ledger_of_pass
+from glassloop.loop.witness import FOLDER, Seen
 from glassloop.predict.terms import GIB, Ledger
 
 if TYPE_CHECKING:
@@ -33,73 +32,6 @@ if TYPE_CHECKING:
     from glassloop.loop.run import Run
 
 SCHEMA = 1  # of rank0.json
-FOLDER = "out_of_memory"
-KEPT = 100_000  # allocations and frees that the snapshot can name
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The card at the moment in which an allocation failed, in bytes."""
-
-    asked: int  # by the allocation that failed
-    allocated: int  # by tensors
-    reserved: int  # by torch's allocator, `allocated` included
-    free: int  # on the card, for every process
-    total: int  # of the card
-    snapshot: str | None  # name of its file; None if the disk refused it
-
-    @property
-    def others(self) -> int:
-        """Held by CUDA itself and by other processes."""
-        return max(0, self.total - self.free - self.reserved)
-
-
-class Witness:
-    """Watches one rank's allocator.
-
-    Args:
-        folder: the run's. cuda: torch.cuda, or what stands in for it.
-    """
-
-    def __init__(self, folder: Path, rank: int, device: torch.device, cuda: Any = None) -> None:
-        self.folder, self.rank, self.device = folder / FOLDER, rank, device
-        self.cuda = torch.cuda if cuda is None else cuda
-        self.seen: Seen | None = None
-
-    def attach(self) -> None:
-        """Record allocations, and watch for one that fails. Nothing without a GPU."""
-        if self.device.type == "cuda":
-            history = self.cuda.memory._record_memory_history
-            history("all", context=None, stacks="python", max_entries=KEPT)
-            torch._C._cuda_attach_out_of_memory_observer(self.observe)  # type: ignore[attr-defined]
-
-    def observe(self, _device: int, asked: int, _allocated: int, _free: int) -> None:
-        """Called by torch when an allocation has failed, before it raises."""
-        free, total = self.cuda.mem_get_info(self.device)
-        self.seen = Seen(
-            asked=int(asked),
-            allocated=self.cuda.memory_allocated(self.device),
-            reserved=self.cuda.memory_reserved(self.device),
-            free=free,
-            total=total,
-            snapshot=self._snapshot(),
-        )
-
-    def take(self) -> Seen | None:
-        """What was seen since the last call."""
-        seen, self.seen = self.seen, None
-        return seen
-
-    def _snapshot(self) -> str | None:
-        path = self.folder / f"rank{self.rank}.pickle"
-        try:
-            require_plain_folder(self.folder)
-            make(self.folder)
-            data = pickle.dumps(self.cuda.memory._snapshot())
-            replace_file(path, data, durable=False)
-        except (OSError, NotPlain):  # a full disk must not hide the lack of memory
-            return None
-        return path.name
 
 
 def account_of(

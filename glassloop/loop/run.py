@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from glassloop.data.templates import Template
-    from glassloop.loop.evidence import Witness
+    from glassloop.loop.witness import Witness
 
 
 @dataclass

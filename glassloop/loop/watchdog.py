@@ -11,6 +11,7 @@ execution.collective_timeout_s decides alone.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -161,6 +162,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         gone_since: float | None = None
+        at_disk = -math.inf  # when a rank was last seen there
         while not self._over.wait(TICK_S):
             self._write()
             positions = self.positions()
@@ -169,10 +171,11 @@ class Watchdog:
                 write_dump(self.folder, self.rank)
             others_gone = any(position.gone for position in positions)
             gone_since = (gone_since or time.monotonic()) if others_gone else None
-            waited = self.waited_s()
+            waited, now = self.waited_s(), time.monotonic()
+            at_disk = now if _at_disk(positions) else at_disk
             if gone_since is not None and time.monotonic() - gone_since >= self.patience_s:
                 self._end(self._message(positions))
-            elif self.asked_to_stop() and waited >= self.patience_s and not _at_disk(positions):
+            elif self.asked_to_stop() and min(waited, now - at_disk) >= self.patience_s:
                 self._end(
                     f"rank {self.rank} was asked to end, and the others do not answer."
                     f"{self._stuck(positions)} {self._where(positions)}"

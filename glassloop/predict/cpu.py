@@ -1,4 +1,4 @@
-"""Seconds of a run on a CPU, from its shapes and two rates that the CPU shows.
+"""Seconds of a run on a CPU, from shapes and measured rates.
 
 A run's time has three parts: training, loss on held-out rows, and answers. Answers are written
 token by token, so each token dequantises every weight: they take as long as training on few rows.
@@ -33,7 +33,10 @@ class CpuSpeed:
 
 @dataclass(frozen=True)
 class Answers:
-    """What is answered: `times` that some `rows` are, in batches, up to `new_tokens` each."""
+    """Answers to generate: `rows`, `times` over, up to `new_tokens` each.
+
+    In batches.
+    """
 
     times: int
     rows: int
@@ -46,7 +49,10 @@ def training_s(flops: float, speed: CpuSpeed) -> float:
 
 
 def measuring_s(flops: float, speed: CpuSpeed) -> float:
-    """Seconds of a loss without gradients, for the FLOPs that training on its rows would take."""
+    """Seconds of a loss without gradients.
+
+    From the FLOPs that training on its rows would take.
+    """
     return training_s(FORWARD * flops, speed)
 
 

@@ -53,7 +53,7 @@ def test_two_ranks_apply_the_schedule_of_one(faults):
 
 def test_a_slow_disk_delays_a_stop_and_cuts_nothing_short(faults):
     found = both(faults, "a_disk_that_syncs_slowly")
-    assert found["waited"] > 1.5  # three times the patience, for a capsule, with a stop asked
+    assert found["waited"] > 4.0  # beyond the patience of 3 s, for a capsule, with a stop asked
     assert (found["code"], found["checkpoint"], found["notes"]) == (0, "update_000003", [])
 
 

@@ -254,9 +254,8 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         del sums, wide
         return found
 
-    def attend_back(
-        grad, q, k, v, kept, bounds, by, *, room
-    ):  # torch's flash kernel, which takes the most
+    # torch's flash kernel, which takes the most
+    def attend_back(grad, q, k, v, kept, bounds, by, *, room):
         found = gradients(grad, q, k, v, kept, bounds)
         return torch.empty(len(q), sum(t[0].numel() for t in found) + room, dtype=q.dtype)
 
@@ -279,13 +278,8 @@ def fused_as_on_a_gpu() -> Iterator[None]:
 
     with (
         patch.multiple(host.HostRoom, put=put, _settle=settle),
-        patch.multiple(
-            layer,
-            add_norm=add_norm,
-            norm_backward=nothing,
-            swiglu=nothing,
-            swiglu_backward=nothing,
-        ),
+        patch.multiple(layer, add_norm=add_norm, norm_backward=nothing),
+        patch.multiple(layer, swiglu=nothing, swiglu_backward=nothing),
         patch.multiple(
             heads,
             add_norm=add_norm,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -10,10 +10,28 @@ from glassloop.predict.choice import Asked, Base, Room, choose
 from glassloop.predict.tiers import Tiers, head_bytes, scratch_bytes
 
 if TYPE_CHECKING:
-    from glassloop.engines.fused.engine import FusedEngine
+    from torch import Tensor
+
+    from glassloop.base.host_pages import HostPages
+    from glassloop.engines.fused.linear import Scratch
 
 
-def tiers_for(engine: FusedEngine, asked: Asked) -> Tiers:
+class Placed(Protocol):
+    """The parts of a FusedEngine that lie on a device, or may."""
+
+    embedding: Tensor
+    head: Tensor
+    layers: Any
+    pages: HostPages | None
+    scratch: Scratch
+    tiers: Tiers
+    embedding_away: bool
+
+    @property
+    def movable_bytes(self) -> int: ...
+
+
+def tiers_for(engine: Placed, asked: Asked) -> Tiers:
     """Choose tiers by what is free. On a CPU everything is kept."""
     device, one, count = engine.embedding.device, engine.layers[0], len(engine.layers)
     weights = None

@@ -1,4 +1,4 @@
-"""docs/design.md and the rooms' docstrings say what the table of imports says."""
+"""Page and docstrings agree with the table of imports, and no modules import in a circle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TABLE = runpy.run_path(str(Path(__file__).with_name("test_imports.py")))["TABLE"]
+IMPORTS = runpy.run_path(str(Path(__file__).with_name("test_imports.py")))
+TABLE = IMPORTS["TABLE"]
 RULES = {row: set(rule.siblings.split()) for row, rule in TABLE.items() if row != "__init__"}
 ROWS = list(RULES)
 
@@ -82,3 +83,40 @@ def test_a_planted_difference_is_seen(row: str, said: str) -> None:
 
 def test_a_wider_range_is_no_difference() -> None:
     assert off("doctor", "health and above") == ""
+
+
+def arrows() -> dict[str, set[str]]:
+    """Module -> modules of glassloop that it imports, late and for types too."""
+    sources = {IMPORTS["module_of"](path): path for path in IMPORTS["sources"]()}
+    known, found = {name.removesuffix(".__init__"): name for name in sources}, {}
+    for module, path in sources.items():
+        named = {item.name for item in IMPORTS["imports"](module, path.read_text(encoding="utf-8"))}
+        named |= {name.rpartition(".")[0] for name in named if name not in known}
+        found[module.removesuffix(".__init__")] = (named & known.keys()) - {"glassloop"}
+    return found
+
+
+def circles(arrows: dict[str, set[str]]) -> set[str]:
+    """Modules that import themselves by way of others: those that no order can place."""
+    left = {module: set(targets) - {module} for module, targets in arrows.items()}
+    while left:
+        imported = set().union(*left.values())
+        inside = {one for one, targets in left.items() if targets & left.keys() and one in imported}
+        if inside == left.keys():
+            break
+        left = {one: left[one] & inside for one in inside}
+    return set(left)
+
+
+def test_no_modules_import_in_a_circle() -> None:
+    found = arrows()
+    assert len(found) > 300 and "glassloop.loop.run" in found["glassloop.loop.memory"]
+    assert circles(found) == set()
+
+
+def test_a_circle_is_seen() -> None:
+    planted = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a"}}
+    assert circles(planted) == {"a", "b", "c"}
+    found = arrows()
+    found["glassloop.loop.run"].add("glassloop.loop.memory")
+    assert {"glassloop.loop.run", "glassloop.loop.memory"} <= circles(found)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import train_loop
-from glassloop.loop.evidence import FOLDER, Seen, Witness, account_of, in_words
+from glassloop.loop.evidence import account_of, in_words
+from glassloop.loop.witness import FOLDER, Seen, Witness
 from glassloop.predict.terms import GIB, Ledger, Term
 from glassloop.record.reading import read_run
 
