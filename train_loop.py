@@ -34,7 +34,7 @@ from glassloop.formula.dist import (
     gather_reports,
     reduce_gradients,
 )
-from glassloop.formula.optim import l2_norm
+from glassloop.formula.optim import b_lr_of, l2_norm, step
 from glassloop.health.decision import Outcome, Terms, clip_coefficient, describe
 from glassloop.loop.build import build_run
 from glassloop.loop.capturing import look_before_step, probe_of
@@ -79,14 +79,15 @@ def update_once(run: Run, u: int) -> Outcome | None:
     reduced = time.perf_counter()
 
     run.does(u, "steps")
-    terms = Terms(lr, n, norm, scale, fp16=replica.scale.enabled, explicit=not replica.ddp)
+    b_lr, fp16 = b_lr_of(replica.optimizer), replica.scale.enabled
+    terms = Terms(lr, n, norm, scale, fp16=fp16, explicit=not replica.ddp, b_lr=b_lr)
     decision = run.inspection.decide(batches, window, gate, replica.adapters, terms)
     look = look_before_step(run, window, gate, decision, terms, sums.half)  # read only
     clip = clip_coefficient(norm, decision.max_norm)  # c
     if decision.reason is None:
         if clip != scale:
             grad.mul_(clip / scale)  # c * g
-        replica.optimizer.step()  # theta
+        step(replica.optimizer, replica.adapters)  # theta
     replica.scale.after(finite=math.isfinite(norm))
     times = (started, computed, reduced, time.perf_counter() - look.seconds)
     probe = probe_of(run, u, look.before, applied=decision.reason is None)

@@ -127,7 +127,7 @@ def load_base(
         else:
             hf = read_model(source.path, source.revision, model, dtype, device)
     if copy is not None:
-        hf, checksum = _load_copy(copy, model, dtype, device)
+        hf, checksum = _load_copy(copy, model, dtype, device, made=made)
     else:
         assert hf is not None
         checksum = base_checksum(hf)
@@ -332,15 +332,27 @@ def _checksum_of_copy(folder: Path, model: ModelConfig) -> int:
 
 
 def _load_copy(
-    folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device, *, made: bool
 ) -> tuple[PreTrainedModel, int]:
     """Load a quantised copy and compare it with its checksum.
 
-    Raises BaseError naming a damaged folder.
+    `made`: a moment ago, so that a failure is no damage, and the copy goes. Raises BaseError naming
+    a damaged folder, or what an architecture fails at.
     """
     expected = _checksum_of_copy(folder, model)
-    with loading_errors(model, copy=folder):
-        hf = read_model(str(folder), None, model, dtype, device, copy=folder)
+    try:
+        with loading_errors(model, copy=folder):
+            hf = read_model(str(folder), None, model, dtype, device, copy=folder)
+    except BaseError as error:
+        if not made:
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        cause = error.__cause__ or error
+        raise BaseError(
+            f"model.id = {model.id} was quantised, and transformers cannot load its NF4 weights "
+            f"({type(cause).__name__}: {str(cause).strip()[:300]}): it does not support this "
+            "architecture in 4 bits. Set model.quantization=none, or take another model"
+        ) from error
     checksum = base_checksum(hf)
     if checksum != expected:
         raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))

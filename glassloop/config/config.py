@@ -168,6 +168,8 @@ class OptimizerConfig(Section):
     tests."""
     lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
+    b_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of B over that of A (LoRA+, arXiv:2402.12354, takes 16). 1: they are equal."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -179,6 +181,12 @@ class OptimizerConfig(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Largest L2 norm of an update's whole gradient; a larger one is scaled down. None: no
     clipping."""
+
+    @property
+    def b_in_words(self) -> str:
+        """B's learning rate; empty if it is A's."""
+        ratio = self.b_lr_ratio
+        return "" if ratio == 1 else f"B learns at {ratio:g} x lr (LoRA+)"
 
 
 class Config(Section):

@@ -16,6 +16,7 @@ PEER_NAMES = {
     "gradient_accumulation_steps": "batch.accumulation",
     "train_batch_size": "batch.rows_per_update",
     "learning_rate": "optimizer.lr",
+    "loraplus_lr_ratio": "optimizer.b_lr_ratio",
     "optim": "optimizer.name",
     "weight_decay": "optimizer.weight_decay",
     "max_grad_norm": "optimizer.max_grad_norm",

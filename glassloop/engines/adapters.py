@@ -144,6 +144,23 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
     return tuple(found)
 
 
+MLP = ("gate_proj", "up_proj", "down_proj")  # names that PEFT takes for a layer's experts too
+
+
+def expert_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of experts that lie in one tensor a layer: no linear layers."""
+    return [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
+
+
+def default_names(hf: PreTrainedModel) -> tuple[str, ...]:
+    """Linear layers that get an adapter by default where Llama's names do not exist.
+
+    All of them; of a model with experts those whose names are not also names of experts.
+    """
+    names = linear_names(hf)
+    return tuple(n for n in names if n not in MLP) if expert_weights(hf) else names
+
+
 def outside_of_decoder(hf: PreTrainedModel, targets: tuple[str, ...]) -> str | None:
     """Pattern of names outside the decoder; None without a target there.
 
@@ -175,8 +192,7 @@ def reach_note(model: nn.Module, head: nn.Module | None) -> str:
         if id(module) not in adapted:
             last = name.removesuffix(".base_layer").rpartition(".")[2]
             missed[last] = missed.get(last, 0) + size
-    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3 and not p.requires_grad)
-    if experts:
+    if experts := sum(p.numel() for p in expert_weights(model)):
         total, missed["experts"] = total + experts, experts
     return reach_in_words(sum(missed.values()), total, missed)
 

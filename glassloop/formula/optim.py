@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,24 +171,60 @@ def make_optimizer(
     beta2: float,
     eps: float,
     weight_decay: float,
+    b_lr_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Make the optimizer over the flat buffer.
 
-    adamw_8bit and paged_adamw_8bit are bitsandbytes', adamw and sgd torch's.
+    adamw_8bit and paged_adamw_8bit are bitsandbytes', adamw and sgd torch's. `b_lr_ratio`: for
+    `step`, which finds it in the optimizer's group.
     """
     betas = (beta1, beta2)
     if name == "sgd":
-        return torch.optim.SGD([flat], lr=lr, weight_decay=weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(
+        made = torch.optim.SGD([flat], lr=lr, weight_decay=weight_decay)
+    elif name == "adamw":
+        made = torch.optim.AdamW(
             [flat], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
+    else:
+        made = _of_bitsandbytes(name, flat)(
+            [flat], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+    made.param_groups[0]["b_lr_ratio"] = b_lr_ratio
+    return made
+
+
+def _of_bitsandbytes(name: str, flat: nn.Parameter) -> Any:
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
     if name == "paged_adamw_8bit" and not flat.is_cuda:
         raise ValueError("optimizer.name = paged_adamw_8bit needs a CUDA device: use adamw_8bit")
     kinds = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}
-    return kinds[name]([flat], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return kinds[name]
+
+
+def b_lr_of(optimizer: torch.optim.Optimizer) -> float | None:
+    """The learning rate of B (LoRA+); None if it is A's."""
+    group = optimizer.param_groups[0]
+    ratio = group.get("b_lr_ratio", 1.0)
+    return None if ratio == 1 else group["lr"] * ratio
+
+
+def step(optimizer: torch.optim.Optimizer, adapters: FlatAdapters) -> None:
+    """theta <- optimizer(theta, gradient), B at a learning rate of its own if there is one.
+
+    The change of theta is lr times what does not depend on lr, weight decay included, in every
+    optimizer here. So B's part of the change is multiplied by the ratio of the two rates.
+    """
+    ratio = optimizer.param_groups[0].get("b_lr_ratio", 1.0)
+    if ratio == 1:
+        optimizer.step()
+        return
+    places = [place for name, place in adapters.slices.items() if ".lora_B." in name]
+    now = [place.of(adapters.flat.data) for place in places]
+    before = [one.clone() for one in now]
+    optimizer.step()
+    torch._foreach_lerp_(before, now, ratio)  # before + ratio * (now - before)
+    torch._foreach_copy_(now, before)
 
 
 class LossScale:

@@ -37,6 +37,7 @@ class Terms:
     times: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     noise: float | None = None  # gradient noise scale, in tokens
     probe: ProbeRecord | None = None
+    b_lr: float | None = None  # of B, where it is not lr(u)
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def describe(
         epoch=window.epoch,
         rows=len(window.rows),
         lr=terms.lr,
+        b_lr=terms.b_lr,
         loss_nats=gate.loss_sum / terms.n if terms.n else None,
         grad_norm_pre_clip=terms.norm if terms.n else None,
         clip_coef=terms.clip if decision.reason is None and decision.max_norm is not None else None,

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from glassloop.base.source import BaseSource, loading_errors
 from glassloop.config import ALL_LINEAR, Config
 from glassloop.config.arguments import with_old_engine
-from glassloop.engines.adapters import linear_names
+from glassloop.engines.adapters import default_names, linear_names
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda
 from glassloop.plan.engine import Choice, choose_engine
-from glassloop.plan.targets import with_targets
+from glassloop.plan.targets import needs_names
 from glassloop.predict.traits import FAMILIES
 from glassloop.saved.checkpoint import read_state
 
@@ -79,7 +79,7 @@ def with_linear_names(
         return config
     model = config.model
 
-    def read() -> tuple[str, ...]:
+    def read() -> tuple[tuple[str, ...], tuple[str, ...]]:
         with loading_errors(model), torch.device("meta"):
             settings = AutoConfig.from_pretrained(
                 source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
@@ -87,11 +87,13 @@ def with_linear_names(
             hf = AutoModelForCausalLM.from_config(
                 settings, trust_remote_code=model.trust_remote_code
             )
-        return linear_names(hf)
+        return linear_names(hf), default_names(hf)
 
-    names = in_turn(first, read, "reading the model's structure")
-    if ALL_LINEAR not in with_targets(config, names).lora.targets:
-        return config
+    names, usual = in_turn(first, read, "reading the model's structure")
+    if ALL_LINEAR not in config.lora.targets:
+        if not needs_names(config, usual):
+            return config
+        names = usual
     return config.model_copy(update={"lora": config.lora.model_copy(update={"targets": names})})
 
 

@@ -181,4 +181,5 @@ def optimizer_of(config: Config, adapters: FlatAdapters) -> torch.optim.Optimize
         beta2=asked.beta2,
         eps=asked.eps,
         weight_decay=asked.weight_decay,
+        b_lr_ratio=asked.b_lr_ratio,
     )

@@ -237,6 +237,7 @@ def _size(outlook: Outlook) -> list[str]:
         f"{'':<{LABEL}}in {outlook.shapes.layers} layers of {outlook.shapes.name} "
         f"({outlook.shapes.weights:,} weights)",
         *_reach(outlook.shapes, config.lora.targets),
+        *([f"{'':<{LABEL}}{of_b}"] if (of_b := config.optimizer.b_in_words) else []),
         f"{'disk':<{LABEL}}{outlook.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint (adapter "
         f"fp32, {config.optimizer.name}'s state, tokenizer); "
         f"at most {keep} kept",

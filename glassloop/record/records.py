@@ -80,6 +80,8 @@ class UpdateRecord:
     rank_passes_s: tuple[float, ...] | None = None
     """Each rank's passes alone; the rest of compute_s is waiting and the gate. None in records
     of an older glassloop."""
+    b_lr: float | None = None
+    """The learning rate of B under LoRA+. None: that of A, lr."""
     alarms: tuple[str, ...] = ()
     """Kinds of what the detectors found; events.jsonl says more."""
     attempt: int = 1

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glassloop.data.batches import Window, build_pass
 from glassloop.data.rows import Row
+from glassloop.formula import optim
 from glassloop.formula.optim import l2_norm
 from glassloop.health.decision import clip_coefficient
 from glassloop.replay.replica import Parts, StartState
@@ -211,7 +212,7 @@ def step(parts: Parts, clip: float) -> None:
     replica = parts.replica
     if clip != replica.scale.value:
         replica.adapters.grad.mul_(clip / replica.scale.value)
-    replica.optimizer.step()
+    optim.step(replica.optimizer, replica.adapters)
 
 
 def clip_of(scene: Scene, norm: float) -> float:

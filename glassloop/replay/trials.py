@@ -175,6 +175,7 @@ def _with_adamw(
         beta2=asked.beta2,
         eps=asked.eps,
         weight_decay=asked.weight_decay,
+        b_lr_ratio=asked.b_lr_ratio,
     )
     replica = replace(scene.parts.replica, optimizer=optimizer)
     other = replace(scene.parts, replica=replica)

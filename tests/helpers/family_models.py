@@ -5,16 +5,18 @@ Weights and adapters are drawn.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from glassloop.config import LoraConfig
+from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.adapters import linear_names
+from glassloop.engines.build import build_engine
 from glassloop.formula.optim import FlatAdapters
 
 SIZES = {
@@ -147,17 +149,51 @@ def drawn(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def saved_model(name: str, folder: Path, tokenizer: Any) -> tuple[Path, LoraConfig]:
-    """Save a model of MODELS.
+def saved_model(name: str, folder: Path, tokenizer: Any, **more: Any) -> tuple[Path, LoraConfig]:
+    """Save a model of MODELS; every linear layer but the head has an adapter.
 
-    Every linear layer but the head has an adapter.
+    `more`: fields of its config in place of its own.
     """
     kind, own = MODELS[name]
     torch.manual_seed(0)
-    model = drawn(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | own)))
+    config = AutoConfig.for_model(kind, **SIZES | own | more)
+    model = drawn(AutoModelForCausalLM.from_config(config))
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     return folder, LoraConfig(r=3, alpha=6, targets=linear_names(model))  # type: ignore[arg-type]
+
+
+def bf16_distances(
+    name: str, folder: Path, tokenizer: Any, device: torch.device, head: int = 64
+) -> tuple[str, float]:
+    """The check of a run on a larger bf16 model.
+
+    Returns what it says, and the distance of the whole gradient from fp32, as a share of `peft`'s.
+    The check's rows have 16 tokens, and windows have 9.
+    """
+    from glassloop.engines.fused import proof
+
+    larger = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "head_dim": head}
+    if MODELS[name][1].get("sliding_window"):
+        larger["sliding_window"] = 9
+    saved, lora = saved_model(name, folder, tokenizer, **larger)
+    engine: Any = build_engine(
+        ModelConfig(id=str(saved), quantization="nf4", cache_dir=str(folder / "cache")),
+        lora,
+        precision="bf16",
+        checkpointing=False,
+        seed=0,
+        device=device,
+        first=contextlib.nullcontext,
+        engine="fused",
+    )
+    adapters = FlatAdapters(engine.hf.named_parameters())
+    rows = proof.short_rows(rows_of((24, 31, 60, 17)))
+    ours, plain = (build_pass(rows, packed=one, pad_id=0, device=device) for one in (True, False))
+    with proof.drawn_adapters(engine, adapters), proof.stored_as_least(engine.hf):
+        found = proof.distances(engine, adapters, ours, plain)
+    said = proof.judged(list(adapters.slices), found, torch.bfloat16, plain.supervised_tokens)
+    return said, float(found.fused.norm() / found.reference.norm())
 
 
 def adapters_of(engine: Any) -> FlatAdapters:

@@ -183,6 +183,7 @@ def recipe(facts: Facts) -> str:
     config = facts.trained.config
     lora, optimizer, execution = config.lora, config.optimizer, config.execution
     targets = ", ".join(words(target) for target in lora.targets)
+    of_b = f" ({optimizer.b_in_words})" if optimizer.b_in_words else ""
     clipping = "none"
     if optimizer.max_grad_norm is not None:
         clipping = f"gradient norm at {optimizer.max_grad_norm:g}"
@@ -194,7 +195,7 @@ def recipe(facts: Facts) -> str:
         ),
         (
             "Optimizer",
-            f"{optimizer.name}, peak lr {optimizer.lr:g}, betas {optimizer.beta1:g}/"
+            f"{optimizer.name}, peak lr {optimizer.lr:g}{of_b}, betas {optimizer.beta1:g}/"
             f"{optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}",
         ),
         ("Schedule", f"{config.schedule.kind}, warmup updates: {config.schedule.warmup_updates}"),

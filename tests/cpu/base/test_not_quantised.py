@@ -10,6 +10,7 @@ import pytest
 import torch
 from loaded_bases import load
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
@@ -181,3 +182,20 @@ def test_config_of_another_shape_than_the_weights_is_refused(
             match=rf"model.id = {folder}.*(mismatch|in config.json: take .* fits its weights)",
         ):
             load(folder, tmp_path, quantization=quantization)
+
+
+def test_an_architecture_that_does_not_load_in_nf4_is_no_damaged_copy(tmp_path: Path) -> None:
+    """Llama 4's experts are written in 4 bits, and transformers does not read them back."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 128}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(
+        "llama4_text", **sizes, **heads, head_dim=16, vocab_size=64, num_local_experts=2
+    )
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "llama4")
+    for _ in range(2):  # the second launch says the same
+        with pytest.raises(ValueError, match=r"transformers cannot load its NF4 weights") as error:
+            load(tmp_path / "llama4", tmp_path)
+        assert "delete the folder" not in str(error.value)
+        assert "Set model.quantization=none" in str(error.value)
+    assert not [*(tmp_path / "quantized").iterdir()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from glassloop.cli.plan import main as plan
 from glassloop.config import PROJECTIONS
@@ -93,3 +93,23 @@ def test_linear_weights_without_an_adapter_are_counted_in_header_and_plan(
     words = ["--rows", "40", f"model.id={tiny_phi3}", "data.source=scam"]
     assert plan([*words, f"lora.targets={','.join(targets)}"]) == 0
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("dense", [[], [1]])
+def test_of_a_mixture_of_experts_attention_trains_by_default(
+    run_of, tmp_path: Path, tiny_tokenizer, dense: list[int]
+) -> None:
+    """Whether or not some layers are dense; the header counts what has no adapter."""
+    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=64)
+    heads = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    experts = dict(num_experts=4, num_experts_per_tok=2, mlp_only_layers=dense)
+    config = Qwen3MoeConfig(**sizes, **heads, **experts, pad_token_id=0)
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    tiny_tokenizer.save_pretrained(tmp_path / "moe")
+    run = run_of(model={"id": str(tmp_path / "moe")}, execution={"precision": "fp32"})
+    assert set(run.config.lora.targets) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    weights = (2 - len(dense)) * 4 * 3 * 64 * 64
+    assert any("have no adapter" in line and "experts" in line for line in run.header)
+    assert any(f"{weights:,} experts in float32" in line for line in run.header)
+    run.close()

@@ -10,6 +10,7 @@ from glassloop.formula.optim import (
     ALIGNMENT,
     FlatAdapters,
     LossScale,
+    b_lr_of,
     l2_norm,
     make_optimizer,
     state_tensors,
@@ -172,3 +173,40 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_quiet_while():
 def test_paged_states_on_a_cpu_are_refused():
     with pytest.raises(ValueError, match="paged_adamw_8bit needs a CUDA device"):
         make_optimizer("paged_adamw_8bit", FlatAdapters(layers().named_parameters()).flat, **HYPER)
+
+
+class Pair(nn.Module):
+    """Two matrices under the names that PEFT gives A and B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.ModuleDict(
+            {name: nn.ModuleDict({"default": nn.Linear(32, 16)}) for name in ("lora_A", "lora_B")}
+        )
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adamw_8bit"])
+def test_b_learns_at_its_own_rate_as_in_a_group_of_its_own(name: str) -> None:
+    """Against two optimizers, each with one of the rates, that see the same gradients."""
+    model, other = Pair(), Pair()
+    adapters = FlatAdapters(model.named_parameters())
+    one = make_optimizer(name, adapters.flat, **HYPER | {"lr": 1e-3}, b_lr_ratio=16.0)
+    twin = FlatAdapters(other.named_parameters())
+    fast = FlatAdapters(Pair().named_parameters())
+    both = [
+        (make_optimizer(name, flat.flat, **HYPER | {"lr": lr}), flat)
+        for flat, lr in ((twin, 1e-3), (fast, 16e-3))
+    ]
+    drawn = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        slope = torch.randn(len(adapters.grad), generator=drawn)
+        for flat in (adapters, twin, fast):
+            flat.grad.copy_(slope)
+        optim.step(one, adapters)
+        for optimizer, _ in both:
+            optimizer.step()
+        for key, place in adapters.slices.items():
+            wanted = (fast if ".lora_B." in key else twin).flat.data
+            assert torch.allclose(place.of(adapters.flat.data), place.of(wanted), atol=2e-7), key
+    assert b_lr_of(one) == pytest.approx(16e-3) and b_lr_of(both[0][0]) is None
