@@ -79,9 +79,7 @@ def test_attention_and_its_gradient_before_rotation_are_near_fp64(
     grad = torch.randn(tokens, heads, size, device="cuda").bfloat16()
     parts = wide.split([heads * size, key_heads * size, key_heads * size], dim=1)
     q, k, v = (t.unflatten(1, (-1, size)) for t in parts)
-    cos, sin = angles(
-        torch.arange(tokens, device="cuda"), torch.rand(size // 2, device="cuda"), 1.0
-    )
+    by = angles(torch.arange(tokens, device="cuda"), torch.rand(size // 2, device="cuda"), 1.0)
     bounds = a.Bounds.for_kernel(kernel, lengths, wide.device, TILES[size])
     found = []
     for _ in range(2):
@@ -89,7 +87,7 @@ def test_attention_and_its_gradient_before_rotation_are_near_fp64(
         found.append(
             (
                 kept.out,
-                a.attention_backward(grad, q, k, v, kept, bounds, cos, sin, room=48)[:, :width],
+                a.attention_backward(grad, q, k, v, kept, bounds, by, room=48)[:, :width],
             )
         )
     if kernel == "triton":
@@ -97,7 +95,7 @@ def test_attention_and_its_gradient_before_rotation_are_near_fp64(
     exact = [t.double() for t in (grad, q, k, v)]
     plain = a.Bounds.for_kernel("reference", lengths, wide.device)
     out = a.attention(*exact[1:], plain)
-    truth = a.attention_backward(*exact, out, plain, cos, sin)
+    truth = a.attention_backward(*exact, out, plain, by)
     assert found[0][0].shape == out.out.shape and off(found[0][0], out.out) < 8e-3
     widths = [t.shape[1] for t in parts]
     for one, slope in zip(
