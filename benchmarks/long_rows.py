@@ -45,7 +45,7 @@ from glassloop.predict.shapes import Shapes, shapes_of
 from glassloop.predict.terms import GIB, Work
 from glassloop.predict.tiers import Tiers
 
-SHORTER = (0.97, 0.94, 0.9)  # of a predicted length that ran out
+SHORTER = (0.96, 0.9)  # of a predicted length that ran out
 
 
 class Bench:

@@ -124,6 +124,7 @@ def forward(
     """
     x, queries = queries_of(layer, x, y, where, chunk)
     kept = attend(layer, queries, where)
+    attended = kept.out.flatten(1)
     del queries
     count, hidden = len(x) if places is None else len(places), x.shape[1]
     mid, y = x.new_empty(count, hidden), x.new_empty(count, hidden)
@@ -136,7 +137,7 @@ def forward(
         narrow_o = x.new_empty(count, layer.o.rank)
     weights, gelu = where.scratch.weights, layer.of.gate == "gelu_tanh"
     for c in pieces(count, chunk):
-        one = middle(layer, _rows(x, places, c), _rows(kept.out.flatten(1), places, c), None, where)
+        one = middle(layer, _rows(x, places, c), _rows(attended, places, c), None, where)
         gate_up = layer.gate_up.forward(one.normed, weights(layer.gate_up))
         gated = layer.down.input(len(gate_up))
         swiglu(gate_up, gated[:, : layer.down.columns], gelu=gelu)
@@ -153,8 +154,8 @@ def forward(
         del one, gated, product
     if not training:
         return mid, y, None
-    attended = Attended(kept, left, narrow_o) if away in ("attention", "all") else None
-    return mid, y, Saved(x, narrow_down, product_down, None, attended, places)
+    results = Attended(kept, left, narrow_o) if away in ("attention", "all") else None
+    return mid, y, Saved(x, narrow_down, product_down, None, results, places)
 
 
 def backward(
