@@ -119,7 +119,9 @@ def base_bytes_of(engine: Any) -> int:
     They count as available.
     """
     pages = engine.pages
-    return 0 if pages is None or pages.mapped is None else pages.file.manifest.nbytes
+    if pages is None or pages.mapped is None or pages.ranks > 1:  # sharded: on the ranks' cards
+        return 0
+    return pages.file.manifest.nbytes
 
 
 def room_of(engine: Any, tiers: Tiers, tokens: int) -> int:
