@@ -178,7 +178,7 @@ def use_tiers(run: Run, tiers: Tiers) -> None:
 
 
 def smaller_chunk(engine: Any) -> int:
-    """The next smaller number of places that products take at a time; 0: none is smaller.
+    """The next smaller chunk of places; 0: none is smaller.
 
     A layer that was kept has no slot on the host yet, and none is made in the middle of a run.
     """

@@ -1,4 +1,4 @@
-"""Bytes of a layer of `fused` that works over chunks of places, from shapes alone.
+"""Bytes of a layer of `fused` over chunks of places.
 
 Counted from engines/fused/chunked.py. Legend: see tiers.py; S supervised places, C places of a
 chunk, A columns of attention's output.
@@ -29,12 +29,12 @@ def forward_bytes(one: Sizes, tokens: int, chunk: int, host: Host, places: int) 
 
 
 def before_last_bytes(one: Sizes, tokens: int, chunk: int, host: Host, stays: int) -> int:
-    """The same of a layer with all places, while the last one has left nothing yet."""
+    """Most of the forward of the layer before the last one."""
     return forward_bytes(one, tokens, chunk, host, tokens) - stays
 
 
 def backward_bytes(one: Sizes, tokens: int, chunk: int, host: Host) -> int:
-    """Most of a layer's backward, beside what it left and the gradient that flows."""
+    """Most of a layer's backward, beside its share and the gradient."""
     a = one.element
     again = host in ("nothing", "inputs")  # attention is computed again
     queries = a * (one.qkv.rows + one.qkv.rank + one.turned)
@@ -49,7 +49,7 @@ def backward_bytes(one: Sizes, tokens: int, chunk: int, host: Host) -> int:
 
 
 def _share(one: Sizes) -> float:
-    """Part of the heads that a group has; it has whole key heads."""
+    """Share of the heads in a group of whole key heads."""
     key_heads = (one.qkv.rows - one.o.columns) // 2 * one.heads // one.o.columns
     return -(-key_heads // GROUPS) / key_heads
 

@@ -42,7 +42,10 @@ WIDEST = 1 << 31  # elements of a tensor whose offsets 32 bits hold
 def _options(
     scores: Scores, tile: Tile, heads: int, key_heads: int, size: int, parts: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """Arguments that all three kernels share; `parts`: what they read and write by rows."""
+    """Arguments that all three kernels share.
+
+    `parts`: what they read and write by rows.
+    """
     cap = scores.cap or 1.0
     return {
         "bend": scores.scale_of(size) / cap,

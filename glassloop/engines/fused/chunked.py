@@ -1,4 +1,4 @@
-"""A decoder layer over chunks of places, for passes that outgrow a card.
+"""A decoder layer over chunks of places, for long passes.
 
 It computes what layer.py computes. Products, norms and the gate take some thousand places at a
 time, so that neither gate and up nor their gradients exist for the whole pass. Attention sees all
@@ -57,7 +57,7 @@ def pieces(places: int, chunk: int) -> list[slice]:
 def queries_of(
     layer: Layer, x: Tensor, y: Tensor | None, where: Where, chunk: int
 ) -> tuple[Tensor, Queries]:
-    """x + y (T, H), which takes y's memory, and what attention reads of it."""
+    """x + y (T, H), in y's memory, and what attention reads."""
     linear, hidden = layer.qkv, x.shape[1]
     weights = where.scratch.weights(linear)
     qkv = x.new_empty(len(x), linear.rows)
@@ -194,7 +194,7 @@ def backward(
 def _before_attention(
     layer: Layer, grad: Tensor, saved: Saved, kept: Kept, where: Where, chunk: int
 ) -> Tensor:
-    """(S, A): gradient of attention's output at `saved.places`. Writes to grad (S, H + R)."""
+    """Gradient (S, A) of attention's output; writes to grad (S, H + R)."""
     _, o, gate_up, down = layer.linears
     weights, scratch, hidden = where.scratch.weights, where.scratch, saved.x.shape[1]
     attended = kept.out.flatten(1)
@@ -232,5 +232,5 @@ def _before_attention(
 
 
 def _rows(t: Tensor, places: Tensor | None, c: slice) -> Tensor:
-    """Rows of t (T, ...) in a chunk of the places that are wanted."""
+    """Rows of t (T, ...) in a chunk of the wanted places."""
     return t[c] if places is None else chosen(t, places[c])

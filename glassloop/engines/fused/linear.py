@@ -165,7 +165,7 @@ class Linear:
     def accumulate(
         self, grad: Tensor, x: Tensor, narrow: Tensor, scratch: Scratch, *, add: bool = False
     ) -> None:
-        """Leave dA and dB in the scratch, or `add` them to what lies there.
+        """Leave dA and dB in the scratch, or `add` them there.
 
         grad: (T, N + R), folded. x: (T, K). narrow: (T, R), as `forward` left it.
         """
