@@ -123,7 +123,7 @@ class _Pass:
 
     @property
     def most(self) -> float:
-        """Bytes of the GPU for the pass, and for 4-bit layers that may stream."""
+        """Bytes of the GPU for a pass and its streamed base."""
         room, profile = self.room, self.asked.profile
         all_in_all = room.used + room.free
         budget = all_in_all if profile in ("min", "fill") else int(float(profile) * GIB)

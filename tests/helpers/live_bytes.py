@@ -219,7 +219,7 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
 
 @contextmanager
 def copies_take_a_layer() -> Iterator[None]:
-    """Tensors on their way to the host live as long as on a GPU."""
+    """Copies to the host take as long as a layer."""
     from glassloop.engines.fused import host
 
     copy_out = host.HostRoom.put

@@ -194,7 +194,7 @@ def backward(
 def _before_attention(
     layer: Layer, grad: Tensor, saved: Saved, kept: Kept, where: Where, chunk: int
 ) -> Tensor:
-    """Gradient (S, A) of attention's output; writes to grad (S, H + R)."""
+    """Gradient (S, A) of attention's output; writes to grad."""
     _, o, gate_up, down = layer.linears
     weights, scratch, hidden = where.scratch.weights, where.scratch, saved.x.shape[1]
     attended = kept.out.flatten(1)
