@@ -119,7 +119,9 @@ def base_bytes_of(engine: Any) -> int:
     They count as available.
     """
     pages = engine.pages
-    return 0 if pages is None or pages.mapped is None else pages.file.manifest.nbytes
+    if pages is None or pages.mapped is None or pages.ranks > 1:  # sharded: on the ranks' cards
+        return 0
+    return pages.file.manifest.nbytes
 
 
 def room_of(engine: Any, tiers: Tiers, tokens: int) -> int:
@@ -176,9 +178,7 @@ def use_tiers(run: Run, tiers: Tiers) -> None:
 
 
 def smaller_chunk(engine: Any) -> int:
-    """The next smaller number of places of a product.
-
-    0: none is smaller.
+    """The next smaller chunk of places; 0: none is smaller.
 
     A layer that was kept has no slot on the host yet, and none is made in the middle of a run.
     """

@@ -123,10 +123,7 @@ class _Pass:
 
     @property
     def most(self) -> float:
-        """GPU bytes for the pass.
-
-        And for 4-bit weights if `room.base` is given.
-        """
+        """Bytes of the GPU for a pass and its streamed base."""
         room, profile = self.room, self.asked.profile
         all_in_all = room.used + room.free
         budget = all_in_all if profile in ("min", "fill") else int(float(profile) * GIB)
@@ -143,7 +140,7 @@ class _Pass:
         return max(live_bytes(one, tokens), self.room.head) + extra
 
     def needed(self, how: How) -> int:
-        """GPU bytes of a layer at work and what others left."""
+        """Bytes of the GPU while one layer is at work."""
         (host, chunk), one, tokens, layers = how, self.one, self.asked.tokens, self.layers
         stays, away = input_bytes(one, tokens), away_bytes(one, tokens, host)
         if host != "nothing":
@@ -159,20 +156,14 @@ class _Pass:
         return layers * stays + 2 * away + max(backward, forward, self.room.head) - gone
 
     def allowed(self, how: How) -> bool:
-        """True if the host has room and chunks are smaller.
-
-        Than the pass.
-        """
+        """True if the host has room and chunks divide the pass."""
         host, chunk = how
         layers = self.layers if chunk else self.layers - 1
         room = room_bytes(self.one, self.asked.tokens, layers, host)
         return chunk < self.asked.tokens and room <= self.asked.host_bytes
 
     def streamed(self, needed: float) -> int:
-        """As few streamed layers as leave room for these bytes.
-
-        Or as many as are asked.
-        """
+        """The fewest streamed layers that leave this room, or those asked."""
         base = self.room.base
         if base is None:
             return 0

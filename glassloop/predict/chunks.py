@@ -1,4 +1,4 @@
-"""Bytes of a `fused` layer over chunks of places, from shapes.
+"""Bytes of a layer of `fused` over chunks of places.
 
 Counted from engines/fused/chunked.py. Legend: see tiers.py; S supervised places, C places of a
 chunk, A columns of attention's output.
@@ -29,18 +29,12 @@ def forward_bytes(one: Sizes, tokens: int, chunk: int, host: Host, places: int) 
 
 
 def before_last_bytes(one: Sizes, tokens: int, chunk: int, host: Host, stays: int) -> int:
-    """The same of a layer with all places.
-
-    The last one has left nothing yet.
-    """
+    """Most of the forward of the layer before the last one."""
     return forward_bytes(one, tokens, chunk, host, tokens) - stays
 
 
 def backward_bytes(one: Sizes, tokens: int, chunk: int, host: Host) -> int:
-    """Most bytes of a layer's backward.
-
-    Beside what it left and the gradient that flows.
-    """
+    """Most of a layer's backward, beside its share and the gradient."""
     a = one.element
     again = host in ("nothing", "inputs")  # attention is computed again
     queries = a * (one.qkv.rows + one.qkv.rank + one.turned)
@@ -55,7 +49,7 @@ def backward_bytes(one: Sizes, tokens: int, chunk: int, host: Host) -> int:
 
 
 def _share(one: Sizes) -> float:
-    """Share of the heads in a group, in whole key heads."""
+    """Share of the heads in a group of whole key heads."""
     key_heads = (one.qkv.rows - one.o.columns) // 2 * one.heads // one.o.columns
     return -(-key_heads // GROUPS) / key_heads
 

@@ -70,5 +70,5 @@ def host_of(shapes: Shapes, work: Work) -> HostLedger:
     return host_ledger(
         movable_bytes(shapes, work) if away else 0,
         room_bytes(one, work.places, layers, chosen.host),
-        0 if base is None else base.layer_bytes * shapes.layers,
+        0 if base is None or base.asked == "sharded" else base.layer_bytes * shapes.layers,
     )

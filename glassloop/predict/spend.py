@@ -84,7 +84,9 @@ def host_bytes_of(shapes: Shapes, work: Work) -> int:
     if work.host_gib is not None:
         return int(work.host_gib * GIB)
     base = base_of(shapes, work)
-    locked = 0 if base is None or base.asked == "gpu" else base.layer_bytes * shapes.layers
+    locked = (
+        0 if base is None or base.asked in ("gpu", "sharded") else base.layer_bytes * shapes.layers
+    )
     return max(0, int(work.host_has_gib * GIB) - movable_bytes(shapes, work) - locked)
 
 

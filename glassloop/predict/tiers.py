@@ -251,10 +251,7 @@ def live_bytes(one: Sizes, tokens: int) -> int:
 
 
 def gradient_bytes(one: Sizes, tokens: int) -> int:
-    """Bytes that flow backward.
-
-    The gradient of a layer's output, with room for adapters.
-    """
+    """Bytes of the gradient of a layer's output, adapters' room included."""
     return one.element * tokens * (one.qkv.columns + max(one.o.rank, one.down.rank))
 
 

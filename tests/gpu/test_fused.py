@@ -207,6 +207,51 @@ def test_tiers_agree_to_the_last_bit_in_deterministic_mode(run_of):
     assert all(torch.equal(grads[0], one) for one in grads[1:])
 
 
+@pytest.mark.parametrize(
+    ("lengths", "kernel"),
+    [((300, 17, 1, 700), "flash"), ((1024, 1024), "cudnn"), ((2048,), "cudnn")],
+)
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(HEADS, KEY_HEADS, SIZE), (32, 16, 64)])
+def test_groups_of_heads_have_attention_s_gradient(lengths, kernel, heads, key_heads, size):
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused.attention_groups import backward_by_groups
+    from glassloop.engines.fused.rotary import angles
+
+    if kernel == "cudnn" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("chosen and measured on Hopper alone")
+    tokens, width = sum(lengths), (heads + 2 * key_heads) * size
+    torch.manual_seed(0)
+    wide = torch.randn(tokens, width, device="cuda").bfloat16()
+    grad = torch.randn(tokens, heads, size, device="cuda").bfloat16()
+    parts = wide.split([heads * size, key_heads * size, key_heads * size], dim=1)
+    q, k, v = (t.unflatten(1, (-1, size)) for t in parts)
+    by = angles(torch.arange(tokens, device="cuda"), torch.rand(size // 2, device="cuda"), 1.0)
+    bounds = a.Bounds.for_kernel(kernel, lengths, wide.device)
+    kept = a.attention(q, k, v, bounds)
+    whole = a.attention_backward(grad, q, k, v, kept, bounds, by, room=48)[:, :width]
+    groups = backward_by_groups(grad, q, k, v, kept, bounds, by, room=48)[:, :width]
+    assert off(groups, whole) < 2e-3
+
+
+def test_a_pass_in_pieces_is_as_near_fp32_as_the_whole_one(run_of):
+    """And has the same bits wherever its large tensors wait, in deterministic mode."""
+    from glassloop.predict.tiers import HOSTS, Tiers
+
+    how = {"optimizer": {"max_grad_norm": None}}
+    truth = gradient(run_of(execution={"precision": "fp32"}, **how))
+    grads = []
+    for deterministic in (False, True):
+        for tiers in (Tiers(1), *(Tiers(0, host, chunk=37) for host in HOSTS)):
+            execution = {"engine": "fused", "deterministic": deterministic, "layout": "packed"}
+            run = run_of(execution=execution, **how)
+            run.replica.plain_engine.use_tiers(tiers)
+            grads.append(gradient(run))
+    torch.use_deterministic_algorithms(False)
+    whole = off(grads[0], truth)
+    assert all(off(one, truth) <= 1.2 * whole for one in grads)
+    assert all(torch.equal(grads[6], one) for one in grads[7:])
+
+
 def test_an_embedding_on_the_host_is_read_as_before_and_frees_its_memory(run_of):
     from glassloop.engines.fused.host import on_host
 

@@ -218,6 +218,26 @@ def fused_peaks(engine, adapters: FlatAdapters, p: Pass) -> dict[str, int]:
 
 
 @contextmanager
+def copies_take_a_layer() -> Iterator[None]:
+    """Copies to the host take as long as a layer."""
+    from glassloop.engines.fused import host
+
+    copy_out = host.HostRoom.put
+
+    def settle(room, most):
+        while len(room.going) > most:
+            room.going.popleft()
+
+    def put(room, index, tensors):  # a copy takes as long as a layer
+        settle(room, host.IN_FLIGHT - 1)
+        copy_out(room, index, tensors)
+        room.going.append((tensors, None))
+
+    with patch.multiple(host.HostRoom, put=put, _settle=settle):
+        yield
+
+
+@contextmanager
 def fused_as_on_a_gpu() -> Iterator[None]:
     from glassloop.engines.fused import (
         attention,
@@ -225,7 +245,6 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         chunked,
         engine,
         heads,
-        host,
         layer,
         linear,
         matrices,
@@ -265,21 +284,15 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         del room
         return losses, hidden
 
-    copy_out = host.HostRoom.put
-
-    def settle(room, most):
-        while len(room.going) > most:
-            room.going.popleft()
-
-    def put(room, index, tensors):  # a copy takes as long as a layer
-        settle(room, host.IN_FLIGHT - 1)
-        copy_out(room, index, tensors)
-        room.going.append((tensors, None))
-
     with (
-        patch.multiple(host.HostRoom, put=put, _settle=settle),
-        patch.multiple(layer, add_norm=add_norm, norm_backward=nothing),
-        patch.multiple(layer, swiglu=nothing, swiglu_backward=nothing),
+        copies_take_a_layer(),
+        patch.multiple(
+            layer,
+            add_norm=add_norm,
+            norm_backward=nothing,
+            swiglu=nothing,
+            swiglu_backward=nothing,
+        ),
         patch.multiple(
             heads,
             add_norm=add_norm,

@@ -1,6 +1,4 @@
-"""Attention's gradient, some key heads at a time.
-
-With the memory that such a call takes beside.
+"""Attention's gradient for some key heads at a time.
 
 torch's kernels sum dq in fp32 and give each query head a dk and dv of its own: five times the size
 of q. Heads are independent, so groups of them give the same bits with that divided by the groups.

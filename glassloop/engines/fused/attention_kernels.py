@@ -1,7 +1,8 @@
 """Triton kernels of attention_triton.py: forward, gradient of queries, gradient of keys.
 
 WINDOWED: a token sees `window` tokens, itself the last; every step is masked then. CAPPED: a score
-is cap * tanh(q k^T * bend), with bend = scale / cap.
+is cap * tanh(q k^T * bend), with bend = scale / cap. WIDE: a tensor has 2^31 elements or more, so
+that a place times a stride needs 64 bits.
 """
 
 from __future__ import annotations
@@ -106,10 +107,14 @@ def _attend(
 def forward_kernel(
     q, k, v, out, lse, table, tokens, q_stride, k_stride, v_stride, scale, bend, cap, window,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     head, heads, entry = tl.program_id(0), tl.num_programs(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
+    width = heads * D
+    if WIDE:
+        q_stride, k_stride = q_stride.to(tl.int64), k_stride.to(tl.int64)
+        v_stride, width = v_stride.to(tl.int64), width.to(tl.int64)
     query = first + tl.arange(0, OWN)
     q_rows = _rows(q + start * q_stride + head * D, q_stride, query, length, D, True)
     k += start * k_stride + head // GROUP * D
@@ -134,9 +139,7 @@ def forward_kernel(
             D, STEP, True, CAPPED, WINDOWED,
         )  # fmt: skip
     inside = query < length
-    at = (
-        out + start * heads * D + head * D + query[:, None] * (heads * D) + tl.arange(0, D)[None, :]
-    )
+    at = out + start * width + head * D + query[:, None] * width + tl.arange(0, D)[None, :]
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + head * tokens + start + query, top + tl.log2(total), mask=inside)
 
@@ -174,10 +177,14 @@ def queries_kernel(
     grad_stride, q_stride, k_stride, v_stride, out_stride, into_stride, scale, scale_2,
     bend, cap, window,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     head, entry = tl.program_id(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
+    if WIDE:
+        grad_stride, q_stride = grad_stride.to(tl.int64), q_stride.to(tl.int64)
+        k_stride, v_stride = k_stride.to(tl.int64), v_stride.to(tl.int64)
+        out_stride, into_stride = out_stride.to(tl.int64), into_stride.to(tl.int64)
     query = first + tl.arange(0, OWN)
     inside, place = query < length, head * tokens + start + query
     q_rows = _rows(q + start * q_stride + head * D, q_stride, query, length, D, True)
@@ -255,10 +262,14 @@ def keys_kernel(
     grad, q, k, v, sums, cos, sin, into, table, tokens,
     grad_stride, q_stride, k_stride, v_stride, into_stride, scale, scale_2, bend, cap, window,
     GROUP: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+    SPLIT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     key_head, key_heads, entry = tl.program_id(0), tl.num_programs(0), table + 4 * tl.program_id(1)
     start, length, first = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
+    if WIDE:
+        grad_stride, q_stride = grad_stride.to(tl.int64), q_stride.to(tl.int64)
+        k_stride, v_stride = k_stride.to(tl.int64), v_stride.to(tl.int64)
+        into_stride = into_stride.to(tl.int64)
     key = first + tl.arange(0, OWN)
     k_rows = _rows(k + start * k_stride + key_head * D, k_stride, key, length, D, True)
     v_rows = _rows(v + start * v_stride + key_head * D, v_stride, key, length, D, True)

@@ -21,6 +21,7 @@ and so does the log-sum-exp. The algorithm is FlashAttention's (Dao 2023, arXiv:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,9 +36,16 @@ from glassloop.engines.fused.attention_kernels import (
 from glassloop.engines.fused.attention_work import Scores, Tile, Work
 from glassloop.engines.fused.rotary import Angles
 
+WIDEST = 1 << 31  # elements of a tensor whose offsets 32 bits hold
 
-def _options(scores: Scores, tile: Tile, heads: int, key_heads: int, size: int) -> dict[str, Any]:
-    """Arguments that all three kernels share."""
+
+def _options(
+    scores: Scores, tile: Tile, heads: int, key_heads: int, size: int, parts: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Arguments that all three kernels share.
+
+    `parts`: what they read and write by rows.
+    """
     cap = scores.cap or 1.0
     return {
         "bend": scores.scale_of(size) / cap,
@@ -50,6 +58,7 @@ def _options(scores: Scores, tile: Tile, heads: int, key_heads: int, size: int) 
         "SPLIT": tile.split,
         "CAPPED": scores.cap is not None,
         "WINDOWED": scores.window is not None,
+        "WIDE": any(len(t) * t.stride(0) >= WIDEST for t in parts),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
@@ -72,7 +81,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor
     forward_kernel[(heads, len(work.forward))](
         q, k, v, out, lse, work.forward, tokens, q.stride(0), k.stride(0), v.stride(0),
         work.scores.scale_of(size) * math.log2(math.e),
-        **_options(work.scores, tile, heads, k.shape[1], size),
+        **_options(work.scores, tile, heads, k.shape[1], size, (q, k, v, out.flatten(1))),
     )  # fmt: skip
     return out, lse
 
@@ -117,7 +126,7 @@ def gradient_of_queries(
         grad, q, k, v, out, lse, sums, by.cos, by.sin, into, work.queries, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), into.stride(0),
         scale, scale * math.log2(math.e),
-        **_options(work.scores, tile, heads, k.shape[1], size),
+        **_options(work.scores, tile, heads, k.shape[1], size, (grad, q, k, v, out, into)),
     )  # fmt: skip
 
 
@@ -138,7 +147,7 @@ def gradient_of_keys(
         grad, q, k, v, sums, by.cos, by.sin, into, work.keys, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), into.stride(0),
         scale, scale * math.log2(math.e),
-        **_options(work.scores, tile, heads, k.shape[1], size),
+        **_options(work.scores, tile, heads, k.shape[1], size, (grad, q, k, v, into)),
     )  # fmt: skip
 
 

@@ -1,6 +1,4 @@
-"""A decoder layer over chunks of places.
-
-For passes that outgrow a card.
+"""A decoder layer over chunks of places, for long passes.
 
 It computes what layer.py computes. Products, norms and the gate take some thousand places at a
 time, so that neither gate and up nor their gradients exist for the whole pass. Attention sees all
@@ -59,10 +57,7 @@ def pieces(places: int, chunk: int) -> list[slice]:
 def queries_of(
     layer: Layer, x: Tensor, y: Tensor | None, where: Where, chunk: int
 ) -> tuple[Tensor, Queries]:
-    """x + y (T, H), and what attention reads of it.
-
-    The sum takes y's memory.
-    """
+    """x + y (T, H), in y's memory, and what attention reads."""
     linear, hidden = layer.qkv, x.shape[1]
     weights = where.scratch.weights(linear)
     qkv = x.new_empty(len(x), linear.rows)
@@ -129,6 +124,7 @@ def forward(
     """
     x, queries = queries_of(layer, x, y, where, chunk)
     kept = attend(layer, queries, where)
+    attended = kept.out.flatten(1)
     del queries
     count, hidden = len(x) if places is None else len(places), x.shape[1]
     mid, y = x.new_empty(count, hidden), x.new_empty(count, hidden)
@@ -141,7 +137,7 @@ def forward(
         narrow_o = x.new_empty(count, layer.o.rank)
     weights, gelu = where.scratch.weights, layer.of.gate == "gelu_tanh"
     for c in pieces(count, chunk):
-        one = middle(layer, _rows(x, places, c), _rows(kept.out.flatten(1), places, c), None, where)
+        one = middle(layer, _rows(x, places, c), _rows(attended, places, c), None, where)
         gate_up = layer.gate_up.forward(one.normed, weights(layer.gate_up))
         gated = layer.down.input(len(gate_up))
         swiglu(gate_up, gated[:, : layer.down.columns], gelu=gelu)
@@ -158,8 +154,8 @@ def forward(
         del one, gated, product
     if not training:
         return mid, y, None
-    attended = Attended(kept, left, narrow_o) if away in ("attention", "all") else None
-    return mid, y, Saved(x, narrow_down, product_down, None, attended, places)
+    results = Attended(kept, left, narrow_o) if away in ("attention", "all") else None
+    return mid, y, Saved(x, narrow_down, product_down, None, results, places)
 
 
 def backward(
@@ -198,10 +194,7 @@ def backward(
 def _before_attention(
     layer: Layer, grad: Tensor, saved: Saved, kept: Kept, where: Where, chunk: int
 ) -> Tensor:
-    """Gradient (S, A) of attention's output at `saved.places`.
-
-    Writes to grad (S, H + R).
-    """
+    """Gradient (S, A) of attention's output; writes to grad."""
     _, o, gate_up, down = layer.linears
     weights, scratch, hidden = where.scratch.weights, where.scratch, saved.x.shape[1]
     attended = kept.out.flatten(1)

@@ -123,3 +123,19 @@ def test_a_plan_fits_the_terminal(columns, words, capsys, monkeypatch):
     wide = [line for line in lines if len(line) > columns]
     assert [line[:5] for line in wide] == ["start"]  # whole, to be copied
     assert max(map(len, lines[:-1])) > columns - 12
+
+
+def test_the_longest_row_of_each_card_is_planned_with_the_host_it_takes(capsys):
+    text = flat(said(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min"))
+    rows = text[text.index("rows the longest that trains") :]
+    assert "memory.host_gib=auto: 56 GiB of a host that is not here" in rows
+    found = re.search(r"4090 ([\d,]+) (\d+\.\d) inputs alone of the others on the host", rows)
+    assert found is not None
+    tokens, host = int(found[1].replace(",", "")), float(found[2])
+    assert 150_000 < tokens < 300_000 and 40 < host <= 56
+    less = flat(said(capsys, "r1_8b_scam", "execution.engine=fused", "memory.host_gib=8"))
+    fewer = re.search(r"4090 ([\d,]+) (\d+\.\d)", less[less.index("rows the longest") :])
+    assert fewer is not None and int(fewer[1].replace(",", "")) < tokens / 2
+    assert "the longest that trains" not in flat(
+        said(capsys, "r1_8b_scam", "execution.engine=peft")
+    )

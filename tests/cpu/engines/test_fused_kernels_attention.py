@@ -90,6 +90,33 @@ def test_attention_and_its_gradient_before_rotation(dtype, mark, cuts, lengths, 
 
 
 @interpreted
+def test_offsets_of_64_bits_change_no_bit(monkeypatch):
+    """They serve tensors of 2^31 elements and more, which no CPU test can have."""
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused import attention_triton
+    from glassloop.engines.fused.attention_work import Tile, Tiles
+
+    lengths, heads, key_heads, size = (1, 5, 17, 40), 4, 2, 16
+    tiles = Tiles(*(Tile(own, step, 4, 2, True) for own, step in ((16, 8), (8, 16), (16, 16))))
+    bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), tiles)
+    grad, q, k, v, by = wide_heads(sum(lengths), heads, key_heads, size, torch.float32)
+    found, seen = [], []
+    options = attention_triton._options
+
+    def watched(*given):
+        seen.append(options(*given)["WIDE"])
+        return options(*given)
+
+    monkeypatch.setattr(attention_triton, "_options", watched)
+    for widest in (1 << 31, 1):
+        monkeypatch.setattr(attention_triton, "WIDEST", widest)
+        kept = a.attention(q, k, v, bounds)
+        found.append((kept.out, *kept.rest, a.attention_backward(grad, q, k, v, kept, bounds, by)))
+    assert seen == [False] * 3 + [True] * 3
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@interpreted
 def test_a_row_without_finite_values_leaves_its_neighbours_alone():
     from glassloop.engines.fused import attention as a
     from glassloop.engines.fused.attention_work import Tile, Tiles

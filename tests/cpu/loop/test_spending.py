@@ -23,7 +23,7 @@ ASKED = Asked("min", 1000, 1000, 0)
 
 def engine_of(device: str = "cuda", movable: int = GIB, locked: int | None = None):
     pages = SimpleNamespace(
-        mapped=object(), file=SimpleNamespace(manifest=SimpleNamespace(nbytes=locked))
+        mapped=object(), ranks=1, file=SimpleNamespace(manifest=SimpleNamespace(nbytes=locked))
     )
     return SimpleNamespace(
         embedding=SimpleNamespace(device=SimpleNamespace(type=device)),
@@ -72,7 +72,9 @@ def test_a_number_is_taken_as_it_is_and_a_cpu_has_no_host(monkeypatch):
 def test_a_base_that_is_not_locked_takes_nothing_of_the_host():
     engine = engine_of(locked=6 * GIB)
     assert base_bytes_of(engine) == 6 * GIB
-    engine.pages.mapped = None
+    engine.pages.ranks = 2  # sharded
+    assert base_bytes_of(engine) == 0
+    engine.pages.ranks, engine.pages.mapped = 1, None
     assert base_bytes_of(engine) == base_bytes_of(engine_of()) == 0
 
 

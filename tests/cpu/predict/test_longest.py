@@ -77,6 +77,14 @@ def test_a_long_row_on_a_small_card_leaves_all_on_the_host_while_few_layers_coul
     assert tiers_of(R1, with_tiers(R1, many, budget)).host == "nothing"
 
 
+def test_a_sharded_base_takes_nothing_of_the_host():
+    work = replace(WORK, base="sharded", ranks=2)
+    found = longest_row(R1, work, budget_bytes(11.5, 2))
+    assert found.tiers.streamed == 32
+    assert not any("the base" in term.what for term in found.host.terms)
+    assert host_bytes_of(R1, work) > host_bytes_of(R1, replace(WORK, base="host")) + 3 * GIB
+
+
 def test_a_pass_that_stays_on_the_card_takes_no_host():
     assert host_of(R1, with_tiers(R1, replace(WORK, profile="fill"), 23 * GIB)).terms == ()
 
