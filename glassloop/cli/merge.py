@@ -25,6 +25,29 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; 2 for refused input.
     """
+    given = _parser().parse_args(argv)
+    if given.gguf is not None and given.bits == 4:
+        raise ValueError(
+            "--gguf converts 16-bit weights: leave --bits 4 out, and let TYPE say the rounding"
+        )
+    if given.converter is not None and given.gguf is None:
+        raise ValueError("--converter is for --gguf TYPE: name the type, such as --gguf q8_0")
+    if given.bits == 4 and not given.accept_rounding:
+        raise ValueError(
+            "--bits 4: rounding merged weights to 4 bits changes most of them by more than a light "
+            "fine-tune does, and can undo it. Serve the adapter beside the 4-bit base, or merge "
+            "into 16 bits; to do it all the same and see the cost in the table: --accept-rounding"
+        )
+    for name in ("rows", "shard_gib"):
+        if not 0 < getattr(given, name) < math.inf:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0"
+            )
+    columns_of(given.columns)  # refused before anything is opened
+    return run(given)
+
+
+def _parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
         prog="glassloop merge",
         allow_abbrev=False,
@@ -88,26 +111,7 @@ def main(argv: list[str]) -> int:
         metavar="FILE",
         help="llama.cpp's convert_hf_to_gguf.py (default: in the folder $GLASSLOOP_LLAMA_CPP)",
     )
-    given = own.parse_args(argv)
-    if given.gguf is not None and given.bits == 4:
-        raise ValueError(
-            "--gguf converts 16-bit weights: leave --bits 4 out, and let TYPE say the rounding"
-        )
-    if given.converter is not None and given.gguf is None:
-        raise ValueError("--converter is for --gguf TYPE: name the type, such as --gguf q8_0")
-    if given.bits == 4 and not given.accept_rounding:
-        raise ValueError(
-            "--bits 4: rounding merged weights to 4 bits changes most of them by more than a light "
-            "fine-tune does, and can undo it. Serve the adapter beside the 4-bit base, or merge "
-            "into 16 bits; to do it all the same and see the cost in the table: --accept-rounding"
-        )
-    for name in ("rows", "shard_gib"):
-        if not 0 < getattr(given, name) < math.inf:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0"
-            )
-    columns_of(given.columns)  # refused before anything is opened
-    return run(given)
+    return own
 
 
 def unwritable(out: Path, error: OSError) -> ValueError:
@@ -161,7 +165,10 @@ def run(given: argparse.Namespace) -> int:
 
 
 def as_gguf(given: argparse.Namespace, converter: Path, tokenizer: Any) -> None:
-    """Convert the merged weights, point the Modelfile at the file, compare greedy tokens."""
+    """Convert the merged weights, and compare greedy tokens.
+
+    The Modelfile then names the file.
+    """
     from glassloop.use.merge.gguf import compared, convert, point_modelfile_at
 
     file = convert(given.out.absolute(), given.gguf, converter)

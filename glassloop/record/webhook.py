@@ -1,4 +1,6 @@
-"""Posts alarms and the end of a run to an address; no row's id or text.
+"""Post alarms and the end of a run to an address.
+
+No message holds a row's id or text.
 
 A thread of its own sends, so training never waits. A failure is said once and ends nothing.
 """
@@ -108,14 +110,17 @@ class WebhookObserver:
                 self._waiting.put_nowait(json.dumps(self._message(event)).encode())
 
     def close(self) -> None:
-        """Send what is left, for at most CLOSE_S; a second call does nothing."""
+        """Send what is left, for at most CLOSE_S.
+
+        A second call does nothing.
+        """
         until = time.monotonic() + CLOSE_S
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=CLOSE_S)
         self._thread.join(max(0.0, until - time.monotonic()))
 
     def _message(self, event: Event) -> dict[str, Any]:
-        """`text` is the whole message in one line, as Slack and others show it."""
+        """The message; its `text` is one line, as Slack shows it."""
         said = under_policy(event, "none", self._update_ids).message
         said = said.replace(self._folder, self._run)
         at = f"{event.update}/{self._updates}" if self._updates else str(event.update)

@@ -27,7 +27,7 @@ def write_report(folder: Path, out: Path | None = None, *, text: bool = True) ->
 
 
 def attachment(folder: Path, text: bool) -> tuple[str, str] | None:
-    """Make the page of a run and its summary in Markdown, for trackers.
+    """Make page and Markdown summary of a run, for trackers.
 
     None if it cannot be made: that is said and changes nothing.
 

@@ -1,4 +1,4 @@
-"""A model card's front matter, which the hub reads: base, data, licence, evaluation."""
+"""A model card's front matter: base, data, licence, evaluation."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def front_matter(facts: Facts, repo: str) -> str:
 
 
 def eval_results(facts: Facts) -> list[EvalResult]:
-    """The scores of these very weights on held-out rows; [] without an evaluation.
+    """The scores of these very weights on held-out rows.
 
-    Merged weights have none: it is the adapter that answered.
+    [] without an evaluation. Merged weights have none: it is the adapter that answered.
     """
     from huggingface_hub import EvalResult
 

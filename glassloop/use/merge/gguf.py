@@ -92,13 +92,16 @@ def convert(folder: Path, kind: str, converter: Path) -> Path:
 
 
 def last_words(text: str) -> str:
-    """The last line that a process wrote on stderr, at most 300 characters of it."""
+    """The last line of a process's stderr, at most 300 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"
 
 
 def point_modelfile_at(file: Path) -> bool:
-    """Let the Modelfile beside a GGUF file name it. False without a Modelfile."""
+    """Let the Modelfile beside a GGUF file name it.
+
+    False without a Modelfile.
+    """
     path = file.parent / "Modelfile"
     if not path.is_file():
         return False
@@ -108,7 +111,7 @@ def point_modelfile_at(file: Path) -> bool:
 
 
 def compared(file: Path, tokenizer: Any) -> Compared | None:
-    """Compare greedy tokens of the file and of the merged weights beside it.
+    """Compare greedy tokens of the file and the merged weights.
 
     None if the package llama-cpp-python is not installed.
     """
