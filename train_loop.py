@@ -46,7 +46,7 @@ from glassloop.loop.replica import Replica, ReplicasDiffer
 from glassloop.loop.run import Run
 from glassloop.loop.watchdog import WAITS
 from glassloop.predict.hardware import card_here
-from glassloop.report.writing import report_at_the_end
+from glassloop.report.writing import attachment, report_at_the_end
 
 
 def update_once(run: Run, u: int) -> Outcome | None:
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         run = begun(guard, lambda: build_run(parse(words, cards_here=card_here), guard.stop))
         if isinstance(run, int):
             return run
-        return carried_out(run, guard, train, report_at_the_end)
+        return carried_out(run, guard, train, report_at_the_end, attachment)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glassloop.cli.evaluate import columns_of
 from glassloop.cli.generate import add_run_options, overrides_of
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from glassloop.use.merge.table import Line
 
 GIB = 2**30
+GGUF_TYPES = ("q8_0", "bf16", "f16", "f32")  # that the converter writes without another tool
 
 
 def main(argv: list[str]) -> int:
@@ -24,6 +25,29 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; 2 for refused input.
     """
+    given = _parser().parse_args(argv)
+    if given.gguf is not None and given.bits == 4:
+        raise ValueError(
+            "--gguf converts 16-bit weights: leave --bits 4 out, and let TYPE say the rounding"
+        )
+    if given.converter is not None and given.gguf is None:
+        raise ValueError("--converter is for --gguf TYPE: name the type, such as --gguf q8_0")
+    if given.bits == 4 and not given.accept_rounding:
+        raise ValueError(
+            "--bits 4: rounding merged weights to 4 bits changes most of them by more than a light "
+            "fine-tune does, and can undo it. Serve the adapter beside the 4-bit base, or merge "
+            "into 16 bits; to do it all the same and see the cost in the table: --accept-rounding"
+        )
+    for name in ("rows", "shard_gib"):
+        if not 0 < getattr(given, name) < math.inf:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0"
+            )
+    columns_of(given.columns)  # refused before anything is opened
+    return run(given)
+
+
+def _parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
         prog="glassloop merge",
         allow_abbrev=False,
@@ -76,20 +100,18 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="say so for --bits 4, which is refused without",
     )
-    given = own.parse_args(argv)
-    if given.bits == 4 and not given.accept_rounding:
-        raise ValueError(
-            "--bits 4: rounding merged weights to 4 bits changes most of them by more than a light "
-            "fine-tune does, and can undo it. Serve the adapter beside the 4-bit base, or merge "
-            "into 16 bits; to do it all the same and see the cost in the table: --accept-rounding"
-        )
-    for name in ("rows", "shard_gib"):
-        if not 0 < getattr(given, name) < math.inf:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(given, name)}: it must be a number above 0"
-            )
-    columns_of(given.columns)  # refused before anything is opened
-    return run(given)
+    own.add_argument(
+        "--gguf",
+        choices=GGUF_TYPES,
+        help="write OUT/model-TYPE.gguf too, by llama.cpp's converter",
+    )
+    own.add_argument(
+        "--converter",
+        type=Path,
+        metavar="FILE",
+        help="llama.cpp's convert_hf_to_gguf.py (default: in the folder $GLASSLOOP_LLAMA_CPP)",
+    )
+    return own
 
 
 def unwritable(out: Path, error: OSError) -> ValueError:
@@ -100,11 +122,13 @@ def run(given: argparse.Namespace) -> int:
     from glassloop.disk.cache import published
     from glassloop.loop.launch import hush
     from glassloop.use.merge.folder import check_out
+    from glassloop.use.merge.gguf import find_converter
     from glassloop.use.merge.job import Job
     from glassloop.use.merge.table import text
     from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
     check_out(given.out)
+    converter = None if given.gguf is None else find_converter(given.converter)
     hush(1)
     trained = open_trained(given.run, given.at, overrides_of(given))
     scale = f"{trained.config.lora.scale_in_words} = {trained.scale:g}"
@@ -134,5 +158,21 @@ def run(given: argparse.Namespace) -> int:
         GIB if sys.platform == "darwin" else 2**20
     )
     print(f"peak      {job.peak_gib:.1f} GiB of host memory while merging, {peak:.1f} GiB in all")
+    if converter is not None:
+        as_gguf(given, converter, tokenizer)
     job.say_how_to_serve()
     return 0
+
+
+def as_gguf(given: argparse.Namespace, converter: Path, tokenizer: Any) -> None:
+    """Convert the merged weights, and compare greedy tokens.
+
+    The Modelfile then names the file.
+    """
+    from glassloop.use.merge.gguf import compared, convert, point_modelfile_at
+
+    file = convert(given.out.absolute(), given.gguf, converter)
+    pointed = "; Modelfile names it" if point_modelfile_at(file) else ""
+    print(f"gguf      {given.out / file.name}, {file.stat().st_size / GIB:.2f} GiB{pointed}")
+    found = compared(file, tokenizer)
+    print(f"          {found or 'not compared: llama-cpp-python is not installed'}", flush=True)

@@ -26,7 +26,7 @@ from glassloop.config.layers import check_said_once, merge, nested, with_templat
 from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
 from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.resumed import values_of_run
-from glassloop.config.trust import CACHE, FIELDS, unasked
+from glassloop.config.trust import CACHE, FIELDS, WEBHOOK, unasked
 from glassloop.disk.opening import NotPlain, open_plain
 from glassloop.disk.plain_yaml import MOST_CHARACTERS, plain_yaml
 from glassloop.disk.secrets import secrets_in
@@ -127,7 +127,8 @@ def _check_trust(config: Config, given: dict[str, str], run: str | None, file: s
     A preset never asks for such a thing.
     """
     source = " or ".join(name for name in (run, file) if name is not None) or "the preset"
-    asked = given if run is not None else {**given, CACHE: ""}  # --config is asked for by name
+    by_name = {CACHE: "", WEBHOOK: ""}  # --config is asked for by name
+    asked = given if run is not None else {**given, **by_name}
     if (why := unasked(config, asked, source, FIELDS)) is not None:
         raise ConfigError(why)
 

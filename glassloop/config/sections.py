@@ -172,13 +172,19 @@ class RecordConfig(Section):
 
 
 class TrackingConfig(Section):
-    to: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    to: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Trackers beside the run's own folder."""
     project: str = "glassloop"
     """Project name in the tracker."""
     wandb_mode: Literal["online", "offline"] = "online"
     """online needs a Weights & Biases login. offline writes to the run's folder, to be synced
     later."""
+    report: Literal["none", "no_text", "full"] = "no_text"
+    """The run's report, sent to Weights & Biases as a page and to TensorBoard as text at the end.
+    no_text: without row ids, texts, answers and names. full: as record.text keeps them."""
+    webhook: str | None = None
+    """Address that gets alarms and the end of the run as JSON, without row ids and text. https, or
+    http to localhost; `env:NAME` reads it from the environment, so that no file holds it."""
 
 
 class RunConfig(Section):

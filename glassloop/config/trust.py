@@ -1,11 +1,12 @@
 """Settings that a file cannot switch on, only today's command line.
 
 A run's folder, a checkpoint, a capsule, a YAML file or a study may come from a stranger. What such
-a file asks for is read as data: it names models and rows, which are read and never executed. Two
-settings reach further, and both need a word of the person at the keyboard:
+a file asks for is read as data: it names models and rows, which are read and never executed. Three
+settings reach further, and each needs a word of the person at the keyboard:
 
     model.trust_remote_code   runs Python that comes with a model or tokenizer
     model.cache_dir           makes a folder and writes models into it, anywhere on the disk
+    tracking.webhook          sends the run's alarms and end to an address
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from glassloop.config.config import Config
 
 TRUST = "model.trust_remote_code"
 CACHE = "model.cache_dir"
+WEBHOOK = "tracking.webhook"
 MARKS = ("CACHEDIR.TAG", "file_hashes.json", "quantized")  # a cache of glassloop holds one
 
 
 class Words(NamedTuple):
-    """A command's words for the two settings."""
+    """A command's words for the settings of a model."""
 
     trust: str
     distrust: str
@@ -46,6 +48,12 @@ def unasked(config: Config, given: Collection[str], source: str, words: Words) -
             f"{TRUST} = true stands in {source}: it runs Python code that comes with the model, "
             f"and a file cannot ask for that. If you trust the code of model.id = {model.id}, add "
             f"{words.trust}; to run none of it, add {words.distrust}"
+        )
+    if config.tracking.webhook is not None and WEBHOOK not in given:
+        return (
+            f"{WEBHOOK} stands in {source}: a file cannot have messages sent to an address. Give "
+            f"it on the command line, {WEBHOOK}=env:NAME or {WEBHOOK}=https://..., or send none "
+            f"with {WEBHOOK}=null"
         )
     if model.cache_dir is None or CACHE in given or is_cache(model.cache_dir):
         return None

@@ -11,7 +11,8 @@ HIDDEN = "(hidden)"
 
 # Names whose value is a secret: HF_TOKEN, WANDB_API_KEY, AWS_ACCESS_KEY_ID; not max_tokens.
 SECRET_NAME = re.compile(
-    r"(^|[_.-])(token|key|apikey|secret|password|passwd|credentials?)([_-]id)?$", re.IGNORECASE
+    r"(^|[_.-])(token|key|apikey|secret|password|passwd|credentials?|webhook)([_-]id)?$",
+    re.IGNORECASE,
 )
 TOKENS = {  # by whom it is given out
     "Hugging Face": r"hf_[A-Za-z0-9]{16,}",

@@ -21,6 +21,7 @@ from glassloop.loop.run import Run
 from glassloop.record.observers import JsonlObserver
 from glassloop.record.terminal import TerminalObserver
 from glassloop.record.trackers import TrackerObserver
+from glassloop.record.webhook import WebhookObserver, webhook_address
 
 
 def run_folder(config: Config) -> Path:
@@ -83,9 +84,12 @@ def observe(
     run.attempt = max(*again, *(jsonl.attempt(u) for u in coming))
     run.sync_records = jsonl.sync
     run.observers = [jsonl, TerminalObserver(run.plan.updates, run.replica.ranks, text=text)]
+    if config.tracking.webhook is not None:
+        address = webhook_address(config.tracking.webhook)
+        run.observers.append(WebhookObserver(address, folder.name, folder))
     if tracker is not None:
         run.observers.append(tracker)
-        run.tracker_ids = tracker.tracker_ids
+        run.tracker_ids, run.attach = tracker.tracker_ids, tracker.attach
 
 
 def this_start(tracker: TrackerObserver | None) -> dict[str, Any]:

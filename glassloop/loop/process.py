@@ -50,11 +50,19 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
 
 
 def carried_out(
-    run: Run, guard: Guard, train: Callable[[Run], int], report: Callable[[Path], None]
+    run: Run,
+    guard: Guard,
+    train: Callable[[Run], int],
+    report: Callable[[Path], None],
+    attachment: Callable[[Path, bool], tuple[str, str] | None],
 ) -> int:
-    """Train, then close everything, and return the exit code.
+    """Train, then close everything, each part within its time.
 
-    Each part has its time.
+    Returns the exit code.
+
+    Args:
+        report: writes the run's page into its folder.
+        attachment: makes page and summary for trackers; with row ids and texts if the flag is set.
     """
     code = 1
     try:
@@ -72,6 +80,11 @@ def carried_out(
         os._exit(1)  # without the others, the process group could not even be left
     finally:
         guard.code = code
+        if run.attach is not None and run.config.tracking.report != "none":
+            with guard.within(REPORT_S, "sending the report to trackers"):
+                made = attachment(run.folder, run.config.tracking.report == "full")
+                if made is not None:
+                    run.attach(*made, run.at)
         with guard.within(TRACKERS_S if run.config.tracking.to else CLOSE_S, "closing the run"):
             run.close()
     if run.replica.rank == 0:

@@ -73,6 +73,7 @@ class Run:
     changes: tuple[Notice, ...] = ()  # how this start differs from the last, or from what was asked
     observers: list[Observer] = field(default_factory=list)
     tracker_ids: Callable[[], dict[str, str]] = dict
+    attach: Callable[[str, str, int], None] | None = None  # sends page and summary to trackers
     sync_records: Callable[[], None] = lambda: None  # forces what observers wrote to the disk
     tiers: dict[str, Any] | None = None  # the activations that `fused` keeps, and where
     first_update: int = 1
@@ -188,13 +189,8 @@ class Run:
                 observer.on_probe(outcome.probe)
         look = replay_command(self.folder, u)
         for one in decision.findings:
-            self.event(
-                u,
-                "alarm",
-                f"{one.kind}: {one.message}",
-                replay_of(one, self.folder, u),
-                **one.details,
-            )
+            command = replay_of(one, self.folder, u)
+            self.event(u, "alarm", f"{one.kind}: {one.message}", command, **one.details)
         if slow is not None:
             self.event(u, "slow", slow.message, **slow.details)
         if decision.overflow or self.replica.scale.value > self.replica.before.loss_scale:

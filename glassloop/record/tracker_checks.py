@@ -10,8 +10,13 @@ from urllib.parse import urlsplit
 
 from glassloop.config import TrackingConfig
 from glassloop.disk.environment import package_version
+from glassloop.record.webhook import webhook_address
 
-PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}  # any of these
+PACKAGES = {  # any of these
+    "wandb": ("wandb",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+}
 NOT_IN_NAMES = '/\\#?%:"<>|'  # characters that a project's name may not hold
 WANDB_HOST = "https://api.wandb.ai"
 
@@ -25,6 +30,8 @@ def check_tracking(tracking: TrackingConfig) -> None:
         ValueError: a package is missing, `tracking.project` is no name, WANDB_MODE contradicts
             `tracking.wandb_mode`, or there is no Weights & Biases login for an online run.
     """
+    if tracking.webhook is not None:
+        webhook_address(tracking.webhook)
     if not tracking.to:
         return
     if not tracking.project.strip() or any(

@@ -1,4 +1,4 @@
-"""Send records to Weights & Biases and TensorBoard.
+"""Send records to Weights & Biases, TensorBoard and trackio.
 
 wandb's own step only ever grows, so a resumed run that redoes updates would lose them; every metric
 is therefore bound to `update`. The packages are imported inside functions.
@@ -78,6 +78,8 @@ class TrackerObserver:
             try:
                 if name == "wandb":
                     tracker.tracker.config.update(shown, allow_val_change=True)
+                elif name == "trackio":
+                    tracker.store_init_configuration(shown)
                 else:
                     tracker.log({"config": f"```\n{json.dumps(shown, indent=2)}\n```"}, step=0)
             except Exception as error:  # as in _log: the run's own files say it all the same
@@ -111,6 +113,19 @@ class TrackerObserver:
     def on_event(self, event: Event) -> None:
         self._failed = self._failed or event.kind == "failed"
 
+    def attach(self, page: str, summary: str, update: int) -> None:
+        """Send the run's report: the page to wandb, the summary to TensorBoard.
+
+        Args:
+            page: an HTML file. summary: Markdown.
+        """
+        if "wandb" in self._trackers:
+            import wandb
+
+            self._log_to("wandb", {"report": wandb.Html(page, inject=False)}, update)
+        if "tensorboard" in self._trackers:
+            self._log_to("tensorboard", {"report": summary}, update)
+
     def close(self) -> None:
         """End the trackers' runs; a second call does nothing.
 
@@ -130,18 +145,20 @@ class TrackerObserver:
                 _warn(name, "closing", error)
 
     def _log(self, values: Mapping[str, float | int | str], update: int) -> None:
-        for name, tracker in list(self._trackers.items()):
-            try:
-                if name == "wandb":
-                    step, self._first_step = self._first_step, None
-                    tracker.tracker.log({**values, "update": update}, step=step, commit=True)
-                else:
-                    tracker.log(dict(values), step=update)
-            except (
-                Exception
-            ) as error:  # network, disk or a bug there: metrics.jsonl has every value all the same
-                del self._trackers[name]
-                _warn(name, f"update {update}", error)
+        for name in list(self._trackers):
+            self._log_to(name, values, update)
+
+    def _log_to(self, name: str, values: Mapping[str, Any], update: int) -> None:
+        tracker = self._trackers[name]
+        try:
+            if name == "wandb":
+                step, self._first_step = self._first_step, None
+                tracker.tracker.log({**values, "update": update}, step=step, commit=True)
+            else:
+                tracker.log(dict(values), step=update)
+        except Exception as error:  # network, disk or a bug there: metrics.jsonl has every value
+            del self._trackers[name]
+            _warn(name, f"update {update}", error)
 
 
 def make_tracker_observer(
@@ -187,6 +204,15 @@ def make_tracker_observer(
     kwargs: dict[str, Any] = {}
     if "wandb" in asked:
         kwargs["wandb"] = _wandb_arguments(tracking, shown, Path(folder), run_name, resume_id)
+    if "trackio" in asked:
+        kwargs["trackio"] = {
+            "name": run_name,
+            "config": shown,
+            "resume": "allow" if updates_done else "never",
+            "embed": False,
+            "auto_log_gpu": False,
+            "auto_log_cpu": False,
+        }
     if "tensorboard" in asked and updates_done:
         kwargs["tensorboard"] = {"purge_step": updates_done + 1}
     accelerator.init_trackers(tracking.project, init_kwargs=kwargs)
@@ -244,6 +270,8 @@ def _records_in(folder: Path) -> int:
 
 
 def _where(name: str, tracker: Any) -> str:
+    if name == "trackio":
+        return f'trackio: trackio show --project "{tracker.run_name}"'
     if name == "tensorboard":
         return f"TensorBoard: tensorboard --logdir {tracker.logging_dir}"
     run = tracker.tracker

@@ -26,6 +26,23 @@ def write_report(folder: Path, out: Path | None = None, *, text: bool = True) ->
     return out
 
 
+def attachment(folder: Path, text: bool) -> tuple[str, str] | None:
+    """Make page and Markdown summary of a run, for trackers.
+
+    None if it cannot be made: that is said and changes nothing.
+
+    Args:
+        text: as in `payload`.
+    """
+    try:
+        data = payload(read_run(folder), text=text)
+        lines = [f"- **{one['verdict']}** {one['text']}" for one in data["summary"]]
+        return page(data), "\n".join([f"### {data['title']}", "", *lines])
+    except Exception as error:  # as below
+        _say_failure(f"report of {folder} not sent: {type(error).__name__}: {error}")
+        return None
+
+
 def report_at_the_end(folder: Path) -> None:
     """Write the page of a run that has just ended.
 
@@ -42,9 +59,12 @@ def report_at_the_end(folder: Path) -> None:
             flush=True,
         )
     except Exception as error:  # a fault of the page must not become one of the run
-        line = (
+        _say_failure(
             f"report of {folder} not written: {type(error).__name__}: {error}\n    type: glassloop "
             f"report {folder}"
         )
-        with contextlib.suppress(OSError, ValueError):  # the screen is what has gone
-            print(line, file=sys.stderr, flush=True)
+
+
+def _say_failure(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the screen is what has gone
+        print(line, file=sys.stderr, flush=True)

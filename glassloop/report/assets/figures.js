@@ -112,7 +112,7 @@ function timeFigure(run, parent) {
 function machineFigures(run, parent) {
   const { data } = run, pad = run.padded;
   const figures = [
-    ["clock", "Clock of the card", "MHz, mean of the update", "A card that is hot, or over its power, lowers it. A slow update says in the record what is its likely cause."],
+    ["clock", "Clock of the card", "MHz, mean of the update", "A card that is hot, or over its power, lowers it. The events name the likely cause of a slow update."],
     ["power", "Power of the card", "W, mean of the update", "A card at its power cap is usual under full load."],
     ["heat", "Heat of the card", "°C, highest of the update", ""],
     ["busy", "Card busy", "share of time with a kernel", "Far below the usual: the host did not keep the card busy."],

@@ -15,7 +15,8 @@ from glassloop.data.scam import SCAM_QUESTION
 from glassloop.plan.steps import describe
 from glassloop.use.card.curves import svg
 from glassloop.use.card.escape import words
-from glassloop.use.card.facts import LICENCES, UNKNOWN, Facts
+from glassloop.use.card.facts import UNKNOWN, Facts
+from glassloop.use.card.front import front_matter
 from glassloop.use.card.results import evaluation, not_measured
 
 FORMULA = """N  = sum over ranks and rows of the update's supervised tokens
@@ -30,7 +31,7 @@ def card(facts: Facts, repo: str) -> str:
     """Write the whole text, front matter included. `repo`: owner/name."""
     picture = "![Loss and gradient norm by update](curves.svg)"
     parts = [
-        front_matter(facts),
+        front_matter(facts, repo),
         f"# {repo.partition('/')[2]}",
         about(facts),
         "## Use\n\n" + use(facts, repo),
@@ -45,23 +46,6 @@ def card(facts: Facts, repo: str) -> str:
         "Written by glassloop from the records of the run.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def front_matter(facts: Facts) -> str:
-    """Write the hub's YAML as JSON strings, which no value breaks."""
-    library = "transformers" if facts.merge else "peft"
-    lines = [f"library_name: {library}", "pipeline_tag: text-generation"]
-    if facts.base_id:
-        lines += [
-            f"base_model: {json.dumps(facts.base_id)}",
-            f"base_model_relation: {'finetune' if facts.merge else 'adapter'}",
-        ]
-        if facts.base_id in LICENCES:
-            lines.append(f"license: {LICENCES[facts.base_id][0]}")
-    if facts.data_id:
-        lines.append(f"datasets: [{json.dumps(facts.data_id)}]")
-    lines.append("tags: [glassloop]" if facts.merge else "tags: [lora, glassloop]")
-    return "---\n" + "\n".join(lines) + "\n---"
 
 
 def about(facts: Facts) -> str:

@@ -1,0 +1,161 @@
+"""Merged weights as one GGUF file, by llama.cpp's own converter.
+
+No package on PyPI that is kept well carries the converter in a wheel; the source distribution of
+llama-cpp-python does. So the user names the script, and it runs as a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCRIPT = "convert_hf_to_gguf.py"
+VARIABLE = "GLASSLOOP_LLAMA_CPP"  # folder of llama.cpp's sources
+NEW_TOKENS = 16
+QUESTIONS = ("Who calls?", "Is this a scam? The caller asks for gift cards.", "What is 12 + 30?")
+GET_IT = (
+    "pip install sentencepiece && pip download --no-deps --no-binary :all: llama-cpp-python && "
+    "tar xzf llama_cpp_python-*.tar.gz, then add "
+    f"--converter llama_cpp_python-VERSION/vendor/llama.cpp/{SCRIPT}"
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Greedy tokens of the file beside those of the merged weights."""
+
+    same: int
+    tokens: int
+    questions: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.same} of {self.tokens} greedy tokens are those of the merged weights, on "
+            f"{self.questions} questions"
+        )
+
+
+def find_converter(given: Path | None, environment: Mapping[str, str] = os.environ) -> Path:
+    """The converter's script: as given, else from the environment.
+
+    Raises ValueError, with the way to get it, if there is none.
+    """
+    folder = environment.get(VARIABLE)
+    path = given if given is not None else Path(folder) / SCRIPT if folder else None
+    if path is None:
+        raise ValueError(
+            f"--gguf needs llama.cpp's converter, which no well-kept package carries in a wheel. "
+            f"Its sources do: {GET_IT} (or set {VARIABLE} to the folder that holds it)"
+        )
+    if not path.is_file():
+        raise ValueError(f"--converter {path}: there is no such file. To get it: {GET_IT}")
+    return path.absolute()
+
+
+def convert(folder: Path, kind: str, converter: Path) -> Path:
+    """Write OUT/model-KIND.gguf and return its path.
+
+    Raises:
+        ValueError: the converter cannot convert these weights; has its own last words. The merged
+            weights stay as they are, and no half file is left.
+    """
+    out = folder / f"model-{kind}.gguf"
+    half = folder / f".{out.name}.writing"
+    words = [sys.executable, str(converter), str(folder), "--outfile", str(half)]
+    packages = [str(converter.parent / "gguf-py"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [*words, "--outtype", kind],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, packages))},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    try:
+        if done.returncode != 0 or not half.is_file():
+            raise ValueError(
+                f"--gguf {kind}: {converter.name} did not convert {folder} (exit code "
+                f"{done.returncode}: {last_words(done.stderr)}). The merged weights are whole"
+            )
+        half.replace(out)
+    finally:
+        half.unlink(missing_ok=True)
+    return out
+
+
+def last_words(text: str) -> str:
+    """The last line of a process's stderr, at most 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"
+
+
+def point_modelfile_at(file: Path) -> bool:
+    """Let the Modelfile beside a GGUF file name it.
+
+    False without a Modelfile.
+    """
+    path = file.parent / "Modelfile"
+    if not path.is_file():
+        return False
+    _, *rest = path.read_text(encoding="utf-8").split("\n", 1)
+    path.write_text("\n".join([f"FROM ./{file.name}", *rest]), encoding="utf-8")
+    return True
+
+
+def compared(file: Path, tokenizer: Any) -> Compared | None:
+    """Compare greedy tokens of the file and the merged weights.
+
+    None if the package llama-cpp-python is not installed.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for question in QUESTIONS
+    ]
+    theirs = _by_llama_cpp(file, prompts)
+    ours = _by_transformers(file.parent, prompts)
+    pairs = [pair for a, b in zip(theirs, ours, strict=True) for pair in zip(a, b, strict=False)]
+    return Compared(sum(a == b for a, b in pairs), len(pairs), len(prompts))
+
+
+def _by_llama_cpp(file: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
+    llama_cpp = importlib.import_module("llama_cpp")
+    model = llama_cpp.Llama(model_path=str(file), n_ctx=1024, verbose=False)
+    found = []
+    for prompt in prompts:
+        model.reset()
+        tokens = model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
+        found.append([token for token, _ in zip(tokens, range(NEW_TOKENS), strict=False)])
+    return found
+
+
+def _by_transformers(folder: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])  # (1, T)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
