@@ -74,11 +74,11 @@ def dtype_audit(hf: nn.Module) -> list[DtypeGroup]:
 
 def audit_table(groups: list[DtypeGroup]) -> str:
     """The audit as lines of text."""
-    lines = [f"{'parameters':24}{'dtype':10}{'trains':8}{'tensors':>8}{'weights':>16}{'MiB':>10}"]
+    lines = [f"{'parameters':22}{'dtype':9}{'trains':7}{'tensors':>8}{'weights':>15}{'MiB':>9}"]
     for g in groups:
         trains = "yes" if g.trainable else "no"
-        size = f"{g.parameters:>16,}{g.size_bytes / 2**20:>10.1f}"
-        lines.append(f"{g.kind:24}{g.dtype:10}{trains:8}{g.tensors:>8}{size}")
+        size = f"{g.parameters:>15,}{g.size_bytes / 2**20:>9.1f}"
+        lines.append(f"{g.kind:22}{g.dtype:9}{trains:7}{g.tensors:>8}{size}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,9 @@ import difflib
 import functools
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +40,7 @@ SHORTHANDS = {
     "--init_adapter": "--model.init_adapter",
 }
 HERE = "here"  # --hardware without a name
+STARTED_BY = "GLASSLOOP_TRAIN"  # set for ranks that `glassloop train` starts, which has said it
 
 
 def parse(
@@ -149,7 +152,7 @@ def _merge_hardware(
         merge(values, hardware_values(name))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0" and STARTED_BY not in os.environ:
         changed = changed_fields(before, as_dict(from_values(values)))
         said = ", ".join(f"{field} {old} -> {new}" for field, old, new in changed)
         _say_once(f"hardware  {name}: {said or 'changes nothing'}")
@@ -158,7 +161,8 @@ def _merge_hardware(
 @functools.cache
 def _say_once(text: str) -> None:
     """Print a line on stderr, once in a process."""
-    print(text, file=sys.stderr)
+    columns = shutil.get_terminal_size().columns
+    print(textwrap.fill(text, columns, subsequent_indent=" " * 10), file=sys.stderr)
 
 
 def changed_fields(

@@ -6,8 +6,8 @@ import os
 import shlex
 from pathlib import Path
 
+from glassloop.config.arguments import STARTED_BY
 from glassloop.health.signals import Finding
-from glassloop.loop.ranks import STARTED_BY
 
 CALL = "caller: Your card is blocked. Read me the code that we just sent you."
 

@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-STARTED_BY = "GLASSLOOP_TRAIN"  # set for ranks that `glassloop train` starts
+from glassloop.config.arguments import STARTED_BY
+
 LAUNCH_FILE = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_GPU

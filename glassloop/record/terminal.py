@@ -8,7 +8,9 @@ for a line of glassloop's own.
 from __future__ import annotations
 
 import math
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from typing import TextIO, cast
@@ -105,9 +107,10 @@ class TerminalObserver:
         self._first_s = 0.0  # wall time of that update
 
     def header(self, lines: Iterable[str]) -> None:
-        """Print what was asked and how it is executed."""
+        """Print what was asked and how it is executed, wrapped on a terminal."""
         for line in lines:
-            self._print(line)
+            for piece in _wrapped(line, self._console.width) if self._fancy else [line]:
+                self._print(piece)
 
     def on_start(self, info: RunInfo) -> None:
         self.header(info.lines)
@@ -290,3 +293,16 @@ def _fixed(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1000 else f"{value:.2e}"
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line of the header in pieces that go on below its text."""
+    texts = re.fullmatch(r"(\S* +)?(\S* {2,})?.*", line)
+    indent = sum(len(found) for found in texts.groups("")) if texts else 0
+    return textwrap.wrap(
+        line,
+        width,
+        subsequent_indent=" " * min(indent, width // 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [""]

@@ -313,3 +313,31 @@ def test_time_left_follows_the_pace_between_updates(monkeypatch: pytest.MonkeyPa
         *heading(60).splitlines(),
         update_line(update_record(21)),
     ]
+
+
+def test_the_header_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    lines = [
+        "model     smollm2, nf4, loaded in 1.0 s",
+        "data      template     chat (auto: the tokenizer's own); 0 of 40 assistant turns have "
+        "no reasoning",
+        "executed  literal, the micro-batches asked for; explicit reduction, 2 x CPU (1 thread a "
+        "rank); engine peft",
+        f"          {'parameters':22}{'dtype':9}",
+    ]
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, plain = Terminal(), io.StringIO()
+    for stream in (terminal, plain):
+        TerminalObserver(3, 1, stream=stream).header(lines)
+    assert plain.getvalue().splitlines() == lines
+    shown = terminal.getvalue().splitlines()
+    assert max(map(len, shown)) <= 80
+    assert shown[0] == lines[0]
+    assert shown[1:3] == [lines[1][:80], " " * 23 + "have no reasoning"]
+    assert shown[4] == " " * 10 + "thread a rank); engine peft"
+    assert shown[-1] == lines[-1].rstrip()
