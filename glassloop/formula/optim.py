@@ -223,8 +223,8 @@ def step(optimizer: torch.optim.Optimizer, adapters: FlatAdapters) -> None:
     now = [place.of(adapters.flat.data) for place in places]
     before = [one.clone() for one in now]
     optimizer.step()
-    torch._foreach_lerp_(before, now, ratio)  # before + ratio * (now - before)
-    torch._foreach_copy_(now, before)
+    for old, new in zip(before, now, strict=True):
+        new.copy_(old.lerp_(new, ratio))  # old + ratio * (new - old)
 
 
 class LossScale:
