@@ -81,7 +81,7 @@ class UpdateRecord:
     """Each rank's passes alone; the rest of compute_s is waiting and the gate. None in records
     of an older glassloop."""
     b_lr: float | None = None
-    """The learning rate of B under LoRA+. None: that of A, lr."""
+    """The learning rate of B under LoRA+. None if it is that of A, lr."""
     alarms: tuple[str, ...] = ()
     """Kinds of what the detectors found; events.jsonl says more."""
     attempt: int = 1
