@@ -10,13 +10,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from transformers import (
 )
 
 from glassloop.base.checksum import base_checksum
+from glassloop.base.copies import check_free_space, copy_name
 from glassloop.base.hashing import base_hash
 from glassloop.base.random import drawn_shapes, fill, write_nf4
 from glassloop.base.reading import (
@@ -51,7 +50,6 @@ from glassloop.base.source import (
 from glassloop.config import ModelConfig
 from glassloop.disk.cache import cache_root, published
 
-FORMAT = 1  # of a cached folder
 MANIFEST = "glassloop_base.json"
 # Files of a copy up to this size are compared by content, larger ones by size and what they load.
 HASHED_BYTES = 1 << 20
@@ -279,42 +277,6 @@ def _file_entry(file: Path) -> dict[str, Any]:
         "bytes": size,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest() if size <= HASHED_BYTES else None,
     }
-
-
-def check_free_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BaseError(
-            f"model.cache_dir: the quantised base needs {needed / 2**30:.1f} GiB and "
-            f"{folder.parent} has {free / 2**30:.1f} GiB free: "
-            "make room, or set model.cache_dir to a larger disk"
-        )
-
-
-def copy_name(
-    name: str, files_hash: str, model: ModelConfig, dtype: torch.dtype, device_type: str
-) -> str:
-    """Folder name of a quantised copy: readable, then 16 hex digits.
-
-    The digits hash all that decides its bytes. The device's type is among them: kernels of a CPU
-    and a GPU may round a scale differently.
-    """
-    decides = {
-        "format": FORMAT,
-        "base": files_hash,
-        "quantization": [
-            "nf4",
-            64,
-            model.double_quantization,
-            "uint8",
-        ],  # type, block, scales quantised, storage
-        "dtype": str(dtype),
-        "bitsandbytes": ".".join(version("bitsandbytes").split(".")[:2]),
-        "device": device_type,
-        "own code": model.trust_remote_code,
-    }
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', name.rstrip('/').split('/')[-1])[:60]}-nf4-{key}"
 
 
 def _checksum_of_copy(folder: Path, model: ModelConfig) -> int:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from glassloop.base.checksum import base_checksum
+from glassloop.base.copies import check_free_space, copy_name
 from glassloop.base.hashing import base_hash
 from glassloop.base.host_pages import HostPages, Locking
 from glassloop.base.layer_file import (
@@ -32,7 +33,7 @@ from glassloop.base.layer_file import (
 )
 from glassloop.base.layer_sources import Groups, WeightFiles, reader_of
 from glassloop.base.packed import SCALE_BLOCK, Packed
-from glassloop.base.quantised import LoadReport, check_free_space, copy_name, quantized_copy
+from glassloop.base.quantised import LoadReport, quantized_copy
 from glassloop.base.reading import (
     DTYPES,
     attention_for,

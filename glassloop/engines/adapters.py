@@ -148,12 +148,12 @@ MLP = ("gate_proj", "up_proj", "down_proj")  # names that PEFT takes for a layer
 
 
 def expert_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of experts that lie in one tensor a layer: no linear layers."""
+    """Weights of experts that lie in one tensor a layer."""
     return [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
 
 
 def default_names(hf: PreTrainedModel) -> tuple[str, ...]:
-    """Linear layers that get an adapter by default where Llama's names do not exist.
+    """Linear layers with an adapter by default, without Llama's names.
 
     All of them; of a model with experts those whose names are not also names of experts.
     """

@@ -210,7 +210,7 @@ def b_lr_of(optimizer: torch.optim.Optimizer) -> float | None:
 
 
 def step(optimizer: torch.optim.Optimizer, adapters: FlatAdapters) -> None:
-    """theta <- optimizer(theta, gradient), B at a learning rate of its own if there is one.
+    """theta <- optimizer(theta, gradient), B at its own learning rate.
 
     The change of theta is lr times what does not depend on lr, weight decay included, in every
     optimizer here. So B's part of the change is multiplied by the ratio of the two rates.

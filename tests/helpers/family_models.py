@@ -150,7 +150,7 @@ def drawn(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def saved_model(name: str, folder: Path, tokenizer: Any, **more: Any) -> tuple[Path, LoraConfig]:
-    """Save a model of MODELS; every linear layer but the head has an adapter.
+    """Save a model of MODELS with adapters on all linear layers.
 
     `more`: fields of its config in place of its own.
     """

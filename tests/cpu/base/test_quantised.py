@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from glassloop.base import quantised as base_cache
+from glassloop.base import copies
 from glassloop.base.checksum import base_checksum
-from glassloop.base.quantised import MANIFEST, copy_name, load_base
+from glassloop.base.copies import copy_name
+from glassloop.base.quantised import MANIFEST, load_base
 from glassloop.base.reading import DTYPES
 from glassloop.config import ModelConfig
 
@@ -122,9 +123,9 @@ def test_every_setting_that_decides_the_bytes_has_its_own_copy(
     assert copy_name("elsewhere/m", "h", model, torch.bfloat16, "cpu") in names, (
         "the name decides no byte"
     )
-    monkeypatch.setattr(base_cache, "version", lambda package: "0.51.0")
+    monkeypatch.setattr(copies, "version", lambda package: "0.51.0")
     names.add(copy_name("o/m", "h", model, torch.bfloat16, "cpu"))
-    monkeypatch.setattr(base_cache, "version", lambda package: "0.51.7")
+    monkeypatch.setattr(copies, "version", lambda package: "0.51.7")
     assert copy_name("o/m", "h", model, torch.bfloat16, "cpu") in names, (
         "a patch release of bitsandbytes decides no byte"
     )
