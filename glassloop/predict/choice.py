@@ -237,6 +237,8 @@ def describe(tiers: Tiers, layers: int, *, sharded: bool = False) -> str:
     where = "GPU" if tiers.host == "nothing" else "host"
     if tiers.kept < layers:
         told.append(f"{WORDS[tiers.host]} of the others on the {where}")
+    if tiers.chunk:
+        told.append(f"products over {tiers.chunk:,} tokens at a time")
     if tiers.streamed:
         source = "the ranks' cards" if sharded else "the host"
         told.append(f"4-bit weights of {tiers.streamed} streamed from {source}")

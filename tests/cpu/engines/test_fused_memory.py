@@ -146,3 +146,13 @@ def test_memory_that_ran_out_first_costs_kept_layers_and_then_rows(run_of):
         kept.append(run.tiers["kept"])
     assert kept == [1, 1] and run.replica.plain_engine.tiers.kept == 1
     assert "1 of 2 layers kept" in told[0] and "half the rows" in told[1]
+
+
+def test_tiers_are_told_in_words():
+    from glassloop.predict.choice import describe
+
+    assert describe(Tiers(32, held=4), 32) == "32 of 32 layers kept, weights of 4 held in 16 bits"
+    assert describe(Tiers(0, "inputs", streamed=9, chunk=8192), 32) == (
+        "0 of 32 layers kept, inputs alone of the others on the host, products over 8,192 tokens "
+        "at a time, 4-bit weights of 9 streamed from the host"
+    )
