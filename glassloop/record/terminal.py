@@ -107,7 +107,7 @@ class TerminalObserver:
         self._first_s = 0.0  # wall time of that update
 
     def header(self, lines: Iterable[str]) -> None:
-        """Print what was asked and what is executed, wrapped on a terminal."""
+        """Print what was asked and executed, wrapped on a terminal."""
         for line in lines:
             for piece in _wrapped(line, self._console.width) if self._fancy else [line]:
                 self._print(piece)
@@ -296,7 +296,7 @@ def _fixed(value: float | None) -> str:
 
 
 def _wrapped(line: str, width: int) -> list[str]:
-    """A line of the header, wrapped below its text."""
+    """Wrap a line of the header below its text."""
     texts = re.fullmatch(r"(\S* +)?(\S* {2,})?.*", line)
     indent = sum(len(found) for found in texts.groups("")) if texts else 0
     return textwrap.wrap(

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from glassloop.base import copies
+from glassloop.base import copies as base_copies
+from glassloop.base import quantised as base_cache
 from glassloop.base.checksum import base_checksum
 from glassloop.base.copies import copy_name
 from glassloop.base.quantised import MANIFEST, load_base
@@ -123,9 +124,9 @@ def test_every_setting_that_decides_the_bytes_has_its_own_copy(
     assert copy_name("elsewhere/m", "h", model, torch.bfloat16, "cpu") in names, (
         "the name decides no byte"
     )
-    monkeypatch.setattr(copies, "version", lambda package: "0.51.0")
+    monkeypatch.setattr(base_copies, "version", lambda package: "0.51.0")
     names.add(copy_name("o/m", "h", model, torch.bfloat16, "cpu"))
-    monkeypatch.setattr(copies, "version", lambda package: "0.51.7")
+    monkeypatch.setattr(base_copies, "version", lambda package: "0.51.7")
     assert copy_name("o/m", "h", model, torch.bfloat16, "cpu") in names, (
         "a patch release of bitsandbytes decides no byte"
     )
@@ -222,7 +223,7 @@ def test_a_launch_that_dies_while_quantising_leaves_no_copy(
 def test_too_little_disk_space_names_the_field(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(base_copies.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(
         ValueError, match=r"model.cache_dir: the quantised base needs .* GiB free: make room"
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launching import write_rows
 from glassloop.cli import train as command
 from glassloop.cli.__main__ import main as glassloop
 from glassloop.cli.train import Asked, accelerate_line, main, split
+from glassloop.config import arguments
 from glassloop.config.arguments import parse
 from glassloop.loop import ranks as starting
 
@@ -184,7 +186,7 @@ def test_the_exit_code_is_the_runs(
     def launched(asked) -> None:
         assert asked.training_script_args == ["a.b=1"]
         assert Path(asked.config_file).is_file()
-        assert (os.environ[starting.STARTED_BY], os.environ["OMP_NUM_THREADS"]) == ("1", "3")
+        assert (os.environ[arguments.STARTED_BY], os.environ["OMP_NUM_THREADS"]) == ("1", "3")
         if raised == "interrupted":
             raise SignalException("", signal.SIGINT)
         if raised:
@@ -202,9 +204,9 @@ def test_the_exit_code_is_the_runs(
 def test_a_run_that_train_started_is_resumed_by_train(monkeypatch: pytest.MonkeyPatch) -> None:
     from glassloop.loop.commands import launch_command
 
-    monkeypatch.delenv(starting.STARTED_BY, raising=False)
+    monkeypatch.delenv(arguments.STARTED_BY, raising=False)
     assert "cpu_2proc.yaml" in launch_command(2, on_cuda=False)
-    monkeypatch.setenv(starting.STARTED_BY, "1")
+    monkeypatch.setenv(arguments.STARTED_BY, "1")
     assert launch_command(2, on_cuda=False) == "glassloop train"
 
 
@@ -223,3 +225,16 @@ def test_accelerate_understands_the_line_outside_of_a_checkout(
     assert asked.training_script_args == ["data.source=a b.csv"]
     assert (asked.num_processes, bool(asked.multi_gpu)) == (ranks, ranks > 1)
     assert (asked.gpu_ids or "all") == ("-1,-1" if on_cpu else "all")
+
+
+def test_ranks_that_train_has_started_do_not_say_the_hardware_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["smollm2_demo", "--hardware", "cpu", "execution.checkpointing=true"]
+    monkeypatch.setattr(arguments, "_say_once", lambda text: print(text, file=sys.stderr))
+    monkeypatch.delenv(arguments.STARTED_BY, raising=False)
+    parse(words)
+    assert "hardware  cpu: " in capsys.readouterr().err
+    monkeypatch.setenv(arguments.STARTED_BY, "1")
+    parse(words)
+    assert capsys.readouterr().err == ""

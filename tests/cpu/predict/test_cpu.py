@@ -19,7 +19,7 @@ UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
 def foretold(words: list[str], rows: RowFacts, counts: TokenCounts) -> tuple[float, float]:
-    """Seconds to train and to evaluate or answer, as `glassloop train` says them."""
+    """Seconds to train and to evaluate or answer, as printed."""
     config = parse(words, prog="test")
     outlook = look_ahead(config, plan_of(config, rows.rows, 2), rows_from="", counts=counts)
     lines = overview_lines(outlook, rows, cpu=MEASURED)
@@ -51,7 +51,9 @@ CSV = (
 def test_a_run_takes_what_was_foretold_within_a_factor_of_1_5(
     run: tuple[list[str], RowFacts, tuple[int, int]], trained_s: float, more_s: float
 ) -> None:
-    """Measured: CPU seconds of a rank, which are seconds where nothing else runs."""
+    """Measured are CPU seconds of a rank.
+
+    They are seconds where nothing else runs."""
     words, rows, (real, slots) = run
     counts = TokenCounts(real, real // 5, slots, 50, real, 50, 2, 300, 60, 600)
     train, more = foretold(words, rows, counts)
