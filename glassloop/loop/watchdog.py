@@ -189,7 +189,7 @@ class Watchdog:
             os._exit(1)  # the main thread is in a call that does not return
 
     def _end_stuck(self, why: str, positions: list[Position], waited: float) -> None:
-        """End and name the collective, unless the wait ends while the others are asked."""
+        """End and name the collective, unless the wait ends meanwhile."""
         stuck = self._stuck(positions)
         if self.waited_s() >= waited:
             self._end(f"{why}{stuck} {self._where(positions)}")
