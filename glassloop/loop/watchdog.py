@@ -176,21 +176,23 @@ class Watchdog:
             if gone_since is not None and time.monotonic() - gone_since >= self.patience_s:
                 self._end(self._message(positions))
             elif self.asked_to_stop() and min(waited, now - at_disk) >= self.patience_s:
-                self._end(
-                    f"rank {self.rank} was asked to end, and the others do not answer."
-                    f"{self._stuck(positions)} {self._where(positions)}"
-                )
+                why = f"rank {self.rank} was asked to end, and the others do not answer."
+                self._end_stuck(why, positions, waited)
             elif waited >= self.timeout_s:
-                self._end(
-                    f"rank {self.rank} has waited {waited:.0f} s "
-                    f"(execution.collective_timeout_s).{self._stuck(positions)} "
-                    f"{self._where(positions)}"
-                )
+                limit = "execution.collective_timeout_s"
+                why = f"rank {self.rank} has waited {waited:.0f} s ({limit})."
+                self._end_stuck(why, positions, waited)
 
     def _end(self, why: str) -> None:
         if not self._over.is_set():
             print(f"\n{why}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread is in a call that does not return
+
+    def _end_stuck(self, why: str, positions: list[Position], waited: float) -> None:
+        """End and name the collective, unless the wait ends meanwhile."""
+        stuck = self._stuck(positions)
+        if self.waited_s() >= waited:
+            self._end(f"{why}{stuck} {self._where(positions)}")
 
     def _stuck(self, positions: list[Position]) -> str:
         """Say which collective the ranks are stuck in.

@@ -123,3 +123,22 @@ def test_a_recorder_that_somebody_set_stays_as_it_is(monkeypatch: pytest.MonkeyP
     collectives.record_collectives()
     assert os.environ[collectives.SIZE] == collectives.KEPT
     monkeypatch.setenv(collectives.SIZE, "0")  # undone with the rest
+
+
+def test_a_wait_that_ends_while_the_others_are_asked_ends_no_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog = Watchdog(tmp_path, 0, 2, timeout_s=60, asked_to_stop=lambda: False)
+    ended: list[str] = []
+    monkeypatch.setattr(dog, "_end", ended.append)
+    dog.does(7, WAITS)
+    waited = dog.waited_s()
+    monkeypatch.setattr(dog, "_stuck", lambda _: dog.does(7, "steps") or " Stuck.")
+    dog._end_stuck("rank 0 has waited.", [], waited + 1e-9)
+    assert ended == []
+    dog.does(7, WAITS)
+    monkeypatch.setattr(dog, "_stuck", lambda _: " Stuck.")
+    dog._end_stuck("rank 0 has waited.", [], 0.0)
+    assert ended == [
+        "rank 0 has waited. Stuck. Last seen: . Go on from the last checkpoint with --resume"
+    ]
