@@ -67,6 +67,8 @@ OTHERWISE = {
     "tracking.to": "wandb",
     "tracking.project": "other",
     "tracking.wandb_mode": "offline",
+    "tracking.report": "full",
+    "tracking.webhook": "https://localhost/alarms",
 }
 OF_FUSED = {
     "execution.engine": "fused",
