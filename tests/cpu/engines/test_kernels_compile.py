@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 BF16, FP32 = "*bf16", "*fp32"
 ATTENTION = {"GROUP": 2, "D": 64, "OWN": 64, "STEP": 32, "SPLIT": True}
-BENT = ATTENTION | {"CAPPED": True, "WINDOWED": True}
+BENT = ATTENTION | {"CAPPED": True, "WINDOWED": True, "WIDE": True}
 # kernel -> constants. Other arguments are by name: see TYPES; else a whole number.
 KERNELS: dict[str, dict[str, Any]] = {
     "attention_kernels.forward_kernel": BENT,
@@ -50,6 +50,8 @@ def test_it_compiles(name, monkeypatch, tmp_path):
     module, function = name.split(".")
     kernel = getattr(importlib.import_module(f"glassloop.engines.fused.{module}"), function)
     constants = KERNELS[name]
+    said = {one for one in kernel.arg_names if one.isupper()}
+    assert said == set(constants), "a constant of the kernel is not given here"
     signature = {
         argument: "constexpr" if argument in constants else TYPES.get(argument, "i32")
         for argument in kernel.arg_names
