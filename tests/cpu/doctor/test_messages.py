@@ -105,7 +105,8 @@ def test_the_command_ends_with_1_where_there_is_a_problem(here, capsys):
     assert main(words) == 1  # no tracker login
     out = capsys.readouterr().out
     assert "PROBLEM trackers" in out and out.rstrip().endswith("1 problem")
-    assert max(map(len, out.splitlines())) <= 101
+    # A folder's name is one word, as long as it is.
+    assert max(len(line) for line in out.splitlines() if str(here) not in line) <= 101
     assert main([*words, "tracking.to=null", "--json"]) == 0
     found = conform("doctor", json.loads(capsys.readouterr().out))
     assert found["problems"] == 0 and found["schema"] == 1
