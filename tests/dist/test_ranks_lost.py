@@ -142,6 +142,7 @@ def test_a_hanging_rank_is_given_up_with_the_position_of_each(words):
     assert "rank 1: update" in output
 
 
+@pytest.mark.thorough
 def test_with_max_restarts_the_run_goes_on_by_itself(words):
     folder = Path(words[-1][8:]) / "restarted"
     short = [
@@ -162,6 +163,7 @@ def test_with_max_restarts_the_run_goes_on_by_itself(words):
     assert events.count("resumed") == 1
 
 
+@pytest.mark.thorough
 def test_ranks_whose_launcher_is_killed_during_start_up_end_too(words):
     process = start(words, "orphaned", cold=True)
     deadline = time.monotonic() + 60

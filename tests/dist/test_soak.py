@@ -17,6 +17,7 @@ ALL = bool(os.environ.get("GLASSLOOP_SOAK"))
 SAMPLE = ["--every", "23", "--random", "4", "--launched", "0"]
 
 
+@pytest.mark.thorough
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
     tmp_path: Path, tiny_llama: Path
 ) -> None:

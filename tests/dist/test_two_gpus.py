@@ -57,6 +57,7 @@ def write(
     return folder
 
 
+@pytest.mark.thorough
 def test_two_ranks_one_rank_a_kill_and_a_resume_in_one_command(tmp_path: Path) -> None:
     out = tmp_path / "two.json"
     command = [

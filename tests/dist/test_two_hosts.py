@@ -117,6 +117,7 @@ def test_two_hosts_train_one_run(hosts: None, words: list[str], tmp_path: Path) 
     ).exists()  # rank 0's host keeps the record
 
 
+@pytest.mark.thorough
 def test_hosts_that_are_cut_off_end_and_say_so(
     hosts: None, words: list[str], tmp_path: Path
 ) -> None:

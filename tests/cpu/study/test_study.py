@@ -131,6 +131,7 @@ def test_what_is_done_is_not_run_again_and_says_the_same(stood_in: Path, tmp_pat
     assert [name for name in before if before[name] != after[name]] == ["r4-seed1"]
 
 
+@pytest.mark.thorough
 def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     file, out = tmp_path / "s.yaml", tmp_path / "out"
     file.write_text(study_stand_in.FILE)
@@ -149,6 +150,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(attempts(out)) == 5, "the cell that outlived its study was waited for"
 
 
+@pytest.mark.thorough
 def test_a_study_that_is_told_to_end_ends_its_cells_and_goes_on(tmp_path: Path) -> None:
     file, out = tmp_path / "s.yaml", tmp_path / "out"
     file.write_text(study_stand_in.FILE)
@@ -164,6 +166,7 @@ def test_a_study_that_is_told_to_end_ends_its_cells_and_goes_on(tmp_path: Path) 
     assert [cell["state"] for cell in results(out)["cells"]] == ["done"] * 6
 
 
+@pytest.mark.thorough
 def test_a_cell_that_fails_is_recorded_tried_again_and_does_not_stop_the_others(
     stood_in: Path, tmp_path: Path, capsys
 ) -> None:
@@ -252,6 +255,7 @@ def test_a_cell_of_another_config_is_refused_and_nothing_is_lost(
     assert stamps(out) == before
 
 
+@pytest.mark.thorough
 def test_no_time_left_ends_what_is_under_way_and_begins_nothing(tmp_path: Path) -> None:
     file, out = tmp_path / "s.yaml", tmp_path / "out"
     file.write_text(study_stand_in.FILE)
