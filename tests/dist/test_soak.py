@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from launching import HERE, run, write_rows
 
 ALL = bool(os.environ.get("GLASSLOOP_SOAK"))
