@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lines import line_writer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -276,11 +276,7 @@ def main() -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     asked.out.unlink(missing_ok=True)
 
-    def say(**line: Any) -> None:
-        print(json.dumps(line), flush=True)
-        with asked.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
+    say = line_writer(asked.out, fresh=False)
     say(kind="environment", **environment(sys.argv))
     for name in names:
         started = time.perf_counter()

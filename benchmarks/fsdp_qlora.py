@@ -11,7 +11,6 @@ the shards wait in page-locked host memory. Rank 0 writes the lines.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from lines import begin_ranks, line_writer
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,20 +91,9 @@ def main() -> int:
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    on_cuda = torch.cuda.is_available()  # a CPU tries the script out
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = torch.device("cuda", rank) if on_cuda else torch.device("cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
-    lines: list[dict[str, Any]] = []
-
-    def say(**line: Any) -> None:
-        if rank == 0:
-            lines.append(line)
-            print(json.dumps(line), flush=True)
-            asked.out.write_text("".join(json.dumps(one) + "\n" for one in lines))
-
+    rank, ranks, device = begin_ranks()
+    on_cuda = device.type == "cuda"
+    say = line_writer(asked.out, speaks=rank == 0)
     say(kind="environment", ranks=ranks, **environment(sys.argv))
     started = time.perf_counter()
     model = model_of(asked.size, asked.layers, device)

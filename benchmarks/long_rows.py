@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import resource
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lines import line_writer
 
 from glassloop.base.streamed import load_streamed
 from glassloop.config import PROJECTIONS, LoraConfig, ModelConfig
@@ -237,12 +237,7 @@ def main() -> int:
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text("")
 
-    def say(**line: Any) -> None:
-        text = json.dumps(line)
-        print(text, flush=True)
-        with asked.out.open("a") as file:
-            file.write(text + "\n")
-
+    say = line_writer(asked.out, fresh=False)
     grow_segments()
     say(
         kind="environment",

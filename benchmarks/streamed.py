@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lines import line_writer
 
 from glassloop.base.streamed import load_streamed
 from glassloop.config import LoraConfig, ModelConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.disk.environment import environment
+from glassloop.doctor.host_link import gbs
 from glassloop.engines.adapters import attach_lora
 from glassloop.engines.fused.engine import FusedEngine
 from glassloop.engines.fused.stream import LayerStream
@@ -42,27 +44,6 @@ class Twice(LayerStream):
     def _copy(self, blob: torch.Tensor, slot: int) -> None:
         super()._copy(blob, slot)
         super()._copy(blob, slot)
-
-
-def link(device: torch.device, pages: Any) -> dict[str, float]:
-    """GB/s from the host's pages to the card: alone, and with copies the other way beside."""
-    blob = pages.blob(0)
-    there, back = torch.empty_like(blob, device=device), torch.empty(blob.shape, dtype=torch.uint8)
-    back, found = back.pin_memory(), {}
-    up, down = torch.cuda.Stream(), torch.cuda.Stream()
-    for name, both in (("host_to_card_gbs", False), ("host_to_card_both_ways_gbs", True)):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(10):
-            with torch.cuda.stream(up):
-                there.copy_(blob, non_blocking=True)
-            if both:
-                with torch.cuda.stream(down):
-                    back.copy_(there, non_blocking=True)
-        up.synchronize()
-        found[name] = 10 * len(blob) / (time.perf_counter() - started) / 1e9
-        torch.cuda.synchronize()
-    return found
 
 
 def rows_of(tokens: int, longest: int, vocabulary: int) -> list[Row]:
@@ -85,16 +66,23 @@ def gradient(engine: FusedEngine, adapters: FlatAdapters, p: Any) -> tuple[float
     return loss_sum.item(), adapters.grad.clone()
 
 
-def seconds(engine: FusedEngine, p: Any, passes: int) -> tuple[float, float]:
-    """Seconds of a pass, back to back, and the most GiB meanwhile."""
-    torch.cuda.reset_peak_memory_stats()
-    torch.cuda.synchronize()
+def seconds(
+    engine: FusedEngine, p: Any, passes: int, begin: Callable[[], Any] = lambda: None
+) -> tuple[float, float]:
+    """Seconds of a pass, back to back, and the most GiB meanwhile. `begin`: before the clock."""
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    begin()
     started = time.perf_counter()
     for _ in range(passes):
         loss_sum, _ = engine(p)
         (loss_sum / p.supervised_tokens).backward()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) / passes, torch.cuda.max_memory_allocated() / GIB
+    if on_cuda:
+        torch.cuda.synchronize()
+    took = (time.perf_counter() - started) / max(passes, 1)
+    return took, torch.cuda.max_memory_allocated() / GIB if on_cuda else 0.0
 
 
 def main() -> int:
@@ -112,13 +100,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     device = torch.device("cuda", 0)
-    lines: list[dict[str, Any]] = []
-
-    def say(**line: Any) -> None:
-        lines.append(line)
-        print(json.dumps(line), flush=True)
-        asked.out.write_text("".join(json.dumps(one) + "\n" for one in lines))
-
+    say = line_writer(asked.out)
     if asked.gib:
         share = asked.gib * GIB / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
@@ -143,7 +125,9 @@ def main() -> int:
     drawn = torch.Generator(device).manual_seed(1)
     adapters.flat.data.normal_(0, 0.01, generator=drawn)
     say(kind="engine", seconds=time.perf_counter() - started)
-    say(kind="link", **link(device, pages))
+    blob = pages.blob(0)
+    alone, both_ways = (gbs(blob, back=back) for back in (False, True))
+    say(kind="link", host_to_card_gbs=alone, host_to_card_both_ways_gbs=both_ways)
     if asked.half_bus:
         engine.stream.__class__ = Twice
     layers, vocabulary = len(engine.layers), engine.head.shape[0]

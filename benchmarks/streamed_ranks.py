@@ -11,7 +11,6 @@ page that two ranks map counts once.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from streamed import GIB, gradient, rows_of
+from lines import begin_ranks, line_writer
+from streamed import GIB, gradient, rows_of, seconds
 
 from glassloop.base.sharded import share_layers
 from glassloop.base.streamed import load_streamed
@@ -43,24 +43,6 @@ def proportional_gib() -> float:
     raise RuntimeError("/proc/self/smaps_rollup has no line Pss")
 
 
-def timed(engine: FusedEngine, p: Any, passes: int) -> tuple[float, float]:
-    """Seconds of a pass, all ranks at once, and the most GiB of this card meanwhile."""
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    torch.distributed.barrier()
-    started = time.perf_counter()
-    for _ in range(passes):
-        loss_sum, _ = engine(p)
-        (loss_sum / p.supervised_tokens).backward()
-    if not on_cuda:
-        return (time.perf_counter() - started) / max(passes, 1), 0.0
-    torch.cuda.synchronize()
-    took = time.perf_counter() - started
-    return took / max(passes, 1), torch.cuda.max_memory_allocated() / GIB
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="random:llama-70b")
@@ -69,20 +51,8 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    on_cuda = torch.cuda.is_available()  # a CPU tries the script out
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = torch.device("cuda", rank) if on_cuda else torch.device("cpu")
-    if on_cuda:
-        torch.cuda.set_device(device)
-    lines: list[dict[str, Any]] = []
-
-    def say(**line: Any) -> None:
-        if rank == 0:
-            lines.append(line)
-            print(json.dumps(line), flush=True)
-            asked.out.write_text("".join(json.dumps(one) + "\n" for one in lines))
-
+    rank, ranks, device = begin_ranks()
+    say = line_writer(asked.out, speaks=rank == 0)
     say(kind="environment", ranks=ranks, **environment(sys.argv))
     started = time.perf_counter()
     hf, report, pages = load_streamed(
@@ -127,9 +97,9 @@ def main() -> int:
                 if turn == 0:
                     losses[arm] = gradient(engine, adapters, p)[0]
                     continue
-                waits = arm == "alone" and rank > 0
-                each = gather_objects(timed(engine, p, 0 if waits else asked.passes))
-                slowest = max(seconds for seconds, _ in each)
+                passes = 0 if arm == "alone" and rank > 0 else asked.passes
+                each = gather_objects(seconds(engine, p, passes, torch.distributed.barrier))
+                slowest = max(took for took, _ in each)
                 times[arm].append(slowest)
                 say(kind="turn", arm=arm, tokens=tokens, seconds=slowest, ranks=each)
         line: dict[str, Any] = {"kind": "summary", "tokens": tokens, "layers": layers}

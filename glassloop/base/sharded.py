@@ -39,9 +39,11 @@ def share_layers(pages: HostPages, rank: int, gather: Gather) -> None:
     on_cards = pages.device.type == "cuda"
     handles = gather(reduce_tensor(part) if on_cards else part)
     for other, handle in enumerate(handles):
-        theirs = handle[0](*handle[1]) if on_cards and other != rank else handle
-        own = other == rank
-        pages.peers |= layers_of(pages, part if own else theirs, other, len(places))
+        if other == rank:
+            theirs = part
+        else:
+            theirs = handle[0](*handle[1]) if on_cards else handle
+        pages.peers |= layers_of(pages, theirs, other, len(places))
     gather(None)  # nobody gives up a part before all have opened it
     layers = len(pages.file.manifest.layers)
     pages.notes += (

@@ -113,9 +113,8 @@ def load_streamed(
 def bring_what_fits(pages: HostPages, room_bytes: int) -> None:
     """Copy layers to the device, from the first up.
 
-    They may take `room_bytes` less what is not quantised.
-
-    The rest stays on the host, where the device reads it through its bus.
+    They may take `room_bytes` less what is not quantised. The rest stays on the host, where the
+    device reads it through its bus.
     """
     manifest = pages.file.manifest
     layers = len(manifest.layers)

@@ -17,6 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from glassloop.doctor.children import environment_of_child
+
 MIB = 256  # size of the file that is tried
 COPIES = 10
 LIMIT_S = 60.0
@@ -44,13 +46,11 @@ def try_link(folder: Path, *, limit_s: float = LIMIT_S) -> Link:
 
     A process with a deadline does it.
     """
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
     command = [sys.executable, "-m", "glassloop.doctor.host_link", str(folder)]
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=environment_of_child(),
             capture_output=True,
             text=True,
             errors="replace",

@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from glassloop.doctor.children import environment_of_child
+
 MIB = 4
 LIMIT_S = 30.0
 CURES = (
@@ -53,11 +55,7 @@ def try_all_reduce(
     """
     with tempfile.TemporaryDirectory(prefix="glassloop-p2p-") as folder:
         command = [sys.executable, "-m", "glassloop.doctor.p2p"]
-        root = str(Path(__file__).resolve().parents[2])
-        paths = os.pathsep.join(
-            [root, *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
-        )
-        around = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
+        around = environment_of_child(**{"OMP_NUM_THREADS": "1", **(environment or {})})
         started = time.monotonic()
         processes = []
         outputs = [Path(folder) / f"out{rank}" for rank in range(ranks)]

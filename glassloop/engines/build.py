@@ -132,9 +132,7 @@ def _load(
 ) -> tuple[PreTrainedModel, LoadReport, HostPages | None]:
     """Load the base.
 
-    For fused, or within `spare_bytes`, over a file of layers.
-
-    If its weights have that form.
+    For fused, or within `spare_bytes`, it lies over a file of layers if its weights have that form.
     """
     over_file = engine == "fused" or spare_bytes is not None
     if not over_file or model.quantization != "nf4":

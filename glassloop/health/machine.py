@@ -239,14 +239,8 @@ def machine_record(
 
 def host_free_gib() -> float | None:
     """Memory that the host could give; None if it does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) / 2**20
-    except (OSError, ValueError):
-        pass  # not Linux, or a container that hides it
-    return None
+    kib = _number_of("/proc/meminfo", "MemAvailable:")
+    return None if kib is None else kib / 2**20
 
 
 def resident_gib() -> float | None:
@@ -259,11 +253,17 @@ def resident_gib() -> float | None:
 
 
 def _read_mib() -> float | None:
+    count = _number_of("/proc/self/io", "read_bytes:")
+    return None if count is None else count / 2**20
+
+
+def _number_of(path: str, name: str) -> int | None:
+    """The number on the line `name` of a file of the kernel's.
+
+    None if the file has none: not Linux, or a container that hides it.
+    """
     try:
-        with open("/proc/self/io", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("read_bytes:"):
-                    return int(line.split()[1]) / 2**20
-    except (OSError, ValueError):
-        pass  # as above
-    return None
+        with open(path, encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(name))
+    except (OSError, ValueError, StopIteration):
+        return None
