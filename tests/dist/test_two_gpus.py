@@ -13,19 +13,14 @@ from typing import Any
 import pytest
 from launching import ROOT, environment, run
 
-HERE = str(ROOT / "benchmarks")
 TINY = ["--device", "cpu", "--model", "random:tiny", "--updates", "5", "--first", "3"]
 
 
 @pytest.fixture(scope="module")
 def two() -> Any:
-    """The script's modules by name, found as the script finds them."""
-    sys.path.insert(0, HERE)
-    try:
-        names = ("two_gpus", "two_gpus_killed", "two_gpus_parts", "two_gpus_runs", "two_gpus_speed")
-        return type("Modules", (), {name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(HERE)
+    """The script's modules by name."""
+    names = ("two_gpus", "two_gpus_killed", "two_gpus_parts", "two_gpus_runs", "two_gpus_speed")
+    return type("Modules", (), {name: importlib.import_module(name) for name in names})
 
 
 def place_in(two: Any, folder: Path) -> Any:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "families.py"
-
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the engine needs triton")
 def test_a_model_has_a_line_for_its_check_and_for_both_kinds_of_rows() -> None:
-    spec = importlib.util.spec_from_file_location("families_benchmark", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    import families
+
     asked = argparse.Namespace(layers=1, small=True, tokens=2048, passes=1, profile="fill")
     lines: list[dict[str, Any]] = []
     for name in ("gemma-3-12b", "phi-4"):
-        module.measure(name, asked, torch.device("cpu"), lambda **line: lines.append(line))
+        families.measure(name, asked, torch.device("cpu"), lambda **line: lines.append(line))
     assert [one["kind"] for one in lines] == ["built", "proof", "measured", "measured"] * 2
     assert all(one["differs"] == "" for one in lines if one["kind"] == "proof")
     measured = [one for one in lines if one["kind"] == "measured"]

@@ -5,12 +5,9 @@ Also judgements of cards.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -227,11 +224,8 @@ def test_smaller_settings_keep_the_rows_of_an_update(
 def test_the_benchmark_measures_every_cell_and_does_not_count_calibration(
     wide_llama, tmp_path, monkeypatch, capsys
 ):
-    path = Path(__file__).resolve().parents[3] / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("benchmark_memory", path)
-    memory = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_memory", memory)
-    spec.loader.exec_module(memory)
+    import memory
+
     assert len(memory.MATRIX) == 24
     assert memory.Cell(2048, 2, True, 16) in memory.CALIBRATION
     cells = (
