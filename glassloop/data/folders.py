@@ -49,6 +49,29 @@ def kind_of(name: str) -> str | None:
     return KINDS.get(path.suffix)
 
 
+def data_files(names: Iterable[str]) -> list[str]:
+    """Names of the files that may hold rows, in order."""
+    return sorted(name for name in seen(names) if kind_of(name) is not None)
+
+
+def seen(names: Iterable[str]) -> list[str]:
+    """Names without hidden files and what `datasets` writes about a data set."""
+    return [
+        name
+        for name in names
+        if PurePosixPath(name).name not in NOT_ROWS
+        and not any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+    ]
+
+
+def refuse_outside(readme: str | None, said: str) -> None:
+    """Raise ValueError for a README that names files outside its folder."""
+    for one in _configs(readme, said):
+        patterns = _patterns(one["data_files"], said) if "data_files" in one else []
+        for pattern in [pattern for _, pattern in patterns] + [str(one.get("data_dir", "."))]:
+            _refuse_outside(pattern, said)
+
+
 def choose(
     names: Iterable[str], readme: str | None, config: str | None, split: str, said: str
 ) -> Chosen:
@@ -59,13 +82,7 @@ def choose(
     Raises ValueError for a folder without data files, an unknown split or configuration, and a
     README that names files outside.
     """
-    rows = sorted(
-        name
-        for name in names
-        if kind_of(name) is not None
-        and PurePosixPath(name).name not in NOT_ROWS
-        and not any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
-    )
+    rows = data_files(names)
     if not rows:
         raise ValueError(
             f"{said}: it holds no data file; one must end in {', '.join(KINDS)} (text also "
@@ -134,17 +151,21 @@ def _from_readme(
         return _by_name([name for name in names if name.startswith(within)])
     files: dict[str, list[str]] = {}
     for split, pattern in _patterns(chosen["data_files"], said):
-        path = PurePosixPath(pattern)
-        if path.is_absolute() or ".." in path.parts or re.match(r"\w+:", pattern):
-            raise ValueError(
-                f"{said}: README.md names data_files {shown(pattern)}, which lies outside the "
-                "folder; only files inside it are read. Name that file itself as data.source"
-            )
-        found = [name for name in names if _matches(name, str(path))]
+        _refuse_outside(pattern, said)
+        found = [name for name in names if _matches(name, str(PurePosixPath(pattern)))]
         if not found:
             raise ValueError(f"{said}: README.md names data_files {shown(pattern)}, none is there")
         files.setdefault(split, []).extend(found)
     return {split: sorted(set(found)) for split, found in files.items()}
+
+
+def _refuse_outside(pattern: str, said: str) -> None:
+    path = PurePosixPath(pattern)
+    if path.is_absolute() or ".." in path.parts or re.match(r"\w+:", pattern):
+        raise ValueError(
+            f"{said}: README.md names data_files {shown(pattern)}, which lies outside the "
+            "folder; only files inside it are read. Name that file itself as data.source"
+        )
 
 
 def _matches(name: str, pattern: str) -> bool:

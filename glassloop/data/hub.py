@@ -21,6 +21,7 @@ class Repository:
 
     names: tuple[str, ...]
     fetch: Callable[[str], Path]
+    commit: str | None  # None: of the cached copy
 
 
 def open_repository(repo: str, revision: str | None, said: str) -> Repository:
@@ -52,7 +53,9 @@ def open_repository(repo: str, revision: str | None, said: str) -> Repository:
             raise ValueError(f"{said} cannot be read: {_reason(error)}; {CURE}") from error
         names = (path for path in folder.rglob("*") if path.is_file())
         return Repository(
-            tuple(str(path.relative_to(folder)) for path in names), lambda name: folder / name
+            tuple(str(path.relative_to(folder)) for path in names),
+            lambda name: folder / name,
+            None,
         )
     commit = found.sha
     names = tuple(file.rfilename for file in found.siblings or ())
@@ -65,7 +68,7 @@ def open_repository(repo: str, revision: str | None, said: str) -> Repository:
         except (HfHubHTTPError, *unreachable, OSError) as error:
             raise ValueError(f"{said}: {name} was not fetched: {_reason(error)}; {CURE}") from error
 
-    return Repository(names, fetch)
+    return Repository(names, fetch, commit)
 
 
 def _reason(error: Exception) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 
 from glassloop.config import DataConfig
 from glassloop.data.arrow_files import read_arrow
-from glassloop.data.folders import KINDS, choose, kind_of
+from glassloop.data.folders import KINDS, choose, data_files, kind_of, refuse_outside, seen
 from glassloop.data.hub import open_repository
+from glassloop.data.library import arrow_files
 from glassloop.data.names import listed, shown
 from glassloop.data.text_files import (
     LFS,
@@ -194,6 +195,10 @@ def _folder(folder: Path, data: DataConfig, place: str, split: str, field: str) 
         ]
         readme = folder / "README.md"
         text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+        if not data_files(names):
+            refuse_outside(text, said)
+            _members(folder, seen(names), split, place, field)
+            return _by_datasets(place, names, data, split, said)
         chosen = choose(names, text, data.config, name, said)
         notes = _notes(chosen.files, chosen.others)
         return replace(_members(folder, chosen.files, split, place, field), part=part, notes=notes)
@@ -247,11 +252,33 @@ def _hub(data: DataConfig, place: str, split: str, field: str) -> Found:
     if "README.md" in repository.names:
         text = repository.fetch("README.md").read_text(encoding="utf-8", errors="replace")
         readme = None if text.encode()[: len(LFS)] == LFS else text
+    if not data_files(repository.names):
+        refuse_outside(readme, said)
+        return _by_datasets(repo, repository.names, data, split, said, repository.commit)
     chosen = choose(repository.names, readme, data.config, name, said)
     paths = tuple(repository.fetch(file) for file in chosen.files)
     names = tuple(f"{repo}/{shown(file)}" for file in chosen.files)
     notes = _notes(chosen.files, chosen.others)
     return Found(paths, names, split, f"{repo} ({split})", part, notes)
+
+
+def _by_datasets(
+    place: str,
+    names: Sequence[str],
+    data: DataConfig,
+    split: str,
+    said: str,
+    revision: str | None = None,
+) -> Found:
+    """What `datasets` makes of files that have no reader here."""
+    name, part = _part(split, said)
+    others = sorted(one for one in seen(names) if one != "README.md")
+    if not others:
+        choose(names, None, data.config, name, said)  # raises: no data file
+    paths = arrow_files(place, data.config, name, revision, said)
+    note = f"read by datasets.load_dataset: {listed(others, 5)}"
+    shown_names = tuple(f"{place.rstrip('/')}/{path.name}" for path in paths)
+    return Found(paths, shown_names, split, f"{place} ({split})", part, (note,))
 
 
 def _part(split: str, said: str) -> tuple[str, Part]:

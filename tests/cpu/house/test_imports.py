@@ -47,7 +47,11 @@ TABLE = {
         late="bitsandbytes gguf huggingface_hub tokenizers",
     ),
     "record": Rule("config disk", "rich", late="wandb"),
-    "data": Rule("config disk plan", "numpy torch", late="huggingface_hub pyarrow tokenizers yaml"),
+    "data": Rule(
+        "config disk plan",
+        "numpy torch",
+        late="datasets huggingface_hub pyarrow tokenizers yaml",
+    ),
     "report": Rule("disk record stats", "numpy rich"),
     "formula": Rule("data", "torch", late="bitsandbytes"),
     "engines": Rule(
