@@ -38,6 +38,8 @@ class LayerStream:
         self.here.clear()
         self.coming.clear()
         if len(self.slots) != slots:
+            if self.copying is not None:  # a copy on its way would land in what takes their place
+                torch.cuda.current_stream(self.device).wait_stream(self.copying)
             size = self.pages.file.manifest.most_layer_bytes
             self.slots = [
                 torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(slots)
