@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from glassloop.config.arguments import from_values
 from glassloop.health.decision import Outcome
 from glassloop.loop.build import build_run
 from glassloop.loop.run import Run
+from glassloop.predict.tiers import Host, Tiers
 from glassloop.verify.problem import (
     LORA_ALPHA,
     LORA_R,
@@ -47,6 +49,14 @@ class Shape:
     reduction: str = "explicit"
     recomputed: bool = False
     probed: bool = False  # every matrix's norms are taken in every update
+    base: str = "auto"  # memory.base
+    host: Host = "nothing"  # what layers leave in host memory
+    chunk: int = 0  # places that products take at a time; 0: all
+
+    @property
+    def needs_fused(self) -> bool:
+        """True if it says where memory is spent, which fused alone lets a config say."""
+        return (self.base, self.host, self.chunk) != ("auto", "nothing", 0)
 
 
 SHAPES = {
@@ -57,12 +67,19 @@ SHAPES = {
     "1x2x4 packed": Shape(1, 2, 4, layout="packed"),
     "1x2x4 packed small": Shape(1, 2, 4, layout="packed", pass_tokens=MAX_TOKENS),
     "1x2x4 packed probed": Shape(1, 2, 4, layout="packed", probed=True),
+    "1x2x4 streamed": Shape(1, 2, 4, base="host"),
+    "1x2x4 packed streamed on host": Shape(1, 2, 4, layout="packed", base="host", host="all"),
+    "1x2x4 packed chunked": Shape(1, 2, 4, layout="packed", chunk=17),
+    "1x2x4 chunked streamed on host": Shape(1, 2, 4, base="host", host="inputs", chunk=32),
     "2x1x4": Shape(2, 1, 4),
     "2x2x2": Shape(2, 2, 2),
     "2x2x2 recomputed": Shape(2, 2, 2, recomputed=True),
     "2x2x2 probed": Shape(2, 2, 2, probed=True),
     "2x2x2 packed": Shape(2, 2, 2, layout="packed"),
     "2x2x2 packed small": Shape(2, 2, 2, layout="packed", pass_tokens=MAX_TOKENS),
+    "2x2x2 streamed": Shape(2, 2, 2, base="host"),
+    "2x2x2 sharded": Shape(2, 2, 2, base="sharded"),
+    "2x2x2 packed chunked on host": Shape(2, 2, 2, layout="packed", host="attention", chunk=17),
     "2x2x2 ddp": Shape(2, 2, 2, reduction="ddp"),
     "2x2x2 ddp recomputed": Shape(2, 2, 2, reduction="ddp", recomputed=True),
     "2x4x1 ddp": Shape(2, 4, 1, reduction="ddp"),
@@ -102,11 +119,12 @@ def engines() -> tuple[str, ...]:
 def can(engine: str, task: str, shape: str) -> bool:
     """Tell if a config admits the member.
 
-    fused has NF4 weights only, and writes gradients that DDP would not see.
+    fused has NF4 weights only, and writes gradients that DDP would not see. It alone streams a
+    base and cuts a pass into chunks.
     """
-    return engine != "fused" or (
-        TASKS[task].quantization == "nf4" and SHAPES[shape].reduction == "explicit"
-    )
+    if engine != "fused":
+        return not SHAPES[shape].needs_fused
+    return TASKS[task].quantization == "nf4" and SHAPES[shape].reduction == "explicit"
 
 
 def members() -> list[Member]:
@@ -179,11 +197,23 @@ def config_of(member: Member, optimizer: str, place: Place, name: str) -> Config
                 "precision": "fp32",
                 "checkpointing": shape.recomputed,
             },
+            "memory": {"base": shape.base},
             "evaluation": {"samples": 0},
             "record": {"probe_every_updates": 1 if shape.probed else None, "capsules": 0},
             "run": {"dir": str(place.folder / "runs"), "name": name},
         }
     )
+
+
+def spend(run: Run, shape: Shape) -> None:
+    """Have fused leave tensors on the host and compute in chunks, as the shape says.
+
+    A card with room for everything would do neither.
+    """
+    if shape.host != "nothing" or shape.chunk:
+        engine: Any = run.replica.engine
+        streamed = engine.tiers.streamed
+        engine.use_tiers(Tiers(0, shape.host, streamed=streamed, chunk=shape.chunk))
 
 
 def carry_out(run: Run, update: Callable[[Run, int], Outcome | None]) -> Trace:
@@ -225,6 +255,7 @@ def train(
     words = f"{member.name} {optimizer} {getattr(update, '__name__', '')}".strip()
     run = build_run(config_of(member, optimizer, place, words.replace(" ", "-")))
     try:
+        spend(run, SHAPES[member.shape])
         harden(run)
         return carry_out(run, update or train_loop.update_once)
     finally:

@@ -33,8 +33,8 @@ class Verdict:
         distances: by what was compared; missing where it ended before.
         stopped_by: what the loop's own guard said when it ended the updates; None if it did not.
         left_out: why an engine took no part; then nothing was compared.
-        good: a member is within every mark and was not stopped; a mutant is beyond a mark or was
-            stopped.
+        good: a member is within every mark and was not stopped; a mutant trained, and is beyond a
+            mark or was stopped.
     """
 
     kind: str
@@ -97,7 +97,8 @@ def _verdict(facts: dict[str, Any], folder: Path) -> Verdict:
     agrees = (
         stopped is None and whole and all(value <= MARKS[what] for what, value in distances.items())
     )
-    good = left_out is not None or (agrees if kind == "member" else not agrees)
+    # A mutant that an error kept from training has shown nothing.
+    good = left_out is not None or (agrees if kind == "member" else facts["began"] and not agrees)
     return Verdict(kind, facts["name"], facts["fault"], distances, stopped, left_out, good)
 
 

@@ -129,8 +129,8 @@ def formula(task: str, place: Place) -> dict[str, Trace]:
 def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Do a job; return plain facts and tensors.
 
-    Facts: the job's own, stopped_by, left_out, series. Tensors: gradient, and changes by
-    optimizer's name.
+    Facts: the job's own, began (no error), stopped_by, left_out, series. Tensors: gradient, and
+    changes by optimizer's name.
 
     Raises:
         RuntimeError: it failed on some ranks only.
@@ -138,7 +138,7 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     facts: dict[str, Any] = {
         name: value for name, value in vars(job).items() if name not in ("run", "optional")
     }
-    facts |= {"stopped_by": None, "left_out": None, "series": {}}
+    facts |= {"began": True, "stopped_by": None, "left_out": None, "series": {}}
     tensors: dict[str, torch.Tensor] = {}
     failure = None
     try:
@@ -151,7 +151,7 @@ def attempt(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             found = {"gradient": trace.grad, optimizer: trace.change}
             tensors |= {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
     except Exception as error:  # whatever it is, it is what there is to say of this job
-        failure = f"{type(error).__name__}: {error}"
+        failure, facts["began"] = f"{type(error).__name__}: {error}", False
         # An engine that is absent, or not for this shape.
         refused = job.optional and isinstance(error, ValueError | ImportError | OSError)
         facts["left_out" if refused else "stopped_by"] = failure

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 
+from glassloop.predict.tiers import HOSTS
 from glassloop.verify.members import SHAPES, members
 from glassloop.verify.problem import TASKS
 
@@ -56,4 +57,18 @@ def test_the_class_holds_every_layout_on_one_rank_and_two_with_both_reductions_a
     assert {(2, "literal", "ddp", recomputed) for recomputed in (False, True)} <= ways
     assert any(shape.pass_tokens for shape in SHAPES.values()), "packed in small passes"
     assert {task.quantization for task in TASKS.values()} == {"nf4", "none"}
-    assert {f"{task} peft {shape}" for task in ("nf4", "plain") for shape in SHAPES} <= set(MEMBERS)
+    everywhere = [name for name, shape in SHAPES.items() if not shape.needs_fused]
+    assert {f"{task} peft {shape}" for task in ("nf4", "plain") for shape in everywhere} <= set(
+        MEMBERS
+    )
+
+
+def test_the_class_holds_every_way_to_spend_memory():
+    fused = {member.shape for member in members() if member.engine == "fused"}
+    shapes = [SHAPES[name] for name in fused]
+    for ranks in (1, 2):
+        mine = [shape for shape in shapes if shape.ranks == ranks]
+        assert {"auto", "host"} <= {shape.base for shape in mine}
+        assert any(shape.chunk for shape in mine)
+    assert {shape.host for shape in shapes} == set(HOSTS)
+    assert "sharded" in {shape.base for shape in shapes}

@@ -223,7 +223,7 @@ def verdict_of(kind: str, facts: dict, mine: dict, tmp_path: Path) -> Verdict:
         "stopped_by": None,
         "left_out": None,
     }
-    jobs = [formula, job | {"stopped_by": None, "left_out": None} | facts]
+    jobs = [formula, job | {"began": True, "stopped_by": None, "left_out": None} | facts]
     (tmp_path / "results_1.json").write_text(json.dumps({"environment": {}, "jobs": jobs}))
     ((verdict,), _, _) = results.judge(tmp_path)
     return verdict
@@ -252,6 +252,18 @@ def test_a_member_is_good_where_a_mutant_is_not(facts, mine, agrees, tmp_path):
 
 def test_a_member_that_left_something_out_does_not_agree(tmp_path):
     assert not verdict_of("member", {}, {"gradient": [1.0, 1.0]}, tmp_path).good
+
+
+def test_a_mutant_that_an_error_kept_from_training_is_not_caught(tmp_path):
+    def refuse() -> dict[str, Trace]:
+        raise ValueError("the config refuses it")
+
+    facts, _ = attempt(Job("mutant", "loss_divided_twice", "plain", refuse))
+    assert facts["stopped_by"] and not facts["began"]
+    found = verdict_of(
+        "mutant", {name: facts[name] for name in ("stopped_by", "began")}, {}, tmp_path
+    )
+    assert not found.good and results.table([found])[1].endswith("MISSED")
 
 
 def test_an_engine_that_is_not_installed_is_left_out_and_said_so(tmp_path):
