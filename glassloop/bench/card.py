@@ -12,17 +12,18 @@ from glassloop.bench.processes import Place
 from glassloop.bench.results import relative
 from glassloop.bench.spec import Spec
 from glassloop.predict.cards import verdict
+from glassloop.predict.fused_time import fused_pass_time
 from glassloop.predict.hardware import gpu_named
 from glassloop.predict.roofline import (
     ALL_SEVEN,
     RATES,
-    errors,
-    fused_pass_time,
     pass_time,
     tokens_per_s,
 )
 from glassloop.predict.shapes import KNOWN
 from glassloop.predict.terms import Work
+from glassloop.predict.tiers import Tiers
+from glassloop.predict.time_checks import errors
 
 NAME = "card-v1"
 # Loss of update 1, nats a token, one card: weights and rows are the same bits everywhere, so
@@ -194,8 +195,7 @@ def fused_predictions() -> list[str]:
                 rows=WORK["batch"],
                 row_tokens=2048,
                 supervised_share=0.8,
-                kept=one.kept,
-                held=one.held,
+                tiers=Tiers(one.kept, held=one.held),
             )
             assert time is not None
             fast = tokens_per_s(

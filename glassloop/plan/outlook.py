@@ -6,7 +6,7 @@ Plain values, before the run begins. Imports nothing heavy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from glassloop.config import Config
@@ -14,12 +14,14 @@ from glassloop.plan.engine import planned_engine
 from glassloop.plan.steps import StepPlan, counted, make_plan
 from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
+from glassloop.predict.fused_time import fused_pass_time
 from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
 from glassloop.predict.host import spare_bytes
 from glassloop.predict.ledger import PROFILES
-from glassloop.predict.roofline import fused_pass_time, pass_time, tokens_per_s
+from glassloop.predict.roofline import pass_time, tokens_per_s
 from glassloop.predict.shapes import Shapes, shapes_of
 from glassloop.predict.terms import GIB, STATE_BYTES, Ledger, Work
+from glassloop.predict.tiers import Tiers
 
 SCHEMA = 1
 TOKENIZER_BYTES = (
@@ -38,7 +40,7 @@ class CardTime:
     tokens_per_s: float  # of all ranks together
     run_s: float
     host_bound: bool
-    waits_share: float = 0.0  # of the time: the GPU waits for layers from the host
+    waits_share: float = 0.0  # of the time: the GPU waits for its host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +278,7 @@ def card_time(
     )
     work |= dict(r=config.lora.r, targets=shapes.apart(config.lora.targets))
     if config.execution.engine == "fused":
-        one = fused_pass_time(shapes, card, **work, **_tiers(on_card))
+        one = fused_pass_time(shapes, card, **work, tiers=_tiers(on_card))
     else:
         quantized, checkpointing = (
             config.model.quantization == "nf4",
@@ -290,11 +292,11 @@ def card_time(
     return CardTime(card, rate, plan.rows_trained * row_tokens / rate, one.host_bound, waits)
 
 
-def _tiers(on_card: Verdict | None) -> dict[str, Any]:
-    """Layers kept, held and streamed on a card, for its speed."""
-    if on_card is None:
-        return {}
-    return {name: getattr(on_card, name) or 0 for name in ("kept", "held", "streamed")}
+def _tiers(on_card: Verdict | None) -> Tiers | None:
+    """Tiers of `fused` on a card, for its speed."""
+    if on_card is None or on_card.kept is None:
+        return None
+    return Tiers.of({one.name: getattr(on_card, one.name) for one in fields(Tiers)})
 
 
 def as_plain(outlook: Outlook) -> dict[str, Any]:
@@ -324,7 +326,7 @@ def as_plain(outlook: Outlook) -> dict[str, Any]:
         "memory_bytes_other_tiers": outlook.other_ledger.phases
         if fused and outlook.other_ledger is not None
         else None,
-        "cards": [vars(one) for one in outlook.verdicts],
+        "cards": [asdict(one) for one in outlook.verdicts],
         "time_predicted": [vars(one) for one in outlook.times],
         "row_tokens": outlook.row_tokens,
         "tokens": None

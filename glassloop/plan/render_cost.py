@@ -5,9 +5,11 @@ from __future__ import annotations
 from glassloop.plan.outlook import CardTime, Outlook
 from glassloop.plan.work import chooses_passes
 from glassloop.predict.cards import CONTEXT_GIB, FRAGMENTATION, NCCL_GIB, Verdict
-from glassloop.predict.roofline import CALIBRATED_ON, errors, hidden_tokens
+from glassloop.predict.fused_time import hidden_tokens
+from glassloop.predict.longest import LONG
 from glassloop.predict.spend import HIDING_TOKENS
 from glassloop.predict.terms import GIB, layer_bytes
+from glassloop.predict.time_checks import CALIBRATED_ON, errors
 
 LABEL = 10  # columns before a line's text
 KEPT = "kept: layers that keep their activations; in 16 bits: layers that hold their weights so"
@@ -133,6 +135,25 @@ def row_lines(outlook: Outlook) -> list[str]:
             f"{blank}{one.card:<9}{one.longest_tokens:>9,}{one.longest_host_gib:>7.1f}  "
             + (one.longest_tiers if one.longest_tokens else "none")
         )
+    return [*lines, *_speed_lines(known)]
+
+
+def _speed_lines(known: list[Verdict]) -> list[str]:
+    """Predicted tokens/s of long rows by card; empty without rates."""
+    known = [one for one in known if one.rows]
+    if not known:
+        return []
+    blank = " " * LABEL
+    lengths = "".join(f"{tokens:>9,}" for tokens in LONG)
+    lines = [
+        f"{blank}predicted tokens/s of such rows, one an update, on one card",
+        f"{blank}{'card':<9}{lengths}{'longest':>9}",
+    ]
+    for one in known:
+        *shorter, longest = one.rows
+        found = {row.tokens: f"{row.tokens_per_s:,.0f}" for row in shorter}
+        cells = [found.get(tokens, "-") for tokens in LONG] + [f"{longest.tokens_per_s:,.0f}"]
+        lines.append(f"{blank}{one.card:<9}" + "".join(f"{cell:>9}" for cell in cells))
     return lines
 
 
@@ -198,7 +219,7 @@ def time_lines(outlook: Outlook) -> list[str]:
 def _card_time(one: CardTime) -> str:
     bound = ", bound by its host" if one.host_bound else ""
     if one.waits_share >= 0.005:
-        bound += f", {one.waits_share:.0%} of it waiting for the base"
+        bound += f", {one.waits_share:.0%} of it waiting for its host"
     return f"{one.card:<9}{one.tokens_per_s:>8,.0f} tokens/s  {duration(one.run_s):>9}{bound}"
 
 

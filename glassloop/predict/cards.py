@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from glassloop.predict.choice import describe
 from glassloop.predict.hardware import Gpu
 from glassloop.predict.ledger import ledger_of
-from glassloop.predict.longest import longest_row
+from glassloop.predict.longest import RowSpeed, longest_row, row_speeds
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import with_tiers
 from glassloop.predict.terms import GIB, Work, tiers_of
@@ -36,11 +36,13 @@ class Verdict:
         faster: fields with which activations are stored, where that fits too and was not asked
             for; None otherwise. faster_gib: what that needs.
         note: what a reader should know beside the numbers.
-        kept, held, streamed, pass_tokens, tiers: of the engine `fused` on this card: layers kept
-            whole, held in 16 bits and streamed from the host, tokens of its heaviest pass, and
-            the same in words; None and "" for the others.
+        kept, held, streamed, host, chunk, pass_tokens, tiers: of the engine `fused` on this card:
+            layers kept whole, held in 16 bits and streamed from the host; what the others leave on
+            the host; places that products take at a time (0: all); tokens of its heaviest pass;
+            and the same in words. None and "" for other engines.
         longest_tokens: of the longest row that `fused` trains there, alone in its pass;
             longest_host_gib: host memory that it locks then; longest_tiers: how it does.
+        rows: long rows that fit, and their speed.
     """
 
     card: str
@@ -55,12 +57,15 @@ class Verdict:
     kept: int | None = None
     held: int | None = None
     streamed: int | None = None
+    host: str | None = None
+    chunk: int | None = None
     pass_tokens: int | None = None
     tiers: str = ""
     least_gib: float | None = None
     longest_tokens: int | None = None
     longest_host_gib: float | None = None
     longest_tiers: str = ""
+    rows: tuple[RowSpeed, ...] = ()
 
     @property
     def spare_gib(self) -> float:
@@ -133,6 +138,8 @@ def verdict(
             kept=tiers.kept,
             held=tiers.held,
             streamed=tiers.streamed,
+            host=tiers.host,
+            chunk=tiers.chunk,
             pass_tokens=how.places,
             tiers=describe(tiers, shapes.layers, sharded=work.base == "sharded"),
         )
@@ -167,6 +174,7 @@ def _with_longest(found: Verdict, shapes: Shapes, work: Work, budget: int) -> Ve
         longest_tokens=longest.tokens,
         longest_host_gib=longest.host.total_bytes / GIB,
         longest_tiers=describe(longest.tiers, shapes.layers).partition(", ")[2],
+        rows=row_speeds(found.card, shapes, work, budget, longest.tokens),
     )
 
 

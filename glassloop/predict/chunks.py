@@ -41,8 +41,8 @@ def backward_bytes(one: Sizes, tokens: int, chunk: int, host: Host) -> int:
     attended = (a * one.o.columns + 4 * one.heads) if again else 0
     slope = a * one.o.columns
     mlp = tokens * (attended + slope + again * queries) + _backward_chunk(one, chunk, host)
-    # A group's: dq in fp32, dk and dv for each query head, copies of two tensors, the gradients.
-    group = (4 + 4 * a) * one.o.columns + a * one.qkv.rows
+    # A group's: dq in fp32, dk and dv for each query head, copies of five tensors, the gradients.
+    group = (4 + 4 * a) * one.o.columns + 2 * a * one.qkv.rows
     into = a * (one.qkv.rows + one.qkv.rank)
     attention = tokens * (attended + slope + queries + into) + int(tokens * group * _share(one))
     return max(mlp, attention)

@@ -198,7 +198,9 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     computing = (max(middle - stays, at_last), max(middle - last, -away), 0)[min(chosen.kept, 2)]
     forward = _fused_forward_buffers(shapes, work, one, chosen, stays)
     backward = tiers.live_bytes(one, places)
+    tables = flows
     if 0 < chosen.chunk < places:
+        tables = ("backward",)  # of this package's own attention kernel; others turn by chunks
         how = one, places, chosen.chunk, chosen.host
         before = chunks.before_last_bytes(*how, stays)
         forward = max(before, chunks.forward_bytes(*how, work.supervised))
@@ -218,7 +220,7 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         ),
         Term("gradients of its adapters, fp32", tiers.product_bytes(one), run),
         Term("ids, targets, positions and owners", 32 * places, flows),
-        Term("cosines and sines", 4 * places * shapes.head_dim, flows),
+        Term("cosines and sines", 4 * places * shapes.head_dim, tables),
         Term(f"kept whole by {chosen.kept} layers", kept, flows),
         Term(
             f"{'inputs' if chosen.host == 'nothing' else 'small parts'} of {recomputed} layers",

@@ -1,11 +1,13 @@
-"""The longest row that trains on a card, alone in its pass."""
+"""The longest row of a card, and the speed of long ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from glassloop.predict.fused_time import fused_pass_time
 from glassloop.predict.host import HostLedger, host_ledger
 from glassloop.predict.ledger import ledger_of
+from glassloop.predict.roofline import tokens_per_s
 from glassloop.predict.shapes import Shapes
 from glassloop.predict.spend import base_of, movable_bytes, with_tiers
 from glassloop.predict.terms import Work, tiers_of
@@ -13,6 +15,7 @@ from glassloop.predict.tiers import FRAGMENTATION, Tiers, room_bytes, sizes_of
 
 STEP = 256  # tokens; a length is a multiple
 MOST = 1 << 22  # tokens that are tried
+LONG = (16384, 32768, 65536)  # tokens of rows whose speed a plan shows
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class Longest:
     tokens: int  # 0: not even STEP of them fit
     tiers: Tiers
     host: HostLedger
+
+
+@dataclass(frozen=True)
+class RowSpeed:
+    """An update of one row, as predicted."""
+
+    tokens: int
+    tokens_per_s: float
 
 
 def longest_row(shapes: Shapes, work: Work, budget_bytes: int) -> Longest:
@@ -49,6 +60,33 @@ def row_of(work: Work, tokens: int) -> Work:
     return replace(
         work, rows=1, tokens=tokens, supervised_tokens=None, checkpointing=True, between=None
     )
+
+
+def row_speeds(
+    card: str, shapes: Shapes, work: Work, budget_bytes: int, longest: int
+) -> tuple[RowSpeed, ...]:
+    """Speeds of the long rows that fit, the longest last.
+
+    Empty if none fits, for a card without rates, and for fp32.
+    """
+    found: list[RowSpeed] = []
+    if not longest or work.precision == "fp32":
+        return ()
+    for tokens in (*(one for one in LONG if one < longest), longest):
+        one = with_tiers(shapes, row_of(work, tokens), budget_bytes)
+        took = fused_pass_time(
+            shapes,
+            card,
+            rows=1,
+            row_tokens=tokens,
+            r=work.r,
+            targets=work.targets,
+            tiers=tiers_of(shapes, one),
+        )
+        if took is not None:
+            speed = tokens_per_s(took, rows=1, row_tokens=tokens, passes=1, ranks=1)
+            found.append(RowSpeed(tokens, speed))
+    return tuple(found)
 
 
 def fits(shapes: Shapes, work: Work, budget_bytes: int) -> bool:

@@ -254,6 +254,9 @@ def fused_as_on_a_gpu() -> Iterator[None]:
     def nothing(*_, **__) -> None:
         pass
 
+    def rotate(x, by, *_, **__) -> None:
+        assert len(by.cos) == len(by.sin) == len(x)  # tables are made when they are asked for
+
     def add_norm(x, y, *_):
         return x if y is None else torch.empty(x.shape, dtype=x.dtype)
 
@@ -261,10 +264,6 @@ def fused_as_on_a_gpu() -> Iterator[None]:
         return attention.Kept(
             torch.empty(q.shape, dtype=q.dtype), (torch.empty(q.shape[1], q.shape[0]),)
         )
-
-    def of_group(grad, q, k, v, kept, bounds):  # of some heads: they have to be copied
-        copies = grad.contiguous(), kept.out.contiguous()
-        return gradients(copies[0], q, k, v, kept, bounds)
 
     def gradients(grad, q, k, v, kept, bounds):
         sums = torch.empty(q.shape)
@@ -299,11 +298,11 @@ def fused_as_on_a_gpu() -> Iterator[None]:
             norm_backward=nothing,
             norm_heads=nothing,
             norm_heads_backward=nothing,
-            rotate=nothing,
+            rotate=rotate,
         ),
         patch.multiple(layer, attention=attend, attention_backward=attend_back),
-        patch.multiple(chunked, attention=attend, swiglu=nothing, swiglu_backward=nothing),
-        patch.multiple(attention_groups, gradients=of_group, rotate=nothing),
+        patch.multiple(chunked, swiglu=nothing, swiglu_backward=nothing),
+        patch.multiple(attention_groups, attention=attend, gradients=gradients, rotate=rotate),
         patch.multiple(engine, add_norm=add_norm, norm_backward=nothing, head_loss=head_loss),
         patch.multiple(linear, dequantise=nothing, product_fp32=nothing),
         patch.object(matrices.Moves, "carry_out", nothing),

@@ -2,7 +2,7 @@
 
 It computes what layer.py computes. Products, norms and the gate take some thousand places at a
 time, so that neither gate and up nor their gradients exist for the whole pass. Attention sees all
-places, and its gradient is taken for some heads at a time. An adapter's gradient is the sum over
+places, for some heads at a time. An adapter's gradient is the sum over
 chunks, in fp32 and in their order. No layer is kept whole.
 
 Legend: see layer.py; C places of a chunk, A columns of attention's output.
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glassloop.engines.fused.attention import Kept, attention
-from glassloop.engines.fused.attention_groups import backward_by_groups
+from glassloop.engines.fused.attention import Kept
+from glassloop.engines.fused.attention_groups import backward_by_groups, forward_by_groups
 from glassloop.engines.fused.heads import turn, unnorm
 from glassloop.engines.fused.layer import (
     add_norm_gradient,
@@ -34,7 +34,7 @@ class Queries:
     """The product of W_qkv, as attention and its gradient read it."""
 
     qkv: Tensor  # (T, N)
-    turned: Tensor  # (T, columns of q and k)
+    turned: Tensor  # (T, columns of q and k): columns of qkv, unless a norm stands on them
     narrow: Tensor  # (T, R): x (sA)^T
 
 
@@ -62,6 +62,9 @@ def queries_of(
     weights = where.scratch.weights(linear)
     qkv = x.new_empty(len(x), linear.rows)
     narrow = x.new_empty(len(x), linear.rank)
+    turned, by = qkv[:, : layer.turned], where.angles[layer.kind.rotary]
+    if layer.norm_qk is not None:
+        turned = x.new_empty(turned.shape)
     for c in pieces(len(x), chunk):
         normed = linear.input(c.stop - c.start)
         s = sum_and_norm(
@@ -72,13 +75,14 @@ def queries_of(
         linear.forward(normed, weights, out=qkv[c])
         narrow[c].copy_(normed[:, hidden:])
         del normed, s  # or they would live beside the next chunk's
-    turned = turn(layer, qkv, where.angles[layer.kind.rotary])
+        turn(layer, qkv[c], by.piece(c), out=turned[c])
     return x if y is None else y, Queries(qkv, turned, narrow)
 
 
 def attend(layer: Layer, queries: Queries, where: Where) -> Kept:
     """Attention of the whole pass."""
-    return attention(*layer.split(queries.qkv, queries.turned), where.bounds[layer.kind.window])
+    parts = layer.split(queries.qkv, queries.turned)
+    return forward_by_groups(*parts, where.bounds[layer.kind.window])
 
 
 def middle(
@@ -173,7 +177,8 @@ def backward(
     slope = spread(slope, places, len(x)).unflatten(1, (-1, layer.of.head_size))
     parts = layer.split(queries.qkv, queries.turned)
     by, bounds = where.angles[layer.kind.rotary], where.bounds[layer.kind.window]
-    out = backward_by_groups(slope, *parts, kept, bounds, by, room=layer.qkv.rank)  # (T, N + R)
+    room = layer.qkv.rank
+    out = backward_by_groups(slope, *parts, kept, bounds, by, room=room, chunk=chunk)  # (T, N + R)
     unnorm(layer, out, queries.qkv)
     narrow = queries.narrow
     del slope, parts, kept, queries

@@ -17,16 +17,17 @@ from glassloop.engines.fused.parts import Layer
 from glassloop.engines.fused.rotary import Angles, rotate
 
 
-def turn(layer: Layer, qkv: Tensor, by: Angles) -> Tensor:
+def turn(layer: Layer, qkv: Tensor, by: Angles, out: Tensor | None = None) -> Tensor:
     """(T, columns of q and k), as attention reads them.
 
-    qkv: (T, N). Without a norm q and k are turned in place; else it stays, for `unnorm`.
+    qkv: (T, N). Without a norm q and k are turned in place; else it stays, for `unnorm`, and `out`
+    takes what was turned.
     """
     both = qkv[:, : layer.turned]
     if layer.norm_qk is None:
         rotate(both, by, both)
         return both
-    out = both.new_empty(both.shape)
+    out = both.new_empty(both.shape) if out is None else out
     if layer.of.head_norms == "whole":
         for x, weight, to in _by_part(layer, both, out):
             add_norm(x, None, weight, layer.of.eps, to)

@@ -10,7 +10,8 @@ Legend: T tokens, D head size, P pairs that are turned.
 # (a launch has options, num_warps say, that are no parameters of the kernel)
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import triton
@@ -20,22 +21,51 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Angles:
-    """Cosines and sines (T, P) fp32, and their place in a head.
+    """Turns of a pass's places.
+
+    Tables of cosines and sines are made when they are asked for.
 
     Attributes:
+        positions: (T,) int64, restarting at each row.
+        frequencies: (P,) fp32.
+        scaling: factor of cosines and sines.
         size: D.
         interleaved: neighbours make a pair; else element i and element i + P.
     """
 
-    cos: Tensor
-    sin: Tensor
+    positions: Tensor
+    frequencies: Tensor
+    scaling: float
     size: int
     interleaved: bool = False
+
+    @cached_property
+    def cos(self) -> Tensor:
+        """(T, P) fp32; kept from here on."""
+        return self._turned.cos() * self.scaling
+
+    @cached_property
+    def sin(self) -> Tensor:
+        """(T, P) fp32; kept from here on."""
+        return self._turned.sin() * self.scaling
+
+    @property
+    def _turned(self) -> Tensor:
+        return self.positions.unsqueeze(1).to(torch.float32) * self.frequencies.to(torch.float32)
+
+    @property
+    def pairs(self) -> int:
+        """P."""
+        return len(self.frequencies)
 
     @property
     def halves(self) -> bool:
         """True if one half of a head is turned with the other."""
-        return 2 * self.cos.shape[1] == self.size and not self.interleaved
+        return 2 * self.pairs == self.size and not self.interleaved
+
+    def piece(self, places: slice) -> Angles:
+        """Turns of some places, with tables of their own."""
+        return replace(self, positions=self.positions[places])
 
 
 def angles(
@@ -46,21 +76,15 @@ def angles(
     size: int | None = None,
     interleaved: bool = False,
 ) -> Angles:
-    """Angles of a pass.
-
-    Args:
-        positions: (T,) int64, restarting at each row. frequencies: (P,) fp32.
-        size: D; None: 2 P.
-    """
-    turned = positions.unsqueeze(1).to(torch.float32) * frequencies.to(torch.float32)
+    """Angles of a pass. `size`: D; None: 2 P."""
     size = 2 * len(frequencies) if size is None else size
-    return Angles(turned.cos() * scaling, turned.sin() * scaling, size, interleaved)
+    return Angles(positions, frequencies, scaling, size, interleaved)
 
 
 def no_angles(tokens: int, size: int, device: torch.device) -> Angles:
     """Angles that leave every head as it is."""
-    cos = torch.ones(tokens, size // 2, device=device)
-    return Angles(cos, torch.zeros_like(cos), size)
+    positions = torch.zeros(tokens, dtype=torch.int64, device=device)
+    return Angles(positions, torch.zeros(size // 2, device=device), 1.0, size)
 
 
 def rotate_reference(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
@@ -68,7 +92,7 @@ def rotate_reference(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) 
 
     The result goes to `out` (T, heads * D), which may be x. `back`: the other way (its gradient).
     """
-    pairs = by.cos.shape[1]
+    pairs = by.pairs
     heads = x.float().unflatten(1, (-1, by.size))  # (T, heads, D)
     part, rest = heads[..., : 2 * pairs], heads[..., 2 * pairs :]
     shape = (pairs, 2) if by.interleaved else (2, pairs)
@@ -85,7 +109,7 @@ def rotate(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
 
 
 def rotate_triton(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
-    pairs = by.cos.shape[1]
+    pairs = by.pairs
     if 2 * pairs < by.size and out.data_ptr() != x.data_ptr():
         x = out.copy_(x)
     heads = x.shape[1] // by.size

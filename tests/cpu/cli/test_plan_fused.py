@@ -133,6 +133,10 @@ def test_the_longest_row_of_each_card_is_planned_with_the_host_it_takes(capsys):
     assert found is not None
     tokens, host = int(found[1].replace(",", "")), float(found[2])
     assert 150_000 < tokens < 300_000 and 40 < host <= 56
+    speeds = re.search(r"4090 ([\d,]+) ([\d,]+) ([\d,]+) ([\d,]+) A100-40", rows)
+    assert speeds is not None
+    falling = [int(one.replace(",", "")) for one in speeds.groups()]
+    assert falling == sorted(falling, reverse=True) and 100 < falling[-1] < falling[0] < 4000
     less = flat(said(capsys, "r1_8b_scam", "execution.engine=fused", "memory.host_gib=8"))
     fewer = re.search(r"4090 ([\d,]+) (\d+\.\d)", less[less.index("rows the longest") :])
     assert fewer is not None and int(fewer[1].replace(",", "")) < tokens / 2

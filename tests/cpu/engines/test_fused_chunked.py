@@ -107,7 +107,7 @@ def test_a_layer_that_is_kept_has_no_chunks():
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 2), (4, 4), (24, 12), (3, 1)])
 def test_groups_of_heads_have_the_gradient_of_all(heads, key_heads):
     from glassloop.engines.fused.attention import Bounds, attention, attention_backward
-    from glassloop.engines.fused.attention_groups import backward_by_groups
+    from glassloop.engines.fused.attention_groups import backward_by_groups, forward_by_groups
     from glassloop.engines.fused.rotary import angles
 
     torch.manual_seed(0)
@@ -122,6 +122,38 @@ def test_groups_of_heads_have_the_gradient_of_all(heads, key_heads):
     by = angles(torch.arange(count), torch.rand(size // 2), 1.0)
     kept, grad = attention(q, k, v, bounds), torch.randn(count, heads, size)
     whole = attention_backward(grad, q, k, v, kept, bounds, by, room=5)
-    found = backward_by_groups(grad, q, k, v, kept, bounds, by, room=5)
-    assert found.shape == whole.shape
-    assert torch.allclose(found[:, :-5], whole[:, :-5], rtol=1e-5, atol=1e-6)
+    apart = forward_by_groups(q, k, v, bounds)
+    assert torch.allclose(apart.out, kept.out, rtol=1e-5, atol=1e-6)
+    for chunk in (0, 1, 6, count):
+        found = backward_by_groups(grad, q, k, v, apart, bounds, by, room=5, chunk=chunk)
+        assert found.shape == whole.shape
+        assert torch.allclose(found[:, :-5], whole[:, :-5], rtol=1e-5, atol=1e-6)
+
+
+def test_no_kernel_of_a_long_pass_sees_a_tensor_that_is_not_its_own(monkeypatch):
+    """A group's tensors have no gaps: their offsets stay below what all heads would need."""
+    from glassloop.engines.fused import attention_groups as groups
+    from glassloop.engines.fused.attention import Bounds
+    from glassloop.engines.fused.rotary import angles
+
+    seen, forward, backward = [], groups.attention, groups.gradients
+
+    def noted(function):
+        def call(*args):
+            tensors = [t for t in args if isinstance(t, torch.Tensor)]
+            tensors += [t.out for t in args if hasattr(t, "out")]
+            seen.extend(t.untyped_storage().nbytes() // 4 for t in tensors)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(groups, "attention", noted(forward))
+    monkeypatch.setattr(groups, "gradients", noted(backward))
+    heads, key_heads, size, count = 16, 8, 4, 10
+    qkv = torch.randn(count, (heads + 2 * key_heads) * size)
+    q, k, v = (t.unflatten(1, (-1, size)) for t in qkv.split([64, 32, 32], dim=1))
+    bounds = Bounds.of((count,), torch.device("cpu"), torch.float32, size)
+    kept = groups.forward_by_groups(q, k, v, bounds)
+    by = angles(torch.arange(count), torch.rand(size // 2), 1.0)
+    groups.backward_by_groups(torch.randn(q.shape), q, k, v, kept, bounds, by)
+    assert len(seen) == 8 * (3 + 5) and max(seen) == count * 2 * size

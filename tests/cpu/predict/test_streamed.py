@@ -10,9 +10,9 @@ import pytest
 
 from glassloop.config import PROJECTIONS
 from glassloop.predict.cards import budget_bytes, needed_gib, verdict
+from glassloop.predict.fused_time import fused_pass_time, hidden_tokens
 from glassloop.predict.hardware import gpu_named
 from glassloop.predict.ledger import ledger_of
-from glassloop.predict.roofline import fused_pass_time, hidden_tokens
 from glassloop.predict.shapes import KNOWN, shapes_of
 from glassloop.predict.spend import HIDING_TOKENS, with_tiers
 from glassloop.predict.terms import Work, layer_bytes
@@ -79,7 +79,7 @@ def test_the_predicted_speed_is_within_8_percent_of_every_measurement() -> None:
                 "H200",
                 rows=line["tokens"] / 2048,  # rows of 2,048, as the benchmark draws them
                 row_tokens=2048,
-                streamed=shapes.layers if base == "host" else 0,
+                tiers=Tiers(0, streamed=shapes.layers if base == "host" else 0),
             )
             if base in line and one is not None and line["tokens"] >= 4096:
                 assert line["tokens"] / one.seconds == pytest.approx(line[base], rel=0.08)
@@ -95,7 +95,7 @@ def test_copies_hide_from_one_length_on(card: str) -> None:
     assert tokens is not None and 256 < tokens <= HIDING_TOKENS
     for count, waits in ((tokens, False), (tokens - 64, True)):
         sizes = dict(rows=max(1.0, count / row), row_tokens=min(row, count))
-        one = fused_pass_time(LLAMA_70B, card, **sizes, streamed=80)  # type: ignore[arg-type]
+        one = fused_pass_time(LLAMA_70B, card, **sizes, tiers=Tiers(0, streamed=80))  # type: ignore[arg-type]
         assert one is not None and (one.waits_s > 0) == waits
         assert one.gpu_s > one.waits_s
     fewer = hidden_tokens(LLAMA_70B, card, streamed=20, **known)  # type: ignore[arg-type]
