@@ -73,7 +73,7 @@ def judge_long_speed(here: Here, _: dict[str, Ended]) -> Verdict:
 
 
 def families(here: Here) -> list[Command]:
-    words = here.pick((), ("--small", "--tokens", "128", "--only", "llama-3-8b,gemma-3-12b"))
+    words = here.pick((), ("--small", "--layers", "2", "--tokens", "512", "--only", "llama-3-8b"))
     out = ("--out", str(here.work / "families.jsonl"))
     return [Command("families", script(here, "families.py", *words, *out))]
 
@@ -83,6 +83,8 @@ def judge_families(here: Here, _: dict[str, Ended]) -> Verdict:
     kinds = {kind: lines_in(path, kind) for kind in ("measured", "proof", "failed")}
     bad = [f"{line['model']}: {line['error']}" for line in kinds["failed"]]
     bad += [f"{line['model']}: {line['differs']}" for line in kinds["proof"] if line["differs"]]
+    idle = [line["model"] for line in kinds["measured"] if not line["norm"]]
+    bad += [f"{model}: a pass without a gradient was timed" for model in idle]
     models = dict.fromkeys(line["model"] for line in kinds["measured"])
     if not models:
         return failed(bad[0] if bad else "no model was measured", **kinds)

@@ -15,6 +15,7 @@ import one_gpu
 import one_gpu_commands
 import one_gpu_parts
 import one_gpu_rows
+import one_gpu_tokenizer
 import pytest
 import torch
 from one_gpu_commands import Command, Ended, Here, Part
@@ -254,6 +255,8 @@ def test_every_model_is_measured_and_agrees(tmp_path: Path) -> None:
         lines(tmp_path / "families.jsonl", *found)
         return one_gpu_rows.judge_families(place(tmp_path), {}).verdict
 
+    measured |= {"norm": 0.5}
+    assert verdict(measured | {"tokens_a_s": 5.0, "norm": 0.0}, proof) == "missed"
     assert verdict(measured | {"tokens_a_s": 5.0}, proof) == "held"
     assert verdict(measured | {"tokens_a_s": 5.0}, proof | {"differs": "loss"}) == "missed"
     assert verdict({"kind": "failed", "model": "a", "error": "e"}) == "failed"
@@ -340,6 +343,24 @@ def test_a_limited_card_has_no_more_free_and_can_be_limited_again(
     card_limit.limit_card(200.0, device)
     assert torch.cuda.mem_get_info() == (90 * GIB, 200 * GIB)  # no more than there is
     assert shares == [0.11, 0.24, 0.02, 1.0]
+
+
+def test_a_real_tokenizer_lies_in_a_cache_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "tokenizer.json").write_text("a tokenizer")
+    (real / "weights.bin").write_text("none of it")
+    own = one_gpu.here_of(
+        one_gpu._parser().parse_args([*TINY, "--tokenizer", str(real)]), place(tmp_path).place
+    )
+    assert own.variables == {"GLASSLOOP_CACHE": str(tmp_path / "cache")}
+    monkeypatch.setenv("GLASSLOOP_CACHE", own.variables["GLASSLOOP_CACHE"])
+    one_gpu_tokenizer.give(real, ["random:tiny"])
+    (folder,) = (tmp_path / "cache").glob("random-tiny-*")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.json"]
+    assert (folder / "tokenizer.json").read_text() == "a tokenizer"
 
 
 def test_limited_takes_its_own_option_and_leaves_the_rest() -> None:
