@@ -9,21 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import card_limit
-import limited
 import one_gpu
 import one_gpu_commands
 import one_gpu_parts
 import one_gpu_rows
 import one_gpu_tokenizer
 import pytest
-import torch
 from one_gpu_commands import Command, Ended, Here, Part
 from suite import Verdict
 from two_gpus_runs import Place
 
 TINY = ["--device", "cpu", "--model", "random:tiny"]
-GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -321,30 +317,6 @@ with open(run / "metrics.jsonl", "w") as file:
     assert one.code is None and one.seconds < 10
 
 
-def test_a_limited_card_has_no_more_free_and_can_be_limited_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shares: list[float] = []
-    card = type("Card", (), {"total_memory": 100 * GIB})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share)
-    )
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * GIB)
-    monkeypatch.setattr(card_limit, "_GENUINE", lambda _: (90 * GIB, 100 * GIB))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", None)
-    device = torch.device("cuda", 0)
-    assert card_limit.limit_card(11.0, device) == 11 * GIB
-    assert torch.cuda.mem_get_info() == (8 * GIB, 11 * GIB)
-    card_limit.limit_card(24.0, device)  # larger than before: the genuine card is asked
-    assert torch.cuda.mem_get_info(device) == (21 * GIB, 24 * GIB)
-    card_limit.limit_card(2.0, device)
-    assert torch.cuda.mem_get_info() == (0, 2 * GIB)
-    card_limit.limit_card(200.0, device)
-    assert torch.cuda.mem_get_info() == (90 * GIB, 200 * GIB)  # no more than there is
-    assert shares == [0.11, 0.24, 0.02, 1.0]
-
-
 def test_a_real_tokenizer_lies_in_a_cache_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,10 +333,3 @@ def test_a_real_tokenizer_lies_in_a_cache_of_its_own(
     (folder,) = (tmp_path / "cache").glob("random-tiny-*")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.json"]
     assert (folder / "tokenizer.json").read_text() == "a tokenizer"
-
-
-def test_limited_takes_its_own_option_and_leaves_the_rest() -> None:
-    assert limited.split(["a", "--gib", "11.2", "b=1"]) == (11.2, ["a", "b=1"])
-    for words in (["a"], ["--gib"], ["--gib", "x"], ["--gib", "-1"], ["--gib", "nan"]):
-        with pytest.raises(SystemExit, match="--gib"):
-            limited.split(words)
