@@ -2,8 +2,7 @@
 
     accelerate launch --num_processes 2 benchmarks/limited.py --gib 11.2 r1_70b_scam WORDS...
 
-Speeds are those of the large card. What torch's allocator does not see, such as the CUDA context,
-is outside of the limit. All further words go to train_loop.py.
+Speeds are those of the large card. All further words go to train_loop.py.
 """
 
 from __future__ import annotations
@@ -12,29 +11,27 @@ import os
 import sys
 
 import torch
+from card_limit import limit_card
 
-GIB = 2**30
 
-
-def limit(gib: float) -> None:
-    """Let this rank take so much of its card, and find the rest taken."""
-    genuine = torch.cuda.mem_get_info
-
-    def mem_get_info(device: object = None) -> tuple[int, int]:
-        free, _ = genuine(device)  # pyright: ignore[reportArgumentType]
-        most = int(gib * GIB)
-        return max(0, min(free, most - torch.cuda.memory_reserved(device))), most  # pyright: ignore[reportArgumentType]
-
-    torch.cuda.mem_get_info = mem_get_info
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    total = torch.cuda.get_device_properties(index).total_memory
-    torch.cuda.set_per_process_memory_fraction(gib * GIB / total, index)
+def split(argv: list[str]) -> tuple[float, list[str]]:
+    """The GiB of --gib, and all other words. Raises SystemExit for what is no size."""
+    try:
+        at = argv.index("--gib")
+        gib = float(argv[at + 1])
+    except (ValueError, IndexError):
+        raise SystemExit("limited.py needs --gib and a number of GiB, such as 11.2") from None
+    if not gib > 0:
+        raise SystemExit(f"--gib {gib:g}: it must be more than 0")
+    return gib, argv[:at] + argv[at + 2 :]
 
 
 def main() -> int:
-    at = sys.argv.index("--gib")
-    gib, words = float(sys.argv[at + 1]), sys.argv[1:at] + sys.argv[at + 2 :]
-    limit(gib)
+    gib, words = split(sys.argv[1:])
+    if torch.cuda.is_available():
+        limit_card(gib, torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    else:
+        print("--gib: there is no card to limit, so nothing is limited", file=sys.stderr)
     import train_loop
 
     return train_loop.main(words)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from card_limit import limit_card
 from lines import line_writer
 
 from glassloop.base.streamed import load_streamed
@@ -85,18 +86,9 @@ class Bench:
 
     def shrink(self, gib: float) -> None:
         """Leave torch so many GiB of the card."""
-        self.budget = int(gib * GIB)
-        if self.device.type != "cuda":
-            return
         self.engine.use_tiers(Tiers(1, streamed=self.engine.tiers.streamed))
         release()
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget / total), self.device)
-
-        def mem_get_info(device: Any = None) -> tuple[int, int]:
-            return max(0, self.budget - torch.cuda.memory_reserved(device)), self.budget
-
-        torch.cuda.mem_get_info = mem_get_info
+        self.budget = limit_card(gib, self.device)
 
     def host_bytes(self, asked: float | None) -> int:
         """Bytes of the host for layers' tensors, as a run counts them."""

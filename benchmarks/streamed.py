@@ -4,7 +4,8 @@
 
 Each line is a measurement: where the base's layers lie, tokens a pass, seconds, the most that torch
 allocated. The arms take turns in one process, over the same rows, adapters and kernels. `--gib`
-limits what torch may take of the card. `--half-bus` copies each layer twice.
+limits what torch may take of the card. `--half-bus` copies each layer twice. `--device cpu` tries
+the script out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from card_limit import GIB, limit_card
 from lines import line_writer
 
 from glassloop.base.streamed import load_streamed
@@ -34,8 +36,6 @@ from glassloop.engines.norms import fuse_norms
 from glassloop.formula.optim import FlatAdapters, l2_norm
 from glassloop.plan.support import groups_of
 from glassloop.predict.tiers import Tiers
-
-GIB = 2**30
 
 
 class Twice(LayerStream):
@@ -97,20 +97,25 @@ def main() -> int:
     parser.add_argument("--gib", type=float, help="what torch may take of the card")
     parser.add_argument("--half-bus", action="store_true")
     parser.add_argument("--deterministic", action="store_true", help="as execution.deterministic")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    device = torch.device("cuda", 0)
+    on_cuda = asked.device == "cuda"
+    device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
     say = line_writer(asked.out)
     if asked.gib:
-        share = asked.gib * GIB / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(share)
+        limit_card(asked.gib, device)
     torch.use_deterministic_algorithms(asked.deterministic)
     say(kind="environment", **environment(sys.argv))
     model = ModelConfig(id=asked.model, quantization="nf4")
     for what in ("made", "read"):
         started = time.perf_counter()
         hf, report, pages = load_streamed(
-            model, groups_of, precision="bf16", device=device, first=contextlib.nullcontext
+            model,
+            groups_of,
+            precision="bf16" if on_cuda else "fp32",
+            device=device,
+            first=contextlib.nullcontext,
         )
         took = time.perf_counter() - started
         say(kind="load", what=what, seconds=took, checksum=report.checksum, notes=report.notes)
@@ -125,9 +130,9 @@ def main() -> int:
     drawn = torch.Generator(device).manual_seed(1)
     adapters.flat.data.normal_(0, 0.01, generator=drawn)
     say(kind="engine", seconds=time.perf_counter() - started)
-    blob = pages.blob(0)
-    alone, both_ways = (gbs(blob, back=back) for back in (False, True))
-    say(kind="link", host_to_card_gbs=alone, host_to_card_both_ways_gbs=both_ways)
+    if on_cuda:
+        alone, both_ways = (gbs(pages.blob(0), back=back) for back in (False, True))
+        say(kind="link", host_to_card_gbs=alone, host_to_card_both_ways_gbs=both_ways)
     if asked.half_bus:
         engine.stream.__class__ = Twice
     layers, vocabulary = len(engine.layers), engine.head.shape[0]

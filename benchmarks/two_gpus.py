@@ -10,28 +10,25 @@ installed). The JSON is written anew after every part.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import suite
 import two_gpus_killed
 import two_gpus_parts as parts
 import two_gpus_speed
-from two_gpus_parts import Asked, Verdict
+from suite import Verdict, card_name, line_of, machine_of, refused, write
+from two_gpus_parts import Asked
 from two_gpus_runs import ROOT, RUNNING, Place, end, write_rows
 
 SCHEMA = 1
 ROWS = 600
-MACHINE_S = 90.0
 # Stages, in order: parts of one stage run side by side, which only those may that are judged by
 # results and not by their speed. Seconds: the limit.
 STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
@@ -57,9 +54,9 @@ def main(argv: list[str]) -> int:
     asked = _parser().parse_args(argv)
     chosen = [name for name in asked.parts.split(",") if name]
     if unknown := [name for name in chosen if name not in PARTS]:
-        return _refused(f"--parts {', '.join(unknown)}: there are {', '.join(PARTS)}")
+        return refused(f"--parts {', '.join(unknown)}: there are {', '.join(PARTS)}")
     if not asked.model.startswith("random:"):
-        return _refused(
+        return refused(
             f"--model {asked.model}: the rows are made for the tokenizer of random: models"
         )
     cards = (
@@ -74,7 +71,7 @@ def main(argv: list[str]) -> int:
         work = asked.work.absolute() if asked.work else Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if (work / "runs").exists():
-            return _refused(f"--work {work}: it holds runs already; take an empty folder")
+            return refused(f"--work {work}: it holds runs already; take an empty folder")
         place = Place(asked.device, asked.model, work, cards)
         what = Asked(
             updates=asked.updates,
@@ -86,9 +83,9 @@ def main(argv: list[str]) -> int:
             pythons=tuple(tuple(pair.split("=", 1)) for pair in asked.python),  # type: ignore[arg-type]
         )
         try:
-            machine, why = machine_of(place)
+            machine, why = machine_of(place, 2)
             if why:
-                return _refused(why)
+                return refused(why)
             lengths = write_rows(work / "rows.jsonl", "scam-v1", ROWS)
             out = (
                 asked.out or ROOT / "benchmarks" / "results" / f"two-gpus-{card_name(machine)}.json"
@@ -190,109 +187,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _refused(why: str) -> int:
-    print(f"refused: {why}", file=sys.stderr)
-    return 2
-
-
-def machine_of(place: Place) -> tuple[dict[str, Any], str]:
-    """What two_gpus_machine.py says, and why nothing can be run here ("" where it can)."""
-    words = [place.python, str(Path(__file__).with_name("two_gpus_machine.py")), place.device]
-    try:
-        done = subprocess.run(
-            words,
-            env=place.environment(2),
-            capture_output=True,
-            text=True,
-            timeout=MACHINE_S,
-            check=True,
-        )
-        machine = json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {}, f"the cards did not answer within {MACHINE_S:g} s; `glassloop doctor` says more"
-    except (subprocess.CalledProcessError, ValueError, IndexError) as error:
-        return {}, f"{error}: {getattr(error, 'stderr', '')}"[-800:]
-    if place.device == "cuda" and machine["cards_seen"] < 2:
-        return (
-            machine,
-            f"torch sees {machine['cards_seen']} CUDA devices, and this needs two; --device cpu "
-            "--model random:tiny tests the script",
-        )
-    return machine, ""
-
-
-def card_name(machine: dict[str, Any]) -> str:
-    """A card's name as part of a file's."""
-    name = machine["gpus"][0]["name"].lower().removeprefix("nvidia ") if machine["gpus"] else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-
-
 def run_stages(
     place: Place, asked: Asked, chosen: list[str], last: float, written: Any
 ) -> dict[str, dict[str, Any]]:
-    """Run the chosen parts. Returns title -> verdict, in order, as plain values.
+    """Run the chosen parts (see suite.run_stages)."""
 
-    Args:
-        last: time.monotonic() at which all must be over.
-        written: called with what there is after each stage.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for limit_s, names in STAGES:
-        began = time.monotonic()
-        until = min(began + limit_s, last)
-        results: dict[str, dict[str, Verdict]] = {}
-        mine = [name for name in names if name in chosen]
-        others = [
-            threading.Thread(target=_run, args=(name, place, asked, until, results), daemon=True)
-            for name in mine[1:]
-        ]
-        for thread in others:
-            thread.start()
-        if mine:
-            _run(mine[0], place, asked, until, results)  # here: Ctrl-C and SIGTERM reach it
-        for thread in others:
-            while thread.is_alive():
-                thread.join(0.2)
-        for name in mine:
-            for title, verdict in results[name].items():
-                found[title] = vars(verdict) | {
-                    "part": name,
-                    "stage_s": round(time.monotonic() - began, 1),
-                }
-                print(line_of(title, found[title]), flush=True)
-        written(found)
-    return found
+    def run(name: str, until: float) -> dict[str, Verdict]:
+        return PARTS[name](place, asked, until)
 
-
-def _run(
-    name: str, place: Place, asked: Asked, until: float, results: dict[str, dict[str, Verdict]]
-) -> None:
-    """One part; whatever it raises is its own failure."""
-    if time.monotonic() >= until - 1:
-        results[name] = {name: parts.failed("no time was left (--minutes)")}
-        return
-    try:
-        results[name] = PARTS[name](place, asked, until)
-    except Exception as error:  # any fault of a part: the others go on, and the JSON says it
-        results[name] = {name: parts.failed(f"{type(error).__name__}: {error}"[:600])}
-
-
-def write(out: Path, about: dict[str, Any], found: dict[str, Any], began: float) -> None:
-    """The JSON, whole at any time, without the name of the user whose folders the logs' ends speak
-    of.
-    """
-    text = json.dumps(
-        about | {"seconds": round(time.monotonic() - began, 1), "parts": found},
-        indent=1,
-        default=str,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    home = str(Path.home())
-    temporary.write_text(
-        (text.replace(home, "~") if len(home) > 1 else text) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, out)
+    return suite.run_stages(STAGES, run, chosen, last, written)
 
 
 def summary(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -317,10 +220,6 @@ def summary(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[s
             f"{run['waiting_share']:.2%} waits for the other rank and exchanges reports"
         )
     return lines
-
-
-def line_of(title: str, verdict: dict[str, Any]) -> str:
-    return f"{verdict['verdict']:<8}  {title:<28}  {verdict['why']}"
 
 
 if __name__ == "__main__":

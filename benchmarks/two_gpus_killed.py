@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import two_gpus_runs as runs
-from two_gpus_parts import Asked, Verdict, ended, failed, judged
+from suite import Verdict, failed, judged
+from two_gpus_parts import Asked, ended
 from two_gpus_runs import Place
 
 from glassloop.loop.watchdog import PATIENCE_S

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import two_gpus_runs as runs
+from suite import Verdict, failed, judged
 from two_gpus_runs import Place
 
 from glassloop.bench.results import TOLERANCE
@@ -34,28 +35,7 @@ class Asked:
     pythons: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """verdict.
-
-    Held | missed (measured, and below its mark) | failed (not measured) | left out. why: one line.
-    numbers: what was measured.
-    """
-
-    verdict: str
-    why: str
-    numbers: dict[str, Any]
-
-
 Part = Callable[[Place, Asked, float], dict[str, Verdict]]
-
-
-def failed(why: str, one: runs.Started | None = None, **numbers: Any) -> Verdict:
-    return Verdict("failed", why, numbers | ({} if one is None else {"said": one.said}))
-
-
-def judged(held: bool, why: str, **numbers: Any) -> Verdict:
-    return Verdict("held" if held else "missed", why, numbers)
 
 
 def peft(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:

@@ -17,7 +17,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,14 +131,20 @@ class Started:
 RUNNING: list[Started] = []  # what is ended when this process ends
 
 
-def start(place: Place, words: Sequence[str], name: str, ranks: int) -> Started:
+def start(
+    place: Place,
+    words: Sequence[str],
+    name: str,
+    ranks: int,
+    variables: Mapping[str, str] | None = None,
+) -> Started:
     """Start a command in the repository's root; its output goes to work/NAME.log."""
     log = place.work / f"{name}.log"
     with open(log, "ab") as out:
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env=place.environment(ranks),
+            env={**place.environment(ranks), **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -148,19 +154,16 @@ def start(place: Place, words: Sequence[str], name: str, ranks: int) -> Started:
     return one
 
 
-def train(place: Place, name: str, words: Sequence[str], *, ranks: int = 2) -> Started:
-    """`accelerate launch --config_file accelerate_configs/... train_loop.py WORDS`."""
+def launched(place: Place, words: Sequence[str], ranks: int) -> list[str]:
+    """`accelerate launch --config_file accelerate_configs/... WORDS`."""
     file = ROOT / "accelerate_configs" / LAUNCH_FILES[place.device, ranks]
-    launcher = [
-        place.python,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(file),
-        "--num_processes",
-        str(ranks),
-    ]
-    return start(place, [*launcher, "train_loop.py", *words], name, ranks)
+    launcher = [place.python, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return [*launcher, "--num_processes", str(ranks), *words]
+
+
+def train(place: Place, name: str, words: Sequence[str], *, ranks: int = 2) -> Started:
+    """Start train_loop.py through accelerate launch."""
+    return start(place, launched(place, ["train_loop.py", *words], ranks), name, ranks)
 
 
 def recipe(place: Place, name: str, *words: str) -> list[str]:
@@ -238,13 +241,18 @@ def rows_of(folder: Path) -> dict[int, list[str]]:
     return {update: sorted(rows) for update, rows in found.items()}
 
 
+def checkpoint_names(folder: Path) -> list[str]:
+    """Names of a run's complete checkpoints, the oldest first."""
+    found = (folder / "checkpoints").glob("update_*")
+    return sorted(path.name for path in found if path.is_dir())
+
+
 def checkpoint(folder: Path) -> tuple[str, str] | None:
     """Name of the newest complete checkpoint and a digest of its files.
 
     None where there is none.
     """
-    names = sorted(path.name for path in (folder / "checkpoints").glob("update_*") if path.is_dir())
-    if not names:
+    if not (names := checkpoint_names(folder)):
         return None
     digest = hashlib.sha256()
     for file in sorted((folder / "checkpoints" / names[-1]).rglob("*")):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import two_gpus_runs as runs
-from two_gpus_parts import Asked, Verdict, ended, failed, judged
+from suite import Verdict, failed, judged
+from two_gpus_parts import Asked, ended
 from two_gpus_runs import Place
 
 from glassloop.bench import matrix, processes

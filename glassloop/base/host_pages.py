@@ -121,6 +121,12 @@ class HostPages:
         self.mapped = torch.as_tensor(Seen(own), device=self.device)
         return None
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of layers that have no copy on the device."""
+        layers = enumerate(self.file.manifest.layers)
+        return sum(layer.nbytes for index, layer in layers if index not in self.on_card)
+
     def blob(self, index: int) -> Tensor:
         """A layer's blob to copy: (bytes,) uint8, on CPU or card."""
         if index in self.peers:

@@ -68,6 +68,7 @@ class LoadReport:
         from_cache: a quantised copy was read and nothing was quantised.
         seconds: whole time of loading, waiting for another rank included.
         notes: what a person should know, a line each.
+        host_bytes: of 4-bit weights that a GPU reads from the host, through its bus.
     """
 
     name: str
@@ -78,6 +79,7 @@ class LoadReport:
     from_cache: bool
     seconds: float
     notes: tuple[str, ...]
+    host_bytes: int = 0
 
 
 def load_base(

@@ -106,6 +106,7 @@ def load_streamed(
         from_cache=not made,
         seconds=time.monotonic() - started,
         notes=(*notes, *pages.notes),
+        host_bytes=pages.host_bytes if device.type == "cuda" else 0,
     )
     return hf, report, pages
 
@@ -123,10 +124,9 @@ def bring_what_fits(pages: HostPages, room_bytes: int) -> None:
     for index in range(count):
         pages.bring(index)
     if count < layers:
-        away = sum(layer.nbytes for layer in manifest.layers[count:])
         pages.notes += (
             f"{layers - count} of {layers} layers stay on the host: every token of an answer reads "
-            f"{away / 2**30:.1f} GiB of them, all questions of a batch together",
+            f"{pages.host_bytes / 2**30:.1f} GiB of them, all questions of a batch together",
         )
 
 

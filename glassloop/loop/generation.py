@@ -102,6 +102,7 @@ def generate(
     *,
     processors: Callable[[int, int], Sequence[Any]] = lambda _first, _count: (),
     streamer: Any = None,
+    cut: Callable[[], bool] | None = None,
 ) -> list[tuple[int, ...]]:
     """Extend each prompt by its most likely tokens, on this rank alone.
 
@@ -118,6 +119,7 @@ def generate(
             processors, which run before the choice; see use/answering.py for one that samples.
         streamer: gets each batch's prompt ids, then each step's new ids (B,), as transformers'
             streamers do.
+        cut: looked at after each token; True ends the batch's answers as they are.
 
     Returns:
         One tuple of new ids a prompt. It is shorter if the model has no more positions.
@@ -153,6 +155,7 @@ def generate(
                     attention_mask=mask,
                     generation_config=model.generation_config,
                     logits_processor=list(processors(start, len(batch))),
+                    stopping_criteria=[] if cut is None else [lambda ids, _: _all(ids, cut())],
                     streamer=streamer,
                     synced_gpus=False,
                 )  # (B, T + A)
@@ -161,6 +164,11 @@ def generate(
     finally:
         model.generation_config = settings
     return answers
+
+
+def _all(ids: Tensor, value: bool) -> Tensor:
+    """(B,) bool: the value for each row of ids (B, T)."""
+    return torch.full((len(ids),), value, dtype=torch.bool, device=ids.device)
 
 
 def _left_padded(

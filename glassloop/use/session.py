@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,9 +18,11 @@ from glassloop.data.scam import SCAM_QUESTION
 from glassloop.data.templates import Template
 from glassloop.record.printable import printable
 from glassloop.use import answering
-from glassloop.use.answering import Reply, Sampling, check_lengths, sampling_of, stop_ids_of
+from glassloop.use.answering import Reply, check_lengths
+from glassloop.use.cost import Cost, Progress, ctrl_c_asks
 from glassloop.use.loaded import Loaded, setup_of
 from glassloop.use.questions import typed
+from glassloop.use.sampling import Sampling, sampling_of, stop_ids_of
 from glassloop.use.trained import Trained
 
 SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
@@ -58,6 +60,8 @@ class Session:
             self.system = typed(given.system, "--system") or None
         self.console: Console = Console(soft_wrap=True, highlight=False)
         self.sides = SIDES[given.only]
+        self.cut: Callable[[], bool] = lambda: False  # whether a stop was asked
+        self.whole = 0  # questions that were answered whole
         if not given.json:
             self.say(
                 f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed "
@@ -77,20 +81,40 @@ class Session:
             return 0
         prompts = [self.prompt(self.first_turns(question)) for question in questions]
         check_lengths(self.loaded, prompts)  # all of them before the first answer
-        if len(questions) == 1 and not self.given.json:
-            self.say()
-            self.stream(prompts[0])
-            return 0
+        with ctrl_c_asks() as self.cut:
+            if len(questions) == 1 and not self.given.json:
+                self.say()
+                self.stream(prompts[0])
+            else:
+                self.batches(questions, prompts)
+            if not self.cut():
+                return 0
+        whole = f"{self.whole:,} of {len(questions):,} questions were answered whole"
+        print(f"\nstopped by Ctrl-C: {whole}", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
+
+    def batches(self, questions: Sequence[str], prompts: Sequence[list[int]]) -> None:
+        """Answer several questions together; a stop shows what there is."""
         for start in range(0, len(prompts), self.given.batch):
-            batch = prompts[start : start + self.given.batch]
-            replies = {side: self.answers(batch, side, start) for side in self.sides}
+            batch = list(prompts[start : start + self.given.batch])
+            replies: dict[str, list[Reply]] = {}
+            costs: dict[str, Cost] = {}
+            for side in self.sides:
+                if not self.cut():
+                    replies[side], costs[side] = self.answers(batch, side, start)
             for place in range(len(batch)):
-                self.show(
-                    start + place,
-                    questions[start + place],
-                    {side: replies[side][place] for side in self.sides},
-                )
-        return 0
+                mine = {side: found[place] for side, found in replies.items()}
+                self.show(start + place, questions[start + place], mine, costs)
+                self.count(mine)
+            for side, cost in {} if self.given.json else costs.items():
+                self.say(f"{side:<9} {cost.words()}", "dim")
+            if self.cut():
+                return
+
+    def count(self, replies: dict[str, Reply]) -> None:
+        """Count a question that every side has answered whole."""
+        all_sides = len(replies) == len(self.sides)
+        self.whole += all_sides and not any(reply.stopped for reply in replies.values())
 
     def first_turns(self, question: str) -> list[Turn]:
         text = SCAM_QUESTION + question.strip() if self.given.call else question
@@ -104,8 +128,12 @@ class Session:
 
     def answers(
         self, prompts: list[list[int]], side: str, first: int, write: Any = None
-    ) -> list[Reply]:
-        return answering.answer(
+    ) -> tuple[list[Reply], Cost]:
+        """Answer prompts together; progress goes to stderr, unless the text shows it."""
+        progress = Progress(sys.stderr, self.given.max_new_tokens)
+        shown = write is not None and self.console.is_terminal
+        what = f"{side}, {len(prompts)} questions" if len(prompts) > 1 else side
+        found = answering.answer(
             self.loaded,
             prompts,
             self.setup,
@@ -114,7 +142,11 @@ class Session:
             seed=self.given.seed,
             number=first,
             write=write,
+            progress=(lambda _steps, _seconds: None) if shown else progress.of(what),
+            cut=self.cut,
         )
+        progress.clear()
+        return found
 
     def stream(
         self, prompt: list[int], sides: Sequence[str] = (), turn: int = 0
@@ -123,8 +155,10 @@ class Session:
 
         Reasoning is dim and has its own heading.
         """
-        replies = {}
+        replies: dict[str, Reply] = {}
         for side in sides or self.sides:
+            if self.cut():
+                break
             self.say(f"--- {side}", "bold")
             shown: list[str] = []
 
@@ -137,14 +171,21 @@ class Session:
                 self.say(text, "dim italic" if kind == "reasoning" else "", end="")
                 self.console.file.flush()
 
-            (replies[side],) = self.answers([prompt], side, turn, write)
+            (replies[side],), cost = self.answers([prompt], side, turn, write)
             self.say()
             self.say(ending(replies[side], self.given.max_new_tokens), "dim")
+            self.say(cost.words(), "dim")
+        self.count(replies)
         return replies
 
-    def show(self, number: int, question: str, replies: dict[str, Reply]) -> None:
+    def show(
+        self, number: int, question: str, replies: dict[str, Reply], costs: dict[str, Cost]
+    ) -> None:
         if self.given.json:
-            told = {side: dataclasses.asdict(reply) for side, reply in replies.items()}
+            told = {
+                side: dataclasses.asdict(reply) | {"cost": costs[side].as_dict()}
+                for side, reply in replies.items()
+            }
             line = {"schema": SCHEMA, "number": number, "question": question, **told}
             utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
             print(json.dumps(line, ensure_ascii=not utf8), flush=True)
@@ -246,6 +287,8 @@ def ending(reply: Reply, most: int) -> str:
     if reply.ended:
         return f"{reply.tokens:,} tokens, ended by itself"
     inside = "" if reply.closed else ", inside its reasoning"
+    if reply.stopped:
+        return f"stopped at {reply.tokens:,} of at most {most:,} tokens{inside}"
     full = ": the model has no more positions" if reply.tokens < most else ""
     return f"cut off at {reply.tokens:,} of at most {most:,} tokens{inside}{full}"
 

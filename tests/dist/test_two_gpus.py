@@ -19,7 +19,8 @@ TINY = ["--device", "cpu", "--model", "random:tiny", "--updates", "5", "--first"
 @pytest.fixture(scope="module")
 def two() -> Any:
     """The script's modules by name."""
-    names = ("two_gpus", "two_gpus_killed", "two_gpus_parts", "two_gpus_runs", "two_gpus_speed")
+    names = ("suite", "two_gpus", "two_gpus_killed", "two_gpus_parts", "two_gpus_runs")
+    names += ("two_gpus_speed",)
     return type("Modules", (), {name: importlib.import_module(name) for name in names})
 
 
@@ -166,7 +167,7 @@ def test_rows_are_as_long_as_the_workloads_under_the_tokenizer_of_random_models(
 def test_a_part_that_raises_or_comes_too_late_is_its_own_failure(
     two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, Verdict = two.two_gpus, two.two_gpus_parts.Verdict
+    script, Verdict = two.two_gpus, two.suite.Verdict
 
     def breaks(*_: Any) -> Any:
         raise KeyError("loss_nats")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from generating import asked, command
+from generating import answers_in, answers_of, asked, command, told_of
 from rich.console import Console
 from schemas import conform
 from trained_runs import copy_of, finished_run, prompt_of
@@ -19,17 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from glassloop.cli.__main__ import main
 from glassloop.data.rows import Example, Turn
-from glassloop.use.answering import (
-    GumbelNoise,
-    Reply,
-    Sampling,
-    Splitter,
-    processors_of,
-    sampling_of,
-    split_reasoning,
-    stop_ids_of,
-)
+from glassloop.use.answering import Reply, Splitter, split_reasoning
 from glassloop.use.loaded import load
+from glassloop.use.sampling import GumbelNoise, Sampling, processors_of, sampling_of, stop_ids_of
 from glassloop.use.session import beside
 from glassloop.use.trained import load_tokenizer_of, open_trained, template_of
 
@@ -196,7 +188,7 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
     assert code == 0 and [one["question"] for one in told] == ["One?", "Two?"]
     assert set(told[0]) == {"schema", "number", "question", "base", "adapter"}
     drawn = [
-        command(
+        told_of(
             capsys,
             run,
             "--file",
@@ -208,7 +200,7 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
             size,
             "--max-new-tokens",
             12,
-        )[1]
+        )
         for size in (1, 2)
     ]
     assert drawn[0] == drawn[1]  # the second question has its own noise, whatever batch it comes in
@@ -223,14 +215,14 @@ def test_the_command_reads_words_files_and_stdin(run, tmp_path, capsys, monkeypa
         stdin=b"One?\n",
         monkeypatch=monkeypatch,
     )
-    assert code == 0 and conform("generate", json.loads(out))["adapter"] == told[0]["adapter"]
+    assert code == 0 and answers_in(out)[0]["adapter"] == answers_of(told[0])["adapter"]
     code, out, _ = command(capsys, run, "One?", "--max-new-tokens", 4)
     assert code == 0 and "--- base" in out and "--- adapter" in out
 
 
 def test_an_empty_system_prompt_is_none(run, capsys):
     said = [
-        command(capsys, run, "One?", "--json", "--max-new-tokens", 8, *more)[1]
+        told_of(capsys, run, "One?", "--json", "--max-new-tokens", 8, *more)
         for more in ([], ["--system", ""], ["--system", "Be brief."])
     ]
     assert said[0] == said[1] != said[2]

@@ -1,0 +1,160 @@
+"""The parts of one_gpu.py for long rows, families, the card and the tests. No torch."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import two_gpus_runs as runs
+from one_gpu_commands import Command, Ended, Here, Part, lines_in, marked, script
+from suite import Verdict, failed, judged
+
+# Tokens of one row that a card of so many GB is to train.
+LONGEST = {8: 15_000, 12: 60_000, 24: 200_000, 80: 700_000}
+HOST_GIB = {24: 64.0}
+# Unsloth 2026.10.9 on one H200, the same rows in as little memory as it can, by tokens of the row.
+UNSLOTH_TOKENS_S = {16384: 8601.0, 33024: 6626.0, 65536: 4561.0}
+FASTER = 1.25
+TESTS = runs.ROOT / "tests" / "gpu"
+
+
+def long(here: Here, card: int) -> list[Command]:
+    return [_rows(here, f"long_{card}", str(card), here.pick("longest", "96"))]
+
+
+def long_speed(here: Here) -> list[Command]:
+    lengths = here.pick(",".join(map(str, UNSLOTH_TOKENS_S)), "64,96")
+    return [_rows(here, "long_speed", "80", lengths, "--profile", "min")]
+
+
+def _rows(here: Here, name: str, cards: str, lengths: str, *words: str) -> Command:
+    given = ["--model", here.of("llama-8b"), "--cards", cards, "--lengths", lengths]
+    given += ["--seconds", here.pick("10", "1"), "--device", here.place.device]
+    out = str(here.work / f"{name}.jsonl")
+    return Command(name, script(here, "long_rows.py", *given, *words, "--out", out))
+
+
+def judge_long(here: Here, _: dict[str, Ended], *, card: int) -> Verdict:
+    """The longest row that trained.
+
+    A length that the host's memory ends is below the mark, and the verdict says what ended it.
+    """
+    cases = lines_in(here.work / f"long_{card}.jsonl", "case")
+    trained = [line for line in cases if line["trained"]]
+    numbers: dict[str, Any] = {"cases": cases}
+    if not trained:
+        why = cases[-1].get("error", "no row trained") if cases else "no row was tried"
+        return failed(why, **numbers)
+    best = max(trained, key=lambda line: line["tokens"])
+    host, most = best["host_gib"], HOST_GIB.get(card)
+    why = f"{best['tokens']:,} tokens (mark {LONGEST[card]:,}) at {best['tokens_per_s']:,.0f} a s"
+    why += f", {host:.1f} GiB of host memory" + (f" (mark {most:g})" if most else "")
+    if "peak_gib" in best:
+        why += f", peak {best['peak_gib']:.1f} of {best['budget_gib']:.1f} GiB"
+    held = best["tokens"] >= LONGEST[card] and (most is None or host <= most)
+    return marked(here, held, why, **numbers)
+
+
+def judge_long_speed(here: Here, _: dict[str, Ended]) -> Verdict:
+    """Speed beside Unsloth's on an H200. On another card there is nothing to set beside it."""
+    path = here.work / "long_speed.jsonl"
+    cases, where = lines_in(path, "case"), lines_in(path, "environment")[0]
+    numbers: dict[str, Any] = {"cases": cases}
+    if lost := [line for line in cases if not line["trained"]]:
+        return failed(f"{lost[0]['tokens']:,} tokens: {lost[0].get('error')}", **numbers)
+    rates = {line["tokens"]: line["tokens_per_s"] for line in cases}
+    said = ", ".join(f"{tokens:,} tokens at {rate:,.0f} a s" for tokens, rate in rates.items())
+    if not any("H200" in gpu["name"] for gpu in where["gpus"]):
+        return Verdict("held", f"{said}; no mark on this card", numbers)
+    times = {tokens: rate / UNSLOTH_TOKENS_S[tokens] for tokens, rate in rates.items()}
+    said += f"; {min(times.values()):.2f} times Unsloth's or more (mark {FASTER})"
+    return judged(min(times.values()) >= FASTER, said, **numbers, times=times)
+
+
+def families(here: Here) -> list[Command]:
+    words = here.pick((), ("--small", "--layers", "2", "--tokens", "512", "--only", "llama-3-8b"))
+    out = ("--out", str(here.work / "families.jsonl"))
+    return [Command("families", script(here, "families.py", *words, *out))]
+
+
+def judge_families(here: Here, _: dict[str, Ended]) -> Verdict:
+    path = here.work / "families.jsonl"
+    kinds = {kind: lines_in(path, kind) for kind in ("measured", "proof", "failed")}
+    bad = [f"{line['model']}: {line['error']}" for line in kinds["failed"]]
+    bad += [f"{line['model']}: {line['differs']}" for line in kinds["proof"] if line["differs"]]
+    idle = [line["model"] for line in kinds["measured"] if not line["norm"]]
+    bad += [f"{model}: a pass without a gradient was timed" for model in idle]
+    models = dict.fromkeys(line["model"] for line in kinds["measured"])
+    if not models:
+        return failed(bad[0] if bad else "no model was measured", **kinds)
+    rates = [
+        f"{line['model']} {line['tokens_a_s']:,.0f}"
+        for line in kinds["measured"]
+        if line["rows"] == "full" and line["kernel"] == "chosen"
+    ]
+    why = f"{len(models)} models, tokens/s on full rows: {', '.join(rates)}"
+    return judged(not bad, why + "".join(f"; {one}" for one in bad), **kinds)
+
+
+def card(here: Here) -> list[Command]:
+    out = ("--out", str(here.work / "card.jsonl"))
+    words = (here.place.python, "-m", "glassloop.cli", "bench", "--card", *out)
+    return [Command("card", words)]
+
+
+def judge_card(here: Here, ended: dict[str, Ended]) -> Verdict:
+    line = ended["card"].said.splitlines()[-1]
+    found = (here.work / "card.jsonl").read_text(encoding="utf-8")
+    return judged("as expected" in ended["card"].said, line, line=found[:20_000])
+
+
+def gpu_tests(here: Here) -> list[Command]:
+    """Each file of tests/gpu in a process of its own."""
+    start = (here.place.python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    return [
+        Command(file.stem, (*start, str(file.relative_to(runs.ROOT))), may_fail=True)
+        for file in sorted(TESTS.glob("test_*.py"))
+    ]
+
+
+def judge_gpu_tests(_: Here, ended: dict[str, Ended]) -> Verdict:
+    """Held if no test failed and at least one ran."""
+    said = {name: one.said.splitlines()[-1:] for name, one in ended.items()}
+    counts = {name: _counts(lines[0] if lines else "") for name, lines in said.items()}
+    numbers = {"files": counts, "ends": {n: one.said for n, one in ended.items() if one.code}}
+    whole = {
+        kind: sum(one.get(kind, 0) for one in counts.values())
+        for kind in ("passed", "failed", "error", "skipped")
+    }
+    why = ", ".join(f"{count} {kind}" for kind, count in whole.items() if count)
+    if bad := [name for name, one in ended.items() if one.code not in (0, 5)]:
+        return judged(False, f"{why or 'no test ended'}; see {', '.join(bad)}", **numbers)
+    if not whole["passed"]:
+        return failed(f"no test ran: {why or 'none was found'}", **numbers)
+    return judged(True, why, **numbers)
+
+
+def _counts(line: str) -> dict[str, int]:
+    """Of pytest's last line."""
+    found = re.findall(r"(\d+) (passed|failed|error|skipped)", line)
+    return {kind: int(count) for count, kind in found}
+
+
+PARTS: dict[str, Part] = {
+    **{
+        f"long_{one}": Part(
+            {8: 120.0, 12: 150.0, 24: 240.0, 80: 560.0}[one],
+            f"{one} GB: {tokens:,} tokens a row",
+            partial(long, card=one),
+            partial(judge_long, card=one),
+        )
+        for one, tokens in LONGEST.items()
+    },
+    "long_speed": Part(
+        180.0, "16k, 33k, 66k: 1.25 times Unsloth's speed", long_speed, judge_long_speed
+    ),
+    "families": Part(300.0, "every family is peft's, and timed", families, judge_families),
+    "card": Part(300.0, "card-v1, as expected", card, judge_card, needs_card=True),
+    "gpu_tests": Part(560.0, "tests/gpu pass", gpu_tests, judge_gpu_tests, needs_card=True),
+}
