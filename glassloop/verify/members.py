@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def needs_fused(self) -> bool:
-        """True if it says where memory is spent, which fused alone lets a config say."""
+        """True if it says where memory is spent; fused alone can."""
         return (self.base, self.host, self.chunk) != ("auto", "nothing", 0)
 
 
@@ -206,7 +206,7 @@ def config_of(member: Member, optimizer: str, place: Place, name: str) -> Config
 
 
 def spend(run: Run, shape: Shape) -> None:
-    """Have fused leave tensors on the host and compute in chunks, as the shape says.
+    """Spend fused's memory as the shape says.
 
     A card with room for everything would do neither.
     """

@@ -78,7 +78,7 @@ TABLE = {
         "accelerate torch yaml",
     ),
     "verify": Rule(
-        "config data disk formula health loop",
+        "config data disk formula health loop predict",
         "numpy peft safetensors torch transformers",
         late="bitsandbytes tokenizers",
     ),
