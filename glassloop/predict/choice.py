@@ -27,10 +27,12 @@ from glassloop.predict.tiers import (
     beside_away_bytes,
     gradient_bytes,
     held_bytes,
+    index_bytes,
     input_bytes,
     kept_bytes,
     live_bytes,
     room_bytes,
+    turn_bytes,
 )
 
 LONG_ROW = 8192  # tokens, from which attention is a large part of a layer's time
@@ -137,6 +139,7 @@ class _Pass:
         """
         one, tokens = self.one, self.asked.tokens
         extra = max(0, gradient_bytes(one, tokens) - SPARE_BYTES)
+        extra += index_bytes(tokens) + turn_bytes(one, tokens)
         return max(live_bytes(one, tokens), self.room.head) + extra
 
     def needed(self, how: How) -> int:
@@ -150,10 +153,11 @@ class _Pass:
             # What it left on the host has come back, and that of the next is on its way.
             return kept_bytes(one, tokens) + away + (layers - 1) * stays + self.beyond - gone
         work = one, tokens, chunk, host
-        backward = backward_bytes(*work) + gradient_bytes(one, tokens)
+        backward = backward_bytes(*work) + gradient_bytes(one, tokens) + turn_bytes(one, tokens)
         forward = forward_bytes(*work, self.asked.supervised_tokens)
         forward = max(forward, before_last_bytes(*work, stays))
-        return layers * stays + 2 * away + max(backward, forward, self.room.head) - gone
+        busiest = max(backward, forward, self.room.head)
+        return layers * stays + 2 * away + busiest + index_bytes(tokens) - gone
 
     def allowed(self, how: How) -> bool:
         """True if the host has room and chunks divide the pass."""

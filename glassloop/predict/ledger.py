@@ -53,7 +53,7 @@ def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     stored = stored_bytes(shapes, work)
     flows = ("forward", "logits", "backward")
     terms = [
-        Term("ids, targets, positions and owners", 32 * places, flows),
+        Term("ids, targets, positions and owners", tiers.index_bytes(places), flows),
         Term("cosines and sines", 2 * a * work.tokens * shapes.head_dim, flows),
         # A packed pass brings a block-diagonal mask: bool, and the kernel's copy of it.
         Term(
@@ -219,8 +219,8 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
             run,
         ),
         Term("gradients of its adapters, fp32", tiers.product_bytes(one), run),
-        Term("ids, targets, positions and owners", 32 * places, flows),
-        Term("cosines and sines", 4 * places * shapes.head_dim, tables),
+        Term("ids, targets, positions and owners", tiers.index_bytes(places), flows),
+        Term("cosines and sines", tiers.turn_bytes(one, places), tables),
         Term(f"kept whole by {chosen.kept} layers", kept, flows),
         Term(
             f"{'inputs' if chosen.host == 'nothing' else 'small parts'} of {recomputed} layers",

@@ -181,6 +181,16 @@ def last_kept_bytes(one: Sizes, tokens: int, places: int) -> int:
     return tokens * whole + places * one.element * after
 
 
+def index_bytes(tokens: int) -> int:
+    """Of a pass's ids, targets, positions and owners."""
+    return 32 * tokens
+
+
+def turn_bytes(one: Sizes, tokens: int) -> int:
+    """Of the cosines and sines of a pass."""
+    return 2 * one.element * tokens * (one.o.columns // one.heads)
+
+
 def input_bytes(one: Sizes, tokens: int) -> int:
     """Bytes of a layer that keeps its input alone.
 

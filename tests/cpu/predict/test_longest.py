@@ -33,6 +33,16 @@ def test_it_fits_and_the_next_length_does_not(gib, base, profile):
     assert not any(fits(R1, row_of(work, tokens), budget) for tokens in longer)
 
 
+@pytest.mark.parametrize("name", ["random:llama-8b", "random:qwen-32b"])
+@pytest.mark.parametrize("profile", ["min", "fill"])
+def test_no_card_between_two_others_has_shorter_rows(name, profile):
+    """What is chosen may not lie between what fits and what the ledger allows."""
+    work, shapes = replace(WORK, base="auto", profile=profile), KNOWN[name]
+    cards = [gib / 10 for gib in range(100, 250, 3 if name == "random:llama-8b" else 10)]
+    by_card = [longest_row(shapes, work, budget_bytes(gib, 1)).tokens for gib in cards]
+    assert by_card == sorted(by_card)
+
+
 def test_more_of_the_card_and_more_of_the_host_are_longer_rows():
     by_card = [longest_row(R1, WORK, budget_bytes(gib, 1)).tokens for gib in CARDS]
     assert by_card == sorted(by_card) and len(set(by_card)) == len(CARDS)
