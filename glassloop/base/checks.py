@@ -275,6 +275,8 @@ def _kind(full: str, name: str, module: nn.Module, is_head: bool) -> str:
         return "adapter A"
     if "lora_B" in full:
         return "adapter B"
+    if "trainable_tokens_delta" in full:
+        return "trained embedding"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if is_head:

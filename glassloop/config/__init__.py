@@ -4,11 +4,8 @@ Presets, hardware and the command line are files of their own. May import disk. 
 """
 
 from glassloop.config.config import (
-    ALL_LINEAR,
-    PROJECTIONS,
     BatchConfig,
     Config,
-    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -16,6 +13,7 @@ from glassloop.config.config import (
     settled,
 )
 from glassloop.config.data import Columns, DataConfig
+from glassloop.config.lora import ALL_LINEAR, PROJECTIONS, LoraConfig
 from glassloop.config.sections import (
     ENGINES,
     CheckpointConfig,

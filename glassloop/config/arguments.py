@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from glassloop.config.config import Config, as_dict
 from glassloop.config.hardware import EXAMPLES, hardware_values
-from glassloop.config.layers import check_said_once, merge, nested, with_template_args
+from glassloop.config.layers import check_said_once, merge, nested, with_mappings
 from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
 from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.resumed import values_of_run
@@ -84,7 +84,7 @@ def parse(
         "--print_config", action="store_true", help="print the resolved config as YAML and exit"
     )
     _add_fields(parser)
-    argv = with_template_args(argv)
+    argv = with_mappings(argv)
     has_preset = bool(argv) and not argv[0].startswith("-") and "=" not in argv[0]
     given = vars(
         parser.parse_args([_normalise(argument) for argument in (argv[1:] if has_preset else argv)])

@@ -7,12 +7,12 @@ or a data set is touched.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from glassloop.config.data import DataConfig
+from glassloop.config.lora import LoraConfig
 from glassloop.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -26,9 +26,6 @@ from glassloop.config.sections import (
     TrackingConfig,
 )
 from glassloop.config.support import beyond
-
-ALL_LINEAR = "all-linear"  # as lora.targets: every linear layer but the head
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class ModelConfig(Section):
@@ -51,38 +48,6 @@ class ModelConfig(Section):
     """Folder of a PEFT LoRA adapter to start from instead of fresh ones."""
     cache_dir: str | None = None
     """Folder for quantised bases. None: $GLASSLOOP_CACHE, else ~/.cache/glassloop."""
-
-
-class LoraConfig(Section):
-    r: int = Field(default=16, ge=1, le=1024)
-    """Rank of the update: W + (alpha/r) B A, A is (r, in), B is (out, r)."""
-    alpha: float = Field(default=16.0, gt=0)
-    """Numerator of the scale alpha/r."""
-    rslora: bool = False
-    """Scale by alpha/sqrt(r) in place of alpha/r (rsLoRA, arXiv:2312.03732)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that an input of A is zeroed in training."""
-    targets: tuple[str, ...] = PROJECTIONS
-    """Linear layers that get an adapter, by the last part of their name. all-linear: every one but
-    the head."""
-
-    @property
-    def scale(self) -> float:
-        """Factor of B A beside W."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
-
-    @property
-    def scale_in_words(self) -> str:
-        return f"{self.alpha:g}/{f'sqrt({self.r})' if self.rslora else self.r}"
-
-    @model_validator(mode="after")
-    def _check(self) -> LoraConfig:
-        if ALL_LINEAR in self.targets and len(self.targets) > 1:
-            raise ValueError(
-                f"lora.targets = {', '.join(self.targets)}: {ALL_LINEAR} already has every layer; "
-                "name it alone"
-            )
-        return self
 
 
 class BatchConfig(Section):

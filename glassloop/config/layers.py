@@ -11,6 +11,7 @@ from glassloop.config.config import Config
 from glassloop.config.data import items_of
 from glassloop.config.names import ConfigError
 
+MAPPINGS = ("data.template_args", "lora.rank_pattern", "lora.alpha_pattern")
 EITHER = {  # section -> two fields that say one thing
     "batch": ("accumulation", "rows_per_update"),
     "schedule": ("updates", "epochs"),
@@ -27,14 +28,20 @@ def check_said_once(given: dict[str, str]) -> None:
         )
 
 
-def with_template_args(argv: Sequence[str]) -> list[str]:
-    """Put words data.template_args.NAME=VALUE together, as the one field that they are."""
-    prefix, kept, found = "data.template_args.", list[str](), list[str]()
+def with_mappings(argv: Sequence[str]) -> list[str]:
+    """Put words FIELD.NAME=VALUE together, as the one field that they are.
+
+    FIELD is one of MAPPINGS.
+    """
+    kept, found = list[str](), dict[str, list[str]]()
     for word in argv:
         plain = word.removeprefix("--")
-        single = plain.startswith(prefix) and "=" in plain
-        (found if single else kept).append(plain.removeprefix(prefix) if single else word)
-    return [*kept, f"data.template_args={','.join(found)}"] if found else kept
+        field = next((one for one in MAPPINGS if plain.startswith(f"{one}.") and "=" in plain), "")
+        if field:
+            found.setdefault(field, []).append(plain.removeprefix(f"{field}."))
+        else:
+            kept.append(word)
+    return [*kept, *(f"{field}={','.join(words)}" for field, words in found.items())]
 
 
 def nested(given: dict[str, str]) -> dict[str, Any]:

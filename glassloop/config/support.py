@@ -27,6 +27,9 @@ FUSED = (
     Limit("model.attention", ("sdpa",), "fused chooses attention itself", "leave it at sdpa"),
     Limit("lora.dropout", (0,), "fused has none", "set it to 0"),
     Limit(
+        "lora.trainable_token_indices", ((),), "fused trains no embedding", "leave the tokens out"
+    ),
+    Limit(
         "execution.precision", ("bf16", "fp32"), "fused computes in bf16 or fp32", "set it to bf16"
     ),
     Limit(
@@ -40,6 +43,11 @@ UNSLOTH = (
     Limit("model.quantization", ("nf4",), "unsloth gets its bases in NF4", "set it to nf4"),
     Limit("model.attention", ("sdpa",), "unsloth chooses attention itself", "leave it at sdpa"),
     Limit("lora.rslora", (False,), "its kernels were not held to that scale", "set it to false"),
+    Limit("lora.rank_pattern", ((),), "its kernels were not held to it", "leave it out"),
+    Limit("lora.alpha_pattern", ((),), "its kernels were not held to it", "leave it out"),
+    Limit(
+        "lora.trainable_token_indices", ((),), "unsloth trains no embedding", "leave the tokens out"
+    ),
     Limit("lora.dropout", (0,), "its recomputed layers would use a different mask", "set it to 0"),
     Limit(
         "execution.precision", ("bf16", "fp16"), "its kernels compute in 16 bits", "set it to bf16"
@@ -62,5 +70,6 @@ def beyond(sections: Mapping[str, Any], engine: str) -> tuple[str, Limit] | None
         value = getattr(sections[section], name)
         if value not in limit.values:
             shown = f"{value:g}" if isinstance(value, float) else value
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else shown
             return f"{limit.field} = {shown}", limit
     return None

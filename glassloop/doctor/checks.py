@@ -18,6 +18,7 @@ from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.engines import unsloth_checks
 from glassloop.plan.engine import planned_engine
 from glassloop.plan.outlook import disk_state_bytes
+from glassloop.plan.targets import trainable
 from glassloop.plan.work import work_of
 from glassloop.predict.shapes import shapes_of
 from glassloop.predict.terms import GIB, base_bytes
@@ -166,7 +167,7 @@ def check_disk(
     shapes, why = shapes_of(config.model.id)
     if shapes is None:
         return [Finding(NOTE, "disk", f"sizes are not known: {why}")]
-    n = shapes.trainable(config.lora.r, config.lora.targets)
+    n = trainable(shapes, config.lora)
     one = round((4 + disk_state_bytes(config.optimizer.name)) * n)
     kept = (
         config.checkpoint.keep + 1 + (config.data.heldout is not None)

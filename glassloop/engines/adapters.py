@@ -7,44 +7,20 @@ Legend: R rank of the adapters.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
-from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from glassloop.config import LoraConfig
-from glassloop.plan.targets import reach_in_words
-
-# Fields of adapter_config.json that do not change what a trained adapter computes. Every other one
-# must be as in the run's own, those that a newer PEFT has included.
-NO_MATTER = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "init_lora_weights",
-    "lora_alpha",
-    "lora_dropout",
-    "peft_type",
-    "peft_version",
-    "r",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-}
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")  # by initialising
-CONFIG_BYTES = 1 << 20  # of adapter_config.json, at most
+from glassloop.config.lora import matches
+from glassloop.plan.targets import check_tokens, reach_in_words
 
 
 def attach_lora(
@@ -58,9 +34,14 @@ def attach_lora(
     the model does not have.
     """
     check_targets(hf, lora.targets)
+    check_patterns(hf, lora)
+    check_tokens(lora, hf.config.to_dict())
     config = peft.LoraConfig(
         r=lora.r,
-        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=_plain(lora.alpha),  # type: ignore[arg-type]
+        rank_pattern=lora.ranks,
+        alpha_pattern={name: _plain(alpha) for name, alpha in lora.alphas.items()},  # type: ignore[misc]
+        trainable_token_indices=list(lora.trainable_token_indices) or None,
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
@@ -113,6 +94,23 @@ def check_plain_layers(model: peft.PeftModel, targets: tuple[str, ...]) -> None:
             f"under these names, and experts are not trained here ({len(wrapped)} such tensors): "
             f"set lora.targets={','.join(outside) or 'q_proj,v_proj'}"
         )
+
+
+def _plain(alpha: float) -> float:
+    """An alpha as PEFT writes it: a whole number without a point."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def check_patterns(hf: PreTrainedModel, lora: LoraConfig) -> None:
+    """Raise ValueError for a pattern that names no layer with an adapter."""
+    paths = [name for name, _ in hf.named_modules() if name.rpartition(".")[2] in lora.targets]
+    for field, patterns in (("rank_pattern", lora.ranks), ("alpha_pattern", lora.alphas)):
+        for pattern in patterns:
+            if not any(matches(pattern, path) for path in paths):
+                raise ValueError(
+                    f"lora.{field}.{pattern} names no layer that gets an adapter: they are "
+                    f"{', '.join(lora.targets)}, in full such as {paths[0]}"
+                )
 
 
 def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
@@ -195,127 +193,3 @@ def reach_note(model: nn.Module, head: nn.Module | None) -> str:
     if experts := sum(p.numel() for p in expert_weights(model)):
         total, missed["experts"] = total + experts, experts
     return reach_in_words(sum(missed.values()), total, missed)
-
-
-def load_adapter(
-    model: peft.PeftModel, folder: str, lora: LoraConfig, *, base_name: str, commit: str | None
-) -> None:
-    """Put the weights of a saved LoRA adapter into fresh ones.
-
-    Raises ValueError naming model.init_adapter: a file is missing, damaged or too large, weights
-    are not finite, or adapter_config.json differs from the run's config (every difference is
-    named).
-    """
-    path = Path(folder).expanduser()
-    saved = _saved_config(path, folder)
-    own = model.peft_config["default"].to_dict()
-    differences = adapter_differences(saved, own, lora, base_name=base_name, commit=commit)
-    if differences:
-        raise ValueError(
-            f"model.init_adapter = {folder} does not fit this run: {'; '.join(differences)}"
-        )
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(
-            f"model.init_adapter = {folder} has no adapter_model.safetensors, and pickled weights "
-            "(adapter_model.bin) are not read: load it in PEFT if you trust it, and save it again"
-        )
-    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    peft.set_peft_model_state_dict(model, _weights(file, folder, expected))
-
-
-def _saved_config(path: Path, folder: str) -> dict[str, Any]:
-    """Read adapter_config.json as plain fields. Raises ValueError naming model.init_adapter."""
-    file = path / "adapter_config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"model.init_adapter = {folder} has no adapter_config.json: "
-            "name the folder of a PEFT adapter"
-        )
-    damaged = f"model.init_adapter = {folder}: adapter_config.json"
-    if (size := file.stat().st_size) > CONFIG_BYTES:
-        raise ValueError(f"{damaged} has {size:,} bytes: take an undamaged adapter")
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{damaged} is not JSON ({error}): take an undamaged adapter") from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"{damaged} holds no fields: take an undamaged adapter")
-    return saved
-
-
-def _weights(file: Path, folder: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read an adapter's tensors.
-
-    Names and shapes are compared before any is read.
-    """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  (not a dict)
-            odd = sorted(shapes.keys() ^ expected.keys()) or sorted(
-                name for name in shapes if shapes[name] != tuple(expected[name].shape)
-            )
-            if odd:
-                raise ValueError(
-                    f"model.init_adapter = {folder}: {len(odd)} tensors are missing, unknown or of "
-                    f"another shape ({', '.join(odd[:3])})"
-                )
-            weights = {name: tensors.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"model.init_adapter = {folder}: its weights cannot be read ({error}): "
-            "take an undamaged adapter"
-        ) from error
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
-            raise ValueError(
-                f"model.init_adapter = {folder}: {name} holds values that are no finite numbers "
-                f"({str(tensor.dtype).removeprefix('torch.')}): take an undamaged adapter"
-            )
-    return weights
-
-
-def adapter_differences(
-    saved: dict[str, Any],
-    own: dict[str, Any],
-    lora: LoraConfig,
-    *,
-    base_name: str,
-    commit: str | None,
-) -> list[str]:
-    """Contradictions of a saved adapter_config.json with the run's.
-
-    Each is 'field: there, here'. own: the fields of the adapter that this run has made.
-    """
-    if saved.get("peft_type") != "LORA":
-        return [f"peft_type is {saved.get('peft_type')}, only LORA is trained here"]
-    targets = saved.get("target_modules") or []
-    names = targets if isinstance(targets, list) else [targets]
-    fields = {
-        "lora.r": (saved.get("r"), lora.r),
-        "lora.alpha": (saved.get("lora_alpha"), lora.alpha),
-        "lora.rslora": (bool(saved.get("use_rslora")), lora.rslora),
-        "lora.targets": (sorted(map(str, names)), sorted(lora.targets)),
-    }
-    differences = [
-        f"{field} is {there} in the adapter, {here} in the config"
-        for field, (there, here) in fields.items()
-        if there != here
-    ]
-    saved_base = saved.get("base_model_name_or_path")
-    if saved_base and saved_base != base_name:
-        differences.append(f"it was trained on {saved_base}, model.id gives {base_name}")
-    elif saved.get("revision") and commit and saved["revision"] != commit:
-        differences.append(
-            f"it was trained on commit {saved['revision']}, model.revision gives {commit}"
-        )
-    if str(saved.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
-        differences.append(
-            f"init_lora_weights is {saved['init_lora_weights']}: it changes the base"
-        )
-    differences += [
-        f"{field} is {value}, not trained here"
-        for field, value in saved.items()
-        if field not in NO_MATTER and value and value != own.get(field)
-    ]
-    return differences

@@ -27,7 +27,8 @@ from glassloop.base.still import check_still, silence
 from glassloop.base.streamed import load_streamed
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config import LoraConfig, ModelConfig
-from glassloop.engines.adapters import attach_lora, load_adapter, reach_note
+from glassloop.engines.adapters import attach_lora, reach_note
+from glassloop.engines.init_adapter import load_adapter
 from glassloop.engines.norms import fuse_norms
 from glassloop.engines.peft import PeftEngine, recompute_layers
 from glassloop.formula.dist import gather_objects, is_distributed

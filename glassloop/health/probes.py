@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -56,13 +57,13 @@ def read_after(
     *,
     update: int,
     applied: bool,
-    scaling: float,
+    scale_of: Callable[[str], float],
     attempt: int,
 ) -> ProbeRecord:
     """Finish a probe after the step, with one read by the host.
 
     Args:
-        scaling: alpha / r.
+        scale_of: factor of B A beside a layer's weight, by the layer's whole name.
     """
     names = tuple(map(short_name, adapters.slices))
     pairs = [
@@ -78,7 +79,8 @@ def read_after(
             _norms(adapters, step.eq_(0), 1)
         )  # in place, 1 where nothing moved: the sum counts them
         order, deltas = _delta_norms(adapters, before.weights, pairs)
-        rows.append(deltas * scaling)
+        layers = [layer_of(list(adapters.slices)[pairs[place][0]]) for place in order]
+        rows.append(deltas * deltas.new_tensor([scale_of(layer) for layer in layers]))
     widths = [len(row) for row in rows]
     grad, weight, *stepped = (part.tolist() for part in torch.cat(rows).cpu().split(widths))
     update_norm, unmoved_entries, delta = stepped if applied else (None, None, None)
@@ -107,6 +109,11 @@ def read_after(
         all_unmoved_share=None if unmoved_entries is None else sum(unmoved_entries) / sum(sizes),
         attempt=attempt,
     )
+
+
+def layer_of(name: str) -> str:
+    """The layer's name in the base, of an adapter matrix's."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def short_name(name: str) -> str:

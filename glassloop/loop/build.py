@@ -141,6 +141,7 @@ def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batch
         config,
         ranks=batches.plan.ranks,
         linear_shapes=target_shapes(hf, config.lora.targets),
+        hidden=hf.config.get_text_config().hidden_size,
         on_cuda=device.type == "cuda",
     )
     contract = contract_of(batches, rows.dataset.digest, planned, config.evaluation)

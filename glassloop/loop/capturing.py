@@ -72,7 +72,7 @@ def probe_of(run: Run, update: int, before: Before | None, *, applied: bool) -> 
         run.replica.adapters,
         update=update,
         applied=applied,
-        scaling=run.config.lora.scale,
+        scale_of=run.config.lora.scale_of,
         attempt=run.attempt,
     )
 

@@ -6,6 +6,7 @@ The contract compares the two.
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,12 +41,18 @@ def check_rows(config: Config, dataset: Dataset, tokenizer: Any, size: int) -> N
 
 
 def planned_facts(
-    config: Config, *, ranks: int, linear_shapes: list[tuple[int, int]], on_cuda: bool
+    config: Config,
+    *,
+    ranks: int,
+    linear_shapes: Mapping[str, tuple[int, int]],
+    hidden: int,
+    on_cuda: bool,
 ) -> dict[str, Any]:
     """The facts that the config asks for.
 
     Args:
-        linear_shapes: (in, out) of every linear layer that gets an adapter.
+        linear_shapes: (in, out) of every linear layer that gets an adapter, by its name.
+        hidden: width of the embedding.
     """
     execution = config.execution
     dtype = DTYPES[execution.precision]
@@ -67,8 +74,10 @@ def planned_facts(
         "attention": config.model.attention
         if execution.engine == "peft"
         else execution.engine,  # other engines bring their own
-        "trainable parameters": sum(
-            config.lora.r * (inputs + outputs) for inputs, outputs in linear_shapes
+        "trainable parameters": len(config.lora.trainable_token_indices) * hidden
+        + sum(
+            config.lora.rank_of(name) * (inputs + outputs)
+            for name, (inputs, outputs) in linear_shapes.items()
         ),
         "dtype of adapters": "float32",
         "dtype of quantised weights": STORED.get(config.model.quantization),
@@ -103,7 +112,7 @@ def found_facts(accelerator: Accelerator, replica: Replica, *, shared: bool) -> 
         "engine": engine.name,
         "attention": engine.attention,
         "trainable parameters": replica.adapters.trainable,
-        "dtype of adapters": dtypes("adapter A", "adapter B"),
+        "dtype of adapters": dtypes("adapter A", "adapter B", "trained embedding"),
         "dtype of quantised weights": dtypes("quantised linear"),
         "dtype of embedding and head": dtypes("embedding", "head"),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -132,17 +141,17 @@ def contract_of(
     )
 
 
-def target_shapes(hf: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(in, out) of the base's linear layers that should have an adapter.
+def target_shapes(hf: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """(in, out) by name of linear layers that should have an adapter.
 
     Their names end in a target, whatever has an adapter now.
     """
     shapes = {}
     for name, module in hf.named_modules():
-        path = name.removesuffix(".base_layer")
+        path = name.removesuffix(".base_layer").removeprefix("base_model.model.")
         if path.rpartition(".")[2] in targets:
             if hasattr(module, "in_features"):
                 shapes[path] = (module.in_features, module.out_features)
             elif isinstance(module, Conv1D):
                 shapes[path] = (module.nx, module.nf)
-    return list(shapes.values())
+    return shapes

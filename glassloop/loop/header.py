@@ -45,6 +45,7 @@ def header(
         *([f"          {LOST_IN_BF16}"] if lossy else []),
         f"trains    {replica.adapters.trainable:,} parameters: "
         f"W + ({lora.scale_in_words}) B A on {', '.join(lora.targets)}",
+        *(f"          {one}" for one in lora.exceptions),
         *([f"          {of_b}"] if (of_b := config.optimizer.b_in_words) else []),
         *(f"          {line}" for line in audit.splitlines()),
     ]

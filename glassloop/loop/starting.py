@@ -32,6 +32,7 @@ from glassloop.loop.same_program import require_same_program
 from glassloop.loop.signals import CaptureFlag, StopFlag
 from glassloop.plan.engine import in_words, with_engine
 from glassloop.plan.outlook import plan_of
+from glassloop.plan.targets import check_tokens
 from glassloop.plan.work import pass_tokens_for
 from glassloop.record.tracker_checks import check_tracking
 from glassloop.saved.checkpoint import read_state
@@ -140,6 +141,7 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     hush(accelerator.process_index)
     first = partial(one_first, accelerator.is_local_main_process)
     source, values = in_turn(first, lambda: locate_base(config.model), "reading the model's config")
+    check_tokens(config.lora, values)
     config = with_linear_names(config, source, values, first)
     choice = engine_here(config, past.checkpoint, past.plan, values)
     folder = run_folder(config)

@@ -12,6 +12,7 @@ from typing import Any
 from glassloop.config import Config
 from glassloop.plan.engine import planned_engine
 from glassloop.plan.steps import StepPlan, counted, make_plan
+from glassloop.plan.targets import trainable
 from glassloop.plan.work import TokenCounts, chooses_passes, ledgers_of, usual_budget, work_of
 from glassloop.predict.cards import Verdict, verdict
 from glassloop.predict.fused_time import fused_pass_time
@@ -164,7 +165,7 @@ def _of_shapes(
     """
     share = plan.size * plan.accumulation * config.data.max_tokens
     work = work_of(config, counts, counts.heaviest_share if counts else share)
-    n = shapes.trainable(work.r, config.lora.targets)
+    n = trainable(shapes, config.lora)
     work = replace(work, targets=shapes.apart(work.targets), ranks=plan.ranks)
     on_disk = round(4 * n + disk_state_bytes(config.optimizer.name) * n)
     found: dict[str, Any] = {
@@ -276,7 +277,7 @@ def card_time(
     work: dict[str, Any] = dict(
         rows=rows * padded, row_tokens=row_tokens, supervised_share=share / padded
     )
-    work |= dict(r=config.lora.r, targets=shapes.apart(config.lora.targets))
+    work |= dict(r=config.lora.most_rank, targets=shapes.apart(config.lora.targets))
     if config.execution.engine == "fused":
         one = fused_pass_time(shapes, card, **work, tiers=_tiers(on_card))
     else:

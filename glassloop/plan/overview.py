@@ -160,7 +160,7 @@ def _cpu_time(outlook: Outlook, rows: RowFacts, cpu: CpuSpeed) -> str:
     one = flops_of(
         shapes,
         [(rows.median_tokens, max(1, round(rows.median_tokens * rows.supervised_share)))],
-        r=config.lora.r,
+        r=config.lora.most_rank,
         targets=shapes.apart(config.lora.targets),
         checkpointing=config.execution.checkpointing,
     )

@@ -234,6 +234,7 @@ def _size(outlook: Outlook) -> list[str]:
     return [
         f"{'trains':<{LABEL}}{n:,} parameters: r = {config.lora.r} x (in + out) of "
         f"{', '.join(config.lora.targets)}",
+        *(f"{'':<{LABEL}}{one}" for one in config.lora.exceptions),
         f"{'':<{LABEL}}in {outlook.shapes.layers} layers of {outlook.shapes.name} "
         f"({outlook.shapes.weights:,} weights)",
         *_reach(outlook.shapes, config.lora.targets),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from glassloop.config import ALL_LINEAR, PROJECTIONS, Config
+from glassloop.config import ALL_LINEAR, PROJECTIONS, Config, LoraConfig
+from glassloop.predict.shapes import Shapes
 
 
 def needs_names(config: Config, names: Collection[str]) -> bool:
@@ -24,6 +26,38 @@ def with_targets(config: Config, names: Collection[str]) -> Config:
         return config
     lora = config.lora.model_copy(update={"targets": (ALL_LINEAR,)})
     return config.model_copy(update={"lora": lora})
+
+
+def trainable(shapes: Shapes, lora: LoraConfig) -> int:
+    """Trainable parameters: of adapters, and of tokens that train whole.
+
+    Raises ValueError for a target that the model does not have.
+    """
+    tokens = len(lora.trainable_token_indices) * shapes.hidden
+    return shapes.trainable(lora.rank_of, lora.targets) + tokens
+
+
+def check_tokens(lora: LoraConfig, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for tokens that the model cannot train.
+
+    Args:
+        values: of the model's config.
+    """
+    if not (ids := lora.trainable_token_indices):
+        return
+    text = values.get("text_config") or values
+    size = text.get("vocab_size")
+    if size is not None and max(ids) >= size:
+        raise ValueError(
+            f"lora.trainable_token_indices = {max(ids)}: the embedding has {size} rows; resize the "
+            "model for its new tokens first, and save it"
+        )
+    if values.get("tie_word_embeddings", text.get("tie_word_embeddings")):
+        raise ValueError(
+            f"lora.trainable_token_indices = {','.join(map(str, ids))}: this model's head is its "
+            "embedding, and a head is not trained here; take a model whose head has weights of "
+            "its own, or leave the tokens out"
+        )
 
 
 def reach_in_words(without: int, total: int, names: Collection[str]) -> str:

@@ -51,6 +51,7 @@ def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         a * shapes.lora_weights(work.r, work.targets) if cast else 0
     )  # autocast's copies, kept until the pass leaves it
     stored = stored_bytes(shapes, work)
+    trained = a * shapes.embedding_weights if work.trained_tokens else 0
     flows = ("forward", "logits", "backward")
     terms = [
         Term("ids, targets, positions and owners", tiers.index_bytes(places), flows),
@@ -71,6 +72,9 @@ def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
             ("logits",),
         ),
         Term("logits of a chunk", head_bytes(shapes, work), ("logits",)),
+        # PEFT copies the embedding to put trained rows into it; its gradient has the same size.
+        Term("embedding with its trained rows", trained, flows),
+        Term("its gradient", trained, ("backward",)),
         Term("backward: gradient of a layer's output", places * hidden * a, ("backward",)),
         Term("backward: buffers of a layer", _backward_buffers(shapes, work), ("backward",)),
     ]

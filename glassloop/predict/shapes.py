@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from glassloop.predict.sizes import odd_size
 from glassloop.predict.traits import FAMILIES, JOINED, Traits
 
 ALL_LINEAR = "all-linear"
+ATTENTION = "self_attn"  # of a decoder layer's parts; the other is mlp
+IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,13 @@ class Shapes:
         """
         return self.layers * sum(r * sum(self.projections[target]) for target in targets)
 
-    def trainable(self, r: int, targets: Sequence[str]) -> int:
-        """Trainable parameters with these lora.targets, under the model's own names.
+    def trainable(self, rank_of: Callable[[str], int], targets: Sequence[str]) -> int:
+        """Parameters of adapters with these lora.targets, under the model's own names.
 
         Raises ValueError for a target that the model does not have.
+
+        Args:
+            rank_of: rank of a layer, by its whole name.
         """
         there = self.linear_layers
         names = tuple(there) if ALL_LINEAR in targets else targets
@@ -128,7 +133,12 @@ class Shapes:
                 f"lora.targets = {', '.join(unknown)}: {self.name} has {', '.join(there)}. "
                 f"Name those, or set lora.targets={ALL_LINEAR}."
             )
-        return self.layers * sum(r * sum(there[target]) for target in names)
+        paths = (
+            (f"model.layers.{index}.{ATTENTION if name in IN_ATTENTION else 'mlp'}.{name}", name)
+            for index in range(self.layers)
+            for name in names
+        )
+        return sum(rank_of(path) * sum(there[name]) for path, name in paths)
 
     def apart(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Names of `projections` that the targets reach, for costs."""

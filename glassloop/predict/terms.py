@@ -38,7 +38,8 @@ class Work:
         rows, tokens: rows of a pass and places of each, padding included. A packed pass is one
             row of all its tokens.
         supervised_tokens: supervised places of the pass; None: all.
-        r, targets: the adapters.
+        r, targets: the adapters; r is the largest.
+        trained_tokens: rows of the embedding that train whole.
         capability: of the card; decides the size of cuBLAS's workspaces.
         profile, host_gib, base: memory.*, for the engine `fused`. tiers: what it keeps, and
             where; None: nothing, all without `checkpointing`. host_gib None: auto, of the
@@ -68,6 +69,7 @@ class Work:
     ranks: int = 1
     tiers: Tiers | None = None
     between: tuple[int, int] | None = None
+    trained_tokens: int = 0
 
     @property
     def places(self) -> int:
@@ -158,7 +160,7 @@ def workspace_bytes(capability: tuple[int, int]) -> int:
 
 def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     """Memory that every engine holds for the whole run."""
-    n = shapes.lora_weights(work.r, work.targets)
+    n = shapes.lora_weights(work.r, work.targets) + work.trained_tokens * shapes.hidden
     after_load = PHASES[1:]
     base = base_bytes(shapes, work)
     moved = (

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from glassloop.engines.fused.parts import largest
 from glassloop.predict.choice import Asked, Base, Room, choose
 from glassloop.predict.tiers import Tiers, head_bytes, scratch_bytes
 
@@ -33,7 +34,7 @@ class Placed(Protocol):
 
 def tiers_for(engine: Placed, asked: Asked) -> Tiers:
     """Choose tiers by what is free. On a CPU everything is kept."""
-    device, one, count = engine.embedding.device, engine.layers[0], len(engine.layers)
+    device, count = engine.embedding.device, len(engine.layers)
     weights = None
     if engine.pages is not None and engine.pages.mapped is not None:
         size = engine.pages.file.manifest.most_layer_bytes
@@ -43,7 +44,8 @@ def tiers_for(engine: Placed, asked: Asked) -> Tiers:
         return Tiers(1 if asked.profile == "min" else count, streamed=streamed)
     free = torch.cuda.mem_get_info(device)[0] // asked.sharing
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    fixed = scratch_bytes(one.sizes) - engine.scratch.bytes
+    sizes = largest(engine.layers)
+    fixed = scratch_bytes(sizes) - engine.scratch.bytes
     if weights is not None:  # counted apart from what is used
         fixed -= weights.bytes(count, engine.tiers.streamed)
     vocabulary, hidden = engine.head.shape
@@ -55,4 +57,4 @@ def tiers_for(engine: Placed, asked: Asked) -> Tiers:
         embedding=0 if engine.embedding_away else engine.movable_bytes,
         base=weights,
     )
-    return choose(asked, room, one.sizes, count)
+    return choose(asked, room, sizes, count)

@@ -197,14 +197,15 @@ def product_fp32(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False)
 class Scratch:
     """Matrices that the layers of a pass use in turn.
 
-    Each belongs to a group of a layer and a shape, not to a shape alone: two groups of one layer
-    may have the same, and both are needed at once.
+    Each belongs to a group of a layer, not to a shape: two groups of one layer may have the same
+    shape, and both are needed at once. Ranks may differ between layers; a group's room is that of
+    its largest layer.
     """
 
     def __init__(self) -> None:
-        self.matrices: dict[tuple[str, int, int], Tensor] = {}
+        self.matrices: dict[str, Tensor] = {}
         self.sums: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
-        self.held: dict[tuple[str, int, int], Linear] = {}
+        self.held: dict[str, Linear] = {}
 
     def weights(self, linear: Linear) -> Tensor:
         """W with B at its right and sA below.
@@ -214,18 +215,21 @@ class Scratch:
         """
         if linear.held is not None:
             return linear.held
-        key = _key(linear)
-        if key not in self.matrices:
-            self.matrices[key] = linear.a.new_empty(key[1:])
-        matrix = self.matrices[key]
-        if self.held.get(key) is not linear:
+        group = linear.group
+        shape = linear.rows + linear.rank, linear.columns + linear.rank
+        size = shape[0] * shape[1]
+        if group not in self.matrices or self.matrices[group].numel() < size:
+            self.matrices[group] = linear.a.new_empty(size)
+            self.held.pop(group, None)
+        matrix = self.matrices[group][:size].view(shape)
+        if self.held.get(group) is not linear:
             dequantise(linear.packed, linear.b, linear.a, matrix)
-            self.held[key] = linear
+            self.held[group] = linear
         return matrix
 
     def holds_of(self, linear: Linear) -> bool:
         """True if this group's weights need no dequantising."""
-        return linear.held is not None or self.held.get(_key(linear)) is linear
+        return linear.held is not None or self.held.get(linear.group) is linear
 
     def products(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """Room for a group's dA and dB, fp32.
@@ -246,7 +250,3 @@ class Scratch:
     def forget(self) -> None:
         """Adapters have changed: nothing that is held is right any more."""
         self.held.clear()
-
-
-def _key(linear: Linear) -> tuple[str, int, int]:
-    return linear.group, linear.rows + linear.rank, linear.columns + linear.rank

@@ -69,6 +69,16 @@ class Layer:
         return tuple(t.unflatten(1, (-1, self.of.head_size)) for t in parts)  # type: ignore[return-value]
 
 
+def largest(layers: Sequence[Layer]) -> Sizes:
+    """Sizes of a layer that has every group's largest rank."""
+    found = [one.sizes for one in layers]
+    most = {
+        group: max((getattr(one, group) for one in found), key=lambda group: group.rank)
+        for group in ("qkv", "o", "gate_up", "down")
+    }
+    return replace(found[0], **most)
+
+
 @dataclass(frozen=True)
 class Where:
     """Bounds, angles and scratch for all layers of a pass.

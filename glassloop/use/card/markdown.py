@@ -175,7 +175,8 @@ def recipe(facts: Facts) -> str:
         (
             "LoRA",
             f"r = {lora.r}, alpha = {lora.alpha:g}, scale {lora.scale_in_words}, "
-            f"dropout = {lora.dropout:g}, on {targets}",
+            f"dropout = {lora.dropout:g}, on {targets}"
+            + "".join(f", {words(one)}" for one in lora.exceptions),
         ),
         (
             "Optimizer",

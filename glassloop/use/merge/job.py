@@ -140,10 +140,8 @@ class Job:
                 self.given.out, needed, with_table=self.quantised and not self.given.no_table
             )
         started, peak, changed = time.perf_counter(), PeakMemory(), 0
-        pairs = pairs_of(adapter_weights(self.trained))
-        for shard, merged in write_merged(
-            weights, pairs, self.trained.scale, folder, dtype=dtype, most_bytes=most
-        ):
+        pairs = pairs_of(adapter_weights(self.trained), self.trained.config.lora)
+        for shard, merged in write_merged(weights, pairs, folder, dtype=dtype, most_bytes=most):
             changed += merged
             print(
                 f"          {shard.file}: {len(shard.names)} tensors, {merged} merged, "
@@ -280,7 +278,8 @@ class Job:
             self.trained.checkpoint.absolute(),
             base=self.source.name,
             revision=self.source.commit,
-            r=self.trained.config.lora.r,
+            r=self.trained.config.lora.most_rank,
+            trains_tokens=bool(self.trained.config.lora.trainable_token_indices),
             nf4=self.quantised,
             generation=generation,
             context=context,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glassloop.config import LoraConfig
 from glassloop.use.merge.layer_weights import LayerWeights
 from glassloop.use.merge.weights import INDEX, Weights
 
@@ -25,43 +26,80 @@ PREFIX = "base_model.model."
 GIB = 2**30
 
 
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
 @dataclass(frozen=True)
 class AdapterPair:
-    """The matrices of a layer's adapter: a (R, in), b (out, R)."""
+    """An adapter's matrices a (R, in), b (out, R), and their factor."""
 
     a: Tensor
     b: Tensor
+    scale: float
 
 
-def pairs_of(adapter: Mapping[str, Tensor]) -> dict[str, AdapterPair]:
-    """Base weight's name -> its pair, from a saved adapter's tensors.
+@dataclass(frozen=True)
+class TrainedRows:
+    """Trained rows (K, H) of an embedding, and their places."""
+
+    rows: Tensor
+    places: tuple[int, ...]
+
+
+def pairs_of(
+    adapter: Mapping[str, Tensor], lora: LoraConfig
+) -> dict[str, AdapterPair | TrainedRows]:
+    """Base weight's name -> its change, from a saved adapter's tensors.
 
     Raises:
-        ValueError: a tensor has no partner.
+        ValueError: a tensor has no partner, or is none that is known.
     """
-    pairs = {}
+    pairs: dict[str, AdapterPair | TrainedRows] = {}
+    seen = 0
     for name, tensor in adapter.items():
+        if TOKENS in name:
+            places = lora.trainable_token_indices
+            if len(places) != len(tensor):
+                raise ValueError(
+                    f"the adapter has {len(tensor)} rows in {name}, its config names "
+                    f"{len(places)} tokens: take an undamaged checkpoint"
+                )
+            pairs[name.removeprefix(PREFIX).replace(TOKENS, ".weight")] = TrainedRows(
+                tensor, places
+            )
+            seen += 1
         if ".lora_A." in name:
             partner = adapter.get(name.replace(".lora_A.", ".lora_B."))
             if partner is None:
                 raise ValueError(
                     f"the adapter has {name} without its lora_B: take an undamaged checkpoint"
                 )
-            pairs[name.removeprefix(PREFIX).replace(".lora_A", "")] = AdapterPair(tensor, partner)
-    if 2 * len(pairs) != len(adapter):
+            weight = name.removeprefix(PREFIX).replace(".lora_A", "")
+            scale = lora.scale_of(weight.removesuffix(".weight"))
+            pairs[weight] = AdapterPair(tensor, partner, scale)
+            seen += 2
+    if seen != len(adapter):
         raise ValueError(
-            f"the adapter has {len(adapter)} tensors, of which {2 * len(pairs)} are pairs of "
-            "lora_A and lora_B"
+            f"the adapter has {len(adapter)} tensors, of which {seen} are pairs of "
+            "lora_A and lora_B or rows of an embedding"
         )
     return pairs
 
 
-def merged(weight: Tensor, pair: AdapterPair, scale: float, dtype: torch.dtype) -> Tensor:
+def merged(weight: Tensor, pair: AdapterPair | TrainedRows, dtype: torch.dtype) -> Tensor:
     """Compute weight + scale * b a in fp32, rounded once.
 
-    A weight that is stored (in, out), as GPT-2's, keeps that order.
+    Trained rows replace those in their places. A weight that is stored (in, out), as GPT-2's,
+    keeps that order.
     """
-    delta = scale * (pair.b.float() @ pair.a.float())
+    if isinstance(pair, TrainedRows):
+        if pair.rows.shape[1] != weight.shape[1] or max(pair.places) >= len(weight):
+            raise ValueError(
+                f"the adapter has rows {max(pair.places)} of width {pair.rows.shape[1]} for an "
+                f"embedding of {tuple(weight.shape)}: name its own base"
+            )
+        return weight.to(dtype).index_copy(0, torch.tensor(pair.places), pair.rows.to(dtype))
+    delta = pair.scale * (pair.b.float() @ pair.a.float())
     if delta.shape != weight.shape and delta.T.shape == weight.shape:
         delta = delta.T
     if delta.shape != weight.shape:
@@ -109,8 +147,7 @@ def shards_of(weights: Weights | LayerWeights, most_bytes: int) -> list[Shard]:
 
 def write_merged(
     weights: Weights | LayerWeights,
-    pairs: Mapping[str, AdapterPair],
-    scale: float,
+    pairs: Mapping[str, AdapterPair | TrainedRows],
     out: Path,
     *,
     dtype: torch.dtype,
@@ -137,9 +174,7 @@ def write_merged(
             stored = weights.get(name)
             kept = sixteen_bit(stored.dtype, dtype)
             pair = pairs.get(name)
-            tensors[name] = (
-                merged(stored, pair, scale, kept) if pair else stored.to(kept)
-            ).contiguous()
+            tensors[name] = (merged(stored, pair, kept) if pair else stored.to(kept)).contiguous()
         try:
             save_file(tensors, out / shard.file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError

@@ -94,6 +94,7 @@ def commands(
     base: str,
     revision: str | None,
     r: int,
+    trains_tokens: bool,
     nf4: bool,
     generation: dict[str, Any],
     context: int,
@@ -113,6 +114,8 @@ def commands(
         ", in NF4 as trained (without --quantization: in 16 bits)" if nf4 else ""
     )
     try:
+        if trains_tokens:
+            raise ValueError("vLLM serves no adapter with trained tokens: merge instead")
         adapter = vllm_adapter(base, revision, str(checkpoint), name, r=r, nf4=nf4, **shared)
     except ValueError as error:
         adapter = str(error)

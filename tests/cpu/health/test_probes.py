@@ -41,7 +41,7 @@ def probe(found: FlatAdapters, applied: bool = True, scale: float = 8.0):
         )  # a quarter does not move
     new = {name: place.of(found.flat.data).double() for name, place in found.slices.items()}
     return (
-        read_after(before, found, update=3, applied=applied, scaling=SCALING, attempt=1),
+        read_after(before, found, update=3, applied=applied, scale_of=lambda _: SCALING, attempt=1),
         old,
         new,
     )
@@ -113,7 +113,9 @@ def test_modules_of_several_shapes_keep_their_places(
     new = {
         short_name(name): place.of(found.flat.data).double() for name, place in found.slices.items()
     }
-    record = read_after(before, found, update=1, applied=True, scaling=SCALING, attempt=1)
+    record = read_after(
+        before, found, update=1, applied=True, scale_of=lambda _: SCALING, attempt=1
+    )
     assert record.modules == tuple(
         f"layers.{i}.self_attn.{module}" for i in range(3) for module in sizes
     )
@@ -140,7 +142,7 @@ def test_a_bf16_sized_step_is_seen_as_unmoved():
     found = adapters()
     before = read_before(found, 1.0)
     found.flat.data.add_(1e-12)  # far below half an ulp of most entries
-    record = read_after(before, found, update=1, applied=True, scaling=1.0, attempt=1)
+    record = read_after(before, found, update=1, applied=True, scale_of=lambda _: 1.0, attempt=1)
     assert record.unmoved_share[0] > 0.9
 
 

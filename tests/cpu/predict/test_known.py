@@ -88,9 +88,11 @@ def test_phi_has_joined_projections_and_says_so() -> None:
     shapes, _ = shapes_of("microsoft/phi-4")
     assert shapes is not None
     with pytest.raises(ValueError, match="phi-4 has qkv_proj, o_proj, gate_up_proj, down_proj"):
-        shapes.trainable(16, ("q_proj",))
+        shapes.trainable(lambda _: 16, ("q_proj",))
     # r (in + out) of qkv (5120, 7680), gate_up (5120, 35840), o (5120, 5120), down (17920, 5120)
-    assert shapes.trainable(16, ("all-linear",)) == 40 * 16 * (12800 + 40960 + 10240 + 23040)
+    assert shapes.trainable(lambda _: 16, ("all-linear",)) == 40 * 16 * (
+        12800 + 40960 + 10240 + 23040
+    )
 
 
 @pytest.mark.parametrize(("name", "family"), [(name, row[0]) for name, row in BY_NAME.items()])

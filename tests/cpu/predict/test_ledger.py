@@ -141,7 +141,7 @@ def test_an_unknown_architecture_is_not_taken_for_a_known_one(tmp_path):
     with pytest.raises(ValueError, match="lacks or garbles a size"):
         shapes_from_config({"model_type": "llama", "hidden_size": 64}, "x")
     with pytest.raises(ValueError, match=r"lora.targets = c_attn: .* has q_proj"):
-        R1.trainable(8, ("c_attn",))
+        R1.trainable(lambda _: 8, ("c_attn",))
 
 
 def test_an_engine_without_a_profile_is_refused():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from glassloop.config.config import PROJECTIONS
+from glassloop.config import PROJECTIONS
 from glassloop.predict.cards import budget_bytes
 from glassloop.predict.ledger import ledger_of
 from glassloop.predict.longest import STEP, fits, host_of, longest_row, row_of

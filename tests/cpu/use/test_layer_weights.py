@@ -64,7 +64,7 @@ def test_every_tensor_is_the_one_of_the_quantised_copy(
         out = tmp_path / kind
         out.mkdir()
         shards = write_merged(
-            weights, {plain: AdapterPair(a, b)}, 2.0, out, dtype=torch.bfloat16, most_bytes=40_000
+            weights, {plain: AdapterPair(a, b, 2.0)}, out, dtype=torch.bfloat16, most_bytes=40_000
         )
         assert sum(merged for _, merged in shards) == 1
         index = json.loads((out / "model.safetensors.index.json").read_text())

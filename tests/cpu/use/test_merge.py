@@ -18,6 +18,7 @@ from trained_runs import copy_of, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glassloop.cli.__main__ import main
+from glassloop.config import LoraConfig
 from glassloop.use.loaded import load
 from glassloop.use.merge.merge import AdapterPair, merged, pairs_of, shards_of
 from glassloop.use.merge.weights import Weights
@@ -60,10 +61,10 @@ def test_the_sum_is_rounded_once():
     drawn = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, generator=drawn).bfloat16()
     pair = AdapterPair(
-        torch.randn(4, 64, generator=drawn), 0.01 * torch.randn(96, 4, generator=drawn)
+        torch.randn(4, 64, generator=drawn), 0.01 * torch.randn(96, 4, generator=drawn), 2.0
     )
     exact = weight.double() + 2 * pair.b.double() @ pair.a.double()
-    once = merged(weight, pair, 2.0, torch.bfloat16)
+    once = merged(weight, pair, torch.bfloat16)
     off = (once.double() - exact).abs()
     half_step = torch.maximum(exact.abs() * 2.0**-8, torch.tensor(1e-30, dtype=torch.float64))
     assert (off <= half_step * 1.001).all()
@@ -74,7 +75,7 @@ def test_the_sum_is_rounded_once():
 def test_original_is_the_bases_own_weight_plus_the_adapter(run, outputs, tiny_llama):
     trained = open_trained(run)
     base, found = load_file(next(tiny_llama.glob("*.safetensors"))), tensors_of(outputs["original"])
-    pairs = pairs_of(adapter_weights(trained))
+    pairs = pairs_of(adapter_weights(trained), trained.config.lora)
     assert len(pairs) == 14 and found.keys() == base.keys()
     for name, tensor in base.items():
         wanted = tensor
@@ -93,7 +94,10 @@ def test_dequantised_is_bit_for_bit_what_training_computed_with(run, outputs):
     trained = open_trained(run)
     loaded = load(trained, CPU)
     copy = Weights(Path(loaded.engine.report.folder or ""), torch.float32)
-    pairs, found = pairs_of(adapter_weights(trained)), tensors_of(outputs["dequantised"])
+    pairs, found = (
+        pairs_of(adapter_weights(trained), trained.config.lora),
+        tensors_of(outputs["dequantised"]),
+    )
     checked = 0
     for name, module in loaded.hf.get_base_model().named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -103,7 +107,7 @@ def test_dequantised_is_bit_for_bit_what_training_computed_with(run, outputs):
             )
             plain = name.replace(".base_layer", "") + ".weight"
             assert torch.equal(copy.get(plain), seen)
-            assert torch.equal(found[plain], merged(seen, pairs[plain], 2.0, torch.bfloat16))
+            assert torch.equal(found[plain], merged(seen, pairs[plain], torch.bfloat16))
             checked += 1
     assert checked == 14
 
@@ -152,12 +156,12 @@ def test_the_checkpoint_itself_loads_in_peft_on_the_plain_base(run, tiny_llama):
     model = PeftModel.from_pretrained(plain, str(trained.checkpoint))
     whole = model.merge_and_unload()
     pairs, base = (
-        pairs_of(adapter_weights(trained)),
+        pairs_of(adapter_weights(trained), trained.config.lora),
         load_file(next(tiny_llama.glob("*.safetensors"))),
     )
     for name, pair in pairs.items():
         torch.testing.assert_close(
-            whole.state_dict()[name], merged(base[name], pair, 2.0, torch.float32)
+            whole.state_dict()[name], merged(base[name], pair, torch.float32)
         )
 
 
@@ -270,7 +274,7 @@ def test_weights_that_are_torn_or_lack_a_layer_are_named(tmp_path, tiny_llama):
     save_file(base, tmp_path / "model.safetensors")
     pair = {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 64)}
     with pytest.raises(ValueError, match="without its lora_B"):
-        pairs_of(pair)
+        pairs_of(pair, LoraConfig())
     pair |= {"base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": torch.zeros(128, 4)}
     from glassloop.use.merge.merge import write_merged
 
@@ -278,8 +282,7 @@ def test_weights_that_are_torn_or_lack_a_layer_are_named(tmp_path, tiny_llama):
         list(
             write_merged(
                 Weights(tmp_path),
-                pairs_of(pair),
-                1.0,
+                pairs_of(pair, LoraConfig()),
                 tmp_path,
                 dtype=torch.bfloat16,
                 most_bytes=1 << 20,

@@ -204,7 +204,7 @@ def test_every_line_of_serve_runs_from_anywhere_and_none_stops_a_merge():
         base="o/b", revision=None, nf4=False, generation={}, context=64, opens_think=False
     )
     out, checkpoint = Path("/m/it's mine"), Path("/r/checkpoints/update_000002")
-    lines = commands(out, checkpoint, r=8, no_ollama=None, **given)
+    lines = commands(out, checkpoint, r=8, trains_tokens=False, no_ollama=None, **given)
     merged, adapter, asked, ollama = (shlex.split(line) for line in lines[1::2])
     assert (
         merged[2] == str(out)
@@ -212,5 +212,5 @@ def test_every_line_of_serve_runs_from_anywhere_and_none_stops_a_merge():
         and "--quantization" not in adapter
     )
     assert json.loads(asked[-1])["model"] == "it's mine" and ollama[:2] == ["cd", str(out)]
-    lines = commands(out, checkpoint, r=600, no_ollama="because", **given)
+    lines = commands(out, checkpoint, r=600, trains_tokens=False, no_ollama="because", **given)
     assert "lora.r = 600" in lines[3] and lines[-1] == "because"
