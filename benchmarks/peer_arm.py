@@ -18,7 +18,17 @@ from typing import Any
 
 REACHED = time.time()
 
-from peer_models import PEERS, SEED, TARGETS, Peer, draw_adapters, trl_model, unsloth_model  # noqa: E402
+from peer_models import (  # noqa: E402
+    PEERS,
+    SEED,
+    TARGETS,
+    Peer,
+    check_offloads,
+    draw_adapters,
+    trainer_class,
+    trl_model,
+    unsloth_model,
+)
 
 from glassloop.bench.clock import Clock  # noqa: E402
 from glassloop.bench.machine import card_state  # noqa: E402
@@ -30,6 +40,10 @@ from glassloop.disk.environment import environment  # noqa: E402
 from glassloop.predict.shapes import shapes_from_config  # noqa: E402
 
 LR = 2e-4
+PEER_PACKAGES = (
+    *("trl", "unsloth", "unsloth_zoo", "axolotl"),
+    *("liger-kernel", "flash-attn", "xformers"),
+)
 GIB = 2**30
 RANK, LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -73,7 +87,7 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+    from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from glassloop.bench.ceiling import matmul_ceiling
 
@@ -127,7 +141,7 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
         settings |= dict(
             ddp_find_unused_parameters=False, ddp_backend="nccl" if on_cuda else "gloo"
         )
-    if peer.library == "trl":
+    if peer.library != "unsloth":
         settings |= dict(
             gradient_checkpointing=peer.checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -161,13 +175,17 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
                     {"loss_nats": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])}
                 )
 
-    trainer = SFTTrainer(
+    arguments: Any = SFTConfig(**settings)
+    arguments.layer_offloading = peer.library == "axolotl"
+    trainer = trainer_class(peer)(
         model=model,
-        args=SFTConfig(**settings),
+        args=arguments,
         train_dataset=Dataset.from_list(columns),
         processing_class=tokenizer,
         callbacks=[Steps()],
     )
+    if peer.library == "axolotl":
+        check_offloads(trainer)
     # So that the rows of an update are known; under DDP micro-batches go to the ranks in turn.
     in_order = SequentialSampler(columns)
     trainer._get_train_sampler = lambda *_, **__: in_order
@@ -250,10 +268,7 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
 def peer_versions() -> dict[str, str | None]:
     from glassloop.disk.environment import package_version
 
-    return {
-        name: package_version(name)
-        for name in ("trl", "unsloth", "unsloth_zoo", "liger-kernel", "flash-attn", "xformers")
-    }
+    return {name: package_version(name) for name in PEER_PACKAGES}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ class Peer:
     """How a peer is asked to work.
 
     Attributes:
-        library: trl | unsloth, which is also the key of --python. batch: rows of a micro-batch.
+        library: trl | unsloth | axolotl, which is also the key of --python. batch: rows of a
+            micro-batch.
         checkpointing: activations recomputed; for Unsloth its own way, with inputs kept on the
             host.
         kbit: after PEFT's prepare_model_for_kbit_training, as many tutorials have it.
@@ -43,7 +44,31 @@ PEERS = {
     "unsloth-kept": Peer("unsloth", checkpointing=False),
     "unsloth-b8": Peer("unsloth", batch=8),
     "unsloth-b8k": Peer("unsloth", batch=8, checkpointing=False),
+    "axolotl-offload": Peer("axolotl"),  # TRL's trainer with axolotl's layer_offloading
 }
+
+
+def trainer_class(peer: Peer) -> Any:
+    """The trainer of a peer: TRL's, for axolotl with its mixin in front."""
+    from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    if peer.library != "axolotl":
+        return SFTTrainer
+    from axolotl.core.trainers.mixins import (  # pyright: ignore[reportMissingImports]
+        LayerOffloadingMixin,
+    )
+
+    return type("OffloadingTrainer", (LayerOffloadingMixin, SFTTrainer), {})
+
+
+def check_offloads(trainer: Any) -> None:
+    """Raise RuntimeError if axolotl's trainer keeps the layers on the card.
+
+    It only logs that it found no layers or no card.
+    """
+    manager = getattr(trainer, "_layer_offload_manager", None)
+    if manager is None or not manager.enabled:
+        raise RuntimeError("axolotl's layer_offloading did not start: this would be TRL's trainer")
 
 
 def trl_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -> tuple[Any, Any]:

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="LIBRARY=PATH",
-        help="interpreter of trl or unsloth",
+        help="interpreter of trl, unsloth or axolotl",
     )
     parser.add_argument("--model", default="random:llama-8b", help="model.id of the base")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])

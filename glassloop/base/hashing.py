@@ -21,8 +21,9 @@ def base_hash(source: BaseSource, memo: Path) -> str:
     """64 hex digits that stand for the base's config and weights.
 
     Hub: of name and commit, since a commit is itself a hash of all its files. Drawn weights: of
-    their name and version. Local folder: of the files' bytes, remembered in the file `memo` by
-    path, size and time of change, so that 16 GB are read once.
+    their name and version. Local folder: of the files' bytes, remembered in the file `memo`, so
+    that 16 GB are read once. A file counts as the same while path, size, inode and both of its
+    times are; the system sets one of them at every write.
     """
     if source.commit is not None:
         return hashlib.sha256(f"hub:{source.name}@{source.commit}".encode()).hexdigest()
@@ -32,10 +33,12 @@ def base_hash(source: BaseSource, memo: Path) -> str:
     known: dict[str, str] = _read_memo(memo)
     total, fresh = hashlib.sha256(b"folder"), dict(known)
     for file in base_files(source.folder):
-        stat = file.resolve().stat()
-        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        path = file.resolve()
+        stat = path.stat()
+        key = f"{path}|{stat.st_size}|{stat.st_ino}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
         if key not in fresh:
-            with open(file, "rb") as handle:
+            fresh = {old: one for old, one in fresh.items() if not old.startswith(f"{path}|")}
+            with open(path, "rb") as handle:
                 fresh[key] = hashlib.file_digest(handle, "sha256").hexdigest()
         total.update(f"{file.name}:{fresh[key]}\n".encode())
     if fresh != known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import threading
@@ -280,6 +281,25 @@ def test_a_clone_without_its_large_files_is_told_from_damage(
     (folder / name).write_text(pointer)
     with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         resolve_source(ModelConfig(id=str(folder)))
+
+
+def test_a_file_whose_time_was_put_back_is_hashed_again(tiny_llama: Path, tmp_path: Path) -> None:
+    folder, memo = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "memo.json"
+    source = resolve_source(ModelConfig(id=str(folder)))
+    first, weights = base_hash(source, memo), folder / "model.safetensors"
+    before = weights.stat()
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = base_hash(source, memo)
+    assert changed != first
+    raw[-1] ^= 1
+    (tmp_path / "other").write_bytes(raw)
+    os.utime(tmp_path / "other", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(tmp_path / "other", weights)
+    assert base_hash(source, memo) == first
+    assert len(json.loads(memo.read_text())) == 2, "a file is remembered once"
 
 
 def test_a_memo_of_hashes_can_be_read_by_the_next_user(tiny_llama: Path, tmp_path: Path) -> None:
