@@ -126,6 +126,9 @@ def calls_of(folder: Path, rank: int) -> Calls | None:
 def parsed(value: Any, rank: int) -> Calls:
     """The collectives of the default process group in a dump.
 
+    gloo's threads may write the number of the last one that ended out of order; an entry that is
+    retired has ended all the same.
+
     Raises KeyError, TypeError, ValueError or AttributeError for another shape.
     """
     calls = {}
@@ -134,7 +137,7 @@ def parsed(value: Any, rank: int) -> Calls:
         if int(entry["pg_id"]) == 0 and not entry["is_p2p"]:
             number = int(entry["collective_seq_id"])
             calls[number] = Call(number, in_words(entry))
-            if entry["state"] == "completed":
+            if entry["state"] == "completed" or entry.get("retired") is True:
                 done = max(done, number)
     return Calls(rank, done, calls)
 

@@ -32,7 +32,7 @@ def test_a_stuck_collective_is_named_with_the_ranks_that_entered_it(
     tmp_path: Path, case: str, said: str
 ) -> None:
     output = launch(HERE / "stuck.py", str(tmp_path), case, expect=1)
-    assert said in output
+    assert said in output, output
     assert "rank 1: update 3" in output
     for rank in (0, 1):
         dump = json.loads((tmp_path / f"ranks/collectives_rank{rank}.json").read_text())

@@ -73,6 +73,15 @@ def test_only_the_default_group_counts_and_nccl_tells_of_ends_by_state() -> None
     assert (calls.done, set(calls.entered)) == (1, {1})
 
 
+def test_a_retired_collective_has_ended_although_its_number_lags_behind() -> None:
+    """gloo's threads finish 6 and 7 almost together, and 6 may be written last."""
+    told = [
+        parsed(dumped(last, GATE | {"retired": True}, entry(8, retired=False)), rank)
+        for rank, last in enumerate((7, 6))
+    ]
+    assert sentence(told, 2, {}).startswith("Stuck in collective 8")
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"entries": 3}', "[" * 10_000, '{"entries": [{}], "pg_status": 1}']
 )
