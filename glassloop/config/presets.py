@@ -112,7 +112,12 @@ def smollm2_demo() -> dict[str, Any]:
         "schedule": {"epochs": 1, "warmup_updates": 2},
         "optimizer": {"lr": 2e-3},
         "execution": {"precision": "fp32", "checkpointing": False},
-        "evaluation": {"generate_rows": 19, "max_new_tokens": 32, "samples": 1},
+        "evaluation": {
+            "generate_rows": 19,
+            "generate_batch": 10,  # a rank's whole share
+            "max_new_tokens": 32,
+            "samples": 1,
+        },
         "checkpoint": {"every_updates": 10},
         "record": {"probe_every_updates": 5, "text": "full"},  # glassloop's own sample
     }

@@ -139,6 +139,9 @@ class EvaluationConfig(Section):
     checkpoint is its result. None: all updates."""
     generate_rows: int = Field(default=8, ge=0)
     """Held-out rows that are answered in an evaluation (greedy); 0: loss only."""
+    generate_batch: int | None = Field(default=None, ge=1)
+    """Rows that a rank answers at once. The weights are read once a token for all of them, and
+    each needs room for its keys and values. None: batch.size."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest generated answer, in tokens."""
     samples: int = Field(default=2, ge=0)

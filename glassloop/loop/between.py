@@ -76,6 +76,7 @@ def evaluate_run(run: Underway, update: int) -> None:
         stop_ids=tuple(run.template.stop_ids),
         pad_id=replica.pad_id,
         batch_size=run.config.batch.size,
+        answer_batch=settings.generate_batch,
         max_new_tokens=settings.max_new_tokens,
         device=replica.device,
         autocast=run.accelerator.autocast,  # type: ignore[arg-type]  # its own default is None

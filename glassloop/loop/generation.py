@@ -35,12 +35,13 @@ class EvaluationSetup:
     """Settings by which rows are measured and answered.
 
     Attributes:
-        batch_size: rows of a loss pass and of a generation on one rank.
+        batch_size: rows of a loss pass on one rank.
         stop_ids: an answer ends at the first of them.
         pad_id: fills shorter rows. It may be one of `stop_ids`.
         max_new_tokens: of an answer, stop token included.
         autocast: gives a new context of the run's compute precision at each call.
         stopped: whether a stop was asked of this rank; looked at before each batch.
+        answer_batch: prompts of a generation on one rank; None: batch_size.
     """
 
     template: Template
@@ -54,6 +55,7 @@ class EvaluationSetup:
     rank: int = 0
     ranks: int = 1
     stopped: Callable[[], bool] = lambda: False
+    answer_batch: int | None = None
 
 
 @contextlib.contextmanager
@@ -130,12 +132,13 @@ def generate(
     settings = model.generation_config
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     answers: list[tuple[int, ...]] = []
+    at_once = setup.answer_batch or setup.batch_size
     try:
         with unchanged(hf, setup.device), setup.autocast():
-            for start in range(0, len(prompts), setup.batch_size):
+            for start in range(0, len(prompts), at_once):
                 if setup.stopped():
                     raise EvaluationStopped
-                batch = prompts[start : start + setup.batch_size]
+                batch = prompts[start : start + at_once]
                 width = max(len(prompt) for prompt in batch)
                 room = setup.max_new_tokens
                 if positions is not None and width < positions:

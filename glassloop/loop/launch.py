@@ -10,7 +10,6 @@ import sys
 import warnings
 from datetime import timedelta
 
-import datasets
 import torch
 import torch.distributed as dist
 import transformers
@@ -58,7 +57,10 @@ def hush(rank: int) -> None:
     """
     if rank != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        # Importing datasets takes a second, and not every run reads through it.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].disable_progress_bars()
     # PEFT asks transformers for it.
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning

@@ -53,6 +53,7 @@ OTHERWISE = {
     "evaluation.every_updates": "3",
     "evaluation.patience": "9",
     "evaluation.generate_rows": "1",
+    "evaluation.generate_batch": "3",
     "evaluation.max_new_tokens": "4",
     "evaluation.samples": "1",
     "checkpoint.every_updates": "7",

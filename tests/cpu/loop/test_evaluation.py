@@ -301,3 +301,15 @@ def test_loss_and_answers_are_computed_in_the_runs_precision() -> None:
     assert len(seen) >= 4
     assert set(seen) == {(True, False, torch.bfloat16)}
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_answers_are_batched_apart_from_losses_and_stay_the_same() -> None:
+    """`answer_batch` prompts go through a pass, whatever `batch_size` is: 9 in 4 + 4 + 1."""
+    engine, prompts = ToyEngine(), prompts_of(9)
+    one_by_one = generated(engine, prompts, batch_size=1)
+    seen: list[tuple[int, int]] = []
+    engine.hf.get_base_model().model.layers[0].register_forward_pre_hook(
+        lambda _, args: seen.append(tuple(args[0].shape[:2]))
+    )
+    assert generated(engine, prompts, batch_size=2, answer_batch=4) == one_by_one
+    assert [rows for rows, width in seen if width > 1] == [4, 4, 1]
