@@ -18,7 +18,6 @@ from glassloop.base.checks import (
     check_unpatched,
     unquantised_note,
 )
-from glassloop.base.cpu_products import use_onednn
 from glassloop.base.host_pages import HostPages
 from glassloop.base.layer_file import NotStreamable
 from glassloop.base.quantised import LoadReport, load_base
@@ -79,8 +78,6 @@ def build_engine(
             field and the cure.
     """
     assert engine in ("peft", "fused", "unsloth"), engine
-    if device.type == "cpu":
-        use_onednn()
     shared: dict[str, Any] = dict(precision=precision, device=device, first=first, source=source)
     only_on_cpu: tuple[str, ...] = ()
     pages = None

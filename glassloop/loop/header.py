@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from glassloop.base.checks import audit_table, dtype_audit
-from glassloop.base.cpu_products import use_onednn
 from glassloop.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, summary
@@ -58,8 +57,6 @@ def execution_of(config: Config, batches: Batches, device: torch.device) -> str:
     hardware = f"CPU ({counted(torch.get_num_threads(), 'thread')} a rank)"
     if cuda:
         hardware = torch.cuda.get_device_name()
-    elif execution.precision == "fp32" and use_onednn():
-        hardware += ", fp32 products by oneDNN"
     activations = "recomputed" if execution.checkpointing else "stored"
     return (
         f"{layout_of(config, batches, on_cuda=cuda)}; {execution.reduction} reduction, "
