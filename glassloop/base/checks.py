@@ -289,7 +289,9 @@ def _kind(full: str, name: str, module: nn.Module, is_head: bool) -> str:
         return "quantised linear"
     if isinstance(module, nn.Linear):
         return "linear"
-    return "experts" if "experts" in full.split(".") else "other"
+    if "experts" not in full.split("."):
+        return "other"
+    return "quantised experts" if full.endswith(".original") else "experts"
 
 
 def _kinds(hf: nn.Module) -> Iterator[tuple[str, Tensor, int, bool]]:

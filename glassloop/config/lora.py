@@ -38,6 +38,10 @@ class LoraConfig(Section):
     lora.rank_pattern.NAME=RANK, and a mapping in YAML."""
     alpha_pattern: tuple[str, ...] = ()
     """Layers of another alpha, as rank_pattern has ranks: q_proj=32."""
+    target_parameters: tuple[str, ...] = ()
+    """Parameters that get an adapter, by the end of their name: experts that lie in one tensor a
+    layer (mlp.experts.gate_up_proj,mlp.experts.down_proj). A tensor's B A is one for every
+    expert."""
     trainable_token_indices: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Ids of tokens whose embedding is trained whole, such as new ones. The head must have weights
     of its own."""
@@ -59,6 +63,7 @@ class LoraConfig(Section):
         other += [f"alpha = {alpha:g} in {name}" for name, alpha in self.alphas.items()]
         count = len(self.trainable_token_indices)
         tokens = [f"the embedding of {count} token{'s' * (count > 1)}"] if count else []
+        tokens += list(self.target_parameters)
         return (*(["but " + ", ".join(other)] if other else []), *(f"and {t}" for t in tokens))
 
     @property
@@ -110,6 +115,11 @@ class LoraConfig(Section):
         for name, alpha in self.alphas.items():
             if not 0 < alpha < math.inf:
                 raise ValueError(f"lora.alpha_pattern.{name} = {alpha:g}: give a number above 0")
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.dropout:g} and lora.target_parameters: PEFT has no dropout "
+                "there; set it to 0"
+            )
         ids = self.trainable_token_indices
         if twice := sorted({one for one in ids if ids.count(one) > 1}):
             raise ValueError(f"lora.trainable_token_indices has {twice[0]} twice: name it once")

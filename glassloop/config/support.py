@@ -26,6 +26,7 @@ FUSED = (
     Limit("model.quantization", ("nf4",), "fused has its weights in NF4", "set it to nf4"),
     Limit("model.attention", ("sdpa",), "fused chooses attention itself", "leave it at sdpa"),
     Limit("lora.dropout", (0,), "fused has none", "set it to 0"),
+    Limit("lora.target_parameters", ((),), "fused has no experts", "leave them out"),
     Limit(
         "lora.trainable_token_indices", ((),), "fused trains no embedding", "leave the tokens out"
     ),
@@ -45,6 +46,7 @@ UNSLOTH = (
     Limit("lora.rslora", (False,), "its kernels were not held to that scale", "set it to false"),
     Limit("lora.rank_pattern", ((),), "its kernels were not held to it", "leave it out"),
     Limit("lora.alpha_pattern", ((),), "its kernels were not held to it", "leave it out"),
+    Limit("lora.target_parameters", ((),), "its kernels were not held to it", "leave it out"),
     Limit(
         "lora.trainable_token_indices", ((),), "unsloth trains no embedding", "leave the tokens out"
     ),

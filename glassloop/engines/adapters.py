@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Sequence
 
 import peft
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from glassloop.base.experts import expert_parameters, named_by, shape_of
 from glassloop.config import LoraConfig
 from glassloop.config.lora import matches
 from glassloop.plan.targets import check_tokens, reach_in_words
@@ -34,6 +36,7 @@ def attach_lora(
     the model does not have.
     """
     check_targets(hf, lora.targets)
+    check_parameters(lora, [name for name, _ in hf.named_parameters()])
     check_patterns(hf, lora)
     check_tokens(lora, hf.config.to_dict())
     config = peft.LoraConfig(
@@ -41,6 +44,7 @@ def attach_lora(
         lora_alpha=_plain(lora.alpha),  # type: ignore[arg-type]
         rank_pattern=lora.ranks,
         alpha_pattern={name: _plain(alpha) for name, alpha in lora.alphas.items()},  # type: ignore[misc]
+        target_parameters=list(lora.target_parameters) or None,
         trainable_token_indices=list(lora.trainable_token_indices) or None,
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
@@ -55,6 +59,7 @@ def attach_lora(
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )  # peft 0.21 asks by the old name
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # see above
         try:
             model = peft.get_peft_model(hf, config, autocast_adapter_dtype=True)
         except ValueError as error:
@@ -62,7 +67,7 @@ def attach_lora(
                 f"lora.targets = {', '.join(lora.targets)}: PEFT cannot adapt them in "
                 f"{type(hf).__name__} ({error}): name only layers outside its experts"
             ) from error
-    check_plain_layers(model, lora.targets)  # type: ignore[arg-type]
+    check_plain_layers(model, lora)  # type: ignore[arg-type]
     draw_adapters(model, seed=seed, base_name=base_name, commit=commit)  # type: ignore[arg-type]
     return model  # type: ignore[return-value]
 
@@ -82,16 +87,25 @@ def draw_adapters(model: peft.PeftModel, *, seed: int, base_name: str, commit: s
             parameter.data.copy_(drawn)
 
 
-def check_plain_layers(model: peft.PeftModel, targets: tuple[str, ...]) -> None:
-    """Raise ValueError if PEFT adapted a layer's experts."""
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+def check_plain_layers(model: peft.PeftModel, lora: LoraConfig) -> None:
+    """Raise ValueError if PEFT adapted experts that nobody named."""
+    targets = lora.targets
+    wrapped = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+        and not named_by(
+            f"{re.sub(PEFT_S, '', name)}.{module.parameter_name}", lora.target_parameters
+        )
+    ]
     if wrapped:
         kind = type(model.get_base_model()).__name__
         names = [name.rpartition(".")[2] for name in targets]
         outside = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
         raise ValueError(
             f"lora.targets = {', '.join(targets)}: {kind} has dense layers and layers of experts "
-            f"under these names, and experts are not trained here ({len(wrapped)} such tensors): "
+            "under these names, and lora.target_parameters alone trains experts "
+            f"({len(wrapped)} such tensors): "
             f"set lora.targets={','.join(outside) or 'q_proj,v_proj'}"
         )
 
@@ -101,9 +115,26 @@ def _plain(alpha: float) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
+def check_parameters(lora: LoraConfig, names: Sequence[str]) -> None:
+    """Raise ValueError for a target parameter that the model lacks.
+
+    Args:
+        names: of all its parameters.
+    """
+    for wanted in lora.target_parameters:
+        if not any(named_by(name, [wanted]) for name in names):
+            ends = [".".join(name.split(".")[-3:]) for name in names if ".experts." in name]
+            there = ", ".join(dict.fromkeys(ends)) or "no experts in one tensor a layer"
+            raise ValueError(
+                f"lora.target_parameters = {wanted}: the model has no such parameter. "
+                f"It has {there}"
+            )
+
+
 def check_patterns(hf: PreTrainedModel, lora: LoraConfig) -> None:
     """Raise ValueError for a pattern that names no layer with an adapter."""
     paths = [name for name, _ in hf.named_modules() if name.rpartition(".")[2] in lora.targets]
+    paths += [n for n, _ in hf.named_parameters() if named_by(n, lora.target_parameters)]
     for field, patterns in (("rank_pattern", lora.ranks), ("alpha_pattern", lora.alphas)):
         for pattern in patterns:
             if not any(matches(pattern, path) for path in paths):
@@ -142,12 +173,8 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
     return tuple(found)
 
 
+PEFT_S = r"^base_model\.model\.|\.base_layer"  # what PEFT adds to a layer's name
 MLP = ("gate_proj", "up_proj", "down_proj")  # names that PEFT takes for a layer's experts too
-
-
-def expert_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of experts that lie in one tensor a layer."""
-    return [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
 
 
 def default_names(hf: PreTrainedModel) -> tuple[str, ...]:
@@ -156,7 +183,11 @@ def default_names(hf: PreTrainedModel) -> tuple[str, ...]:
     All of them; of a model with experts those whose names are not also names of experts.
     """
     names = linear_names(hf)
-    return tuple(n for n in names if n not in MLP) if expert_weights(hf) else names
+    return (
+        tuple(n for n in names if n not in MLP)
+        if any(True for _ in expert_parameters(hf))
+        else names
+    )
 
 
 def outside_of_decoder(hf: PreTrainedModel, targets: tuple[str, ...]) -> str | None:
@@ -190,6 +221,13 @@ def reach_note(model: nn.Module, head: nn.Module | None) -> str:
         if id(module) not in adapted:
             last = name.removesuffix(".base_layer").rpartition(".")[2]
             missed[last] = missed.get(last, 0) + size
-    if experts := sum(p.numel() for p in expert_weights(model)):
-        total, missed["experts"] = total + experts, experts
+    adapted_parts = {
+        f"{re.sub(PEFT_S, '', path)}.{module.parameter_name}"
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    for name, _, _, weights in expert_parameters(model):
+        total += shape_of(weights).numel()
+        if re.sub(PEFT_S, "", name) not in adapted_parts:
+            missed["experts"] = missed.get("experts", 0) + shape_of(weights).numel()
     return reach_in_words(sum(missed.values()), total, missed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union
@@ -18,6 +18,7 @@ from glassloop.base.checks import (
     check_unpatched,
     unquantised_note,
 )
+from glassloop.base.experts import quantise_experts
 from glassloop.base.host_pages import HostPages
 from glassloop.base.layer_file import NotStreamable
 from glassloop.base.quantised import LoadReport, load_base
@@ -98,7 +99,7 @@ def build_engine(
         base, report, pages = _load(model, engine, memory_base, spare_bytes, shared)
         check_unpatched(base, engine)
         check_plain_head(base, device, report.name)
-        report = prepared(base, report, model, device)
+        report = prepared(base, report, model, device, keep=lora.target_parameters)
         fuse_norms(base)
         hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
         reach = reach_note(hf, base.get_output_embeddings())
@@ -115,9 +116,19 @@ def build_engine(
 
 
 def prepared(
-    base: PreTrainedModel, report: LoadReport, model: ModelConfig, device: torch.device
+    base: PreTrainedModel,
+    report: LoadReport,
+    model: ModelConfig,
+    device: torch.device,
+    *,
+    keep: Sequence[str] = (),
 ) -> LoadReport:
-    """Turn off the base's own dropout; returns the report with notes."""
+    """Put experts into NF4 and turn off the base's own dropout.
+
+    Returns the report with notes. `keep`: lora.target_parameters, which stay in 16 bits.
+    """
+    if model.quantization == "nf4":
+        quantise_experts(base, double=model.double_quantization, keep=keep)
     quietened = silence(base)
     check_still(base, device, report.name)
     left = unquantised_note(base) if model.quantization == "nf4" else ""

@@ -29,6 +29,7 @@ NO_MATTER = {
     "revision",
     "runtime_config",
     "target_modules",
+    "target_parameters",
     "task_type",
     "trainable_token_indices",
     "use_rslora",
@@ -137,6 +138,10 @@ def adapter_differences(
         "lora.rslora": (bool(saved.get("use_rslora")), lora.rslora),
         "lora.rank_pattern": (saved.get("rank_pattern") or {}, lora.ranks),
         "lora.alpha_pattern": (saved.get("alpha_pattern") or {}, lora.alphas),
+        "lora.target_parameters": (
+            sorted(saved.get("target_parameters") or []),
+            sorted(lora.target_parameters),
+        ),
         "lora.trainable_token_indices": (
             saved.get("trainable_token_indices") or [],
             list(lora.trainable_token_indices),

@@ -69,7 +69,9 @@ def read_after(
     pairs = [
         (i, j)
         for i, j in pairwise(range(len(names)))
-        if names[i].endswith(".A") and names[j] == names[i][:-1] + "B"
+        if names[i].endswith(".A")
+        and names[j] == names[i][:-1] + "B"
+        and ".experts." not in names[i]  # A and B of many experts: B A is not their product
     ]
     rows = [before.grad_norms, before.weight_norms]
     if applied:

@@ -140,7 +140,7 @@ def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batch
     planned = planned_facts(
         config,
         ranks=batches.plan.ranks,
-        linear_shapes=target_shapes(hf, config.lora.targets),
+        linear_shapes=target_shapes(hf, config.lora),
         hidden=hf.config.get_text_config().hidden_size,
         on_cuda=device.type == "cuda",
     )

@@ -5,6 +5,7 @@ The contract compares the two.
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from glassloop.base.checks import check_token_ids, dtype_audit
-from glassloop.config import Config, EvaluationConfig
+from glassloop.base.experts import named_by
+from glassloop.config import Config, EvaluationConfig, LoraConfig
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset
 from glassloop.data.stored import rows_with
@@ -141,7 +143,7 @@ def contract_of(
     )
 
 
-def target_shapes(hf: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+def target_shapes(hf: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, int]]:
     """(in, out) by name of linear layers that should have an adapter.
 
     Their names end in a target, whatever has an adapter now.
@@ -149,9 +151,14 @@ def target_shapes(hf: nn.Module, targets: tuple[str, ...]) -> dict[str, tuple[in
     shapes = {}
     for name, module in hf.named_modules():
         path = name.removesuffix(".base_layer").removeprefix("base_model.model.")
-        if path.rpartition(".")[2] in targets:
+        if path.rpartition(".")[2] in lora.targets:
             if hasattr(module, "in_features"):
                 shapes[path] = (module.in_features, module.out_features)
             elif isinstance(module, Conv1D):
                 shapes[path] = (module.nx, module.nf)
+    for name, parameter in hf.named_parameters():
+        path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if named_by(path, lora.target_parameters):
+            *experts, inputs, outputs = parameter.shape  # every expert has its own A and B
+            shapes[path] = (inputs * math.prod(experts), outputs * math.prod(experts))
     return shapes

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from glassloop.base.source import BaseSource, loading_errors
 from glassloop.config import ALL_LINEAR, Config
 from glassloop.config.arguments import with_old_engine
-from glassloop.engines.adapters import default_names, linear_names
+from glassloop.engines.adapters import check_parameters, default_names, linear_names
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda
 from glassloop.plan.engine import Choice, choose_engine
@@ -69,17 +69,18 @@ def with_linear_names(
     """Name the layers of lora.targets=all-linear, from the model's structure without weights.
 
     A default that names layers which the model lacks is all-linear too. `values`: of the model's
-    config.
+    config. Raises ValueError for lora.target_parameters that the model lacks.
     """
     default = "targets" not in config.lora.model_fields_set
     family = FAMILIES.get(str(values.get("model_type")))
-    if ALL_LINEAR not in config.lora.targets and (
+    named = ALL_LINEAR not in config.lora.targets and (
         not default or (family is not None and not family.joined)
-    ):
+    )
+    if named and not config.lora.target_parameters:
         return config
     model = config.model
 
-    def read() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def read() -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
         with loading_errors(model), torch.device("meta"):
             settings = AutoConfig.from_pretrained(
                 source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
@@ -87,9 +88,10 @@ def with_linear_names(
             hf = AutoModelForCausalLM.from_config(
                 settings, trust_remote_code=model.trust_remote_code
             )
-        return linear_names(hf), default_names(hf)
+        return linear_names(hf), default_names(hf), [name for name, _ in hf.named_parameters()]
 
-    names, usual = in_turn(first, read, "reading the model's structure")
+    names, usual, parameters = in_turn(first, read, "reading the model's structure")
+    check_parameters(config.lora, parameters)
     if ALL_LINEAR not in config.lora.targets:
         if not needs_names(config, usual):
             return config

@@ -285,8 +285,9 @@ def _experts(values: dict[str, Any]) -> str:
         weights = expert_weights(values)
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return ""  # a size is garbled, and the model is not supported here in any case
-    size = f"{2 * weights / 2**30:.1f} GiB"
-    return f"; NF4 leaves its {weights:,} weights of experts in 16 bits ({size})" if weights else ""
+    size, loading = f"{weights / 2 / 2**30:.1f} GiB", f"{2 * weights / 2**30:.1f} GiB"
+    said = f"; its {weights:,} weights of experts are {size} in NF4, and {loading} while it loads"
+    return said if weights else ""
 
 
 def _biased(values: dict[str, Any]) -> tuple[str, ...]:

@@ -119,7 +119,13 @@ class Job:
                 return self.layer_weights(device)
         found = find_base(model, precision=precision, device=device, first=nullcontext)
         assert found.folder is not None
-        return Weights(Path(found.folder), DTYPES[precision]), Path(found.folder)
+        weights = Weights(Path(found.folder), DTYPES[precision])
+        if any(".experts." in name for name in weights):
+            raise ValueError(
+                "--base dequantised: training rounds this model's experts to NF4 after it has read "
+                "them, and no file holds them so: --base original --no-table"
+            )
+        return weights, Path(found.folder)
 
     def layer_weights(self, device: torch.device) -> tuple[LayerWeights, Path]:
         """The base's file of layers, which the engine `fused` trains over."""

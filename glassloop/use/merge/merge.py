@@ -52,8 +52,13 @@ def pairs_of(
     """Base weight's name -> its change, from a saved adapter's tensors.
 
     Raises:
-        ValueError: a tensor has no partner, or is none that is known.
+        ValueError: a tensor has no partner, or is none that is merged here.
     """
+    if lora.target_parameters:
+        raise ValueError(
+            f"lora.target_parameters = {', '.join(lora.target_parameters)}: adapters of experts "
+            "are not merged here; merge the checkpoint in PEFT (merge_and_unload)"
+        )
     pairs: dict[str, AdapterPair | TrainedRows] = {}
     seen = 0
     for name, tensor in adapter.items():

@@ -280,28 +280,22 @@ def test_weights_that_nf4_leaves_unquantised_are_counted_and_said(
 ) -> None:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    config = Qwen2MoeConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
+    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    experts = dict(moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4)
+    config = Qwen2MoeConfig(**sizes, **heads, **experts, num_experts_per_tok=2)
     Qwen2MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     experts = 2 * 4 * 3 * 64 * 64
-    engine = engine_of(
-        tmp_path, quantization="nf4", precision="bf16", lora=LoraConfig(targets=("q_proj",))
-    )
+    lora = LoraConfig(targets=("q_proj",), target_parameters=("experts.down_proj",))
+    engine = engine_of(tmp_path, quantization="nf4", precision="bf16", lora=lora)
     groups = {group.kind: group for group in dtype_audit(engine.hf)}
-    assert groups["experts"].parameters == experts and groups["experts"].dtype == "bfloat16"
+    assert groups["experts"].parameters == experts // 3  # those with an adapter
+    assert groups["experts"].dtype == "bfloat16"
+    assert groups["quantised experts"].parameters == 2 * experts // 3
+    assert groups["quantised experts"].size_bytes == experts // 3
     note, reach = engine.report.notes
     assert "have no adapter: k_proj, v_proj, o_proj" in reach and "experts" in reach
-    assert note.startswith("NF4 leaves ") and f"{experts:,} experts in bfloat16" in note
+    assert note.startswith("NF4 leaves ") and f"{experts // 3:,} experts in bfloat16" in note
 
 
 def test_a_token_beyond_the_embedding_is_refused_by_token_id_and_rows(tiny_tokenizer) -> None:

@@ -249,7 +249,9 @@ def test_a_model_with_dense_layers_and_experts_is_refused_with_targets_that_fit(
         mlp_only_layers=[0],
     )
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"experts are not trained here .2 such tensors.*") as told:
+    with pytest.raises(
+        ValueError, match=r"target_parameters alone trains experts .2 such tensors.*"
+    ) as told:
         engine_of(tmp_path)
     cure = str(told.value).rpartition("lora.targets=")[2].split(",")
     assert cure == ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -111,5 +111,6 @@ def test_of_a_mixture_of_experts_attention_trains_by_default(
     assert set(run.config.lora.targets) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     weights = (2 - len(dense)) * 4 * 3 * 64 * 64
     assert any("have no adapter" in line and "experts" in line for line in run.header)
-    assert any(f"{weights:,} experts in float32" in line for line in run.header)
+    (line,) = [line for line in run.header if line.split()[:2] == ["quantised", "experts"]]
+    assert f" {weights:,} " in line and "uint8" in line
     run.close()
