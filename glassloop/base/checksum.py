@@ -54,9 +54,9 @@ def _word_sum(tensor: Tensor) -> int:
 
 
 def _weighted(words: Tensor, step: int, *, on_cpu: bool) -> int:
-    """Sum of word i times 2 i + 1, modulo 2**64, `step` words (int64) at a time.
+    """Sum of word i times 2 i + 1, modulo 2**64.
 
-    int64 arithmetic wraps at 2**64 on every device.
+    It takes `step` words (int64) at a time. int64 arithmetic wraps at 2**64 on every device.
     """
     step = min(step, max(len(words), 1))
     odd = torch.arange(1, 2 * step + 1, 2, device=words.device)  # 1, 3, 5, ...

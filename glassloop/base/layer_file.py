@@ -21,6 +21,7 @@ from torch import Tensor
 
 from glassloop.base.packed import SCALE_BLOCK, Packed
 from glassloop.base.source import BaseError
+from glassloop.disk.entries import share
 
 FORMAT = 1
 BLOBS, MANIFEST = "base.bin", "glassloop_layers.json"
@@ -141,6 +142,7 @@ class LayerFile:
         """Map a folder's file. Raises ValueError for a damaged one."""
         manifest = read_manifest(folder)
         with open(folder / BLOBS, "rb") as file:
+            share(file.fileno())  # for as long as the mapping lives
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable.*")

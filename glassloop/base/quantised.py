@@ -49,6 +49,7 @@ from glassloop.base.source import (
 )
 from glassloop.config import ModelConfig
 from glassloop.disk.cache import cache_root, published
+from glassloop.disk.entries import in_use
 
 MANIFEST = "glassloop_base.json"
 # Files of a copy up to this size are compared by content, larger ones by size and what they load.
@@ -305,7 +306,7 @@ def _load_copy(
     """
     expected = _checksum_of_copy(folder, model)
     try:
-        with loading_errors(model, copy=folder):
+        with in_use(folder), loading_errors(model, copy=folder):
             hf = read_model(str(folder), None, model, dtype, device, copy=folder)
     except BaseError as error:
         if not made:

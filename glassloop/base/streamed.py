@@ -50,6 +50,7 @@ from glassloop.base.source import (
 )
 from glassloop.config import ModelConfig
 from glassloop.disk.cache import cache_root, published
+from glassloop.disk.entries import in_use
 
 GroupsOf = Callable[[Mapping[str, Any]], Groups]
 COPIED = ("config.json", "generation_config.json")
@@ -89,7 +90,7 @@ def load_streamed(
         if own is not None:
             notes += compare_own_quantization(own, model, dtype)
         folder, made = layer_folder(source, files_hash, model, groups_of, dtype, device)
-    with loading_errors(model, copy=folder):
+    with in_use(folder), loading_errors(model, copy=folder):
         pages = HostPages.of(LayerFile.open(folder), device, locking)
         if spare_bytes is not None and device.type == "cuda" and pages.mapped is not None:
             bring_what_fits(pages, torch.cuda.mem_get_info(device)[0] - spare_bytes)

@@ -28,6 +28,7 @@ from glassloop.data.rows import Example
 from glassloop.data.sources import Loaded, MixedPart
 from glassloop.data.stored import StoredExamples, StoredRows, example_of
 from glassloop.data.templates import Template
+from glassloop.disk.entries import share
 from glassloop.disk.opening import open_plain, read_plain, require_plain_folder
 
 FORMAT = 1
@@ -230,6 +231,7 @@ def _mapped(path: Path, size: int, digest: str) -> np.ndarray:
             raise ValueError(f"{path} has {found:,} bytes, written with {size:,}")
         if not size:
             return np.zeros(0, dtype)
+        share(file.fileno())  # for as long as the mapping lives
         pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     if hashlib.sha256(cast(Any, pages)).hexdigest() != digest:
         raise ValueError(f"{path} is damaged: its bytes are not those that were written")

@@ -21,8 +21,15 @@ from safetensors import SafetensorError
 from glassloop.disk.publish import sync
 
 TAG = "Signature: 8a477f597d28d172789f06886806bc55"
+MARK = "Models and rows that glassloop made"  # in the tag of its own caches
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room: on the disk, in a quota, in a file
 ABANDONED_S = 24 * 3600.0  # a temporary folder of this age belongs to a process that died
+
+
+def named_root(cache_dir: str | None) -> Path:
+    """The path of `cache_root`, where nothing is made."""
+    asked = cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop"
+    return Path(asked).expanduser().absolute()
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -31,8 +38,7 @@ def cache_root(cache_dir: str | None) -> Path:
     The folder and its CACHEDIR.TAG (https://bford.info/cachedir/) are made if they are missing. It
     need not be writable: what another user or an administrator has made is read.
     """
-    asked = cache_dir or os.environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop"
-    root = Path(asked).expanduser().absolute()
+    root = named_root(cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -40,10 +46,7 @@ def cache_root(cache_dir: str | None) -> Path:
     tag = root / "CACHEDIR.TAG"
     if not tag.exists() and os.access(root, os.W_OK):  # another's cache may be read-only
         with contextlib.suppress(OSError):  # for backup tools alone; a full disk is told by models
-            tag.write_text(
-                f"{TAG}\n# Models and rows that glassloop made; it makes them again if they "
-                "are gone.\n"
-            )
+            tag.write_text(f"{TAG}\n# {MARK}; it makes them again if they are gone.\n")
     return root
 
 
