@@ -20,10 +20,7 @@ from glassloop.base.layer_file import (
     Quantised,
 )
 from glassloop.base.random import drawn_shapes, weights_of
-from glassloop.base.source import (
-    BaseError,
-    BaseSource,
-)
+from glassloop.base.source import BaseError, BaseSource, files_of
 
 Groups = Mapping[str, Sequence[str]]
 
@@ -127,10 +124,4 @@ def reader_of(
 ) -> WeightFiles | DrawnWeights:
     if source.drawn is not None:
         return DrawnWeights(source, device)
-    if source.folder is not None:
-        return WeightFiles(source.folder)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json"]
-    folder = snapshot_download(source.name, revision=source.commit, allow_patterns=patterns)
-    return WeightFiles(Path(folder))
+    return WeightFiles(files_of(source))

@@ -34,10 +34,10 @@ from glassloop.base.random import drawn_shapes, fill, write_nf4
 from glassloop.base.reading import (
     DTYPES,
     attention_for,
-    compare_own_quantization,
-    own_quantization,
+    kept_quantization,
     read_model,
 )
+from glassloop.base.requantised import in_sixteen_bits
 from glassloop.base.saving import save_pretrained_here
 from glassloop.base.source import (
     BaseError,
@@ -115,10 +115,9 @@ def load_base(
     with first():
         source = source or resolve_source(model)
         notes = [source.note] if source.note else []
-        own = own_quantization(source, model)
+        own, more = kept_quantization(source, model, dtype)
+        notes += more
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
-        if own is not None:
-            notes += compare_own_quantization(own, model, dtype)
         if own is None and model.quantization == "nf4":
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made:
@@ -163,7 +162,8 @@ def find_base(
     with first():
         source = source or resolve_source(model)
         copy = None
-        if own_quantization(source, model) is None:
+        own, notes = kept_quantization(source, model, dtype)
+        if own is None:
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made:
@@ -180,7 +180,7 @@ def find_base(
         folder=str(copy),
         from_cache=not made,
         seconds=time.monotonic() - started,
-        notes=(source.note,) if source.note else (),
+        notes=(*([source.note] if source.note else []), *notes),
     )
 
 
@@ -229,11 +229,10 @@ def quantized_copy(
         bnb_4bit_use_double_quant=model.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-    hf = (
-        None
-        if source.drawn
-        else read_model(source.path, source.revision, model, dtype, device, quantize=settings)
-    )
+    hf = None
+    if not source.drawn:
+        with in_sixteen_bits(source, model, folder) as plain:
+            hf = read_model(plain.path, plain.revision, model, dtype, device, quantize=settings)
     with published(folder) as temporary:
         if hf is None:
             assert source.drawn is not None and source.folder is not None

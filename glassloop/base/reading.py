@@ -24,6 +24,7 @@ from glassloop.base.source import (
 )
 from glassloop.config import ModelConfig
 
+REQUANTISED = ("fp8", "mxfp4")  # quantization_config.quant_method that requantised.py reads
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -131,6 +132,25 @@ def own_quantization(source: BaseSource, model: ModelConfig) -> dict[str, Any] |
     return own if own is None or isinstance(own, dict) else own.to_dict()
 
 
+def kept_quantization(
+    source: BaseSource, model: ModelConfig, dtype: torch.dtype
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The quantization that a base keeps, and notes on it.
+
+    None if it has none, or one that is rounded to NF4 again. Raises BaseError for another one.
+    """
+    own = own_quantization(source, model)
+    if own is None:
+        return None, []
+    kind = own.get("quant_method")
+    if model.requantize and kind in REQUANTISED and model.quantization == "nf4":
+        return None, [
+            f"model.id = {model.id} comes quantised as {kind}: model.requantize rounds its weights "
+            "to NF4 once more"
+        ]
+    return own, compare_own_quantization(own, model, dtype)
+
+
 def compare_own_quantization(
     own: dict[str, Any], model: ModelConfig, dtype: torch.dtype
 ) -> list[str]:
@@ -144,9 +164,11 @@ def compare_own_quantization(
         else own.get("quant_method", "unknown")
     )
     if kind != "nf4":
+        again = "set model.requantize=true to round its weights to NF4 once more, or "
+        cure = again if kind in REQUANTISED and model.quantization == "nf4" else ""
         raise BaseError(
-            f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: take "
-            "the unquantised repository"
+            f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: {cure}"
+            "take the unquantised repository"
         )
     if model.quantization != "nf4":
         raise BaseError(

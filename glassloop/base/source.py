@@ -195,6 +195,16 @@ def downloaded(source: BaseSource) -> Path:
     return Path(config).parent
 
 
+def files_of(source: BaseSource) -> Path:
+    """Folder with a source's weights; downloads those of a hub id."""
+    if source.folder is not None:
+        return source.folder
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(source.name, revision=source.commit, allow_patterns=patterns))
+
+
 def _gated(name: str) -> str:
     return f"model.id = {name} is gated: accept its licence on its hub page, then `hf auth login`"
 

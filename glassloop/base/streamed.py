@@ -31,16 +31,16 @@ from glassloop.base.layer_file import (
     write_layer_file,
     write_manifest,
 )
-from glassloop.base.layer_sources import Groups, WeightFiles, reader_of
+from glassloop.base.layer_sources import DrawnWeights, Groups, WeightFiles, reader_of
 from glassloop.base.packed import SCALE_BLOCK, Packed
 from glassloop.base.quantised import LoadReport, quantized_copy
 from glassloop.base.reading import (
     DTYPES,
     attention_for,
-    compare_own_quantization,
-    own_quantization,
+    kept_quantization,
     prepare_4bit,
 )
+from glassloop.base.requantised import in_sixteen_bits
 from glassloop.base.source import (
     BaseError,
     BaseSource,
@@ -85,10 +85,9 @@ def load_streamed(
     with first():
         source = source or resolve_source(model)
         notes = [source.note] if source.note else []
-        own = own_quantization(source, model)
+        _, more = kept_quantization(source, model, dtype)
+        notes += more
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
-        if own is not None:
-            notes += compare_own_quantization(own, model, dtype)
         folder, made = layer_folder(source, files_hash, model, groups_of, dtype, device)
     with in_use(folder), loading_errors(model, copy=folder):
         pages = HostPages.of(LayerFile.open(folder), device, locking)
@@ -144,14 +143,27 @@ def layer_folder(
     folder = cache_root(model.cache_dir) / "layers" / f"{name}-f{FORMAT}"
     if folder.is_dir():
         return folder, False
-    try:
-        reader = reader_of(source, dtype, device)
-    except (
-        NotStreamable
-    ):  # no safetensors, or other names than the model's: transformers reads them
-        copy, _ = quantized_copy(source, files_hash, model, dtype, device)
-        reader = WeightFiles(copy)
     known = {"name": source.name, "commit": source.commit, "base_hash": files_hash}
+    with in_sixteen_bits(source, model, folder) as plain:
+        try:
+            reader = reader_of(plain, dtype, device)
+        except NotStreamable:  # other names than the model's: transformers reads them
+            copy, _ = quantized_copy(source, files_hash, model, dtype, device)
+            reader = WeightFiles(copy)
+        _write_layers(folder, reader, known, model, groups_of, dtype, device)
+    return folder, True
+
+
+def _write_layers(
+    folder: Path,
+    reader: WeightFiles | DrawnWeights,
+    known: dict[str, Any],
+    model: ModelConfig,
+    groups_of: GroupsOf,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Publish the file of layers, read a layer at a time."""
     with published(folder) as temporary:
         with loading_errors(model):
             config = AutoConfig.from_pretrained(reader.folder)
@@ -178,7 +190,6 @@ def layer_folder(
             checksum = base_checksum(model_over(pages, model, groups_of, dtype, device))
         pages.close()
         write_manifest(temporary, replace(manifest, checksum=checksum))
-    return folder, True
 
 
 def model_over(

@@ -40,6 +40,8 @@ class ModelConfig(Section):
     """Form of the frozen linear weights: NF4 (4 bits) or none (the compute dtype)."""
     double_quantization: bool = True
     """Quantise NF4's block scales once more (0.37 bits a weight less)."""
+    requantize: bool = False
+    """Round a base that is published in FP8 or MXFP4 to NF4 once more. Off: it is refused."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention that transformers uses on the reference engine."""
     trust_remote_code: bool = False
