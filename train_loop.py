@@ -42,7 +42,7 @@ from glassloop.loop.evidence import leave_evidence
 from glassloop.loop.guard import Guard, end_process
 from glassloop.loop.memory import cures, preflight_done, smaller_passes
 from glassloop.loop.process import begun, carried_out
-from glassloop.loop.replica import Replica, ReplicasDiffer
+from glassloop.loop.replica import Replica, ReplicasDiffer, SharedPassFailed
 from glassloop.loop.run import Run
 from glassloop.loop.watchdog import WAITS
 from glassloop.predict.hardware import card_here
@@ -80,7 +80,8 @@ def update_once(run: Run, u: int) -> Outcome | None:
 
     run.does(u, "steps")
     b_lr, fp16 = b_lr_of(replica.optimizer), replica.scale.enabled
-    terms = Terms(lr, n, norm, scale, fp16=fp16, explicit=not replica.ddp, b_lr=b_lr)
+    by_rank = not replica.ddp and not window.split  # each rank's norm is of rows of its own
+    terms = Terms(lr, n, norm, scale, fp16=fp16, explicit=by_rank, b_lr=b_lr)
     decision = run.inspection.decide(batches, window, gate, replica.adapters, terms)
     look = look_before_step(run, window, gate, decision, terms, sums.half)  # read only
     clip = clip_coefficient(norm, decision.max_norm)  # c
@@ -126,7 +127,8 @@ def run_passes(
     """Forward and backward of this rank's passes, into the flat gradient.
 
     Afterwards it holds the rank's share of g, times fp16's loss scale. After a stop or a lack of
-    memory it holds less, and the sums say so: nobody may reduce or apply anything then.
+    memory it holds less, and the sums say so: nobody may reduce or apply anything then. Raises
+    SharedPassFailed for a lack of memory in a pass that other ranks wait in.
 
     Args:
         rows: all training rows; the window's passes are indices into them.
@@ -135,7 +137,9 @@ def run_passes(
         may_go_on: is told what comes next, and returns False if a stop was asked.
     """
     started = time.perf_counter()
-    passes = window.passes[replica.rank] if n else ()
+    passes = window.computed_by(replica.rank) if n else ()
+    # Ranks that share passes, or DDP's, wait for each other inside a pass.
+    together, share = replica.ddp or window.split, (replica.rank, replica.ranks)
     losses = [torch.zeros((), device=replica.device)]
     row_losses = [torch.zeros(0, device=replica.device)]
     done = counted = supervised = real = slots = 0
@@ -143,7 +147,7 @@ def run_passes(
     try:
         for index, numbers in enumerate(passes):
             wanted = may_go_on(f"computes pass {index + 1} of {len(passes)}")
-            if not wanted and not replica.ddp:  # under DDP the others already wait inside backward
+            if not wanted and not together:
                 break
             last = index == len(passes) - 1
             with nullcontext() if last or not replica.ddp else replica.engine.no_sync():
@@ -152,12 +156,13 @@ def run_passes(
                     packed=window.packed,
                     pad_id=replica.pad_id,
                     device=replica.device,
+                    share=share if window.split else None,
                 )
                 loss_sum, row_loss_sums = replica.engine(p)
                 (loss_sum * (replica.scale.value / n)).backward()
             losses.append(loss_sum.detach())
             row_losses.append(row_loss_sums)
-            done, counted = done + 1, counted + len(p.row_ids)
+            done, counted = done + 1, counted + len(row_loss_sums)
             supervised += p.supervised_tokens
             real, slots = real + p.real_tokens, slots + p.slot_tokens
             if index == half_way:
@@ -165,7 +170,9 @@ def run_passes(
         if replica.ddp and n and not passes:
             p = empty_pass(rows[0], pad_id=replica.pad_id, device=replica.device)
             replica.engine(p)[0].backward()  # 0: the other ranks' reduction needs a partner
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        if window.split:
+            raise SharedPassFailed(f"rank {replica.rank} ran out of memory: {error}") from None
         out_of_memory = True
     if replica.device.type == "cuda":
         torch.cuda.synchronize(replica.device)  # the gate waits anyway: the rank's own time ends
@@ -173,7 +180,7 @@ def run_passes(
         loss_sum=torch.stack(losses).sum(),
         row_loss_sums=torch.cat(row_losses),
         half=half,
-        passes=done,
+        passes=done if window.passes[replica.rank] else 0,
         rows=counted,
         supervised_tokens=supervised,
         real_tokens=real,

@@ -194,6 +194,11 @@ class Config(Section):
                 f"data.max_tokens = {self.data.max_tokens}: "
                 "the longest row would fit in no pass"
             )
+        if execution.layout == "split" and execution.engine not in ("auto", "fused"):
+            raise ValueError(
+                f"execution.layout = split needs execution.engine=fused, and it is "
+                f"{execution.engine}: set it to fused, or set execution.layout=packed"
+            )
         if (found := beyond(dict(self), execution.engine)) is not None:
             what, limit = found
             raise ValueError(

@@ -51,13 +51,15 @@ class ExecutionConfig(Section):
     peft: transformers + PEFT + bitsandbytes, the reference. fused: glassloop's own path for Llama
     and Qwen2 in NF4, for speed. unsloth: the model as Unsloth loads and patches it (extra
     `unsloth`, a GPU)."""
-    layout: Literal["literal", "packed"] = "literal"
+    layout: Literal["literal", "packed", "split"] = "literal"
     """literal: exactly the micro-batches asked for. packed: the same rows in as few passes as
-    `pass_tokens` allows."""
+    `pass_tokens` allows. split: packed, and all ranks compute each pass together, each rank a part
+    of every row's tokens. It is for rows that one GPU's memory does not hold (fused)."""
     pass_tokens: int | None = Field(default=None, ge=8)
-    """Most slot tokens of one packed pass on one rank. None: batch.size x data.max_tokens. fused on
-    a GPU, unless memory.profile is min: as many as leave room to keep every layer whole, chosen at
-    the start and kept in plan.json."""
+    """Most slot tokens of one packed pass on one rank, or of one split pass on all ranks together.
+    None: batch.size x data.max_tokens. fused on a GPU with packed passes, unless memory.profile is
+    min: as many as leave room to keep every layer whole, chosen at the start and kept in
+    plan.json."""
     reduction: Literal["explicit", "ddp"] = "explicit"
     """explicit: one summed all-reduce of the flat gradient, in the open. ddp:
     DistributedDataParallel, for comparison."""

@@ -15,9 +15,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-from glassloop.data.rows import IGNORE, Pass, Row
+from glassloop.data.rows import IGNORE, Part, Pass, Row
 from glassloop.data.stored import lengths_of, supervised_of
 from glassloop.data.templates import targets
+from glassloop.plan.split import places_of_ranks
 from glassloop.plan.steps import StepPlan
 
 
@@ -25,7 +26,7 @@ from glassloop.plan.steps import StepPlan
 class Window:
     """The rows of one update, and for each rank its passes.
 
-    Rows are indices into the training rows.
+    Rows are indices into the training rows. `split`: all ranks compute rank 0's passes together.
     """
 
     update: int
@@ -33,6 +34,11 @@ class Window:
     rows: tuple[int, ...]
     passes: tuple[tuple[tuple[int, ...], ...], ...]  # [rank][pass][row]
     packed: bool
+    split: bool = False
+
+    def computed_by(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Passes that a rank takes part in."""
+        return self.passes[0 if self.split else rank]
 
 
 @lru_cache(maxsize=4)
@@ -94,7 +100,7 @@ class Batches:
     rows: Sequence[Row]
     plan: StepPlan
     seed: int
-    layout: str  # "literal" | "packed"
+    layout: str  # "literal" | "packed" | "split"
     pass_tokens: int  # packed only: most tokens of a pass
     # Updates after which a lone rank's only packed pass is cut in two, for the noise scale.
     two_passes_every: int | None = None
@@ -123,6 +129,9 @@ class Batches:
         epoch = (update - 1) // plan.windows_per_epoch
         if self.layout == "literal":
             passes = literal_passes(rows, plan.size, plan.ranks)
+        elif self.layout == "split":
+            together = packed_passes(rows, self.lengths, 1, self.pass_tokens)
+            passes = (*together, *((),) * (plan.ranks - 1))
         else:
             passes = packed_passes(rows, self.lengths, plan.ranks, self.pass_tokens)
             if (
@@ -136,7 +145,17 @@ class Batches:
                 tuple(half for one in rank for half in (one[::2], one[1::2]) if half)
                 for rank in passes
             )
-        return Window(update, epoch, rows, passes, packed=self.layout == "packed")
+        return Window(update, epoch, rows, passes, packed=self.packed, split=self.split)
+
+    @property
+    def packed(self) -> bool:
+        """True if rows of a pass lie end to end."""
+        return self.layout != "literal"
+
+    @property
+    def split(self) -> bool:
+        """True if ranks share each pass."""
+        return self.layout == "split" and self.plan.ranks > 1
 
     def heaviest(self) -> Window:
         """Each rank's pass with the most slot tokens, as window 0."""
@@ -150,13 +169,14 @@ class Batches:
             0,
             tuple(row for rank in passes for one in rank for row in one),
             passes,
-            packed=self.layout == "packed",
+            packed=self.packed,
+            split=self.split,
         )
 
     def slots(self, rows: Sequence[int]) -> int:
         """Slot tokens of a pass."""
         lengths = [self.lengths[row] for row in rows]
-        return sum(lengths) if self.layout == "packed" else len(rows) * max(lengths)
+        return sum(lengths) if self.packed else len(rows) * max(lengths)
 
     def share(self, window: Window, rank: int) -> list[Row]:
         """The rows of one rank, in the order of its passes."""
@@ -167,11 +187,21 @@ class Batches:
         return sum(self.labels[row] for row in window.rows)
 
 
-def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.device) -> Pass:
+def build_pass(
+    rows: Sequence[Row],
+    *,
+    packed: bool,
+    pad_id: int,
+    device: torch.device,
+    share: tuple[int, int] | None = None,
+) -> Pass:
     """Tensors of one pass.
 
-    Padded: right padding to the longest row. Packed: rows end to end, positions restart.
+    Padded: right padding to the longest row. Packed: rows end to end, positions restart. `share`:
+    rank and ranks of a packed pass that all of them compute together; a place's target is the token
+    that follows, whichever rank has it.
     """
+    assert share is None or packed, "ranks share packed passes alone"
     lengths = [len(row) for row in rows]
     shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
     whole = np.empty((4, *shape), dtype=np.int64)  # one copy to the device
@@ -183,8 +213,12 @@ def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.
         whole[0][place], whole[1][place] = row.input_ids, targets(row)
         whole[2][own], whole[3][own] = np.arange(length if packed else shape[1]), index
         start += length
+    part = None
+    if share is not None and share[1] > 1:
+        whole, part = _part(whole, *share)
     tensors = torch.from_numpy(whole)  # (4, B, T)
     places = (tensors[1].flatten() != IGNORE).nonzero().squeeze(1)
+    supervised = len(places) if part is None or not part.idle else 0
     if device.type == "cuda":
         tensors, places = tensors.pin_memory(), places.pin_memory()
     on_device = tensors.to(device, non_blocking=True)
@@ -197,10 +231,22 @@ def build_pass(rows: Sequence[Row], *, packed: bool, pad_id: int, device: torch.
         places=places.to(device, non_blocking=True),
         lengths=tuple(lengths),
         packed=packed,
-        supervised_tokens=len(places),
-        real_tokens=sum(lengths),
+        supervised_tokens=supervised,
+        real_tokens=sum(lengths) if part is None else tensors[0].numel(),
         slot_tokens=tensors[0].numel(),
+        part=part,
     )
+
+
+def _part(whole: np.ndarray, rank: int, ranks: int) -> tuple[np.ndarray, Part]:
+    """One rank's places of a packed pass (4, 1, T)."""
+    places = places_of_ranks(whole.shape[2], ranks)
+    start = sum(places[:rank])
+    own = np.ascontiguousarray(whole[:, :, start : start + places[rank]])
+    idle = bool((own[1] == IGNORE).all())
+    if idle:
+        own[1, 0, 0] = 0  # a label that exists, at a place that counts as 0
+    return own, Part(rank, places, idle)
 
 
 def empty_pass(row: Row, *, pad_id: int, device: torch.device) -> Pass:

@@ -85,10 +85,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One rank's places of a pass that all ranks share.
+
+    Attributes:
+        places: of each rank, in the order of the pass.
+        idle: none of this rank's is supervised; its place 0 stands in, and counts as 0.
+    """
+
+    rank: int
+    places: tuple[int, ...]
+    idle: bool
+
+
+@dataclass(frozen=True)
 class Pass:
     """Input of one forward + backward on one rank.
 
-    Padded passes are (B, T); packed ones are (1, T) and hold several rows.
+    Padded passes are (B, T); packed ones are (1, T) and hold several rows. With a `part` tensors
+    and counts are of this rank's places, row_ids and lengths of all.
     """
 
     row_ids: tuple[str, ...]  # rows of this pass, in order
@@ -105,3 +120,4 @@ class Pass:
     supervised_tokens: int
     real_tokens: int
     slot_tokens: int
+    part: Part | None = None

@@ -32,7 +32,7 @@ class Terms:
     norm: float  # |g|, unscaled, before clipping
     scale: float  # fp16's loss scale, else 1: the flat gradient holds g * scale
     fp16: bool = False
-    explicit: bool = True  # each rank's norm was taken before the reduction
+    explicit: bool = True  # each rank's norm was taken before the reduction, of rows of its own
     clip: float = 1.0  # c
     times: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     noise: float | None = None  # gradient noise scale, in tokens
@@ -175,7 +175,7 @@ def _nonfinite(
     ranks = [
         rank for rank, report in enumerate(gate.reports) if not math.isfinite(report.grad_norm)
     ]
-    rows = [row for rank in ranks for one in window.passes[rank] for row in one]
+    rows = [row for rank in ranks for one in window.computed_by(rank) for row in one]
     return (
         f"gradient is not finite on rank {', '.join(map(str, ranks))}, the loss is: rows "
         f"{_names(batches, rows)}"
@@ -214,7 +214,9 @@ def describe(
         reason=decision.reason,
         supervised_tokens=terms.n,
         rank_loss_nats=tuple(
-            r.loss_sum / r.supervised_tokens if r.supervised_tokens else None for r in reports
+            # Ranks that share rows have no rows of their own.
+            r.loss_sum / r.supervised_tokens if r.supervised_tokens and not window.split else None
+            for r in reports
         ),
         rank_supervised_tokens=tuple(r.supervised_tokens for r in reports),
         rank_real_tokens=tuple(r.real_tokens for r in reports),

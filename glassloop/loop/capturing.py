@@ -137,8 +137,18 @@ def facts_of(run: Run, window: Window, gate: Gate, why: str, terms: Terms) -> Ca
         expected=Expected(
             loss_nats=gate.loss_sum / terms.n if terms.n else None,
             grad_norm_pre_clip=terms.norm if terms.n else None,
-            rank_loss_sums=tuple(report.loss_sum for report in reports),
+            rank_loss_sums=rank_loss_sums(window, gate),
             rank_grad_norms=norms if terms.explicit and terms.n else None,
             row_loss_sums=tuple(report.row_loss_sums for report in reports),
         ),
     )
+
+
+def rank_loss_sums(window: Window, gate: Gate) -> tuple[float, ...]:
+    """Nats of each rank's own rows.
+
+    Rows that ranks share are rank 0's.
+    """
+    if window.split:
+        return (gate.loss_sum, *(0.0 for _ in gate.reports[1:]))
+    return tuple(report.loss_sum for report in gate.reports)

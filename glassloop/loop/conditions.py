@@ -138,7 +138,7 @@ def contract_of(
         real_tokens=tuple(sum(batches.lengths[row] for row in one) for one in rows),
         rows_digest=rows_digest,
         facts=facts,
-        pass_tokens=batches.pass_tokens if batches.layout == "packed" else None,
+        pass_tokens=batches.pass_tokens if batches.packed else None,
         ends_early=early,
     )
 

@@ -21,6 +21,8 @@ from glassloop.engines.adapters import check_parameters, default_names, linear_n
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda
 from glassloop.plan.engine import Choice, choose_engine
+from glassloop.plan.split import heads_of_ranks
+from glassloop.plan.support import description_of, unsupported
 from glassloop.plan.targets import needs_names
 from glassloop.predict.traits import FAMILIES
 from glassloop.saved.checkpoint import read_state
@@ -48,6 +50,20 @@ def engine_here(
         return choice
     lacking = next(filter(None, gather_objects(lacking_here())), "")
     return choose_engine(config, model, on_cuda=True, lacking=lacking)
+
+
+def check_split(config: Config, model: Mapping[str, Any], ranks: int) -> None:
+    """Raise ValueError if ranks cannot share the model's heads.
+
+    Split passes need that.
+
+    Args:
+        model: the base's config.
+    """
+    if config.execution.layout != "split" or unsupported(model) is not None:
+        return  # fused says itself what it does not support
+    of = description_of(model)
+    heads_of_ranks(of.heads, of.key_heads, ranks)
 
 
 def engine_before(checkpoint: Path | None, plan: Mapping[str, Any]) -> str | None:

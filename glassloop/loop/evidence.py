@@ -94,7 +94,7 @@ def leave_evidence(run: Run, window: Window, short: Collection[int]) -> None:
         return
     seen, account = run.witness.take(), None
     if seen is not None and replica.rank in short:
-        rows = heaviest_rows(run, window.passes[replica.rank])
+        rows = heaviest_rows(run, window.computed_by(replica.rank))
         account = account_of(
             seen,
             update=run.at,

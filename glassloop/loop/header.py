@@ -69,6 +69,9 @@ def layout_of(config: Config, batches: Batches, *, on_cuda: bool) -> str:
     """The layout of an update's rows in words."""
     if batches.layout == "literal":
         return "literal, the micro-batches asked for"
+    if batches.layout == "split":
+        ranks = counted(batches.plan.ranks, "rank")
+        return f"split, passes of at most {batches.pass_tokens:,} tokens over {ranks} together"
     chosen = ""
     if on_cuda and chooses_passes(config):
         chosen = f", chosen under memory.profile={config.memory.profile}"

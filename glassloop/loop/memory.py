@@ -38,13 +38,14 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
     shapes, _ = shapes_of(run.config.model.id)
     if shapes is None or not rows:
         return None
-    packed = run.batches.layout == "packed"
-    count, tokens = (1, sum(map(len, rows))) if packed else (len(rows), max(map(len, rows)))
+    lengths = [len(row) for row in rows]
+    count, tokens = (1, sum(lengths)) if run.batches.packed else (len(lengths), max(lengths))
     work = replace(
         work_of(run.config),
         rows=count,
         tokens=tokens,
         supervised_tokens=sum(row.supervised_tokens for row in rows),
+        split=run.replica.ranks if run.batches.split else 1,
     )
     tiers = Tiers.of(run.tiers) if run.tiers is not None else None
     try:
@@ -68,7 +69,8 @@ def memory_lines(run: Run, window: Window) -> list[str]:
     measured = run.measured_gib | {
         "peak": torch.cuda.max_memory_allocated(run.replica.device) / GIB
     }
-    ledger = ledger_of_pass(run, run.batches.share(window, run.replica.rank))
+    passes = window.computed_by(run.replica.rank)
+    ledger = ledger_of_pass(run, [run.batches.rows[row] for one in passes for row in one])
     predicted = (
         {}
         if ledger is None
@@ -119,7 +121,9 @@ def longest_here(run: Run) -> int | None:
     if engine.name != "fused" or device.type != "cuda" or shapes is None:
         return None
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    work = replace(work_of(run.config), capability=torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    split = run.replica.ranks if run.batches.split else 1
+    work = replace(work_of(run.config), capability=capability, split=split)
     if engine.host.most_bytes is not None:
         work = replace(work, host_gib=engine.host.most_bytes / GIB)
     return longest_row(shapes, work, free).tokens
@@ -131,7 +135,7 @@ def cures(run: Run) -> str:
     cures = []
     if not execution.checkpointing:
         cures.append("execution.checkpointing=true")
-    if execution.layout == "packed":
+    if execution.layout != "literal":
         cures.append("a smaller execution.pass_tokens")
     elif batch.size > 1:
         cures.append(
@@ -153,7 +157,7 @@ def smaller_passes(run: Run, update: int, why: str) -> bool:
     """
     execution = run.config.execution
     largest = max(len(one) for passes in run.batches.heaviest().passes for one in passes)
-    if execution.on_out_of_memory == "stop" or run.replica.ddp:
+    if execution.on_out_of_memory == "stop" or run.replica.ddp or run.batches.split:
         return False
     if fewer_kept(run, update, why):
         return True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glassloop.formula.dist import leave
 from glassloop.loop.guard import Guard, say
-from glassloop.loop.replica import ReplicasDiffer
+from glassloop.loop.replica import ReplicasDiffer, SharedPassFailed
 from glassloop.loop.run import Run
 from glassloop.loop.signals import StoppedEarly
 from glassloop.plan.contract import ContractBroken
@@ -67,7 +67,7 @@ def carried_out(
     code = 1
     try:
         code = train(run)
-    except (ContractBroken, ReplicasDiffer) as error:
+    except (ContractBroken, ReplicasDiffer, SharedPassFailed) as error:
         code = run.broken(error)
     except OSError as error:  # the disk takes not even a line: nobody could follow the run
         if os.environ.get("GLASSLOOP_TRACEBACK"):

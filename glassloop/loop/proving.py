@@ -55,7 +55,7 @@ def doubt_of(
     """Name what speaks against fused on this rank, or ""."""
     from glassloop.engines.fused.proof import disagreement
 
-    packed = asked.execution.layout == "packed"
+    packed = asked.execution.layout != "literal"
     try:
         return disagreement(engine, adapters, rows, packed=packed, pad_id=pad_id)  # type: ignore[arg-type]
     except Exception as error:  # a kernel that does not compile, an interface that has changed

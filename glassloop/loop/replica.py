@@ -38,6 +38,10 @@ class ReplicasDiffer(RuntimeError):
     """Raised on every rank if their adapters or optimizer states differ."""
 
 
+class SharedPassFailed(RuntimeError):
+    """Raised where a rank cannot finish a pass that ranks share."""
+
+
 @dataclass
 class Replica:
     """The parts that one rank computes updates with."""

@@ -46,6 +46,9 @@ def spend_memory(run: Run) -> None:
     passes = [[run.batches.rows[row] for row in one] for rank in window.passes for one in rank]
     tokens = max(run.batches.slots(one) for rank in window.passes for one in rank)
     supervised = max(sum(row.supervised_tokens for row in one) for one in passes)
+    if run.batches.split:  # of a rank; all labels may lie in one rank's part
+        tokens = -(-tokens // run.replica.ranks)
+        supervised = min(supervised, tokens)
     memory = run.config.memory
     # What is held is given back before free memory is counted.
     engine.use_tiers(replace(engine.tiers, host="nothing", held=0))
@@ -57,6 +60,7 @@ def spend_memory(run: Run) -> None:
         base=memory.base,
         sharing=ranks_on(run.replica.device),
         longest=max(len(row) for one in passes for row in one),
+        split=run.replica.ranks if run.batches.split else 1,
     )
     engine.host.most_bytes, notes = asked.host_bytes, []
     while True:

@@ -25,7 +25,7 @@ from glassloop.health.patience import HeldOut, heldout_from
 from glassloop.loop.changed import recorded_config
 from glassloop.loop.claim import claim, digests_of
 from glassloop.loop.conditions import check_rows
-from glassloop.loop.engine_here import engine_here, with_linear_names
+from glassloop.loop.engine_here import check_split, engine_here, with_linear_names
 from glassloop.loop.folder import run_folder
 from glassloop.loop.launch import check_launch, hush, make_accelerator
 from glassloop.loop.same_program import require_same_program
@@ -144,6 +144,7 @@ def start_ranks(config: Config, stop: StopFlag | None) -> Start:
     check_tokens(config.lora, values)
     config = with_linear_names(config, source, values, first)
     choice = engine_here(config, past.checkpoint, past.plan, values)
+    check_split(config, values, accelerator.num_processes)
     folder = run_folder(config)
     lock = claim(folder, config, past.sums, past.digests, rank=accelerator.process_index)
     return Start(
@@ -188,9 +189,22 @@ def read_rows(start: Start) -> Rows:
         pass_tokens=pass_tokens_for(config, None, None),
         two_passes_every=config.record.probe_every_updates,
     )
+    check_shared_rows(batches)
     cure = "the ranks read different data or tokenizers; give every host the same files"
     require_same("training rows", dataset.digest, cure)
     return Rows(tokenizer, dataset, batches, done, tracker_ids)
+
+
+def check_shared_rows(batches: Batches) -> None:
+    """Raise ValueError for a row with fewer tokens than ranks."""
+    ranks, lengths = batches.plan.ranks, batches.lengths
+    if not batches.split or min(lengths) >= ranks:
+        return
+    row = batches.rows[min(range(len(lengths)), key=lengths.__getitem__)]
+    raise ValueError(
+        f"execution.layout = split: row {row.row_id} has {len(row)} tokens, fewer than the {ranks} "
+        "ranks that share it: leave it out, or set execution.layout=packed"
+    )
 
 
 def settle(start: Start, rows: Rows) -> Start:

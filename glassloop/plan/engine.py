@@ -57,8 +57,13 @@ def choose_engine(
 def with_engine(config: Config, choice: Choice) -> Config:
     """Put the chosen engine's name into the config.
 
-    Raises ValueError for memory.* with another engine than fused.
+    Raises ValueError for memory.* and split passes with another engine than fused.
     """
+    if choice.engine != "fused" and config.execution.layout == "split":
+        raise ValueError(
+            f"execution.layout = split needs execution.engine=fused, but auto chose "
+            f"{choice.engine} ({choice.why}). Set execution.layout=packed, or fix that reason"
+        )
     if choice.engine != "fused" and config.memory != MemoryConfig():
         raise ValueError(
             f"memory.* only applies to execution.engine=fused, but auto chose {choice.engine} "

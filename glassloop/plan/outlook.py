@@ -167,6 +167,8 @@ def _of_shapes(
     work = work_of(config, counts, counts.heaviest_share if counts else share)
     n = trainable(shapes, config.lora)
     work = replace(work, targets=shapes.apart(work.targets), ranks=plan.ranks)
+    if config.execution.layout == "split":
+        work = replace(work, split=plan.ranks)
     on_disk = round(4 * n + disk_state_bytes(config.optimizer.name) * n)
     found: dict[str, Any] = {
         "shapes": shapes,
@@ -262,7 +264,7 @@ def card_time(
 
     on_card: what the engine `fused` keeps there.
     """
-    packed = config.execution.layout == "packed"
+    packed = config.execution.layout != "literal"
     padded = (
         counts.literal_slots / counts.real if counts and not packed else 1.0
     )  # padding is computed too
@@ -271,8 +273,11 @@ def card_time(
         limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
         if on_card is not None and on_card.pass_tokens is not None and chooses_passes(config):
             limit = on_card.pass_tokens
-        rows = max(1.0, min(plan.rows_per_update / plan.ranks, limit / row_tokens))
-        passes = plan.rows_per_update / plan.ranks / rows
+        split = config.execution.layout == "split"  # each rank computes its part of every row
+        most = float(plan.rows_per_update if split else plan.rows_per_update / plan.ranks)
+        rows = max(1.0, min(most, limit / row_tokens))
+        passes = most / rows
+        rows /= plan.ranks if split else 1
     share = counts.supervised / counts.real if counts else 1.0
     work: dict[str, Any] = dict(
         rows=rows * padded, row_tokens=row_tokens, supervised_share=share / padded

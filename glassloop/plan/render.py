@@ -121,6 +121,11 @@ def _steps(outlook: Outlook) -> list[str]:
             f"packed, passes of at most {limit:,} tokens: {mean:.1f} passes a rank and update, "
             f"not {plan.accumulation}"
         )
+    elif config.execution.layout == "split":
+        how = (
+            f"split, passes of at most {limit:,} tokens that "
+            f"{counted(plan.ranks, 'rank')} compute together, each a part of every row"
+        )
     elif packed:
         how = (
             f"packed, the same rows in passes of at most {limit:,} tokens (--with-data counts them)"

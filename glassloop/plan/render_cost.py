@@ -126,7 +126,8 @@ def row_lines(outlook: Outlook) -> list[str]:
     if config.memory.host_gib == "auto":
         has += f": {work.host_has_gib:.0f} GiB of a host that is not here"
     lines = [
-        f"{'rows':<{LABEL}}the longest that trains, alone in its pass, every token supervised; "
+        f"{'rows':<{LABEL}}the longest that trains, alone in its pass{_together(outlook)}, every "
+        "token supervised; "
         f"the same under min and fill; host GiB a rank locks then ({has})",
         f"{blank}{'card':<9}{'tokens':>9}{'host':>7}",
     ]
@@ -135,18 +136,26 @@ def row_lines(outlook: Outlook) -> list[str]:
             f"{blank}{one.card:<9}{one.longest_tokens:>9,}{one.longest_host_gib:>7.1f}  "
             + (one.longest_tiers if one.longest_tokens else "none")
         )
-    return [*lines, *_speed_lines(known)]
+    return [*lines, *_speed_lines(known, outlook)]
 
 
-def _speed_lines(known: list[Verdict]) -> list[str]:
+def _together(outlook: Outlook) -> str:
+    """How many cards share a row; empty for one."""
+    split = 1 if outlook.work is None else outlook.work.split
+    return f", over {split} such cards" if split > 1 else ""
+
+
+def _speed_lines(known: list[Verdict], outlook: Outlook) -> list[str]:
     """Predicted tokens/s of long rows by card; empty without rates."""
     known = [one for one in known if one.rows]
     if not known:
         return []
     blank = " " * LABEL
     lengths = "".join(f"{tokens:>9,}" for tokens in LONG)
+    split = 1 if outlook.work is None else outlook.work.split
+    where = "on one card" if split == 1 else f"on {split} cards without their exchange"
     lines = [
-        f"{blank}predicted tokens/s of such rows, one an update, on one card",
+        f"{blank}predicted tokens/s of such rows, one an update, {where}",
         f"{blank}{'card':<9}{lengths}{'longest':>9}",
     ]
     for one in known:
@@ -206,6 +215,7 @@ def time_lines(outlook: Outlook) -> list[str]:
     lines = [
         f"{'time':<{LABEL}}predicted, not measured; {outlook.row_tokens:,.0f} tokens a row "
         f"({exact}); training alone, all ranks"
+        + (", without their exchange" if _together(outlook) else "")
     ]
     lines += [f"{'':<{LABEL}}{_card_time(one)}" for one in outlook.times]
     checked = "; ".join(

@@ -67,7 +67,7 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
     The real one if rows were counted, else full rows with every token supervised. share: most
     tokens of an update on one rank, if the run chooses the size of passes.
     """
-    packed = config.execution.layout == "packed"
+    packed = config.execution.layout != "literal"
     limit = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
     if counts is not None:
         rows, tokens, supervised = (

@@ -11,6 +11,7 @@ from glassloop.predict.chunks import (
     CHUNKS,
     backward_bytes,
     before_last_bytes,
+    exchange_bytes,
     forward_bytes,
 )
 from glassloop.predict.tiers import (
@@ -84,6 +85,7 @@ class Asked:
         base: memory.base.
         sharing: ranks on one GPU: each takes its part of what is free.
         longest: tokens of the longest row; 0: not known.
+        split: ranks that share the pass; tokens are one's.
     """
 
     profile: str | float
@@ -93,6 +95,7 @@ class Asked:
     base: str | int = "auto"
     sharing: int = 1
     longest: int = 0
+    split: int = 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class _Pass:
         one, tokens = self.one, self.asked.tokens
         extra = max(0, gradient_bytes(one, tokens) - SPARE_BYTES)
         extra += index_bytes(tokens) + turn_bytes(one, tokens)
-        return max(live_bytes(one, tokens), self.room.head) + extra
+        live = live_bytes(one, tokens) + exchange_bytes(one, tokens, self.asked.split)
+        return max(live, self.room.head) + extra
 
     def needed(self, how: How) -> int:
         """Bytes of the GPU while one layer is at work."""
@@ -153,9 +157,11 @@ class _Pass:
             # What it left on the host has come back, and that of the next is on its way.
             return kept_bytes(one, tokens) + away + (layers - 1) * stays + self.beyond - gone
         work = one, tokens, chunk, host
-        backward = backward_bytes(*work) + gradient_bytes(one, tokens) + turn_bytes(one, tokens)
-        forward = forward_bytes(*work, self.asked.supervised_tokens)
-        forward = max(forward, before_last_bytes(*work, stays))
+        ranks = self.asked.split
+        backward = backward_bytes(*work, ranks) + gradient_bytes(one, tokens)
+        backward += turn_bytes(one, tokens)
+        forward = forward_bytes(*work, self.asked.supervised_tokens, ranks)
+        forward = max(forward, before_last_bytes(*work, stays, ranks))
         busiest = max(backward, forward, self.room.head)
         return layers * stays + 2 * away + busiest + index_bytes(tokens) - gone
 

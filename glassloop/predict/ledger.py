@@ -206,9 +206,9 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     if 0 < chosen.chunk < places:
         tables = ("backward",)  # of this package's own attention kernel; others turn by chunks
         how = one, places, chosen.chunk, chosen.host
-        before = chunks.before_last_bytes(*how, stays)
-        forward = max(before, chunks.forward_bytes(*how, work.supervised))
-        computing, backward = 0, chunks.backward_bytes(*how)
+        before = chunks.before_last_bytes(*how, stays, work.split)
+        forward = max(before, chunks.forward_bytes(*how, work.supervised, work.split))
+        computing, backward = 0, chunks.backward_bytes(*how, work.split)
     return (
         Term("adapters, rounded", (layers - chosen.held) * tiers.shadow_bytes(one), PHASES),
         Term(
@@ -247,6 +247,11 @@ def _fused(shapes: Shapes, work: Work) -> tuple[Term, ...]:
             ("backward",),
         ),
         Term("backward: buffers of a layer", backward, ("backward",)),
+        Term(
+            "heads that ranks exchange",
+            0 if 0 < chosen.chunk < places else chunks.exchange_bytes(one, places, work.split),
+            ("backward",),
+        ),
     )
 
 

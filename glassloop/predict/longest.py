@@ -40,7 +40,8 @@ def longest_row(shapes: Shapes, work: Work, budget_bytes: int) -> Longest:
 
     Every token is supervised.
 
-    Profile, adapters and host memory are those of `work`.
+    Profile, adapters and host memory are those of `work`. With `work.split` it lies on that many
+    cards.
     """
     few, many = 0, 1  # steps that fit, and that do not
     while many * STEP <= MOST and fits(shapes, row_of(work, many * STEP), budget_bytes):
@@ -77,14 +78,15 @@ def row_speeds(
         took = fused_pass_time(
             shapes,
             card,
-            rows=1,
+            rows=1 / work.split,
             row_tokens=tokens,
             r=work.r,
             targets=work.targets,
             tiers=tiers_of(shapes, one),
         )
         if took is not None:
-            speed = tokens_per_s(took, rows=1, row_tokens=tokens, passes=1, ranks=1)
+            ranks = work.split
+            speed = tokens_per_s(took, rows=1 / ranks, row_tokens=tokens, passes=1, ranks=ranks)
             found.append(RowSpeed(tokens, speed))
     return tuple(found)
 

@@ -52,6 +52,7 @@ def with_tiers(shapes: Shapes, work: Work, budget_bytes: int) -> Work:
         work.supervised,
         host_bytes=host_bytes_of(shapes, work),
         longest=0 if work.packed else work.tokens,
+        split=work.split,
     )
     room = Room(
         used,

@@ -44,6 +44,7 @@ class Work:
         profile, host_gib, base: memory.*, for the engine `fused`. tiers: what it keeps, and
             where; None: nothing, all without `checkpointing`. host_gib None: auto, of the
             `host_has_gib` that a rank may take of its host in all.
+        split: ranks that share each row; a rank has its part of the places.
         between: packed passes whose size the engine `fused` chooses: tokens of the longest row,
             and of a rank's whole share of an update.
     """
@@ -67,13 +68,15 @@ class Work:
     host_has_gib: float = PLANNED_HOST_GIB
     base: str | int = "auto"
     ranks: int = 1
+    split: int = 1
     tiers: Tiers | None = None
     between: tuple[int, int] | None = None
     trained_tokens: int = 0
 
     @property
     def places(self) -> int:
-        return self.rows * self.tokens
+        """Places of a rank."""
+        return -(-self.rows * self.tokens // self.split)
 
     @property
     def supervised(self) -> int:

@@ -47,7 +47,8 @@ class UpdateRecord:
     supervised_tokens: int
     """N of the formula, over all ranks."""
     rank_loss_nats: tuple[float | None, ...]
-    """Each rank's own token mean. None for a rank without supervised tokens."""
+    """Each rank's own token mean. None for a rank without supervised tokens, and where ranks share
+    rows."""
     rank_supervised_tokens: tuple[int, ...]
     """Tokens with a label."""
     rank_real_tokens: tuple[int, ...]
@@ -55,12 +56,13 @@ class UpdateRecord:
     rank_slot_tokens: tuple[int, ...]
     """Places computed, padding included."""
     rank_passes: tuple[int, ...]
-    """Forward and backward passes."""
+    """Forward and backward passes. Passes that ranks share are rank 0's."""
     rank_grad_norm: tuple[float, ...] | None
-    """L2 norm of each rank's share of the sum, before reduction. None under ddp."""
+    """L2 norm of each rank's share of the sum, before reduction. None under ddp, and where ranks
+    share rows."""
     rank_cosine: float | None
-    """Mean cosine between ranks' shares, weighted by their norms. None under ddp or with one
-    rank."""
+    """Mean cosine between ranks' shares, weighted by their norms. None under ddp, with one rank,
+    and where ranks share rows."""
     loss_scale: float | None
     """The factor on the loss in this update. None but in fp16."""
     update_s: float

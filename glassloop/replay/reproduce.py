@@ -43,6 +43,7 @@ class Scene:
     recorded: Mapping[str, float]  # what is on record, under the names of `numbers`
     origin: str  # where the state comes from, for people
     updates_rerun: int = 0  # updates that were re-run to get here
+    rounding: float = 0.0  # relative, that one process may differ by from ranks that shared passes
 
     @property
     def supervised_tokens(self) -> int:
@@ -266,10 +267,7 @@ class Reproduction:
 
 
 def relative(a: float, b: float) -> float:
-    """a - b| / |b|; infinite if only one is finite.
-
-    0 for equal numbers; NaN equals NaN.
-    """
+    """|a - b| over |b|; infinite if only one is finite."""
     if a == b or (math.isnan(a) and math.isnan(b)):
         return 0.0
     if not (math.isfinite(a) and math.isfinite(b)):
@@ -287,7 +285,7 @@ def reproduce(scene: Scene) -> Reproduction:
     floors = {name: relative(other, value) for (name, value), (_, other) in pairs}
     # Where two replays are not the same bit for bit, a number that came out the same twice did so
     # by luck: its last bit may still differ.
-    least = 0.0 if apart == 0 and not any(floors.values()) else ULP
+    least = scene.rounding or (0.0 if apart == 0 and not any(floors.values()) else ULP)
     compared = []
     for name, value in numbers(scene, first):
         if (recorded := scene.recorded.get(name)) is not None:

@@ -286,13 +286,17 @@ def window_of(batches: Batches, record: Record, lines: list[Record]) -> Window:
             of_rank[line["micro_batch"]].append(numbers[line["row_id"]])
         order = tuple(numbers[line["row_id"]] for line in lines)
         held = tuple(tuple(tuple(one) for one in rank) for rank in passes)
-        return Window(u, record["epoch"], order, held, packed=batches.layout == "packed")
+        # What ranks computed together, one rank computes whole here.
+        return Window(u, record["epoch"], order, held, packed=batches.packed)
     window = _with_as_many_passes(batches, record)
     real = [sum(map(len, batches.share(window, rank))) for rank in range(len(window.passes))]
-    if sum(record["rank_passes"]) and real != list(record["rank_real_tokens"]):
+    counted = list(record["rank_real_tokens"])
+    if window.split:  # ranks counted their parts of rows that all are rank 0's
+        counted = [sum(counted), *(0 for _ in counted[1:])]
+    if sum(record["rank_passes"]) and real != counted:
         raise ValueError(
             f"the data have changed: the ranks' rows of update {u} had "
-            f"{record['rank_real_tokens']} tokens, now {real}: {cure}"
+            f"{counted} tokens, now {real}: {cure}"
         )
     return window
 

@@ -36,6 +36,9 @@ from glassloop.saved.capsule import (
     versions,
 )
 
+# Relative, of losses and norms: other sums by place. bf16 rounds each product.
+SHARED_ROUNDING = {"fp32": 1e-6, "bf16": 1e-3}
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -89,10 +92,20 @@ def open_scene(
             )
         capsule = _own_capsule(where, update, notes)
     if capsule is not None:
-        return _from_capsule(capsule, run_folder, overrides, notes)
+        return _as_shared(_from_capsule(capsule, run_folder, overrides, notes))
     assert run_folder is not None
     assert update is not None
-    return _from_run(run_folder, update, overrides, say, notes)
+    return _as_shared(_from_run(run_folder, update, overrides, say, notes))
+
+
+def _as_shared(opened: Opened) -> Opened:
+    """Allow for rounding where ranks shared passes, which one process computes whole."""
+    execution, ranks = opened.config.execution, opened.scene.ranks
+    if execution.layout != "split" or ranks == 1:
+        return opened
+    note = f"{ranks} ranks shared its passes; here one computes them whole, equal up to rounding"
+    scene = replace(opened.scene, rounding=SHARED_ROUNDING[execution.precision])
+    return replace(opened, scene=scene, notes=(*opened.notes, note))
 
 
 def _capsules_of(folder: Path) -> str:

@@ -212,6 +212,12 @@ def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In q, k, v as they are, each in its shape."""
+    if bounds.work is not None:
+        into = q.new_empty(len(q), (q.shape[1] + 2 * k.shape[1]) * q.shape[2])
+        none = no_angles(len(q), q.shape[2], q.device)
+        attention_triton.backward(grad, q, k, v, kept.out, kept.rest[0], none, bounds.work, into)
+        parts = into.unflatten(1, (-1, q.shape[2])).split([q.shape[1], k.shape[1], k.shape[1]], 1)
+        return parts[0], parts[1], parts[2]
     scale, longest = bounds.scores.scale_of(q.shape[-1]), bounds.longest
     if bounds.kernel == "flash":
         lse, state, unused = kept.rest

@@ -82,7 +82,7 @@ def queries_of(
 def attend(layer: Layer, queries: Queries, where: Where) -> Kept:
     """Attention of the whole pass."""
     parts = layer.split(queries.qkv, queries.turned)
-    return forward_by_groups(*parts, where.bounds[layer.kind.window])
+    return forward_by_groups(*parts, where.bounds[layer.kind.window], where.exchange)
 
 
 def middle(
@@ -177,8 +177,10 @@ def backward(
     slope = spread(slope, places, len(x)).unflatten(1, (-1, layer.of.head_size))
     parts = layer.split(queries.qkv, queries.turned)
     by, bounds = where.angles[layer.kind.rotary], where.bounds[layer.kind.window]
-    room = layer.qkv.rank
-    out = backward_by_groups(slope, *parts, kept, bounds, by, room=room, chunk=chunk)  # (T, N + R)
+    room, others = layer.qkv.rank, where.exchange
+    out = backward_by_groups(
+        slope, *parts, kept, bounds, by, room=room, chunk=chunk, exchange=others
+    )  # (T, N + R)
     unnorm(layer, out, queries.qkv)
     narrow = queries.narrow
     del slope, parts, kept, queries

@@ -20,6 +20,7 @@ from glassloop.engines.fused import chunked
 from glassloop.engines.fused import layer as layers
 from glassloop.engines.fused.building import build_layer, multiplier
 from glassloop.engines.fused.choosing import tiers_for
+from glassloop.engines.fused.exchange import rows_of_all
 from glassloop.engines.fused.host import HostRoom, on_host
 from glassloop.engines.fused.linear import Scratch
 from glassloop.engines.fused.loss import head_loss
@@ -182,6 +183,8 @@ class FusedEngine(nn.Module):
     def forward(self, p: Pass) -> tuple[Tensor, Tensor]:
         """Summed token cross-entropy of a pass, this rank's alone.
 
+        A pass that ranks share needs all of them here, and in backward. Rank 0 has its rows then.
+
         Returns loss_sum () fp32 with gradient and row_loss_sums (rows,) fp32 without. The gradient
         is added to the adapters' `.grad`, which must exist.
         """
@@ -239,9 +242,14 @@ class FusedEngine(nn.Module):
         )
         owner = p.row_of.flatten().index_select(0, p.places)
         state = None
+        if p.part is not None and p.part.idle:  # a place that stands in
+            losses.zero_()
         if grad_normed is not None:
+            if p.part is not None and p.part.idle:
+                grad_normed.zero_()
             state = PassState(where, saved, tiers, chunk, end, grad_normed)  # type: ignore[arg-type]
-        return losses.sum(), sums_by_row(losses, owner, len(p.row_ids)), state
+        by_row = sums_by_row(losses, owner, len(p.row_ids))
+        return losses.sum(), by_row if p.part is None else rows_of_all(by_row, p.part), state
 
     def run_backward(self, state: PassState, grad: Tensor) -> None:
         """Add the gradient of `grad` x loss sum to the adapters' own."""

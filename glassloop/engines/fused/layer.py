@@ -27,7 +27,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from glassloop.engines.fused.attention import attention, attention_backward
+from glassloop.engines.fused.attention import Bounds, Kept, attention, attention_backward
+from glassloop.engines.fused.attention_groups import backward_by_groups, forward_by_groups
 from glassloop.engines.fused.heads import turn, turned_again, unnorm
 from glassloop.engines.fused.linear import Linear
 from glassloop.engines.fused.norm import add_norm, norm_backward
@@ -55,7 +56,7 @@ def first_half(
     narrow_qkv = layer.qkv.narrow(normed_x)
     turned = turn(layer, qkv, where.angles[layer.kind.rotary])
     if known is None:
-        kept = attention(*layer.split(qkv, turned), where.bounds[layer.kind.window])
+        kept = attend(layer.split(qkv, turned), where.bounds[layer.kind.window], where)
         del turned  # computed again where it is no part of qkv
     else:
         kept = known.kept
@@ -93,6 +94,13 @@ def first_half(
         normed_x=normed_x,
         normed_mid=normed_mid,
     )
+
+
+def attend(parts: tuple[Tensor, Tensor, Tensor], bounds: Bounds, where: Where) -> Kept:
+    """Attention of q, k, v, with the ranks that share the pass."""
+    if where.exchange is None:
+        return attention(*parts, bounds)
+    return forward_by_groups(*parts, bounds, where.exchange, most=1)
 
 
 def sum_and_norm(
@@ -254,8 +262,12 @@ def backward(layer: Layer, grad: Tensor, saved: Saved, where: Where, *, first: b
     del out
     by, bounds = where.angles[layer.kind.rotary], where.bounds[layer.kind.window]
     parts = layer.split(middle.qkv, turned_again(layer, middle.qkv, by))
-    out = attention_backward(inner, *parts, middle.kept, bounds, by, room=qkv.rank)  # (T, N + R)
-    del parts
+    how = inner, *parts, middle.kept, bounds, by
+    if where.exchange is None:
+        out = attention_backward(*how, room=qkv.rank)  # (T, N + R)
+    else:
+        out = backward_by_groups(*how, room=qkv.rank, exchange=where.exchange, most=1)
+    del parts, how
     unnorm(layer, out, middle.qkv)
 
     grad = spread(grad, places, len(x))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from glassloop.engines.fused.attention import Bounds, Kept
+from glassloop.engines.fused.exchange import Exchange
 from glassloop.engines.fused.linear import Linear, Scratch
 from glassloop.engines.fused.rotary import Angles
 from glassloop.plan.described import Described, Kind
@@ -83,12 +84,14 @@ def largest(layers: Sequence[Layer]) -> Sizes:
 class Where:
     """Bounds, angles and scratch for all layers of a pass.
 
-    Bounds by window, angles by frequencies.
+    Bounds by window, angles by frequencies. `exchange`: with the ranks that share the pass; None: a
+    rank alone. Bounds are of all places then, angles of this rank's.
     """
 
     bounds: Mapping[int | None, Bounds]
     angles: Mapping[str | None, Angles]
     scratch: Scratch
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from glassloop.data.rows import Pass
 from glassloop.engines.fused.attention import Bounds
 from glassloop.engines.fused.attention_work import Scores
+from glassloop.engines.fused.exchange import Exchange
 from glassloop.engines.fused.linear import Scratch
 from glassloop.engines.fused.parts import Where
 from glassloop.engines.fused.rotary import Angles, angles, no_angles
@@ -45,7 +46,12 @@ def where_of(p: Pass, of: Described, rotary: Any, dtype: torch.dtype, scratch: S
             made[used] = Bounds.of(lengths, device, dtype, of.head_size, scores)
         bounds[window] = made[used]
     turns = {kind.rotary: _angles(p, of, rotary, kind.rotary) for kind in of.kinds}
-    return Where(bounds, turns, scratch)
+    return Where(bounds, turns, scratch, exchange_of(p))
+
+
+def exchange_of(p: Pass) -> Exchange | None:
+    """The exchange between ranks that share a pass; None: one alone."""
+    return None if p.part is None else Exchange(p.part.rank, p.part.places)
 
 
 def _angles(p: Pass, of: Described, rotary: Any, name: str | None) -> Angles:
