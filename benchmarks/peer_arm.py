@@ -96,9 +96,10 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
     if on_cuda:
         torch.cuda.set_device(device)
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-    model, tokenizer = (unsloth_model if peer.library == "unsloth" else trl_model)(
-        peer, spec, base, dtype, device
-    )
+    if peer.library == "unsloth":
+        model, tokenizer = unsloth_model(peer, spec.r, base, dtype, device)
+    else:
+        model, tokenizer = trl_model(peer, spec, base, dtype, device)
     draw_adapters(model)
     total = spec.total_updates
     rows = workload(spec.workload, spec.rows_per_update * total, vocabulary=model.config.vocab_size)

@@ -97,20 +97,22 @@ def trl_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -> tu
     return get_peft_model(model, lora), AutoTokenizer.from_pretrained(base)
 
 
-def unsloth_model(peer: Peer, spec: Spec, base: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
+def unsloth_model(
+    peer: Peer, r: int, base: Path, dtype: Any, device: Any, most_tokens: int = 2048
+) -> tuple[Any, Any]:
     """Unsloth's own loader, on the same files."""
     from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(base),
-        max_seq_length=2048,
+        max_seq_length=most_tokens,
         dtype=dtype,
         load_in_4bit=True,
         device_map={"": device.index or 0},
     )
     model = FastLanguageModel.get_peft_model(
         model,
-        r=spec.r,
+        r=r,
         lora_alpha=16,
         lora_dropout=0,
         bias="none",
