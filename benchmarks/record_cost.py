@@ -11,20 +11,25 @@ machine: `bare` (passes, norm, clip, step: no report, checksum, detector, noise 
 every matrix at each update). A machine's own noise can be larger than what is looked for, so all
 three are timed again with an engine
 that computes next to nothing: what is left of an update is then its overhead, and differences of
-that over the real `bare` update are the figures to go by. Prints one JSON object.
+that over the real `bare` update are the figures to go by. On a card two more arms take turns:
+`recorded` with the allocation history of loop/witness.py, and with the thread that asks NVML.
+added_cost.py's figures stand beside. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from added_cost import recorder_cost, sampler_cost
 
 from glassloop.bench.workloads import workload
 from glassloop.config.arguments import parse
@@ -34,9 +39,13 @@ from glassloop.formula.dist import leave
 from glassloop.formula.optim import l2_norm
 from glassloop.health.decision import clip_coefficient
 from glassloop.loop.build import build_run
+from glassloop.loop.machine_here import sampler_of
 from glassloop.loop.run import Run
+from glassloop.loop.witness import Witness
 from glassloop.plan.steps import make_plan
 from train_loop import update_once
+
+ON_CARD = torch.cuda.is_available()
 
 
 def bare(run: Run, u: int) -> None:
@@ -64,7 +73,33 @@ def watched(run: Run, u: int) -> None:
     run.tell(outcome)
 
 
+def arms_here() -> tuple[str, ...]:
+    """The arms that this machine can time: three, and two more with a card."""
+    return ("bare", "recorded", "probed", *(("history", "sampled") if ON_CARD else ()))
+
+
+@contextlib.contextmanager
+def added(run: Run, arm: str) -> Iterator[None]:
+    """What an arm adds to `recorded`, outside of what is timed."""
+    if arm == "history":
+        Witness(run.folder, 0, run.replica.device).attach()
+    if arm == "sampled":
+        run.machine.start()
+    yield
+    if arm == "history":
+        torch.cuda.memory._record_memory_history(enabled=None)
+    if arm == "sampled":
+        run.machine.close()
+        run.machine, _ = sampler_of(run.config, run.replica)  # a thread starts once
+
+
 def seconds(run: Run, arm: str, u: int) -> float:
+    """Time update u of an arm."""
+    with added(run, arm):
+        return timed(run, arm, u)
+
+
+def timed(run: Run, arm: str, u: int) -> float:
     run.inspection.record = replace_probe(run, 1 if arm == "probed" else None)
     if run.replica.device.type == "cuda":
         torch.cuda.synchronize()
@@ -86,7 +121,7 @@ def overheads(run: Run, updates: int, arms: tuple[str, ...], repeats: int) -> di
     run.replica.engine = next_to_nothing
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for index in range(repeats):
-        for arm in arms[index % 3 :] + arms[: index % 3]:
+        for arm in arms[index % len(arms) :] + arms[: index % len(arms)]:
             times[arm].append(seconds(run, arm, 1 + index % updates))
     run.replica.engine = engine
     return {arm: statistics.median(values[1:]) for arm, values in times.items()}
@@ -132,10 +167,12 @@ def main() -> None:
             rows=len(rows), **settings, warmup=1, peak=2e-4, kind="linear", first="peak_over_warmup"
         )
         run.plan, run.contract, run.batches = plan, None, replace(run.batches, rows=rows, plan=plan)
-        arms = ("bare", "recorded", "probed")
+        arms = arms_here()
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         for u in range(1, updates + 1):
-            turn = arms[u % 3 :] + arms[: u % 3]  # each arm comes first as often as the others
+            turn = (
+                arms[u % len(arms) :] + arms[: u % len(arms)]
+            )  # each arm comes first as often as the others
             for arm in turn:
                 taken = seconds(run, arm, u)
                 if u > 1:  # the first round warms up
@@ -153,12 +190,17 @@ def main() -> None:
         "overhead_s": alone,
         "recorded_costs": (alone["recorded"] - alone["bare"]) / medians["bare"],
         "probed_costs": (alone["probed"] - alone["bare"]) / medians["bare"],
+        "added_costs_s": {
+            arm: medians[arm] - medians["recorded"] for arm in ("history", "sampled") if ON_CARD
+        },
         "recorded_over_bare": medians["recorded"] / medians["bare"],
         "probed_over_bare": medians["probed"] / medians["bare"],
         "ratios_by_round": {
             arm: [value / base for value, base in zip(times[arm], times["bare"], strict=True)]
             for arm in ("recorded", "probed")
         },
+        "sampler": sampler_cost(),
+        "recorder": recorder_cost(),
         "environment": environment(["record_cost.py"]),
     }
     line = json.dumps(result)

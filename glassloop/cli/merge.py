@@ -175,4 +175,4 @@ def as_gguf(given: argparse.Namespace, converter: Path, tokenizer: Any) -> None:
     pointed = "; Modelfile names it" if point_modelfile_at(file) else ""
     print(f"gguf      {given.out / file.name}, {file.stat().st_size / GIB:.2f} GiB{pointed}")
     found = compared(file, tokenizer)
-    print(f"          {found or 'not compared: llama-cpp-python is not installed'}", flush=True)
+    print(f"          {found or 'not compared: pip install xllamacpp'}", flush=True)

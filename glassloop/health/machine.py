@@ -31,6 +31,7 @@ class Counters:
     read_mib: float | None
     cpu_s: float
     preempted: float
+    processor_wait_s: float | None
     device_allocations: float | None
 
 
@@ -58,6 +59,7 @@ class Machine:
     read_mib: float | None = None
     cpu_s: float | None = None
     preempted: float | None = None
+    processor_wait_s: float | None = None
 
     def numbers(self) -> tuple[float, ...]:
         """All fields as floats, NaN for None, to cross the gate."""
@@ -186,11 +188,15 @@ def machine_of(
         read_mib=grown("read_mib"),
         cpu_s=grown("cpu_s"),
         preempted=grown("preempted"),
+        processor_wait_s=grown("processor_wait_s"),
     )
 
 
 def counters(allocations: Callable[[], float | None] = lambda: None) -> Counters:
-    """Read the process's counters."""
+    """Read the process's counters.
+
+    Call it on the main thread: `processor_wait_s` is the calling thread's own.
+    """
     used = resource.getrusage(resource.RUSAGE_SELF)
     return Counters(
         page_faults=used.ru_minflt,
@@ -198,6 +204,7 @@ def counters(allocations: Callable[[], float | None] = lambda: None) -> Counters
         read_mib=_read_mib(),
         cpu_s=used.ru_utime + used.ru_stime,
         preempted=used.ru_nivcsw,
+        processor_wait_s=_processor_wait_s(),
         device_allocations=allocations(),
     )
 
@@ -255,6 +262,18 @@ def resident_gib() -> float | None:
 def _read_mib() -> float | None:
     count = _number_of("/proc/self/io", "read_bytes:")
     return None if count is None else count / 2**20
+
+
+def _processor_wait_s() -> float | None:
+    """Time in which this thread was ready and had no processor.
+
+    None if the host does not tell.
+    """
+    try:
+        with open("/proc/thread-self/schedstat", encoding="ascii") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _number_of(path: str, name: str) -> int | None:

@@ -112,7 +112,10 @@ def _explained(pair: Pair, window: Sequence[Pair], expected: float) -> Slow:
         others = [one for rank, one in enumerate(passes) if rank != late]
         alone = bool(others) and max(others) < PART * passes[late]
         rank = late if alone else None
-        cause, why = _cause(machine, window, late) or ("rank" if alone else "unknown", NOTHING)
+        cause, why = _cause(machine, window, late, lost) or (
+            "rank" if alone else "unknown",
+            NOTHING,
+        )
         if alone:
             join = ", and " if why == NOTHING else ": "
             why = f"the others waited for rank {late}{join}{why}"
@@ -137,9 +140,13 @@ def _lost_in_passes(update: UpdateRecord, window: Sequence[Pair], rank: int) -> 
 
 
 def _cause(
-    machine: MachineRecord | None, window: Sequence[Pair], rank: int
+    machine: MachineRecord | None, window: Sequence[Pair], rank: int, lost: float
 ) -> tuple[str, str] | None:
-    """The likely cause on a rank, with its evidence in words."""
+    """The likely cause on a rank, with its evidence in words.
+
+    Args:
+        lost: seconds that the rank lost.
+    """
     if machine is None:
         return None
     seen = _Readings(machine, [one for _, one in window if one is not None], rank)
@@ -156,6 +163,9 @@ def _cause(
     if seen.above("other_processes", 1.0, 0.5):
         count = seen.now("other_processes")
         return "shared card", f"{count:.0f} other processes compute on its card"
+    if seen.above("processor_wait_s", 1.0, PART * lost):
+        waited = seen.now("processor_wait_s")
+        return "host", f"it waited {waited:.3g} s for a processor: other work took them"
     if seen.above("device_allocations", 3.0, 2):
         return "allocator", f"CUDA was asked for memory {seen.both('device_allocations')}"
     if seen.above("disk_faults", 10.0, 50):

@@ -153,6 +153,9 @@ class MachineRecord:
     """Processor time of all threads of the process."""
     rank_preempted: tuple[float, ...]
     """Times that another process took its processor."""
+    rank_processor_wait_s: tuple[float | None, ...] | None = None
+    """Time that the training thread was ready to run and had no processor. None but on Linux, and
+    in records of an older glassloop."""
     slow: str | None = None
     """Likely cause of a slow update: throttled, shared card, allocator, disk, host, rank,
     reduction or unknown. None for one that was not slow."""

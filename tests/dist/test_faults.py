@@ -177,3 +177,16 @@ def test_every_row_is_trained_once_an_epoch_on_both_ranks(faults):
             f"train:{i}" for i in range(ROWS)
         )
     assert all(result["ranks"])
+
+
+def test_both_ranks_end_early_after_the_same_update_and_resume_through_it_bit_for_bit(faults):
+    found = both(faults, "early_stop_resumed_through")
+    best = found["best"][0]
+    assert found["codes"] == [0, 0, 0]
+    assert found["counted_when_resumed"] == 1  # the stop came between the two bad evaluations
+    assert found["best"] == [best, best] and best >= 4
+    assert found["updates"] == [best + 8, best + 5, best + 8]
+    assert found["same_bits"] and found["same_files"]
+    assert found["losses"] == [True, best // 4 + 3]  # the one before update 1 is the first
+    assert found["result"] == [f"update_{best:06d}"] * 2
+    assert f"ended early after update {best + 8}" in found["end"]

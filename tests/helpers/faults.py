@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, replace
 
 import torch
+from early_stop import early_stop_resumed_through
 from faults_at_start import (
     folder_of_a_living_run,
     fused_is_off_on_rank_1,
@@ -291,6 +292,7 @@ CHECKS = [
     clipping,
     evaluation_in_between,
     ledger,
+    early_stop_resumed_through,
 ]
 
 if __name__ == "__main__":

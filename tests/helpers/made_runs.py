@@ -93,7 +93,7 @@ def machine_record(update: int, ranks: int, *, slow: str | None) -> MachineRecor
     calm = Machine(
         sm_clock_mhz=1700.0 + update % 3, memory_clock_mhz=2600.0, power_w=600.0 + update % 5,
         temperature_c=60.0 + update / 10, throttle=4.0, card_busy=0.97, host_gib=4.0,
-        page_faults=900.0, disk_faults=0.0, cpu_s=2.0, preempted=3.0,
+        page_faults=900.0, disk_faults=0.0, cpu_s=2.0, preempted=3.0, processor_wait_s=0.01,
     )  # fmt: skip
     hot = dataclasses.replace(calm, sm_clock_mhz=900.0, throttle=32.0, temperature_c=88.0)
     last = calm if slow is None else hot

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,10 @@ def point_modelfile_at(file: Path) -> bool:
 def compared(file: Path, tokenizer: Any) -> Compared | None:
     """Compare greedy tokens of the file and the merged weights.
 
-    None if the package llama-cpp-python is not installed.
+    None if neither llama-cpp-python nor xllamacpp is installed.
     """
-    if importlib.util.find_spec("llama_cpp") is None:
+    reader = next((name for name in READERS if importlib.util.find_spec(name) is not None), None)
+    if reader is None:
         return None
     prompts = [
         tokenizer.apply_chat_template(
@@ -125,7 +126,7 @@ def compared(file: Path, tokenizer: Any) -> Compared | None:
         )
         for question in QUESTIONS
     ]
-    theirs = _by_llama_cpp(file, prompts)
+    theirs = READERS[reader](file, prompts)
     ours = _by_transformers(file.parent, prompts)
     pairs = [pair for a, b in zip(theirs, ours, strict=True) for pair in zip(a, b, strict=False)]
     return Compared(sum(a == b for a, b in pairs), len(pairs), len(prompts))
@@ -140,6 +141,29 @@ def _by_llama_cpp(file: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
         tokens = model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
         found.append([token for token, _ in zip(tokens, range(NEW_TOKENS), strict=False)])
     return found
+
+
+def _by_xllamacpp(file: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
+    xllamacpp = importlib.import_module("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(file), 1024, 1
+    server = xllamacpp.Server(params)
+    asked = {"n_predict": NEW_TOKENS, "temperature": 0.0, "ignore_eos": False, "logprobs": 1}
+    found = []
+    for prompt in prompts:
+        answer = server.handle_completions({"prompt": prompt, "cache_prompt": False, **asked})
+        if "choices" not in answer:
+            raise ValueError(f"{file}: llama.cpp does not answer ({str(answer)[:200]})")
+        tokens = answer["choices"][0]["logprobs"]["content"]
+        found.append([token["id"] for token in tokens])
+    return found
+
+
+# Packages that read GGUF files, the first that is there. xllamacpp has wheels; the other is built.
+READERS: dict[str, Callable[[Path, Sequence[list[int]]], list[list[int]]]] = {
+    "llama_cpp": _by_llama_cpp,
+    "xllamacpp": _by_xllamacpp,
+}
 
 
 def _by_transformers(folder: Path, prompts: Sequence[list[int]]) -> list[list[int]]:

@@ -27,7 +27,7 @@ from glassloop.health.nvml import CardReading, NvmlCard, open_card
 from glassloop.record.records import MachineRecord
 from glassloop.record.tracker_metrics import machine_metrics
 
-BEGAN = Counters(100, 3, 2.0, 1.5, 7, 40.0)
+BEGAN = Counters(100, 3, 2.0, 1.5, 7, 0.25, 40.0)
 
 
 def test_a_card_is_read_in_the_units_of_the_fields() -> None:
@@ -66,13 +66,14 @@ def test_an_update_has_means_extremes_and_differences() -> None:
         (CardReading(sm_clock_mhz=1000, temperature_c=60, throttle=0x4, processes=3), 9.0),
         (CardReading(sm_clock_mhz=2000, temperature_c=80, throttle=0x20), 8.0),
     ]
-    ended = Counters(160, 3, 66.0, 2.0, 9, 41.0)
+    ended = Counters(160, 3, 66.0, 2.0, 9, 1.0, 41.0)
     found = machine_of(readings, BEGAN, ended, sharing=2)
     assert (found.sm_clock_mhz, found.temperature_c, found.throttle) == (1500, 80, 0x24)
     assert (found.other_processes, found.host_free_gib, found.power_w) == (1, 8.0, None)
     assert (found.page_faults, found.disk_faults, found.read_mib) == (60, 0, 64.0)
     assert (found.cpu_s, found.preempted, found.device_allocations) == (0.5, 2, 1.0)
-    nothing = machine_of([], BEGAN, Counters(100, 3, None, 1.5, 7, None), sharing=1)
+    assert found.processor_wait_s == 0.75
+    nothing = machine_of([], BEGAN, Counters(100, 3, None, 1.5, 7, None, None), sharing=1)
     assert (nothing.throttle, nothing.read_mib, nothing.device_allocations) == (None, None, None)
 
 

@@ -16,7 +16,8 @@ from glassloop.record.records import MachineRecord, UpdateRecord
 USUAL = Machine(
     sm_clock_mhz=1700.0, power_w=600.0, temperature_c=62.0, throttle=4.0, card_busy=0.97,
     other_processes=0.0, device_allocations=0.0, page_faults=900.0, disk_faults=0.0,
-    read_mib=0.0, cpu_s=2.0, preempted=3.0, host_gib=4.0, host_free_gib=200.0,
+    read_mib=0.0, cpu_s=2.0, preempted=3.0, processor_wait_s=0.01, host_gib=4.0,
+    host_free_gib=200.0,
 )  # fmt: skip
 
 
@@ -70,6 +71,15 @@ def test_reading_and_an_idle_card_are_causes_too() -> None:
     assert (reads.cause, reads.rank) == ("disk", 0)
     assert (idle.cause, idle.rank) == ("host", None)  # both ranks: nobody waited for one
     assert "busy 30% of the time, usually 97%" in idle.message
+
+
+def test_a_wait_for_a_processor_counts_once_it_explains_the_lost_time() -> None:
+    """2.4 seconds were lost."""
+    waited = judged((1.6, 4.0), USUAL, replace(USUAL, processor_wait_s=1.3))
+    assert waited is not None and (waited.cause, waited.rank) == ("host", 1)
+    assert "it waited 1.3 s for a processor: other work took them" in waited.message
+    little = judged((1.6, 4.0), USUAL, replace(USUAL, processor_wait_s=1.1))
+    assert little is not None and little.cause == "rank"
 
 
 def test_what_is_unusual_on_a_rank_that_was_not_late_is_no_cause() -> None:

@@ -5,6 +5,7 @@ The converter and llama.cpp are stand-ins here; tests/dist/test_gguf.py has the 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,23 +116,50 @@ class SameModel:
             yield token + SameModel.off
 
 
+class Params:
+    """xllamacpp.CommonParams, as far as it is set."""
+
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(path="")
+        self.n_ctx = self.n_parallel = 0
+
+
+class SameServer:
+    """xllamacpp.Server, which answers as llama.cpp's own server does."""
+
+    def __init__(self, params: Params) -> None:
+        assert params.n_ctx and params.n_parallel
+        self.model = SameModel(params.model.path)
+
+    def handle_completions(self, asked: dict[str, Any]) -> dict[str, Any]:
+        assert (asked["temperature"], asked["logprobs"]) == (0.0, 1)
+        tokens = itertools.islice(self.model.generate(asked["prompt"]), asked["n_predict"])
+        content = [{"id": token, "token": "x"} for token in tokens]
+        return {"choices": [{"text": "x", "logprobs": {"content": content}}]}
+
+
+@pytest.mark.parametrize("reader", ["llama_cpp", "xllamacpp"])
 @pytest.mark.parametrize(("off", "same"), [(0, 48), (1, 0)])
 def test_greedy_tokens_are_compared_with_the_merged_model_s(
-    merged: Path, monkeypatch: pytest.MonkeyPatch, off: int, same: int
+    merged: Path, monkeypatch: pytest.MonkeyPatch, reader: str, off: int, same: int
 ) -> None:
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: name == reader or None)
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=SameModel))  # type: ignore[arg-type]
+    stand_in = SimpleNamespace(Server=SameServer, CommonParams=Params)
+    monkeypatch.setitem(sys.modules, "xllamacpp", stand_in)  # type: ignore[arg-type]
     monkeypatch.setattr(SameModel, "off", off)
     found = gguf.compared(merged / "model-q8_0.gguf", AutoTokenizer.from_pretrained(merged))
     assert found is not None and (found.same, found.tokens) == (same, 48)
     assert str(found).startswith(f"{same} of 48 greedy tokens are those of the merged weights")
 
 
-def test_without_llama_cpp_nothing_is_compared(merged: Path) -> None:
-    if gguf.importlib.util.find_spec("llama_cpp") is None:
-        assert gguf.compared(merged / "model-q8_0.gguf", None) is None
+def test_without_a_reader_nothing_is_compared(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _name: None)
+    assert gguf.compared(merged / "model-q8_0.gguf", None) is None
 
 
 def test_last_words_are_short() -> None:
