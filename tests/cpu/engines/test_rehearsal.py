@@ -47,7 +47,7 @@ def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, compiled_here: Path):
     """A Hopper card of a stub, and a Triton cache of these tests' own."""
-    from stub_driver import card
+    from absent_card import card
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled_here))
     with card(90) as stub:
@@ -108,7 +108,7 @@ def test_passes_launch_what_was_rehearsed_and_nothing_else(
     double: bool, card: Any, monkeypatch: pytest.MonkeyPatch, model_of: Any
 ) -> None:
     """Equal keys of every kernel. The vocabulary, 131, divides by nothing."""
-    from stub_driver import compiled, forget
+    from absent_card import compiled, forget
 
     from glassloop.engines.fused.rehearsal import rehearse
 
@@ -127,7 +127,7 @@ def test_passes_launch_what_was_rehearsed_and_nothing_else(
 def test_every_familys_kernels_are_foreseen(
     name: str, card: Any, monkeypatch: pytest.MonkeyPatch, model_of: Any
 ) -> None:
-    from stub_driver import compiled, forget
+    from absent_card import compiled, forget
 
     from glassloop.engines.fused.rehearsal import rehearse
 
