@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from glassloop.base.checks import (
     check_devices,
@@ -22,6 +23,7 @@ from glassloop.base.experts import quantise_experts
 from glassloop.base.host_pages import HostPages
 from glassloop.base.layer_file import NotStreamable
 from glassloop.base.quantised import LoadReport, load_base
+from glassloop.base.reading import DTYPES
 from glassloop.base.sharded import share_layers
 from glassloop.base.source import BaseSource
 from glassloop.base.still import check_still, silence
@@ -38,6 +40,7 @@ from glassloop.plan.support import groups_of
 
 if TYPE_CHECKING:
     from glassloop.engines.fused.engine import FusedEngine
+    from glassloop.engines.fused.rehearsal import Rehearsal
 
 Engine = Union[PeftEngine, "FusedEngine"]  # what the loop calls: the same forward, hf and report
 
@@ -96,6 +99,7 @@ def build_engine(
         )
         only_on_cpu = unsloth.ON_CPU
     else:
+        beside = _rehearsal(model, lora, precision, device, source) if engine == "fused" else None
         base, report, pages = _load(model, engine, memory_base, spare_bytes, shared)
         check_unpatched(base, engine)
         check_plain_head(base, device, report.name)
@@ -103,7 +107,8 @@ def build_engine(
         fuse_norms(base)
         hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
         reach = reach_note(hf, base.get_output_embeddings())
-        report = replace(report, notes=(*report.notes, *filter(None, [reach])))
+        compiling = beside.end() if beside is not None else ""
+        report = replace(report, notes=(*report.notes, *filter(None, [reach, compiling])))
         if checkpointing and engine == "peft":
             recompute_layers(base, model.id)
     if model.init_adapter is not None:
@@ -171,6 +176,31 @@ def _load(
                 f"memory.base = {memory_base}: the base cannot stream ({error}): set it to gpu"
             ) from error
         return *load_base(model, **shared), None
+
+
+def _rehearsal(
+    model: ModelConfig,
+    lora: LoraConfig,
+    precision: str,
+    device: torch.device,
+    source: BaseSource | None,
+) -> Rehearsal | None:
+    """Begin to compile the fused engine's kernels, where they are needed.
+
+    None for a model that `fused` does not support: what loads it says why.
+    """
+    if device.type != "cuda" or source is None or importlib.util.find_spec("triton") is None:
+        return None
+    from glassloop.engines.fused.rehearsal import Quantised, Rehearsal, shapes
+
+    try:
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False
+        )
+        engine = shapes(config, lora, DTYPES[precision], Quantised(model.double_quantization))
+    except ValueError:
+        return None
+    return Rehearsal(engine, device)
 
 
 def _fused_engine(

@@ -35,6 +35,7 @@ from glassloop.engines.fused.attention_work import (
     Work,
     programs,
 )
+from glassloop.engines.fused.launch import capability
 from glassloop.engines.fused.rotary import Angles, no_angles, rotate
 
 LONG_ROWS = 1024  # tokens, from which cuDNN's plan pays
@@ -102,9 +103,9 @@ def choose_kernel(
     head_size: int,
     scores: Scores = PLAIN,
 ) -> str:
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type not in ("cuda", "meta") or dtype not in (torch.bfloat16, torch.float16):
         return "reference"
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    hopper = capability(device) // 10 == 9
     if scores.cap is not None:
         return "triton" if hopper and head_size in TILES else "reference"
     if head_size % 8 or head_size > MOST_FLASH:

@@ -34,6 +34,7 @@ from glassloop.engines.fused.attention_kernels import (
     queries_kernel,
 )
 from glassloop.engines.fused.attention_work import Scores, Tile, Work
+from glassloop.engines.fused.launch import launch
 from glassloop.engines.fused.rotary import Angles
 
 WIDEST = 1 << 31  # elements of a tensor whose offsets 32 bits hold
@@ -78,7 +79,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor
         q.new_empty(heads, tokens, dtype=torch.float32),
         work.tiles.forward,
     )
-    forward_kernel[(heads, len(work.forward))](
+    launch(
+        forward_kernel, (heads, len(work.forward)),
         q, k, v, out, lse, work.forward, tokens, q.stride(0), k.stride(0), v.stride(0),
         work.scores.scale_of(size) * math.log2(math.e),
         **_options(work.scores, tile, heads, k.shape[1], size, (q, k, v, out.flatten(1))),
@@ -122,7 +124,8 @@ def gradient_of_queries(
     tokens, heads, size = _checked(q, k, v, grad, out)
     assert by.cos.is_contiguous() and by.sin.is_contiguous() and into.stride(1) == 1
     tile, scale = work.tiles.queries, work.scores.scale_of(size)
-    queries_kernel[(heads, len(work.queries))](
+    launch(
+        queries_kernel, (heads, len(work.queries)),
         grad, q, k, v, out, lse, sums, by.cos, by.sin, into, work.queries, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0), into.stride(0),
         scale, scale * math.log2(math.e),
@@ -143,7 +146,8 @@ def gradient_of_keys(
     """The other columns of `into`: of k, then of v."""
     tokens, heads, size = _checked(q, k, v, grad)
     tile, scale = work.tiles.keys, work.scores.scale_of(size)
-    keys_kernel[(k.shape[1], len(work.keys))](
+    launch(
+        keys_kernel, (k.shape[1], len(work.keys)),
         grad, q, k, v, sums, by.cos, by.sin, into, work.keys, tokens,
         grad.stride(0), q.stride(0), k.stride(0), v.stride(0), into.stride(0),
         scale, scale * math.log2(math.e),

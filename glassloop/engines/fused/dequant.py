@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glassloop.base.packed import Packed
+from glassloop.engines.fused.launch import by_kernels, launch
 
 WEIGHTS_OF_A_PROGRAM = 4096
 
@@ -111,7 +112,7 @@ def dequantise_reference(packed: Packed, right: Tensor, below: Tensor, out: Tens
 
 def dequantise(packed: Packed, right: Tensor, below: Tensor, out: Tensor) -> None:
     """As `dequantise_reference`; on a GPU in one launch."""
-    (dequantise_triton if out.is_cuda else dequantise_reference)(packed, right, below, out)
+    (dequantise_triton if by_kernels(out) else dequantise_reference)(packed, right, below, out)
 
 
 def dequantise_triton(packed: Packed, right: Tensor, below: Tensor, out: Tensor) -> None:
@@ -121,7 +122,9 @@ def dequantise_triton(packed: Packed, right: Tensor, below: Tensor, out: Tensor)
     none = packed.levels  # a pointer that is not read
     weights = max(WEIGHTS_OF_A_PROGRAM, packed.blocksize)
     grid = (rows + rank, triton.cdiv(packed.columns, weights))
-    _dequantise[grid](
+    launch(
+        _dequantise,
+        grid,
         packed.codes,
         packed.absmax,
         packed.scales if packed.nested else none,
@@ -148,7 +151,8 @@ def dequantise_triton(packed: Packed, right: Tensor, below: Tensor, out: Tensor)
     )
 
 
-@triton.jit
+# Where these two lie differs by layer, and what is gathered needs no alignment: one kernel for all.
+@triton.jit(do_not_specialize_on_alignment=["scales", "offsets"])
 def _dequantise(
     codes,
     absmax,

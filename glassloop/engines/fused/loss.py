@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glassloop.engines.fused.launch import by_kernels, launch
 from glassloop.formula.loss import bent, chunked_cross_entropy
 from glassloop.predict.tiers import HEAD_CHUNK
 
@@ -32,7 +33,8 @@ def cross_entropy_(
     In place: logits (C, V) come as products, count as formula/loss.py's `bent`, and become the
     gradient of the losses' sum in the products. labels: (C,) int64.
     """
-    _cross_entropy[(len(logits),)](
+    launch(
+        _cross_entropy, (len(logits),),
         logits, labels, losses, logits.stride(0), logits.shape[1], scale, cap or 1.0,
         PLAIN=scale == 1 and cap is None, CAPPED=cap is not None,
         BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=16,
@@ -68,7 +70,7 @@ def head_loss(
     memory. scale, cap: between the
     head's product and the logits, see formula/loss.py's `bent`.
     """
-    if not hidden.is_cuda:
+    if not by_kernels(hidden):
         return chunked_cross_entropy(
             hidden, weight, None, labels, wants_grad=wants_grad, scale=scale, cap=cap
         )

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+from glassloop.engines.fused.launch import by_kernels, launch
+
+BLOCK = 1024  # elements; with four times as many its addresses spill from registers
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Moves:
         """
         if not self.moves:
             return
-        if not self.moves[0].to.is_cuda:
+        if not by_kernels(self.moves[0].to):
             return move_reference(self.moves, add=add)
         self.carry_out_triton(add=add)
 
@@ -80,8 +82,16 @@ class Moves:
                 [one.scaling for one in self.moves], dtype=torch.float32
             ).to(first.to.device)
             self.grid = (len(rows), triton.cdiv(max(one.to.numel() for one in self.moves), BLOCK))
-        _move[self.grid](
-            self.table, self.scalings, first.source, first.to, ADD=add, BLOCK=BLOCK, num_warps=4
+        launch(
+            _move,
+            self.grid,
+            self.table,
+            self.scalings,
+            first.source,
+            first.to,
+            ADD=add,
+            BLOCK=BLOCK,
+            num_warps=4,
         )
 
 

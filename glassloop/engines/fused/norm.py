@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glassloop.engines.fused.launch import by_kernels, launch
+
 
 def add_norm_reference(
     x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor
@@ -54,14 +56,14 @@ def _slope(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """As `add_norm_reference`; on a GPU in one launch."""
-    return (add_norm_triton if x.is_cuda else add_norm_reference)(x, y, weight, eps, out)
+    return (add_norm_triton if by_kernels(x) else add_norm_reference)(x, y, weight, eps, out)
 
 
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, into: Tensor, *, add: bool = True
 ) -> None:
     """As `norm_backward_reference`; on a GPU in one launch."""
-    one = norm_backward_triton if x.is_cuda else norm_backward_reference
+    one = norm_backward_triton if by_kernels(x) else norm_backward_reference
     one(grad, x, weight, eps, into, add=add)
 
 
@@ -101,21 +103,22 @@ def norm_heads(
     x: Tensor, weights: tuple[Tensor, Tensor], keys: int, eps: float, out: Tensor
 ) -> None:
     """As `norm_heads_reference`; on a GPU in one launch."""
-    (norm_heads_triton if x.is_cuda else norm_heads_reference)(x, weights, keys, eps, out)
+    (norm_heads_triton if by_kernels(x) else norm_heads_reference)(x, weights, keys, eps, out)
 
 
 def norm_heads_backward(
     grad: Tensor, x: Tensor, weights: tuple[Tensor, Tensor], keys: int, eps: float
 ) -> None:
     """As `norm_heads_backward_reference`; on a GPU in one launch."""
-    one = norm_heads_backward_triton if x.is_cuda else norm_heads_backward_reference
+    one = norm_heads_backward_triton if by_kernels(x) else norm_heads_backward_reference
     one(grad, x, weights, keys, eps)
 
 
 def add_norm_triton(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     rows, width = x.shape
     s = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _add_norm[(rows,)](
+    launch(
+        _add_norm, (rows,),
         x, s if y is None else y, weight, s, out,
         x.stride(0), 0 if y is None else y.stride(0), out.stride(0), width, eps,
         ADD=y is not None, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
@@ -127,7 +130,8 @@ def norm_backward_triton(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, into: Tensor, *, add: bool = True
 ) -> None:
     rows, width = x.shape
-    _norm_backward[(rows,)](
+    launch(
+        _norm_backward, (rows,),
         grad, x, weight, into, grad.stride(0), x.stride(0), into.stride(0), width, eps,
         ADD=add, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
@@ -141,7 +145,8 @@ def norm_heads_triton(
 ) -> None:
     size = len(weights[0])
     heads = x.shape[1] // size
-    _norm_heads[(len(x), triton.cdiv(heads, HEADS_OF_A_PROGRAM))](
+    launch(
+        _norm_heads, (len(x), triton.cdiv(heads, HEADS_OF_A_PROGRAM)),
         x, *weights, out, x.stride(0), out.stride(0), heads, heads - keys, size, eps,
         HEADS=HEADS_OF_A_PROGRAM, SIZE=triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
@@ -152,7 +157,8 @@ def norm_heads_backward_triton(
 ) -> None:
     size = len(weights[0])
     heads = x.shape[1] // size
-    _norm_heads_backward[(len(x), triton.cdiv(heads, HEADS_OF_A_PROGRAM))](
+    launch(
+        _norm_heads_backward, (len(x), triton.cdiv(heads, HEADS_OF_A_PROGRAM)),
         grad, x, *weights, grad.stride(0), x.stride(0), heads, heads - keys, size, eps,
         HEADS=HEADS_OF_A_PROGRAM, SIZE=triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glassloop.engines.fused.launch import by_kernels, launch
+
 
 @dataclass(frozen=True)
 class Angles:
@@ -105,7 +107,7 @@ def rotate_reference(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) 
 
 def rotate(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
     """As `rotate_reference`; on a GPU in one launch."""
-    (rotate_triton if x.is_cuda else rotate_reference)(x, by, out, back=back)
+    (rotate_triton if by_kernels(x) else rotate_reference)(x, by, out, back=back)
 
 
 def rotate_triton(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> None:
@@ -113,7 +115,8 @@ def rotate_triton(x: Tensor, by: Angles, out: Tensor, *, back: bool = False) -> 
     if 2 * pairs < by.size and out.data_ptr() != x.data_ptr():
         x = out.copy_(x)
     heads = x.shape[1] // by.size
-    _rotate[(len(x),)](
+    launch(
+        _rotate, (len(x),),
         x, by.cos, by.sin, out, x.stride(0), out.stride(0), heads, by.size, pairs,
         HEADS=triton.next_power_of_2(heads), PAIRS=triton.next_power_of_2(pairs), BACK=back,
         INTERLEAVED=by.interleaved, num_warps=4,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glassloop.engines.fused.launch import by_kernels, launch
+
 BLOCK = 1024
 A, B = 0.7978845608028654, 0.044715  # sqrt(2 / pi), and the cubic term's factor
 
@@ -45,18 +47,19 @@ def swiglu_backward_reference(grad: Tensor, gate_up: Tensor, *, gelu: bool = Fal
 
 def swiglu(gate_up: Tensor, out: Tensor, *, gelu: bool = False) -> None:
     """As `swiglu_reference`; on a GPU in one launch."""
-    (swiglu_triton if out.is_cuda else swiglu_reference)(gate_up, out, gelu=gelu)
+    (swiglu_triton if by_kernels(out) else swiglu_reference)(gate_up, out, gelu=gelu)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, *, gelu: bool = False) -> None:
     """As `swiglu_backward_reference`; on a GPU in one launch."""
-    one = swiglu_backward_triton if grad.is_cuda else swiglu_backward_reference
+    one = swiglu_backward_triton if by_kernels(grad) else swiglu_backward_reference
     one(grad, gate_up, gelu=gelu)
 
 
 def swiglu_triton(gate_up: Tensor, out: Tensor, *, gelu: bool = False) -> None:
     rows, width = out.shape
-    _swiglu[(rows, triton.cdiv(width, BLOCK))](
+    launch(
+        _swiglu, (rows, triton.cdiv(width, BLOCK)),
         gate_up, out, gate_up.stride(0), out.stride(0), width, A, B,
         GELU=gelu, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
@@ -64,7 +67,8 @@ def swiglu_triton(gate_up: Tensor, out: Tensor, *, gelu: bool = False) -> None:
 
 def swiglu_backward_triton(grad: Tensor, gate_up: Tensor, *, gelu: bool = False) -> None:
     rows, width = grad.shape
-    _swiglu_backward[(rows, triton.cdiv(width, BLOCK))](
+    launch(
+        _swiglu_backward, (rows, triton.cdiv(width, BLOCK)),
         grad, gate_up, grad.stride(0), gate_up.stride(0), width, A, B,
         GELU=gelu, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
