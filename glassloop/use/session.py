@@ -67,7 +67,15 @@ class Session:
                 f"adapter   {trained.checkpoint}, {trained.why}; {self.sampling.words()}, seed "
                 f"{given.seed}"
             )
-            for note in (*trained.notes, *loaded.notes, *notes):
+            slow = (
+                [
+                    f"at most {given.max_new_tokens:,} tokens an answer; on a CPU that may take "
+                    "minutes: --max-new-tokens N is shorter, Ctrl-C keeps what is there"
+                ]
+                if loaded.device.type == "cpu"
+                else []
+            )
+            for note in (*trained.notes, *loaded.notes, *notes, *slow):
                 self.say(f"          {note}")
 
     def say(self, text: str = "", style: str = "", end: str = "\n") -> None:

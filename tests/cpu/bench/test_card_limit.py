@@ -19,10 +19,11 @@ def test_a_limited_card_has_no_more_free_and_can_be_limited_again(
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share)
     )
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * GIB)
+    device, other = torch.device("cuda", 1), torch.device("cuda", 0)
+    reserved = {device: 3 * GIB, other: 0}
+    monkeypatch.setattr(torch.cuda, "memory_reserved", reserved.__getitem__)
     monkeypatch.setattr(card_limit, "_GENUINE", lambda _: (90 * GIB, 100 * GIB))
     monkeypatch.setattr(torch.cuda, "mem_get_info", None)
-    device = torch.device("cuda", 0)
     assert card_limit.limit_card(11.0, device) == 11 * GIB
     assert torch.cuda.mem_get_info() == (8 * GIB, 11 * GIB)
     card_limit.limit_card(24.0, device)  # larger than before: the genuine card is asked

@@ -138,6 +138,20 @@ def test_ctrl_c_keeps_what_was_answered(run, tmp_path, capsys, monkeypatch):
     assert "0 of 1 questions" in err and signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_side_that_was_not_begun_is_not_told(run, capsys, monkeypatch):
+    ctrl_c_at(monkeypatch, 2)
+    words = ("One?", "Two?", "3?", "--batch", 2, "--json", "--max-new-tokens", 40)
+    code, out, err = command(capsys, run, *words)
+    told = [conform("generate", json.loads(line)) for line in out.splitlines()]
+    assert code == 130 and "0 of 3 questions" in err and len(told) == 2
+    assert all("adapter" not in one and one["base"]["stopped"] for one in told)
+
+
+def test_a_cpu_says_before_it_answers_how_long_an_answer_may_get(run, capsys):
+    _, out, _ = command(capsys, run, "One?", "--max-new-tokens", 4)
+    assert "at most 4 tokens an answer; on a CPU that may take minutes" in out
+
+
 def test_a_second_ctrl_c_does_not_wait(run, capsys, monkeypatch):
     ctrl_c_at(monkeypatch, 2, times=2)
     code, _, err = command(capsys, run, "One?", "--max-new-tokens", 40)
