@@ -31,7 +31,7 @@ def test_sizes_of_a_layer_and_weights_are_the_model_s(model_of, name):
     layer = fused_of(reference).layers[0]
     assert layer.sizes == sizes_of(shapes, 3, shapes.apart(tuple(shapes.linear_layers)), element=4)
     trained = sum(p.numel() for p in reference.hf.parameters() if p.requires_grad)
-    assert shapes.trainable(3, ("all-linear",)) == trained
+    assert shapes.trainable(lambda _: 3, ("all-linear",)) == trained
     decoder = base.get_decoder()
     norms = sum(p.numel() for path, p in decoder.named_parameters() if "norm" in path)
     assert shapes.norm_weights == norms
