@@ -47,6 +47,8 @@ class WeightFiles:
                     f"model.id = {folder}: its index names {name!r}, outside the folder"
                 )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "text_config" in config:
+            raise NotStreamable(f"{folder} has parts for images or sound beside its decoder")
         self.count = int(config["num_hidden_layers"])
         if not any(name.startswith("model.layers.0.self_attn.") for name in self.files):
             raise NotStreamable(f"{folder} names its weights otherwise than the model does")

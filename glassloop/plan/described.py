@@ -73,7 +73,7 @@ class Described:
         embedding_scale: factor of embeddings. embedding_rounds: it is rounded to their dtype first.
         residual_scale: factor of what attention and MLP add.
         logit_scale, logit_cap: of the head's product, as scores have them.
-        longest: tokens of a row beyond which its frequencies would be others; None: no such bound.
+        longest: tokens of a row beyond which frequencies or scores would be others; None: no bound.
         groups: group -> names of its linear layers in a decoder layer.
     """
 

@@ -79,7 +79,7 @@ def rope_sets(f: Fields) -> dict[str, Mapping[str, Any]]:
         if kind not in ROTARY:
             names = ", ".join(map(repr, ROTARY))
             raise Unsupported(f"the model's config has rope_type = {kind!r}, fused knows {names}")
-        if "llama_4_scaling_beta" in one:
+        if one.get("llama_4_scaling_beta") and f.get("model_type") != "ministral3":
             raise Unsupported(
                 "the model's config has llama_4_scaling_beta: scores depend on places"
             )
@@ -180,6 +180,18 @@ def ministral(f: Fields) -> Described:
     return replace(plain(f), kinds=kinds_of(f, f.get("sliding_window")))
 
 
+def ministral3(f: Fields) -> Described:
+    one = mistral(f)
+    (found,) = rope_sets(f).values()
+    if not found.get("llama_4_scaling_beta"):
+        return one
+    # scores grow with log(1 + place // length), which is 0 below that length
+    length = found.get("original_max_position_embeddings")
+    if not length:
+        raise Unsupported("the model's config has llama_4_scaling_beta without its length")
+    return replace(one, longest=int(length))
+
+
 def phi3(f: Fields) -> Described:
     f.one_of("lm_head_bias", False, None)
     f.get("interpolation_factor")  # of Phi-4-mini's file; transformers has no such field
@@ -252,6 +264,20 @@ def glm4(f: Fields) -> Described:
     return replace(one, norms=norms, interleaved=True, groups=groups(gate_up=JOINED_GATE_UP))
 
 
+def glm(f: Fields) -> Described:
+    one = plain(f, partial=True)
+    return replace(one, interleaved=True, groups=groups(gate_up=JOINED_GATE_UP))
+
+
+def ernie4_5(f: Fields) -> Described:
+    f.get("use_bias")  # read off the modules
+    return replace(plain(f), interleaved=True)
+
+
+def helium(f: Fields) -> Described:
+    return replace(plain(f), interleaved=True)
+
+
 def seed_oss(f: Fields) -> Described:
     return plain(f)
 
@@ -271,6 +297,7 @@ FAMILIES: dict[str, Callable[[Fields], Described]] = {
     "qwen3": qwen3,
     "mistral": mistral,
     "ministral": ministral,
+    "ministral3": ministral3,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
     "phi3": phi3,
@@ -278,7 +305,10 @@ FAMILIES: dict[str, Callable[[Fields], Described]] = {
     "olmo2": olmo2,
     "olmo3": olmo3,
     "smollm3": smollm3,
+    "glm": glm,
     "glm4": glm4,
+    "ernie4_5": ernie4_5,
+    "helium": helium,
     "seed_oss": seed_oss,
     "exaone4": exaone4,
 }

@@ -21,6 +21,7 @@ from glassloop.predict.traits import FAMILIES, JOINED, Traits
 
 ALL_LINEAR = "all-linear"
 ATTENTION = "self_attn"  # of a decoder layer's parts; the other is mlp
+QKV_BIASED = ("qwen2", "glm", "glm4", "seed_oss")  # by default
 IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 
 
@@ -297,12 +298,14 @@ def _biased(values: dict[str, Any]) -> tuple[str, ...]:
     """
     kind, qkv = values["model_type"], ("q_proj", "k_proj", "v_proj")
     found: tuple[str, ...] = ()
-    if values.get("attention_bias", kind in ("qwen2", "glm4", "seed_oss")):
-        found = qkv if kind in ("qwen2", "glm4", "seed_oss") else (*qkv, "o_proj")
+    if values.get("attention_bias", kind in QKV_BIASED):
+        found = qkv if kind in QKV_BIASED else (*qkv, "o_proj")
     if kind == "qwen2":  # it has no such field
         found = qkv
     if values.get("attention_out_bias"):
         found = (*found, "o_proj")
+    if values.get("use_bias"):  # Ernie 4.5's: of every layer
+        return (*qkv, "o_proj", "gate_proj", "up_proj", "down_proj")
     return (*found, "gate_proj", "up_proj", "down_proj") if values.get("mlp_bias") else found
 
 

@@ -53,6 +53,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# Scores grow with the place from token 40 on: its rows are shorter than that.
+MINISTRAL3 = YARN | {"original_max_position_embeddings": 40, "llama_4_scaling_beta": 0.5}
+MINISTRAL3 |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 # name -> model_type, and what its config has beside SIZES
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -67,6 +70,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, windows": ("mistral", {"sliding_window": 4, "head_dim": 48}),
     "ministral": ("ministral", MIXED | BOTH),
+    "ministral3": ("ministral3", {"rope_parameters": MINISTRAL3}),
     "gemma2": (
         "gemma2",
         MIXED
@@ -115,7 +119,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", MIXED | BOTH | {"rope_parameters": THETAS}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "glm": ("glm", {"attention_bias": True}),
     "glm4": ("glm4", {}),
+    "ernie4_5": ("ernie4_5", {"use_bias": True}),
+    "helium": ("helium", {"head_dim": 16}),
     "seed_oss": ("seed_oss", {}),
     "exaone4": ("exaone4", MIXED | BOTH),
     "exaone4, no windows": (

@@ -26,15 +26,15 @@ def where_of(p: Pass, of: Described, rotary: Any, dtype: torch.dtype, scratch: S
         rotary: transformers' module with the frequencies. dtype: of q, k and v.
 
     Raises:
-        ValueError: a row is longer than the model's frequencies are known for.
+        ValueError: a row is longer than the model's positions are described for.
     """
     rows, width = p.input_ids.shape
     lengths = p.lengths if p.packed else (width,) * rows
     device, longest = p.input_ids.device, max(lengths)
     if of.longest is not None and longest > of.longest:
         raise ValueError(
-            f"execution.engine = fused: a row has {longest} tokens, and the model's rotary "
-            f"frequencies are others beyond {of.longest}: set data.max_tokens={of.longest}, or "
+            f"execution.engine = fused: a row has {longest} tokens, and the model takes positions "
+            f"otherwise beyond {of.longest}: set data.max_tokens={of.longest}, or "
             "execution.engine=peft"
         )
     made: dict[int | None, Bounds] = {}

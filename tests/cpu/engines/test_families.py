@@ -7,9 +7,11 @@ A description that is wrong in one field is seen.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +126,10 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("olmo2", "norms", lambda of: Norms(None, None, "post_attention_layernorm", None)),
     ("smollm3", "kinds", lambda of: (Kind(),) * 2),
     ("glm4", "interleaved", lambda of: False),
+    ("glm", "interleaved", lambda of: False),
+    ("ernie4_5", "interleaved", lambda of: False),
+    ("helium", "interleaved", lambda of: False),
+    ("ministral3", "score_scale", lambda of: of.score_scale * 1.1),
     ("exaone4", "kinds", lambda of: tuple(replace(k, rotary="") for k in of.kinds)),
 ]
 
@@ -186,6 +192,7 @@ REFUSED = [
     ("phi3", {"rope_scaling": {"type": "su"}}, "rope_type = 'su'"),
     ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic"),
     ("mistral", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
+    ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "without its length"),
     ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ("phi3", {"hidden_act": "gelu"}, "hidden_act = 'gelu', fused knows 'silu'"),
     ("gemma2", {"hidden_activation": "gelu"}, "fused knows 'gelu_pytorch_tanh'"),
@@ -214,8 +221,8 @@ def test_a_row_beyond_longrope_s_length_is_refused_and_no_longer_one_changes_it(
         engine(long)
 
 
-def test_the_decoder_of_a_model_for_images_trains_alone(engine_of, tmp_path, tiny_tokenizer):
-    """Its vision tower has projections of the same names: no row of text reaches them."""
+def images_model(folder: Path, tokenizer: Any) -> Path:
+    """A small Gemma 3 with a vision tower, saved."""
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     config = Gemma3Config(
@@ -226,8 +233,51 @@ def test_the_decoder_of_a_model_for_images_trains_alone(engine_of, tmp_path, tin
     )
     torch.manual_seed(0)
     model = drawn(AutoModelForCausalLM.from_config(config)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("memory_base", ["auto", "host"])
+def test_a_model_for_images_does_not_stream_and_says_so(tmp_path, tiny_tokenizer, memory_base):
+    folder, cpu = images_model(tmp_path / "model", tiny_tokenizer), torch.device("cpu")
+    built = functools.partial(
+        build_engine,
+        ModelConfig(id=str(folder), cache_dir=str(tmp_path / "cache")),
+        LoraConfig(r=3, alpha=6),
+        precision="fp32",
+        checkpointing=False,
+        seed=0,
+        device=cpu,
+        first=contextlib.nullcontext,
+        engine="fused",
+        memory_base=memory_base,
+    )
+    if memory_base == "host":
+        with pytest.raises(ValueError, match=r"memory\.base = host: .*beside its decoder"):
+            built()
+    else:
+        assert built().pages is None
+
+
+def test_scores_that_grow_with_the_place_are_refused_where_they_begin_to_grow(model_of):
+    """Ministral 3: below its original length the factor is 1, at it the factor is no more."""
+    reference, adapters = model_of("ministral3")
+    engine, cpu = fused_of(reference), torch.device("cpu")
+    for packed in (True, False):
+        p = build_pass(rows_of((40, 3)), packed=packed, pad_id=0, device=cpu)
+        wanted, slope = gradient(reference, adapters, p)
+        found, ours = gradient(engine, adapters, p)
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert float((ours - slope).norm() / slope.norm()) < 1e-5
+    long = build_pass(rows_of((41, 3)), packed=True, pad_id=0, device=cpu)
+    with pytest.raises(ValueError, match=r"a row has 41 tokens.*data\.max_tokens=40"):
+        engine(long)
+
+
+def test_the_decoder_of_a_model_for_images_trains_alone(engine_of, tmp_path, tiny_tokenizer):
+    """Its vision tower has projections of the same names: no row of text reaches them."""
+    model = AutoModelForCausalLM.from_pretrained(images_model(tmp_path, tiny_tokenizer))
     lora = LoraConfig(r=3, alpha=6, targets=linear_names(model))
     assert set(lora.targets) == set(PROJECTIONS)
     reference = engine_of(tmp_path, quantization="nf4", lora=lora)
