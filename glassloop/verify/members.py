@@ -56,7 +56,8 @@ class Shape:
     @property
     def needs_fused(self) -> bool:
         """True if it says where memory is spent; fused alone can."""
-        return (self.base, self.host, self.chunk) != ("auto", "nothing", 0)
+        spent = (self.base, self.host, self.chunk) != ("auto", "nothing", 0)
+        return spent or self.layout == "split"
 
 
 SHAPES = {
@@ -79,6 +80,8 @@ SHAPES = {
     "2x2x2 packed small": Shape(2, 2, 2, layout="packed", pass_tokens=MAX_TOKENS),
     "2x2x2 streamed": Shape(2, 2, 2, base="host"),
     "2x2x2 sharded": Shape(2, 2, 2, base="sharded"),
+    "2x2x2 split": Shape(2, 2, 2, layout="split"),
+    "2x2x2 split chunked streamed": Shape(2, 2, 2, layout="split", base="host", chunk=17),
     "2x2x2 packed chunked on host": Shape(2, 2, 2, layout="packed", host="attention", chunk=17),
     "2x2x2 ddp": Shape(2, 2, 2, reduction="ddp"),
     "2x2x2 ddp recomputed": Shape(2, 2, 2, reduction="ddp", recomputed=True),

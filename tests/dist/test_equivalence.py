@@ -72,3 +72,4 @@ def test_the_class_holds_every_way_to_spend_memory():
         assert any(shape.chunk for shape in mine)
     assert {shape.host for shape in shapes} == set(HOSTS)
     assert "sharded" in {shape.base for shape in shapes}
+    assert "split" in {shape.layout for shape in shapes}
