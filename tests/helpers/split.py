@@ -59,6 +59,7 @@ TIERS = {
     **{f"{host} away": Tiers(0, host) for host in HOSTS[1:]},
     "chunks": Tiers(0, chunk=5),
     "chunks, all away": Tiers(0, "all", chunk=5),
+    "a chunk that is one rank's part": Tiers(0, chunk=19),  # of 39 places: 19 and 20
 }
 
 

@@ -1,4 +1,4 @@
-"""Checks of tensors whose last elements lie at and beyond a limit of offsets.
+"""Checks of tensors that pass a limit of offsets.
 
 On a GPU the limit is 2^31 elements; on a CPU the checks themselves are tried with a small one.
 """
@@ -33,7 +33,7 @@ def at_the_end(rows: Tensor, total: int) -> Tensor:
 
 
 def places_check(limit: int, device: torch.device, *, width: int, suffix: str) -> dict[str, float]:
-    """Distances of each kernel's last rows from those of a matrix that has only these.
+    """Distances of each kernel's last rows from the same rows alone.
 
     suffix: "triton", or "reference" to try the check itself.
     """
@@ -77,7 +77,7 @@ def places_check(limit: int, device: torch.device, *, width: int, suffix: str) -
 
 
 def product_check(limit: int, device: torch.device, *, width: int) -> float:
-    """Distance of the last rows of a product (T, width) that passes the limit."""
+    """Distance of the last rows of a product (T, width)."""
     total = limit // width + SEEN - 1
     torch.manual_seed(0)
     x = torch.randn(total, 16, device=device).bfloat16()
@@ -88,7 +88,7 @@ def product_check(limit: int, device: torch.device, *, width: int) -> float:
 def attention_check(
     kernel: str, limit: int, beyond: int, device: torch.device, *, width: int, size: int = 128
 ) -> dict[str, float]:
-    """Distances of attention of a row inside a wide matrix from that of a narrow one.
+    """Distances of attention inside a wide matrix from a narrow one's.
 
     Places are so many that the wide matrix ends `beyond` rows after the limit. `views`: the kernel
     gets views of the wide matrix, as a whole pass's layers give them. `groups`: by groups of heads,

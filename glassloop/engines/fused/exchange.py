@@ -42,8 +42,8 @@ class Exchange:
     ) -> None:
         """Write what ranks have for these places, or add it.
 
-        into: (P, all heads, D). t: (T, own heads, D). The ranks' parts are added in their order. All
-        ranks take part.
+        into: (P, all heads, D). t: (T, own heads, D). The ranks' parts are added in their order.
+        All ranks take part.
         """
         size, own = into.shape[2], _count(heads[self.rank])
         arrive = [len(into) * _count(one) * size for one in heads]
