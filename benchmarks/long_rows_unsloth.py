@@ -40,7 +40,7 @@ def train(asked: dict[str, Any], out: Path, folder: Path) -> None:
     base = base_folder(asked["model"], "bf16", "cuda", folder)
     import unsloth  # pyright: ignore[reportMissingImports]  # noqa: F401, I001
     import torch
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
     from card_limit import limit_card
     from peer_models import PEERS, unsloth_model
 

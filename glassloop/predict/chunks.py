@@ -62,8 +62,8 @@ def backward_bytes(one: Sizes, tokens: int, chunk: int, host: Host, ranks: int =
 def exchange_bytes(one: Sizes, tokens: int, ranks: int) -> int:
     """Most bytes that sharing a pass adds to a layer's backward.
 
-    No chunks; all places of some heads: copies of five tensors, and what is on its way. 0 for a
-    rank alone.
+    Without chunks: all places of some heads, in copies of five tensors, and what is on its way. 0
+    for a rank alone.
     """
     if ranks == 1:
         return 0

@@ -37,7 +37,7 @@ def test_every_model_has_the_gradient_of_one_rank_to_1e6(split):
 def test_tiers_and_the_place_of_labels_change_nothing(split):
     """All labels on one rank, on either side of the border, and a pass of two places."""
     found = split["tiers_and_labels"]
-    assert len(found) == 7 + 6 + 1
+    assert len(found) == 8 + 6 + 1
     assert {name: far for name, far in found.items() if max(far) > 1e-6} == {}
 
 

@@ -17,12 +17,15 @@ from tiny import FOLDER, MODEL, run_of
 from transformers import AutoTokenizer
 
 from glassloop.config import LoraConfig, ModelConfig
+from glassloop.config.arguments import parse
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
 from glassloop.engines.adapters import attach_lora
 from glassloop.engines.build import build_engine
 from glassloop.formula.dist import gather_objects, leave, reduce_gradients
+from glassloop.health.decision import Outcome
 from glassloop.loop.build import build_run
+from glassloop.loop.run import Run
 from glassloop.plan.support import groups_of
 from glassloop.predict.tiers import HOSTS, Tiers
 from glassloop.record.jsonl import read_jsonl
@@ -56,6 +59,7 @@ TIERS = {
     **{f"{host} away": Tiers(0, host) for host in HOSTS[1:]},
     "chunks": Tiers(0, chunk=5),
     "chunks, all away": Tiers(0, "all", chunk=5),
+    "a chunk that is one rank's part": Tiers(0, chunk=19),  # of 39 places: 19 and 20
 }
 
 
@@ -179,13 +183,14 @@ def runs() -> dict[str, Any]:
         run = run_of(
             layout, execution=execution, optimizer={"name": "sgd", "lr": 1e-2}, record=record
         )
-        code, header = train(run), run.header
+        code, header, contract = train(run), run.header, run.contract
+        assert contract is not None
         run.close_observers()
         found[layout] = {
             "code": code,
             "flat": run.replica.adapters.flat.detach().clone(),
             "header": [line for line in header if line.startswith("executed")],
-            "contract": [run.contract.rows, run.contract.supervised_tokens],
+            "contract": [contract.rows, contract.supervised_tokens],
         }
     one, two = (found[layout].pop("flat") for layout in ("packed", "split"))
     found["apart"] = float((one - two).norm() / one.norm())
@@ -223,16 +228,20 @@ def resumed() -> list[float | None]:
     execution = {"engine": "fused", "layout": "split", "precision": "fp32", "deterministic": True}
     run = run_of("whole", execution=execution, checkpoint={"every_updates": 3})
     for u in range(1, 4):
-        run.tell(update_once(run, u))
+        run.tell(done(run, u))
     run.save(3)
-    found = [update_once(run, u).record.loss_nats for u in range(4, 7)]
+    found = [done(run, u).record.loss_nats for u in range(4, 7)]
     run.close_observers()
     gather_objects(None)
-    from glassloop.config.arguments import parse
-
     again = build_run(parse(["--resume", str(FOLDER / "runs" / "whole")]))
     assert again.first_update == 4
-    return [*found, *(update_once(again, u).record.loss_nats for u in range(4, 7))]
+    return [*found, *(done(again, u).record.loss_nats for u in range(4, 7))]
+
+
+def done(run: Run, u: int) -> Outcome:
+    outcome = update_once(run, u)
+    assert outcome is not None
+    return outcome
 
 
 CHECKS = [runs, resumed, refusals, models, tiers_and_labels, streamed_base]

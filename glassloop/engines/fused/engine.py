@@ -204,7 +204,9 @@ class FusedEngine(nn.Module):
         x: Tensor = self.embedded(p.input_ids.flatten())  # (T, H)
         y, saved, tiers = None, [], self.tiers
         recomputed = len(self.layers) - tiers.kept
-        chunk = tiers.chunk if len(x) > tiers.chunk else 0
+        # All ranks that share a pass take one path, though their places differ by one.
+        places = len(x) if p.part is None else max(p.part.places)
+        chunk = tiers.chunk if places > tiers.chunk else 0
         if training and tiers.host != "nothing":
             widths = away_widths(self.layers[0].sizes, tiers.host)
             self.host.begin(recomputed, len(x), widths, x.dtype)
@@ -215,13 +217,13 @@ class FusedEngine(nn.Module):
             last = index == len(self.layers) - 1
             keep = index >= recomputed if training else None
             away = tiers.host if training and index < recomputed else "nothing"
-            places = p.places if last else None
+            wanted = p.places if last else None
             if chunk:
                 x, y, kept = chunked.forward(
-                    one, x, y, where, chunk, training=training, away=away, places=places
+                    one, x, y, where, chunk, training=training, away=away, places=wanted
                 )
             else:
-                x, y, kept = layers.forward(one, x, y, where, keep=keep, away=away, places=places)
+                x, y, kept = layers.forward(one, x, y, where, keep=keep, away=away, places=wanted)
             if away != "nothing":
                 assert kept is not None
                 kept, large = part(kept)

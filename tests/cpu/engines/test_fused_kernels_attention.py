@@ -130,3 +130,27 @@ def test_a_row_without_finite_values_leaves_its_neighbours_alone():
     into = a.attention_backward(grad, q, k, v, kept, bounds, by)
     for t in (kept.out.flatten(1), into):
         assert t[20:29].isnan().all() and t[:20].isfinite().all() and t[29:].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("most", [1, 2])
+def test_groups_of_heads_through_this_packages_kernels_have_the_gradient_of_all(monkeypatch, most):
+    """As ranks that share a pass compute it: turned back after the exchange, not in the kernel."""
+    from glassloop.engines.fused import attention as a
+    from glassloop.engines.fused import exchange
+    from glassloop.engines.fused.attention_groups import backward_by_groups, forward_by_groups
+    from glassloop.engines.fused.attention_work import Tile, Tiles
+
+    monkeypatch.setattr(exchange, "all_to_all", lambda received, sent, *_: received.copy_(sent))
+    lengths, tile = (1, 5, 17, 20), Tile(16, 16, 4, 2)
+    bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), Tiles(tile, tile, tile))
+    grad, q, k, v, by = wide_heads(sum(lengths), 4, 2, 16, torch.float32)
+    whole = a.attention(q, k, v, bounds)
+    truth = a.attention_backward(grad, q, k, v, whole, bounds, by, room=3)
+    alone = exchange.Exchange(0, (sum(lengths),))
+    kept = forward_by_groups(q, k, v, bounds, alone, most)
+    assert torch.equal(kept.out, whole.out) and len(kept.rest) == most
+    found = backward_by_groups(
+        grad, q, k, v, kept, bounds, by, room=3, chunk=7, exchange=alone, most=most
+    )
+    assert off(found[:, :-3], truth[:, :-3]) < 1e-6
