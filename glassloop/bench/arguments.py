@@ -172,12 +172,18 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--card",
         action="store_true",
-        help="one fixed piece of work, at most 5 minutes, one line to paste",
+        help="one fixed piece of work, at most 3 minutes, one line to paste",
     )
     parser.add_argument(
         "--predict",
         action="store_true",
         help="the card's work by card: measured where results are there, else predicted",
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="with --predict: measured and predicted speeds of all cards as an HTML page",
     )
     parser.add_argument(
         "--compare",

@@ -31,7 +31,7 @@ NAME = "card-v1"
 # measured. Another workload, model or row count a rank is another name, with a value of its own.
 EXPECTED_LOSS_NATS: float | None = 12.5909
 LOSS_TOLERANCE = 2e-3  # relative: what bf16's kernels may differ from card to card
-TIME_LIMIT_S = 300.0
+TIME_LIMIT_S = 180.0
 ROWS_PER_RANK = 8
 WORK: dict[
     str, Any
@@ -90,7 +90,7 @@ def card_line(line: dict[str, Any]) -> str:
     p2p = {True: "yes", False: "no", None: "one card"}[card.get("p2p")]
     versions = " ".join(f"{short} {packages.get(long)}" for short, long in SHORT.items())
     speed, mfu = line["tokens_per_s_per_rank"]["real"], (line.get("flops") or {}).get("mfu")
-    peak = line["peak"]["allocated_gib"]
+    peak, frugal = line["peak"]["allocated_gib"], (line.get("energy") or {}).get("tokens_per_joule")
     return " | ".join(
         [
             NAME,
@@ -107,6 +107,7 @@ def card_line(line: dict[str, Any]) -> str:
             f"{speed:,.0f} tokens/s per GPU",
             f"{'?' if peak is None else f'{peak:.2f}'} GiB",
             f"MFU {'?' if mfu is None else f'{mfu:.1%}'}",
+            f"{f'{1 / frugal:.3f}' if frugal else '?'} J/token",
             f"loss {line['update_1']['loss_nats']:.4f} ({loss_verdict(line)})",
         ]
     )
@@ -138,18 +139,23 @@ def _or(value: Any) -> str:
     return "?" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def predicted() -> dict[str, float]:
+    """Real tokens/s per GPU that arithmetic gives the work, by card's key."""
+    shapes, passes, found = KNOWN[WORK["model"]], ROWS_PER_RANK // WORK["batch"], {}
+    for key in RATES:
+        one = pass_time(shapes, key, rows=WORK["batch"], row_tokens=2048, supervised_share=0.8)
+        assert one is not None
+        found[key] = tokens_per_s(one, rows=WORK["batch"], row_tokens=2048, passes=passes, ranks=1)
+    return found
+
+
 def predictions(measured: dict[str, float]) -> list[str]:
     """Tokens/s per GPU by card: measured if known, else predicted.
 
     `measured`: card's key -> tokens/s. Each number says which of the two it is.
     """
-    shapes = KNOWN[WORK["model"]]
-    passes = ROWS_PER_RANK // WORK["batch"]
     lines = [f"| card | {NAME}: real tokens/s per GPU | where from |", "| --- | --- | --- |"]
-    for key in RATES:
-        one = pass_time(shapes, key, rows=WORK["batch"], row_tokens=2048, supervised_share=0.8)
-        assert one is not None
-        fast = tokens_per_s(one, rows=WORK["batch"], row_tokens=2048, passes=passes, ranks=1)
+    for key, fast in predicted().items():
         if key in measured:
             lines.append(f"| {key} | {measured[key]:,.0f} | measured (predicted: {fast:,.0f}) |")
         else:
@@ -212,22 +218,27 @@ def fused_predictions() -> list[str]:
     return lines
 
 
-def measured_cards(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Best tokens/s per GPU by card's key, of comparable lines.
+def comparable(line: dict[str, Any]) -> bool:
+    """True if a line did this very work on one card, with the expected loss."""
+    if line.get("card_name") != NAME or "failed" in line:
+        return False
+    if not line.get("check", {"within": True})["within"]:
+        return False
+    return line["cell"]["ranks"] == 1 and card_key(line) is not None
 
-    They did this very work on one card, with the expected loss.
-    """
+
+def card_key(line: dict[str, Any]) -> str | None:
+    """The card's key in predict/hardware.py; None for one that is not there."""
+    gpus = line["machine"]["gpus"]
+    gpu = gpu_named(gpus[0]["name"]) if gpus else None
+    return None if gpu is None else gpu.key
+
+
+def measured_cards(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Best tokens/s per GPU by card's key, of comparable lines."""
     found: dict[str, float] = {}
     for line in lines:
-        if (
-            line.get("card_name") != NAME
-            or "failed" in line
-            or not line.get("check", {"within": True})["within"]
-        ):
-            continue
-        if line["cell"]["ranks"] != 1 or not line["machine"]["gpus"]:
-            continue
-        gpu = gpu_named(line["machine"]["gpus"][0]["name"])
-        if gpu is not None:
-            found[gpu.key] = max(found.get(gpu.key, 0.0), line["tokens_per_s_per_rank"]["real"])
+        key = card_key(line) if comparable(line) else None
+        if key is not None:
+            found[key] = max(found.get(key, 0.0), line["tokens_per_s_per_rank"]["real"])
     return found

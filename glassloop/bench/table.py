@@ -16,8 +16,8 @@ from glassloop.bench.results import Arm, arms, rates_of
 from glassloop.bench.spec import SAME
 
 HEAD = (
-    f"{'engine':<12}{'workload':<11}{'layout':<8}{'rows':>4}{'rk':>3} "
-    f"{'act.':<5}{'tok/s':>8}{'/GPU':>8}{'s/update':>9}{'p10-p90':>14}{'GiB':>7}{'MFU':>5}{'n':>3}"
+    f"{'engine':<9}{'workload':<11}{'layout':<8}{'rows':>4}{'rk':>3} "
+    f"{'act.':<5}{'tok/s':>8}{'/GPU':>8}{'s/update':>9}{'p10-p90':>12}{'GiB':>7}{'MFU':>5}{'J/tok':>6}{'n':>3}"
 )
 BAR = 48  # characters of the longest bar
 
@@ -37,13 +37,15 @@ def _row(arm: Arm) -> str:
     cell = arm.cell
     low, middle, high = (arm.middle("update_s", name) or 0.0 for name in ("p10", "median", "p90"))
     peak, mfu = arm.middle("peak", "allocated_gib"), arm.middle("flops", "mfu")
+    frugal = arm.middle("energy", "tokens_per_joule")
     each = arm.tokens_per_s / cell["ranks"]
     return (
-        f"{cell['engine'][:11]:<12}{cell['workload'][:10]:<11}{cell['layout'][:7]:<8}"
+        f"{cell['engine'][:8]:<9}{cell['workload'][:10]:<11}{cell['layout'][:7]:<8}"
         f"{cell['batch']:>4}{cell['ranks']:>3} "
         f"{'again' if cell['checkpointing'] else 'kept':<5}{arm.tokens_per_s:>8,.0f}{each:>8,.0f}"
-        f"{middle:>9.3f}{f'{low:.3f}-{high:.3f}':>14}{'-' if peak is None else f'{peak:.2f}':>7}"
-        f"{'-' if mfu is None else f'{mfu:.0%}':>5}{len(arm.rates):>3}"
+        f"{middle:>9.3f}{f'{low:.2f}-{high:.2f}':>12}{'-' if peak is None else f'{peak:.2f}':>7}"
+        f"{'-' if mfu is None else f'{mfu:.0%}':>5}"
+        f"{f'{1 / frugal:.3f}' if frugal else '-':>6}{len(arm.rates):>3}"
         + "".join(
             f"  {field.removeprefix('execution.').removeprefix('memory.')}"
             for field in cell.get("varied", ())

@@ -30,10 +30,12 @@ def main(argv: list[str]) -> int:
             "glassloop bench starts its own processes: run it without accelerate launch, and say "
             "--ranks"
         )
+    if asked.page is not None and not asked.predict:
+        raise ValueError(f"--page {asked.page} goes with --predict: add --predict")
     if asked.compare:
         return _compare(asked)
     if asked.predict:
-        return _predict()
+        return _predict(asked.page)
     return _card(asked) if asked.card else _matrix(asked)
 
 
@@ -192,7 +194,7 @@ def _card(asked: argparse.Namespace) -> int:
     return 1 if verdict.startswith("DIFFERS") else 0
 
 
-def _predict() -> int:
+def _predict(page: Path | None) -> int:
     from glassloop.bench.card import measured_cards, predictions
     from glassloop.bench.results import read
 
@@ -200,6 +202,11 @@ def _predict() -> int:
     for file in sorted(_results_folder().glob("bench-*.jsonl")):
         lines += read(file)
     print("\n".join(predictions(measured_cards(lines))))
+    if page is not None:
+        from glassloop.bench.cards_page import cards_page
+
+        page.write_text(cards_page(lines), encoding="utf-8")
+        print(f"written: {page}")
     return 0
 
 

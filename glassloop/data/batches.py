@@ -21,6 +21,8 @@ from glassloop.data.templates import targets
 from glassloop.plan.split import places_of_ranks
 from glassloop.plan.steps import StepPlan
 
+CLOSE = 0.002  # of two ranks' tokens: a difference that nobody waits for
+
 
 @dataclass(frozen=True)
 class Window:
@@ -63,22 +65,63 @@ def literal_passes(
     return tuple(tuple(chunks[rank::ranks]) for rank in range(ranks))
 
 
+def dealt(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deal rows to ranks so that their tokens are about equal.
+
+    The longest row goes first, to the lightest rank. Then the heaviest and the lightest rank share
+    their rows anew, as long as they differ by more than CLOSE and that brings them closer. No
+    division of two ranks' rows is more equal.
+
+    Returns each rank's rows, the longest first.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        rank = loads.index(min(loads))
+        shares[rank].append(row)
+        loads[rank] += lengths[row]
+    while True:
+        high, low = loads.index(max(loads)), loads.index(min(loads))
+        gap, both = loads[high] - loads[low], loads[high] + loads[low]
+        if gap <= CLOSE * both:
+            return shares
+        less, more = halves(sorted([*shares[high], *shares[low]]), lengths)
+        found = [sum(lengths[row] for row in half) for half in (less, more)]
+        if found[1] - found[0] >= gap:
+            return shares
+        for rank, half, load in zip((low, high), (less, more), found, strict=True):
+            shares[rank], loads[rank] = sorted(half, key=lambda row: (-lengths[row], row)), load
+
+
+def halves(rows: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Divide rows in two so that their tokens differ least.
+
+    The lighter half comes first.
+    """
+    sums = [1]  # bit s of sums[n]: some of the first n rows have s tokens
+    for row in rows:
+        sums.append(sums[-1] | sums[-1] << lengths[row])
+    half = sum(lengths[row] for row in rows) // 2
+    left = (sums[-1] & ((1 << half + 1) - 1)).bit_length() - 1
+    less, more = list[int](), list[int]()
+    for row, without in zip(reversed(rows), reversed(sums[:-1]), strict=True):
+        if without >> left & 1:
+            more.append(row)
+        else:
+            less.append(row)
+            left -= lengths[row]
+    return less, more
+
+
 def packed_passes(
     rows: Sequence[int], lengths: Sequence[int], ranks: int, pass_tokens: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """The same rows in few passes of at most `pass_tokens` tokens.
 
-    The longest row goes first, to the lightest rank, then into the first pass with room.
+    A rank's longest row goes first, into the first pass with room.
     """
-    by_length = sorted(rows, key=lambda row: (-lengths[row], row))
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for row in by_length:
-        rank = loads.index(min(loads))
-        shares[rank].append(row)
-        loads[rank] += lengths[row]
     result = []
-    for share in shares:
+    for share in dealt(rows, lengths, ranks):
         bins: list[list[int]] = []
         room: list[int] = []
         for row in share:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from glassloop.data.batches import Batches, packed_passes
 from glassloop.data.sources import MixedPart
@@ -18,6 +19,7 @@ def count_tokens(batches: Batches) -> TokenCounts:
     plan, real, labels = batches.plan, 0, 0
     slots, passes = {"literal": 0, "packed": 0}, {"literal": 0, "packed": 0}
     heaviest, share = (0, 0, 0, 0), 0  # places, rows, tokens, supervised
+    excess: list[float] = []  # of an update's heaviest rank
     for update in range(1, plan.updates + 1):
         window = batches.window(update)
         real += sum(lengths[row] for row in window.rows)
@@ -33,6 +35,8 @@ def count_tokens(batches: Batches) -> TokenCounts:
         slots["packed"] += sum(lengths[row] for one in packed for row in one)
         passes["literal"] += len(chunks)
         passes["packed"] += len(packed)
+        places = [sum(map(batches.slots, rank)) for rank in window.passes]
+        excess.append(max(places) * len(places) / sum(places) - 1)
         for one in (one for rank in window.passes for one in rank):
             longest, total = max(lengths[row] for row in one), sum(lengths[row] for row in one)
             rows, tokens = (1, total) if window.packed else (len(one), longest)
@@ -48,6 +52,8 @@ def count_tokens(batches: Batches) -> TokenCounts:
         passes["packed"],
         *heaviest[1:],
         share,
+        fmean(excess),
+        max(excess),
     )
 
 

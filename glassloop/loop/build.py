@@ -23,6 +23,7 @@ from glassloop.loop.conditions import (
 )
 from glassloop.loop.folder import check_no_run_in, observe
 from glassloop.loop.header import header
+from glassloop.loop.launch_clock import LaunchClock, LaunchObserver
 from glassloop.loop.machine_here import sampler_of
 from glassloop.loop.memory import allocated_gib, choose_pass_tokens
 from glassloop.loop.proving import proven
@@ -53,15 +54,18 @@ def build_run(config: Config, stop: StopFlag | None = None) -> Run:
     Args:
         stop: set up by a Guard; None: a new one that handles signals until the run is closed.
     """
+    clock = LaunchClock()
+    clock.ends("imports")
     start = start_ranks(config, stop)
+    clock.ends("ranks")
     try:
-        return build_in_folder(start)
+        return build_in_folder(start, clock)
     except BaseException:
         release(start.lock)
         raise
 
 
-def build_in_folder(start: Start) -> Run:
+def build_in_folder(start: Start, clock: LaunchClock) -> Run:
     """Build the run in its folder, which is locked."""
     rows = read_rows(start)
     start = settle(start, rows)
@@ -77,7 +81,9 @@ def build_in_folder(start: Start) -> Run:
         text=config.record.text,
         updates_done=rows.updates_done,
     )
-    start, replica, measured_gib = load_replica(start, rows)
+    clock.ends("data")
+    start, replica, measured_gib = load_replica(start, rows, clock)
+    clock.ends("proof")
     if tracker is not None and start.config != config:
         tracker.tell_config(as_dict(start.config))
     run = assemble(start, rows, replica, folder, measured_gib)
@@ -89,12 +95,15 @@ def build_in_folder(start: Start) -> Run:
         resume(run, start, start.past.saved)
     if replica.rank == 0:
         observe(run, rows.dataset, tracker, start.past.recorded, start.past.plan)
+        run.observers.append(LaunchObserver(clock, run.event))
     run.attempt = gather_objects(run.attempt)[0]
     spend_memory(run)
     return run
 
 
-def load_replica(start: Start, rows: Rows) -> tuple[Start, Replica, dict[str, float]]:
+def load_replica(
+    start: Start, rows: Rows, clock: LaunchClock
+) -> tuple[Start, Replica, dict[str, float]]:
     """Load the base and build this rank's replica.
 
     Returns the start, with another engine if fused is not sound, the replica, and measured GPU
@@ -107,6 +116,7 @@ def load_replica(start: Start, rows: Rows) -> tuple[Start, Replica, dict[str, fl
     cure = "the ranks loaded different bases; clear the cache of one, or pin model.revision"
     require_same("base weights", engine.report.checksum, cure)
     loaded_gib = allocated_gib(device)
+    clock.ends("base")
     adapters = adapters_of(engine)
     engine, other = proven(start.asked, engine, adapters, rows.batches.rows, pad_id)
     if other is not None:

@@ -272,6 +272,11 @@ def _tokens(counts: TokenCounts, outlook: Outlook) -> list[str]:
         f"heaviest pass ({layout}): {counts.heaviest_rows} x {counts.heaviest_tokens:,} places, "
         f"{counts.heaviest_supervised:,} supervised",
     ]
+    if outlook.plan.ranks > 1:
+        texts.append(
+            f"ranks ({layout}): the heaviest has {counts.rank_excess_mean:.1%} more places than "
+            f"the mean rank, {counts.rank_excess_worst:.1%} in the worst update; others wait"
+        )
     return [
         f"{'tokens' if number == 0 else '':<{LABEL}}{text}" for number, text in enumerate(texts)
     ]

@@ -32,6 +32,10 @@ class TokenCounts:
     heaviest_tokens: int  # places of each
     heaviest_supervised: int
     heaviest_share: int  # real tokens of an update on the rank that has most
+    # Places of the rank that has most over the mean rank's, less 1, in the layout of the run: the
+    # others wait for it.
+    rank_excess_mean: float = 0.0  # of all updates
+    rank_excess_worst: float = 0.0  # of one update
 
     @property
     def padding_share(self) -> float:

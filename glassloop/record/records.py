@@ -239,7 +239,7 @@ class Event:
     """The last update that had begun; 0 before the first."""
     kind: str
     """Such as "started", "resumed", "checkpoint", "alarm", "skipped", "slow", "warning",
-    "finished", "stopped", "failed"."""
+    "launch", "finished", "stopped", "failed"."""
     message: str
     """A sentence."""
     command: str | None = None

@@ -54,7 +54,7 @@ def test_one_and_two_ranks_in_both_layouts_do_the_same_update(tmp_path: Path) ->
     ]
     shown = run(*command, "--repeats", "1", "--out", str(out))
     assert (
-        shown.count("peft        scam-v1") == 4
+        shown.count("peft     scam-v1") == 4
         and shown.count("a check of results, not of speed") == 2
     )
     lines = lines_of(out)
@@ -163,7 +163,7 @@ def test_a_matrix_in_turns_has_its_reference_among_the_arms(tmp_path: Path) -> N
         and two["check"]["norm_off"] < 1e-5
         and two["cell"]["ranks"] == 2
     )
-    assert shown.count("peft        scam-v1") == 2
+    assert shown.count("peft     scam-v1") == 2
 
 
 def test_the_users_own_rows_are_measured_and_an_absent_engine_is_told(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from bench_lines import line
 
-from glassloop.bench import card
+from glassloop.bench import card, cards_page
 from glassloop.bench.processes import Place
+from glassloop.cli import bench as bench_command
 
 
 def test_card_is_refused_without_a_gpu() -> None:
@@ -42,7 +45,9 @@ def test_the_card_line_says_on_what_and_how_fast() -> None:
         "7.50 GiB",
     ):
         assert part in told
-    bare = line(2000.0, gpus=1)
+    assert "4.000 J/token" in card.card_line(one | {"energy": {"tokens_per_joule": 0.25}})
+    bare = line(2000.0, gpus=1) | {"energy": None}
+    assert "? J/token" in card.card_line(bare)
     assert "throttle: unknown" in card.card_line(bare) and "? W" in card.card_line(bare)
 
 
@@ -92,3 +97,31 @@ def test_the_fused_engine_is_predicted_by_card_and_memory_profile() -> None:
     # of the reference engine on the same rows
     reference = next(row for row in rows if row.startswith("| 4090 | ")).split(" | ")[1]
     assert float(slower.replace(",", "")) > float(reference.replace(",", ""))
+
+
+def test_the_page_draws_every_card_measured_or_predicted() -> None:
+    """One row a card; the best comparable line counts, and a label is never a number."""
+    measured = [
+        line(rate, gpus=1) | {"card_name": "card-v1", "energy": {"tokens_per_joule": 4.0}}
+        for rate in (1300.0, 1250.0)
+    ]
+    other = line(9999.0, gpus=1)  # another piece of work
+    rows = cards_page.card_rows([*measured, other])
+    assert [row.card for row in rows if row.measured is not None] == ["3090"]
+    assert (rows[0].measured, rows[0].joules, rows[0].lines) == (1300.0, 0.25, 2)
+    assert {row.card for row in rows} == set(card.predicted())
+    page = cards_page.cards_page([*measured, other])
+    assert page.count("not measured") == len(rows) - 1 and "9,999" not in page
+    assert page.count('class="bar measured"') == 1 and "<script" not in page
+    assert page.count('class="bar predicted"') == len(rows)
+    nothing = cards_page.cards_page([])
+    assert nothing.count("not measured") == len(rows)
+
+
+def test_predict_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cards.html"
+    assert bench_command.main(["--predict", "--page", str(file)]) == 0
+    assert f"written: {file}" in capsys.readouterr().out
+    assert "<title>card-v1 by card</title>" in file.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"--page \S+ goes with --predict"):
+        bench_command.main(["--page", str(file)])

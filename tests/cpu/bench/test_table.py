@@ -50,6 +50,15 @@ def test_fp32_is_held_to_more() -> None:
     ]
 
 
+def test_a_row_has_the_joules_of_a_token() -> None:
+    """The median of the repeats that know them; none without a counter."""
+    frugal = [line(repeat=n) | {"energy": {"tokens_per_joule": 2.0 * n}} for n in (1, 2, 3)]
+    silent = line(layout="packed") | {"energy": None}
+    head, *rows = table.table(judged(*frugal, silent))[:3]
+    column = head.split().index("J/tok")
+    assert [row.split()[column] for row in rows] == ["0.250", "-"]
+
+
 def test_table_is_narrow_and_repeats_are_one_row() -> None:
     lines = judged(
         line(1000.0),
