@@ -215,6 +215,21 @@ def test_a_long_row_is_judged_by_its_length_and_the_hosts_memory(tmp_path: Path)
     assert verdict(case(210_000, trained=False)) == verdict() == "failed"
 
 
+def test_rows_beyond_the_host_are_extrapolated_by_a_ledger_that_was_right(tmp_path: Path) -> None:
+    def verdict(peak: float, budget: float = 77.8) -> Verdict:
+        case = {"kind": "case", "tokens": 262_144, "trained": True, "tokens_per_s": 1600.0}
+        case |= {"host_gib": 64.0, "predicted_gib": 25.0, "peak_gib": peak, "budget_gib": budget}
+        lines(tmp_path / "long_80.jsonl", case)
+        return one_gpu_rows.judge_long(place(tmp_path), {}, card=80)
+
+    right, larger, wrong, small = verdict(24.5), verdict(25.7), verdict(25.8), verdict(24.5, 50.0)
+    assert (right.verdict, larger.verdict) == ("held", "held")
+    assert "extrapolated, not run" in right.why
+    assert larger.numbers["by_ledger_tokens"] < right.numbers["by_ledger_tokens"]
+    assert right.numbers["by_ledger_host_gib"] > 150
+    assert (wrong.verdict, small.verdict) == ("missed", "missed")
+
+
 def test_long_rows_have_a_mark_only_beside_the_card_that_was_measured(tmp_path: Path) -> None:
     rates = {tokens: rate * 1.25 for tokens, rate in one_gpu_rows.UNSLOTH_TOKENS_S.items()}
 
