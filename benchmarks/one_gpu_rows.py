@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import two_gpus_runs as runs
@@ -25,7 +26,7 @@ TRIED = {80: "262144"}
 UNSLOTH_TOKENS_S = {16384: 8601.0, 33024: 6626.0, 65536: 4561.0}
 FASTER = 1.25
 LEDGER_ERROR = 1.03
-TESTS = runs.ROOT / "tests" / "gpu"
+TESTS = sorted((runs.ROOT / "tests" / "gpu").glob("test_*.py"))
 
 
 def long(here: Here, card: int) -> list[Command]:
@@ -141,30 +142,22 @@ def judge_card(here: Here, ended: dict[str, Ended]) -> Verdict:
     return judged("as expected" in ended["card"].said, line, line=found[:20_000])
 
 
-def gpu_tests(here: Here) -> list[Command]:
-    """Each file of tests/gpu in a process of its own."""
+def gpu_test(here: Here, file: Path) -> list[Command]:
     start = (here.place.python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    return [
-        Command(file.stem, (*start, str(file.relative_to(runs.ROOT))), may_fail=True)
-        for file in sorted(TESTS.glob("test_*.py"))
-    ]
+    return [Command(file.stem, (*start, str(file.relative_to(runs.ROOT))), may_fail=True)]
 
 
-def judge_gpu_tests(_: Here, ended: dict[str, Ended]) -> Verdict:
-    """Held if no test failed and at least one ran."""
-    said = {name: one.said.splitlines()[-1:] for name, one in ended.items()}
-    counts = {name: _counts(lines[0] if lines else "") for name, lines in said.items()}
-    numbers = {"files": counts, "ends": {n: one.said for n, one in ended.items() if one.code}}
-    whole = {
-        kind: sum(one.get(kind, 0) for one in counts.values())
-        for kind in ("passed", "failed", "error", "skipped")
-    }
-    why = ", ".join(f"{count} {kind}" for kind, count in whole.items() if count)
-    if bad := [name for name, one in ended.items() if one.code not in (0, 5)]:
-        return judged(False, f"{why or 'no test ended'}; see {', '.join(bad)}", **numbers)
-    if not whole["passed"]:
-        return failed(f"no test ran: {why or 'none was found'}", **numbers)
-    return judged(True, why, **numbers)
+def judge_gpu_test(_: Here, ended: dict[str, Ended]) -> Verdict:
+    """Held if no test failed and at least one ran; left out if all were skipped."""
+    (one,) = ended.values()
+    last = one.said.splitlines()[-1:]
+    counts = _counts(last[0] if last else "")
+    why = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no test ended"
+    if one.code not in (0, 5):
+        return judged(False, f"{why}; exit code {one.code}", said=one.said)
+    if not counts.get("passed"):
+        return Verdict("left out" if counts.get("skipped") else "failed", why, {"said": one.said})
+    return judged(True, why, **counts)
 
 
 def _counts(line: str) -> dict[str, int]:
@@ -188,5 +181,19 @@ PARTS: dict[str, Part] = {
     ),
     "families": Part(300.0, "every family is peft's, and timed", families, judge_families),
     "card": Part(300.0, "card-v1, as expected", card, judge_card, needs_card=True),
-    "gpu_tests": Part(560.0, "tests/gpu pass", gpu_tests, judge_gpu_tests, needs_card=True),
+    **{
+        f"gpu_{file.stem}": Part(
+            300.0,
+            f"{file.name} of tests/gpu passes",
+            partial(gpu_test, file=file),
+            judge_gpu_test,
+            needs_card=True,
+        )
+        for file in TESTS
+    },
+}
+# One name for several parts.
+TOGETHER = {
+    "gpu_tests": [name for name in PARTS if name.startswith("gpu_")],
+    "long": [name for name in PARTS if name.startswith("long_")],
 }
