@@ -44,7 +44,8 @@ MODELS = ("random:llama-70b", "random:llama-8b")
 def main(argv: list[str]) -> int:
     """Exit code 0: all parts held (or were left out); 1: not; 2: refused, nothing was run."""
     asked = _parser().parse_args(argv)
-    chosen = [name for name in asked.parts.split(",") if name]
+    given = [name for name in asked.parts.split(",") if name]
+    chosen = [one for name in given for one in one_gpu_rows.TOGETHER.get(name, [name])]
     if why := _fault(asked, chosen):
         return refused(why)
     cards = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")))[:1]
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    marks = "".join(f"\n  {name:<11} {part.mark}" for name, part in PARTS.items())
+    marks = "".join(f"\n  {name:<22} {part.mark}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="one_gpu.sh",
         allow_abbrev=False,
@@ -88,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--parts", default=",".join(PARTS), help="names, by comma (default: all)")
+    also = " and ".join(one_gpu_rows.TOGETHER)
+    add("--parts", default=",".join(PARTS), help=f"names, by comma, {also} too (default: all)")
     add("--minutes", type=float, default=90.0, help="for everything; parts behind it fail")
     add("--again", action="store_true", help="run parts that the JSON has already")
     add("--dry-run", action="store_true", help="print each part's commands and run nothing")

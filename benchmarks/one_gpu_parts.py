@@ -185,7 +185,7 @@ def start_70b(here: Here) -> list[Command]:
 def _starts(here: Here, size: str, model: str, preset: str, *, cold: bool) -> list[Command]:
     words = ["schedule.updates=2", "schedule.warmup_updates=1", "checkpoint.every_updates=null"]
     words += _rows_of(here, 120)
-    # Triton's cache may lie in more than one place: the whole of it moves.
+    # A folder without compiled kernels.
     empty = {"TRITON_CACHE_DIR": str(here.work / "no-kernels")}
     made = training(here, f"start_{size}_made", model, *words, preset=preset)
     warm = training(here, f"start_{size}_warm", model, *words, preset=preset)

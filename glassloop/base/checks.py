@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glassloop.base.one_pass import logits_and_hidden
+
 # Fields of a config between the head's product and the logits, and how they act there. 1, 0 and
 # None are no factor.
 LOGIT_FACTORS = {
@@ -216,9 +218,9 @@ def check_plain_head(hf: nn.Module, device: torch.device, model_id: str) -> None
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % config.vocab_size  # (1, 4)
     was_training = hf.training
     hf.eval()
-    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (1, 4, H)
-    logits = hf(input_ids=ids, use_cache=False).logits.float()  # (1, 4, V)
+    logits, hidden = logits_and_hidden(hf, decoder, ids)  # (1, 4, V), (1, 4, H)
     hf.train(was_training)
+    logits = logits.float()
     if not bool(logits.isfinite().all()):
         raise ValueError(_not_finite(hf, model_id, head.weight.dtype))
     scale, cap = logit_factors(config)

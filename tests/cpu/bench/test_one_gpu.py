@@ -12,7 +12,6 @@ from typing import Any
 import one_gpu
 import one_gpu_commands
 import one_gpu_parts
-import one_gpu_rows
 import one_gpu_tokenizer
 import pytest
 from one_gpu_commands import Command, Ended, Here, Part
@@ -199,63 +198,6 @@ def test_a_start_is_judged_when_it_is_warm(tmp_path: Path) -> None:
         "failed",
     ]
     assert "made 60.0 s, cold 20.0 s, warm 10.0 s" in verdict(10.0).why
-
-
-def test_a_long_row_is_judged_by_its_length_and_the_hosts_memory(tmp_path: Path) -> None:
-    def case(tokens: int, trained: bool = True, host: float = 60.0) -> dict[str, Any]:
-        found = {"kind": "case", "tokens": tokens, "trained": trained, "host_gib": host}
-        return found | ({"tokens_per_s": 100.0} if trained else {"error": "out of memory"})
-
-    def verdict(*cases: dict[str, Any]) -> str:
-        lines(tmp_path / "long_24.jsonl", *cases)
-        return one_gpu_rows.judge_long(place(tmp_path), {}, card=24).verdict
-
-    assert verdict(case(210_000, trained=False), case(201_600)) == "held"
-    assert verdict(case(199_999)) == "missed" and verdict(case(201_600, host=65.0)) == "missed"
-    assert verdict(case(210_000, trained=False)) == verdict() == "failed"
-
-
-def test_long_rows_have_a_mark_only_beside_the_card_that_was_measured(tmp_path: Path) -> None:
-    rates = {tokens: rate * 1.25 for tokens, rate in one_gpu_rows.UNSLOTH_TOKENS_S.items()}
-
-    def verdict(card: str, slower: float = 1.0) -> Verdict:
-        cases = [
-            {"kind": "case", "tokens": tokens, "trained": True, "tokens_per_s": rate * slower}
-            for tokens, rate in rates.items()
-        ]
-        where = {"kind": "environment", "gpus": [{"name": card}]}
-        lines(tmp_path / "long_speed.jsonl", where, *cases)
-        return one_gpu_rows.judge_long_speed(place(tmp_path), {})
-
-    assert verdict("NVIDIA H200").verdict == "held"
-    assert verdict("NVIDIA H200", 0.99).verdict == "missed"
-    assert "no mark on this card" in verdict("NVIDIA A100", 0.5).why
-
-
-def test_tests_hold_if_some_ran_and_none_failed() -> None:
-    def verdict(**ended: Ended) -> str:
-        return one_gpu_rows.judge_gpu_tests(place(Path("/")), dict(ended)).verdict
-
-    passed, skipped = ran(said="== 3 passed, 1 skipped in 2 s =="), ran(5, said="2 skipped in 1 s")
-    assert verdict(a=passed, b=skipped) == "held"
-    assert verdict(a=passed, b=ran(1, said="1 failed, 2 passed")) == "missed"
-    assert verdict(a=passed, b=ran(-11, said="Segmentation fault")) == "missed"
-    assert verdict(b=skipped) == "failed"
-
-
-def test_every_model_is_measured_and_agrees(tmp_path: Path) -> None:
-    measured = {"kind": "measured", "model": "a", "rows": "full", "kernel": "chosen"}
-    proof = {"kind": "proof", "model": "a", "differs": ""}
-
-    def verdict(*found: dict[str, Any]) -> str:
-        lines(tmp_path / "families.jsonl", *found)
-        return one_gpu_rows.judge_families(place(tmp_path), {}).verdict
-
-    measured |= {"norm": 0.5}
-    assert verdict(measured | {"tokens_a_s": 5.0, "norm": 0.0}, proof) == "missed"
-    assert verdict(measured | {"tokens_a_s": 5.0}, proof) == "held"
-    assert verdict(measured | {"tokens_a_s": 5.0}, proof | {"differs": "loss"}) == "missed"
-    assert verdict({"kind": "failed", "model": "a", "error": "e"}) == "failed"
 
 
 def part_of(code: str, judge: Any, **options: Any) -> Part:
