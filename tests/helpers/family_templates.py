@@ -1,4 +1,4 @@
-"""Chat templates of the form that families of models publish; the sentences are our own."""
+"""Chat templates of the form that families publish; sentences are our own."""
 
 from __future__ import annotations
 
