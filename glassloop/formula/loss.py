@@ -21,7 +21,7 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """Rows of the head that train, in place of those of its weight.
+    """Rows of the head that train, in place of its own.
 
     places: (K,) int64, rows of the weight. rows: (K, H) fp32, differentiable.
     """

@@ -77,7 +77,7 @@ def test_a_pass_without_a_label_gives_no_gradient(engine_of, tiny_qwen2: Path) -
 def test_the_base_alone_has_its_own_head(engine_of, tiny_qwen2: Path) -> None:
     engine = engine_of(tiny_qwen2, lora=LORA)
     p = passes(packed=False)
-    assert "lm_head" not in " ".join(engine.report.notes)
+    assert "token_adapter" not in " ".join(engine.report.notes)
     before = engine(p)[0].item()
     FlatAdapters(engine.hf.named_parameters()).flat.data.add_(1)
     assert engine(p)[0].item() != pytest.approx(before)
