@@ -7,26 +7,32 @@ linear layers are drawn and quantised one at a time, so that no base is ever who
 rows have 2,048 tokens; short rows have the lengths of scam dialogues, packed. Every model is
 compared with `peft` on some 64 tokens before it is timed (engines/fused/proof.py). A model whose
 head size two attention kernels can serve is timed with each.
+
+Unsloth gets the same weights, adapters and rows in a process of its own (families_unsloth.py) once
+the model has left the card: padded micro-batches of `--unsloth-batch` rows, its own recomputation.
+`--unsloth-python` names its interpreter. Where it is not installed, or refuses a model, a line says
+why. A line of kind `ratio` sets real tokens/s beside Unsloth's.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from families_drawn import MODELS, drawn_model, save_base
 from lines import line_writer
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from glassloop.base.quantised import LoadReport
-from glassloop.base.reading import attention_for, prepare_4bit
 from glassloop.bench.workloads import workload
 from glassloop.config import LoraConfig
 from glassloop.data.batches import build_pass
@@ -43,116 +49,12 @@ from glassloop.predict.choice import Asked
 from glassloop.predict.tiers import Tiers as Memory
 
 GIB = 2**30
-ROPE = {"rope_type": "default", "rope_theta": 1e6}
-
-
-def sizes(
-    layers: int, hidden: int, inner: int, heads: int, keys: int, head: int, words: int
-) -> dict[str, Any]:
-    names = "num_hidden_layers hidden_size intermediate_size num_attention_heads"
-    names += " num_key_value_heads head_dim vocab_size"
-    return dict(zip(names.split(), (layers, hidden, inner, heads, keys, head, words), strict=True))
-
-
-# name -> model_type, its config
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-3-8b": ("llama", sizes(32, 4096, 14336, 32, 8, 128, 128256)),
-    "qwen3-8b": ("qwen3", sizes(36, 4096, 12288, 32, 8, 128, 151936)),
-    "mistral-7b": (
-        "mistral",
-        sizes(32, 4096, 14336, 32, 8, 128, 32768) | {"sliding_window": None},
-    ),
-    "gemma-3-12b": (
-        "gemma3_text",
-        sizes(48, 3840, 15360, 16, 8, 256, 262208)
-        | {"sliding_window": 1024, "query_pre_attn_scalar": 256},
-    ),
-    "llama-3.2-3b": (
-        "llama",
-        sizes(28, 3072, 8192, 24, 8, 128, 128256) | {"tie_word_embeddings": True},
-    ),
-    "phi-4": ("phi3", sizes(40, 5120, 17920, 40, 10, 128, 100352)),
-}
 # Block sizes for heads of 256, tried here alone: within a block's shared memory on Hopper.
 WIDE = Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2))
 
 
-def drawn_model(name: str, device: torch.device, layers: int | None, small: bool) -> Any:
-    """A base in NF4 with drawn weights, in bf16 on a GPU and fp32 on a CPU."""
-    kind, values = MODELS[name]
-    values = values | {"pad_token_id": 0, "max_position_embeddings": 8192}
-    if layers is not None:
-        values["num_hidden_layers"] = layers
-    if small:
-        values |= {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024}
-        values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = AutoConfig.for_model(kind, **values)
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_for("sdpa", config)
-        )
-    head = hf.get_output_embeddings()
-    drawn = torch.Generator(device).manual_seed(0)
-
-    def normal(shape: torch.Size, std: float) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=drawn)
-
-    for path, module in list(hf.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            weight = normal(module.weight.shape, module.in_features**-0.5)
-            hf.set_submodule(path, quantised(weight, dtype))
-    decoder = hf.get_decoder()
-    for path, parameter in list(hf.named_parameters()):
-        if not parameter.is_meta:
-            continue
-        owner, _, leaf = path.rpartition(".")
-        plain = parameter.ndim > 1
-        value = normal(parameter.shape, 0.02) if plain else neutral(parameter, decoder, dtype)
-        setattr(hf.get_submodule(owner), leaf, nn.Parameter(value.to(device), False))
-    hf.tie_weights()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
-    embedding = hf.get_input_embeddings()
-    if hasattr(embedding, "scalar_embed_scale"):
-        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
-    hf.is_loaded_in_4bit = hf.is_quantized = True
-    hf.eval().requires_grad_(False)
-    prepare_4bit(hf, dtype)
-    return hf
-
-
-def neutral(parameter: torch.Tensor, decoder: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """A norm's weight that multiplies by 1: 0 where one is added to it."""
-    adds = type(decoder.norm).__name__.startswith("Gemma")  # type: ignore[union-attr]
-    return torch.full(parameter.shape, 0.0 if adds else 1.0, dtype=dtype)
-
-
-def quantised(weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
-    """A bitsandbytes layer with double quantisation over `weight` (N, K)."""
-    from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
-
-    rows, columns = weight.shape
-    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    make: Any = Params4bit
-    meta = torch.device("meta")
-    layer: Any = Linear4bit(columns, rows, False, dtype, True, "nf4", device=meta)
-    layer.weight = make(
-        codes,
-        requires_grad=False,
-        quant_state=state,
-        blocksize=64,
-        compress_statistics=True,
-        quant_type="nf4",
-        module=layer,
-        bnb_quantized=True,
-    )
-    layer.quant_state = state
-    return layer
-
-
-def passes_of(tokens: int, vocabulary: int, device: torch.device, *, short: bool) -> Pass:
-    """A packed pass of about `tokens` tokens."""
+def rows_within(tokens: int, vocabulary: int, *, short: bool) -> list[Row]:
+    """Rows of about `tokens` tokens together."""
     longest = min(2048, tokens)
     kind = "scam-v1" if short else "full-v1"
     rows: list[Row] = []
@@ -161,7 +63,54 @@ def passes_of(tokens: int, vocabulary: int, device: torch.device, *, short: bool
         if sum(map(len, rows)) + len(cut) > tokens:
             break
         rows.append(cut)
+    return rows
+
+
+def passes_of(tokens: int, vocabulary: int, device: torch.device, *, short: bool) -> Pass:
+    """A packed pass of about `tokens` tokens."""
+    rows = rows_within(tokens, vocabulary, short=short)
     return build_pass(rows, packed=True, pad_id=0, device=device)
+
+
+def beside_unsloth(
+    name: str, folder: Path, facts: dict[str, Any], asked: argparse.Namespace, say: Any
+) -> list[dict[str, Any]]:
+    """Unsloth's lines of a model whose base lies in `folder`."""
+    size = asked.unsloth_batch
+    batches = {}
+    for kind, short in (("full", False), ("scam", True)):
+        rows = rows_within(asked.tokens, facts["vocabulary"], short=short)
+        ids = [list(row.input_ids) for row in rows]
+        batches[kind] = [ids[start : start + size] for start in range(0, len(ids), size)]
+    given = folder.parent / "asked.json"
+    plain = dict(folder=str(folder), longest=2048, r=16, targets=facts["targets"])
+    plain |= dict(passes=asked.passes, checkpointing=True, device=facts["device"])
+    given.write_text(json.dumps(plain | {"batches": batches}), encoding="utf-8")
+    script = Path(__file__).with_name("families_unsloth.py")
+    done = subprocess.run(
+        [asked.unsloth_python, str(script), str(given)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=asked.unsloth_timeout,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    if not lines:
+        lines = [{"absent": f"exit code {done.returncode}: {done.stderr.strip()[-500:]}"}]
+    for line in lines:
+        say(kind="unsloth", model=name, **line)
+    return lines
+
+
+def ratios(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], say: Any) -> None:
+    """A line for each kind of rows that both have: tokens/s over Unsloth's, GiB of both."""
+    for line in theirs:
+        for own in ours:
+            if own["rows"] == line.get("rows") and own["kernel"] == "chosen":
+                times = own["tokens_a_s"] / line["tokens_a_s"]
+                gib = {"gib": own["gib"], "unsloth_gib": line["gib"]}
+                say(kind="ratio", model=name, rows=own["rows"], times=times, **gib)
 
 
 def seconds(engine: FusedEngine, p: Pass, adapters: FlatAdapters, repeats: int) -> list[float]:
@@ -190,10 +139,24 @@ def kernels_of(engine: FusedEngine) -> list[tuple[str, Tiles | None]]:
     return [*own, ("triton", WIDE)] if size == 256 else own
 
 
-def measure(name: str, asked: argparse.Namespace, device: torch.device, say: Any) -> None:
-    """Time one model; a line for each kind of rows and kernel."""
+def measure(
+    name: str,
+    asked: argparse.Namespace,
+    device: torch.device,
+    say: Any,
+    folder: Path | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Time one model; a line for each kind of rows and kernel.
+
+    Returns these lines, and what Unsloth has to know of the model.
+
+    Args:
+        folder: to save the base in; None: it is not saved.
+    """
     started = time.perf_counter()
     hf = drawn_model(name, device, asked.layers, asked.small)
+    if folder is not None:
+        save_base(hf, folder)
     fuse_norms(hf)
     lora = LoraConfig(r=16, alpha=16, targets=linear_names(hf))
     peft = attach_lora(hf, lora, seed=0, base_name=name, commit=None)
@@ -210,6 +173,7 @@ def measure(name: str, asked: argparse.Namespace, device: torch.device, say: Any
         for row in workload("scam-v1", 8, vocabulary=vocabulary)
     ]
     rows = [replace(row, supervised=(False,) * 20 + (True,) * 44) for row in rows]
+    measured: list[dict[str, Any]] = []
     for kernel, tiles in kernels_of(engine):
         if tiles is not None:
             TILES[engine.of.head_size] = tiles
@@ -218,11 +182,15 @@ def measure(name: str, asked: argparse.Namespace, device: torch.device, say: Any
             say(kind="proof", model=name, kernel=kernel, differs=said)
             for short in (False, True):
                 p = passes_of(asked.tokens, vocabulary, device, short=short)
-                say(model=name, kernel=kernel, **timed(engine, adapters, p, asked, short=short))
+                line = {"kernel": kernel, **timed(engine, adapters, p, asked, short=short)}
+                say(model=name, **line)
+                measured.append(line)
         except (RuntimeError, ValueError) as error:
             say(kind="failed", model=name, kernel=kernel, error=f"{error}"[:600])
         finally:
             TILES.pop(256, None)
+    facts = dict(targets=list(lora.targets), vocabulary=vocabulary, device=device.type)
+    return measured, facts
 
 
 def timed(
@@ -260,6 +228,35 @@ def allocated() -> float | None:
     return torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else None
 
 
+def installed(python: str) -> bool:
+    """Whether an interpreter has Unsloth: a base is not written for nothing."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('unsloth') is None)"
+    return subprocess.run([python, "-c", look], check=False).returncode == 0
+
+
+def one_model(
+    name: str, asked: argparse.Namespace, device: torch.device, say: Any, folder: Path
+) -> None:
+    """Measure a model, give its memory back, and let Unsloth have the card."""
+    ours, facts = [], {}
+    has = not asked.no_unsloth and installed(asked.unsloth_python)
+    if not has:
+        why = "--no-unsloth" if asked.no_unsloth else "the package unsloth is not installed"
+        say(kind="unsloth", model=name, absent=why)
+    try:
+        ours, facts = measure(name, asked, device, say, folder if has else None)
+    except (RuntimeError, ValueError) as error:
+        say(kind="failed", model=name, error=f"{error}"[:600])
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if has and facts:
+        try:
+            ratios(name, ours, beside_unsloth(name, folder, facts, asked, say), say)
+        except subprocess.TimeoutExpired as error:
+            say(kind="unsloth", model=name, absent=f"it took more than {error.timeout:g} s")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default=",".join(MODELS), help="names, by comma")
@@ -268,6 +265,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="of the model, in place of its own")
     parser.add_argument("--profile", default="fill", help="memory.profile: fill, min or GiB")
     parser.add_argument("--small", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--unsloth-python", default=sys.executable, help="interpreter of Unsloth")
+    parser.add_argument("--unsloth-batch", type=int, default=2, help="rows of its micro-batch")
+    parser.add_argument("--unsloth-timeout", type=float, default=900.0, help="seconds a model")
+    parser.add_argument("--no-unsloth", action="store_true", help="leave Unsloth out")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     names = asked.only.split(",")
@@ -280,13 +281,8 @@ def main() -> int:
     say(kind="environment", **environment(sys.argv))
     for name in names:
         started = time.perf_counter()
-        try:
-            measure(name, asked, device, say)
-        except (RuntimeError, ValueError) as error:
-            say(kind="failed", model=name, error=f"{error}"[:600])
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        with tempfile.TemporaryDirectory(prefix="families-") as temporary:
+            one_model(name, asked, device, say, Path(temporary) / "base")
         say(kind="done", model=name, seconds=time.perf_counter() - started)
     return 0
 

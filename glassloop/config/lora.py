@@ -43,8 +43,8 @@ class LoraConfig(Section):
     layer (mlp.experts.gate_up_proj,mlp.experts.down_proj). A tensor's B A is one for every
     expert."""
     trainable_token_indices: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Ids of tokens whose embedding is trained whole, such as new ones. The head must have weights
-    of its own."""
+    """Ids of tokens whose embedding is trained whole, such as new ones. A head that is the
+    embedding trains with it."""
 
     @property
     def scale(self) -> float:

@@ -252,6 +252,12 @@ def _template_lines(dataset: Dataset) -> list[tuple[str, str]]:
     have = f"{facts.reasoned:,} of {facts.answers:,} assistant turns have reasoning{opening}"
     auto = f" (auto: {template.why})" if template.why else ""
     lines = [("template", f"{template.name}{auto}; {have}")]
+    several = facts.answers > len(dataset.train.rows) + len(dataset.heldout.rows)
+    if template.drops_earlier and facts.reasoned and several:
+        cure = (
+            "" if template.labels == "last" else "; data.labels=last learns the last answer alone"
+        )
+        lines.append(("", f"it leaves out the reasoning before a row's last question{cure}"))
     if facts.offered and not template.writes_tools:
         lines.append(
             ("", f"the tools of {facts.offered:,} rows are not written: it lists no tools")

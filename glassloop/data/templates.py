@@ -64,6 +64,8 @@ class Template:
     why: str = ""
     """Reason of data.template=auto for this one; empty if it was named."""
 
+    drops_earlier: bool = False
+    """Whether it leaves out reasoning that stands before a row's last question."""
     writes_tools: bool = False
     """Whether the template lists the tools that a row offers."""
 
@@ -161,9 +163,20 @@ def make_template(
             f"own template, and data.template is {name}; leave them out or set data.template=chat"
         )
     if name == "chat":
-        parts, message, source, stop_ids, tools = chat_parts(codec, tokenizer, data.template_args)
+        parts, message, source, stop_ids, tools, earlier = chat_parts(
+            codec, tokenizer, data.template_args
+        )
         template = Template(
-            "chat", codec, parts, message, False, data.labels, source, stop_ids, writes_tools=tools
+            "chat",
+            codec,
+            parts,
+            message,
+            False,
+            data.labels,
+            source,
+            stop_ids,
+            writes_tools=tools,
+            drops_earlier=earlier,
         )
     elif name == "r1":
         missing = [mark for mark in R1_MARKS if mark not in codec.control]

@@ -105,8 +105,9 @@ def build_engine(
         check_plain_head(base, device, report.name)
         report = prepared(base, report, model, device, keep=lora.target_parameters)
         fuse_norms(base)
+        head = base.get_output_embeddings()  # before PEFT may wrap it
         hf = attach_lora(base, lora, seed=seed, base_name=report.name, commit=report.commit)
-        reach = reach_note(hf, base.get_output_embeddings())
+        reach = reach_note(hf, head)
         compiling = beside.end() if beside is not None else ""
         report = replace(report, notes=(*report.notes, *filter(None, [reach, compiling])))
         if checkpointing and engine == "peft":

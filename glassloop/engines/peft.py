@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from glassloop.base.checks import logit_factors
 from glassloop.base.quantised import LoadReport
 from glassloop.data.rows import Pass
-from glassloop.formula.loss import token_loss_sums
+from glassloop.formula.loss import TrainedRows, token_loss_sums
 
 
 class PeftEngine(nn.Module):
@@ -80,7 +80,7 @@ class PeftEngine(nn.Module):
         assert hidden.shape[:2] == p.input_ids.shape, (
             f"{self.name} cut a pass of {tuple(p.input_ids.shape)} places"
         )
-        head = self.hf.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        head, trained = head_of(self.hf)
         scale, cap = logit_factors(self.hf.config.get_text_config())  # type: ignore[union-attr, operator]
         return token_loss_sums(
             hidden,
@@ -92,6 +92,7 @@ class PeftEngine(nn.Module):
             places=p.places,
             scale=scale,
             cap=cap,
+            trained=trained,
         )
 
     def hidden_states(
@@ -166,6 +167,22 @@ class PeftEngine(nn.Module):
                 f"of another, and differs by {off:.1e} from the row alone): {cure}"
             )
         self._packing_checked = True
+
+
+def head_of(hf: nn.Module) -> tuple[Any, TrainedRows | None]:
+    """The head's linear layer, and rows of it that train.
+
+    They are the embedding's, of a model whose head is its embedding.
+    """
+    head = hf.get_base_model().get_output_embeddings()  # type: ignore[operator]
+    tokens = getattr(head, "token_adapter", None)
+    if tokens is None:
+        return head, None
+    if tokens.disable_adapters:  # by hf.disable_adapter(): the base alone
+        return tokens.base_layer, None
+    (name,) = tokens.active_adapters
+    places = torch.tensor(tokens.token_indices[name], device=tokens.base_layer.weight.device)
+    return tokens.base_layer, TrainedRows(places, tokens.trainable_tokens_delta[name])
 
 
 def recompute_layers(base: PreTrainedModel, model_id: str = "") -> None:

@@ -7,6 +7,8 @@ Legend: B rows, T tokens, H hidden size, V vocabulary, S supervised places, C pl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,17 @@ from glassloop.data.rows import IGNORE
 
 # (512, 128256) fp32 logits are 0.25 GiB; fewer rows leave the head's matrix product bound by memory
 CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of the head that train, in place of its own.
+
+    places: (K,) int64, rows of the weight. rows: (K, H) fp32, differentiable.
+    """
+
+    places: Tensor
+    rows: Tensor
 
 
 def bent(products: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | float]:
@@ -64,11 +77,12 @@ def token_loss_sums(
     chunk_tokens: int = CHUNK_TOKENS,
     scale: float = 1.0,
     cap: float | None = None,
+    trained: TrainedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums of `token_loss_sums_reference`, in chunks of supervised places.
 
-    The head is frozen: its gradient is not computed. The gradient in hidden is computed beside the
-    loss, since the logits are at hand then.
+    The head is frozen but for `trained`: no other gradient of it is computed. Gradients are
+    computed beside the loss, since the logits are at hand then.
     Matrix products run in the weight's dtype, the softmax in fp32.
 
     Args:
@@ -80,8 +94,12 @@ def token_loss_sums(
         places = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (S,)
     chosen = hidden.flatten(0, 1).index_select(0, places)  # (S, H)
     labels = targets.flatten().index_select(0, places)  # (S,)
+    at = rows_of_head = None
+    if trained is not None:
+        at, rows_of_head = trained.places, trained.rows
+        weight = weight.detach().index_copy(0, at, rows_of_head.detach().to(weight.dtype))
     losses = _ChunkedCrossEntropy.apply(
-        chosen, weight, bias, labels, chunk_tokens, scale, cap
+        chosen, weight, bias, labels, chunk_tokens, scale, cap, at, rows_of_head
     )  # (S,) fp32
     owner = row_of.flatten().index_select(0, places)
     return losses.sum(), sums_by_row(losses.detach(), owner, rows)
@@ -113,6 +131,8 @@ def chunked_cross_entropy(
     chunk_tokens: int = CHUNK_TOKENS,
     scale: float = 1.0,
     cap: float | None = None,
+    at: Tensor | None = None,
+    grad_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of each place, (S,) fp32.
 
@@ -120,6 +140,7 @@ def chunked_cross_entropy(
 
     Args:
         labels: (S,) int64.
+        at: (K,) int64, rows of the weight whose gradient is added to `grad_rows` (K, H) fp32.
     """
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (S,)
     grad_hidden = torch.empty_like(hidden) if wants_grad else None  # (S, H)
@@ -140,6 +161,8 @@ def chunked_cross_entropy(
                 if cap is not None or scale != 1:
                     gradient.mul_(slope)
                 grad_hidden[chunk] = (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
+                if at is not None and grad_rows is not None:
+                    grad_rows.addmm_(gradient.index_select(1, at).mT, hidden[chunk].float())
                 del gradient
             del logits, scaled, slope  # or they would live on while the next chunk's are made
     return losses, grad_hidden
@@ -161,8 +184,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         scale: float,
         cap: float | None,
+        at: Tensor | None,
+        rows: Tensor | None,
     ) -> Tensor:  # type: ignore[override]
         wants_grad = ctx.needs_input_grad[0]
+        grad_rows = None if rows is None else torch.zeros_like(rows, dtype=torch.float32)
         losses, grad_hidden = chunked_cross_entropy(
             hidden,
             weight,
@@ -172,11 +198,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk_tokens=chunk_tokens,
             scale=scale,
             cap=cap,
+            at=at,
+            grad_rows=grad_rows,
         )
-        ctx.save_for_backward(grad_hidden)
+        ctx.save_for_backward(grad_hidden, grad_rows)
         return losses
 
     @staticmethod
     def backward(ctx, grad_losses: Tensor):  # type: ignore[override]
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_losses.unsqueeze(1).to(grad_hidden.dtype), *[None] * 6
+        grad_hidden, grad_rows = ctx.saved_tensors
+        inward = grad_hidden * grad_losses.unsqueeze(1).to(grad_hidden.dtype)
+        # one incoming gradient for all places, so that a sum over them may be scaled
+        own = None if grad_rows is None else grad_rows * grad_losses[:1].sum()
+        return inward, *[None] * 7, own

@@ -52,12 +52,6 @@ def check_tokens(lora: LoraConfig, values: Mapping[str, Any]) -> None:
             f"lora.trainable_token_indices = {max(ids)}: the embedding has {size} rows; resize the "
             "model for its new tokens first, and save it"
         )
-    if values.get("tie_word_embeddings", text.get("tie_word_embeddings")):
-        raise ValueError(
-            f"lora.trainable_token_indices = {','.join(map(str, ids))}: this model's head is its "
-            "embedding, and a head is not trained here; take a model whose head has weights of "
-            "its own, or leave the tokens out"
-        )
 
 
 def reach_in_words(without: int, total: int, names: Collection[str]) -> str:

@@ -31,17 +31,20 @@ IDS = (17, 4)  # not in order: row 0 is token 17
 LORA = LoraConfig(r=4, alpha=8, targets=("q_proj",), trainable_token_indices=IDS)
 
 
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2"])
 def test_loss_and_the_rows_gradient_are_those_of_an_embedding_that_trains(
-    engine_of, tiny_llama: Path
+    engine_of, request: pytest.FixtureRequest, model: str
 ) -> None:
-    engine = engine_of(tiny_llama, lora=LORA)
+    """The Qwen2's head is its embedding: a row's gradient comes from both."""
+    folder: Path = request.getfixturevalue(model)
+    engine = engine_of(folder, lora=LORA)
     adapters = FlatAdapters(engine.hf.named_parameters())
     place = adapters.slices[f"{ROW}.default"]
     assert place.shape == (2, 64) and adapters.trainable == 2 * 64 + 2 * 4 * (64 + 64)
     torch.manual_seed(1)
     place.of(adapters.flat.data).add_(torch.randn(2, 64) * 0.1)
     ids = torch.tensor([[17, 9, 4, 17, 300, 4]])
-    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     whole = plain.get_input_embeddings().weight
     whole.data[list(IDS)] = place.of(adapters.flat.data)
     wanted = F.cross_entropy(plain(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
@@ -50,9 +53,9 @@ def test_loss_and_the_rows_gradient_are_those_of_an_embedding_that_trains(
     for packed in (False, True):
         adapters.zero_grad()
         found, _ = engine(build_pass([row], packed=packed, pad_id=0, device=ids.device))
-        found.backward()
+        (found / 3).backward()
         assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
-        ours, theirs = place.of(adapters.grad), whole.grad[list(IDS)]
+        ours, theirs = place.of(adapters.grad), whole.grad[list(IDS)] / 3
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
@@ -62,19 +65,40 @@ def test_they_train_in_fp32_beside_a_base_of_16_bits(engine_of, tiny_llama: Path
     assert set(trained.values()) == {torch.float32} and f"{ROW}.default" in trained
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def test_a_pass_without_a_label_gives_no_gradient(engine_of, tiny_qwen2: Path) -> None:
+    engine = engine_of(tiny_qwen2, lora=LORA)
+    adapters = FlatAdapters(engine.hf.named_parameters())
+    rows = [Row("r", (5, 6, 7), (False,) * 3)]
+    found, _ = engine(build_pass(rows, packed=False, pad_id=0, device=torch.device("cpu")))
+    found.backward()
+    assert found.item() == 0 and not adapters.grad.any()
+
+
+def test_the_base_alone_has_its_own_head(engine_of, tiny_qwen2: Path) -> None:
+    engine = engine_of(tiny_qwen2, lora=LORA)
+    p = passes(packed=False)
+    assert "token_adapter" not in " ".join(engine.report.notes)
+    before = engine(p)[0].item()
+    FlatAdapters(engine.hf.named_parameters()).flat.data.add_(1)
+    assert engine(p)[0].item() != pytest.approx(before)
+    with engine.hf.disable_adapter():
+        assert engine(p)[0].item() == before
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen2"])
+def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    model = request.getfixturevalue(request.param)
     return finished_run(
-        tmp_path_factory.mktemp("tokens"), tiny_llama, lora={"trainable_token_indices": list(IDS)}
+        tmp_path_factory.mktemp("tokens"), model, lora={"trainable_token_indices": list(IDS)}
     )
 
 
-def test_a_run_counts_says_and_saves_them_in_peft_s_format(run: Path, tiny_llama: Path) -> None:
+def test_a_run_counts_says_and_saves_them_in_peft_s_format(run: Path) -> None:
     facts = json.loads((run / "plan.json").read_text())["contract"]
     trained = open_trained(run)
     weights = adapter_weights(trained)
     assert facts["trainable parameters"] == sum(one.numel() for one in weights.values())
-    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(trained.config.model.id, dtype=torch.float32)
     before = plain.get_input_embeddings().weight[list(IDS)].detach().clone()
     assert weights[ROW].dtype == torch.float32 and not torch.equal(weights[ROW], before)
     stranger = PeftModel.from_pretrained(plain, str(trained.checkpoint))
@@ -117,7 +141,7 @@ def test_a_merge_has_the_rows_in_their_places(run: Path, tmp_path: Path) -> None
 
 
 def test_what_cannot_be_is_refused_before_a_weight_is_read(
-    run_of, tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+    run_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_, **__):
         raise AssertionError("weights were read")
@@ -131,8 +155,6 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
             parse([f"lora.trainable_token_indices={words}"])
     with pytest.raises(ValueError, match=r"indices = 512: the embedding has 512 rows"):
         run_of(lora={"trainable_token_indices": [512]})
-    with pytest.raises(ValueError, match=r"indices = 3: this model's head is its embedding"):
-        run_of(model={"id": str(tiny_qwen2)}, lora={"trainable_token_indices": [3]})
 
 
 def test_the_plan_counts_them(capsys: pytest.CaptureFixture[str]) -> None:
