@@ -219,7 +219,10 @@ def fused_predictions() -> list[str]:
 
 
 def comparable(line: dict[str, Any]) -> bool:
-    """True if a line did this very work on one card, with the expected loss."""
+    """True if a line did this very work.
+
+    On one card, with the expected loss.
+    """
     if line.get("card_name") != NAME or "failed" in line:
         return False
     if not line.get("check", {"within": True})["within"]:

@@ -1,4 +1,4 @@
-"""A page of all cards: what each reached beside what arithmetic predicts for it.
+"""A page of all cards, measured beside predicted.
 
 It loads nothing and runs no script.
 """

@@ -132,10 +132,9 @@ class Kept:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Kept:
-    """Attention of a pass, by the scores of `bounds`.
+    """Attention of q (T, heads, D), k, v (T, key heads, D).
 
-    q: (T, heads, D); k, v: (T, key heads, D), any row stride.
-    """
+    By the scores of `bounds`. Any row stride."""
     scale, longest = bounds.scores.scale_of(q.shape[-1]), bounds.longest
     if bounds.work is not None:
         out, lse = attention_triton.forward(q, k, v, bounds.work)

@@ -32,13 +32,14 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, grid: Grid, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: Grid, first: Tensor, *args: Any, **options: Any) -> None:
     """Launch `kernel` over `grid`, or compile it alone.
 
     Args:
+        first: the kernel's first argument, on the device of them all.
         options: the kernel's constants, and those of the launch (num_warps, ...).
     """
-    if any(isinstance(one, Tensor) and one.is_meta for one in args):
-        kernel.warmup(*args, grid=grid, **options)
+    if first.is_meta:
+        kernel.warmup(first, *args, grid=grid, **options)
     else:
-        kernel[grid](*args, **options)
+        kernel[grid](first, *args, **options)
