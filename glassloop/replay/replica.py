@@ -66,7 +66,9 @@ def make_parts(
         accelerator.free_memory()  # it holds on to the engines that it prepared
     device = device_of(accelerator)
     engine = load_engine(config, device, rank=rank, first=contextlib.nullcontext)
-    largest = engine.hf.get_base_model().get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    embedding: Any = engine.hf.get_base_model().get_input_embeddings()  # type: ignore[operator, union-attr]
+    tokens = getattr(embedding, "token_adapter", None)  # PEFT's, around tokens that train
+    largest = (embedding if tokens is None else tokens.base_layer).num_embeddings
     if odd := [row for row in rows if max(row.input_ids) >= largest]:
         raise ValueError(
             f"model.id = {config.model.id} knows token ids below {largest}, row "

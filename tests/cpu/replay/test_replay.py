@@ -43,6 +43,13 @@ def test_a_recorded_update_comes_back_bit_for_bit(whole, capsys, update, origin,
     assert sum(name.startswith("loss of train:") for name in names) in (2, 4)
 
 
+def test_tokens_that_train_and_ranks_by_layer_come_back_too(tmp_path, tiny_qwen2, capsys):
+    lora = {"trainable_token_indices": [17, 4], "rank_pattern": {"k_proj": 3}}
+    run = trained(tmp_path, tiny_qwen2, lora=lora, schedule={"updates": 3, "warmup_updates": 1})
+    found = as_object(capsys, run, "--update", 2)
+    assert found["reproduces"] and found["bit_for_bit"]
+
+
 def test_it_writes_nothing_into_the_run(whole, capsys):
     def listing() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
