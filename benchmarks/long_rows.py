@@ -7,7 +7,7 @@
     rows      one row of each length on each card; `longest` is the length that a plan names
     unsloth   the same rows through Unsloth's own loader, in a process of its own
     short     passes of full and of short rows: tiers chosen by their longest row, and without
-    two       rows that --ranks cards share
+    two       rows that --ranks cards share, and how far a shared row's gradient is off
     compare   one row by every tier, and how far its gradient is off
 
 One large card stands for small ones: torch may take as much as they have. Each line is written as
@@ -40,6 +40,8 @@ def cases_of(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "unsloth": [], "shared": []}
     lengths = [one if one == "longest" else int(one) for one in asked.lengths.split(",")]
     only = asked.only.split(",")
+    if "two" in only:
+        found["shared"].append({"kind": "shared", "tokens": asked.shared})
     if "compare" in only:
         found["ours"].append({"kind": "compare", "tokens": asked.compare})
     for card in map(float, asked.cards.split(",")):
@@ -164,6 +166,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20, help="of updates a case, about")
     parser.add_argument("--limit", type=float, default=300, help="seconds of a case, at most")
     parser.add_argument("--ranks", type=int, default=2, help="cards that share a row, for two")
+    parser.add_argument("--shared", type=int, default=8192, help="tokens of the row for two")
     parser.add_argument("--compare", type=int, default=16384, help="tokens of the compared row")
     parser.add_argument("--short-card", type=float, default=80, help="GB, for short")
     parser.add_argument("--short-tokens", type=int, default=0, help="of each row; 0: as usual")

@@ -243,19 +243,9 @@ def gradients(
         lse, ends_q, ends_k, longest_q, longest_k, seed, offset = kept.rest
         heads = [by_heads(t, len(bounds.lengths)) for t in (grad, q, k, v, kept.out)]
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *heads,
-            lse,
-            seed,
-            offset,
-            None,
-            ends_q,
-            ends_k,
-            longest_q,
-            longest_k,
-            0.0,
-            True,
+            *heads, lse, seed, offset, None, ends_q, ends_k, longest_q, longest_k, 0.0, True,
             scale=scale,
-        )
+        )  # fmt: skip
         dq, dk, dv = (by_tokens(t) for t in found)
         return dq, dk, dv
     return attention_backward_reference(grad, q, k, v, bounds)
