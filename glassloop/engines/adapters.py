@@ -44,7 +44,11 @@ def attach_lora(
         lora_alpha=_plain(lora.alpha),  # type: ignore[arg-type]
         rank_pattern=lora.ranks,
         alpha_pattern={name: _plain(alpha) for name, alpha in lora.alphas.items()},  # type: ignore[misc]
-        target_parameters=list(lora.target_parameters) or None,
+        # Whole names: PEFT knows no other where a neighbour of the parameter is in 4 bits.
+        target_parameters=[
+            name for name, _ in hf.named_parameters() if named_by(name, lora.target_parameters)
+        ]
+        or None,
         trainable_token_indices=list(lora.trainable_token_indices) or None,
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
@@ -67,6 +71,7 @@ def attach_lora(
                 f"lora.targets = {', '.join(lora.targets)}: PEFT cannot adapt them in "
                 f"{type(hf).__name__} ({error}): name only layers outside its experts"
             ) from error
+    model.peft_config["default"].target_parameters = list(lora.target_parameters) or None  # type: ignore[union-attr, assignment]
     check_plain_layers(model, lora)  # type: ignore[arg-type]
     draw_adapters(model, seed=seed, base_name=base_name, commit=commit)  # type: ignore[arg-type]
     return model  # type: ignore[return-value]

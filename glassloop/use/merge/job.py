@@ -123,7 +123,7 @@ class Job:
         if any(".experts." in name for name in weights):
             raise ValueError(
                 "--base dequantised: training rounds this model's experts to NF4 after it has read "
-                "them, and no file holds them so: --base original --no-table"
+                "them, and no file holds them so: --base original"
             )
         return weights, Path(found.folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
+from trained_runs import finished_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glassloop.base.experts import expert_parameters, quantise_experts, shape_of
+from glassloop.cli.__main__ import main
 from glassloop.config import LoraConfig
 from glassloop.config.arguments import ConfigError, parse
+from glassloop.use.trained import adapter_weights, open_trained
 from train_loop import train, update_once
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2)
@@ -136,6 +140,31 @@ def test_lora_reaches_experts_and_they_are_counted_saved_and_resumed(
     assert train(again) == 0
     again.close()
     assert torch.equal(again.replica.adapters.flat.detach(), ended)
+
+
+def test_one_tensor_of_a_layer_s_experts_may_have_adapters_beside_one_in_4_bits(
+    folder_of, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {"targets": ["q_proj"], "target_parameters": [PARTS[1]]}
+    folder = folder_of("qwen3_moe")
+    run = finished_run(tmp_path, folder, lora=lora, record={"capture_updates": [2]})
+    saved = open_trained(run)
+    weights = adapter_weights(saved)
+    assert sum(one.numel() for one in weights.values()) == 2 * 4 * (3 * (64 + 32) + 64 + 64)
+    own = json.loads((saved.checkpoint / "adapter_config.json").read_text())
+    assert own["target_parameters"] == [PARTS[1]]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stranger = dict(PeftModel.from_pretrained(plain, str(saved.checkpoint)).named_parameters())
+    for name, matrix in weights.items():
+        assert torch.equal(stranger[name.replace(".weight", ".default.weight")], matrix), name
+    assert main(["replay", str(run), "--update", "2"]) == 0
+    assert "reproduced bit for bit" in capsys.readouterr().out
+    for words, said in (
+        (["--base", "dequantised"], "no file holds them so: --base original"),
+        ([], "adapters of experts are not merged here"),
+    ):
+        assert main(["merge", str(run), str(tmp_path / "out"), "--no-table", *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_refused_by_name(run_of, folder_of, monkeypatch) -> None:
