@@ -30,6 +30,8 @@ from glassloop.loop.collectives import asked, stuck_in, write_dump
 PATIENCE_S = 10.0
 TICK_S = 1.0
 ANSWER_S = 5 * TICK_S  # for the others to write their collectives
+# How much longer the process group itself waits: a collective that it gave up counts as ended
+GROUP_S = 3 * ANSWER_S
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class Watchdog:
                 )
                 if not collective:
                     return None
-                return f"{told.rstrip()}{self._stuck(positions)} {self._where(positions)}"
+                stuck = self._stuck(positions, failed=True)
+                return f"{told.rstrip()}{stuck} {self._where(positions)}"
             time.sleep(0.1)
         return None
 
@@ -194,14 +197,18 @@ class Watchdog:
         if self.waited_s() >= waited:
             self._end(f"{why}{stuck} {self._where(positions)}")
 
-    def _stuck(self, positions: list[Position]) -> str:
+    def _stuck(self, positions: list[Position], *, failed: bool = False) -> str:
         """Say which collective the ranks are stuck in.
 
         Their dumps stay in the folder.
+
+        Args:
+            failed: this rank's last collective was given up by the process group.
         """
         self._told = True
         updates = {position.rank: position.update for position in positions}
-        return stuck_in(self.folder, self.rank, self.ranks, self._began, updates, ANSWER_S)
+        began, ranks = self._began, self.ranks
+        return stuck_in(self.folder, self.rank, ranks, began, updates, ANSWER_S, failed=failed)
 
     def _message(self, positions: list[Position]) -> str:
         gone = ", ".join(str(position.rank) for position in positions if position.gone)
