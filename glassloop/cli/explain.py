@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser(
         prog="glassloop explain",
         description="Explain a field of the config (optimizer.lr) or of a record "
-        "(grad_norm_pre_clip), or all fields of a section (tracking) or a file (machine.jsonl). Names "
-        "of other trainers are understood.",
+        "(grad_norm_pre_clip), or all fields of a section (tracking) or of a file "
+        "(machine.jsonl). Names of other trainers are understood.",
     )
     own.add_argument("field", nargs="?", help="its name, or that of a section or a file")
     own.add_argument("--json", action="store_true", help="print one JSON object")
