@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -148,7 +149,7 @@ class Watchdog:
             if any(position.gone for position in positions):
                 return self._message(positions)
             if time.monotonic() > until:
-                reason = str(error).partition("\n")[0]
+                reason = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
                 told = (
                     f"rank {self.rank} could not hear from the others ({reason}): it ends, "
                     "and nothing is saved. "
