@@ -22,7 +22,7 @@ from two_gpus_runs import Place
 EXACT = {"updates": 8, "every": 4}
 BAD_LR = 1e18  # the second update then has no finite loss
 STALL = {"after": 3, "timeout_s": 20}
-STALL_ENDS_S = 20.0  # beyond the timeout: five for the others' answer, then the launcher's own
+STALL_ENDS_S = 15.0  # beyond the timeout: five for the other's answer, the rest to leave the card
 UNEVEN = 0.05  # of a rank's mean load: the most that the fullest rank may have above it
 
 
@@ -117,10 +117,12 @@ def stalled(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     known = runs.tree(one.process.pid)
     os.kill(pids[1], signal.SIGSTOP)
     at, saved = time.monotonic(), runs.checkpoint(folder)
-    code = one.wait(until)
+    one.reaches(lambda: runs.tree(pids[0]).get(pids[0]) != known[pids[0]], until)
     took = time.monotonic() - at
+    os.kill(pids[1], signal.SIGCONT)  # or its launcher waits for it for 30 s
+    code = one.wait(until)
     runs.end(one)
-    runs.kill(known)  # a stopped rank does not hear its launcher
+    runs.kill(known)  # should a rank have outlived its launcher
     said = one.log.read_text(encoding="utf-8", errors="replace")
     begins = ("Stuck in collective", "The ranks disagree about collective")
     sentence = next((line for line in said.split(". ") if line.strip().startswith(begins)), "")
@@ -129,7 +131,7 @@ def stalled(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     untouched = saved is not None and runs.checkpoint(folder) == saved
     most = STALL["timeout_s"] + STALL_ENDS_S
     held = code not in (0, None) and named and untouched and took <= most
-    why = f"ended after {took:.1f} s, {ended(code)}: {sentence or 'NO COLLECTIVE IS NAMED'}"
+    why = f"the other rank ended after {took:.1f} s, {ended(code)}: {sentence or 'NONE IS NAMED'}"
     why += "" if untouched else "; the checkpoint is NOT AS IT WAS"
     return {title: judged(held, why, ended_s=took, most_s=most, exit_code=code, said=one.said)}
 
