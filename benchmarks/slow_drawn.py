@@ -52,8 +52,8 @@ def update_of(
         reduce_s += (factor - 1) * (max(passes) + rest + reduce_s)
     elif cause is not None:
         late = (factor - 1) * (max(passes) + rest + reduce_s) + max(passes)
+        machines[-1] = _planted(machines[-1], cause, factor, late - max(passes))
         passes[-1] = late
-        machines[-1] = _planted(machines[-1], cause, factor)
     took = max(passes) + rest + reduce_s
     record = UpdateRecord(
         update=number, updates=1000, epoch=0, rows=16, lr=1e-4, loss_nats=2.0,
@@ -82,7 +82,7 @@ def _machine(drawn: random.Random, how: Drawn, passes_s: float) -> Machine:
     )  # fmt: skip
 
 
-def _planted(machine: Machine, cause: str, factor: float) -> Machine:
+def _planted(machine: Machine, cause: str, factor: float, lost_s: float) -> Machine:
     """What the readings of the late rank look like under a cause."""
     assert machine.sm_clock_mhz is not None and machine.card_busy is not None
     changes: dict[str, dict[str, float]] = {
@@ -95,7 +95,7 @@ def _planted(machine: Machine, cause: str, factor: float) -> Machine:
         "allocator": {"device_allocations": 30.0},
         "disk": {"read_mib": 400.0, "disk_faults": 80.0},
         "idle card": {"card_busy": machine.card_busy / factor},
-        "taken cores": {"processor_wait_s": 0.6 * (factor - 1)},
+        "taken cores": {"processor_wait_s": 0.7 * lost_s},
         "rank": {},
     }
     return replace(machine, **changes[cause])

@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/slow-updates.json")
     asked = parser.parse_args()
     where, load = environment(["slow_updates.py"]), os.getloadavg()[0]
-    result = {
+    result: dict[str, Any] = {
         "schema": 1,
         "what": "slow_updates",
         "machine": {
@@ -261,6 +261,7 @@ def main() -> int:
         "drawn": in_drawn_series(asked.drawn),
         "loop": in_the_loop(asked.updates) if asked.updates else None,
     }
+    result["machine"]["load_1_min_after"] = os.getloadavg()[0]
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["loop"], indent=1))

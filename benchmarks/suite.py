@@ -1,6 +1,6 @@
 """Parts that run one after the other into one JSON, and what is said of each.
 
-A part that fails does not stop the others. The JSON is written anew after every stage. No torch.
+A part that fails does not stop the others. The JSON is written anew after every part. No torch.
 """
 
 from __future__ import annotations
@@ -58,48 +58,70 @@ def run_stages(
         stages: parts of one stage run side by side.
         run: runs the part of a name until a time.monotonic().
         last: time.monotonic() at which all must be over.
-        written: called with what there is after each stage.
+        written: called with what there is after each part.
     """
     found: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
     for limit_s, names in stages:
         if not (mine := [name for name in names if name in chosen]):
             continue
         began = time.monotonic()
         until = min(began + limit_s, last)
-        results: dict[str, dict[str, Verdict]] = {}
-        others = [
-            threading.Thread(target=_run, args=(run, name, until, results), daemon=True)
-            for name in mine[1:]
-        ]
+
+        def one(name: str, until: float = until, began: float = began) -> None:
+            verdicts = _run(run, name, until)
+            took = {"part": name, "stage_s": round(time.monotonic() - began, 1)}
+            with lock:
+                found.update({title: vars(told) | took for title, told in verdicts.items()})
+                written(found)
+                for title in verdicts:
+                    print(line_of(title, found[title]), flush=True)
+
+        others = [threading.Thread(target=one, args=(name,), daemon=True) for name in mine[1:]]
         for thread in others:
             thread.start()
-        _run(run, mine[0], until, results)  # here: Ctrl-C and SIGTERM reach it
+        one(mine[0])  # here: Ctrl-C and SIGTERM reach it
         for thread in others:
             while thread.is_alive():
                 thread.join(0.2)
-        for name in mine:
-            for title, verdict in results[name].items():
-                seconds = round(time.monotonic() - began, 1)
-                found[title] = vars(verdict) | {"part": name, "stage_s": seconds}
-                print(line_of(title, found[title]), flush=True)
-        written(found)
     return found
 
 
 def _run(
-    run: Callable[[str, float], dict[str, Verdict]],
-    name: str,
-    until: float,
-    results: dict[str, dict[str, Verdict]],
-) -> None:
-    """One part; whatever it raises is its own failure."""
+    run: Callable[[str, float], dict[str, Verdict]], name: str, until: float
+) -> dict[str, Verdict]:
+    """Do one part; whatever it raises is its own failure."""
     if time.monotonic() >= until - 1:
-        results[name] = {name: failed("no time was left (--minutes)")}
-        return
+        return {name: failed("no time was left (--minutes)")}
     try:
-        results[name] = run(name, until)
+        return run(name, until)
     except Exception as error:  # any fault of a part: the others run, and the JSON says it
-        results[name] = {name: failed(f"{type(error).__name__}: {error}"[:600])}
+        return {name: failed(f"{type(error).__name__}: {error}"[:600])}
+
+
+def stamped(found: dict[str, Any], commit: str | None) -> dict[str, Any]:
+    """Verdicts with the commit that they are of."""
+    return {title: verdict | {"commit": commit} for title, verdict in found.items()}
+
+
+def earlier(out: Path, machine: dict[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+    """Read the verdicts of other parts from a file of results.
+
+    Raises ValueError if the file is of other cards, or is not one of ours.
+    """
+    if not out.exists():
+        return {}
+    try:
+        told = json.loads(out.read_text(encoding="utf-8"))
+        same = card_name(told["machine"]) == card_name(machine)
+        kept = {title: one for title, one in told["parts"].items() if one["part"] not in chosen}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--add: {out} is no file of results ({type(error).__name__}); name another --out"
+        ) from None
+    if not same:
+        raise ValueError(f"--add: {out} is of other cards; name another --out")
+    return kept
 
 
 def write(out: Path, about: dict[str, Any], found: dict[str, Any], began: float) -> None:

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import suite
+import two_gpus_hosts
 import two_gpus_killed
+import two_gpus_more
 import two_gpus_parts as parts
 import two_gpus_speed
-from suite import Verdict, card_name, line_of, machine_of, refused, write
+from suite import Verdict, card_name, earlier, line_of, machine_of, refused, stamped, write
 from two_gpus_parts import Asked
 from two_gpus_runs import ROOT, RUNNING, Place, end, write_rows
 
@@ -36,25 +38,42 @@ STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (240.0, ("one_rank", "verify", "killed")),
     (90.0, ("ddp",)),
     (150.0, ("fused",)),
+    (120.0, ("packed",)),
+    (180.0, ("fused_exact",)),
+    (120.0, ("bisect", "two_hosts")),
+    (120.0, ("stalled", "two_runs")),
     (330.0, ("bench",)),
-    (300.0, ("peers",)),
+    (150.0, ("trl",)),
+    (300.0, ("unsloth",)),
+    (150.0, ("streamed",)),
+    (240.0, ("fsdp",)),
 )
-OWN_FILES: dict[str, parts.Part] = {
-    "killed": two_gpus_killed.killed,
-    "bench": two_gpus_speed.bench,
-    "peers": two_gpus_speed.peers,
-}
+FILES = (parts, two_gpus_killed, two_gpus_more, two_gpus_hosts, two_gpus_speed)
 PARTS: dict[str, parts.Part] = {
-    name: OWN_FILES.get(name) or getattr(parts, name) for _, names in STAGES for name in names
+    name: next(getattr(file, name) for file in FILES if hasattr(file, name))
+    for _, names in STAGES
+    for name in names
 }
+# Parts of one call each; a part that is compared with another's run stands beside it.
+GROUPS = {
+    "A": ("peft", "one_rank", "ddp", "fused", "packed"),
+    "B": ("verify", "killed", "fused_exact", "bisect", "two_hosts", "stalled", "two_runs"),
+    "C": ("bench", "trl"),
+    "D": ("unsloth", "streamed", "fsdp"),
+}
+GROUP_MINUTES = 8.5
 
 
 def main(argv: list[str]) -> int:
     """Exit code 0: all parts held (or were left out); 1: not; 2: refused, nothing was run."""
     asked = _parser().parse_args(argv)
-    chosen = [name for name in asked.parts.split(",") if name]
+    words = [name for name in asked.parts.split(",") if name]
+    chosen = [name for word in words for name in GROUPS.get(word, (word,))]
     if unknown := [name for name in chosen if name not in PARTS]:
-        return refused(f"--parts {', '.join(unknown)}: there are {', '.join(PARTS)}")
+        names = f"{', '.join(PARTS)}, and the groups {', '.join(GROUPS)}"
+        return refused(f"--parts {', '.join(unknown)}: there are {names}")
+    touched = sum(any(name in chosen for name in names) for names in GROUPS.values())
+    minutes = asked.minutes or GROUP_MINUTES * touched
     if not asked.model.startswith("random:"):
         return refused(
             f"--model {asked.model}: the rows are made for the tokenizer of random: models"
@@ -99,17 +118,22 @@ def main(argv: list[str]) -> int:
                     "device": asked.device,
                     "model": asked.model,
                     "parts": chosen,
-                    "minutes": asked.minutes,
+                    "minutes": minutes,
                 },
                 "rows": {"workload": "scam-v1", "rows": ROWS, "tokens": sum(lengths)},
                 "machine": machine,
             }
+            try:
+                kept = earlier(out, machine, chosen) if asked.add else {}
+            except ValueError as error:
+                return refused(str(error))
+            commit = (machine.get("git") or {}).get("commit")
             found = run_stages(
                 place,
                 what,
                 chosen,
-                began + asked.minutes * 60,
-                lambda found: write(out, about, found, began),
+                began + minutes * 60,
+                lambda found: write(out, about, kept | stamped(found, commit), began),
             )
         finally:
             for one in list(RUNNING):
@@ -129,13 +153,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts",
         default=",".join(PARTS),
-        help=f"default: all of {', '.join(PARTS)}; one_rank, ddp and fused are compared with peft",
+        help=f"parts or groups of them, default: all. Parts: {', '.join(PARTS)}. Groups: "
+        + "; ".join(f"{group} = {', '.join(names)}" for group, names in GROUPS.items()),
     )
     parser.add_argument(
         "--minutes",
         type=float,
-        default=14.5,
-        help="for everything; parts that it does not reach fail (default: 14.5)",
+        help="for everything; parts that it does not reach fail (default: 8.5 a group)",
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the file of results holds of other parts"
     )
     parser.add_argument(
         "--python",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What glassloop does on two cards, in at most 15 minutes, and one JSON to send back:
+# What glassloop does on two cards, and one JSON to send back:
 #
 #   benchmarks/two_gpus.sh                      # both cards of this machine; CUDA_VISIBLE_DEVICES=2,3 takes others
+#   benchmarks/two_gpus.sh --parts A --add      # a group of at most 8.5 minutes; the file keeps what B, C and D found
 #   benchmarks/two_gpus.sh --help               # single parts, other interpreters for TRL and Unsloth, a CPU without a card
 #
 # Nothing is downloaded: the weights are drawn, the rows are made.

@@ -93,10 +93,10 @@ def killed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     back = runs.train(place, "resumed", ["--resume", str(folder)])
     code = back.wait(until)
     runs.end(back)
-    return {"one rank killed": verdict, "exact resume": _same_again(folder, whole, code, back)}
+    return {"one rank killed": verdict, "exact resume": same_again(folder, whole, code, back)}
 
 
-def _same_again(folder: Path, whole: Path, code: int | None, one: runs.Started) -> Verdict:
+def same_again(folder: Path, whole: Path, code: int | None, one: runs.Started) -> Verdict:
     """The resumed run's updates beside those of the run that nobody killed.
 
     Equal to the last bit.

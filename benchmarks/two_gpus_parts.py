@@ -5,9 +5,8 @@ Each takes a Place, what was asked and a deadline, and returns verdicts by name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def _beside(
     Args:
         beside: name of the other run. most: updates that are compared; None: all of the first.
     """
-    folder, known = place.work / "runs" / name, place.work / "runs" / beside
+    folder = place.work / "runs" / name
     wanted = min(asked.first, asked.updates)
     asked_for = [
         f"schedule.updates={asked.updates}",
@@ -138,6 +137,32 @@ def _beside(
     one.reaches(lambda: len(runs.updates_of(folder)) >= wanted, until)
     code = one.process.poll()
     runs.end(one, 25.0)  # it saves a checkpoint on its way out
+    found = compared(place, folder, place.work / "runs" / beside, wanted, one, most=most, code=code)
+    if found.verdict == "failed":
+        return found
+    # With one rank nothing is summed; DDP does it inside backward.
+    unseen = ranks == 1 or "execution.reduction=ddp" in words
+    none = {"reduce_share": None, "reduce_s_median": None} if unseen else {}
+    return replace(found, numbers=found.numbers | {"ranks": ranks} | none)
+
+
+def compared(
+    place: Place,
+    folder: Path,
+    known: Path,
+    wanted: int,
+    one: runs.Started,
+    *,
+    most: int | None = None,
+    code: int | None = None,
+) -> Verdict:
+    """Compare the first updates of a run with those of another.
+
+    Args:
+        wanted: updates that were asked for. most: as many of them are compared; None: all.
+        one: the run's process. code: its exit code, None if it was ended.
+    """
+    beside = known.name
     ours, theirs = runs.updates_of(folder), runs.updates_of(known)
     ours = {update: line for update, line in ours.items() if update <= wanted}
     timed, wanted = ours, min(wanted, most or wanted)
@@ -160,7 +185,6 @@ def _beside(
         and len(shared) >= wanted
     )
     numbers = {
-        "ranks": ranks,
         "updates_compared": len(shared),
         "other_rows_in_updates": other_rows,
         "loss_off_update_1": loss[shared[0]],
@@ -171,9 +195,6 @@ def _beside(
         "marks": list(marks),
         **runs.speed(timed),
     }
-    if ranks == 1 or "execution.reduction=ddp" in words:
-        # Nothing is summed, or DDP does it inside backward.
-        numbers |= {"reduce_share": None, "reduce_s_median": None}
     why = f"losses of {len(shared)} of the first {wanted} updates differ by at most "
     why += f"{max(loss.values()):.1e}, norms by {max(norm.values()):.1e}"
     return judged(
@@ -213,10 +234,8 @@ def verify(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
     one = runs.start(place, words, "verify", 2)
     code = one.wait(until)
     runs.end(one)
-    text = one.log.read_text(encoding="utf-8", errors="replace")
-    start = text.find("\n{\n")
     try:
-        output, _ = json.JSONDecoder().raw_decode(text, start + 1)
+        output = runs.json_in(one.log)
     except ValueError:
         return {"glassloop verify": failed(ended(code), one)}
     bad = [verdict["name"] for verdict in output["verdicts"] if not verdict["good"]]

@@ -128,6 +128,16 @@ class Started:
         return self.log.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
 
 
+def json_in(log: Path) -> dict[str, Any]:
+    """The object that a command with --json printed among other lines.
+
+    Raises ValueError without one.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    start = 0 if text.startswith("{") else text.find("\n{") + 1
+    return json.JSONDecoder().raw_decode(text, start)[0]
+
+
 RUNNING: list[Started] = []  # what is ended when this process ends
 
 

@@ -126,28 +126,29 @@ def of_line(line: dict[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in names if name in line}
 
 
-def peers(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
-    """TRL and Unsloth on two ranks under DDP, on the bench's rows.
+def trl(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    return _library(place, asked, until, "trl", "trl")
 
-    Only where they are installed, here or in `--python`.
+
+def unsloth(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
+    return _library(place, asked, until, "unsloth", "unsloth-trainer")
+
+
+def _library(
+    place: Place, asked: Asked, until: float, library: str, peer: str
+) -> dict[str, Verdict]:
+    """Another trainer on two ranks under DDP, on the bench's rows.
+
+    Only where it is installed, here or in `--python`.
     """
-    pythons, found = dict(asked.pythons), {}
-    for library, peer in (("trl", "trl"), ("unsloth", "unsloth-trainer")):
-        name = f"{library} under DDP"
-        if library not in pythons and importlib.util.find_spec(library) is None:
-            found[name] = Verdict(
-                "left out",
-                f"{library} is not installed (--python {library}=/path/to/env/bin/python)",
-                {},
-            )
-            continue
-        if library in pythons and not Path(pythons[library]).is_file():
-            found[name] = failed(
-                f"--python {library}={pythons[library]}: there is no such interpreter"
-            )
-            continue
-        found[name] = _peer(place, asked, until, peer)
-    return found
+    pythons, name = dict(asked.pythons), f"{library} under DDP"
+    if library not in pythons and importlib.util.find_spec(library) is None:
+        why = f"{library} is not installed (--python {library}=/path/to/env/bin/python)"
+        return {name: Verdict("left out", why, {})}
+    if library in pythons and not Path(pythons[library]).is_file():
+        why = f"--python {library}={pythons[library]}: there is no such interpreter"
+        return {name: failed(why)}
+    return {name: _peer(place, asked, until, peer)}
 
 
 def _peer(place: Place, asked: Asked, until: float, peer: str) -> Verdict:

@@ -36,9 +36,10 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser(
         prog="glassloop explain",
         description="Explain a field of the config (optimizer.lr) or of a record "
-        "(grad_norm_pre_clip). Names of other trainers are understood.",
+        "(grad_norm_pre_clip), or all fields of a section (tracking) or of a file "
+        "(machine.jsonl). Names of other trainers are understood.",
     )
-    own.add_argument("field", nargs="?", help="its name")
+    own.add_argument("field", nargs="?", help="its name, or that of a section or a file")
     own.add_argument("--json", action="store_true", help="print one JSON object")
     own.add_argument("--markdown", action="store_true", help="print docs/record.md")
     given = own.parse_args(argv)
@@ -58,16 +59,21 @@ def main(argv: list[str]) -> int:
 
 
 def explained(name: str) -> list[dict[str, Any]]:
-    """Every field of that name: of the config first, then of records."""
+    """Every field of that name: of the config first, then of records.
+
+    The name of a section or a file gives all of its fields.
+    """
     peer = PEER_NAMES.get(name, name).partition("=")[0]
     found = [
-        _of_config(field) for field in field_names() if peer in (field, field.rpartition(".")[2])
+        _of_config(field)
+        for field in field_names()
+        if peer in (field, field.rpartition(".")[2]) or field.startswith(f"{name}.")
     ]
     for file, kind in kinds().items():
         found += [
             {"name": one.name, "where": file, **_without(asdict(one), "name")}
             for one in meanings(kind)
-            if one.name == name
+            if name in (one.name, file)
         ]
     return found
 

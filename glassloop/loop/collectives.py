@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,14 @@ def asked(folder: Path, ranks: int, since: float) -> bool:
 
 
 def stuck_in(
-    folder: Path, rank: int, ranks: int, since: float, updates: dict[int, int], wait_s: float
+    folder: Path,
+    rank: int,
+    ranks: int,
+    since: float,
+    updates: dict[int, int],
+    wait_s: float,
+    *,
+    failed: bool = False,
 ) -> str:
     """Say which collective is stuck, from every rank's dump.
 
@@ -98,6 +105,7 @@ def stuck_in(
         since: start of this process, in seconds of the epoch; older dumps are of another one.
         updates: the update in progress, by rank, as far as it is known.
         wait_s: longest wait for the others' files.
+        failed: this rank's last collective was given up. The recorder counts it as ended.
 
     Returns:
         A sentence with a blank before it; empty if the recorder tells nothing.
@@ -110,8 +118,10 @@ def stuck_in(
     others = [dump_of(folder, one) for one in range(ranks)]
     while time.monotonic() < until and not all(_is_new(one, since) for one in others):
         time.sleep(0.1)
-    told = [calls_of(folder, one) for one in range(ranks) if _is_new(others[one], since)]
-    said = sentence([one for one in told if one is not None], ranks, updates)
+    told = {one: calls_of(folder, one) for one in range(ranks) if _is_new(others[one], since)}
+    if failed:
+        told[rank] = replace(own, done=min(own.done, own.last - 1))
+    said = sentence([one for one in told.values() if one is not None], ranks, updates)
     return f" {said}." if said else ""
 
 

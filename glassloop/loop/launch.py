@@ -21,6 +21,7 @@ from glassloop.engines.unsloth_checks import check_unsloth
 from glassloop.loop.collectives import record_collectives
 from glassloop.loop.commands import launch_command
 from glassloop.loop.meeting import meet
+from glassloop.loop.watchdog import GROUP_S
 
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 REFUSED_LAUNCHES = {
@@ -175,10 +176,8 @@ def make_accelerator(config: Config) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     grow_segments()
     record_collectives()
-    backend, timeout = (
-        config.execution.backend,
-        timedelta(seconds=config.execution.collective_timeout_s),
-    )
+    backend = config.execution.backend
+    timeout = timedelta(seconds=config.execution.collective_timeout_s + GROUP_S)
     # A lone process has no collectives to carry.
     asked = None if backend == "auto" or "LOCAL_RANK" not in os.environ else backend
     process_group = InitProcessGroupKwargs(backend=asked, timeout=timeout)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -30,6 +31,8 @@ from glassloop.loop.collectives import asked, stuck_in, write_dump
 PATIENCE_S = 10.0
 TICK_S = 1.0
 ANSWER_S = 5 * TICK_S  # for the others to write their collectives
+# How much longer the process group itself waits: a collective that it gave up counts as ended
+GROUP_S = 3 * ANSWER_S
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Watchdog:
             if any(position.gone for position in positions):
                 return self._message(positions)
             if time.monotonic() > until:
-                reason = str(error).partition("\n")[0]
+                reason = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
                 told = (
                     f"rank {self.rank} could not hear from the others ({reason}): it ends, "
                     "and nothing is saved. "
@@ -156,7 +159,8 @@ class Watchdog:
                 )
                 if not collective:
                     return None
-                return f"{told.rstrip()}{self._stuck(positions)} {self._where(positions)}"
+                stuck = self._stuck(positions, failed=True)
+                return f"{told.rstrip()}{stuck} {self._where(positions)}"
             time.sleep(0.1)
         return None
 
@@ -194,14 +198,18 @@ class Watchdog:
         if self.waited_s() >= waited:
             self._end(f"{why}{stuck} {self._where(positions)}")
 
-    def _stuck(self, positions: list[Position]) -> str:
+    def _stuck(self, positions: list[Position], *, failed: bool = False) -> str:
         """Say which collective the ranks are stuck in.
 
         Their dumps stay in the folder.
+
+        Args:
+            failed: this rank's last collective was given up by the process group.
         """
         self._told = True
         updates = {position.rank: position.update for position in positions}
-        return stuck_in(self.folder, self.rank, self.ranks, self._began, updates, ANSWER_S)
+        began, ranks = self._began, self.ranks
+        return stuck_in(self.folder, self.rank, ranks, began, updates, ANSWER_S, failed=failed)
 
     def _message(self, positions: list[Position]) -> str:
         gone = ", ".join(str(position.rank) for position in positions if position.gone)

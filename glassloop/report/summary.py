@@ -85,6 +85,9 @@ def did_it_learn(run: RunData) -> list[Say]:
     heldout = [
         (update, loss) for update, loss in scored if loss is not None and math.isfinite(loss)
     ]
+    if run.ended_early and len(heldout) >= 2:  # its result is an earlier checkpoint
+        best_update, _ = min(heldout[1:], key=lambda pair: pair[1])
+        heldout = [pair for pair in heldout if pair[0] <= best_update]
     if len(heldout) >= 2:
         said.append(_heldout(heldout, run.evaluations[-1]))
         said += _scores(run.evaluations)

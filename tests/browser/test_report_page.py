@@ -85,6 +85,22 @@ def test_every_panel_is_drawn_and_nothing_complains(opened) -> None:
     assert opened.complaints == []
 
 
+def test_neighbouring_ticks_of_small_numbers_have_different_labels(opened) -> None:
+    labels = opened.js("[5e-5, 1e-4, 1.5e-4, 2e-4, 2.5e6, 0].map(tick)")
+    assert labels == ["5e-5", "1e-4", "1.5e-4", "2e-4", "2.5e6", "0"]
+
+
+def test_a_rank_looks_the_same_in_every_figure(opened) -> None:
+    """Colour and dash, in the legends."""
+    looks = opened.js(
+        """[...document.querySelectorAll('.legend button')].map(b =>
+             [b.innerText.trim().slice(0, 6), b.querySelector('canvas').toDataURL()])
+           .filter(([name]) => name.startsWith('rank '))"""
+    )
+    assert len(looks) >= 16  # two ranks in loss, norm, padding and five figures of the machine
+    assert len({tuple(one) for one in looks}) == 2
+
+
 def test_nothing_is_asked_of_a_network(opened) -> None:
     assert opened.requests == []
     assert opened.js("performance.getEntriesByType('resource').length") == 0

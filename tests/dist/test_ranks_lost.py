@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -140,6 +141,9 @@ def test_a_hanging_rank_is_given_up_with_the_position_of_each(words):
     assert process.returncode != 0
     assert "Last seen: rank 0: update" in output
     assert "rank 1: update" in output
+    assert re.search(
+        r"Stuck in collective \d+, .*: entered by rank 0, rank 1 does not answer\.", output
+    ), output[-3000:]
 
 
 @pytest.mark.thorough

@@ -37,6 +37,7 @@ def early_stop_resumed_through() -> dict[str, Any]:
     assert best is not None
 
     stopped = run_of("early-stopped", **SECTIONS)
+    assert stopped.watchdog is not None
     does = stopped.watchdog.does
 
     def stop_on_rank_1(update: int, what: str) -> None:

@@ -117,7 +117,7 @@ const logRange = (u, low, high) => [low / 1.15, high * 1.15];
 function tick(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size >= 1e6 || size < 1e-3) return value.toExponential(0).replace("e+", "e");
+  if (size >= 1e6 || size < 1e-3) return (+value.toPrecision(3)).toExponential().replace("e+", "e");
   return size >= 1000 ? value.toLocaleString("en") : String(+value.toPrecision(3));
 }
 

@@ -120,7 +120,7 @@ function machineFigures(run, parent) {
   ];
   for (const [name, title, unit, how] of figures) {
     if (!data.machine[name]) continue;
-    const series = data.machine[name].map((packed, r) => ({ name: data.ranks > 1 ? `rank ${r}` : name.replace("_gib", ""), values: pad(column(packed)), colour: `--c${(r + (data.ranks > 1)) % 8}`, dash: DASHES[r % DASHES.length], joined: true }));
+    const series = data.machine[name].map((packed, r) => ({ name: data.ranks > 1 ? `rank ${r}` : name.replace("_gib", ""), values: pad(column(packed)), colour: `--c${(r + (data.ranks > 1)) % 8}`, dash: DASHES[(r + (data.ranks > 1)) % DASHES.length], joined: true }));
     figure({ id: name.replace("_", "-"), title, unit, how, percent: name === "busy", fromZero: name !== "clock" && name !== "heat", series }, parent);
   }
 }

@@ -39,6 +39,15 @@ def test_every_field_of_every_record_has_a_meaning_and_says_when_it_is_null() ->
             assert bool(one.none_when) == may_be_null, f"{file}: {field.name}: {one.none_when!r}"
 
 
+def test_a_file_or_a_section_gives_all_of_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in kinds():
+        fields = conform("explain", json.loads(said(capsys, name, "--json")))["fields"]
+        assert [one["name"] for one in fields] == [one.name for one in meanings(kinds()[name])]
+    fields = json.loads(said(capsys, "tracking", "--json"))["fields"]
+    names = {one["name"] for one in fields}
+    assert names == {name for name in field_names() if name.startswith("tracking.")}
+
+
 def test_a_field_without_a_docstring_is_seen() -> None:
     @dataclasses.dataclass
     class Bare:

@@ -112,6 +112,21 @@ def test_dumps_of_an_earlier_start_do_not_count(
     assert asked(tmp_path, 2, began - 1)
 
 
+def test_a_collective_that_the_process_group_gave_up_is_named_although_it_counts_as_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = dumped(8, GATE, entry(8, retired=True))
+    monkeypatch.setattr(collectives, "dump", lambda: json.dumps(ended).encode())
+    said = [
+        stuck_in(tmp_path, 0, 2, time.time() - 1, {0: 3}, wait_s=0, failed=failed)
+        for failed in (True, False)
+    ]
+    assert said[0] == (
+        f" Stuck in collective 8, {SUM} of update 3: entered by rank 0, rank 1 does not answer."
+    )
+    assert said[1].startswith(" No rank is inside a collective")
+
+
 def test_a_torch_that_does_not_tell_leaves_the_message_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

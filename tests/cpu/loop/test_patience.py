@@ -111,6 +111,9 @@ def test_plan_and_report_name_the_condition_and_the_best(ended: Path) -> None:
     first = summarise(run)[0]
     assert (first.topic, first.verdict) == ("ended", "good")
     assert "ended early" in first.text
+    best = run.end["details"]["early"]["best_update"]  # type: ignore[index]
+    learned = next(say for say in summarise(run) if say.topic == "learned")
+    assert f" after update {best}, on " in learned.text and learned.update == best
     assert payload(run)["best"] == run.end["details"]["early"]["best_update"]  # type: ignore[index]
 
 

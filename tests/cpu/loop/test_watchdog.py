@@ -75,6 +75,14 @@ def test_a_collective_that_failed_tells_where_all_were_and_another_error_is_left
         assert "rank 1: update 7, computes pass 1 of 4 (for 3 s)" in said
 
 
+def test_of_a_library_s_error_the_first_sentence_is_told(tmp_path):
+    dog = watchdog(tmp_path)
+    other(tmp_path, os.getpid())
+    error = "[/src/gloo/pair.cc:553] Connection closed by peer [::1]:7. Good luck!\nmore"
+    said = dog.lost(RuntimeError(error), wait_s=0)
+    assert said is not None and "(Connection closed by peer [::1]:7): it ends" in said
+
+
 @pytest.mark.parametrize(("doing", "host"), [(ENDED, None), ("steps", "another-host")])
 def test_a_rank_that_ended_in_order_or_is_on_another_host_is_not_gone(
     tmp_path, dead_pid, doing, host
