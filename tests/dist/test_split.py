@@ -30,7 +30,7 @@ def split(folder: Path, tiny_llama: Path) -> dict:
 
 def test_every_model_has_the_gradient_of_one_rank_to_1e6(split):
     """Windows, caps, norms on heads, one key head, odd lengths; twice with the same bits."""
-    assert len(split["models"]) == 18
+    assert len(split["models"]) == 21
     assert {name: far for name, far in split["models"].items() if max(far) > 1e-6} == {}
 
 
@@ -74,7 +74,7 @@ def test_a_split_run_resumes_to_the_same_losses(split):
 
 @pytest.mark.parametrize("update", [2, 3])
 def test_one_process_replays_what_two_ranks_shared(split, folder, update, capsys):
-    """Update 2 from its capsule, update 3 from the beginning."""
+    """Update 2 from the beginning, update 3 from its capsule."""
     assert split["runs"]["split"]["code"] == 0
     code = replay([str(folder / "runs" / "split"), "--update", str(update), "--json"])
     found = json.loads(capsys.readouterr().out)

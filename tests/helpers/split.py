@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "plain": ("llama", {}, (13, 4, 21, 1)),
     "one row": ("llama", {}, (31,)),
     "one key head": ("llama", {"num_key_value_heads": 1}, (13, 4, 21, 1)),
+    "four key heads": ("llama", {"num_key_value_heads": 4}, (13, 4, 21, 1)),
     "three key heads": (
         "llama",
         {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3},
@@ -142,7 +143,9 @@ def models() -> dict[str, list[float]]:
     for name, (_, _, lengths) in MODELS.items():
         engine, adapters = engine_over(name)
         rows = rows_of(lengths)
-        for tiers in ("kept", "chunks"):
+        # Two groups of heads a rank where a pass is cut, one where it is whole.
+        more = ("a chunk that is one rank's part",) if name == "four key heads" else ()
+        for tiers in ("kept", "chunks", *more):
             found[f"{name}, {tiers}"] = distance(engine, adapters, rows, TIERS[tiers])
     return found
 
