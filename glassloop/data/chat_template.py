@@ -13,6 +13,7 @@ row whose calls or tools spell a control token is a fault.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -105,8 +106,10 @@ def chat_parts(
 
     tool = [{"type": "function", "function": {"name": "glassloop_probe", "parameters": {}}}]
     listing = "glassloop_probe" in render(probe[:1], False, False, json.dumps(tool))
-    asked_twice = [probe[0], Turn("assistant", "a", "r"), Turn("user", "v"), probe[1]]
-    earlier = apart is not None and _mark(1, "r") not in render(asked_twice, False, apart)
+    asked_twice = [*probe, Turn("user", "v"), probe[1]]
+    earlier = False
+    with contextlib.suppress(RowFault):  # a template that takes one question: rows say so
+        earlier = apart is not None and _mark(1, "r") not in render(asked_twice, False, apart)
     return parts, message, source, stop_ids, listing, earlier
 
 

@@ -84,7 +84,8 @@ def test_merged_smollm2_answers_in_plain_transformers_as_the_adapter_did(
         ].tolist()
         said = theirs.decode([token for token in out if token not in template.stop_ids])
         setup = setup_of(loaded, template, tokenizer, batch_size=1, max_new_tokens=NEW_TOKENS)
-        (ours,) = answer(loaded, [prompt], setup, with_adapter=True, sampling=Sampling(), seed=0)
+        how = dict(with_adapter=True, sampling=Sampling(), seed=0)
+        (ours,), _ = answer(loaded, [prompt], setup, **how)
         assert said.replace("<think>", "").strip() == (ours.answer or ours.reasoning or "").strip()
 
 

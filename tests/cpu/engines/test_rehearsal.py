@@ -96,7 +96,7 @@ def launched_by_passes(
     )  # fmt: skip
     for parameter in engine.trained:
         parameter.grad = torch.zeros_like(parameter)
-    rows = [Row(str(n), tuple(range(5, 5 + n)), (False, *(True,) * (n - 1))) for n in (33, 7, 64)]
+    rows = [Row(str(n), tuple(range(5, 5 + n)), (False, *(True,) * (n - 1))) for n in (33, 7, 40)]
     for packed, kept in ((True, 0), (False, 2), (True, 2)):
         engine.use_tiers(Tiers(kept, streamed=engine.tiers.streamed))
         p = build_pass(rows[: 1 + kept], packed=packed, pad_id=0, device=torch.device("cpu"))
