@@ -254,11 +254,13 @@ class Run:
 
         Exit code as StopFlag says, or 1 if the checkpoint could not be saved.
         """
+        told = gather_objects(self.stop.by)  # not every rank needs to have been asked
+        self.stop.by = self.stop.by or next(filter(None, told), None)
         saved = update == 0 or self.save(update)
         self.event(
             update,
             "stopped",
-            f"{why} ({self.stop.by or 'another rank'})",
+            f"{why} ({self.stop.by})",
             self.resume_command if update else None,
         )
         if update and saved:

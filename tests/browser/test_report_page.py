@@ -320,6 +320,7 @@ def test_a_run_that_has_hardly_begun_or_many_ranks_is_shown_too(
         assert opened.complaints == []
 
 
+@pytest.mark.thorough
 def test_5000_updates_of_448_matrices_are_small_and_quick(open_page, tmp_path: Path) -> None:
     path = write_report(
         write_run(tmp_path / "big", updates=5000, layers=32, probe_every=5, rows=600)

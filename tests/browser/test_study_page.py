@@ -14,6 +14,7 @@ from glassloop.study import running
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.thorough
 def test_it_shows_claims_numbers_and_curves_and_asks_no_network(
     open_page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,7 @@ def test_both_ranks_end_early_after_the_same_update_and_resume_through_it_bit_fo
     assert found["counted_when_resumed"] == 1  # the stop came between the two bad evaluations
     assert found["best"] == [best, best] and best >= 4
     assert found["updates"] == [best + 8, best + 5, best + 8]
+    assert found["stopped_by"] == "SIGTERM"  # rank 1 alone was asked, and both say it
     assert found["same_bits"] and found["same_files"]
     assert found["losses"] == [True, best // 4 + 3]  # the one before update 1 is the first
     assert found["result"] == [f"update_{best:06d}"] * 2

@@ -93,6 +93,7 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.thorough
 def test_a_killed_rank_ends_the_other_one_and_a_killed_launcher_both_with_a_checkpoint(words):
     folder = Path(words[-1][8:]) / "killed"
     process = start(words, "killed", cold=True)
@@ -123,6 +124,7 @@ def test_a_killed_rank_ends_the_other_one_and_a_killed_launcher_both_with_a_chec
     assert not (folder / LOCK).exists()
 
 
+@pytest.mark.thorough
 def test_a_hanging_rank_is_given_up_with_the_position_of_each(words):
     folder = Path(words[-1][8:]) / "hung"
     process = start([*words, "execution.collective_timeout_s=10"], "hung")

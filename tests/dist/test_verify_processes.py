@@ -44,6 +44,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.thorough
 def test_processes_that_hang_are_ended_within_the_stated_time(tmp_path):
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)

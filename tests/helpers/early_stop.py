@@ -65,6 +65,7 @@ def early_stop_resumed_through() -> dict[str, Any]:
         ),
         "result": [open_trained(run.folder).checkpoint.name for run in (whole, resumed)],
         "losses": [_losses(whole) == _losses(resumed), len(_losses(whole))],
+        "stopped_by": stopped.stop.by,
         "end": read_run(resumed.folder).end["message"],  # type: ignore[index]
     }
 

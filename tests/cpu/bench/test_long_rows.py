@@ -29,6 +29,7 @@ def lines_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which has no build here"
 )

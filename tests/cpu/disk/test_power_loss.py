@@ -120,6 +120,7 @@ def check(left: Path, crash: Crash, watched: Watched) -> int:
     return done
 
 
+@pytest.mark.thorough
 def test_whatever_was_not_synced_is_lost_and_the_last_checkpoint_is_found(
     watched: Watched, tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 ALL = """
@@ -16,6 +18,7 @@ for script in sorted(pathlib.Path(sys.argv[1]).glob("*.py")):
 """
 
 
+@pytest.mark.thorough
 def test_every_script_imports_in_a_process_of_its_own() -> None:
     """A script finds its neighbours and the package as `python benchmarks/NAME.py` does."""
     command = [sys.executable, "-c", ALL, str(BENCHMARKS)]

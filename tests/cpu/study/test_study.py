@@ -116,6 +116,7 @@ def test_a_study_runs_every_cell_once_and_judges_its_claim(
     assert "supported: a higher rank ends lower" in said and "-0.09933" in said
 
 
+@pytest.mark.thorough
 def test_what_is_done_is_not_run_again_and_says_the_same(stood_in: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     words = ["study", str(stood_in), "--parallel", "3"]
@@ -187,6 +188,7 @@ def test_a_cell_that_fails_is_recorded_tried_again_and_does_not_stop_the_others(
     assert main(words) == 1 and len(attempts(out)) == 9 + 3
 
 
+@pytest.mark.thorough
 def test_a_divergence_is_a_result_with_the_command_that_replays_it(
     stood_in: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -239,6 +241,7 @@ def test_a_run_is_looked_at_where_it_began_to_diverge_not_where_that_was_told(
     assert where_to_look(replace(run, events=[*run.events, told]))[0] == 24
 
 
+@pytest.mark.thorough
 def test_a_cell_of_another_config_is_refused_and_nothing_is_lost(
     stood_in: Path, tmp_path: Path, capsys
 ) -> None:
