@@ -64,6 +64,15 @@ TEXT = [
 REPOSITORY = apart.in_repository() if apart.OWNER else set()
 
 
+def pytest_runtest_setup() -> None:
+    """Undo what a run in an earlier test left: it ends with SIGUSR1 ignored.
+
+    Processes that a test starts would inherit that.
+    """
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a session that leaves something in its temporary folder, its home or the repository."""
     if apart.OWNER and (left := apart.left_behind(REPOSITORY)):

@@ -68,6 +68,7 @@ def serve(number: int) -> None:
     Ends when its other end closes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # a test that trained may have left it ignored
     for name in LIBRARIES:
         importlib.import_module(name)
     place = Place(sys.path[1:], dict(os.environ))
