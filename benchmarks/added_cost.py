@@ -11,7 +11,6 @@ torch's flight recorder and without. record_cost.py adds both to its own line.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"
 
 import torch
 from fake_nvml import FakeNvml
+from lines import tell
 
 from glassloop.config.sections import RecordConfig
 from glassloop.disk.environment import environment
@@ -138,12 +138,7 @@ def main() -> int:
         "recorder": recorder_cost(),
         "environment": environment(["added_cost.py"]),
     }
-    line = json.dumps(result)
-    print(line)
-    if asked.out is not None:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        with asked.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    tell(result, asked.out)
     return 0 if result["sampler"].get("held") else 1
 
 

@@ -20,12 +20,19 @@ def line_writer(out: Path, *, fresh: bool = True, speaks: bool = True) -> Callab
 
     def say(**line: Any) -> None:
         if speaks:
-            text = json.dumps(line)
-            print(text, flush=True)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            tell(line, out)
 
     return say
+
+
+def tell(result: dict[str, Any], out: Path | None) -> None:
+    """Print a result as a line; add it to `out`, if given."""
+    line = json.dumps(result)
+    print(line, flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def begin_ranks() -> tuple[int, int, torch.device]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import torch
 from added_cost import recorder_cost, sampler_cost
+from lines import tell
 
 from glassloop.bench.workloads import workload
 from glassloop.config.arguments import parse
@@ -203,12 +203,7 @@ def main() -> None:
         "recorder": recorder_cost(),
         "environment": environment(["record_cost.py"]),
     }
-    line = json.dumps(result)
-    print(line)
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with given.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    tell(result, given.out)
     leave()
 
 

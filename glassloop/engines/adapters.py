@@ -95,14 +95,7 @@ def draw_adapters(model: peft.PeftModel, *, seed: int, base_name: str, commit: s
 def check_plain_layers(model: peft.PeftModel, lora: LoraConfig) -> None:
     """Raise ValueError if PEFT adapted experts that nobody named."""
     targets = lora.targets
-    wrapped = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, ParamWrapper)
-        and not named_by(
-            f"{re.sub(PEFT_S, '', name)}.{module.parameter_name}", lora.target_parameters
-        )
-    ]
+    wrapped = [n for n in adapted_parameters(model) if not named_by(n, lora.target_parameters)]
     if wrapped:
         kind = type(model.get_base_model()).__name__
         names = [name.rpartition(".")[2] for name in targets]
@@ -113,6 +106,15 @@ def check_plain_layers(model: peft.PeftModel, lora: LoraConfig) -> None:
             f"({len(wrapped)} such tensors): "
             f"set lora.targets={','.join(outside) or 'q_proj,v_proj'}"
         )
+
+
+def adapted_parameters(model: nn.Module) -> list[str]:
+    """The model's own names of parameters that have adapters."""
+    return [
+        f"{re.sub(PEFT_S, '', path)}.{module.parameter_name}"
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    ]
 
 
 def _plain(alpha: float) -> float:
@@ -226,13 +228,10 @@ def reach_note(model: nn.Module, head: nn.Module | None) -> str:
         if id(module) not in adapted:
             last = name.removesuffix(".base_layer").rpartition(".")[2]
             missed[last] = missed.get(last, 0) + size
-    adapted_parts = {
-        f"{re.sub(PEFT_S, '', path)}.{module.parameter_name}"
-        for path, module in model.named_modules()
-        if isinstance(module, ParamWrapper)
-    }
+    parameters = adapted_parameters(model)
     for name, _, _, weights in expert_parameters(model):
-        total += shape_of(weights).numel()
-        if re.sub(PEFT_S, "", name) not in adapted_parts:
-            missed["experts"] = missed.get("experts", 0) + shape_of(weights).numel()
+        size = shape_of(weights).numel()
+        total += size
+        if re.sub(PEFT_S, "", name) not in parameters:
+            missed["experts"] = missed.get("experts", 0) + size
     return reach_in_words(sum(missed.values()), total, missed)
