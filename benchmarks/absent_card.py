@@ -6,6 +6,7 @@ asks for.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,14 +71,12 @@ def card(arch: int) -> Iterator[StubDriver]:
 
 
 def kernels() -> list[Any]:
-    """Every kernel of the fused engine."""
-    from triton.runtime.jit import JITFunction, _triton_jit_function_registry
+    """Every kernel of the fused engine's modules that are imported."""
+    from triton.runtime.jit import JITFunction
 
-    return [
-        one
-        for name, one in _triton_jit_function_registry.items()
-        if name.startswith("glassloop.") and isinstance(one, JITFunction)
-    ]
+    modules = [one for name, one in list(sys.modules.items()) if name.startswith("glassloop.")]
+    found = [one for module in modules for one in vars(module).values()]
+    return list({id(one): one for one in found if isinstance(one, JITFunction)}.values())
 
 
 def forget() -> None:

@@ -32,8 +32,8 @@ from two_gpus_runs import ROOT, RUNNING, Place, end, write_rows
 SCHEMA = 1
 ROWS = 600
 PARTS: dict[str, Part] = {**one_gpu_parts.PARTS, **one_gpu_rows.PARTS}
-# Run side by side, since neither is a measure of speed. All others run alone.
-BESIDE = ("limited", "killed")
+# Run side by side, since none is a measure of speed. All others run alone.
+BESIDE = ("limited", "killed", *one_gpu_rows.TOGETHER["gpu_tests"])
 STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (max(PARTS[name].limit_s for name in BESIDE), BESIDE),
     *((part.limit_s, (name,)) for name, part in PARTS.items() if name not in BESIDE),

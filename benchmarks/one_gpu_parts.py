@@ -238,7 +238,7 @@ def _json_in(log: Path) -> dict[str, Any]:
 
 PARTS: dict[str, Part] = {
     "limited": Part(
-        420.0,
+        560.0,
         f"70B in {LIMIT_GIB} GiB: peak at most {PEAK_GIB} GiB, the loss falls",
         limited,
         judge_limited,

@@ -7,10 +7,12 @@ containers, WSL), the bytes go once into a file in shared memory that is locked 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from glassloop.base.layer_file import LayerFile, Shared
+from glassloop.base.source import BaseError
 
 READ_ONLY = 8  # cudaHostRegisterReadOnly
 SHARED_MEMORY = Path("/dev/shm")
@@ -29,10 +32,19 @@ Ranges = Sequence[tuple[int, int]]  # (first byte, bytes): one a layer, for a co
 
 
 class Seen:
-    """Page-locked host memory, shown to a card as its own."""
+    """Page-locked host memory, shown to a card as its own.
 
-    def __init__(self, pages: Tensor):
+    It is unlocked when the last tensor that is made of it dies. A driver that is not told takes
+    what is mapped at the same addresses later for these pages, and copies read what they were.
+
+    Args:
+        locked: addresses of locked ranges that nothing else unlocks.
+    """
+
+    def __init__(self, pages: Tensor, locked: Sequence[int] = ()):
         self.pages = pages  # lives as long as what is made of it
+        self.unlock = weakref.finalize(self, unlock, tuple(locked))
+        self.unlock.atexit = False  # the driver ends with the process
         self.__cuda_array_interface__ = {
             "shape": tuple(pages.shape),
             "typestr": "|u1",
@@ -53,6 +65,7 @@ class HostPages:
         memory: (bytes,) uint8 on the CPU, from which layers are copied.
         shared: the tables that all layers read, on the device.
         mapped: (bytes,) uint8, `memory` as the device addresses it; None if it is not locked.
+        locked: what unlocks it.
         on_card: layers whose blob has a copy on the device.
         ranks: that keep a part of the layers each (base/sharded.py).
         peers: layers that are copied from a card, this one or another rank's.
@@ -64,6 +77,7 @@ class HostPages:
     device: torch.device
     shared: Shared = field(repr=False)
     mapped: Tensor | None = field(default=None, repr=False)
+    locked: Seen | None = field(default=None, repr=False)
     on_card: dict[int, Tensor] = field(default_factory=dict, repr=False)
     ranks: int = 1
     peers: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -78,7 +92,7 @@ class HostPages:
                 else bring them. must: lock them. On a CPU there is nothing to lock.
 
         Raises:
-            ValueError: naming memory.base, where they must be locked and neither the file's pages
+            BaseError: naming memory.base, where they must be locked and neither the file's pages
                 nor a copy can be.
         """
         shared = file.shared(device)
@@ -87,7 +101,7 @@ class HostPages:
         pages = cls(file, file.memory, device, shared)
         refused = None if locking == "no" else pages._lock()
         if refused is not None and locking == "must":
-            raise ValueError(
+            raise BaseError(
                 f"memory.base: {refused}: raise `ulimit -l` and the memory limit of the container, "
                 "or set memory.base=gpu"
             )
@@ -118,7 +132,8 @@ class HostPages:
                 f"does not lock a file's pages ({refused})",
             )
         self.memory = own
-        self.mapped = torch.as_tensor(Seen(own), device=self.device)
+        self.locked = Seen(own, [own.data_ptr() + start for start, _ in ranges])
+        self.mapped = torch.as_tensor(self.locked, device=self.device)
         return None
 
     @property
@@ -154,10 +169,9 @@ class HostPages:
 
     def close(self) -> None:
         """Unlock the pages; nothing may read them through `seen` any more."""
-        if self.mapped is not None and self.device.type == "cuda":
-            base = self.memory.data_ptr()
-            unlock([base + layer.offset for layer in self.file.manifest.layers])
-        self.mapped = None
+        if self.locked is not None:
+            self.locked.unlock()
+        self.mapped = self.locked = None
 
     def _part(self, memory: Tensor, index: int) -> Tensor:
         place = self.file.manifest.layers[index]
@@ -182,7 +196,10 @@ def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
 
 
 def unlock(starts: Sequence[int]) -> None:
-    """Unlock the ranges that begin at these addresses."""
+    """Unlock the ranges that begin here, once no copy is under way."""
+    if starts:
+        with contextlib.suppress(RuntimeError):  # a card that failed copies nothing
+            torch.cuda.synchronize()
     for start in starts:
         _cudart().cudaHostUnregister(start)
 

@@ -22,6 +22,9 @@ from glassloop.disk.cache import cache_root
 HUB_TIMEOUT_S = 10.0
 
 
+OF_THE_CARD = ("OutOfMemoryError", "AcceleratorError")  # no fault of a config or a file
+
+
 class BaseError(ValueError):
     """A ValueError about the base that names field, value and cure."""
 
@@ -248,7 +251,7 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
         outside = (
             isinstance(error, OSError) and error.errno is not None
         )  # a full disk is no fault of the config
-        if type(error).__name__ == "OutOfMemoryError" or (outside and copy is None):
+        if type(error).__name__ in OF_THE_CARD or (outside and copy is None):
             raise
         raise BaseError(_explained(model, error, copy)) from error
 

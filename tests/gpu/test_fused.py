@@ -214,7 +214,7 @@ def test_tiers_agree_to_the_last_bit_in_deterministic_mode(run_of):
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(HEADS, KEY_HEADS, SIZE), (32, 16, 64)])
 def test_groups_of_heads_have_attention_s_gradient(lengths, kernel, heads, key_heads, size):
     from glassloop.engines.fused import attention as a
-    from glassloop.engines.fused.attention_groups import backward_by_groups
+    from glassloop.engines.fused.attention_groups import backward_by_groups, forward_by_groups
     from glassloop.engines.fused.rotary import angles
 
     if kernel == "cudnn" and torch.cuda.get_device_capability()[0] != 9:
@@ -229,7 +229,9 @@ def test_groups_of_heads_have_attention_s_gradient(lengths, kernel, heads, key_h
     bounds = a.Bounds.for_kernel(kernel, lengths, wide.device)
     kept = a.attention(q, k, v, bounds)
     whole = a.attention_backward(grad, q, k, v, kept, bounds, by, room=48)[:, :width]
-    groups = backward_by_groups(grad, q, k, v, kept, bounds, by, room=48)[:, :width]
+    by_groups = forward_by_groups(q, k, v, bounds)
+    assert off(by_groups.out, kept.out) < 2e-3
+    groups = backward_by_groups(grad, q, k, v, by_groups, bounds, by, room=48)[:, :width]
     assert off(groups, whole) < 2e-3
 
 

@@ -42,6 +42,20 @@ def test_answers_from_the_host_are_those_from_the_card(tiny_llama: Path, tmp_pat
     assert torch.equal(*logits)
 
 
+def test_bases_one_after_the_other_are_each_their_own(
+    tiny_llama: Path, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """A driver keeps what is not unlocked: the next file at these addresses read as the first."""
+    for folder in (tiny_llama, tiny_qwen2, tiny_llama, tiny_qwen2):
+        model = ModelConfig(id=str(folder), quantization="nf4", cache_dir=str(tmp_path))
+        device = torch.device("cuda", 0)
+        hf, report, pages = load_streamed(
+            model, groups_of, precision="bf16", device=device, first=nullcontext, locking="must"
+        )  # which compares the base with its checksum
+        assert pages.mapped is not None
+        del hf, report, pages
+
+
 @pytest.mark.parametrize("count", [1, CACHE_WORDS + 3, CHUNK_WORDS + 5])
 def test_a_card_sums_words_as_a_cpu_does(count: int) -> None:
     drawn = torch.Generator().manual_seed(count)

@@ -27,6 +27,7 @@ KNOWN = (
     "home/.config/chromium/*",
     "home/.config/matplotlib*",
     "home/.config/wandb*",
+    "home/.nv/*",  # what CUDA's driver compiled
     "tmp/tmp*wandb-*",  # artifacts and media of a tracked run
     "tmp/torchelastic_*",  # logs of torch's launcher
     "tmp/torchinductor_*",  # made when torch's compiler is imported
