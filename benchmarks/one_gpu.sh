@@ -9,5 +9,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1  # two_gpus.sh says why
+unset PYTHONDONTWRITEBYTECODE  # a start with uncompiled modules takes three times as long
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=disabled
 exec "${PYTHON:-$(command -v python || command -v python3)}" benchmarks/one_gpu.py "$@"

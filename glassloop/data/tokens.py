@@ -80,7 +80,7 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, answer_tokens: tuple[str, ...
             f"model.id = {name}: its tokenizer has no end token, so no answer could end; choose a "
             "model that has one"
         )
-    written = json.loads(backend.to_str())
+    written = _without_vocabulary(backend)
     added = {token["content"]: token for token in written["added_tokens"]}
     # Runs of spaces or line breaks steer nothing, and the model knows them as text: they stay.
     blank = {
@@ -88,8 +88,9 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, answer_tokens: tuple[str, ...
     }
     control = {text: token["id"] for text, token in added.items() if text not in blank}
     steps = {where: _steps(written, within=where) for where in (False, True)}
-    opening = _plain(written, blank, steps[False])
-    within = opening if steps[True] == steps[False] else _plain(written, blank, steps[True])
+    opening = _plain(backend, written, blank, steps[False])
+    same = steps[True] == steps[False]
+    within = opening if same else _plain(backend, written, blank, steps[True])
     missing = [text for text in answer_tokens if text not in control]
     if missing:
         raise ValueError(
@@ -118,19 +119,44 @@ def _pattern(added: dict[str, Any], tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile(pattern or r"(?!)")
 
 
-def _plain(written: dict[str, Any], keep: set[str], steps: dict[str, Any]) -> Tokenizer:
-    """Copy the tokenizer without control tokens, with other `steps` before its model."""
-    from tokenizers import Tokenizer
+def _without_vocabulary(backend: Tokenizer) -> dict[str, Any]:
+    """A tokenizer's steps and added tokens, as its file has them.
 
-    kept = {
-        token["content"]: token["id"]
-        for token in written["added_tokens"]
-        if token["content"] in keep
-    }
-    plain = dict(written, added_tokens=[t for t in written["added_tokens"] if t["content"] in keep])
-    plain.update(post_processor=None, truncation=None, padding=None, **steps)
-    copy = Tokenizer.from_str(json.dumps(plain))
-    moved = [text for text, token in kept.items() if copy.token_to_id(text) != token]
+    To write and read the vocabulary too would take a second.
+    """
+    from tokenizers import Tokenizer, models
+
+    small = Tokenizer(models.BPE())
+    for step in ("normalizer", "pre_tokenizer"):
+        if getattr(backend, step) is not None:
+            setattr(small, step, getattr(backend, step))
+    fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    added = [
+        {"id": number} | {field: getattr(token, field) for field in fields}
+        for number, token in sorted(backend.get_added_tokens_decoder().items())
+    ]
+    written: dict[str, Any] = json.loads(small.to_str())
+    return written | {"added_tokens": added}
+
+
+def _plain(
+    backend: Tokenizer, written: dict[str, Any], keep: set[str], steps: dict[str, Any]
+) -> Tokenizer:
+    """Copy the tokenizer without control tokens, with other `steps` before its model.
+
+    The copy reads the same vocabulary.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    copy = Tokenizer(backend.model)
+    before = Tokenizer.from_str(json.dumps(written | {"added_tokens": []} | steps))
+    for step in ("normalizer", "pre_tokenizer"):
+        if getattr(before, step) is not None:
+            setattr(copy, step, getattr(before, step))
+    kept = {t["content"]: dict(t) for t in written["added_tokens"] if t["content"] in keep}
+    numbers = {text: token.pop("id") for text, token in kept.items()}
+    copy.add_tokens([AddedToken(**token) for token in kept.values()])
+    moved = [text for text, number in numbers.items() if copy.token_to_id(text) != number]
     if moved:  # they are numbered behind a control token that is gone
         raise ValueError(
             f"the tokenizer's whitespace tokens {moved} cannot be told from its control tokens; "
