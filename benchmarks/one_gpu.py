@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=Path, metavar="CSV", help="calls in the columns of format scam")
     add("--tokenizer", type=Path, metavar="DIR", help="beside the drawn weights, for --rows")
     add("--updates", type=int, default=60, help="of the limited run (default: 60)")
-    add("--layers", type=int, default=12, help="of 70B shapes in killed, half_bus and streamed (default: 12)")
+    add(
+        "--layers",
+        type=int,
+        default=12,
+        help="of 70B shapes in killed, half_bus and streamed (default: 12)",
+    )
     add("--out", type=Path, metavar="FILE", help="default: benchmarks/results/one-gpu-CARD.json")
     add("--work", type=Path, metavar="DIR", help="keep runs and logs (default: a temporary folder)")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to test this script")

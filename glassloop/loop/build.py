@@ -30,7 +30,7 @@ from glassloop.loop.proving import proven
 from glassloop.loop.replica import Replica, adapters_of, build_replica, device_of, load_engine
 from glassloop.loop.run import Run
 from glassloop.loop.signals import StopFlag
-from glassloop.loop.spending import spend_memory
+from glassloop.loop.spending import make_lean, spend_memory
 from glassloop.loop.starting import Rows, Start, read_rows, settle, start_ranks
 from glassloop.loop.watchdog import Watchdog
 from glassloop.loop.witness import Witness
@@ -117,6 +117,7 @@ def load_replica(
     require_same("base weights", engine.report.checksum, cure)
     loaded_gib = allocated_gib(device)
     clock.ends("base")
+    make_lean(engine, config.memory)
     adapters = adapters_of(engine)
     engine, other = proven(start.asked, engine, adapters, rows.batches.rows, pad_id)
     if other is not None:

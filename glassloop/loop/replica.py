@@ -86,8 +86,11 @@ class Replica:
 
 
 def device_of(accelerator: Accelerator) -> torch.device:
-    """The rank's device. Accelerate numbers CPUs, tensors do not."""
-    return accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
+    """The rank's device. Accelerate numbers CPUs, and not always a card; tensors do the reverse."""
+    device = accelerator.device
+    if device.type != "cuda":
+        return torch.device("cpu")
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def load_engine(

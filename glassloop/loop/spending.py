@@ -20,6 +20,7 @@ from glassloop.predict.terms import GIB
 from glassloop.predict.tiers import HOSTS, Tiers, room_bytes
 
 if TYPE_CHECKING:
+    from glassloop.config import MemoryConfig
     from glassloop.loop.run import Run
 
 
@@ -27,6 +28,16 @@ def ranks_on(device: torch.device) -> int:
     """Count the ranks that share this rank's device. All take part."""
     own = f"{socket.gethostname()} {device}"
     return gather_objects(own).count(own)
+
+
+def make_lean(engine: Any, memory: MemoryConfig) -> None:
+    """Send the embedding to the host before anything is computed.
+
+    Under `fused` and memory.profile=min, where it goes there anyway: the check of the engine would
+    need more memory than any pass.
+    """
+    if engine.name == "fused" and memory.profile == "min" and memory.host_gib != 0:
+        engine.send_embedding_away()
 
 
 def spend_memory(run: Run) -> None:

@@ -181,7 +181,8 @@ def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         *(Term(what, size, PHASES) for what, size in base.items()),
         Term("room for streamed layers", min(SLOTS, streamed) * one, PHASES),
         Term("this rank's part of the layers", part, PHASES),
-        Term("embedding, before it goes to the host", moved, PHASES[:2]),
+        # Under `min` it goes as soon as it is read.
+        Term("embedding, before it goes to the host", moved, PHASES[: 1 + (work.profile != "min")]),
         Term("adapters, fp32", 4 * n, after_load),
         Term("their gradients, fp32", 4 * n, after_load),
         Term("DDP's buckets", 4 * n if work.reduction == "ddp" else 0, PHASES[2:]),

@@ -6,6 +6,7 @@ Weights and adapters are drawn.
 from __future__ import annotations
 
 import contextlib
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def rows_of(lengths: tuple[int, ...]) -> list[Row]:
-    drawn = torch.Generator().manual_seed(0)
+DRAWS = 4  # of rows: the distances of a small model scatter, from 0.4 to 1.3 of the reference's
+
+
+def rows_of(lengths: tuple[int, ...], seed: int = 0) -> list[Row]:
+    drawn = torch.Generator().manual_seed(seed)
     return [
         Row(
             f"r{index}",
@@ -175,8 +179,8 @@ def bf16_distances(
 ) -> tuple[str, float]:
     """The check of a run on a larger bf16 model.
 
-    Returns what it says, and the distance of the whole gradient from fp32, as a share of `peft`'s.
-    The check's rows have 16 tokens, and windows have 9.
+    Returns what it says, and the distance of the whole gradient from fp32 as a share of `peft`'s:
+    the geometric mean over several draws of rows. They have 16 tokens, and windows have 9.
     """
     from glassloop.engines.fused import proof
 
@@ -195,12 +199,18 @@ def bf16_distances(
         engine="fused",
     )
     adapters = FlatAdapters(engine.hf.named_parameters())
-    rows = proof.short_rows(rows_of((24, 31, 60, 17)))
-    ours, plain = (build_pass(rows, packed=one, pad_id=0, device=device) for one in (True, False))
-    with proof.drawn_adapters(engine, adapters), proof.stored_as_least(engine.hf):
-        found = proof.distances(engine, adapters, ours, plain)
-    said = proof.judged(list(adapters.slices), found, torch.bfloat16, plain.supervised_tokens)
-    return said, float(found.fused.norm() / found.reference.norm())
+    said, shares = "", []
+    for seed in range(DRAWS):
+        rows = proof.short_rows(rows_of((24, 31, 60, 17), seed))
+        ours, plain = (
+            build_pass(rows, packed=one, pad_id=0, device=device) for one in (True, False)
+        )
+        with proof.drawn_adapters(engine, adapters), proof.stored_as_least(engine.hf):
+            found = proof.distances(engine, adapters, ours, plain)
+        judged = proof.judged(list(adapters.slices), found, torch.bfloat16, plain.supervised_tokens)
+        said = said or judged
+        shares.append(float(found.fused.norm() / found.reference.norm()))
+    return said, statistics.geometric_mean(shares)
 
 
 def adapters_of(engine: Any) -> FlatAdapters:

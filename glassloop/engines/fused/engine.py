@@ -118,10 +118,15 @@ class FusedEngine(nn.Module):
                 linear.hold() if index < tiers.held else linear.release()
         if tiers.host == "nothing":
             self.host.open(0, 0)
-        elif self.embedding is not self.head and not self.embedding_away:
-            self.embedding.data, self.embedding_away = on_host(self.embedding.data), True
+        else:
+            self.send_embedding_away()
         self.tiers, self.places = tiers, []  # where adapters are rounded to has moved,
         self.inward, self.outward = None, []  # and what knew of it would keep its memory
+
+    def send_embedding_away(self) -> None:
+        """Have the embedding on the host from here on, unless it is the head too."""
+        if self.embedding is not self.head and not self.embedding_away:
+            self.embedding.data, self.embedding_away = on_host(self.embedding.data), True
 
     def place_layers(self, streamed: int) -> None:
         """Put the first `streamed` layers on the host, others on the card."""

@@ -17,4 +17,4 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("name", [name for name in MODELS if "longrope" not in name])
 def test_the_whole_gradient_is_nearer_to_fp32(tmp_path, tiny_tokenizer, name):
     said, share = bf16_distances(name, tmp_path, tiny_tokenizer, torch.device("cpu"))
-    assert said == "" and share <= 1.0  # 0.49 (granite) to 0.95 (glm4) were measured
+    assert said == "" and share <= 1.0  # 0.78 (phi3) to 0.92 (granite) were measured
