@@ -107,7 +107,6 @@ def half_bus(here: Here) -> list[Command]:
 
 
 def streamed(here: Here) -> list[Command]:
-    """Few layers: more of them would hide the first one's copy better."""
     tokens = here.pick(",".join(map(str, SHARES)), "64,96")
     model = here.of("llama-70b", here.layers)
     return [_beside(here, "streamed", model, tokens, "--turns", "3")]

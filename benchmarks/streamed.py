@@ -152,6 +152,7 @@ def main() -> int:
                     apart = float((grad - again).norm() / grad.norm())
                     found[base] = loss, grad.cpu(), apart
                     continue
+                gradient(engine, adapters, p)  # what a change of tiers forgot
                 one, gib = seconds(engine, p, asked.passes)
                 times.setdefault(base, []).append(one)
                 say(

@@ -86,7 +86,10 @@ class Replica:
 
 
 def device_of(accelerator: Accelerator) -> torch.device:
-    """The rank's device. Accelerate numbers CPUs, and not always a card; tensors do the reverse."""
+    """The rank's device.
+
+    Accelerate numbers CPUs, and a card not always; tensors want the reverse.
+    """
     device = accelerator.device
     if device.type != "cuda":
         return torch.device("cpu")

@@ -95,9 +95,8 @@ class FusedEngine(nn.Module):
         self.places: list[int] = []
         self.inward: Moves | None = None
         self.outward: list[Moves] = []
-        self._ddp_params_and_buffers_to_ignore: list[
-            str
-        ] = []  # explicit reduction only: DDP would reduce zeros
+        # Explicit reduction only: DDP would reduce zeros.
+        self._ddp_params_and_buffers_to_ignore: list[str] = []
 
     def packed(self, index: int) -> dict[str, Packed] | None:
         """A layer's weights on the host or the card; None without `pages`."""
@@ -124,7 +123,7 @@ class FusedEngine(nn.Module):
         self.inward, self.outward = None, []  # and what knew of it would keep its memory
 
     def send_embedding_away(self) -> None:
-        """Have the embedding on the host from here on, unless it is the head too."""
+        """Keep an embedding that is not the head on the host."""
         if self.embedding is not self.head and not self.embedding_away:
             self.embedding.data, self.embedding_away = on_host(self.embedding.data), True
 

@@ -9,6 +9,7 @@ from typing import Any
 import one_gpu
 import one_gpu_rows
 import pytest
+from long_rows_unsloth import more_updates
 from one_gpu_commands import Ended, Here
 from suite import Verdict
 from two_gpus_runs import ROOT, Place
@@ -51,21 +52,30 @@ def test_rows_beyond_the_host_are_extrapolated_by_a_ledger_that_was_right(tmp_pa
     assert (wrong.verdict, small.verdict) == ("missed", "missed")
 
 
-def test_long_rows_have_a_mark_only_beside_the_card_that_was_measured(tmp_path: Path) -> None:
-    rates = {tokens: rate * 1.25 for tokens, rate in one_gpu_rows.UNSLOTH_TOKENS_S.items()}
-
-    def verdict(card: str, slower: float = 1.0) -> Verdict:
+def test_long_rows_are_set_beside_unsloth_s_of_the_same_run(tmp_path: Path) -> None:
+    def verdict(slower: float = 1.0, **theirs: Any) -> Verdict:
+        ours = {"kind": "case", "engine": "fused", "trained": True}
+        other = {"kind": "case", "engine": "unsloth", "trained": True} | theirs
         cases = [
-            {"kind": "case", "tokens": tokens, "trained": True, "tokens_per_s": rate * slower}
-            for tokens, rate in rates.items()
+            line
+            for tokens, rate in ((16384, 8000.0), (65536, 4000.0))
+            for line in (
+                ours | {"tokens": tokens, "tokens_per_s": rate * 1.25 * slower},
+                other | {"tokens": tokens, "tokens_per_s": rate},
+            )
         ]
-        where = {"kind": "environment", "gpus": [{"name": card}]}
-        lines(tmp_path / "long_speed.jsonl", where, *cases)
+        lines(tmp_path / "long_speed.jsonl", *cases)
         return one_gpu_rows.judge_long_speed(place(tmp_path), {})
 
-    assert verdict("NVIDIA H200").verdict == "held"
-    assert verdict("NVIDIA H200", 0.99).verdict == "missed"
-    assert "no mark on this card" in verdict("NVIDIA A100", 0.5).why
+    assert verdict().verdict == "held" and "1.25, 1.25 times Unsloth's" in verdict().why
+    assert verdict(0.99).verdict == "missed"
+    absent = verdict(0.5, trained=False, absent="the package unsloth is not installed")
+    assert absent.verdict == "held" and "no mark without Unsloth: the package" in absent.why
+
+
+def test_unsloth_does_each_length_twice_since_the_first_compiles() -> None:
+    assert more_updates([30.0], 5.0) and not more_updates([30.0, 2.0], 5.0)
+    assert more_updates([0.5, 0.5], 5.0) and not more_updates([0.5] * 4, 5.0)
 
 
 def test_tests_hold_if_some_ran_and_none_failed() -> None:
