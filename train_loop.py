@@ -40,7 +40,7 @@ from glassloop.loop.build import build_run
 from glassloop.loop.capturing import look_before_step, probe_of
 from glassloop.loop.evidence import leave_evidence
 from glassloop.loop.guard import Guard, end_process
-from glassloop.loop.memory import cures, preflight_done, smaller_passes
+from glassloop.loop.memory import cures, peak_gib, preflight_done, smaller_passes
 from glassloop.loop.process import begun, carried_out
 from glassloop.loop.replica import Replica, ReplicasDiffer, SharedPassFailed
 from glassloop.loop.run import Run
@@ -204,7 +204,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
     Raises, on all ranks and before anything is reduced, RanOutOfMemory or ReplicasDiffer.
     """
     run.does(window.update, WAITS)
-    adapters, cuda = run.replica.adapters, run.replica.device.type == "cuda"
+    adapters = run.replica.adapters
     largest = torch.linalg.vector_norm(adapters.flat.detach(), ord=math.inf)
     read = (
         sums.loss_sum,
@@ -226,7 +226,7 @@ def open_gate(run: Run, window: Window, sums: PassSums) -> Gate:
         real_tokens=sums.real_tokens,
         slot_tokens=sums.slot_tokens,
         passes_s=sums.passes_s,
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        peak_gib=peak_gib(run),
         loss_sum=loss_sum,
         grad_norm=grad_norm,
         checksum=int(checksum),

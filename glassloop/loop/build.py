@@ -25,7 +25,7 @@ from glassloop.loop.folder import check_no_run_in, observe
 from glassloop.loop.header import header
 from glassloop.loop.launch_clock import LaunchClock, LaunchObserver
 from glassloop.loop.machine_here import sampler_of
-from glassloop.loop.memory import allocated_gib, choose_pass_tokens
+from glassloop.loop.memory import allocated_gib, check_gib, choose_pass_tokens
 from glassloop.loop.proving import proven
 from glassloop.loop.replica import Replica, adapters_of, build_replica, device_of, load_engine
 from glassloop.loop.run import Run
@@ -119,6 +119,7 @@ def load_replica(
     clock.ends("base")
     make_lean(engine, config.memory)
     adapters = adapters_of(engine)
+    measured_gib = {"load": loaded_gib, "adapters": allocated_gib(device)}
     engine, other = proven(start.asked, engine, adapters, rows.batches.rows, pad_id)
     if other is not None:
         start = replace(
@@ -137,7 +138,7 @@ def load_replica(
         ranks=accelerator.num_processes,
         pad_id=pad_id,
     )
-    return start, replica, {"load": loaded_gib, "adapters": allocated_gib(device)}
+    return start, replica, measured_gib | check_gib(device)
 
 
 def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batches, Contract]:

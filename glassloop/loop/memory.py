@@ -30,6 +30,29 @@ def allocated_gib(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
 
 
+def check_gib(device: torch.device) -> dict[str, float]:
+    """The most GiB that tensors held until now, as `check`.
+
+    Passes are measured from here on.
+    """
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / GIB
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"check": peak}
+
+
+def peak_gib(run: Run) -> float:
+    """The most GiB that tensors have held since the run began.
+
+    On this rank's GPU; 0 without one.
+    """
+    device = run.replica.device
+    if device.type != "cuda":
+        return 0.0
+    return max(torch.cuda.max_memory_allocated(device) / GIB, run.measured_gib.get("check", 0.0))
+
+
 def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
     """Predict memory with a pass of these rows as the heaviest.
 
@@ -62,13 +85,15 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
 def memory_lines(run: Run, window: Window) -> list[str]:
     """Predicted beside measured GiB of this rank, by phase.
 
-    Call it after the preflight; empty without a GPU.
+    Call it after the preflight; empty without a GPU. What came before the passes, loading and the
+    check of the engine, is measured alone.
     """
     if run.replica.device.type != "cuda":
         return []
     measured = run.measured_gib | {
         "peak": torch.cuda.max_memory_allocated(run.replica.device) / GIB
     }
+    check = measured.pop("check", None)
     passes = window.computed_by(run.replica.rank)
     ledger = ledger_of_pass(run, [run.batches.rows[row] for one in passes for row in one])
     predicted = (
@@ -80,7 +105,8 @@ def memory_lines(run: Run, window: Window) -> list[str]:
         f"{phase} {predicted.get(phase, 'unknown')} / {value:.2f}"
         for phase, value in measured.items()
     ]
-    return [f"predicted / measured GiB: {', '.join(pairs)}"]
+    before = "" if check is None else f"; at most {check:.2f} before the passes"
+    return [f"predicted / measured GiB: {', '.join(pairs)}{before}"]
 
 
 def choose_pass_tokens(

@@ -57,6 +57,21 @@ def test_predicted_memory_stands_beside_measured(run_of, on_a_gpu, layout):
         f"{expected['adapters']:.2f} / 1.25, "
         f"peak {expected['peak']:.2f} / 3.00"
     )
+    run.measured_gib["check"] = 3.5  # not a pass's, and no part of what is compared
+    (with_check,) = room.memory_lines(run, window)
+    assert with_check == f"{line}; at most 3.50 before the passes"
+
+
+def test_a_runs_peak_is_that_of_its_passes_or_of_what_came_before(run_of, on_a_gpu, monkeypatch):
+    run, reset = run_of(execution={"precision": "fp32"}), []
+    assert room.peak_gib(run) == 0.0 and room.check_gib(run.replica.device) == {}
+    run.replica.device = on_a_gpu
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    assert room.check_gib(on_a_gpu) == {"check": 3.0} and reset == [on_a_gpu]
+    run.measured_gib = {"check": 2.0}
+    assert room.peak_gib(run) == 3.0
+    run.measured_gib = {"check": 3.5}
+    assert room.peak_gib(run) == 3.5
 
 
 def test_what_the_ledger_does_not_know_is_measured_all_the_same(run_of, on_a_gpu, monkeypatch):
