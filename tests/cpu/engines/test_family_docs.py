@@ -1,8 +1,14 @@
-"""docs/engines.md lists the families that `fused` supports, from their descriptions."""
+"""docs/engines.md lists the families that `fused` supports, from their descriptions.
+
+Speeds are the last ones that benchmarks/families.py measured on an H200.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from families_drawn import MODELS
 
 from transformers import AutoConfig
 
@@ -10,7 +16,9 @@ from glassloop.plan.described import Described, Norms
 from glassloop.plan.families import FAMILIES, described
 from glassloop.plan.support import fields_of
 
-PAGE = Path(__file__).parents[3] / "docs" / "engines.md"
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "engines.md"
+MEASURED = ROOT / "benchmarks" / "results" / "families-h200.jsonl"
 
 
 def differs(of: Described) -> list[str]:
@@ -36,10 +44,25 @@ def differs(of: Described) -> list[str]:
     return [name for name, true in tests.items() if true]
 
 
-def test_the_page_s_table_is_what_the_descriptions_say():
-    lines = ["| `model_type` | beside what Llama has |", "| --- | --- |"]
+def speeds() -> dict[str, str]:
+    """Model type -> tokens/s of each model that was measured, full rows."""
+    found: dict[str, dict[str, float]] = {}
+    for text in MEASURED.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line["kind"] == "measured" and line["rows"] == "full" and line["kernel"] == "chosen":
+            kind, _ = MODELS[line["model"]]
+            found.setdefault(kind, {})[line["model"]] = line["tokens_a_s"]
+    return {
+        kind: ", ".join(f"{model} {rate:,.0f}" for model, rate in sorted(models.items()))
+        for kind, models in found.items()
+    }
+
+
+def test_the_page_s_table_is_what_the_descriptions_and_the_measurements_say():
+    lines = ["| `model_type` | beside what Llama has | tokens/s on one H200 |", "| --- | --- | --- |"]
+    rates = speeds()
     for kind in FAMILIES:
         of, _ = described(fields_of(AutoConfig.for_model(kind)))
-        lines.append(f"| {kind} | {', '.join(differs(of)) or '-'} |")
+        lines.append(f"| {kind} | {', '.join(differs(of)) or '-'} | {rates.get(kind, '')} |")
     table = "\n".join(lines)
     assert table in PAGE.read_text(encoding="utf-8"), f"docs/engines.md should have:\n\n{table}"
