@@ -90,17 +90,18 @@ def epoch_sentence(plan: StepPlan) -> str:
     """
     full, rest, per = plan.full_windows, plan.tail_rows, plan.rows_per_update
     exact = f"{plan.rows:,} / {per} = {plan.rows / per:.10g}"
+    whole, more = counted(full, "update"), counted(full + 1, "update")
+    left = counted(rest, "row")
     if not rest:
-        return f"{exact}: {full} updates an epoch, no tail"
+        return f"{exact}: {whole} an epoch, no tail"
     if plan.tail == "keep":
         return (
-            f"{exact}: {full} full windows and a tail of {rest} rows = {full + 1} updates an "
+            f"{exact}: {counted(full, 'full window')} and a tail of {left} = {more} an "
             f"epoch; rounding down to {full} "
-            f"would leave {rest} rows out"
+            f"would leave {left} out"
         )
     return (
-        f"{exact}: {full} updates an epoch; batch.tail=drop leaves {rest} rows of each epoch out "
-        f"(keep: {full + 1} updates)"
+        f"{exact}: {whole} an epoch; batch.tail=drop leaves {left} of each epoch out (keep: {more})"
     )
 
 
@@ -138,8 +139,8 @@ def _steps(outlook: Outlook) -> list[str]:
         if plan.tail_rows and plan.tail == "keep":
             chunks = -(-plan.tail_rows // plan.size)
             most = -(-chunks // plan.ranks)
-            how += f"; the tail's {plan.tail_rows} rows: {chunks} passes over the ranks, "
-            how += f"at most {most} a rank"
+            how += f"; the tail's {counted(plan.tail_rows, 'row')}: {counted(chunks, 'pass')} "
+            how += f"over the ranks, at most {most} a rank"
     if plan.times_trained is None:
         seen = (
             f"{plan.rows_trained:,} rows trained on in all; which rows tails leave out differs by "
@@ -147,10 +148,10 @@ def _steps(outlook: Outlook) -> list[str]:
         )
     else:
         often = ", ".join(
-            f"{rows:,} rows {_times(times)}"
+            f"{counted(rows, 'row')} {_times(times)}"
             for times, rows in sorted(plan.times_trained.items(), reverse=True)
         )
-        seen = f"{plan.rows_trained:,} rows trained on in all: {often}"
+        seen = f"{counted(plan.rows_trained, 'row')} trained on in all: {often}"
     asked = (
         f"{plan.size} x {plan.ranks} x {plan.accumulation} (rows x ranks x micro-batches) = "
         f"{plan.rows_per_update} rows an update"
@@ -168,7 +169,7 @@ def _steps(outlook: Outlook) -> list[str]:
         ("epoch", epoch_sentence(plan)),
         (
             "run",
-            f"{plan.updates} updates = {plan.epochs:.2f} epochs{overridden(config)}"
+            f"{counted(plan.updates, 'update')} = {plan.epochs:.2f} epochs{overridden(config)}"
             f"{early_end(config)}",
         ),
         ("", seen),
@@ -226,9 +227,9 @@ def plot(values: Sequence[float]) -> list[str]:
             f"{label:>{LABEL - 1}} |"
             + "".join("*" if height >= level else " " for height in heights).rstrip()
         )
-    last = str(len(values))
+    last = str(len(values)) if len(values) > 1 else ""
     axis = f"{'update':>{LABEL - 1}} +1" + last.rjust(max(len(last), wide - 1))
-    return [*lines, axis]
+    return [*lines, axis.rstrip()]
 
 
 def _size(outlook: Outlook) -> list[str]:

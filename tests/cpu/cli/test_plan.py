@@ -324,6 +324,17 @@ def test_the_plot_shows_every_learning_rate_in_80_columns():
     assert all("*" not in line for line in plot([0.0, 0.0]))
 
 
+def test_one_of_a_thing_is_not_several():
+    usual = dict(size=2, ranks=2, tail="keep", updates=None, epochs=1.0, warmup=0)
+    usual |= dict(peak=1.0, kind="linear", first="zero")
+    short = epoch_sentence(make_plan(rows=2, accumulation=4, **usual))
+    assert "0 full windows and a tail of 2 rows = 1 update an epoch" in short
+    longer = epoch_sentence(make_plan(rows=9, accumulation=2, **usual))
+    assert "1 full window and a tail of 1 row = 2 updates an epoch" in longer
+    assert "would leave 1 row out" in longer
+    assert plot([2e-4])[-1].split() == ["update", "+1"]
+
+
 def test_the_table_shows_the_ends_and_the_peak():
     for updates, peak in ((60, 5), (1, 1), (7, 7), (3000, 100)):
         shown = shown_updates(updates, peak)

@@ -59,7 +59,10 @@ def speeds() -> dict[str, str]:
 
 
 def test_the_page_s_table_is_what_the_descriptions_and_the_measurements_say():
-    lines = ["| `model_type` | beside what Llama has | tokens/s on one H200 |", "| --- | --- | --- |"]
+    lines = [
+        "| `model_type` | beside what Llama has | tokens/s on one H200 |",
+        "| --- | --- | --- |",
+    ]
     rates = speeds()
     for kind in FAMILIES:
         of, _ = described(fields_of(AutoConfig.for_model(kind)))
