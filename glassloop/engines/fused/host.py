@@ -84,6 +84,9 @@ class HostRoom:
         most = max(tokens, self.most_tokens)
         self.open(layers, most * sum(widths) * dtype.itemsize)
         self.widths, self.dtype = widths, dtype
+        if self.stream is not None and (self.going or self.coming):
+            # A pass ended early: copies still read and write what is given up here.
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.going.clear()
         self.coming.clear()
 

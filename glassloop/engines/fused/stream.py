@@ -16,7 +16,7 @@ from torch import Tensor
 from glassloop.base.host_pages import HostPages
 from glassloop.base.packed import Packed
 from glassloop.engines.fused.layer import Layer
-from glassloop.engines.fused.linear import Scratch
+from glassloop.engines.fused.linear import Linear, Scratch
 from glassloop.predict.tiers import SLOTS
 
 
@@ -68,12 +68,19 @@ class LayerStream:
         assert found == index, f"layer {index} is due, {found} has come"
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
-        for linear in layer.linears:
-            home, linear.packed = linear.packed, self._views(index, slot)[linear.group]
-            scratch.weights(linear)
-            linear.packed = home
-        self.vacant.append((slot, self._now()))
+        try:
+            for linear in layer.linears:
+                self._dequantise(linear, self._views(index, slot)[linear.group], scratch)
+        finally:  # a pass that finds no memory here would take the slot with it
+            self.vacant.append((slot, self._now()))
         self._fetch()
+
+    def _dequantise(self, linear: Linear, packed: Packed, scratch: Scratch) -> None:
+        home, linear.packed = linear.packed, packed
+        try:
+            scratch.weights(linear)
+        finally:
+            linear.packed = home
 
     def _fetch(self) -> None:
         """Copy layers that are due to slots that are free."""

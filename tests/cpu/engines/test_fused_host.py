@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
+import weakref
 
 import pytest
 import torch
 
 if importlib.util.find_spec("triton") is not None:
-    from glassloop.engines.fused import pinned
+    from glassloop.engines.fused import host, pinned
     from glassloop.engines.fused.host import HostRoom
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -131,3 +133,44 @@ def test_room_is_made_once_for_the_longest_pass_that_is_known():
     slots = [slot.data_ptr() for slot in room.slots]
     room.begin(2, 10, (4,), torch.float32)
     assert [slot.data_ptr() for slot in room.slots] == slots and room.bytes == 2 * 10 * 4 * 4
+
+
+class Stream:
+    """A stream that says what waited for it, and what was alive then."""
+
+    def __init__(self) -> None:
+        self.alive: list[int] = []
+        self.watched: list[weakref.ref[torch.Tensor]] = []
+
+    def wait_stream(self, _other) -> None:
+        if self.watched:
+            self.alive.append(sum(ref() is not None for ref in self.watched))
+
+    def wait_event(self, _event) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self) -> object:
+        return object()
+
+
+def test_a_pass_that_ended_early_keeps_its_tensors_until_their_copies_have_ended(monkeypatch):
+    """Or a copy on its way would land in what the next pass has there."""
+    computing, room = Stream(), HostRoom(torch.device("cpu"))
+    room.stream = Stream()  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(
+        host, "pinned", lambda n, size, *_: [torch.empty(size, dtype=torch.uint8)] * n
+    )
+    room.begin(2, 4, (3,), torch.float32)
+    room.put(0, [torch.randn(4, 3)])
+    room.put(1, [torch.randn(4, 3)])
+    room.fetch(1)  # and no layer takes it: the pass ended
+    (coming, _) = room.coming[1]
+    computing.watched = [weakref.ref(one) for one in coming]
+    del coming
+    room.begin(2, 4, (3,), torch.float32)
+    assert computing.alive == [1] and computing.watched[0]() is None
+    room.begin(2, 4, (3,), torch.float32)
+    assert computing.alive == [1]  # there is nothing to wait for

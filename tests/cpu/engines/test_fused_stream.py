@@ -151,6 +151,30 @@ def test_slots_are_filled_ahead_and_in_the_order_of_the_pass(folder):
     assert [layer for layer, *_ in stream.here] == [0, 1]  # the next pass has begun to come
 
 
+def test_a_pass_that_finds_no_memory_for_a_layer_leaves_the_next_one_all_slots(folder):
+    engine, adapters = streamed(folder)
+    passes = passes_of(9)
+    expected = gradient(engine, adapters, passes)
+    homes = [linear.packed for one in engine.layers for linear in one.linears]
+    weights, lacking = engine.scratch.weights, [True, True, True]
+
+    def short_of_memory(linear):
+        if lacking and linear.group == "down":
+            lacking.pop()
+            raise torch.OutOfMemoryError("no room for the weights")
+        return weights(linear)
+
+    engine.scratch.weights = short_of_memory
+    while lacking:
+        with pytest.raises(torch.OutOfMemoryError):
+            gradient(engine, adapters, passes)
+    assert len(engine.stream.here) + len(engine.stream.vacant) == 2
+    now = [linear.packed for one in engine.layers for linear in one.linears]
+    assert all(one is other for one, other in zip(now, homes, strict=True))
+    found = gradient(engine, adapters, passes)
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
+
+
 def run_fused(run_of, **memory):
     execution = {"engine": "fused", "precision": "fp32", "layout": "packed"}
     return run_of(execution=execution, memory={"profile": "min", **memory})
