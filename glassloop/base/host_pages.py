@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from glassloop.base.layer_file import LayerFile, Shared
+from glassloop.base.layer_file import BLOBS, LayerFile, Shared
 from glassloop.base.source import BaseError
 
 READ_ONLY = 8  # cudaHostRegisterReadOnly
@@ -39,11 +39,15 @@ class Seen:
 
     Args:
         locked: addresses of locked ranges that nothing else unlocks.
+        device: whose driver locked them; None: the current one.
     """
 
-    def __init__(self, pages: Tensor, locked: Sequence[int] = ()):
+    def __init__(
+        self, pages: Tensor, locked: Sequence[int] = (), device: torch.device | None = None
+    ):
         self.pages = pages  # lives as long as what is made of it
-        self.unlock = weakref.finalize(self, unlock, tuple(locked))
+        card = index_of(device) if locked else 0
+        self.unlock = weakref.finalize(self, unlock, tuple(locked), card, os.getpid())
         self.unlock.atexit = False  # the driver ends with the process
         self.__cuda_array_interface__ = {
             "shape": tuple(pages.shape),
@@ -120,20 +124,22 @@ class HostPages:
         ranges = [(layer.offset, layer.nbytes) for layer in self.file.manifest.layers]
         end = sum(ranges[-1])
         own = self.file.memory[:end]
-        if (refused := lock(own, ranges, READ_ONLY)) is not None:
+        if (refused := lock(own, ranges, READ_ONLY, self.device)) is not None:
             try:
-                own = shared_copy(own, self.file.folder)
+                own = shared_copy(own, self.file.folder / BLOBS)
             except (OSError, ValueError) as error:
                 return f"the driver does not lock a file's pages ({refused}), and {error}"
-            if (again := lock(own, ranges, 0)) is not None:
+            if (again := lock(own, ranges, 0, self.device)) is not None:
                 return f"neither a file's pages ({refused}) nor shared memory ({again}) is locked"
             self.notes = (
                 f"the base's {end / 2**30:.1f} GiB are copied to {SHARED_MEMORY}, since the driver "
                 f"does not lock a file's pages ({refused})",
             )
-        self.memory = own
-        self.locked = Seen(own, [own.data_ptr() + start for start, _ in ranges])
-        self.mapped = torch.as_tensor(self.locked, device=self.device)
+        seen = Seen(own, [own.data_ptr() + start for start, _ in ranges], self.device)
+        mapped = torch.as_tensor(seen, device=self.device)
+        if mapped.data_ptr() != own.data_ptr():  # torch took the pages for another card's
+            return "torch would copy the pages to the card instead of showing them"
+        self.memory, self.locked, self.mapped = own, seen, mapped
         return None
 
     @property
@@ -173,17 +179,34 @@ class HostPages:
             self.locked.unlock()
         self.mapped = self.locked = None
 
+    def forget_copy(self) -> None:
+        """Remove the copy in shared memory, if there is one: it is not what the file holds."""
+        shared_path(self.file.folder / BLOBS).unlink(missing_ok=True)
+
     def _part(self, memory: Tensor, index: int) -> Tensor:
         place = self.file.manifest.layers[index]
         return memory[place.offset : place.offset + place.nbytes]
 
 
-def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
-    """Page-lock adjacent ranges of host memory; returns why it was refused."""
-    base, device = pages.data_ptr(), torch.cuda.current_device()
+def index_of(device: torch.device | None) -> int:
+    """Number of a card; None, or one without a number: the current one."""
+    if device is None or device.index is None:
+        return torch.cuda.current_device()
+    return device.index
+
+
+def lock(
+    pages: Tensor, ranges: Ranges, flags: int, device: torch.device | None = None
+) -> str | None:
+    """Page-lock adjacent ranges of host memory; returns why it was refused.
+
+    Args:
+        device: that will read them; None: the current one.
+    """
+    base, card = pages.data_ptr(), index_of(device)
 
     def one(place: tuple[int, int]) -> int:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(card)
         code = _cudart().cudaHostRegister(base + place[0], place[1], flags)
         return int(getattr(code, "value", code))
 
@@ -191,22 +214,29 @@ def lock(pages: Tensor, ranges: Ranges, flags: int) -> str | None:
         codes = list(pool.map(one, ranges))
     if not any(codes):
         return None
-    unlock([base + start for (start, _), code in zip(ranges, codes, strict=True) if not code])
+    done = [base + start for (start, _), code in zip(ranges, codes, strict=True) if not code]
+    unlock(done, card, os.getpid())
     return f"cudaHostRegister: error {next(code for code in codes if code)}"
 
 
-def unlock(starts: Sequence[int]) -> None:
-    """Unlock the ranges that begin here, once no copy is under way."""
-    if starts:
+def unlock(starts: Sequence[int], card: int, process: int) -> None:
+    """Unlock the ranges that begin here, once no copy of their card is under way.
+
+    Any thread may find that they are garbage, and one that never chose a card has card 0. A child
+    of the process that locked them inherits the memory, not the driver.
+    """
+    if not starts or os.getpid() != process:
+        return
+    with contextlib.suppress(RuntimeError), torch.cuda.device(card):
         with contextlib.suppress(RuntimeError):  # a card that failed copies nothing
-            torch.cuda.synchronize()
-    for start in starts:
-        _cudart().cudaHostUnregister(start)
+            torch.cuda.synchronize(card)
+        for start in starts:
+            _cudart().cudaHostUnregister(start)
 
 
-def shared_copy(pages: Tensor, folder: Path) -> Tensor:
-    """Copy the bytes into shared memory, once a host and user."""
-    path, size = shared_path(folder), pages.numel()
+def shared_copy(pages: Tensor, file: Path) -> Tensor:
+    """Copy a file's bytes into shared memory, once a host and user."""
+    path, size = shared_path(file), pages.numel()
     if not (path.is_file() and not path.is_symlink() and path.stat().st_size == size):
         stat = os.statvfs(SHARED_MEMORY)
         if stat.f_bavail * stat.f_frsize < size:
@@ -231,9 +261,15 @@ def shared_copy(pages: Tensor, folder: Path) -> Tensor:
         os.close(descriptor)
 
 
-def shared_path(folder: Path) -> Path:
-    """File in shared memory of this user's copy of a folder's layers."""
-    key = hashlib.sha256(f"{os.getuid()}:{folder}".encode()).hexdigest()[:16]
+def shared_path(file: Path) -> Path:
+    """File in shared memory of this user's copy of a file.
+
+    It belongs to the file, not to its name: one that is moved keeps its copy, and one that is
+    written again at the same place does not find the copy of what was there.
+    """
+    found = file.stat()
+    identity = (os.getuid(), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return SHARED_MEMORY / f"glassloop-{key}"
 
 

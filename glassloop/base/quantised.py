@@ -121,7 +121,7 @@ def load_base(
         if own is None and model.quantization == "nf4":
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made:
-                _drop_quantised(device)
+                drop_quantised(device)
         elif source.drawn is not None:
             hf = _draw(source, model, dtype, device)
         else:
@@ -167,7 +167,7 @@ def find_base(
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made:
-                _drop_quantised(device)
+                drop_quantised(device)
     if copy is None:
         shared: dict[str, Any] = dict(precision=precision, device=device, first=first)
         _, report = load_base(model, **shared, source=source)
@@ -184,7 +184,7 @@ def find_base(
     )
 
 
-def _drop_quantised(device: torch.device) -> None:
+def drop_quantised(device: torch.device) -> None:
     """Free the model that a copy was made of.
 
     As a ring of references it would stay in memory.

@@ -33,7 +33,7 @@ from glassloop.base.layer_file import (
 )
 from glassloop.base.layer_sources import DrawnWeights, Groups, WeightFiles, reader_of
 from glassloop.base.packed import SCALE_BLOCK, Packed
-from glassloop.base.quantised import LoadReport, quantized_copy
+from glassloop.base.quantised import LoadReport, drop_quantised, quantized_copy
 from glassloop.base.reading import (
     DTYPES,
     attention_for,
@@ -89,6 +89,8 @@ def load_streamed(
         notes += more
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
         folder, made = layer_folder(source, files_hash, model, groups_of, dtype, device)
+        if made or spare_bytes is not None:  # or what is free would be counted too low
+            drop_quantised(device)
     with in_use(folder), loading_errors(model, copy=folder):
         pages = HostPages.of(LayerFile.open(folder), device, locking)
         if spare_bytes is not None and device.type == "cuda" and pages.mapped is not None:
@@ -96,6 +98,7 @@ def load_streamed(
         hf = model_over(pages, model, groups_of, dtype, device)
     checksum, expected = base_checksum(hf), pages.file.manifest.checksum
     if checksum != expected:
+        pages.forget_copy()
         raise BaseError(damaged_copy(model, folder, f"checksum {checksum}, made with {expected}"))
     report = LoadReport(
         name=source.name,

@@ -25,7 +25,7 @@ def on_host(weight: Tensor) -> Tensor:
     if not weight.is_cuda:
         return weight
     flat = weight.contiguous().flatten().view(torch.uint8)
-    (memory,) = pinned(1, flat.nbytes)
+    (memory,) = pinned(1, flat.nbytes, device=weight.device)
     memory.copy_(flat)
     seen = torch.as_tensor(Seen(memory), device=weight.device)
     return seen.view(weight.dtype).view(weight.shape)
@@ -74,7 +74,7 @@ class HostRoom:
         if self.stream is None:
             self.slots = [torch.empty(slot_bytes, dtype=torch.uint8) for _ in range(layers)]
         else:
-            self.slots = pinned(layers, slot_bytes, self.most_bytes)
+            self.slots = pinned(layers, slot_bytes, self.most_bytes, self.device)
 
     def begin(self, layers: int, tokens: int, widths: Sequence[int], dtype: torch.dtype) -> None:
         """Make ready for the first `layers` layers' tensors of a pass.

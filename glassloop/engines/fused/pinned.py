@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import sys
 
 import torch
 from torch import Tensor
 
-from glassloop.base.host_pages import lock, unlock
+from glassloop.base.host_pages import index_of, lock, unlock
 from glassloop.predict.tiers import PAGE, slot_bytes_of
 
 
@@ -22,17 +23,24 @@ class Mapping(mmap.mmap):
     """An anonymous mapping whose pages are unlocked before they are unmapped."""
 
     starts: tuple[int, ...] = ()  # addresses of the ranges that are locked
+    card = process = 0  # whose driver locked them, and for whom
 
     def __del__(self) -> None:
         if self.starts and not sys.is_finalizing():  # the driver ends with the process
-            unlock(self.starts)
+            unlock(self.starts, self.card, self.process)
 
 
-def pinned(slots: int, slot_bytes: int, most_bytes: int | None = None) -> list[Tensor]:
+def pinned(
+    slots: int,
+    slot_bytes: int,
+    most_bytes: int | None = None,
+    device: torch.device | None = None,
+) -> list[Tensor]:
     """Lock host memory for `slots` tensors, (slot_bytes,) uint8 each.
 
     Args:
         most_bytes: the most that all may take, where only torch's rounded sizes are to be had.
+        device: that copies from and to them; None: the current one.
 
     Raises:
         ValueError: naming memory.host_gib, where the system locks no such memory.
@@ -41,7 +49,7 @@ def pinned(slots: int, slot_bytes: int, most_bytes: int | None = None) -> list[T
         return []
     stride = slot_bytes_of(slot_bytes)
     try:
-        found = _mapped(slots, stride)
+        found = _mapped(slots, stride, device)
     except OSError as error:
         found = str(error)
     if not isinstance(found, str):
@@ -65,7 +73,7 @@ def rounded_bytes(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _mapped(slots: int, stride: int) -> Tensor | str:
+def _mapped(slots: int, stride: int, device: torch.device | None) -> Tensor | str:
     """(bytes,) uint8, locked slot by slot; or why the driver refused."""
     assert stride % PAGE == 0
     mapping = Mapping(-1, slots * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -75,8 +83,9 @@ def _mapped(slots: int, stride: int) -> Tensor | str:
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     # A range a slot: ranges are locked beside each other, and no copy crosses two.
     starts = [slot * stride for slot in range(slots)]
-    refused = lock(memory, [(start, stride) for start in starts], 0)
+    refused = lock(memory, [(start, stride) for start in starts], 0, device)
     if refused is not None:
         return refused
     mapping.starts = tuple(memory.data_ptr() + start for start in starts)
+    mapping.card, mapping.process = index_of(device), os.getpid()
     return memory

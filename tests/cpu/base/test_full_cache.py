@@ -69,14 +69,17 @@ def test_a_copy_in_shared_memory_that_finds_no_room_does_not_stay(
     small_files_only: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_pages, "SHARED_MEMORY", tmp_path)
+    shared, base = tmp_path / "shm", tmp_path / "base.bin"
+    shared.mkdir()
+    base.touch()
+    monkeypatch.setattr(host_pages, "SHARED_MEMORY", shared)
     pages = torch.arange(200, dtype=torch.uint8).repeat(1000)
     small_files_only(1000)
     with pytest.raises(OSError, match="written"):
-        host_pages.shared_copy(pages, Path("/some/base"))
-    assert list(tmp_path.iterdir()) == []
+        host_pages.shared_copy(pages, base)
+    assert list(shared.iterdir()) == []
     small_files_only(resource.RLIM_INFINITY)
-    assert torch.equal(host_pages.shared_copy(pages, Path("/some/base")), pages)
+    assert torch.equal(host_pages.shared_copy(pages, base), pages)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), SafetensorError("bad header")])

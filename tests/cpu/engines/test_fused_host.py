@@ -29,19 +29,20 @@ def driver(monkeypatch: pytest.MonkeyPatch):
             self.locked: dict[int, int] = {}
             self.refuse: str | None = None
 
-        def lock(self, pages, ranges, flags):
+        def lock(self, pages, ranges, flags, device):
             assert flags == 0  # written by the card, so not for reading only
             if self.refuse is None:
                 self.locked |= {pages.data_ptr() + start: size for start, size in ranges}
             return self.refuse
 
-        def unlock(self, starts):
+        def unlock(self, starts, card, process):
             for start in starts:
                 del self.locked[start]
 
     one = Driver()
     monkeypatch.setattr(pinned, "lock", one.lock)
     monkeypatch.setattr(pinned, "unlock", one.unlock)
+    monkeypatch.setattr(pinned, "index_of", lambda device: 0)
     return one
 
 
