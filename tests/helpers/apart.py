@@ -32,7 +32,16 @@ KNOWN = (
     "tmp/torchelastic_*",  # logs of torch's launcher
     "tmp/torchinductor_*",  # made when torch's compiler is imported
 )
-CACHES = (".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", ".coverage")
+CACHES = (
+    ".git",
+    ".benchmarks",
+    ".venv*",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "*.egg-info",
+    ".coverage",
+)
 
 
 def _move() -> Path:

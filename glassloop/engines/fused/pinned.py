@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -68,6 +69,18 @@ def pinned(
         raise ValueError(f"{asked}, nor {rounded / 2**30:.1f} GiB by torch: {cure}") from error
 
 
+def touch(memory: Tensor) -> None:
+    """Have the system give all pages of (bytes,) uint8, by several threads.
+
+    A driver locks range after range and would wait for each page: 3 GiB/s on an H200's host, where
+    one thread fills 10 on a small CPU and two fill 21.
+    """
+    threads = min(16, os.cpu_count() or 1)
+    parts = memory.view(-1, PAGE).chunk(4 * threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: part[:, 0].zero_(), parts))
+
+
 def rounded_bytes(size: int) -> int:
     """Bytes that torch's pinned allocator takes for a request."""
     return 1 << (size - 1).bit_length()
@@ -81,6 +94,7 @@ def _mapped(slots: int, stride: int, device: torch.device | None) -> Tensor | st
     with contextlib.suppress(OSError):  # a kernel without large pages: small ones do
         mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    touch(memory)
     # A range a slot: ranges are locked beside each other, and no copy crosses two.
     starts = [slot * stride for slot in range(slots)]
     refused = lock(memory, [(start, stride) for start in starts], 0, device)

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 from families_drawn import MODELS
-
 from transformers import AutoConfig
 
 from glassloop.plan.described import Described, Norms

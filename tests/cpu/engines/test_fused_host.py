@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import weakref
@@ -44,6 +45,23 @@ def driver(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pinned, "unlock", one.unlock)
     monkeypatch.setattr(pinned, "index_of", lambda device: 0)
     return one
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mincore"), reason="needs mincore")
+def test_all_pages_are_there_before_a_driver_asks_for_them_one_by_one(driver, monkeypatch):
+    counted, size = [], 5 * PAGE
+
+    def lock(pages, ranges, flags, device):
+        pages_there = (ctypes.c_ubyte * (pages.numel() // PAGE))()
+        start = ctypes.c_void_p(pages.data_ptr())
+        assert not ctypes.CDLL(None).mincore(start, ctypes.c_size_t(pages.numel()), pages_there)
+        counted.extend(one & 1 for one in pages_there)
+
+    monkeypatch.setattr(pinned, "lock", lock)
+    slots = pinned.pinned(3, size)
+    assert counted == [1] * 15
+    assert not any(slot.any() for slot in slots)
+    monkeypatch.setattr(pinned, "unlock", lambda *_: None)
 
 
 @pytest.mark.parametrize("size", [1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE + 17])
