@@ -21,6 +21,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+from glassloop.loop.imports import end_of_imports  # first, or it comes too late
+
+# isort: split
 import torch
 from torch import Tensor
 
@@ -47,6 +50,8 @@ from glassloop.loop.run import Run
 from glassloop.loop.watchdog import WAITS
 from glassloop.predict.hardware import card_here
 from glassloop.report.writing import attachment, report_at_the_end
+
+end_of_imports()
 
 
 def update_once(run: Run, u: int) -> Outcome | None:
