@@ -245,11 +245,16 @@ def test_a_hub_id_gives_the_text_of_its_files_at_one_commit(hub: list[tuple[Any,
         rows_of("who/what:train", split="test")
 
 
+class OtherLibrarysError(Exception):
+    """As an HTTP library's: neither an OSError nor one of the hub's own."""
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, OtherLibrarysError])
 def test_what_the_hub_refuses_is_said_with_the_fields_to_look_at(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no way there")
+        raise kind("no way there")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
     match = r"data\.source = who/what cannot be read: no way there .*data\.config, data\.split"
@@ -257,13 +262,25 @@ def test_what_the_hub_refuses_is_said_with_the_fields_to_look_at(
         rows_of("who/what")
 
 
+def test_a_file_that_the_hub_does_not_give_is_named(
+    hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OtherLibrarysError("the line is down")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(ValueError, match=r"who/what: train\.csv was not fetched: the line is down"):
+        rows_of("who/what")
+
+
+@pytest.mark.parametrize("kind", [OfflineModeIsEnabled, OtherLibrarysError])
 def test_without_network_the_hubs_own_cache_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     write(tmp_path / "train.jsonl", pairs(2))
 
     def offline(*_: Any, **__: Any) -> None:
-        raise OfflineModeIsEnabled("offline")
+        raise kind("offline")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
