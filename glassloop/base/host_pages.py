@@ -246,8 +246,8 @@ def shared_copy(pages: Tensor, file: Path) -> Tensor:
             )
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=SHARED_MEMORY)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                pages.numpy().tofile(file)
+            with os.fdopen(descriptor, "wb") as copy:
+                pages.numpy().tofile(copy)
             os.replace(temporary, path)
         except BaseException:  # a quota, Ctrl-C: it would take memory until the next boot
             os.unlink(temporary)
