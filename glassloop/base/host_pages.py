@@ -180,7 +180,10 @@ class HostPages:
         self.mapped = self.locked = None
 
     def forget_copy(self) -> None:
-        """Remove the copy in shared memory, if there is one: it is not what the file holds."""
+        """Remove the copy in shared memory, if there is one.
+
+        It is not what the file holds.
+        """
         shared_path(self.file.folder / BLOBS).unlink(missing_ok=True)
 
     def _part(self, memory: Tensor, index: int) -> Tensor:
@@ -189,7 +192,10 @@ class HostPages:
 
 
 def index_of(device: torch.device | None) -> int:
-    """Number of a card; None, or one without a number: the current one."""
+    """Number of a card.
+
+    None, or one without a number: the current one.
+    """
     if device is None or device.index is None:
         return torch.cuda.current_device()
     return device.index
@@ -220,7 +226,9 @@ def lock(
 
 
 def unlock(starts: Sequence[int], card: int, process: int) -> None:
-    """Unlock the ranges that begin here, once no copy of their card is under way.
+    """Unlock the ranges that begin here.
+
+    It waits for the copies of their card that are under way.
 
     Any thread may find that they are garbage, and one that never chose a card has card 0. A child
     of the process that locked them inherits the memory, not the driver.

@@ -87,6 +87,7 @@ def examine(config: Config, launch_file: Path | None, *, with_data: bool) -> lis
     environ, present, cuda = os.environ, gpus_present(), doctor.torch_cuda()
     return [
         *doctor.check_versions(),
+        *doctor.check_compiled(environ),
         *doctor.check_pins(),
         *doctor.check_engine(config, on_cuda=cuda is not None and bool(present)),
         *card_checks.check_cards(config, present, cuda, environ),

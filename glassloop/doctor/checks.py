@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -44,6 +45,29 @@ PINS = {
 def numbers(version: str) -> tuple[int, ...]:
     """(2, 11, 0) of "2.11.0+cu130"."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def check_compiled(environment: Mapping[str, str], torch: Path | None = None) -> list[Finding]:
+    """Check that Python keeps what it compiles.
+
+    A launch of 31 s took 18 where it does. torch: its folder; None: where it is installed.
+    """
+    spec = None if torch else importlib.util.find_spec("torch")
+    folder = Path(spec.origin).parent if spec and spec.origin else torch
+    if folder is None or not environment.get("PYTHONDONTWRITEBYTECODE"):
+        return []
+    kept = folder / "__pycache__" / f"__init__.{sys.implementation.cache_tag}.pyc"
+    if kept.is_file():
+        return []
+    return [
+        Finding(
+            NOTE,
+            "python",
+            "each launch compiles torch's modules anew, some 10 s of it: PYTHONDONTWRITEBYTECODE "
+            "is set, and nobody compiled them before",
+            "unset PYTHONDONTWRITEBYTECODE, or python -m compileall once",
+        )
+    ]
 
 
 def check_versions(installed: Callable[[str], str | None] = package_version) -> list[Finding]:

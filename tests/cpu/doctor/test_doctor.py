@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_versions_that_were_tested_are_fine_and_others_are_named():
     new = only(doctor.check_versions(versions(transformers="6.0.0")), NOTE)
     assert "newer than the tested 5.17 to 5.23" in new.text
     assert levels(doctor.check_versions(versions(transformers="5.23.4")), "transformers") == {OK}
+
+
+def test_modules_that_every_launch_compiles_anew_are_told(tmp_path):
+    never = {"PYTHONDONTWRITEBYTECODE": "1"}
+    told = only(doctor.check_compiled(never, tmp_path), NOTE)
+    assert told.check == "python" and "each launch compiles torch's modules anew" in told.text
+    assert doctor.check_compiled({}, tmp_path) == []
+    kept = tmp_path / "__pycache__" / f"__init__.{sys.implementation.cache_tag}.pyc"
+    kept.parent.mkdir()
+    kept.touch()
+    assert doctor.check_compiled(never, tmp_path) == []
 
 
 @pytest.mark.parametrize(
