@@ -112,11 +112,15 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, answer_tokens: tuple[str, ...
 def _pattern(added: dict[str, Any], tokens: Iterable[str]) -> re.Pattern[str]:
     """Pattern of tokens' spelling, the longest first, with whitespace they swallow."""
     ordered = sorted(tokens, key=len, reverse=True)
+    if not ordered:
+        return re.compile(r"(?!)")
     pattern = "|".join(
         r"\s*" * added[t]["lstrip"] + f"({re.escape(t)})" + r"\s*" * added[t]["rstrip"]
         for t in ordered
     )
-    return re.compile(pattern or r"(?!)")
+    # At most places of a text none begins, and to try hundreds there takes long.
+    first = "".join(re.escape(one) for one in sorted({t[0] for t in ordered}))
+    return re.compile(rf"(?=\s*[{first}])(?:{pattern})")
 
 
 def _without_vocabulary(backend: Tokenizer) -> dict[str, Any]:
