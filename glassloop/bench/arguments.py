@@ -6,9 +6,11 @@ import argparse
 import re
 from pathlib import Path
 
+from glassloop.config.options import Options
+
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Options(
         prog="glassloop bench",
         allow_abbrev=False,
         description="Every combination of the lists below is an arm: a process of its own that "

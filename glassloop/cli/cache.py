@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 
+from glassloop.config.options import Options
 from glassloop.disk.cache import named_root
 from glassloop.disk.entries import KINDS, REMOVABLE, Entry, entries, remove
 from glassloop.record.printable import printable
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop cache",
         allow_abbrev=False,
         description="What glassloop made once and keeps: quantised bases, tokenised rows, compiled "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from glassloop.config.options import Options
 
 
 def main(argv: list[str]) -> int:
@@ -11,7 +12,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; ValueError for what cannot be compared.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop compare",
         allow_abbrev=False,
         description="Compare runs. Runs that differ in their seed alone make a side, and each side "

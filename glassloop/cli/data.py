@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glassloop.config import Config
+from glassloop.config.options import Options
 from glassloop.data.rows import Row
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """
     from glassloop.config.arguments import parse
 
-    own = argparse.ArgumentParser(prog="glassloop data", add_help=False, allow_abbrev=False)
+    own = Options(prog="glassloop data", add_help=False, allow_abbrev=False)
     own.add_argument(
         "--show", type=int, default=3, metavar="N", help="rows printed token by token (default: 3)"
     )

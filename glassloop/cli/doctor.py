@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from glassloop.config.options import Options
 
 if TYPE_CHECKING:
     from glassloop.config import Config
@@ -23,9 +24,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 1: a problem was found, or the message is unknown.
     """
-    own = argparse.ArgumentParser(
-        prog="glassloop doctor", add_help=False, allow_abbrev=False, description=__doc__
-    )
+    own = Options(prog="glassloop doctor", add_help=False, allow_abbrev=False, description=__doc__)
     own.add_argument(
         "--explain",
         metavar="TEXT",

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from glassloop.cli.generate import add_run_options, overrides_of
+from glassloop.config.options import Options
 
 if TYPE_CHECKING:
     from glassloop.use.measuring import Report, Score
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; 2 for refused input.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop evaluate",
         allow_abbrev=False,
         description="The adapter and its base on the same rows: loss over all, verdicts of greedy "

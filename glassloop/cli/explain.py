@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import textwrap
@@ -11,6 +10,7 @@ from typing import Any
 
 from glassloop.config import Config
 from glassloop.config.names import PEER_NAMES, field_names, is_section
+from glassloop.config.options import Options
 from glassloop.record.jsonl import KINDS
 from glassloop.record.meaning import meanings, table
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
     Returns 0, or 2 for a name that is no field.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop explain",
         description="Explain a field of the config (optimizer.lr) or of a record "
         "(grad_norm_pre_clip), or all fields of a section (tracking) or of a file "

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from glassloop.config.options import Options
+
 SIDES = {"both": ("base", "adapter"), "base": ("base",), "adapter": ("adapter",)}
 
 
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop generate",
         allow_abbrev=False,
         description="Answers by the base and by the adapter. Sampling follows the model's "

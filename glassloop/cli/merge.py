@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from glassloop.cli.evaluate import columns_of
 from glassloop.cli.generate import add_run_options, overrides_of
+from glassloop.config.options import Options
 
 if TYPE_CHECKING:
     from glassloop.use.merge.table import Line
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop merge",
         allow_abbrev=False,
         description="W + (alpha/r) B A in fp32, rounded once to 16 bits, shard by shard; no GPU "

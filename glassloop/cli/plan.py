@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from glassloop.config.options import Options
+
 if TYPE_CHECKING:
     from glassloop.config import Config
     from glassloop.data.dataset import Dataset
@@ -65,9 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
-        prog="glassloop plan", add_help=False, allow_abbrev=False, description=__doc__
-    )
+    own = Options(prog="glassloop plan", add_help=False, allow_abbrev=False, description=__doc__)
     own.add_argument(
         "--ranks",
         type=_positive,

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from glassloop.cli.generate import add_run_options, overrides_of
+from glassloop.config.options import Options
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; 2 for refused input.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop push",
         allow_abbrev=False,
         description="Uploads weights, tokenizer, chat template and a card. Never rows, answers, "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from glassloop.config.options import Options
 
 if TYPE_CHECKING:
     from glassloop.replay.bisect import Bisection
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0: the record reproduces; 1: it does not.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop replay",
         allow_abbrev=False,
         description="Re-run a recorded update on one process, from its capsule, the nearest "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from glassloop.config.options import Options
 
 
 def main(argv: list[str]) -> int:
@@ -11,7 +12,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; ValueError for what cannot be read.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop report",
         allow_abbrev=False,
         description="Write a run's page. It reads the run's folder alone, so it needs no GPU, no "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from glassloop.config.options import Options
 
 if TYPE_CHECKING:
     from glassloop.study.results import CellResult
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0; 1 if a cell has no result; ValueError for a study that cannot run.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop study",
         allow_abbrev=False,
         description="Every cell of the grid is a run of its own. A finished cell is not run again: "

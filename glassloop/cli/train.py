@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
     Returns the run's exit code, 130 after Ctrl-C. Raises ValueError for bad input.
     """
     from glassloop.config.arguments import parse
+    from glassloop.config.options import refuse_misspelt
     from glassloop.config.presets import PRESETS
     from glassloop.predict.hardware import card_here
 
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> int:
 
     hush(1)  # no progress bars between the lines of this command
     asked = split(argv)
+    refuse_misspelt(asked.words, (*VALUES, "--dry-run"), "glassloop train")
     if "--resume" in asked.options:
         return _resume(asked)
     words = run_words(asked)
@@ -206,6 +208,7 @@ def accelerate_line(ranks: int, words: Sequence[str], *, on_cpu: bool) -> str:
 def outline(config: Config, ranks: int, *, on_cpu: bool) -> list[str]:
     """Guesses with the settings that change them, tokens, memory and time."""
     from glassloop.cli.plan import measure
+    from glassloop.data.stored import lengths_of
     from glassloop.plan.outlook import look_ahead
     from glassloop.plan.overview import RowFacts, overview_lines
     from glassloop.predict.hardware import gpus_present
@@ -216,19 +219,25 @@ def outline(config: Config, ranks: int, *, on_cpu: bool) -> list[str]:
         config, seen.plan, rows_from=seen.rows_from, counts=seen.counts, present=present
     )
     loaded, train, template = seen.dataset.loaded, seen.dataset.train, seen.dataset.template
-    lengths = train.untouched_tokens
+    lengths = sorted(lengths_of(train.rows))
+    too_long = f"longer than {config.data.max_tokens:,} tokens"
     rows = RowFacts(
         source=loaded.source,
         format=loaded.format,
         template=f"{template.name} ({template.why})" if template.why else template.name,
         rows=len(train.rows),
-        left_out=len(train.dropped) + sum({**loaded.skipped, **train.faulty}.values()),
+        left_out={
+            **loaded.skipped,
+            **train.faulty,
+            **({too_long: len(train.dropped)} if train.dropped else {}),
+        },
         median_tokens=lengths[len(lengths) // 2],
         longest_tokens=lengths[-1],
         cut=train.cut,
         supervised_share=train.supervised_tokens / train.tokens,
         heldout=len(seen.dataset.heldout.rows),
         notes=(*loaded.notes, *seen.by_source),
+        longest_read_tokens=train.untouched_tokens[-1],
     )
     return overview_lines(outlook, rows, cpu=cpu_speed(ranks) if on_cpu else None)
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from glassloop.config.options import Options
+
 PATIENCE_S = {"cpu": 120.0, "cuda": 400.0}  # a GPU's first use can take minutes on a slow host
 
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Options(
         prog="glassloop verify",
         allow_abbrev=False,
         description="Trains a tiny random Llama for a few updates in every way that glassloop has: "

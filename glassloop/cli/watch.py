@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
+
+from glassloop.config.options import Options
 
 
 def main(argv: list[str]) -> int:
@@ -12,7 +13,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 1 if it failed, else 0; 0 after Ctrl-C.
     """
-    own = argparse.ArgumentParser(
+    own = Options(
         prog="glassloop watch",
         allow_abbrev=False,
         description="Watch a run. It reads the run's folder alone, so it may be started and left "

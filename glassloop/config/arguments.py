@@ -26,6 +26,7 @@ from glassloop.config.config import Config, as_dict
 from glassloop.config.hardware import EXAMPLES, hardware_values
 from glassloop.config.layers import check_said_once, merge, nested, with_mappings
 from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
+from glassloop.config.options import OF_A_RUN, refuse_misspelt
 from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.resumed import values_of_run
 from glassloop.config.trust import CACHE, FIELDS, WEBHOOK, unasked
@@ -249,6 +250,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         if unknown:
             names = [word for word in unknown.group(1).split() if word.startswith("--")]
+            refuse_misspelt(names, OF_A_RUN, self.prog)
             message = (
                 "\n".join(unknown_name(name.lstrip("-").split("=")[0]) for name in names) or message
             )

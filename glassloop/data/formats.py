@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from glassloop.config import DataConfig
-from glassloop.data.names import candidates, listed, shown
+from glassloop.data.names import candidates, listed, plain, shown
 
 # Format -> role -> the format's own name of a column that it needs.
 NEEDED: dict[str, dict[str, str]] = {
@@ -51,6 +51,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "chosen": ("question", "system"),
     "text": (),
 }
+COUNTERS = ("", "id", "idx", "index", "nr", "no", "number", "row")  # names that hold no text
 SCAM_ONLY = ("type", "response")  # read under their own names alone, in format scam
 
 
@@ -193,15 +194,20 @@ def _optional(
 
 
 def _line(columns: Sequence[str], mapped: Mapping[str, str], data: DataConfig) -> str:
-    """The settings to type, with the source's own columns filled in."""
+    """The settings to type.
+
+    Columns are filled in where names or their number leave no doubt; NAME stands for others.
+    """
     question = mapped.get("question") or next(iter(_asks(columns)), None)
     response = mapped.get("response") or next(iter(candidates("response", columns)), None)
     if len(columns) < 2:
         filled = {"text": columns[0] if columns else "NAME"}
     else:
-        question = question or next(column for column in columns if column != response)
-        left = [column for column in columns if column != question]
-        filled = {"question": question, "response": response or left[-1]}
+        left = [c for c in columns if c not in (question, response) and plain(c) not in COUNTERS]
+        if len(left) == (not question) + (not response):  # enough, and none to choose from
+            question = question or left.pop(0)
+            response = response or left.pop(0)
+        filled = {"question": question or "NAME", "response": response or "NAME"}
     words = [f"data.source={data.source}"]
     words += [f"data.columns.{role}={shown(column)}" for role, column in filled.items()]
     return shlex.join(words)

@@ -87,7 +87,10 @@ def candidates(role: str, columns: Iterable[str]) -> list[str]:
 def listed(names: Sequence[str], most: int = 20) -> str:
     """Names for a message, at most `most`, made safe for a terminal."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + more
+    return (
+        ", ".join(f"'{shown(name)}'" if "," in name else shown(name) for name in names[:most])
+        + more
+    )
 
 
 def shown(name: str, limit: int = 60) -> str:

@@ -7,6 +7,7 @@ each other. A row's number counts over all of them.
 from __future__ import annotations
 
 import bisect
+import difflib
 import glob
 import itertools
 import json
@@ -100,7 +101,12 @@ def find_source(data: DataConfig, place: str, split: str, field: str) -> Found:
     if path.is_dir():
         return _folder(path, data, place, split, field)
     if not names_files(place) and not path.exists():
-        return _hub(data, place, split, field)
+        try:
+            return _hub(data, place, split, field)
+        except ValueError as error:
+            if not (near := near_file(path)):
+                raise
+            raise ValueError(f"{error}; no file has this name{near}") from error
     if field == "data.source" and split != "train":
         raise ValueError(
             f"data.split = {split}: {said} names files, which have no splits; leave data.split out"
@@ -127,6 +133,16 @@ def names_files(place: str) -> bool:
     return place == "sample" or all(kind_of(name) or set(name) & set("*?[") for name in each)
 
 
+def near_file(path: Path) -> str:
+    """Name the file beside `path` whose name is nearest; empty without one."""
+    try:
+        names = [one.name for one in path.parent.iterdir() if kind_of(one.name)]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f"; did you mean {shown(str(path.parent / near[0]))}?" if near else ""
+
+
 def _paths(place: str, said: str) -> list[Path]:
     """The files of a list with commas, patterns filled in."""
     paths: dict[Path, None] = {}
@@ -136,7 +152,7 @@ def _paths(place: str, said: str) -> list[Path]:
         if not found:
             one = f"no file matches {name}" if set(name) & set("*?[") else "there is no such file"
             which = f": {name}" if name != place and not set(name) & set("*?[") else ""
-            raise ValueError(f"{said}: {one}{which} (looked in {Path.cwd()})")
+            raise ValueError(f"{said}: {one}{which} (looked in {Path.cwd()}){near_file(path)}")
         paths.update(dict.fromkeys(sorted(found)))
     return list(paths)
 

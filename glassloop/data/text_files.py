@@ -285,5 +285,5 @@ def _decoded(raw: bytes, number: int, place: str, field: str) -> str:
         found = raw[max(0, error.start - 20) : error.start + 20]
         raise ValueError(
             f"{field} = {place}: line {line} is not UTF-8 near {found!r}; convert the file "
-            "(iconv -t UTF-8)"
+            "(iconv -f WINDOWS-1252 -t UTF-8, if it comes from Windows)"
         ) from error

@@ -6,6 +6,7 @@ A short block.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glassloop.plan.outlook import Outlook
@@ -31,13 +32,14 @@ class RowFacts:
     format: str
     template: str  # with why, if it was chosen
     rows: int
-    left_out: int  # dropped for their length, or skipped
-    median_tokens: int
+    left_out: Mapping[str, int]  # reason -> rows
+    median_tokens: int  # of rows that train
     longest_tokens: int
     cut: int
     supervised_share: float
     heldout: int
     notes: tuple[str, ...] = ()
+    longest_read_tokens: int = 0  # before rows were left out or cut
 
 
 def overview_lines(outlook: Outlook, rows: RowFacts, *, cpu: CpuSpeed | None = None) -> list[str]:
@@ -47,8 +49,8 @@ def overview_lines(outlook: Outlook, rows: RowFacts, *, cpu: CpuSpeed | None = N
         cpu: for a run on the CPU; None: on GPUs.
     """
     config, plan = outlook.config, outlook.plan
-    left = f", {rows.left_out:,} left out" if rows.left_out else ""
-    cut = f", {rows.cut:,} cut" if rows.cut else ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rows.left_out.items())
+    left = f"; left out: {reasons}" if reasons else ""
     fits, notes = _fits(outlook, on_cpu=cpu is not None)
     base = "4 bits (NF4)" if config.model.quantization == "nf4" else "not quantised"
     guesses = [
@@ -60,7 +62,7 @@ def overview_lines(outlook: Outlook, rows: RowFacts, *, cpu: CpuSpeed | None = N
         ("held out", _heldout(rows), "data.heldout"),
         (
             "tokens",
-            f"{rows.median_tokens:,} a row (median), {rows.longest_tokens:,} at most{cut}; "
+            f"{rows.median_tokens:,} a row (median), {_longest(rows)}; "
             f"{rows.supervised_share:.0%} supervised",
             "data.max_tokens",
         ),
@@ -103,6 +105,14 @@ def _row(name: str, text: str, setting: str) -> list[str]:
     pieces = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
     first = f"{name:<{LABEL}}{pieces[0]:<{room}}" + (f"  {setting}" if setting else "")
     return [first.rstrip(), *(f"{'':<{LABEL}}{piece}" for piece in pieces[1:])]
+
+
+def _longest(rows: RowFacts) -> str:
+    """The longest row that trains, and the longest that the source has."""
+    cut = f", {rows.cut:,} cut" if rows.cut else ""
+    known = rows.longest_read_tokens > rows.longest_tokens
+    read = f" ({rows.longest_read_tokens:,} in the source)" if known else ""
+    return f"{rows.longest_tokens:,} at most{read}{cut}"
 
 
 def _epochs(epochs: float) -> str:

@@ -6,6 +6,7 @@ It is as wide as the terminal.
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def launch_line(outlook: Outlook, words: Sequence[str]) -> str:
         count += " --main_process_ip ADDRESS --main_process_port 29500"
     return (
         f"accelerate launch --config_file accelerate_configs/{file}.yaml{count} train_loop.py "
-        f"{' '.join(words)}"
+        f"{shlex.join(words)}"
     )
 
 

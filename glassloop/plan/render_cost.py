@@ -151,18 +151,18 @@ def _speed_lines(known: list[Verdict], outlook: Outlook) -> list[str]:
     if not known:
         return []
     blank = " " * LABEL
-    lengths = "".join(f"{tokens:>9,}" for tokens in LONG)
+    lengths = "".join(f"{tokens:>10,}" for tokens in LONG)
     split = 1 if outlook.work is None else outlook.work.split
     where = "on one card" if split == 1 else f"on {split} cards without their exchange"
     lines = [
         f"{blank}predicted tokens/s of such rows, one an update, {where}",
-        f"{blank}{'card':<9}{lengths}{'longest':>9}",
+        f"{blank}{'card':<9}{lengths}{'longest':>10}",
     ]
     for one in known:
         *shorter, longest = one.rows
         found = {row.tokens: f"{row.tokens_per_s:,.0f}" for row in shorter}
         cells = [found.get(tokens, "-") for tokens in LONG] + [f"{longest.tokens_per_s:,.0f}"]
-        lines.append(f"{blank}{one.card:<9}" + "".join(f"{cell:>9}" for cell in cells))
+        lines.append(f"{blank}{one.card:<9}" + "".join(f"{cell:>10}" for cell in cells))
     return lines
 
 

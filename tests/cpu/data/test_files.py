@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -151,7 +152,11 @@ def test_a_tsv_keeps_commas_and_a_column_alone_needs_no_delimiter(tmp_path: Path
         ("a.parquet", b"", "the file is empty"),
         ("a.csv", b"prompt,completion\n", "has no rows"),
         ("a.json", b"[]", "has no rows"),
-        ("a.csv", b"prompt,completion\nx,\xff\xfe\n", r"line 2 is not UTF-8 near b'.*iconv"),
+        (
+            "a.csv",
+            b"prompt,completion\nx,\xff\xfe\n",
+            r"line 2 is not UTF-8 near b'.*iconv -f WINDOWS",
+        ),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xc3"}\n', "line 2 is not UTF-8"),
         ("a.json", b'[{"prompt": "a"},\n{"prompt": "\xc3"}]\n', "line 2 is not UTF-8"),
         ("a.csv", b"prompt,completion\nx,y\nx\0,y\n", "NUL byte in line 3"),
@@ -276,3 +281,19 @@ def test_a_parquet_bomb_is_refused_by_what_it_unpacks_to(tmp_path: Path) -> None
     assert path.stat().st_size < 10_000
     with pytest.raises(ValueError, match=r"unpack to more than data\.max_gib = 0\.01 GiB"):
         load_examples(DataConfig(source=str(path), max_gib=0.01), 0)
+
+
+@pytest.mark.parametrize("asked", ["row.csv", "rows.csvv", "Rows.csv"])
+def test_a_name_that_is_nearly_a_files_name_is_refused_with_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no way there")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("prompt,completion\nx,y\n")
+    with pytest.raises(ValueError, match=r"did you mean rows\.csv\?$"):
+        load_examples(DataConfig(source=asked), 0)
+    with pytest.raises(ValueError, match=r"no such file \(looked in .*\)$"):
+        load_examples(DataConfig(source="other.json"), 0)

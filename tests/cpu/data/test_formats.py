@@ -205,6 +205,12 @@ def test_a_chosen_text_needs_its_question(tmp_path: Path) -> None:
             r"'data\.columns\.response=my text'",
         ),
         (
+            {"Nr": "1", "Frage": "x", "Antwort, lang": "y", "Notiz": "z"},
+            {},
+            r"has columns Nr, Frage, 'Antwort, lang', Notiz; none of them.*"
+            r"data\.columns\.question=NAME data\.columns\.response=NAME \(",
+        ),
+        (
             {"problem": "x", "answer": "y", "solution": "z"},
             {},
             r"several columns that may hold the response: answer, solution\. Choose one: .*"

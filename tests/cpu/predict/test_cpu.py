@@ -32,7 +32,7 @@ def foretold(words: list[str], rows: RowFacts, counts: TokenCounts) -> tuple[flo
 
 
 def facts(rows: int, median: int, share: float, heldout: int) -> RowFacts:
-    return RowFacts("rows", "scam", "chat", rows, 0, median, median, 0, share, heldout)
+    return RowFacts("rows", "scam", "chat", rows, {}, median, median, 0, share, heldout)
 
 
 MINE = ["smollm2_demo"], facts(77, 302, 0.1, 19), (18_300, 18_900)
