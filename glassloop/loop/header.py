@@ -8,6 +8,7 @@ from glassloop.base.checks import audit_table, dtype_audit
 from glassloop.config import Config
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset, summary
+from glassloop.data.stored import lengths_of
 from glassloop.loop.replica import Replica
 from glassloop.plan.outlook import early_end, overridden
 from glassloop.plan.steps import counted, describe
@@ -37,6 +38,7 @@ def header(
         f"model     {model}, {config.model.quantization}, {origin} in {report.seconds:.1f} s",
         *(f"          {note}" for note in report.notes),
         *(f"data      {line}" for line in summary(dataset, config.data)),
+        *([f"          {beyond}"] if (beyond := beyond_positions(dataset, replica)) else []),
         f"asked     {asked}",
         f"          {windows}",
         f"          {updates}{overridden(config)}{early_end(config)}",
@@ -49,6 +51,21 @@ def header(
         *([f"          {of_b}"] if (of_b := config.optimizer.b_in_words) else []),
         *(f"          {line}" for line in audit.splitlines()),
     ]
+
+
+def beyond_positions(dataset: Dataset, replica: Replica) -> str | None:
+    """A note on rows longer than the model's positions; None without any."""
+    settings = replica.plain_engine.hf.config.get_text_config()
+    known = getattr(settings, "max_position_embeddings", None)
+    lengths = (*lengths_of(dataset.train.rows), *lengths_of(dataset.heldout.rows))
+    over = sum(length > known for length in lengths) if known else 0
+    if not over:
+        return None
+    return (
+        f"note: {counted(over, 'row')} of up to {max(lengths):,} tokens, but the model has "
+        f"{known:,} positions (max_position_embeddings in its config.json): set "
+        f"data.max_tokens={known}, or give it more"
+    )
 
 
 def execution_of(config: Config, batches: Batches, device: torch.device) -> str:

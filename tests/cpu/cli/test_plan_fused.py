@@ -143,3 +143,12 @@ def test_the_longest_row_of_each_card_is_planned_with_the_host_it_takes(capsys):
     assert "the longest that trains" not in flat(
         said(capsys, "r1_8b_scam", "execution.engine=peft")
     )
+
+
+def test_speeds_of_a_small_model_stand_apart(capsys, tiny_llama):
+    """Above a million tokens/s a figure is as wide as its column was."""
+    out = said(capsys, f"model.id={tiny_llama}", "data.source=scam", "--rows", "40")
+    table = out.split("predicted tokens/s of such rows")[1].split("time ")[0].splitlines()[2:]
+    rows = [line.split() for line in table if line.strip()]
+    assert any("1,1" in word for row in rows for word in row), rows
+    assert all(len(row) == 5 for row in rows), rows

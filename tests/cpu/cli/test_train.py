@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -238,3 +239,18 @@ def test_ranks_that_train_has_started_do_not_say_the_hardware_again(
     monkeypatch.setenv(arguments.STARTED_BY, "1")
     parse(words)
     assert capsys.readouterr().err == ""
+
+
+def test_the_preview_says_why_rows_are_left_out_and_counts_tokens_of_the_others(
+    tiny_llama: Path, started: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "word " * 400
+    (tmp_path / "qa.csv").write_text(f"question,answer\n{long},yes\n{long}!,yes\na,\nb,x\n")
+    assert main(["qa.csv", "--model", str(tiny_llama), "data.max_tokens=96", "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 of qa.csv; left out: 1 empty" in text
+    assert "2 longer than" in text and "96 tokens" in text
+    found = re.search(r"tokens (\S+) a row \(median\), (\S+) at most \((\S+) in", text)
+    assert found, text
+    median, longest, read = (int(number.replace(",", "")) for number in found.groups())
+    assert median == longest <= 96 < 400 < read
