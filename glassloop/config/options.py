@@ -1,4 +1,7 @@
-"""Options of a command: a misspelt one is refused with the one that it means."""
+"""Options of a command.
+
+A misspelt one is refused with the one that it means.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Options(argparse.ArgumentParser):
 
 
 def refuse_misspelt(words: Sequence[str], options: Iterable[str], command: str) -> None:
-    """Raise ValueError for the first word that is nearly an option of `command`."""
+    """Raise ValueError for the first word that nearly is an option."""
     for word in words:
         if word == "--":
             return  # what follows is no option
