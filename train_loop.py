@@ -43,7 +43,7 @@ from glassloop.loop.build import build_run
 from glassloop.loop.capturing import look_before_step, probe_of
 from glassloop.loop.evidence import leave_evidence
 from glassloop.loop.guard import Guard, end_process
-from glassloop.loop.memory import cures, peak_gib, preflight_done, smaller_passes
+from glassloop.loop.memory import cures, lacks_memory, peak_gib, preflight_done, smaller_passes
 from glassloop.loop.process import begun, carried_out
 from glassloop.loop.replica import Replica, ReplicasDiffer, SharedPassFailed
 from glassloop.loop.run import Run
@@ -175,7 +175,9 @@ def run_passes(
         if replica.ddp and n and not passes:
             p = empty_pass(rows[0], pad_id=replica.pad_id, device=replica.device)
             replica.engine(p)[0].backward()  # 0: the other ranks' reduction needs a partner
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         if window.split:
             raise SharedPassFailed(f"rank {replica.rank} ran out of memory: {error}") from None
         out_of_memory = True

@@ -180,10 +180,7 @@ class HostPages:
         self.mapped = self.locked = None
 
     def forget_copy(self) -> None:
-        """Remove the copy in shared memory, if there is one.
-
-        It is not what the file holds.
-        """
+        """Remove the copy in shared memory, which is not what the file holds."""
         shared_path(self.file.folder / BLOBS).unlink(missing_ok=True)
 
     def _part(self, memory: Tensor, index: int) -> Tensor:
@@ -192,10 +189,7 @@ class HostPages:
 
 
 def index_of(device: torch.device | None) -> int:
-    """Number of a card.
-
-    None, or one without a number: the current one.
-    """
+    """Number of a card; of the current one if it has none."""
     if device is None or device.index is None:
         return torch.cuda.current_device()
     return device.index
@@ -228,9 +222,7 @@ def lock(
 def unlock(starts: Sequence[int], card: int, process: int) -> None:
     """Unlock the ranges that begin here.
 
-    It waits for the copies of their card that are under way.
-
-    Any thread may find that they are garbage, and one that never chose a card has card 0. A child
+    It waits for the copies of their card that are under way. Any thread may find that they are garbage, and one that never chose a card has card 0. A child
     of the process that locked them inherits the memory, not the driver.
     """
     if not starts or os.getpid() != process:

@@ -6,6 +6,7 @@ weight is read, so all ranks and a later resume mean the same bytes.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glassloop.base.card_errors import lacks_memory, of_the_machine
 from glassloop.base.files import FileError, check_files, check_no_pointers
 from glassloop.base.random import PREFIX, random_folder
 from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
@@ -20,9 +22,16 @@ from glassloop.config import ModelConfig
 from glassloop.disk.cache import cache_root
 
 HUB_TIMEOUT_S = 10.0
-
-
-OF_THE_CARD = ("OutOfMemoryError", "AcceleratorError")  # no fault of a config or a file
+# Of reading a file: the system had no room, no descriptor or no permission left.
+OF_THE_SYSTEM = (
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 
 
 class BaseError(ValueError):
@@ -217,7 +226,8 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
     """Turn loading errors into a BaseError with field and cure.
 
     They come from a user's choice or a damaged file. `copy` is the folder of a quantised copy that
-    is being read: what has no other explanation is then damage to it.
+    is being read: what has no other explanation is then damage to it. An error of the card or of
+    the machine is no BaseError: nothing that a user chose or that lies on the disk is at fault.
     """
     from pickle import UnpicklingError
 
@@ -248,12 +258,23 @@ def loading_errors(model: ModelConfig, copy: Path | None = None) -> Iterator[Non
         SafetensorError,
         StrictDataclassError,
     ) as error:
-        outside = (
-            isinstance(error, OSError) and error.errno is not None
-        )  # a full disk is no fault of the config
-        if type(error).__name__ in OF_THE_CARD or (outside and copy is None):
-            raise
+        number = error.errno if isinstance(error, OSError) else None
+        if number in OF_THE_SYSTEM or (number is not None and copy is None):
+            raise  # a full disk is no fault of the config
+        if reason := of_the_machine(error):
+            if reason in str(error) or not str(error):
+                raise
+            raise _of_the_card(model, reason) from error
         raise BaseError(_explained(model, error, copy)) from error
+
+
+def _of_the_card(model: ModelConfig, reason: str) -> RuntimeError:
+    """An error that transformers has put aside, as what it is."""
+    import torch
+
+    lacking = lacks_memory(RuntimeError(reason))
+    kind = torch.OutOfMemoryError if lacking else RuntimeError
+    return kind(f"while model.id = {model.id} was loaded: {reason}")
 
 
 def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:

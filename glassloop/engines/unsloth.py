@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from glassloop.base.card_errors import of_the_machine
 from glassloop.base.checks import check_plain_head
 from glassloop.base.checksum import base_checksum
 from glassloop.base.quantised import LoadReport, find_base
@@ -295,23 +296,22 @@ def train_again(hf: nn.Module) -> None:
 def explained(model: ModelConfig) -> Iterator[None]:
     """Turn Unsloth's errors about a model into a ValueError with a cure.
 
-    Its banners stay hidden. Out of memory stays what it is.
+    Its banners stay hidden. An error of the card or the machine stays what it is.
     """
     try:
         with quiet():
             yield
-    except torch.OutOfMemoryError:
-        raise
     except (
         RuntimeError,
         ImportError,
-        NotImplementedError,
         ValueError,
         TypeError,
         AttributeError,
         OSError,
         AssertionError,
     ) as error:
+        if of_the_machine(error):
+            raise
         raise ValueError(
             f"{REFUSED} cannot load model.id = {model.id} ({_short(error)}): set "
             "execution.engine=peft"

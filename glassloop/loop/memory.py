@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from glassloop.base.card_errors import lacks_memory as lacks_memory
 from glassloop.config import Config
 from glassloop.data.batches import Window
 from glassloop.data.rows import Row

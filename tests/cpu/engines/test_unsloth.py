@@ -167,6 +167,13 @@ def test_its_own_errors_come_with_a_cure_and_its_output(
     with pytest.raises(torch.OutOfMemoryError):
         engine(tiny_llama, "unsloth")
 
+    def no_card(hf: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    unsloth.FastLanguageModel.spoil = staticmethod(no_card)
+    with pytest.raises(RuntimeError, match="^CUDA error"):
+        engine(tiny_llama, "unsloth")
+
 
 def test_an_import_that_fails_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "unsloth", None)

@@ -6,8 +6,11 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
+import torch
 
 from glassloop.loop import spending as room
+from glassloop.record.jsonl import read_jsonl
+from train_loop import train
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -35,3 +38,41 @@ def test_layers_kept_go_first_and_the_base_last(run_of, base, streams) -> None:
 
 def test_the_reference_engine_has_nothing_to_give_up(run_of) -> None:
     assert not room.fewer_kept(run_of(), 1, "out of memory")
+
+
+def short_once(run, error: Exception) -> None:
+    """Let the first pass of a run end with this error."""
+    genuine, left = run.replica.engine, [error]
+
+    def engine(p):
+        if left:
+            raise left.pop()
+        return genuine(p)
+
+    run.replica.engine = engine
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_libraries_that_ask_the_driver_themselves_lack_memory_as_torch_does(run_of, said) -> None:
+    run = run_of(schedule={"updates": 1, "warmup_updates": 1}, execution={"preflight": False})
+    short_once(run, RuntimeError(said))
+    assert train(run) == 0
+    events = [one for one in read_jsonl(run.folder / "events.jsonl")]
+    assert [one["update"] for one in events if one["kind"] == "out_of_memory"] == [1]
+
+
+def test_another_error_of_a_pass_is_no_lack_of_memory(run_of) -> None:
+    run = run_of(schedule={"updates": 1, "warmup_updates": 1}, execution={"preflight": False})
+    short_once(run, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train(run)
+
+
+def test_a_lack_of_memory_has_torchs_own_class_too() -> None:
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)  # train_loop catches that
