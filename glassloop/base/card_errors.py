@@ -1,6 +1,7 @@
 """Errors of a card or a machine.
 
-They are told from faults of a file, a config or a kernel. Not every library has a class for them, so their words count too.
+They are told from faults of a file, a config or a kernel. Not every library has a class for them,
+so their words count too.
 """
 
 from __future__ import annotations

@@ -222,8 +222,9 @@ def lock(
 def unlock(starts: Sequence[int], card: int, process: int) -> None:
     """Unlock the ranges that begin here.
 
-    It waits for the copies of their card that are under way. Any thread may find that they are garbage, and one that never chose a card has card 0. A child
-    of the process that locked them inherits the memory, not the driver.
+    It waits for the copies of their card that are under way. Any thread may find that they are
+    garbage, and one that never chose a card has card 0. A child of the process that locked them
+    inherits the memory, not the driver.
     """
     if not starts or os.getpid() != process:
         return

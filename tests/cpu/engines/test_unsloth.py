@@ -171,7 +171,7 @@ def test_its_own_errors_come_with_a_cure_and_its_output(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     unsloth.FastLanguageModel.spoil = staticmethod(no_card)
-    with pytest.raises(RuntimeError, match="^CUDA error"):
+    with pytest.raises(RuntimeError, match=r"^CUDA error"):
         engine(tiny_llama, "unsloth")
 
 

@@ -63,7 +63,7 @@ def test_libraries_that_ask_the_driver_themselves_lack_memory_as_torch_does(run_
     run = run_of(schedule={"updates": 1, "warmup_updates": 1}, execution={"preflight": False})
     short_once(run, RuntimeError(said))
     assert train(run) == 0
-    events = [one for one in read_jsonl(run.folder / "events.jsonl")]
+    events = list(read_jsonl(run.folder / "events.jsonl"))
     assert [one["update"] for one in events if one["kind"] == "out_of_memory"] == [1]
 
 

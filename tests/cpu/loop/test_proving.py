@@ -54,7 +54,7 @@ def test_a_kernel_that_does_not_compile_leaves_the_run_to_the_reference(
 ) -> None:
     error = RuntimeError("out of resource: shared memory, Required: 250000")
     monkeypatch.setattr(proving, "PeftEngine", lambda hf, report: hf)
-    engine, choice = proven(monkeypatch, error)
+    _, choice = proven(monkeypatch, error)
     assert choice.engine == "peft" and "out of resource" in choice.why
     with pytest.raises(ValueError, match=r"set execution\.engine=peft, and please report"):
         proven(monkeypatch, error, "fused")
