@@ -41,7 +41,10 @@ def lost_card(error: BaseException) -> bool:
 
 
 def of_the_machine(error: BaseException) -> str:
-    """The line that puts a card or the host's memory at fault; else empty."""
+    """The line that puts a card or the host's memory at fault.
+
+    Empty if there is none.
+    """
     if type(error).__name__ in CLASSES:
         return _first_line(str(error)) or type(error).__name__
     for text in (str(error), *_set_aside(error)):

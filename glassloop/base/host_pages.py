@@ -180,7 +180,7 @@ class HostPages:
         self.mapped = self.locked = None
 
     def forget_copy(self) -> None:
-        """Remove the copy in shared memory, which is not what the file holds."""
+        """Remove a copy in shared memory that differs from the file."""
         shared_path(self.file.folder / BLOBS).unlink(missing_ok=True)
 
     def _part(self, memory: Tensor, index: int) -> Tensor:
