@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -308,9 +307,3 @@ def test_predicted_speeds_are_near_what_was_measured():
 def test_predicted_speeds_of_the_fused_engine_are_near_what_was_measured():
     assert all(-0.05 < error < 0.10 for _, _, error in errors("fused"))
     assert len(errors("fused")) == 9
-
-
-def test_the_last_line_can_be_pasted_where_a_name_has_spaces(capsys):
-    words = ["r1_8b_scam", "data.system=be brief, $HOME"]
-    start = said(capsys, *words).splitlines()[-1]
-    assert shlex.split(start)[-2:] == words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,9 @@ def test_speeds_of_a_small_model_stand_apart(capsys, tiny_llama):
     rows = [line.split() for line in table if line.strip()]
     assert any("1,1" in word for row in rows for word in row), rows
     assert all(len(row) == 5 for row in rows), rows
+
+
+def test_the_last_line_can_be_pasted_where_a_name_has_spaces(capsys):
+    words = ["r1_8b_scam", "data.system=be brief, $HOME"]
+    start = said(capsys, *words).splitlines()[-1]
+    assert shlex.split(start)[-2:] == words
