@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +55,22 @@ class Asked:
     dry_run: bool = False
 
 
+@contextmanager
+def no_searches() -> Iterator[None]:
+    """Search for no garbage meanwhile.
+
+    Imports and rows make none, and to search them takes a second.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@no_searches()
 def main(argv: list[str]) -> int:
     """Plan and start a run.
 

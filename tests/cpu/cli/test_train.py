@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -63,6 +64,24 @@ def test_a_file_and_a_model_are_enough(
     assert "3 updates may be few to learn from: --epochs 7" in block["note"]
     assert max(len(line) for line in lines[:-1]) <= 80
     assert lines[-1] == f"start     {accelerate_line(2, words, on_cpu=True)}"
+
+
+def test_garbage_is_searched_for_only_after_it(
+    rows: str, tiny_llama: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching: list[bool] = []
+
+    def start(*_, **__) -> int:
+        searching.append(gc.isenabled())
+        return 0
+
+    monkeypatch.setattr(starting, "start_ranks", start)
+    assert main([rows, "--model", str(tiny_llama), "data.max_tokens=96"]) == 0
+    assert searching == [False]
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="no such"):
+        main(["no such file.csv", "--model", str(tiny_llama)])
+    assert gc.isenabled()
 
 
 def test_the_printed_line_starts_the_same_run(
