@@ -7,7 +7,6 @@ What was loaded from it is compared with the checksum taken when it was made.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
@@ -29,6 +28,7 @@ from transformers import (
 
 from glassloop.base.checksum import base_checksum
 from glassloop.base.copies import check_free_space, copy_name
+from glassloop.base.dropped import free_dropped
 from glassloop.base.hashing import base_hash
 from glassloop.base.random import drawn_shapes, fill, write_nf4
 from glassloop.base.reading import (
@@ -121,7 +121,7 @@ def load_base(
         if own is None and model.quantization == "nf4":
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made:
-                drop_quantised(device)
+                free_dropped(device)
         elif source.drawn is not None:
             hf = _draw(source, model, dtype, device)
         else:
@@ -167,7 +167,7 @@ def find_base(
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
             copy, made = quantized_copy(source, files_hash, model, dtype, device)
             if made:
-                drop_quantised(device)
+                free_dropped(device)
     if copy is None:
         shared: dict[str, Any] = dict(precision=precision, device=device, first=first)
         _, report = load_base(model, **shared, source=source)
@@ -182,16 +182,6 @@ def find_base(
         seconds=time.monotonic() - started,
         notes=(*([source.note] if source.note else []), *notes),
     )
-
-
-def drop_quantised(device: torch.device) -> None:
-    """Free the model that a copy was made of.
-
-    As a ring of references it would stay in memory.
-    """
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def _draw(

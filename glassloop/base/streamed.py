@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from glassloop.base.checksum import base_checksum
 from glassloop.base.copies import check_free_space, copy_name
+from glassloop.base.dropped import free_dropped
 from glassloop.base.hashing import base_hash
 from glassloop.base.host_pages import HostPages, Locking
 from glassloop.base.layer_file import (
@@ -33,7 +34,7 @@ from glassloop.base.layer_file import (
 )
 from glassloop.base.layer_sources import DrawnWeights, Groups, WeightFiles, reader_of
 from glassloop.base.packed import SCALE_BLOCK, Packed
-from glassloop.base.quantised import LoadReport, drop_quantised, quantized_copy
+from glassloop.base.quantised import LoadReport, quantized_copy
 from glassloop.base.reading import (
     DTYPES,
     attention_for,
@@ -90,7 +91,7 @@ def load_streamed(
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
         folder, made = layer_folder(source, files_hash, model, groups_of, dtype, device)
         if made or spare_bytes is not None:  # or what is free would be counted too low
-            drop_quantised(device)
+            free_dropped(device)
     with in_use(folder), loading_errors(model, copy=folder):
         pages = HostPages.of(LayerFile.open(folder), device, locking)
         if spare_bytes is not None and device.type == "cuda" and pages.mapped is not None:

@@ -114,12 +114,12 @@ def run(given: argparse.Namespace, columns: dict[str, str]) -> int:
     accelerator = make_accelerator(config)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     hush(rank)
-    import torch
 
+    from glassloop.loop.replica import device_of
     from glassloop.use.heldout import rows_of
     from glassloop.use.measuring import measure, report_of
 
-    device = accelerator.device if accelerator.device.type == "cuda" else torch.device("cpu")
+    device = device_of(accelerator)
 
     def first() -> Any:
         return one_first(accelerator.is_local_main_process)

@@ -19,6 +19,7 @@ from glassloop.base.checks import (
     check_unpatched,
     unquantised_note,
 )
+from glassloop.base.dropped import free_dropped
 from glassloop.base.experts import quantise_experts
 from glassloop.base.host_pages import HostPages
 from glassloop.base.layer_file import NotStreamable
@@ -176,7 +177,9 @@ def _load(
             raise ValueError(
                 f"memory.base = {memory_base}: the base cannot stream ({error}): set it to gpu"
             ) from error
-        return *load_base(model, **shared), None
+    # Here the error is gone, and with it what the try had brought to the card.
+    free_dropped(shared["device"])
+    return *load_base(model, **shared), None
 
 
 def _rehearsal(

@@ -24,7 +24,7 @@ from glassloop.data.dataset import Dataset
 from glassloop.data.stored import rows_with
 from glassloop.formula.dist import gather_objects
 from glassloop.loop.launch import MIXED_PRECISION
-from glassloop.loop.replica import Replica
+from glassloop.loop.replica import Replica, card_name
 from glassloop.plan.contract import Contract
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -96,7 +96,7 @@ def found_facts(accelerator: Accelerator, replica: Replica, *, shared: bool) -> 
     """
     engine, device = replica.plain_engine, replica.device
     groups = dtype_audit(engine.hf)
-    places = gather_objects(f"{socket.gethostname()} {device}")
+    places = gather_objects(f"{socket.gethostname()} {card_name(device)}")
 
     def dtypes(*kinds: str) -> str | None:
         found = sorted({group.dtype for group in groups if group.kind in kinds})

@@ -96,6 +96,17 @@ def device_of(accelerator: Accelerator) -> torch.device:
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
+def card_name(device: torch.device) -> str:
+    """A name that no other card of the host has.
+
+    Numbers differ: a launcher may show each rank one card, which is card 0 to all of them.
+    """
+    if device.type != "cuda":
+        return str(device)
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return str(device) if uuid is None else str(uuid)
+
+
 def load_engine(
     config: Config,
     device: torch.device,

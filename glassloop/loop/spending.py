@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glassloop.formula.dist import gather_objects
+from glassloop.loop.replica import card_name
 from glassloop.predict.choice import Asked, Base, describe
 from glassloop.predict.chunks import CHUNKS
 from glassloop.predict.host import host_ledger, spare_bytes
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 def ranks_on(device: torch.device) -> int:
     """Count the ranks that share this rank's device. All take part."""
-    own = f"{socket.gethostname()} {device}"
+    own = f"{socket.gethostname()} {card_name(device)}"
     return gather_objects(own).count(own)
 
 
@@ -34,10 +36,12 @@ def make_lean(engine: Any, memory: MemoryConfig) -> None:
     """Send the embedding to the host before anything is computed.
 
     Under `fused` and memory.profile=min, where it goes there anyway: the check of the engine would
-    need more memory than any pass.
+    need more memory than any pass. It stays where the system locks nothing and nobody asked for it:
+    the choice of tiers says so then.
     """
     if engine.name == "fused" and memory.profile == "min" and memory.host_gib != 0:
-        engine.send_embedding_away()
+        with suppress(ValueError) if memory.host_gib == "auto" else nullcontext():
+            engine.send_embedding_away()
 
 
 def spend_memory(run: Run) -> None:

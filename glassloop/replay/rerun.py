@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from glassloop.base.dropped import free_dropped
 from glassloop.base.tokenizer import load_tokenizer
 from glassloop.config import Config, as_dict
 from glassloop.data.batches import Batches, Window
@@ -251,6 +252,7 @@ def _first_rng(parts: Parts, ranks: int) -> Iterator[dict[str, Any]]:
     for rank in range(1, ranks):
         if parts.config.lora.dropout > 0:
             make_parts(parts.config, None, pad_id=parts.replica.pad_id, rows=(), rank=rank)
+            free_dropped(parts.replica.device)  # or every rank's model would lie beside the others
         yield rng_state(parts.replica.device)
 
 

@@ -232,13 +232,18 @@ def _other_engines(scene: Scene, config: Config, grad: Tensor) -> Iterator[Trial
         if used:
             yield Trial(name, note="not tried: the run used it")
             continue
-        try:
-            parts = make_parts(
-                config.model_copy(update=changed),
-                scene.parts.accelerator,
-                pad_id=scene.parts.replica.pad_id,
-                rows=scene.rows,
-            )
-            yield _attempt(name, scene, enter(scene, parts), grad)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            yield Trial(name, note=f"not tried: {str(error).splitlines()[0]}")
+        yield _in_another(name, scene, config.model_copy(update=changed), grad)
+
+
+def _in_another(name: str, scene: Scene, config: Config, grad: Tensor) -> Trial:
+    """Try in a model of its own, to which nothing refers afterwards."""
+    try:
+        parts = make_parts(
+            config,
+            scene.parts.accelerator,
+            pad_id=scene.parts.replica.pad_id,
+            rows=scene.rows,
+        )
+        return _attempt(name, scene, enter(scene, parts), grad)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        return Trial(name, note=f"not tried: {str(error).splitlines()[0]}")

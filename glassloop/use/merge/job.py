@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from glassloop.base.dropped import free_dropped
 from glassloop.base.hashing import base_hash
 from glassloop.base.layer_file import LayerFile, NotStreamable
 from glassloop.base.quantised import find_base
@@ -113,11 +114,10 @@ class Job:
                 )
             return Weights(folder), folder
         # The copy that training here would read.
-        device = torch.device("cuda") if self.device.type == "cuda" else torch.device("cpu")
         if self.trained.config.execution.engine == "fused":
             with suppress(NotStreamable):
-                return self.layer_weights(device)
-        found = find_base(model, precision=precision, device=device, first=nullcontext)
+                return self.layer_weights()
+        found = find_base(model, precision=precision, device=self.device, first=nullcontext)
         assert found.folder is not None
         weights = Weights(Path(found.folder), DTYPES[precision])
         if any(".experts." in name for name in weights):
@@ -127,11 +127,11 @@ class Job:
             )
         return weights, Path(found.folder)
 
-    def layer_weights(self, device: torch.device) -> tuple[LayerWeights, Path]:
+    def layer_weights(self) -> tuple[LayerWeights, Path]:
         """The base's file of layers, which the engine `fused` trains over."""
         model, dtype = self.trained.config.model, DTYPES[self.trained.config.execution.precision]
         files_hash = base_hash(self.source, cache_root(model.cache_dir) / "file_hashes.json")
-        folder, _ = layer_folder(self.source, files_hash, model, groups_of, dtype, device)
+        folder, _ = layer_folder(self.source, files_hash, model, groups_of, dtype, self.device)
         return LayerWeights(LayerFile.open(folder), dtype), folder
 
     def write(self, folder: Path, kind: str) -> None:
@@ -173,6 +173,7 @@ class Job:
         with loaded.hf.disable_adapter():
             base = look(loaded.hf.get_base_model(), rows, loaded.device, loaded.autocast)
         del loaded
+        free_dropped(self.device)  # before 16-bit weights take its place
         told = [
             line(f"{self.trained_on} without the adapter", base, self.reference, len(rows)),
             line(f"adapter on {self.trained_on}", self.reference, self.reference, len(rows)),

@@ -32,7 +32,7 @@ def test_memory_is_given_back_before_what_is_free_is_counted(
 ) -> None:
     """The model that a new file was checked with, and what torch keeps of earlier ones."""
     dropped: list[torch.device] = []
-    monkeypatch.setattr(streamed, "drop_quantised", dropped.append)
+    monkeypatch.setattr(streamed, "free_dropped", dropped.append)
     load(tiny_llama, tmp_path)
     assert len(dropped) == 1  # the file was made
     load(tiny_llama, tmp_path)

@@ -158,6 +158,7 @@ def card_of(monkeypatch: pytest.MonkeyPatch):
                 "gather_objects",
                 lambda own: [own, *others] if isinstance(own, int) else [own] * sharing,
             )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace())
         return SimpleNamespace(type="cuda")
 
     return make

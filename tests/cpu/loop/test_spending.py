@@ -7,9 +7,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from glassloop.config import MemoryConfig
 from glassloop.loop import spending
-from glassloop.loop.spending import agreed_tiers, base_bytes_of, host_bytes_of
+from glassloop.loop.replica import card_name
+from glassloop.loop.spending import agreed_tiers, base_bytes_of, host_bytes_of, make_lean
 from glassloop.predict.choice import Asked, Room, choose
 from glassloop.predict.terms import GIB
 from glassloop.predict.tiers import Tiers
@@ -40,6 +43,47 @@ def ranks_say(monkeypatch: pytest.MonkeyPatch, *answers: list) -> None:
         "gather_objects",
         lambda own: [own if one == "own" else one for one in next(left)],
     )
+
+
+# --- ranks of a card
+
+
+@pytest.mark.parametrize(("cards", "sharing"), [("AB", 1), ("AA", 2)])
+def test_a_card_has_one_name_whatever_its_number_is(monkeypatch, cards, sharing):
+    """A launcher may show each rank its own card alone: all of them are cuda:0 then."""
+    seen = iter(cards)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=next(seen))
+    )
+    device, said = torch.device("cuda", 0), []
+    monkeypatch.setattr(spending, "gather_objects", lambda own: said.append(own) or [*said])
+    spending.ranks_on(device)
+    assert spending.ranks_on(device) == sharing
+
+
+def test_without_a_name_of_its_own_a_card_has_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace())
+    assert card_name(torch.device("cuda", 3)) == "cuda:3"
+    assert card_name(torch.device("cpu")) == "cpu"
+
+
+# --- before the check of the engine
+
+
+class Lean:
+    """An engine whose system locks no memory."""
+
+    name = "fused"
+
+    def send_embedding_away(self) -> None:
+        raise ValueError("memory.host_gib: 1.0 GiB of host memory cannot be locked")
+
+
+def test_a_system_that_locks_nothing_refuses_only_what_was_asked_for():
+    make_lean(Lean(), MemoryConfig(profile="min"))
+    with pytest.raises(ValueError, match=r"memory\.host_gib"):
+        make_lean(Lean(), MemoryConfig(profile="min", host_gib=2.0))
+    make_lean(Lean(), MemoryConfig(profile="min", host_gib=0))
 
 
 # --- the host's share
