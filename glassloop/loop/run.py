@@ -341,6 +341,8 @@ class Run:
             self.stop.restore()
         self.capture.restore()
         self.machine.close()
+        if self.witness is not None:
+            self.witness.detach()
         if self.watchdog is not None:
             self.watchdog.close()
         self.accelerator.end_training()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Witness:
         self.folder, self.rank, self.device = folder / FOLDER, rank, device
         self.cuda = torch.cuda if cuda is None else cuda
         self.seen: Seen | None = None
+        self.over = False
 
     def attach(self) -> None:
         """Record allocations, and watch for one that fails. Nothing without a GPU."""
@@ -52,11 +54,26 @@ class Witness:
             history("all", context=None, stacks="python", max_entries=KEPT)
             torch._C._cuda_attach_out_of_memory_observer(self.observe)  # type: ignore[attr-defined]
 
+    def detach(self) -> None:
+        """See nothing more.
+
+        torch keeps an observer as long as the process lives.
+        """
+        if self.device.type == "cuda" and not self.over:
+            self.over = True
+            self.cuda.memory._record_memory_history(enabled=None)
+
     def observe(self, _device: int, asked: int, _allocated: int, _free: int) -> None:
         """Called by torch when an allocation has failed, before it raises."""
+        if not self.over:
+            # An error here would take the place of the lack of memory, which is what ends the pass.
+            with suppress(Exception):
+                self.seen = self._look(int(asked))
+
+    def _look(self, asked: int) -> Seen:
         free, total = self.cuda.mem_get_info(self.device)
-        self.seen = Seen(
-            asked=int(asked),
+        return Seen(
+            asked=asked,
             allocated=self.cuda.memory_allocated(self.device),
             reserved=self.cuda.memory_reserved(self.device),
             free=free,
@@ -76,6 +93,6 @@ class Witness:
             make(self.folder)
             data = pickle.dumps(self.cuda.memory._snapshot())
             replace_file(path, data, durable=False)
-        except (OSError, NotPlain):  # a full disk must not hide the lack of memory
+        except (OSError, NotPlain, MemoryError, RuntimeError):  # a full disk, or a full host
             return None
         return path.name

@@ -66,6 +66,51 @@ def test_a_disk_that_refuses_does_not_hide_the_lack_of_memory(tmp_path: Path) ->
     assert seen is not None and seen.snapshot is None
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no snapshot")])
+def test_a_host_without_memory_costs_the_snapshot_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    found = witness(tmp_path)
+
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(found.cuda.memory, "_snapshot", fails)
+    found.observe(0, GIB, 0, 0)
+    seen = found.take()
+    assert seen is not None and seen.snapshot is None and seen.asked == GIB
+
+
+def test_an_error_of_the_observer_does_not_take_the_place_of_the_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = witness(tmp_path)
+
+    def fails(_device: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(found.cuda, "mem_get_info", fails)
+    found.observe(0, GIB, 0, 0)
+    assert found.take() is None
+
+
+def test_a_run_that_has_ended_sees_nothing_of_the_next_one(tmp_path: Path) -> None:
+    """torch keeps both observers: the first would write into a folder that is done."""
+    found = witness(tmp_path)
+    found.detach()
+    found.detach()
+    cuda: Any = found.cuda
+    assert cuda.asked == [((), {"enabled": None})]
+    found.observe(0, GIB, 0, 0)
+    assert found.take() is None and not (tmp_path / FOLDER).exists()
+
+
+def test_a_run_on_a_cpu_has_nothing_to_end(tmp_path: Path) -> None:
+    found = Witness(tmp_path, 0, torch.device("cpu"), None)
+    found.detach()
+    assert not found.over
+
+
 def test_torch_records_allocations_without_stacks_and_calls_the_observer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,3 +202,10 @@ def test_a_rank_that_was_not_short_says_nothing(
         train_loop.leave_evidence(run, run.batches.window(1), (1,))
     run.close_observers()
     assert not (run.folder / FOLDER / "rank0.json").exists()
+
+
+def test_a_run_that_closes_lets_its_witness_go(run_of, tmp_path: Path) -> None:
+    run = run_of()
+    run.witness = witness(tmp_path)
+    run.close()
+    assert run.witness.over
