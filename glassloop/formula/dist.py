@@ -197,7 +197,7 @@ def all_or_none(what: str) -> Iterator[None]:
     The error names the rank that failed, and no rank waits for it.
 
     A rank whose own block went well raises ValueError where the others only refused what a user
-    gave (ValueError), else RuntimeError.
+    gave (ValueError), OSError where they met the disk too, else RuntimeError.
     """
     failure: BaseException | None = None
     try:
@@ -207,14 +207,20 @@ def all_or_none(what: str) -> Iterator[None]:
     mine = (
         None
         if failure is None
-        else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
+        else (
+            next(
+                (kind for kind in (ValueError, OSError) if isinstance(failure, kind)), RuntimeError
+            ),
+            f"{type(failure).__name__}: {failure}",
+        )
     )
     failures = gather_objects(mine)
     if failure is not None:
         raise failure
     broken = {rank: told for rank, told in enumerate(failures) if told is not None}
     if broken:
-        kind = ValueError if all(refusal for refusal, _ in broken.values()) else RuntimeError
+        kinds = {kind for kind, _ in broken.values()}
+        kind = next(one for one in (RuntimeError, OSError, ValueError) if one in kinds)
         told = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in broken.items())
         raise kind(f"{what} failed on another rank ({told})")
 
