@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from glassloop.base.dropped import free_dropped
 from glassloop.config import as_dict
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
-from glassloop.loop.generation import EvaluationSetup
+from glassloop.loop.generation import EvaluationLacksMemory, EvaluationSetup
 from glassloop.record.records import EvaluationRecord, SampleRecord
 from glassloop.saved.checkpoint import save_checkpoint
 from glassloop.saved.run_state import RunState
@@ -67,8 +68,27 @@ class Underway(Protocol):
 def evaluate_run(run: Underway, update: int) -> None:
     """Evaluate held-out rows, and answer samples at both ends of a run.
 
-    All ranks take part. Raises EvaluationStopped, on all of them, if a stop was asked.
+    All ranks take part. An evaluation that a card has no room for is dropped and said: training
+    needs none. Raises EvaluationStopped, on all of them, if a stop was asked.
     """
+    try:
+        _evaluate(run, update)
+    except EvaluationLacksMemory as error:
+        settings = run.config.evaluation
+        run.event(
+            update,
+            "warning",
+            f"the evaluation after update {update} was dropped: {error}. Lower "
+            f"evaluation.generate_batch (now {settings.generate_batch}), "
+            f"evaluation.max_new_tokens ({settings.max_new_tokens}) or batch.size",
+            f"glassloop evaluate {run.folder}" if update else None,
+        )
+    else:
+        return
+    free_dropped(run.replica.device)  # once the error holds nothing any more
+
+
+def _evaluate(run: Underway, update: int) -> None:
     settings, replica = run.config.evaluation, run.replica
     setup = EvaluationSetup(
         template=run.template,

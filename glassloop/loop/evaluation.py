@@ -36,11 +36,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from glassloop.base.card_errors import lacks_memory
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Example, Row
 from glassloop.data.scam import verdict_of
 from glassloop.formula.dist import all_or_none, gather_objects
-from glassloop.loop.generation import EvaluationSetup, EvaluationStopped, generate, unchanged
+from glassloop.loop.generation import (
+    EvaluationLacksMemory,
+    EvaluationSetup,
+    EvaluationStopped,
+    generate,
+    unchanged,
+)
 from glassloop.record.records import EvaluationRecord
 
 VERDICTS = ("scam", "honest")
@@ -108,7 +115,7 @@ def evaluate(
     Raises:
         ValueError: no held-out row has a supervised token.
         RuntimeError: another rank failed. The failing rank raises its own error; none waits for it.
-        EvaluationStopped: a stop was asked of a rank.
+        EvaluationStopped, EvaluationLacksMemory: a stop was asked of a rank; its card had no room.
     """
     assert not isinstance(engine, DistributedDataParallel), (
         "evaluate() takes the engine itself, not its DDP wrapper"
@@ -202,22 +209,42 @@ def answer_together(hf: Any, examples: Sequence[Example], setup: EvaluationSetup
     return in_row_order(of_all_ranks(mine, setup.ranks))
 
 
-def unless_stopped(action: Callable[[], Item]) -> Item | None:
-    """Run `action`; return None if a stop interrupts it."""
+@dataclass(frozen=True)
+class _Lack:
+    """What a card said that had no room."""
+
+    said: str
+
+
+def unless_stopped(action: Callable[[], Item]) -> Item | _Lack | None:
+    """Run `action`; return None if a stop interrupts it.
+
+    A lack of memory is returned too: all ranks react to one's.
+    """
     try:
         return action()
     except EvaluationStopped:
         return None
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        return _Lack((str(error).strip() or type(error).__name__).splitlines()[0][:300])
 
 
-def of_all_ranks(mine: Item | None, ranks: int) -> list[Item]:
+def of_all_ranks(mine: Item | _Lack | None, ranks: int) -> list[Item]:
     """Gather every rank's value.
 
     Raises:
         EvaluationStopped: on all ranks, if one has None.
+        EvaluationLacksMemory: on all ranks, if a card had no room.
     """
-    found = gather_objects(mine) if ranks > 1 else [mine]
-    values: list[Item] = [value for value in found if value is not None]
+    found: list[Any] = gather_objects(mine) if ranks > 1 else [mine]
+    for rank, one in enumerate(found):
+        if isinstance(one, _Lack):
+            raise EvaluationLacksMemory(f"rank {rank} ran out of memory: {one.said}")
+    values: list[Item] = [
+        value for value in found if value is not None and not isinstance(value, _Lack)
+    ]
     if len(values) < len(found):
         raise EvaluationStopped
     return values

@@ -30,6 +30,13 @@ class EvaluationStopped(Exception):
     """A stop was asked in mid-evaluation; `evaluate` raises it on every rank."""
 
 
+class EvaluationLacksMemory(torch.OutOfMemoryError):
+    """A card had no room for an evaluation.
+
+    `evaluate` raises it on every rank.
+    """
+
+
 @dataclass(frozen=True)
 class EvaluationSetup:
     """Settings by which rows are measured and answered.

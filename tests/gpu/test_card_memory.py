@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -126,7 +126,7 @@ def test_a_card_that_is_full_while_a_base_is_loaded_is_said_and_deletes_no_copy(
     )
     rest = []
     try:
-        with pytest.raises(torch.OutOfMemoryError):
+        with suppress(torch.OutOfMemoryError):
             while True:  # what torch has cut from a larger piece would hold a small base
                 rest.append(torch.empty(512, dtype=torch.uint8, device=CARD))
         with pytest.raises(torch.OutOfMemoryError):
