@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def run(given: argparse.Namespace) -> int:
     if facts.evaluated is None:
         print(
             "          no evaluation of these weights with its uncertainty: glassloop evaluate "
-            f"{given.run}"
+            f"{shlex.quote(str(given.run))}"
         )
     if given.dry_run is not None:
         try:

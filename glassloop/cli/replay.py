@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,15 +179,15 @@ def next_command(
 ) -> str:
     """Return the command to type next."""
     update = opened.scene.update
-    own = f"glassloop replay {where} --update {update}"
+    own = f"glassloop replay {shlex.quote(str(where))} --update {update}"
     if trials is None:
         return f"{own} --try" if found is not None else f"{own} --bisect"
     kind = trials.verdict.kind
     if trials.verdict.earlier and update > 1 and not (where / "capsule.json").exists():
-        return f"glassloop replay {where} --update {update - 1} --bisect --try"
-    start = f"{_launch(opened)} --config {run_folder(where)}/config.yaml"
+        return f"glassloop replay {shlex.quote(str(where))} --update {update - 1} --bisect --try"
+    start = f"{_launch(opened)} --config {shlex.quote(str(run_folder(where) / 'config.yaml'))}"
     before = checkpoint_before(run_folder(where), update)
-    go_on = f"{_launch(opened)} --resume {run_folder(where)} --at {before}"
+    go_on = f"{_launch(opened)} --resume {shlex.quote(str(run_folder(where)))} --at {before}"
     return {
         "data": f"{go_on} --without-window {update}",
         "precision": f"{go_on} execution.precision=fp32",

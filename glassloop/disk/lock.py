@@ -14,6 +14,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -97,11 +98,13 @@ class FolderLock:
         if path is not None:
             raise FolderMoved(
                 f"{self.folder} was renamed in mid-run, its files are in {path.parent}: the run "
-                f"ends, so that its record is not split. Resume it with --resume {path.parent}"
+                f"ends, so that its record is not split. Resume it with "
+                f"--resume {shlex.quote(str(path.parent))}"
             )
         raise FolderMoved(
             f"{self.path} was removed or replaced in mid-run: the run ends, since another could "
-            f"write there too. Resume it from its last checkpoint: --resume {self.folder}"
+            f"write there too. Resume it from its last checkpoint: "
+            f"--resume {shlex.quote(str(self.folder))}"
         )
 
     def release(self) -> None:

@@ -31,17 +31,16 @@ def launch_command(ranks: int, *, on_cuda: bool) -> str:
 
 def generate_command(folder: Path, form: str) -> str:
     """The command that asks a finished run. form: data.format."""
-    name = shlex.quote(str(folder))
     return (
-        f'glassloop generate {name} --call "{CALL}"'
+        f'glassloop generate {shlex.quote(str(folder))} --call "{CALL}"'
         if form == "scam"
-        else (f'glassloop generate {name} "YOUR QUESTION"')
+        else (f'glassloop generate {shlex.quote(str(folder))} "YOUR QUESTION"')
     )
 
 
 def replay_command(folder: Path, update: int) -> str:
     """The command that looks for the cause of an update."""
-    return f"glassloop replay {folder} --update {update} --bisect"
+    return f"glassloop replay {shlex.quote(str(folder))} --update {update} --bisect"
 
 
 def replay_of(finding: Finding, folder: Path, update: int) -> str:

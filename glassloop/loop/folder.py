@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ def check_no_run_in(folder: Path) -> None:
     if any(gather_objects(os.path.lexists(folder / "config.yaml"))):
         raise ValueError(
             f"run.name = {folder.name}: {folder} already holds a run; "
-            f"choose another name, or resume that run: --resume {folder}"
+            f"choose another name, or resume that run: --resume {shlex.quote(str(folder))}"
         )
 
 

@@ -6,6 +6,7 @@ Evaluation, samples, checkpoints, the end.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -221,7 +222,7 @@ class Run:
                 update,
                 "warning",
                 f"the evaluation after update {update} was dropped: a stop was asked",
-                f"glassloop evaluate {self.folder}" if update else None,
+                f"glassloop evaluate {shlex.quote(str(self.folder))}" if update else None,
             )
 
     def save(self, update: int) -> bool:
@@ -326,7 +327,7 @@ class Run:
     def resume_command(self) -> str:
         """The command that resumes this run."""
         command = launch_command(self.replica.ranks, on_cuda=self.replica.device.type == "cuda")
-        return f"{command} --resume {self.folder}"
+        return f"{command} --resume {shlex.quote(str(self.folder))}"
 
     def close_observers(self) -> None:
         """Close files, terminal and trackers; let the next writer in."""

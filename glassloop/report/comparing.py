@@ -7,6 +7,7 @@ Welch's interval (B. L. Welch, Biometrika 34, 1947) and needs two seeds on each.
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def floor_of(sides: Sequence[Side]) -> tuple[float, str]:
             return (
                 assumed,
                 f"assumed: the repeats {a.name} and {b.name} part by {off:.0%}, which is no noise "
-                f"(glassloop compare {a.folder} {b.folder})",
+                f"(glassloop compare {shlex.join((str(a.folder), str(b.folder)))})",
             )
         return max(
             REPEATS * off, 1e-9

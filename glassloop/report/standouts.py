@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 
 from glassloop.record.reading import Record, RunData, number, setting
@@ -80,7 +81,7 @@ def _worst_row(run: RunData) -> list[Say]:
             "look",
             said,
             row["update"],
-            f"glassloop replay {run.folder} --update {row['update']} --bisect",
+            f"glassloop replay {shlex.quote(str(run.folder))} --update {row['update']} --bisect",
         )
     ]
 
@@ -110,7 +111,7 @@ def _largest_norm(run: RunData) -> list[Say]:
             "look",
             said,
             update,
-            f"glassloop replay {run.folder} --update {update} --bisect",
+            f"glassloop replay {shlex.quote(str(run.folder))} --update {update} --bisect",
         )
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def report_at_the_end(folder: Path) -> None:
     except Exception as error:  # a fault of the page must not become one of the run
         _say_failure(
             f"report of {folder} not written: {type(error).__name__}: {error}\n    type: glassloop "
-            f"report {folder}"
+            f"report {shlex.quote(str(folder))}"
         )
 
 

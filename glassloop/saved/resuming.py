@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
         found = "; ".join(notes) or "there is none"
         raise ValueError(
             f"resume.run = {folder} has no complete checkpoint ({found}): begin it again "
-            f"(--resume {folder} --at 0), or name another folder"
+            f"(--resume {shlex.quote(str(folder))} --at 0), or name another folder"
         )
     return checkpoint, notes
 
@@ -153,7 +154,7 @@ def position(
             "updates: there is nothing to resume; "
             f"to train further, name more: schedule.updates={2 * plan.updates}; to begin "
             "a new schedule from its adapter, start a run with "
-            f"--init_adapter {checkpoint}"
+            f"--init_adapter {shlex.quote(str(checkpoint))}"
         )
     return state.update, state.tracker_ids
 

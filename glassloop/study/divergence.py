@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def divergences(results: Sequence[CellResult], out: Path) -> list[Divergence]:
             update, why = where_to_look(result.run)
             answer = _file(out, result.cell.name)
             text = _answer(answer)
-            command = f"glassloop replay {result.run.folder} --update {update} --bisect --try"
+            folder = shlex.quote(str(result.run.folder))
+            command = f"glassloop replay {folder} --update {update} --bisect --try"
             found.append(Divergence(result.cell.name, update, why, command, text))
     return found
 
@@ -99,7 +101,7 @@ def bisect(
     path = _file(out, one.cell)
     if (kept := _answer(path)) is not None:
         return kept
-    words = [sys.executable, "-m", "glassloop.cli", *one.command.split()[1:]]
+    words = [sys.executable, "-m", "glassloop.cli", *shlex.split(one.command)[1:]]
     try:
         done = subprocess.run(
             words,

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,7 +263,11 @@ def _parsed(study: Study, words: Sequence[str], what: str) -> Config:
 
 
 def _words(base: Any, overrides: Sequence[str], axes: Axes, bad: Complaint) -> tuple[str, ...]:
-    in_base = base.split() if isinstance(base, str) else base if isinstance(base, list) else []
+    try:
+        in_base = shlex.split(base) if isinstance(base, str) else base
+    except ValueError as error:
+        raise bad("base", base, f"words as a shell takes them ({error})") from error
+    in_base = in_base if isinstance(in_base, list) else []
     if base is not None and not (
         isinstance(base, str | list) and all(isinstance(one, str) for one in in_base)
     ):

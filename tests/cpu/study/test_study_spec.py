@@ -192,3 +192,13 @@ def test_the_studies_of_the_repository_can_be_run_and_claim_something(
     assert study.name == path.stem and study.question and study.cannot_say and study.claims
     assert len(study.seeds) > 1, "with one seed no claim is ever resolved"
     assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_a_word_of_base_may_be_quoted_for_its_spaces(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    text = "name: s\nquestion: q\naxes: {lora.r: [8]}\nseeds: [1]\nbase: "
+    study.write_text(text + "schedule.updates=2 'model.id=my models/one'\n")
+    assert "model.id=my models/one" in read_study(study).words
+    study.write_text(text + """schedule.updates=2 model.id="my models\n""")
+    with pytest.raises(ValueError, match=r"base.*words as a shell takes them"):
+        read_study(study)
