@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,7 +82,7 @@ def evaluate_run(run: Underway, update: int) -> None:
             f"the evaluation after update {update} was dropped: {error}. Lower "
             f"evaluation.generate_batch (now {settings.generate_batch}), "
             f"evaluation.max_new_tokens ({settings.max_new_tokens}) or batch.size",
-            f"glassloop evaluate {run.folder}" if update else None,
+            f"glassloop evaluate {shlex.quote(str(run.folder))}" if update else None,
         )
     else:
         return
