@@ -224,7 +224,8 @@ def test_an_unsound_engine_that_was_named_is_refused(equal_qwen2, run_of, monkey
 
 
 def test_one_ranks_doubt_is_everyones(equal_qwen2, run_of, monkeypatch, auto_takes_fused):
-    monkeypatch.setattr(proving, "gather_objects", lambda mine: [mine, "a kernel is wrong"])
+    other = proving.Doubt("a kernel is wrong")
+    monkeypatch.setattr(proving, "gather_objects", lambda mine: [mine, other])
     sections = {"execution": {"engine": "auto"}}
     run = run_of(model={"id": str(equal_qwen2)}, **sections)
     assert run.replica.plain_engine.name == "peft"

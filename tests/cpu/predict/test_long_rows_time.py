@@ -32,12 +32,13 @@ def test_predicted_speeds_of_long_rows_are_within_5_percent_of_what_they_were_fi
     assert all(abs(error) < 0.05 for *_, error in found)
 
 
-def test_a_chunked_row_on_a_small_card_is_predicted_no_slower_than_its_first_update():
-    """Its only update compiled its kernels: the true speed is above what was measured."""
+def test_a_long_row_is_predicted_no_slower_than_it_was_measured():
+    """An only update compiled its kernels, and some shared the card: the true speed is higher."""
     file = RESULTS / "long-rows-h200.jsonl"
     cases = [json.loads(line) for line in file.read_text().splitlines()]
-    cases = [line for line in cases if line["kind"] == "case" and line["trained"]]
-    assert cases
+    ours = [line for line in cases if line["kind"] == "case" and "tiers" in line]
+    cases = [line for line in ours if line["trained"]]
+    assert len(cases) >= 7
     for line in cases:
         one = seconds(line["tokens"], Tiers.of(line["tiers"]))
         ratio = line["tokens"] / one.seconds / line["tokens_per_s"]
