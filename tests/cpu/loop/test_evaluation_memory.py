@@ -16,6 +16,7 @@ def full() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
+@pytest.mark.thorough
 def test_a_run_continues_without_an_evaluation_that_has_no_room(
     run_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import launching
+import pytest
 
 FOUND = "print(before, gc.get_stats()[2]['collections'], gc.isenabled(), gc.get_freeze_count())"
 
@@ -24,12 +25,14 @@ def test_no_search_while_the_loop_is_imported_and_none_among_it_later():
     assert frozen > 200_000  # its objects, of 330,000 or so
 
 
+@pytest.mark.thorough
 def test_a_process_that_has_torch_already_keeps_its_searches():
     _, _, enabled, frozen = found("import torch, train_loop")
     assert enabled
     assert frozen == 0
 
 
+@pytest.mark.thorough
 def test_a_process_without_searches_stays_without():
     _, _, enabled, frozen = found("gc.disable(); import train_loop")
     assert not enabled
