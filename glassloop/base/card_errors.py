@@ -46,11 +46,11 @@ def of_the_machine(error: BaseException) -> str:
     Empty if there is none.
     """
     if type(error).__name__ in CLASSES:
-        return _first_line(str(error)) or type(error).__name__
+        return first_line(error, type(error).__name__)
     for text in (str(error), *_set_aside(error)):
         found = [line for line in text.splitlines() if re.search(ANY, line)]
         if found:
-            return _first_line(found[-1])
+            return found[-1].strip()[:300]
     return ""
 
 
@@ -67,5 +67,6 @@ def _set_aside(error: BaseException) -> Iterator[str]:
         place = place.tb_next
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else ""
+def first_line(error: BaseException, otherwise: str = "no reason given") -> str:
+    """What an error says first; `otherwise` if it says nothing."""
+    return (str(error).strip() or otherwise).splitlines()[0][:300]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glassloop.base.card_errors import lacks_memory, of_the_machine
+from glassloop.base.card_errors import first_line, lacks_memory, of_the_machine
 from glassloop.base.files import FileError, check_files, check_no_pointers
 from glassloop.base.random import PREFIX, random_folder
 from glassloop.base.smollm2 import MODEL_ID, smollm2_folder
@@ -279,10 +279,7 @@ def _of_the_card(model: ModelConfig, reason: str) -> RuntimeError:
 
 def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
     text = str(error)
-    reason = (
-        f"{type(error).__name__}: "
-        f"{text.strip().splitlines()[0][:300] if text.strip() else 'no reason given'}"
-    )
+    reason = f"{type(error).__name__}: {first_line(error)}"
     if "trust_remote_code" in text:
         return (
             f"model.id = {model.id} brings Python code of its own, which would run here: if you "

@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from glassloop.base.card_errors import lacks_memory
+from glassloop.base.card_errors import first_line, lacks_memory
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Example, Row
 from glassloop.data.scam import verdict_of
@@ -228,7 +228,7 @@ def unless_stopped(action: Callable[[], Item]) -> Item | _Lack | None:
     except RuntimeError as error:
         if not lacks_memory(error):
             raise
-        return _Lack((str(error).strip() or type(error).__name__).splitlines()[0][:300])
+        return _Lack(first_line(error, type(error).__name__))
 
 
 def of_all_ranks(mine: Item | _Lack | None, ranks: int) -> list[Item]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glassloop.base.card_errors import lacks_memory, lost_card
+from glassloop.base.card_errors import first_line, lacks_memory, lost_card
 from glassloop.config import Config
 from glassloop.data.rows import Row
 from glassloop.engines.build import Engine
@@ -82,8 +82,7 @@ def doubt_of(
     try:
         return Doubt(disagreement(engine, adapters, rows, packed=packed, pad_id=pad_id))  # type: ignore[arg-type]
     except Exception as error:  # a kernel that does not compile, an interface that has changed
-        first = (str(error).strip() or "no reason given").splitlines()[0][:300]
-        said = f"fused fails on a short row ({type(error).__name__}: {first})"
+        said = f"fused fails on a short row ({type(error).__name__}: {first_line(error)})"
         if lacks_memory(error):  # the reference needs more
             return Doubt(said, FULL)
         return Doubt(said, FAILED if lost_card(error) else "")

@@ -172,6 +172,7 @@ def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         else 0
     )
     base["embedding, head, norms"] -= moved
+    before_it_goes = PHASES[:1] if work.profile == "min" else PHASES[:2]
     streamed = work.tiers.streamed if work.tiers else 0
     for what in LAYERS:
         base[what] -= base[what] * streamed // shapes.layers
@@ -181,8 +182,7 @@ def resident(shapes: Shapes, work: Work) -> tuple[Term, ...]:
         *(Term(what, size, PHASES) for what, size in base.items()),
         Term("room for streamed layers", min(SLOTS, streamed) * one, PHASES),
         Term("this rank's part of the layers", part, PHASES),
-        # Under `min` it goes as soon as it is read.
-        Term("embedding, before it goes to the host", moved, PHASES[: 1 + (work.profile != "min")]),
+        Term("embedding, before it goes to the host", moved, before_it_goes),
         Term("adapters, fp32", 4 * n, after_load),
         Term("their gradients, fp32", 4 * n, after_load),
         Term("DDP's buckets", 4 * n if work.reduction == "ddp" else 0, PHASES[2:]),

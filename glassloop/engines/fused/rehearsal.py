@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glassloop.base.card_errors import first_line
 from glassloop.base.packed import SCALE_BLOCK, Packed
 from glassloop.config import LoraConfig
 from glassloop.data.batches import build_pass
@@ -171,5 +172,5 @@ class Rehearsal:
         self.thread.join()
         if self.error is None:
             return ""
-        first = (str(self.error).strip() or "no reason given").splitlines()[0][:300]
-        return f"kernels compile at their first launch ({type(self.error).__name__}: {first})"
+        why = f"{type(self.error).__name__}: {first_line(self.error)}"
+        return f"kernels compile at their first launch ({why})"
