@@ -99,6 +99,8 @@ def main(argv: list[str]) -> int:
             rows_per_update=asked.rows_per_update,
             bench_updates=asked.bench_updates,
             workloads=tuple(asked.workloads.split(",")),
+            layers=asked.layers,
+            slower=asked.slower,
             pythons=tuple(tuple(pair.split("=", 1)) for pair in asked.python),  # type: ignore[arg-type]
         )
         try:
@@ -162,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
         help="for everything; parts that it does not reach fail (default: 8.5 a group)",
     )
     parser.add_argument(
+        "--slower",
+        type=float,
+        default=1.0,
+        metavar="TIMES",
+        help="each part's limit, so many times",
+    )
+    parser.add_argument(
         "--add", action="store_true", help="keep what the file of results holds of other parts"
     )
     parser.add_argument(
@@ -211,6 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bench-updates", type=int, default=3, help="measured updates of an arm (default: 3)"
     )
+    parser.add_argument(
+        "--layers", type=int, default=16, help="of 70B shapes in streamed and fsdp (default: 16)"
+    )
     return parser
 
 
@@ -222,7 +234,8 @@ def run_stages(
     def run(name: str, until: float) -> dict[str, Verdict]:
         return PARTS[name](place, asked, until)
 
-    return suite.run_stages(STAGES, run, chosen, last, written)
+    stages = [(limit_s * asked.slower, names) for limit_s, names in STAGES]
+    return suite.run_stages(stages, run, chosen, last, written)
 
 
 def summary(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:

@@ -30,6 +30,8 @@ class Asked:
     rows_per_update: int = 16
     bench_updates: int = 3
     workloads: tuple[str, ...] = ("full-v1", "scam-v1")
+    layers: int = 16
+    slower: float = 1.0
     engines: tuple[str, ...] = ("peft", "fused")
     pythons: tuple[tuple[str, str], ...] = ()
 
