@@ -229,6 +229,11 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
         less = replace(tiers, streamed=layers)
     else:
         return False
+    # A layer that was kept has no slot on the host yet.
+    if less.host != "nothing" and less.kept < tiers.kept:
+        refused = gather_objects(room_refused(engine, less, engine.host.most_tokens))
+        if any(refused):
+            return False
     use_tiers(run, less)
     if run.replica.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -193,8 +193,20 @@ class _Pass:
 
     def tiers(self, how: How) -> Tiers:
         host, chunk = how
-        kept = 0 if chunk else min(1, self.layers)
-        return Tiers(kept, host, streamed=self.streamed(self.needed(how)), chunk=chunk)
+        needed = self.needed(how)
+        streamed = self.streamed(needed)
+        kept = 0 if chunk else min(1 + self.more_kept(host, needed, streamed), self.layers)
+        return Tiers(kept, host, streamed=streamed, chunk=chunk)
+
+    def more_kept(self, host: Host, needed: float, streamed: int) -> int:
+        """Layers beside the last that can be kept whole while others' tensors are on the host."""
+        if host == "nothing" or self.asked.profile == "min":
+            return 0
+        one, tokens = self.one, self.asked.tokens
+        # Two layers are on their way to the host while all of these are there.
+        spare = self.left(streamed) - needed - away_bytes(one, tokens, host)
+        each = kept_bytes(one, tokens) - beside_away_bytes(one, tokens, host)
+        return max(0, int(spare // each))
 
 
 def choose(asked: Asked, room: Room, one: Sizes, layers: int) -> Tiers:

@@ -36,6 +36,21 @@ def test_layers_kept_go_first_and_the_base_last(run_of, base, streams) -> None:
     assert run.tiers["streamed"] == engine.tiers.streamed
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_kept_layer_goes_where_the_host_has_room_for_it(run_of, monkeypatch, refuses) -> None:
+    """A host that refuses leaves the tiers as they are."""
+    run = run_of(execution={"engine": "fused", "precision": "fp32"}, model={"quantization": "nf4"})
+    engine = run.replica.plain_engine
+    room.use_tiers(run, replace(engine.tiers, kept=2, host="all"))
+    engine.make_room(engine.tiers, 100)
+    assert len(engine.host.slots) == 0
+    if refuses:
+        monkeypatch.setattr(room, "room_refused", lambda *_: "memory.host_gib: too little")
+    assert room.fewer_kept(run, 1, "out of memory") is not refuses
+    assert engine.tiers.kept == (2 if refuses else 1)
+    assert len(engine.host.slots) == (0 if refuses else 1)
+
+
 def test_the_reference_engine_has_nothing_to_give_up(run_of) -> None:
     assert not room.fewer_kept(run_of(), 1, "out of memory")
 

@@ -79,10 +79,21 @@ def test_a_pass_is_cut_only_where_it_does_not_fit_whole():
 
 
 def test_a_long_row_on_a_small_card_leaves_all_on_the_host_while_few_layers_could_be_kept():
-    """So attention is not computed again; short rows in a pass as long keep layers instead."""
+    """So attention is not computed again; short rows in a pass as long keep layers instead.
+
+    What is free beside that keeps layers whole, unless as little as possible is asked.
+    """
     work, budget = replace(WORK, profile="fill", base="gpu"), budget_bytes(23.5, 1)
-    long = tiers_of(R1, with_tiers(R1, row_of(work, 24_576), budget))
-    assert (long.kept, long.host) == (1, "all")
+    one = row_of(work, 24_576)
+    long = tiers_of(R1, with_tiers(R1, one, budget))
+    assert (long.kept, long.host) == (6, "all")
+    peaks = [
+        ledger_of(R1, replace(one, tiers=replace(long, kept=kept)), "fused").peak_bytes
+        for kept in (6, 8)
+    ]
+    assert peaks[0] * 1.03 <= budget < peaks[1] * 1.03
+    least = tiers_of(R1, with_tiers(R1, replace(one, profile="min"), budget))
+    assert (least.kept, least.host) == (1, "all")
     many = replace(work, rows=12, tokens=2048)
     assert tiers_of(R1, with_tiers(R1, many, budget)).host == "nothing"
 
