@@ -22,6 +22,8 @@ KNOWN = (
     "home/.cache/dconf/*",
     "home/.cache/huggingface/datasets/*",  # copies of data files
     "home/.cache/huggingface/modules/*",  # code of models
+    "home/.cache/huggingface/hub",  # Unsloth makes the two folders when it is imported
+    "home/.cache/huggingface/xet",
     "home/.cache/matplotlib/*",
     "home/.cache/wandb/*",
     "home/.config/chromium/*",

@@ -205,9 +205,7 @@ def bf16_distances(
         ours, plain = (
             build_pass(rows, packed=one, pad_id=0, device=device) for one in (True, False)
         )
-        with proof.drawn_adapters(engine, adapters), proof.stored_as_least(engine.hf):
-            found = proof.distances(engine, adapters, ours, plain)
-        judged = proof.judged(list(adapters.slices), found, torch.bfloat16, plain.supervised_tokens)
+        judged, found = proof.compared(engine, adapters, ours, plain)
         said = said or judged
         shares.append(float(found.fused.norm() / found.reference.norm()))
     return said, statistics.geometric_mean(shares)

@@ -43,7 +43,10 @@ SHARE = 0.17  # of the adapters beside W x, about: seen in every gradient, and n
 # with one label and r = 1, where nothing averages the rounding, 9.5. The reference's own distance
 # is that of the matrix or the median's, whichever is larger.
 FP32 = 1e-4
+# A drawn gemma2, whose scores are capped, was beyond that for 7 of 100 draws of rows with the first
+# adapters, for 12 with the second, and for 1 with both.
 FACTOR, AVERAGED = 2.0, 8  # times the reference's distance, with this many labels or more
+DRAWS = 3  # of adapters, each of which must show a difference
 # A gradient that is 0 (q and k, where attention sees one key) leaves rounding alone, measured
 # against the largest matrix.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
@@ -71,14 +74,29 @@ def disagreement(
     Args:
         rows: of the run, in any order. packed: as the run's passes are; the reference pads.
     """
-    device, dtype = adapters.flat.device, engine.embedding.dtype
-    short = short_rows(rows)
+    device, short = adapters.flat.device, short_rows(rows)
     ours, plain = (
         build_pass(short, packed=one, pad_id=pad_id, device=device) for one in (packed, False)
     )
-    with drawn_adapters(engine, adapters), stored_as_least(engine.hf):
-        found = distances(engine, adapters, ours, plain)
-    return judged(list(adapters.slices), found, dtype, plain.supervised_tokens)
+    return compared(engine, adapters, ours, plain)[0]
+
+
+def compared(
+    engine: FusedEngine, adapters: FlatAdapters, ours: Pass, plain: Pass
+) -> tuple[str, Distances]:
+    """What differs, "" if nothing does, and by how much.
+
+    In bf16 a difference counts if it is there again with other adapters: rounding alone, of a
+    gradient that is mostly rounding, is rarely beyond its bound twice.
+    """
+    dtype = engine.embedding.dtype
+    for seed in range(1 if dtype == torch.float32 else DRAWS):
+        with drawn_adapters(engine, adapters, seed), stored_as_least(engine.hf):
+            found = distances(engine, adapters, ours, plain)
+        said = judged(list(adapters.slices), found, dtype, plain.supervised_tokens)
+        if not said:
+            break
+    return said, found
 
 
 def short_rows(rows: Sequence[Row]) -> list[Row]:
@@ -107,7 +125,7 @@ def piece(row: Row) -> Row:
 
 
 @contextmanager
-def drawn_adapters(engine: FusedEngine, adapters: FlatAdapters) -> Iterator[None]:
+def drawn_adapters(engine: FusedEngine, adapters: FlatAdapters, seed: int = 0) -> Iterator[None]:
     """Give A and B small random values for the block.
 
     B is 0 before update 1, and A would have no gradient. The old values wait in host memory and
@@ -115,7 +133,7 @@ def drawn_adapters(engine: FusedEngine, adapters: FlatAdapters) -> Iterator[None
     """
     device = adapters.flat.device
     before = adapters.flat.detach().to("cpu", copy=True)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     try:
         with torch.no_grad():
             for module in engine.adapted:

@@ -160,6 +160,25 @@ def test_it_leaves_adapters_gradients_and_random_numbers_bit_for_bit(equal_qwen2
     adapters.check_views()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("beyond", [1, 2, 3])
+def test_a_difference_in_bf16_counts_if_other_adapters_show_it_too(
+    equal_qwen2, monkeypatch, precision, beyond
+):
+    """In fp32, where nothing is rounded away, the first counts."""
+    engine, adapters = fused_on(equal_qwen2, precision)
+    asked: list[float] = []
+
+    def judged(names, found, dtype, labels) -> str:
+        asked.append(found.loss)
+        return "beyond" if len(asked) <= beyond else ""
+
+    monkeypatch.setattr(the_proof, "judged", judged)
+    counts = precision == "fp32" or beyond == the_proof.DRAWS
+    assert said(engine, adapters) == ("beyond" if counts else "")
+    assert len(asked) == len(set(asked)) == (1 if precision == "fp32" else min(beyond + 1, 3))
+
+
 def test_rows_are_cut_where_labels_see_several_tokens():
     long, late = rows_of(400)[0], rows_of(90, supervised=1)[0]
     for row in (long, late):
