@@ -75,7 +75,8 @@ def quantised(module: torch.nn.Linear, device: torch.device) -> Any:
     drawn = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
     how: dict[str, Any] = dict(quant_type="nf4", compress_statistics=True)
     how["quant_storage"] = torch.bfloat16
-    layer: Any = Linear4bit(shape[1], shape[0], False, torch.bfloat16, **how)
+    with torch.device("meta"):  # or it would draw weights on the CPU first
+        layer: Any = Linear4bit(shape[1], shape[0], False, torch.bfloat16, **how)
     make_weight: Any = Params4bit
     layer.weight = make_weight(drawn, requires_grad=False, module=layer, **how)
     return layer.to(device)

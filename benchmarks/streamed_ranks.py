@@ -92,10 +92,11 @@ def main() -> int:
         for turn in range(asked.turns + 1):
             for arm in arms:
                 pages.peers = {}
-                engine.use_tiers(Tiers(1, "inputs", streamed=0 if arm == "gpu" else layers))
+                # Nothing of a pass goes to the host: what lies there is the base.
+                engine.use_tiers(Tiers(1, streamed=0 if arm == "gpu" else layers))
                 pages.peers = peers if arm == "sharded" else {}
+                losses[arm] = gradient(engine, adapters, p)[0]  # and what a change of tiers forgot
                 if turn == 0:
-                    losses[arm] = gradient(engine, adapters, p)[0]
                     continue
                 passes = 0 if arm == "alone" and rank > 0 else asked.passes
                 each = gather_objects(seconds(engine, p, passes, torch.distributed.barrier))

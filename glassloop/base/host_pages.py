@@ -72,7 +72,8 @@ class HostPages:
         locked: what unlocks it.
         on_card: layers whose blob has a copy on the device.
         ranks: that keep a part of the layers each (base/sharded.py).
-        peers: layers that are copied from a card, this one or another rank's.
+        peers: layers that lie on a card, this one or another rank's.
+        own: those of them that lie on this one.
         notes: what a person should know, a line each.
     """
 
@@ -85,6 +86,7 @@ class HostPages:
     on_card: dict[int, Tensor] = field(default_factory=dict, repr=False)
     ranks: int = 1
     peers: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    own: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
 
     @classmethod

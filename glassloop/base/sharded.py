@@ -4,7 +4,8 @@ All ranks read each of them.
 
 A rank keeps every n-th layer on its card and opens the others' memory through CUDA's interprocess
 handles, as torch shares tensors between processes. A copy from another card is then one of the copy
-engines' work, over NVLink or PCIe, and takes nothing from the kernels that compute.
+engines' work, over NVLink or PCIe, and takes nothing from the kernels that compute. A rank's own
+layers are not copied.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def share_layers(pages: HostPages, rank: int, gather: Gather) -> None:
             theirs = part
         else:
             theirs = handle[0](*handle[1]) if on_cards else handle
-        pages.peers |= layers_of(pages, theirs, other, len(places))
+        lie_there = layers_of(pages, theirs, other, len(places))
+        pages.peers |= lie_there
+        if other == rank:
+            pages.own = frozenset(lie_there)
     gather(None)  # nobody gives up a part before all have opened it
     layers = len(pages.file.manifest.layers)
     pages.notes += (

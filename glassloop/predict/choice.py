@@ -199,7 +199,7 @@ class _Pass:
         return Tiers(kept, host, streamed=streamed, chunk=chunk)
 
     def more_kept(self, host: Host, needed: float, streamed: int) -> int:
-        """Layers beside the last that can be kept whole while others' tensors are on the host."""
+        """Count layers that can be kept whole beside the last one."""
         if host == "nothing" or self.asked.profile == "min":
             return 0
         one, tokens = self.one, self.asked.tokens

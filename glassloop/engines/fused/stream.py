@@ -2,7 +2,8 @@
 
 A layer's blob lands in one of a few slots while the layers before it compute. All its groups are
 dequantised when it begins, and from then on the slot is free for the next copy. So two slots give
-nearly two layers of time to each copy. What is computed is the same, bit for bit.
+nearly two layers of time to each copy. A layer that lies on this card already, as a rank's own part
+of a sharded base does, is read there. What is computed is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from glassloop.engines.fused.layer import Layer
 from glassloop.engines.fused.linear import Linear, Scratch
 from glassloop.predict.tiers import SLOTS
 
+HERE = -1  # in place of a slot, for a layer that lies on this card
+
 
 class LayerStream:
     """Copies of layers, in the order in which a pass visits them."""
@@ -27,7 +30,7 @@ class LayerStream:
         self.pages, self.device = pages, device
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.slots: list[Tensor] = []  # (bytes,) uint8 each
-        self.views: dict[tuple[int, int], dict[str, Packed]] = {}  # by layer and slot
+        self.views: dict[tuple[int, int], dict[str, Packed]] = {}  # by layer and slot, or HERE
         self.vacant: deque[tuple[int, torch.Event | None]] = deque()  # slot, its last reader
         self.here: deque[tuple[int, int, torch.Event | None]] = deque()  # layer, slot, its arrival
         self.coming: deque[int] = deque()
@@ -51,7 +54,8 @@ class LayerStream:
 
         What is on its way already is kept if it is what `order` begins with.
         """
-        coming = deque([*order, *then[: len(self.slots)]])
+        due = [[layer for layer in one if not self._lies_here(layer)] for one in (order, then)]
+        coming = deque([*due[0], *due[1][: len(self.slots)]])
         if [layer for layer, *_ in self.here] != list(coming)[: len(self.here)]:
             self.vacant.extend((slot, arrival) for _, slot, arrival in self.here)
             self.here.clear()
@@ -64,6 +68,10 @@ class LayerStream:
         """Dequantise a layer's groups from its slot, and free the slot."""
         if all(scratch.holds_of(linear) for linear in layer.linears):
             return  # the pass turns at this layer
+        if self._lies_here(index):
+            for linear in layer.linears:
+                self._dequantise(linear, self._views(index, HERE)[linear.group], scratch)
+            return
         found, slot, arrival = self.here.popleft()
         assert found == index, f"layer {index} is due, {found} has come"
         if arrival is not None:
@@ -103,8 +111,12 @@ class LayerStream:
     def _views(self, index: int, slot: int) -> dict[str, Packed]:
         key = index, slot
         if key not in self.views:
-            self.views[key] = self.pages.file.packed(index, self.slots[slot], self.pages.shared)
+            blob = self.pages.blob(index) if slot == HERE else self.slots[slot]
+            self.views[key] = self.pages.file.packed(index, blob, self.pages.shared)
         return self.views[key]
+
+    def _lies_here(self, index: int) -> bool:
+        return index in self.pages.own and index in self.pages.peers
 
     def _now(self) -> torch.Event | None:
         """An event behind all that the computing stream was given so far."""

@@ -85,14 +85,23 @@ def test_every_rank_reads_every_layer_and_keeps_its_part(tiny_llama, ranks) -> N
             assert torch.equal(pages.blob(index), wanted.blob(index))
             assert pages.blob(index).data_ptr() != wanted.blob(index).data_ptr()
         kept = len(range(rank, 2, ranks))
+        assert pages.own == set(range(rank, 2, ranks))
         assert f"each of {ranks} ranks keeps {kept} of 2" in pages.notes[-1]
 
 
 @needs_triton
-def test_a_sharded_base_gives_the_bits_of_one_on_the_host(tiny_llama) -> None:
+def test_a_sharded_base_gives_the_bits_of_one_on_the_host(tiny_llama, monkeypatch) -> None:
+    """And a rank's own layer is not copied."""
     from glassloop.engines.fused.engine import FusedEngine
+    from glassloop.engines.fused.stream import LayerStream
 
-    found = []
+    genuine, found, copied = LayerStream._copy, [], []
+
+    def copy(self, blob, slot) -> None:
+        copied[-1].add(blob.data_ptr())
+        genuine(self, blob, slot)
+
+    monkeypatch.setattr(LayerStream, "_copy", copy)
     row = Row("r", tuple(range(5, 25)), tuple(place > 3 for place in range(20)))
     for hf, report, pages in (shared(tiny_llama, 2)[1], loaded(tiny_llama)):
         peft = attach_lora(hf, LoraConfig(r=4), seed=0, base_name="b", commit=None)
@@ -102,10 +111,14 @@ def test_a_sharded_base_gives_the_bits_of_one_on_the_host(tiny_llama) -> None:
         )
         adapters.flat.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
         engine.use_tiers(Tiers(1, streamed=2))
-        loss, _ = engine(build_pass([row], packed=True, pad_id=0, device=CPU))
-        loss.backward()
+        copied.append(set())
+        for _ in range(2):
+            loss, _ = engine(build_pass([row], packed=True, pad_id=0, device=CPU))
+            loss.backward()
         found.append(adapters.grad.clone())
+        copied[-1] = {index for index in range(2) if pages.blob(index).data_ptr() in copied[-1]}
     assert torch.equal(found[0], found[1]) and found[0].norm() > 0
+    assert copied == [{0}, {0, 1}]
 
 
 def test_one_rank_or_two_hosts_are_refused_on_all_ranks(tiny_llama, monkeypatch) -> None:
