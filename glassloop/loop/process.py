@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from glassloop.base.card_errors import first_line, lacks_memory
 from glassloop.formula.dist import leave
 from glassloop.loop.guard import Guard, say
 from glassloop.loop.replica import ReplicasDiffer, SharedPassFailed
@@ -39,6 +40,12 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
                 say(refusal(error))
             leave()
             return 2
+        except RuntimeError as error:
+            if not lacks_memory(error) or os.environ.get("GLASSLOOP_TRACEBACK"):
+                raise
+            say(refusal(ValueError(no_room(error))))  # each rank has a card of its own
+            leave()
+            return 2
         guard.begins()
         return run
     except StoppedEarly as why:
@@ -47,6 +54,17 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
         guard.code = guard.stop.exit_code or 1
         leave()
         return guard.code
+
+
+def no_room(error: RuntimeError) -> str:
+    """Word a lack of memory before the first update."""
+    rank = os.environ.get("RANK", "0")
+    return (
+        f"the card of rank {rank} has no memory left, before the first update: "
+        f"{first_line(error)}. See what else runs there (nvidia-smi); or set memory.base=host "
+        "memory.profile=min with execution.engine=fused, or take a smaller model.id or lora.r. "
+        "glassloop plan says what a run needs"
+    )
 
 
 def carried_out(

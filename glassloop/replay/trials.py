@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glassloop.base.card_errors import first_line, lacks_memory
 from glassloop.config import Config
 from glassloop.data.batches import Window
 from glassloop.formula.optim import l2_norm, make_optimizer
@@ -245,5 +246,7 @@ def _in_another(name: str, scene: Scene, config: Config, grad: Tensor) -> Trial:
             rows=scene.rows,
         )
         return _attempt(name, scene, enter(scene, parts), grad)
-    except (ValueError, torch.OutOfMemoryError) as error:
-        return Trial(name, note=f"not tried: {str(error).splitlines()[0]}")
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not lacks_memory(error):
+            raise
+        return Trial(name, note=f"not tried: {first_line(error)}")

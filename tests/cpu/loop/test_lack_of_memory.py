@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from glassloop.loop import spending as room
+from glassloop.loop.guard import Guard
+from glassloop.loop.process import begun
 from glassloop.record.jsonl import read_jsonl
 from train_loop import train
 
@@ -80,6 +82,26 @@ def test_libraries_that_ask_the_driver_themselves_lack_memory_as_torch_does(run_
     assert train(run) == 0
     events = list(read_jsonl(run.folder / "events.jsonl"))
     assert [one["update"] for one in events if one["kind"] == "out_of_memory"] == [1]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_card_too_small_for_the_base_is_a_refusal_with_a_cure(monkeypatch, capsys, rank) -> None:
+    """Said by the rank whose card it is."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def build(said: str):
+        raise torch.OutOfMemoryError(said) if "memory" in said else RuntimeError(said)
+
+    with Guard() as guard:
+        found = begun(guard, lambda: build("CUDA out of memory. Tried to allocate 2 GiB\nmore"))
+    said = capsys.readouterr()
+    told = said.out + said.err
+    assert found == 2 and "Traceback" not in told
+    assert f"refused: the card of rank {rank} has no memory left" in told
+    assert "Tried to allocate 2 GiB. See" in told and "memory.base=host" in told
+    with Guard() as guard, pytest.raises(RuntimeError, match="a fault"):
+        begun(guard, lambda: build("a fault"))
 
 
 def test_another_error_of_a_pass_is_no_lack_of_memory(run_of) -> None:
