@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import glassloop
 from glassloop import cli
+from glassloop.base.card_errors import first_line, lacks_memory
 from glassloop.record.printable import refusal
 
 USAGE = "usage: glassloop COMMAND [ARGUMENT] ..."
@@ -27,7 +28,8 @@ TRAINING = "To train: glassloop train FILE --model ID"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    That is the command's own; 2 for refused input, with the reason on stderr; 130 after Ctrl-C.
+    That is the command's own; 2 for refused input, 1 for a card without memory, with the reason on
+    stderr; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -61,6 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(refusal(error), file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not lacks_memory(error) or os.environ.get("GLASSLOOP_TRACEBACK"):
+            raise
+        print(
+            f"ended: a card has no memory left: {first_line(error)}. See what else runs there "
+            "(nvidia-smi), or take another with CUDA_VISIBLE_DEVICES\n"
+            "(GLASSLOOP_TRACEBACK=1 shows where)",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def command_names() -> list[str]:

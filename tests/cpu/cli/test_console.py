@@ -30,6 +30,8 @@ def main(argv):
         open("/no/such/file")
     if argv == ["broken"]:
         raise RuntimeError("a fault of ours")
+    if argv == ["full"]:
+        raise RuntimeError("CUDA error: out of memory\\nCUDA kernel errors might be late")
     if argv == ["wait"]:
         input()
     print("got", *argv)
@@ -134,6 +136,14 @@ def test_the_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="fault of ours"):
         main(["echo-twice", "broken"])
+
+
+@pytest.mark.usefixtures("echo_twice")
+def test_a_card_without_memory_is_named_and_has_a_cure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["echo-twice", "full"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("ended: a card has no memory left: CUDA error: out of memory. See what")
+    assert "CUDA_VISIBLE_DEVICES" in err and err.endswith("TRACEBACK=1 shows where)\n")
 
 
 def test_a_reader_that_leaves_early_is_no_fault(tmp_path: Path) -> None:
