@@ -11,12 +11,13 @@ import resource
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from glassloop.health.nvml import Card, CardReading, throttle_names
 from glassloop.record.records import MachineRecord
+
+if TYPE_CHECKING:
+    import torch
 
 PAGE_GIB = resource.getpagesize() / 2**30
 MOST_READINGS = 4096  # kept of one update; later ones are dropped
@@ -211,6 +212,7 @@ def counters(allocations: Callable[[], float | None] = lambda: None) -> Counters
 
 def cuda_allocations(device: torch.device) -> Callable[[], float | None]:
     """Return a counter of the calls that took memory from CUDA."""
+    import torch
 
     def count() -> float | None:
         stats = torch.cuda.memory_stats_as_nested_dict(device)
