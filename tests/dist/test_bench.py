@@ -99,6 +99,7 @@ def test_a_peer_is_measured_on_the_same_rows_and_adapters(tmp_path: Path) -> Non
     assert shown.count("scam-v1    literal") == 1
 
 
+@pytest.mark.thorough
 def test_side_by_side_a_peer_and_our_arm_take_turns_on_the_same_rows(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     words = [
@@ -135,6 +136,7 @@ def test_side_by_side_a_peer_and_our_arm_take_turns_on_the_same_rows(tmp_path: P
     )
 
 
+@pytest.mark.thorough
 def test_a_matrix_in_turns_has_its_reference_among_the_arms(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     command = [

@@ -22,6 +22,7 @@ needs_package = pytest.mark.skipif(
 
 
 @needs_package
+@pytest.mark.thorough
 def test_smollm2_answers_in_nf4_with_its_chat_template() -> None:
     tokenizer = load_tokenizer(ModelConfig(id="smollm2"))
     engine = build_engine(

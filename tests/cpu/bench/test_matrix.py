@@ -303,6 +303,7 @@ def test_a_ratio_is_taken_turn_by_turn() -> None:
     assert table.beside([ours, theirs | {"check": {"within": False}}], ["unsloth"]) == []
 
 
+@pytest.mark.thorough
 def test_an_arm_that_cannot_run_leaves_a_line_that_says_why(tmp_path: Path) -> None:
     spec = Spec("peft", "scam-v1", "literal", 1, 3, 8, "random:tiny", "fp32", device="cpu")
     line = run_arm(spec, Place("cpu", 0), tmp_path / "arm", timeout_s=120)

@@ -22,11 +22,16 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test below starts")
-def test_kernels_under_the_interpreter():
-    """In its own process: Triton decides when a kernel is defined."""
+def test_kernels_under_the_interpreter(request):
+    """In its own process: Triton decides when a kernel is defined.
+
+    It runs what its own session runs, by mark.
+    """
     files = sorted(map(str, Path(__file__).parent.glob("test_fused_kernels*.py")))
+    words = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    words += ["-m", request.config.getoption("markexpr")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *files],
+        [sys.executable, "-m", "pytest", *words, *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -66,7 +71,11 @@ def packed_of(shapes: list[tuple[int, int]], *, nested: bool):
     return pack(modules, [f"weight {i}" for i in range(len(shapes))]), modules, before
 
 
-SHAPES = [[(64, 64)], [(96, 128), (32, 128), (32, 128)], [(24, 4160), (8, 4160)]]
+SHAPES = [
+    [(64, 64)],
+    pytest.param([(96, 128), (32, 128), (32, 128)], marks=pytest.mark.thorough),
+    [(24, 4160), (8, 4160)],
+]
 
 
 @pytest.mark.parametrize("nested", [True, False])

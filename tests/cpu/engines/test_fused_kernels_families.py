@@ -140,7 +140,9 @@ SCORES = [(None, None, 1), (None, None, 7), (0.3, 2.0, None), (0.2, 1.5, 20), (N
 
 
 @pytest.mark.parametrize(("scale", "cap", "window"), SCORES)
-@pytest.mark.parametrize("lengths", [(1, 5, 17, 40), (32, 16, 33)])
+@pytest.mark.parametrize(
+    "lengths", [(1, 5, 17, 40), pytest.param((32, 16, 33), marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("cuts", [None, CUTS[1], CUTS[2]], ids=str)
 def test_windows_and_caps(scale, cap, window, lengths, cuts):
     """The reference (None), and the kernels with blocks of several sizes."""
