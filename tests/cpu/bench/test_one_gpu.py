@@ -182,6 +182,17 @@ def test_the_small_card_has_a_peak_and_a_speed(tmp_path: Path) -> None:
     ]
 
 
+def test_the_records_cost_is_judged_by_its_shares_of_an_update(tmp_path: Path) -> None:
+    def verdict(recorded=0.002, probed=0.1, sampler: float | None = 0.002) -> str:
+        shares = {} if sampler is None else {"share_of_an_update": sampler}
+        line = {"recorded_costs": recorded, "probed_costs": probed, "sampler": shares}
+        (tmp_path / "record.jsonl").write_text(json.dumps(line))
+        return one_gpu_parts.judge_record(place(tmp_path), {}).verdict
+
+    assert verdict() == "held" and verdict(sampler=None) == "failed"
+    assert {verdict(recorded=0.0021), verdict(probed=0.101), verdict(sampler=0.0021)} == {"missed"}
+
+
 def test_a_start_is_judged_when_it_is_warm(tmp_path: Path) -> None:
     for name in ("start_8b_made", "start_8b_cold", "start_8b_warm"):
         run_in(tmp_path / "runs" / name, [record(1)])
