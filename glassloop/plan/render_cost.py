@@ -136,7 +136,18 @@ def row_lines(outlook: Outlook) -> list[str]:
             f"{blank}{one.card:<9}{one.longest_tokens:>9,}{one.longest_host_gib:>7.1f}  "
             + (one.longest_tiers if one.longest_tokens else "none")
         )
-    return [*lines, *_speed_lines(known, outlook)]
+    return [*lines, *_beyond_positions(known, outlook), *_speed_lines(known, outlook)]
+
+
+def _beyond_positions(known: list[Verdict], outlook: Outlook) -> list[str]:
+    """A line on rows beyond the positions of the model."""
+    positions = None if outlook.shapes is None else outlook.shapes.positions
+    if positions is None or all((one.longest_tokens or 0) <= positions for one in known):
+        return []
+    return [
+        f"{' ' * LABEL}the model has {positions:,} positions (max_position_embeddings): rows "
+        "beyond them train, and it has never read such"
+    ]
 
 
 def _together(outlook: Outlook) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Shapes:
     tied_head: bool = False
     biased: tuple[str, ...] = ()  # names of projections that have a bias
     family: str = "llama"  # config.json's model_type
+    positions: int | None = field(default=None, compare=False)  # no size; None: not known
 
     @property
     def traits(self) -> Traits:
@@ -160,7 +161,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # that published config.json files leav
 MOST_LAYERS = 10_000  # that are looked at one by one
 KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes(
-        "DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256
+        "DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256, positions=131072
     ),
     "smollm2": Shapes("SmolLM2-135M-Instruct", 30, 576, 1536, 9, 3, 64, 49152, tied_head=True),
     "random:llama-8b": Shapes("random-llama-8b", 32, 4096, 14336, 32, 8, 128, 128256),
@@ -256,6 +257,7 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
             tied_head=bool(values.get("tie_word_embeddings", False)),
             biased=_biased(values),
             family=str(values["model_type"]),
+            positions=values.get("max_position_embeddings"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -138,6 +139,7 @@ def test_the_longest_row_of_each_card_is_planned_with_the_host_it_takes(capsys):
     assert speeds is not None
     falling = [int(one.replace(",", "")) for one in speeds.groups()]
     assert falling == sorted(falling, reverse=True) and 100 < falling[-1] < falling[0] < 4000
+    assert "the model has 131,072 positions" in rows
     less = flat(said(capsys, "r1_8b_scam", "execution.engine=fused", "memory.host_gib=8"))
     fewer = re.search(r"4090 ([\d,]+) (\d+\.\d)", less[less.index("rows the longest") :])
     assert fewer is not None and int(fewer[1].replace(",", "")) < tokens / 2
@@ -159,3 +161,14 @@ def test_the_last_line_can_be_pasted_where_a_name_has_spaces(capsys):
     words = ["r1_8b_scam", "data.system=be brief, $HOME"]
     start = said(capsys, *words).splitlines()[-1]
     assert shlex.split(start)[-2:] == words
+
+
+def test_positions_are_named_where_a_card_goes_beyond_them(capsys, tiny_llama, tmp_path):
+    """They are the config's; a model whose config is not known has none."""
+    words = ["execution.engine=fused", "data.template=chat"]
+    known = flat(said(capsys, "r1_8b_scam", f"model.id={tiny_llama}", *words))
+    positions = json.loads((Path(tiny_llama) / "config.json").read_text())[
+        "max_position_embeddings"
+    ]
+    assert f"the model has {positions:,} positions" in known
+    assert "positions" not in flat(said(capsys, "r1_8b_scam", "model.id=random:llama-8b", *words))
