@@ -145,8 +145,8 @@ def _beyond_positions(known: list[Verdict], outlook: Outlook) -> list[str]:
     if positions is None or all((one.longest_tokens or 0) <= positions for one in known):
         return []
     return [
-        f"{' ' * LABEL}the model has {positions:,} positions (max_position_embeddings): rows "
-        "beyond them train, and it has never read such"
+        f"{' ' * LABEL}the model has {positions:,} positions (max_position_embeddings): longer "
+        "rows train, but it was not made for them"
     ]
 
 
