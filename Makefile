@@ -48,7 +48,9 @@ soak: .venv/dev.stamp  ## Kill a run hundreds of times and resume it; end many (
 
 # The newest versions write their numbers down first; the oldest must find the same.
 verify-oldest: .venv/dev.stamp .venv-oldest/run.stamp  ## Prove the math on the oldest versions
-	$(BIN)/glassloop verify --device cpu --json > .venv-oldest/newest.json
+	$(BIN)/glassloop verify --device cpu --json > .venv-oldest/newest.json \
+	  2> .venv-oldest/newest.log || { cat .venv-oldest/newest.log >&2; exit 1; }
+	@tail -n 1 .venv-oldest/newest.log
 	.venv-oldest/bin/glassloop verify --device cpu --json --against .venv-oldest/newest.json \
 	  > .venv-oldest/oldest.json
 

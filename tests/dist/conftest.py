@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,13 @@ def run_verify(*arguments: str, root: Path = ROOT) -> Verified:
 
 @pytest.fixture(scope="session")
 def verified() -> Verified:
-    """`glassloop verify --json` on this tree, run once for all workers of pytest-xdist."""
+    """`glassloop verify --json` on this tree, run once for all workers of pytest-xdist.
+
+    GLASSLOOP_VERIFIED: path without .json and .log of what it printed, where it has just passed on
+    this tree.
+    """
+    if made := os.environ.get("GLASSLOOP_VERIFIED"):
+        return Verified(0, *(Path(made + end).read_text("utf-8") for end in (".json", ".log")))
     kept = apart.SESSION / "verified.json"
     with open(apart.SESSION / "verified.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
