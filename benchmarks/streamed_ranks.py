@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import statistics
 import sys
 import time
@@ -38,6 +39,11 @@ from glassloop.plan.support import groups_of
 from glassloop.predict.tiers import Tiers
 
 
+@functools.cache
+def driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
 class Pulled(LayerStream):
     """Copies another card's layers in this card's context, by the driver."""
 
@@ -49,7 +55,7 @@ class Pulled(LayerStream):
         words = [ctypes.c_void_p(one) for one in (into.data_ptr(), blob.data_ptr(), stream)]
         size = ctypes.c_size_t(blob.nbytes)
         with torch.cuda.device(into.device):
-            code = ctypes.CDLL("libcuda.so.1").cuMemcpyAsync(words[0], words[1], size, words[2])
+            code = driver().cuMemcpyAsync(words[0], words[1], size, words[2])
         if code:
             raise RuntimeError(f"cuMemcpyAsync: CUDA error {code}")
 

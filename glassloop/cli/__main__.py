@@ -66,12 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not lacks_memory(error) or os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        print(
-            f"ended: a card has no memory left: {first_line(error)}. See what else runs there "
-            "(nvidia-smi), or take another with CUDA_VISIBLE_DEVICES\n"
-            "(GLASSLOOP_TRACEBACK=1 shows where)",
-            file=sys.stderr,
-        )
+        said = f"a card has no memory left: {first_line(error)}. See what else runs there "
+        said += "(nvidia-smi), or take another with CUDA_VISIBLE_DEVICES"
+        print(refusal(said, "ended"), file=sys.stderr)
         return 1
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import tempfile
 from pathlib import Path
 
 from glassloop.cli.generate import add_run_options, overrides_of
 from glassloop.config.options import Options
+from glassloop.loop.commands import evaluate_command
 
 
 def main(argv: list[str]) -> int:
@@ -95,8 +95,8 @@ def run(given: argparse.Namespace) -> int:
             print(f"          the card says that a licence is not known: {option} TEXT")
     if facts.evaluated is None:
         print(
-            "          no evaluation of these weights with its uncertainty: glassloop evaluate "
-            f"{shlex.quote(str(given.run))}"
+            "          no evaluation of these weights with its uncertainty: "
+            f"{evaluate_command(given.run)}"
         )
     if given.dry_run is not None:
         try:

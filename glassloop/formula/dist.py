@@ -190,6 +190,9 @@ def gather_objects(value: object) -> list:
     return values
 
 
+FAULTS = (ValueError, OSError, RuntimeError)  # what a user gave; the disk; anything else
+
+
 @contextlib.contextmanager
 def all_or_none(what: str) -> Iterator[None]:
     """Run a block on every rank; if one fails, all raise.
@@ -208,9 +211,7 @@ def all_or_none(what: str) -> Iterator[None]:
         None
         if failure is None
         else (
-            next(
-                (kind for kind in (ValueError, OSError) if isinstance(failure, kind)), RuntimeError
-            ),
+            next((kind for kind in FAULTS if isinstance(failure, kind)), RuntimeError),
             f"{type(failure).__name__}: {failure}",
         )
     )
@@ -219,8 +220,7 @@ def all_or_none(what: str) -> Iterator[None]:
         raise failure
     broken = {rank: told for rank, told in enumerate(failures) if told is not None}
     if broken:
-        kinds = {kind for kind, _ in broken.values()}
-        kind = next(one for one in (RuntimeError, OSError, ValueError) if one in kinds)
+        kind = max((kind for kind, _ in broken.values()), key=FAULTS.index)
         told = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in broken.items())
         raise kind(f"{what} failed on another rank ({told})")
 

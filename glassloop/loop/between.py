@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from glassloop.base.dropped import free_dropped
 from glassloop.config import as_dict
+from glassloop.loop.commands import evaluate_command
 from glassloop.loop.evaluation import Answer, answer_together, evaluate
 from glassloop.loop.generation import EvaluationLacksMemory, EvaluationSetup
 from glassloop.record.records import EvaluationRecord, SampleRecord
@@ -76,17 +76,25 @@ def evaluate_run(run: Underway, update: int) -> None:
         _evaluate(run, update)
     except EvaluationLacksMemory as error:
         settings = run.config.evaluation
-        run.event(
+        evaluation_dropped(
+            run,
             update,
-            "warning",
-            f"the evaluation after update {update} was dropped: {error}. Lower "
-            f"evaluation.generate_batch (now {settings.generate_batch}), "
+            f"{error}. Lower evaluation.generate_batch (now {settings.generate_batch}), "
             f"evaluation.max_new_tokens ({settings.max_new_tokens}) or batch.size",
-            f"glassloop evaluate {shlex.quote(str(run.folder))}" if update else None,
         )
     else:
         return
     free_dropped(run.replica.device)  # once the error holds nothing any more
+
+
+def evaluation_dropped(run: Underway, update: int, why: str) -> None:
+    """Say that an evaluation is lacking, and how to make it afterwards."""
+    run.event(
+        update,
+        "warning",
+        f"the evaluation after update {update} was dropped: {why}",
+        evaluate_command(run.folder) if update else None,
+    )
 
 
 def _evaluate(run: Underway, update: int) -> None:

@@ -38,6 +38,11 @@ def generate_command(folder: Path, form: str) -> str:
     )
 
 
+def evaluate_command(folder: Path) -> str:
+    """The command that evaluates a run's adapter."""
+    return f"glassloop evaluate {shlex.quote(str(folder))}"
+
+
 def replay_command(folder: Path, update: int) -> str:
     """The command that looks for the cause of an update."""
     return f"glassloop replay {shlex.quote(str(folder))} --update {update} --bisect"

@@ -242,9 +242,7 @@ def of_all_ranks(mine: Item | _Lack | None, ranks: int) -> list[Item]:
     for rank, one in enumerate(found):
         if isinstance(one, _Lack):
             raise EvaluationLacksMemory(f"rank {rank} ran out of memory: {one.said}")
-    values: list[Item] = [
-        value for value in found if value is not None and not isinstance(value, _Lack)
-    ]
+    values: list[Item] = [value for value in found if value is not None]
     if len(values) < len(found):
         raise EvaluationStopped
     return values

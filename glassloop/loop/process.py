@@ -43,7 +43,7 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
         except RuntimeError as error:
             if not lacks_memory(error) or os.environ.get("GLASSLOOP_TRACEBACK"):
                 raise
-            say(refusal(ValueError(no_room(error))))  # each rank has a card of its own
+            say(refusal(no_room(error)))  # each rank has a card of its own
             leave()
             return 2
         guard.begins()

@@ -22,7 +22,7 @@ from glassloop.health.inspection import Inspection
 from glassloop.health.machine import Sampler
 from glassloop.health.patience import HeldOut
 from glassloop.health.slowness import SlowUpdates
-from glassloop.loop.between import evaluate_run, publish_checkpoint
+from glassloop.loop.between import evaluate_run, evaluation_dropped, publish_checkpoint
 from glassloop.loop.claim import release
 from glassloop.loop.commands import generate_command, launch_command, replay_command, replay_of
 from glassloop.loop.generation import EvaluationStopped
@@ -218,12 +218,7 @@ class Run:
         try:
             evaluate_run(self, update)
         except EvaluationStopped:
-            self.event(
-                update,
-                "warning",
-                f"the evaluation after update {update} was dropped: a stop was asked",
-                f"glassloop evaluate {shlex.quote(str(self.folder))}" if update else None,
-            )
+            evaluation_dropped(self, update, "a stop was asked")
 
     def save(self, update: int) -> bool:
         """Publish a checkpoint after `update` updates. All ranks take part.

@@ -230,10 +230,9 @@ def fewer_kept(run: Run, update: int, why: str) -> bool:
     else:
         return False
     # A layer that was kept has no slot on the host yet.
-    if less.host != "nothing" and less.kept < tiers.kept:
-        refused = gather_objects(room_refused(engine, less, engine.host.most_tokens))
-        if any(refused):
-            return False
+    goes_there = less.host != "nothing" and less.kept < tiers.kept
+    if goes_there and any(gather_objects(room_refused(engine, less, engine.host.most_tokens))):
+        return False
     use_tiers(run, less)
     if run.replica.device.type == "cuda":
         torch.cuda.empty_cache()

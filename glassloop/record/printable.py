@@ -26,9 +26,12 @@ def visible(text: str) -> str:
     return printable(text.replace("\n", "⏎").replace("\t", "⇥"))
 
 
-def refusal(error: BaseException) -> str:
-    """Word a refusal; the error's text may come from a file."""
-    return f"refused: {printable(str(error), keep=BREAK)}\n(GLASSLOOP_TRACEBACK=1 shows where)"
+def refusal(error: BaseException | str, what: str = "refused") -> str:
+    """Word a refusal or another end.
+
+    The error's text may come from a file.
+    """
+    return f"{what}: {printable(str(error), keep=BREAK)}\n(GLASSLOOP_TRACEBACK=1 shows where)"
 
 
 def _harmless(char: str) -> bool:

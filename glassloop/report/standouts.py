@@ -75,15 +75,7 @@ def _worst_row(run: RunData) -> list[Say]:
         f"Row {row['row_id']} cost {loss:.3g} nats a token at update {row['update']}, {factor:.1f} "
         "times the middle of its window."
     )
-    return [
-        Say(
-            "look",
-            "look",
-            said,
-            row["update"],
-            f"glassloop replay {shlex.quote(str(run.folder))} --update {row['update']} --bisect",
-        )
-    ]
+    return [_look(run, said, row["update"])]
 
 
 def _largest_norm(run: RunData) -> list[Say]:
@@ -105,15 +97,13 @@ def _largest_norm(run: RunData) -> list[Say]:
         f"The gradient norm of update {update} was {norm:.3g}, {norm / middle:.1f} times the "
         "middle of the run, without an alarm."
     )
-    return [
-        Say(
-            "look",
-            "look",
-            said,
-            update,
-            f"glassloop replay {shlex.quote(str(run.folder))} --update {update} --bisect",
-        )
-    ]
+    return [_look(run, said, update)]
+
+
+def _look(run: RunData, said: str, update: int) -> Say:
+    """A sentence on an update, with the command that looks into it."""
+    command = f"glassloop replay {shlex.quote(str(run.folder))} --update {update} --bisect"
+    return Say("look", "look", said, update, command)
 
 
 def _padding(run: RunData) -> list[Say]:

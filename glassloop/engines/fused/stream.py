@@ -17,7 +17,7 @@ from torch import Tensor
 from glassloop.base.host_pages import HostPages
 from glassloop.base.packed import Packed
 from glassloop.engines.fused.layer import Layer
-from glassloop.engines.fused.linear import Linear, Scratch
+from glassloop.engines.fused.linear import Scratch
 from glassloop.predict.tiers import SLOTS
 
 HERE = -1  # in place of a slot, for a layer that lies on this card
@@ -69,26 +69,25 @@ class LayerStream:
         if all(scratch.holds_of(linear) for linear in layer.linears):
             return  # the pass turns at this layer
         if self._lies_here(index):
-            for linear in layer.linears:
-                self._dequantise(linear, self._views(index, HERE)[linear.group], scratch)
+            self._dequantise(layer, self._views(index, HERE), scratch)
             return
         found, slot, arrival = self.here.popleft()
         assert found == index, f"layer {index} is due, {found} has come"
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
         try:
-            for linear in layer.linears:
-                self._dequantise(linear, self._views(index, slot)[linear.group], scratch)
+            self._dequantise(layer, self._views(index, slot), scratch)
         finally:  # a pass that finds no memory here would take the slot with it
             self.vacant.append((slot, self._now()))
         self._fetch()
 
-    def _dequantise(self, linear: Linear, packed: Packed, scratch: Scratch) -> None:
-        home, linear.packed = linear.packed, packed
-        try:
-            scratch.weights(linear)
-        finally:
-            linear.packed = home
+    def _dequantise(self, layer: Layer, views: dict[str, Packed], scratch: Scratch) -> None:
+        for linear in layer.linears:
+            home, linear.packed = linear.packed, views[linear.group]
+            try:
+                scratch.weights(linear)
+            finally:
+                linear.packed = home
 
     def _fetch(self) -> None:
         """Copy layers that are due to slots that are free."""
