@@ -29,7 +29,7 @@ from lines import tell
 from glassloop.config.sections import RecordConfig
 from glassloop.disk.environment import environment
 from glassloop.formula.dist import NUMBERS
-from glassloop.health.machine import FIELDS, Sampler, cuda_allocations
+from glassloop.health.machine import FIELDS, Sampler, cuda_allocations, pause_s
 from glassloop.health.nvml import NvmlCard, open_card
 
 UPDATE_S = 0.3
@@ -60,10 +60,11 @@ def sampler_cost() -> dict[str, Any]:
         sampler.begin()
         sampler.take()
     main_s = (time.thread_time() - began) / UPDATES
-    update_s = main_s + reading_s * UPDATE_S / every_s
+    pause = pause_s(every_s, reading_s)
+    update_s = main_s + reading_s * UPDATE_S / pause
     return {
         "card": "NVML" if device.type == "cuda" else "stand-in",
-        "every_s": every_s,
+        "every_s": pause,
         "cpu_s_a_reading": reading_s,
         "cpu_s_of_the_main_thread_an_update": main_s,
         "cpu_s_an_update": update_s,

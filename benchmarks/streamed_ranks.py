@@ -3,17 +3,14 @@
     torchrun --nproc-per-node 2 benchmarks/streamed_ranks.py --model random:llama-70b --out FILE
 
 All ranks compute passes at the same time, so that they share the host's memory and its links. Arms
-take turns in one process. In the arm `alone` the first rank streams and the others wait. In the arm
-`pulled` a card's own engines fetch what lies on the other; torch has the other card send it. Each
-line is a measurement of all ranks. `host_gib` is the proportional set size of the processes
-together: a page that two ranks map counts once.
+take turns in one process. In the arm `alone` the first rank streams and the others wait. Each line
+is a measurement of all ranks. `host_gib` is the proportional set size of the processes together: a
+page that two ranks map counts once.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import functools
 import statistics
 import sys
 import time
@@ -31,33 +28,11 @@ from glassloop.data.batches import build_pass
 from glassloop.disk.environment import environment
 from glassloop.engines.adapters import attach_lora
 from glassloop.engines.fused.engine import FusedEngine
-from glassloop.engines.fused.stream import LayerStream
 from glassloop.engines.norms import fuse_norms
 from glassloop.formula.dist import gather_objects, one_first
 from glassloop.formula.optim import FlatAdapters
 from glassloop.plan.support import groups_of
 from glassloop.predict.tiers import Tiers
-
-
-@functools.cache
-def driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-class Pulled(LayerStream):
-    """Copies another card's layers in this card's context, by the driver."""
-
-    def _copy(self, blob: torch.Tensor, slot: int) -> None:
-        into = self.slots[slot]
-        if not blob.is_cuda or blob.device == into.device:
-            return super()._copy(blob, slot)
-        stream = torch.cuda.current_stream(into.device).cuda_stream
-        words = [ctypes.c_void_p(one) for one in (into.data_ptr(), blob.data_ptr(), stream)]
-        size = ctypes.c_size_t(blob.nbytes)
-        with torch.cuda.device(into.device):
-            code = driver().cuMemcpyAsync(words[0], words[1], size, words[2])
-        if code:
-            raise RuntimeError(f"cuMemcpyAsync: CUDA error {code}")
 
 
 def proportional_gib() -> float:
@@ -109,7 +84,7 @@ def main() -> int:
         refused = str(error)
     say(kind="sharded", refused=refused, notes=pages.notes)
     assert engine.stream is not None
-    arms = ("gpu", "alone", "host", *(["sharded", "pulled"] if peers else []))
+    arms = ("gpu", "alone", "host", *(["sharded"] if peers else []))
     for tokens in map(int, asked.tokens.split(",")):
         rows = rows_of(tokens, 2048, vocabulary)
         p = build_pass(rows, packed=True, pad_id=0, device=device)
@@ -120,8 +95,7 @@ def main() -> int:
                 pages.peers = {}
                 # Nothing of a pass goes to the host: what lies there is the base.
                 engine.use_tiers(Tiers(1, streamed=0 if arm == "gpu" else layers))
-                pages.peers = peers if arm in ("sharded", "pulled") else {}
-                engine.stream.__class__ = Pulled if arm == "pulled" else LayerStream
+                pages.peers = peers if arm == "sharded" else {}
                 losses[arm] = gradient(engine, adapters, p)[0]  # and what a change of tiers forgot
                 if turn == 0:
                     continue

@@ -87,14 +87,13 @@ def streamed(place: Place, asked: Asked, until: float) -> dict[str, Verdict]:
         return {title: failed(ended(code), one)}
     base, held_gib = by_kind["load"]["base_gib"], by_kind["memory"]["host_gib"]
     most, summary = base + BESIDE_GIB, by_kind["summary"]
-    names = [name for name in ("host", "sharded", "pulled") if name in summary]
+    names = [name for name in ("host", "sharded") if name in summary]
     other = [name for name in names if not summary[f"{name} loss equal"]]
     told = f"{sum(held_gib):.1f} of at most {most:.1f} GiB of the host for both ranks; "
     told += f"losses of {' and '.join(other)} DIFFER" if other else "losses as with a resident base"
     told += f"; {summary['scaling']:.1%} of twice one rank's speed (mark {SCALING:.0%})"
     if "sharded" in summary:
         told += f"; sharded {summary['sharded of resident']:.1%} of resident (mark {SHARDED:.0%})"
-        told += f", {summary['pulled of resident']:.1%} where each card fetches"
     else:
         told += f"; not sharded: {by_kind['sharded']['refused']}"
     quick = summary["scaling"] >= SCALING and summary.get("sharded of resident", 1.0) >= SHARDED

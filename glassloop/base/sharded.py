@@ -3,13 +3,14 @@
 All ranks read each of them.
 
 A rank keeps every n-th layer on its card and opens the others' memory through CUDA's interprocess
-handles, as torch shares tensors between processes. A copy from another card is then one of the copy
-engines' work, over NVLink or PCIe, and takes nothing from the kernels that compute. A rank's own
-layers are not copied.
+handles, as torch shares tensors between processes. A copy from another card is then the work of
+this card's copy engines, over NVLink or PCIe. A rank's own layers are not copied.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,6 +75,36 @@ def layers_of(pages: HostPages, part: Tensor, rank: int, ranks: int) -> dict[int
         index: part[place * size : place * size + layers[index].nbytes]
         for place, index in enumerate(range(rank, len(layers), ranks))
     }
+
+
+def fetch(into: Tensor, blob: Tensor) -> None:
+    """Copy what lies on another card, by this card's own engines.
+
+    torch would have the other card send it, in a context that this process has there. On two H200
+    that was slower: 95.6 against 97.5 % of a resident base's speed.
+
+    Args:
+        into: (bytes,) uint8 on this card; the copy joins its current stream.
+        blob: (bytes,) uint8 on another card, opened in this process.
+
+    Raises:
+        RuntimeError: CUDA's code, where the driver refuses.
+    """
+    stream = torch.cuda.current_stream(into.device).cuda_stream
+    places = [ctypes.c_void_p(one) for one in (into.data_ptr(), blob.data_ptr(), stream)]
+    size = ctypes.c_size_t(blob.nbytes)
+    with torch.cuda.device(into.device):
+        code = _driver().cuMemcpyAsync(places[0], places[1], size, places[2])
+    if code:
+        raise RuntimeError(
+            f"memory.base = sharded: a layer could not be fetched from {blob.device}: CUDA error "
+            f"{code}: set it to host, or to gpu"
+        )
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _refused(device: torch.device, places: Sequence[tuple[str, str, int | None]]) -> str:

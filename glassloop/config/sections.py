@@ -166,8 +166,9 @@ class RecordConfig(Section):
     probe_every_updates: int | None = Field(default=10, ge=1)
     """Updates between probes of every adapter matrix (probes.jsonl). None: none."""
     machine_every_s: float | None = Field(default=0.5, ge=0.05)
-    """Seconds between readings of clocks, power, heat and memory during updates (machine.jsonl).
-    None: none. Those of a GPU need the package nvidia-ml-py (extra `nvml`)."""
+    """Seconds between readings of clocks, power, heat and memory during updates (machine.jsonl);
+    more, where readings would take over 0.15 % of a processor. None: none. Those of a GPU need the
+    package nvidia-ml-py (extra `nvml`)."""
     capture_updates: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Updates that a capsule keeps whole, good or bad. SIGUSR1 keeps a running job's next one."""
     capsules: int = Field(default=4, ge=0)

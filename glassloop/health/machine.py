@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 PAGE_GIB = resource.getpagesize() / 2**30
 MOST_READINGS = 4096  # kept of one update; later ones are dropped
+MOST_SHARE = 0.0015  # of a processor's time, for the thread
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Sampler:
 
     Args:
         card: the rank's; None without one.
-        every_s: seconds between two readings of card and free memory.
+        every_s: seconds between two readings of card and free memory; more, where a reading would
+            take more than MOST_SHARE of a processor.
         sharing: ranks of this run on the card.
         allocations: counts the calls so far that took memory from CUDA.
     """
@@ -137,8 +140,14 @@ class Sampler:
 
     def _read_on(self) -> None:
         while not self._over.is_set():
+            began = time.thread_time()
             self.read_once()
-            self._over.wait(self.every_s)
+            self._over.wait(pause_s(self.every_s or 0.0, time.thread_time() - began))
+
+
+def pause_s(every_s: float, reading_s: float) -> float:
+    """Seconds between two readings that take `reading_s` of a processor each."""
+    return max(every_s, reading_s / MOST_SHARE)
 
 
 def machine_of(

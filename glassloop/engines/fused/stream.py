@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glassloop.base.host_pages import HostPages
 from glassloop.base.packed import Packed
+from glassloop.base.sharded import fetch
 from glassloop.engines.fused.layer import Layer
 from glassloop.engines.fused.linear import Scratch
 from glassloop.predict.tiers import SLOTS
@@ -105,7 +106,11 @@ class LayerStream:
             self.here.append((index, slot, self.copying.record_event()))
 
     def _copy(self, blob: Tensor, slot: int) -> None:
-        self.slots[slot][: len(blob)].copy_(blob, non_blocking=True)
+        into = self.slots[slot][: len(blob)]
+        if blob.is_cuda and blob.device != into.device:
+            fetch(into, blob)
+        else:
+            into.copy_(blob, non_blocking=True)
 
     def _views(self, index: int, slot: int) -> dict[str, Packed]:
         key = index, slot

@@ -185,8 +185,11 @@ def test_the_small_card_has_a_peak_and_a_speed(tmp_path: Path) -> None:
 def test_the_records_cost_is_judged_by_its_shares_of_an_update(tmp_path: Path) -> None:
     def verdict(recorded=0.002, probed=0.1, sampler: float | None = 0.002) -> str:
         shares = {} if sampler is None else {"share_of_an_update": sampler}
-        line = {"recorded_costs": recorded, "probed_costs": probed, "sampler": shares}
-        (tmp_path / "record.jsonl").write_text(json.dumps(line))
+        # What the other rows say counts for nothing.
+        full = {"recorded_costs": recorded, "probed_costs": 1.0, "sampler": shares}
+        short = {"recorded_costs": 1.0, "probed_costs": probed, "sampler": {}}
+        (tmp_path / "record-full-v1.jsonl").write_text(json.dumps(full))
+        (tmp_path / "record-scam-v1.jsonl").write_text(json.dumps(short))
         return one_gpu_parts.judge_record(place(tmp_path), {}).verdict
 
     assert verdict() == "held" and verdict(sampler=None) == "failed"

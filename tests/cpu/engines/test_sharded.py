@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -119,6 +120,40 @@ def test_a_sharded_base_gives_the_bits_of_one_on_the_host(tiny_llama, monkeypatc
         copied[-1] = {index for index in range(2) if pages.blob(index).data_ptr() in copied[-1]}
     assert torch.equal(found[0], found[1]) and found[0].norm() > 0
     assert copied == [{0}, {0, 1}]
+
+
+class ElsewhereBlob:
+    """Stands for 24 bytes on a second card."""
+
+    is_cuda, device, nbytes = True, torch.device("cuda", 1), 24
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def data_ptr(self) -> int:
+        return 4096
+
+
+def test_what_lies_on_another_card_is_fetched_on_the_stream_of_copies(monkeypatch) -> None:
+    from glassloop.engines.fused.stream import LayerStream
+
+    asked: list[tuple[int, ...]] = []
+    codes = [0, 700]
+
+    class Driver:
+        def cuMemcpyAsync(self, *words: Any) -> int:
+            asked.append(tuple(word.value for word in words))
+            return codes.pop(0)
+
+    monkeypatch.setattr(sharded, "_driver", Driver)
+    streams = {CPU: types.SimpleNamespace(cuda_stream=77)}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    stream: Any = types.SimpleNamespace(slots=[torch.zeros(8), torch.zeros(32, dtype=torch.uint8)])
+    LayerStream._copy(stream, ElsewhereBlob(), 1)  # type: ignore[arg-type]
+    assert asked == [(stream.slots[1].data_ptr(), 4096, 24, 77)]
+    with pytest.raises(RuntimeError, match=r"memory\.base = sharded.*cuda:1.*700: set it to host"):
+        LayerStream._copy(stream, ElsewhereBlob(), 1)  # type: ignore[arg-type]
 
 
 def test_one_rank_or_two_hosts_are_refused_on_all_ranks(tiny_llama, monkeypatch) -> None:

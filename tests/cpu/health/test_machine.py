@@ -22,6 +22,7 @@ from glassloop.health.machine import (
     cuda_allocations,
     machine_of,
     machine_record,
+    pause_s,
 )
 from glassloop.health.nvml import CardReading, NvmlCard, open_card
 from glassloop.record.records import MachineRecord
@@ -113,6 +114,26 @@ def test_a_thread_reads_meanwhile_and_an_update_without_a_reading_has_the_newest
     assert dict(zip(FIELDS, sampler.take(), strict=True))["sm_clock_mhz"] == 1980
     sampler.read_once()
     assert dict(zip(FIELDS, sampler.take(), strict=True))["sm_clock_mhz"] == 1000
+
+
+def test_a_reading_that_takes_long_comes_less_often() -> None:
+    """At most 0.15 % of a processor goes into readings."""
+    reads = []
+
+    class Slow:
+        def read(self) -> CardReading:
+            reads.append(1)
+            until = time.thread_time() + 0.005
+            while time.thread_time() < until:
+                pass
+            return CardReading()
+
+    sampler = Sampler(Slow(), 0.05)
+    sampler.start()
+    time.sleep(0.5)
+    sampler.close()
+    assert len(reads) == 1  # the second would come after 3.3 s, not after 0.05
+    assert pause_s(0.5, 0.0001) == 0.5 and pause_s(0.5, 0.003) == pytest.approx(2.0)
 
 
 def test_off_it_reads_nothing() -> None:
