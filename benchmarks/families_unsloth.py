@@ -23,7 +23,11 @@ def main() -> int:
     if why := absent(asked["device"]):
         print(json.dumps({"absent": why}))
         return 0
-    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(Path(sys.argv[1]).parent / "unsloth_compiled"),
+    }
     for line in measured(asked):
         print(json.dumps(line), flush=True)
     sys.stdout.flush()

@@ -29,6 +29,7 @@ def main() -> int:
         return 0
     os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     with tempfile.TemporaryDirectory(prefix="long-rows-base-") as folder:
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(folder) / "unsloth_compiled")
         train(asked, out, Path(folder) / "base")
     return 0
 

@@ -36,6 +36,7 @@ from glassloop.bench.results import append  # noqa: E402
 from glassloop.bench.spec import Spec, read_spec  # noqa: E402
 from glassloop.bench.sums import Tokens, digest_of, energy_of, most, times, turns_of, utilisation  # noqa: E402
 from glassloop.bench.workloads import workload  # noqa: E402
+from glassloop.disk.cache import cache_root  # noqa: E402
 from glassloop.disk.environment import environment  # noqa: E402
 from glassloop.predict.shapes import shapes_from_config  # noqa: E402
 
@@ -80,6 +81,8 @@ def measure(spec: Spec, peer: Peer, base: Path, signals: Path) -> dict[str, Any]
         "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
+        # Not the working folder.
+        "UNSLOTH_COMPILE_LOCATION": str(cache_root(None) / "unsloth_compiled"),
     }
     if peer.library == "unsloth":
         import unsloth  # pyright: ignore[reportMissingImports]  # noqa: F401  (it patches what is imported after it)
