@@ -24,6 +24,7 @@ from typing import Any
 
 import one_gpu_parts
 import one_gpu_rows
+import one_gpu_speed
 import suite
 from one_gpu_commands import Here, Part, run_part
 from suite import Verdict, card_name, line_of, machine_of, refused
@@ -31,7 +32,7 @@ from two_gpus_runs import ROOT, RUNNING, Place, end, write_rows
 
 SCHEMA = 1
 ROWS = 600
-PARTS: dict[str, Part] = {**one_gpu_parts.PARTS, **one_gpu_rows.PARTS}
+PARTS: dict[str, Part] = {**one_gpu_parts.PARTS, **one_gpu_speed.PARTS, **one_gpu_rows.PARTS}
 # Run side by side, since none is a measure of speed. All others run alone.
 BESIDE = ("limited", "killed", *one_gpu_rows.TOGETHER["gpu_tests"])
 STAGES: tuple[tuple[float, tuple[str, ...]], ...] = (

@@ -12,6 +12,7 @@ from typing import Any
 import one_gpu
 import one_gpu_commands
 import one_gpu_parts
+import one_gpu_speed
 import one_gpu_tokenizer
 import pytest
 from one_gpu_commands import Command, Ended, Here, Part
@@ -194,6 +195,42 @@ def test_the_records_cost_is_judged_by_its_shares_of_an_update(tmp_path: Path) -
 
     assert verdict() == "held" and verdict(sampler=None) == "failed"
     assert {verdict(recorded=0.0021), verdict(probed=0.101), verdict(sampler=0.0021)} == {"missed"}
+
+
+def speed_lines(folder: Path, rates: dict[str, float], gib: float) -> None:
+    """Lines of `glassloop bench` for all cases of the part `speed`, by name."""
+    lines = []
+    for name, case in one_gpu_speed.CASES.items():
+        varied = [f"memory.profile={case.profile}"]
+        cell = {"workload": case.workload, "layout": case.layout, "varied": varied}
+        lines.append({
+            "kind": "bench", "schema": 1, "cell": cell, "rows_digest": "d",
+            "check": {"within": True}, "check_only": False,
+            "machine": {"gpus": [], "git": None, "packages": {}}, "peak": {"allocated_gib": gib},
+            "tokens_per_s": {"real": rates.get(name, 20_000.0)},
+        })  # fmt: skip
+    (folder / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_speed_below_its_mark_comes_with_its_profile(tmp_path: Path) -> None:
+    page = tmp_path / "profiles" / "fused-full-v1-packed-memory-profile-23-5-update-4"
+    page.mkdir(parents=True)
+    (page / "summary.md").write_text("# Update 4\n\nmatrix products\n")
+
+    best, within, least, padded = one_gpu_speed.CASES
+
+    def verdict(rates: dict[str, float], gib: float = 6.0) -> Verdict:
+        speed_lines(tmp_path, rates, gib)
+        return one_gpu_speed.judge_speed(place(tmp_path), {})
+
+    assert verdict({}).verdict == "held" and "full rows 20,000 (mark 18,500)" in verdict({}).why
+    for name, rate in ((best, 18_499), (least, 13_999), (padded, 15_999)):
+        assert verdict({name: rate}).verdict == "missed"
+    slow = verdict({within: 17_499})
+    numbers = slow.numbers[within]
+    assert slow.verdict == "missed" and numbers["profile"][-1] == "matrix products"
+    assert "profile" not in slow.numbers[best]
+    assert verdict({}, gib=6.3).verdict == "missed"  # more than `min` may take
 
 
 def test_a_start_is_judged_when_it_is_warm(tmp_path: Path) -> None:
