@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,7 @@ class Import:
     types_only: bool
 
 
+@functools.cache
 def sources() -> list[Path]:
     return [*sorted((ROOT / "glassloop").rglob("*.py")), *ROOT.glob("train_loop.py")]
 
@@ -161,6 +163,7 @@ def row_of(module: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] in known_rows() else "__init__"
 
 
+@functools.cache
 def known_rows() -> set[str]:
     """One row for each file or folder of glassloop, and one for train_loop."""
     return {
@@ -323,12 +326,7 @@ def heavy_after(statement: str) -> set[str]:
     """Which of HEAVY a new interpreter holds after the statement."""
     code = f"import sys\n{statement}\nprint('HELD', *(set({HEAVY!r}) & set(sys.modules)))"
     ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert ran.returncode == 0, ran.stderr
     return set(ran.stdout.rpartition("HELD")[2].split())
