@@ -24,6 +24,13 @@ from glassloop.engines import norms
 from glassloop.formula.optim import FlatAdapters
 
 
+# Products with the room that they take, and without the multiplication.
+PRODUCTS = {
+    torch.ops.aten.mm.default: lambda a, b: a.new_empty(len(a), b.shape[1]),
+    torch.ops.aten.mm.out: lambda a, b, *, out: out,
+}
+
+
 class Live(TorchDispatchMode):
     """Count the storages that operations make, until they are freed.
 
@@ -38,7 +45,7 @@ class Live(TorchDispatchMode):
             self.seen[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = PRODUCTS.get(func, func)(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
                 storage = tensor.untyped_storage()
