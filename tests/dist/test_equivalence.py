@@ -8,12 +8,18 @@ the loop.
 from __future__ import annotations
 
 import pytest
+from verify_part import in_part, part
 
 from glassloop.predict.tiers import HOSTS
-from glassloop.verify.members import SHAPES, members
+from glassloop.verify.members import SHAPES, members, reference_of
+from glassloop.verify.mutants import MUTANTS
 from glassloop.verify.problem import TASKS
 
-MEMBERS = [member.name for member in members() if member.engine == "peft"]
+MEMBERS = [member for member in members() if member.engine == "peft"]
+# Those that a session without thorough tests leaves out are on another base there.
+EACH = [
+    pytest.param(one.name, marks=() if in_part(one) else pytest.mark.thorough) for one in MEMBERS
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +33,17 @@ def distances(verified) -> dict[str, dict[str, float]]:
     }
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", EACH)
 def test_the_gradient_at_equal_weights_is_the_same(distances, member):
     assert distances[member]["gradient"] <= 1e-6
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", EACH)
 def test_five_updates_of_sgd_end_in_the_same_place(distances, member):
     assert distances[member]["sgd"] <= 2e-6
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", EACH)
 def test_five_updates_of_8_bit_adamw_make_the_same_change(distances, member):
     assert distances[member]["adamw_8bit"] <= 1e-3
 
@@ -58,9 +64,21 @@ def test_the_class_holds_every_layout_on_one_rank_and_two_with_both_reductions_a
     assert any(shape.pass_tokens for shape in SHAPES.values()), "packed in small passes"
     assert {task.quantization for task in TASKS.values()} == {"nf4", "none"}
     everywhere = [name for name, shape in SHAPES.items() if not shape.needs_fused]
-    assert {f"{task} peft {shape}" for task in ("nf4", "plain") for shape in everywhere} <= set(
-        MEMBERS
-    )
+    assert {f"{task} peft {shape}" for task in ("nf4", "plain") for shape in everywhere} <= {
+        member.name for member in MEMBERS
+    }
+
+
+def test_the_part_without_thorough_tests_holds_every_shape_and_what_mutants_differ_from():
+    chosen = part()
+    assert {member.shape for member in chosen} == set(SHAPES)
+    assert {mutant.sound for mutant in MUTANTS} <= set(chosen)
+    assert {reference_of(task) for task in TASKS} <= set(chosen)
+    for task in ("nf4", "plain"):
+        shapes = [SHAPES[member.shape] for member in chosen if member.task == task]
+        assert {1, 2} == {shape.ranks for shape in shapes}
+        assert {"literal", "packed"} <= {shape.layout for shape in shapes}
+        assert {"explicit", "ddp"} == {shape.reduction for shape in shapes}
 
 
 def test_the_class_holds_every_way_to_spend_memory():

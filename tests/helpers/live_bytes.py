@@ -23,7 +23,6 @@ from glassloop.data.rows import Pass
 from glassloop.engines import norms
 from glassloop.formula.optim import FlatAdapters
 
-
 # Products with the room that they take, and without the multiplication.
 PRODUCTS = {
     torch.ops.aten.mm.default: lambda a, b: a.new_empty(len(a), b.shape[1]),
