@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import apart  # first: libraries read HOME when they are imported
+import unsearched
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks a hub is a fault
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,6 +63,10 @@ TEXT = [
 
 
 REPOSITORY = apart.in_repository() if apart.OWNER else set()
+
+
+def pytest_collection_finish() -> None:
+    unsearched.begin_searches()
 
 
 def pytest_runtest_setup() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import ROOT, run, start
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS = """
 import json, os, torch
 from accelerate import Accelerator
@@ -51,21 +50,10 @@ def launch(name: str, script: Path) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def test_two_ranks_on_a_cpu(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS, encoding="utf-8")
-    ran = subprocess.run(
-        launch("cpu_2proc", script),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ran = run(launch("cpu_2proc", script), timeout_s=120)
     assert ran.returncode == 0, ran.stderr
     seen = sorted(
         (json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")),
@@ -90,9 +78,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_and_is_waited_for(
     script.write_text(WAITS_FOR_A_SIGNAL, encoding="utf-8")
     output = tmp_path / "output"
     with output.open("w") as file:
-        process = subprocess.Popen(
-            launch(name, script), env=environment(), stdout=file, stderr=subprocess.STDOUT
-        )
+        process = start(launch(name, script), stdout=file, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 90
         while output.read_text().count("ready") < ranks and time.monotonic() < deadline:

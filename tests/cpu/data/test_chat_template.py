@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from toys import (
     ANSWER,
     CHATML,
+    HOSTILE,
     HOSTILE_TEXT,
     QUESTION,
     REASONING,
@@ -74,6 +75,7 @@ def test_chat_writes_as_the_tokenizers_template_and_learns_answers_with_their_en
 
 
 @given(HOSTILE_TEXT, HOSTILE_TEXT)
+@example(*("".join(HOSTILE),) * 2)
 @settings(max_examples=40, deadline=None)
 def test_no_text_of_a_row_becomes_a_mark_under_chat(
     chatml_template: tuple[PreTrainedTokenizerFast, Template], question: str, answer: str

@@ -129,6 +129,7 @@ def test_labels_everything_supervises_all_but_the_first_token(
 
 
 @given(HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT)
+@example(*("".join(HOSTILE),) * 3)
 @settings(max_examples=40, deadline=None)
 def test_the_prompt_is_how_the_row_begins_and_the_answer_is_the_rest(
     r1_toy: PreTrainedTokenizerFast, question: str, reasoning: str, answer: str
