@@ -43,7 +43,7 @@ def test_attention_programs_cover_every_token_once_and_the_longest_walks_come_fi
 @pytest.mark.parametrize(
     ("lengths", "heads", "key_heads"),
     [
-        ((1, 5, 17, 40), 4, 1),
+        ((1, 5, 17, 40), 2, 1),
         pytest.param((32, 16, 33), 6, 2, marks=pytest.mark.thorough),
         ((31, 48), 2, 2),
     ],
@@ -100,7 +100,7 @@ def test_offsets_of_64_bits_change_no_bit(monkeypatch):
     from glassloop.engines.fused import attention_triton
     from glassloop.engines.fused.attention_work import Tile, Tiles
 
-    lengths, heads, key_heads, size = (1, 5, 17, 40), 4, 2, 16
+    lengths, heads, key_heads, size = (1, 5, 20), 2, 1, 16
     tiles = Tiles(*(Tile(own, step, 4, 2, True) for own, step in ((16, 8), (8, 16), (16, 16))))
     bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), tiles)
     grad, q, k, v, by = wide_heads(sum(lengths), heads, key_heads, size, torch.float32)
@@ -146,7 +146,7 @@ def test_groups_of_heads_through_this_packages_kernels_have_the_gradient_of_all(
     from glassloop.engines.fused.attention_work import Tile, Tiles
 
     monkeypatch.setattr(exchange, "all_to_all", lambda received, sent, *_: received.copy_(sent))
-    lengths, tile = (1, 5, 17, 20), Tile(16, 16, 4, 2)
+    lengths, tile = (1, 5, 17), Tile(16, 16, 4, 2)
     bounds = a.Bounds.for_kernel("triton", lengths, torch.device("cpu"), Tiles(tile, tile, tile))
     grad, q, k, v, by = wide_heads(sum(lengths), 4, 2, 16, torch.float32)
     whole = a.attention(q, k, v, bounds)

@@ -157,12 +157,12 @@ def test_windows_and_caps(scale, cap, window, lengths, cuts):
         tiles = Tiles(*(Tile(own, step, 4, 2, split) for own, step, split in cuts))
     kernel = "reference" if cuts is None else "triton"
     bounds = a.Bounds.for_kernel(kernel, lengths, cpu, tiles, scores)
-    grad, q, k, v, by = wide_heads(sum(lengths), 4, 2, 16, torch.float32)
+    grad, q, k, v, by = wide_heads(sum(lengths), 2, 1, 16, torch.float32)
     out, slopes = truth_of(q, k, v, grad, lengths, scores)
     kept = a.attention(q, k, v, bounds)
     assert off(kept.out, out) < 3e-6
     into = a.attention_backward(grad, q, k, v, kept, bounds, by)
-    for found, slope, turned in zip(into.split([64, 32, 32], 1), slopes, (1, 1, 0), strict=True):
+    for found, slope, turned in zip(into.split([32, 16, 16], 1), slopes, (1, 1, 0), strict=True):
         if turned:
             a.rotate(found, by, found)  # forward again
         if slope.norm() > 0:
