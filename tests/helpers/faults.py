@@ -29,11 +29,11 @@ from glassloop.saved.checkpoint import last_checkpoint
 from train_loop import train, update_once
 
 
-def learning_rates_of_60_updates():
+def learning_rates_of_20_updates():
     run = run_of(
-        "lr", schedule={"updates": 60, "warmup_updates": 5}, batch={"size": 1, "accumulation": 1}
+        "lr", schedule={"updates": 20, "warmup_updates": 5}, batch={"size": 1, "accumulation": 1}
     )
-    return [update_once(run, u).record.lr for u in range(1, 61)]
+    return [update_once(run, u).record.lr for u in range(1, 21)]
 
 
 def nan_on_rank_1():
@@ -155,11 +155,11 @@ def a_disk_that_syncs_slowly():
     The watchdog's patience is shorter than the disk's time.
     """
     run = run_of("slow-disk", record={"capture_updates": [2]})
-    run.watchdog.patience_s = 3.0
+    run.watchdog.patience_s = 1.5
     genuine, does, waits = os.fsync, run.watchdog.does, []
 
     def slow(file):
-        time.sleep(0.6)
+        time.sleep(0.3)
         genuine(file)
 
     def stop_in_the_third_gate(update, what):
@@ -279,7 +279,7 @@ CHECKS = [
     other_code_on_rank_1,
     fused_is_off_on_rank_1,
     folder_of_a_living_run,
-    learning_rates_of_60_updates,
+    learning_rates_of_20_updates,
     nan_on_rank_1,
     infinite_gradient_on_rank_1,
     losses_of_unequal_ranks,

@@ -48,7 +48,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a command in the repository's root; `popen` goes to subprocess.Popen."""
     settings = {"cwd": ROOT, "text": True, "stdin": subprocess.DEVNULL, **popen}
-    with contextlib.nullcontext() if cold else _forking():
+    with contextlib.nullcontext() if cold else forking():
         return subprocess.Popen(command, env=env or environment(), **settings)
 
 
@@ -132,8 +132,11 @@ _servers: list[_Server] = []
 
 
 @contextlib.contextmanager
-def _forking() -> Iterator[None]:
-    """subprocess starts warm processes meanwhile, where this machine can."""
+def forking() -> Iterator[None]:
+    """subprocess starts warm processes meanwhile, where this machine can.
+
+    For a test of code that starts processes of its own.
+    """
     if sys.platform != "linux" or warm.GENUINE is None:
         yield
         return

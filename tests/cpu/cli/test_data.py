@@ -155,7 +155,9 @@ def answered(words: list[str], **environment: str) -> tuple[str, bool, float]:
     return text, torch == "True", float(seconds)
 
 
-def test_rows_are_shown_within_two_seconds_without_torch(tiny_llama: Path, tmp_path: Path) -> None:
+def test_rows_are_shown_within_two_seconds_without_torch(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = write(
         tmp_path / "rows.jsonl", [{"question": f"q {i}?", "answer": "a"} for i in range(9)]
     )
@@ -163,9 +165,15 @@ def test_rows_are_shown_within_two_seconds_without_torch(tiny_llama: Path, tmp_p
     text, torch, seconds = answered(words)
     assert not torch
     assert seconds < 2.0  # of CPU, so that other processes do not count
-    with_torch, torch, _ = answered(words, GLASSLOOP_DATA_WITH_TORCH="1")
+    assert main(words) == 0  # where torch is imported already
+    assert text == capsys.readouterr().out != ""
+
+
+@pytest.mark.thorough
+def test_a_variable_asks_for_torch(tiny_llama: Path, calls: str) -> None:
+    words = [f"data.source={calls}", f"model.id={tiny_llama}", "data.template=chat"]
+    _, torch, _ = answered(words, GLASSLOOP_DATA_WITH_TORCH="1")
     assert torch
-    assert text == with_torch != ""
 
 
 def test_a_tokenizer_that_needs_torch_is_loaded_with_it(tiny_llama: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+from launching import forking
 
 from glassloop.cli.doctor import check_p2p
 from glassloop.doctor import p2p
@@ -13,7 +14,8 @@ from glassloop.doctor.findings import NOTE, OK, PROBLEM
 
 
 def test_an_all_reduce_between_two_processes_is_timed():
-    answer = p2p.try_all_reduce("gloo")
+    with forking():
+        answer = p2p.try_all_reduce("gloo")
     assert answer.outcome == "ok" and 0 < answer.seconds < 30
 
 
@@ -33,7 +35,8 @@ def test_a_hang_ends_with_the_limit_and_leaves_no_process(monkeypatch, tmp_path)
 
 
 def test_a_process_that_fails_says_why():
-    answer = p2p.try_all_reduce("no_such_backend", limit_s=60)
+    with forking():
+        answer = p2p.try_all_reduce("no_such_backend", limit_s=60)
     assert answer.outcome == "failed" and answer.seconds < 60
     assert "no_such_backend" in answer.text
 
