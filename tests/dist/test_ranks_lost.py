@@ -154,7 +154,7 @@ def test_with_max_restarts_the_run_goes_on_by_itself(words):
     short = [
         word if not word.startswith("schedule.updates") else "schedule.updates=60" for word in words
     ]
-    process = start(short, "restarted", "--max_restarts", "1", cold=True)
+    process = start(short, "restarted", "--max_restarts", "1")
     pid = pid_of_rank(folder, 1, after_updates=12)
     os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=120)

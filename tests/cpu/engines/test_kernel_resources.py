@@ -19,6 +19,12 @@ needs_compiler = pytest.mark.skipif(
 FITS = Resources(86, "llama-3.1-8b", "rotate", "3.7.1", 4, 255, 0, 99 * 1024)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Triton has compiled for these tests: a kernel that models share is compiled once."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("card", "model"),
@@ -33,9 +39,9 @@ FITS = Resources(86, "llama-3.1-8b", "rotate", "3.7.1", 4, 255, 0, 99 * 1024)
     ],
 )
 def test_a_models_kernels_fit_a_card(
-    card: int, model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    card: int, model: str, monkeypatch: pytest.MonkeyPatch, compiled: Path
 ) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled))
     found = resources_of(card, model)
     assert [one.excess for one in found if one.excess] == []
     names = {one.kernel for one in found}
