@@ -16,14 +16,13 @@ def full() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.thorough
 def test_a_run_continues_without_an_evaluation_that_has_no_room(
     run_of, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(
         data={"heldout": 0.2},
         schedule={"updates": 2, "warmup_updates": 1},
-        evaluation={"every_updates": 1},
+        evaluation={"every_updates": 1, "generate_rows": 1, "max_new_tokens": 2},
         execution={"preflight": False},
     )
     genuine, calls, freed = evaluation.row_losses, [0], []
