@@ -1,4 +1,6 @@
-"""`glassloop verify` on a part of its class: each shape once, and all mutants.
+"""`glassloop verify` on a part of its class.
+
+The part holds each shape once, and all mutants.
 
 `python -m verify_part command ARGUMENTS` is the command. `python -m verify_part FOLDER` is its
 worker. The whole class has most shapes on several bases and engines.
