@@ -153,7 +153,7 @@ def planned_and_found(start: Start, rows: Rows, replica: Replica) -> tuple[Batch
         config,
         ranks=batches.plan.ranks,
         linear_shapes=target_shapes(hf, config.lora),
-        hidden=hf.config.get_text_config().hidden_size,
+        base=hf.config,
         on_cuda=device.type == "cuda",
     )
     contract = contract_of(batches, rows.dataset.digest, planned, config.evaluation)

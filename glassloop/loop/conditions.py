@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from glassloop.base.checks import check_token_ids, dtype_audit
 from glassloop.base.experts import named_by
+from glassloop.base.reading import attention_for
 from glassloop.config import Config, EvaluationConfig, LoraConfig
 from glassloop.data.batches import Batches
 from glassloop.data.dataset import Dataset
@@ -47,14 +48,14 @@ def planned_facts(
     *,
     ranks: int,
     linear_shapes: Mapping[str, tuple[int, int]],
-    hidden: int,
+    base: Any,
     on_cuda: bool,
 ) -> dict[str, Any]:
     """The facts that the config asks for.
 
     Args:
         linear_shapes: (in, out) of every linear layer that gets an adapter, by its name.
-        hidden: width of the embedding.
+        base: the base's own config, of transformers.
     """
     execution = config.execution
     dtype = DTYPES[execution.precision]
@@ -73,10 +74,11 @@ def planned_facts(
         "compiler of the launcher": "NO",
         "gradients reduced by": "ddp" if execution.reduction == "ddp" and ranks > 1 else "the loop",
         "engine": execution.engine,
-        "attention": config.model.attention
+        "attention": attention_for(config.model.attention, base)
         if execution.engine == "peft"
         else execution.engine,  # other engines bring their own
-        "trainable parameters": len(config.lora.trainable_token_indices) * hidden
+        "trainable parameters": len(config.lora.trainable_token_indices)
+        * base.get_text_config().hidden_size
         + sum(
             config.lora.rank_of(name) * (inputs + outputs)
             for name, (inputs, outputs) in linear_shapes.items()

@@ -18,6 +18,7 @@ LOST_IN_BF16 = (
     "note: PEFT adds the adapters' share to products rounded to bf16; "
     "while adapters are small, part of it is lost (docs/findings.md)"
 )
+EAGER = "attention is eager: the model caps its scores (attn_logit_softcapping), and sdpa cannot"
 
 
 def header(
@@ -33,6 +34,7 @@ def header(
     origin = "read from the cache" if report.from_cache else "loaded"
     asked, windows, updates = describe(batches.plan)
     lossy = execution.engine == "peft" and execution.precision == "bf16"
+    eager = replica.plain_engine.attention == "eager" != config.model.attention
     audit = audit_table(dtype_audit(replica.plain_engine.hf))
     return [
         f"model     {model}, {config.model.quantization}, {origin} in {report.seconds:.1f} s",
@@ -44,6 +46,7 @@ def header(
         f"          {updates}{overridden(config)}{early_end(config)}",
         *([f"engine    {auto}"] if auto else []),
         f"executed  {execution_of(config, batches, replica.device)}",
+        *([f"          {EAGER}"] if eager else []),
         *([f"          {LOST_IN_BF16}"] if lossy else []),
         f"trains    {replica.adapters.trainable:,} parameters: "
         f"W + ({lora.scale_in_words}) B A on {', '.join(lora.targets)}",

@@ -13,6 +13,7 @@ of a pass (rows x tokens, padding included), S supervised places of a pass, a by
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from glassloop.predict import chunks, tiers
 from glassloop.predict.shapes import Shapes
@@ -45,6 +46,8 @@ def ledger_of(shapes: Shapes, work: Work, engine: str = "peft") -> Ledger:
 
 def _peft(shapes: Shapes, work: Work) -> tuple[Term, ...]:
     """transformers + PEFT + bitsandbytes."""
+    if shapes.traits.capped and work.attention == "sdpa":
+        work = replace(work, attention="eager")  # base/reading.py says the same of the run
     a, places, hidden, layers = work.act, work.places, shapes.hidden, shapes.layers
     cast = work.precision != "fp32"  # autocast is on
     adapters_16 = (
@@ -115,8 +118,9 @@ def stored_bytes(shapes: Shapes, work: Work) -> int:
         + work.r * len(targets)  # x A^T
     )  # fmt: skip
     fp32 = 4 * shapes.heads + 2 * 4  # log-sum-exp, 1 / rms of two norms
+    capped = work.act if shapes.traits.capped else 0  # the tangent of a score
     scores = (
-        6 * shapes.heads * work.tokens if work.attention == "eager" else 0
+        (6 + capped) * shapes.heads * work.tokens if work.attention == "eager" else 0
     )  # softmax in fp32, and rounded
     return work.places * (elements * work.act + fp32 + scores)
 

@@ -19,12 +19,14 @@ class Traits:
         heads: norms of q and k: "" none, "head" of head size, "whole" of all heads together.
         after: norms follow the products of o_proj and down_proj.
         joined: names of projections that lie in one matrix.
+        capped: scores have a cap, which sdpa lacks: transformers computes them eagerly.
     """
 
     norms: int = 2
     heads: str = ""
     after: bool = False
     joined: tuple[str, ...] = ()
+    capped: bool = False
 
 
 FAMILIES = {  # by model_type; plan/families.py describes the same ones
@@ -35,7 +37,7 @@ FAMILIES = {  # by model_type; plan/families.py describes the same ones
     "qwen2": Traits(),
     "qwen3": Traits(heads="head"),
     "phi3": Traits(joined=("qkv_proj", "gate_up_proj")),
-    "gemma2": Traits(4, after=True),
+    "gemma2": Traits(4, after=True, capped=True),
     "gemma3_text": Traits(4, "head", after=True),
     "granite": Traits(),
     "olmo2": Traits(2, "whole", after=True),

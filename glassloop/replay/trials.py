@@ -221,7 +221,7 @@ def _other_engines(scene: Scene, config: Config, grad: Tensor) -> Iterator[Trial
             {"execution": execution.model_copy(update={"precision": "fp32"}), "model": sdpa},
         ),
         EAGER: (
-            model.attention == "eager",
+            scene.parts.replica.plain_engine.attention == "eager",
             {"model": model.model_copy(update={"attention": "eager"})},
         ),
         PEFT: (

@@ -14,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import peaks
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from glassloop.base.checks import dtype_audit
+from glassloop.base.reading import attention_for
 from glassloop.config import PROJECTIONS, LoraConfig
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
@@ -28,6 +30,8 @@ from glassloop.predict.terms import GIB, PHASES, Work, base_bytes
 
 R1 = KNOWN["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
 FULL = Work(rows=2, tokens=2048, r=16, targets=PROJECTIONS)
+SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 FIXED = (
     "linear weights",
     "their scales",
@@ -87,6 +91,35 @@ def test_each_phase_is_predicted_from_shapes_as_its_bytes_live(
                 if phase in term.phases and term.what not in FIXED and "state of" not in term.what
             )
             assert moving == pytest.approx(measured, rel=tolerance), (phase, rows, tokens)
+
+
+@pytest.mark.parametrize("tokens", [48, 96])
+def test_scores_that_are_computed_eagerly_are_counted_as_autograd_keeps_them(tokens):
+    """sdpa has no cap, so a Gemma 2 keeps (heads, tokens, tokens) three times over."""
+    config = AutoConfig.for_model("gemma2", **SMALL, attn_logit_softcapping=50.0)
+    how = attention_for("sdpa", config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=how).bfloat16()
+    model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.shape[-2:] == (tokens, tokens) and t.numel() == heads * tokens**2:
+            kept[t.data_ptr()] = t
+        return t
+
+    heads = SMALL["num_attention_heads"]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(input_ids=torch.arange(tokens).unsqueeze(0)).logits.sum()
+    assert loss.requires_grad
+    measured = sum(t.numel() * t.element_size() for t in kept.values())
+    capped = shapes_from_config(config.to_dict(), "x")
+    assert capped is not None
+    work = Work(rows=1, tokens=tokens, r=4, targets=PROJECTIONS, checkpointing=False)
+    eager, not_capped = (
+        sum(t.size_bytes for t in ledger_of(one, work).terms if t.what == "stored by all layers")
+        for one in (capped, replace(capped, family="llama"))
+    )
+    assert eager - not_capped == measured
 
 
 def test_the_peaks_that_an_h100_measured_are_predicted():
