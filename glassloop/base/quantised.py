@@ -34,6 +34,7 @@ from glassloop.base.random import drawn_shapes, fill, write_nf4
 from glassloop.base.reading import (
     DTYPES,
     attention_for,
+    check_attention,
     kept_quantization,
     read_model,
 )
@@ -116,6 +117,7 @@ def load_base(
         source = source or resolve_source(model)
         notes = [source.note] if source.note else []
         own, more = kept_quantization(source, model, dtype)
+        check_attention(source, model)
         notes += more
         files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
         if own is None and model.quantization == "nf4":
@@ -163,6 +165,7 @@ def find_base(
         source = source or resolve_source(model)
         copy = None
         own, notes = kept_quantization(source, model, dtype)
+        check_attention(source, model)
         if own is None:
             files_hash = base_hash(source, cache_root(model.cache_dir) / "file_hashes.json")
             copy, made = quantized_copy(source, files_hash, model, dtype, device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -21,6 +22,7 @@ from glassloop.base.source import (
     check_config,
     damaged_copy,
     loading_errors,
+    without_sdpa,
 )
 from glassloop.config import ModelConfig
 
@@ -72,6 +74,23 @@ def attention_for(asked: str, config: Any) -> str:
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if asked == "sdpa" and capped else asked
+
+
+def check_attention(source: BaseSource, model: ModelConfig) -> None:
+    """Raise BaseError for attention that the model's class lacks.
+
+    transformers refuses it too, once a base in MXFP4 has been widened.
+    """
+    if source.drawn is not None:
+        return
+    with loading_errors(model):
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=model.trust_remote_code
+        )
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    supported = getattr(kind, "_supports_sdpa", True)  # code of the model's own is asked later
+    if attention_for(model.attention, config) == "sdpa" and not supported:
+        raise BaseError(without_sdpa(model))
 
 
 def _to_dtype(hf: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -291,10 +291,7 @@ def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
             "or set model.attention=sdpa"
         )
     if "scaled_dot_product_attention" in text:
-        return (
-            f"model.attention = {model.attention} is not there for model.id = {model.id}: set "
-            "model.attention=eager"
-        )
+        return without_sdpa(model)
     if "gated" in text:
         return _gated(model.id)
     if copy is not None:
@@ -312,6 +309,14 @@ def _explained(model: ModelConfig, error: Exception, copy: Path | None) -> str:
     return (
         f"model.id = {model.id} cannot be loaded ({reason}): check model.id, model.revision and "
         "the files"
+    )
+
+
+def without_sdpa(model: ModelConfig) -> str:
+    """Message about a model whose attention has no kernel of torch's."""
+    return (
+        f"model.attention = {model.attention} is not there for model.id = {model.id}: set "
+        "model.attention=eager"
     )
 
 

@@ -131,7 +131,10 @@ def _precision(config: Config, present: Sequence[Present]) -> list[Finding]:
 
 
 def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Finding]:
-    config, _ = planned_engine(config)
+    try:
+        config, _ = planned_engine(config)
+    except ValueError:
+        return []  # check_engine says why
     shapes, why = shapes_of(config.model.id)
     if shapes is None:
         return [Finding(NOTE, "memory", f"not predicted: {why}")]
@@ -161,7 +164,7 @@ def _memory(config: Config, present: Sequence[Present], ranks: int) -> list[Find
                 )
             )
             continue
-        work = work_of(config, share=rows // ranks * config.data.max_tokens)
+        work = work_of(config, shapes, share=rows // ranks * config.data.max_tokens)
         one = verdict(
             card.gpu,
             shapes,

@@ -19,7 +19,7 @@ from glassloop.doctor.findings import NOTE, OK, PROBLEM, Finding
 from glassloop.engines import unsloth_checks
 from glassloop.plan.engine import planned_engine
 from glassloop.plan.outlook import disk_state_bytes
-from glassloop.plan.targets import trainable
+from glassloop.plan.targets import trainable, with_targets
 from glassloop.plan.work import work_of
 from glassloop.predict.shapes import shapes_of
 from glassloop.predict.terms import GIB, base_bytes
@@ -137,8 +137,12 @@ def check_engine(
     problems: Callable[..., Sequence[str]] = unsloth_checks.problems,
 ) -> list[Finding]:
     """Check that execution.engine can run here; name the one that auto chooses."""
+    try:
+        planned = planned_engine(config)[1]
+    except ValueError as error:
+        return [Finding(PROBLEM, "engine", str(error))]
     if config.execution.engine == "auto":
-        return [Finding(OK, "engine", planned_engine(config)[1])]
+        return [Finding(OK, "engine", planned)]
     if config.execution.engine != "unsloth":
         return []
     found = [
@@ -191,7 +195,10 @@ def check_disk(
     shapes, why = shapes_of(config.model.id)
     if shapes is None:
         return [Finding(NOTE, "disk", f"sizes are not known: {why}")]
-    n = trainable(shapes, config.lora)
+    try:
+        n = trainable(shapes, with_targets(config, shapes.linear_layers).lora)
+    except ValueError as error:
+        return [Finding(PROBLEM, "adapters", str(error))]
     one = round((4 + disk_state_bytes(config.optimizer.name)) * n)
     kept = (
         config.checkpoint.keep + 1 + (config.data.heldout is not None)
@@ -201,7 +208,7 @@ def check_disk(
         config.model.cache_dir or environ.get("GLASSLOOP_CACHE") or "~/.cache/glassloop"
     ).expanduser()
     base = (
-        sum(base_bytes(shapes, work_of(config)).values())
+        sum(base_bytes(shapes, work_of(config, shapes)).values())
         if config.model.quantization == "nf4"
         else 0
     )

@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import peft
 import torch
@@ -21,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from glassloop.base.experts import expert_parameters, named_by, shape_of
 from glassloop.config import LoraConfig
-from glassloop.config.lora import matches
-from glassloop.plan.targets import check_tokens, reach_in_words
+from glassloop.plan.targets import check_patterns, check_tokens, reach_in_words
 
 
 def attach_lora(
@@ -37,7 +37,9 @@ def attach_lora(
     """
     check_targets(hf, lora.targets)
     check_parameters(lora, [name for name, _ in hf.named_parameters()])
-    check_patterns(hf, lora)
+    paths = [name for name, _ in hf.named_modules() if name.rpartition(".")[2] in lora.targets]
+    paths += [n for n, _ in hf.named_parameters() if named_by(n, lora.target_parameters)]
+    check_patterns(lora, ", ".join(lora.targets), paths)
     check_tokens(lora, hf.config.to_dict())
     config = peft.LoraConfig(
         r=lora.r,
@@ -138,19 +140,6 @@ def check_parameters(lora: LoraConfig, names: Sequence[str]) -> None:
             )
 
 
-def check_patterns(hf: PreTrainedModel, lora: LoraConfig) -> None:
-    """Raise ValueError for a pattern that names no layer with an adapter."""
-    paths = [name for name, _ in hf.named_modules() if name.rpartition(".")[2] in lora.targets]
-    paths += [n for n, _ in hf.named_parameters() if named_by(n, lora.target_parameters)]
-    for field, patterns in (("rank_pattern", lora.ranks), ("alpha_pattern", lora.alphas)):
-        for pattern in patterns:
-            if not any(matches(pattern, path) for path in paths):
-                raise ValueError(
-                    f"lora.{field}.{pattern} names no layer that gets an adapter: they are "
-                    f"{', '.join(lora.targets)}, in full such as {paths[0]}"
-                )
-
-
 def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
     """Raise ValueError for a target that names no linear layer.
 
@@ -175,12 +164,24 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
     found = {
         name.rpartition(".")[2]: None
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if is_linear(module) and module is not head
     }
     return tuple(found)
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a layer's output is x Wᵀ and no more.
+
+    A router of experts may be a Linear that returns what it chose: PEFT cannot add to that.
+    """
+    kind = type(module)
+    own = kind.forward not in (nn.Linear.forward, Conv1D.forward) and kind.__name__ not in PLAIN
+    other = own and kind.__module__.startswith("transformers.models.")
+    return isinstance(module, nn.Linear | Conv1D) and not other
+
+
 PEFT_S = r"^base_model\.model\.|\.base_layer"  # what PEFT adds to a layer's name
+PLAIN = ("FalconLinear",)  # classes of transformers' models that compute x Wᵀ in other words
 MLP = ("gate_proj", "up_proj", "down_proj")  # names that PEFT takes for a layer's experts too
 
 
@@ -220,7 +221,7 @@ def reach_note(model: nn.Module, head: nn.Module | None) -> str:
     adapted = {id(one.base_layer) for one in model.modules() if hasattr(one, "lora_A")}
     total, missed = 0, dict[str, int]()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module is head or ".lora_" in name:
+        if not is_linear(module) or module is head or ".lora_" in name:
             continue
         linear = isinstance(module, nn.Linear)
         size = module.in_features * module.out_features if linear else module.weight.numel()

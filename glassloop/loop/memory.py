@@ -65,7 +65,7 @@ def ledger_of_pass(run: Run, rows: list[Row]) -> Ledger | None:
     lengths = [len(row) for row in rows]
     count, tokens = (1, sum(lengths)) if run.batches.packed else (len(lengths), max(lengths))
     work = replace(
-        work_of(run.config),
+        work_of(run.config, shapes),
         rows=count,
         tokens=tokens,
         supervised_tokens=sum(row.supervised_tokens for row in rows),
@@ -150,7 +150,7 @@ def longest_here(run: Run) -> int | None:
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     capability = torch.cuda.get_device_capability(device)
     split = run.replica.ranks if run.batches.split else 1
-    work = replace(work_of(run.config), capability=capability, split=split)
+    work = replace(work_of(run.config, shapes), capability=capability, split=split)
     if engine.host.most_bytes is not None:
         work = replace(work, host_gib=engine.host.most_bytes / GIB)
     return longest_row(shapes, work, free).tokens

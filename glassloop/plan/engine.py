@@ -84,9 +84,13 @@ def in_words(config: Config, choice: Choice) -> str:
 def planned_engine(config: Config) -> tuple[Config, str]:
     """The config with CUDA's engine and targets, and why.
 
-    Raises ValueError for fields that the chosen engine does not use.
+    Raises ValueError for fields that the chosen engine does not use, and for a model that a named
+    `fused` does not support.
     """
     model = config_values(config.model.id)
+    named_fused = config.execution.engine == "fused"
+    if named_fused and (problem := unsupported(model or {})) is not None:
+        raise ValueError(f"execution.engine = fused: {problem}: set execution.engine=peft")
     shapes, _ = shapes_of(config.model.id)
     if shapes is not None:
         config = with_targets(config, shapes.linear_layers)

@@ -20,7 +20,7 @@ from glassloop.predict.hardware import PLANNED_FOR, Gpu, Present, gpu_named
 from glassloop.predict.host import spare_bytes
 from glassloop.predict.ledger import PROFILES
 from glassloop.predict.roofline import pass_time, tokens_per_s
-from glassloop.predict.shapes import Shapes, shapes_of
+from glassloop.predict.shapes import Shapes, config_values, shapes_of
 from glassloop.predict.terms import GIB, STATE_BYTES, Ledger, Work
 from glassloop.predict.tiers import Tiers
 
@@ -136,6 +136,8 @@ def look_ahead(
         counts.real / plan.rows_trained if counts else float(config.data.max_tokens)
     )
     unknown = [] if shapes is not None else [f"memory, time and parameters: {where}"]
+    if shapes is None and config_values(config.model.id) is not None:
+        unknown.append("weights without an adapter, or not in 4 bits: a run's header counts them")
     found = {} if shapes is None else _of_shapes(config, plan, shapes, counts, mean, present)
     unknown += found.pop("unknown", ())
     return Outlook(
@@ -164,9 +166,9 @@ def _of_shapes(
     `unknown` names what is missing.
     """
     share = plan.size * plan.accumulation * config.data.max_tokens
-    work = work_of(config, counts, counts.heaviest_share if counts else share)
+    work = work_of(config, shapes, counts, counts.heaviest_share if counts else share)
     n = trainable(shapes, config.lora)
-    work = replace(work, targets=shapes.apart(work.targets), ranks=plan.ranks)
+    work = replace(work, ranks=plan.ranks)
     if config.execution.layout == "split":
         work = replace(work, split=plan.ranks)
     on_disk = round(4 * n + disk_state_bytes(config.optimizer.name) * n)

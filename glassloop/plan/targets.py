@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from glassloop.config import ALL_LINEAR, PROJECTIONS, Config, LoraConfig
+from glassloop.config.lora import matches
 from glassloop.predict.shapes import Shapes
 
 
@@ -31,10 +32,29 @@ def with_targets(config: Config, names: Collection[str]) -> Config:
 def trainable(shapes: Shapes, lora: LoraConfig) -> int:
     """Trainable parameters: of adapters, and of tokens that train whole.
 
-    Raises ValueError for a target that the model does not have.
+    Raises ValueError for a target, a pattern or a token that the model does not have.
     """
     tokens = len(lora.trainable_token_indices) * shapes.hidden
-    return shapes.trainable(lora.rank_of, lora.targets) + tokens
+    found = shapes.trainable(lora.rank_of, lora.targets) + tokens
+    names = ", ".join(lora.targets)
+    check_patterns(lora, names, shapes.adapted(lora.targets))
+    check_tokens(lora, {"vocab_size": shapes.vocabulary})
+    return found
+
+
+def check_patterns(lora: LoraConfig, names: str, paths: Sequence[str]) -> None:
+    """Raise ValueError for a pattern that names no layer with an adapter.
+
+    Args:
+        names: of such layers, for people. paths: their whole names, target parameters included.
+    """
+    for field, patterns in (("rank_pattern", lora.ranks), ("alpha_pattern", lora.alphas)):
+        for pattern in patterns:
+            if not any(matches(pattern, path) for path in paths):
+                raise ValueError(
+                    f"lora.{field}.{pattern} names no layer that gets an adapter: they are "
+                    f"{names}, in full such as {paths[0]}"
+                )
 
 
 def check_tokens(lora: LoraConfig, values: Mapping[str, Any]) -> None:

@@ -62,10 +62,15 @@ def pass_tokens_for(config: Config, shapes: Shapes | None, budget_bytes: int | N
     asked = config.execution.pass_tokens or config.batch.size * config.data.max_tokens
     if shapes is None or budget_bytes is None or not chooses_passes(config):
         return asked
-    return max(config.data.max_tokens, chosen_pass(shapes, work_of(config), budget_bytes))
+    return max(config.data.max_tokens, chosen_pass(shapes, work_of(config, shapes), budget_bytes))
 
 
-def work_of(config: Config, counts: TokenCounts | None = None, share: int | None = None) -> Work:
+def work_of(
+    config: Config,
+    shapes: Shapes,
+    counts: TokenCounts | None = None,
+    share: int | None = None,
+) -> Work:
     """The heaviest pass of a run.
 
     The real one if rows were counted, else full rows with every token supervised. share: most
@@ -88,7 +93,7 @@ def work_of(config: Config, counts: TokenCounts | None = None, share: int | None
         tokens=tokens,
         supervised_tokens=supervised,
         r=config.lora.most_rank,
-        targets=config.lora.targets,
+        targets=shapes.apart(config.lora.targets),
         trained_tokens=len(config.lora.trainable_token_indices),
         quantization=config.model.quantization,
         double_quantization=config.model.double_quantization,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from glassloop.predict.experts import experts_in_words
 from glassloop.predict.known import Row, sizes_by_name
 from glassloop.predict.sizes import odd_size
 from glassloop.predict.traits import FAMILIES, JOINED, Traits
@@ -128,6 +129,15 @@ class Shapes:
         Args:
             rank_of: rank of a layer, by its whole name.
         """
+        paths = self.adapted(targets)
+        there = self.linear_layers
+        return sum(rank_of(path) * sum(there[path.rpartition(".")[2]]) for path in paths)
+
+    def adapted(self, targets: Sequence[str]) -> list[str]:
+        """Whole names of the linear layers that get an adapter.
+
+        Raises ValueError for a target that the model does not have.
+        """
         there = self.linear_layers
         names = tuple(there) if ALL_LINEAR in targets else targets
         if unknown := [target for target in names if target not in there]:
@@ -135,12 +145,11 @@ class Shapes:
                 f"lora.targets = {', '.join(unknown)}: {self.name} has {', '.join(there)}. "
                 f"Name those, or set lora.targets={ALL_LINEAR}."
             )
-        paths = (
-            (f"model.layers.{index}.{ATTENTION if name in IN_ATTENTION else 'mlp'}.{name}", name)
+        return [
+            f"model.layers.{index}.{ATTENTION if name in IN_ATTENTION else 'mlp'}.{name}"
             for index in range(self.layers)
             for name in names
-        )
-        return sum(rank_of(path) * sum(there[name]) for path, name in paths)
+        ]
 
     def apart(self, targets: Sequence[str]) -> tuple[str, ...]:
         """Names of `projections` that the targets reach, for costs."""
@@ -158,7 +167,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # that published config.json files leav
         "tie_word_embeddings": True,
     },
 }
-MOST_LAYERS = 10_000  # that are looked at one by one
 KNOWN = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": Shapes(
         "DeepSeek-R1-Distill-Llama-8B", 32, 4096, 14336, 32, 8, 128, 128256, positions=131072
@@ -265,34 +273,6 @@ def shapes_from_config(values: dict[str, Any], name: str) -> Shapes | None:
         ) from error
 
 
-def expert_weights(values: dict[str, Any]) -> int:
-    """Weights of all experts of a mixture; 0 for another model.
-
-    Sizes go by their usual names.
-    """
-    values = values.get("text_config") or values
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    count = next((int(values[name]) for name in names if values.get(name)), 0)
-    if not count:
-        return 0
-    inner = int(values.get("moe_intermediate_size") or values["intermediate_size"])
-    dense, step = set(values.get("mlp_only_layers") or ()), values.get("decoder_sparse_step") or 1
-    first = int(values.get("first_k_dense_replace") or 0)
-    layers = range(first, min(int(values["num_hidden_layers"]), MOST_LAYERS))
-    sparse = sum(layer not in dense and (layer + 1) % int(step) == 0 for layer in layers)
-    return sparse * count * 3 * int(values["hidden_size"]) * inner
-
-
-def _experts(values: dict[str, Any]) -> str:
-    try:
-        weights = expert_weights(values)
-    except (KeyError, TypeError, ValueError, ArithmeticError):
-        return ""  # a size is garbled, and the model is not supported here in any case
-    size, loading = f"{weights / 2 / 2**30:.1f} GiB", f"{2 * weights / 2**30:.1f} GiB"
-    said = f"; its {weights:,} weights of experts are {size} in NF4, and {loading} while it loads"
-    return said if weights else ""
-
-
 def _biased(values: dict[str, Any]) -> tuple[str, ...]:
     """Projections with a bias.
 
@@ -333,7 +313,7 @@ def _from_file(file: Path, model_id: str) -> tuple[Shapes | None, str]:
         return (
             None,
             f"model.id = {model_id}: model_type {values.get('model_type')} is not one of "
-            f"{', '.join(FAMILIES)}{_experts(values)}",
+            f"{', '.join(FAMILIES)}{experts_in_words(values)}",
         )
     return shapes, str(file)
 

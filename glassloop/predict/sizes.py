@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from glassloop.predict.experts import COUNTS
+
 LAYERS, HEADS, WIDTH, EXPERTS = 1024, 65_536, 1 << 20, 65_536
 MOST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
@@ -17,9 +19,9 @@ MOST = {
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size"), WIDTH),
     "vocab_size": 1 << 24,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 1 << 30),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(COUNTS, EXPERTS),
 }
-MAY_BE_ZERO = ("num_experts", "num_local_experts", "n_routed_experts")
+MAY_BE_ZERO = COUNTS
 LISTS = ("layer_types", "mlp_layer_types")  # one entry a layer
 
 

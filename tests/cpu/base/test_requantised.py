@@ -148,6 +148,22 @@ def test_without_a_request_they_are_refused_with_the_setting(
     assert second.from_cache and second.checksum == report.checksum
 
 
+def test_attention_that_a_model_lacks_is_refused_before_its_weights_are_read(
+    mxfp4_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of gpt-oss-120b would be widened to 240 GB first."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("glassloop.base.quantised.base_hash", fail)
+    for fields in ({"requantize": True}, {"requantize": True, "attention": "sdpa"}):
+        with pytest.raises(ValueError, match=r"attention = sdpa is not .*attention=eager"):
+            load(model_of(mxfp4_folder, tmp_path, **fields))
+    with pytest.raises(AssertionError, match="weights were read"):
+        load(model_of(mxfp4_folder, tmp_path, requantize=True, attention="eager"))
+
+
 def test_a_file_of_layers_holds_the_same_nf4_as_transformers_makes(
     fp8_folder: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -97,6 +98,27 @@ def test_a_sound_pair_of_cards_has_no_problem():
     found = cards(["r1_8b_scam", "batch.ranks=2"], (CARD, CARD))
     assert {one.level for one in found} == {OK}
     assert "GPU 1: about" in found[-1].text
+
+
+def test_a_model_with_joined_projections_is_judged_by_its_own_names(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "model_type": "phi3"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | heads))
+    words = [f"model.id={tmp_path}", "data.source=a.csv"]
+    for more in ([], ["execution.engine=peft"], ["lora.targets=all-linear"]):
+        found = cards([*words, *more], (CARD,))
+        found += doctor.check_disk(parse([*words, *more]), {}, free=lambda _: 1 << 40)
+        assert {one.level for one in found} == {OK}
+    no_such = doctor.check_disk(parse([*words, "lora.targets=q_proj"]), {}, free=lambda _: 0)
+    assert "lora.targets = q_proj: " in only(no_such, PROBLEM).text
+
+
+def test_a_model_that_a_named_engine_does_not_support_is_a_problem(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    config = parse([f"model.id={tmp_path}", "data.source=a.csv", "execution.engine=fused"])
+    found = only(doctor.check_engine(config, on_cuda=True), PROBLEM)
+    assert "execution.engine = fused: " in found.text and "'qwen3_moe'" in found.text
+    assert levels(card_checks.check_cards(config, (CARD,), "13.0", {}), "memory") == set()
 
 
 def test_a_driver_that_is_too_old_for_torchs_cuda_is_named():

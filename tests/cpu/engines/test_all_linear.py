@@ -95,9 +95,23 @@ def test_linear_weights_without_an_adapter_are_counted_in_header_and_plan(
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_plan_refuses_what_its_model_does_not_have(tiny_phi3: Path, tmp_path: Path) -> None:
+    """As a run of it does, by the same words."""
+    words = ["--rows", "40", f"model.id={tiny_phi3}", "data.source=scam"]
+    with pytest.raises(ValueError, match=r"rank_pattern\.q_proj names no layer .*all-linear"):
+        plan([*words, "lora.rank_pattern.q_proj=4"])
+    assert plan([*words, "lora.alpha_pattern.layers.1.mlp.gate_up_proj=4"]) == 0
+    with pytest.raises(ValueError, match=r"indices = 512: the embedding has 512 rows"):
+        plan([*words, "lora.trainable_token_indices=511,512"])
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    words[2] = f"model.id={tmp_path}"
+    with pytest.raises(ValueError, match=r"engine = fused: .*'mixtral'.*engine=peft"):
+        plan([*words, "execution.engine=fused"])
+
+
 @pytest.mark.parametrize("dense", [[], [1]])
 def test_of_a_mixture_of_experts_attention_trains_by_default(
-    run_of, tmp_path: Path, tiny_tokenizer, dense: list[int]
+    run_of, tmp_path: Path, tiny_tokenizer, dense: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether or not some layers are dense; the header counts what has no adapter."""
     sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=64)
@@ -114,3 +128,7 @@ def test_of_a_mixture_of_experts_attention_trains_by_default(
     (line,) = [line for line in run.header if line.split()[:2] == ["quantised", "experts"]]
     assert f" {weights:,} " in line and "uint8" in line
     run.close()
+    assert plan(["--rows", "40", f"model.id={tmp_path / 'moe'}", "data.source=scam"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"its {weights:,} weights of experts are" in said
+    assert "weights without an adapter, or not in 4 bits: a run's header counts them" in said

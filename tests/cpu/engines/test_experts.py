@@ -97,6 +97,25 @@ def test_a_run_counts_them_in_4_bits_and_trains(run_of, folder_of, kind) -> None
     run.close()
 
 
+@pytest.mark.parametrize("targets", [None, ["all-linear"]])
+def test_a_router_gets_no_adapter_though_it_is_a_linear_layer(
+    run_of, tmp_path: Path, tiny_tokenizer, targets: list[str] | None
+) -> None:
+    """PhiMoE's returns what it chose, to which PEFT cannot add."""
+    torch.manual_seed(0)
+    experts = dict(num_local_experts=3, num_experts_per_tok=2)
+    config = AutoConfig.for_model("phimoe", **SIZES, **experts)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "phimoe")
+    tiny_tokenizer.save_pretrained(tmp_path / "phimoe")
+    lora = {} if targets is None else {"targets": targets}
+    run = run_of(model={"id": str(tmp_path / "phimoe")}, lora=lora)
+    assert set(run.config.lora.targets) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    run.begin()
+    assert update_once(run, 1) is not None
+    run.close()
+
+
 PARTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from family_models import saved_model
 
-from glassloop.config import Config
+from glassloop.config import PROJECTIONS, Config
 from glassloop.config.arguments import from_values, parse
 from glassloop.loop import build, spending
 from glassloop.loop import memory as room
 from glassloop.loop.header import layout_of
 from glassloop.plan.work import work_of
-from glassloop.predict.shapes import KNOWN
+from glassloop.predict.shapes import KNOWN, shapes_of
 from glassloop.predict.spend import pass_tokens_of
 
 needs_triton = pytest.mark.skipif(
@@ -60,6 +61,21 @@ def test_predicted_memory_stands_beside_measured(run_of, on_a_gpu, layout):
     run.measured_gib["check"] = 3.5  # not a pass's, and no part of what is compared
     (with_check,) = room.memory_lines(run, window)
     assert with_check == f"{line}; at most 3.50 before the passes"
+
+
+def test_projections_that_are_joined_are_predicted_as_they_stand_apart(
+    run_of, on_a_gpu, tmp_path, tiny_tokenizer
+):
+    """A run names the layers of its model: qkv_proj and gate_up_proj."""
+    folder, _ = saved_model("phi3", tmp_path, tiny_tokenizer, vocab_size=512)
+    run = run_of(model={"id": str(folder)}, execution={"precision": "fp32"})
+    assert "qkv_proj" in run.config.lora.targets
+    run.replica.device = on_a_gpu
+    (line,) = room.memory_lines(run, run.batches.heaviest())
+    assert "unknown" not in line
+    shapes, _ = shapes_of(str(folder))
+    assert shapes is not None
+    assert set(work_of(run.config, shapes).targets) == set(PROJECTIONS)
 
 
 def test_a_runs_peak_is_that_of_its_passes_or_of_what_came_before(run_of, on_a_gpu, monkeypatch):
@@ -167,11 +183,8 @@ def card_of(monkeypatch: pytest.MonkeyPatch):
 def test_a_packed_pass_is_as_large_as_every_layer_can_keep(card_of):
     config = packed_8b()
     tokens = room.choose_pass_tokens(config, LLAMA_8B, card_of(16.0), {})
-    assert (
-        tokens
-        == pass_tokens_of(KNOWN["random:llama-8b"], work_of(config), int(22.5 * room.GIB))
-        > 4096
-    )
+    shapes = KNOWN["random:llama-8b"]
+    assert tokens == pass_tokens_of(shapes, work_of(config, shapes), int(22.5 * room.GIB)) > 4096
     assert room.choose_pass_tokens(config, LLAMA_8B, card_of(70.0), {}) > 20_000
     assert (
         room.choose_pass_tokens(config, LLAMA_8B, card_of(2.0), {}) == config.data.max_tokens

@@ -9,7 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glassloop.base.checks import dtype_audit
-from glassloop.predict.shapes import expert_weights, shapes_of
+from glassloop.base.experts import expert_parameters
+from glassloop.predict.experts import COUNTED, expert_weights
+from glassloop.predict.shapes import shapes_of
 
 SIZES = {
     "vocab_size": 64,
@@ -32,6 +34,9 @@ MIXTURES = {
         "q_lora_rank": 8,
         "kv_lora_rank": 8,
     },
+    "jamba": {"num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_k": 2},
+    "llama4_text": {"num_local_experts": 4, "moe_layers": [2], "intermediate_size_mlp": 64},
 }
 
 
@@ -46,6 +51,25 @@ def test_a_plan_counts_the_experts_that_the_model_has(kind, tmp_path):
     (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
     shapes, why = shapes_of(str(tmp_path))
     assert shapes is None and f"its {counted:,} weights of experts are 0.0 GiB in NF4, and" in why
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", sorted(COUNTED))
+def test_experts_of_each_counted_kind_are_those_of_its_default_config(kind):
+    more = {"layer_types": ["conv", "full_attention"] * 16} if kind == "lfm2_moe" else {}
+    config = AutoConfig.for_model(kind, **more)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counted = sum(weights.numel() for *_, weights in expert_parameters(model))
+    assert expert_weights(config.to_dict()) == counted > 0
+
+
+def test_experts_of_another_kind_are_not_counted_and_a_plan_says_so(tmp_path):
+    odd = {"model_type": "jetmoe", "num_local_experts": 8, **SIZES}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
+    assert shapes_of(str(tmp_path))[1].endswith("; its experts are not counted here")
+    (tmp_path / "config.json").write_text(json.dumps(odd | {"num_local_experts": 0}))
+    assert shapes_of(str(tmp_path))[1].endswith(", exaone4")
 
 
 def test_garbled_sizes_of_experts_are_no_traceback_and_no_wait(tmp_path):
