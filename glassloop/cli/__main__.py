@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import glassloop
 from glassloop import cli
 from glassloop.base.card_errors import first_line, lacks_memory
+from glassloop.loop.guard import say_once_a_host
 from glassloop.record.printable import refusal
 
 USAGE = "usage: glassloop COMMAND [ARGUMENT] ..."
@@ -59,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GLASSLOOP_TRACEBACK"):
             raise
-        # Once a host, where a launcher started several.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(refusal(error), file=sys.stderr)
+        say_once_a_host(refusal(error))
         return 2
     except RuntimeError as error:
         if not lacks_memory(error) or os.environ.get("GLASSLOOP_TRACEBACK"):

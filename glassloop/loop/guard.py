@@ -27,6 +27,7 @@ EARLY_S = 5.0  # from a stop during start-up to the end of a process that does n
 LATE_S = 10.0  # the same for a stop that comes after the run's end
 ORPHAN_S = 600.0  # the same for a run whose launcher is gone
 EXIT_S = 20.0  # for the interpreter's own end
+TURN_S = 20.0  # for the rank that speaks for its host
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by Accelerate's launcher
 
 _active: Guard | None = None
@@ -163,6 +164,18 @@ def say(line: str) -> None:
     """Print to standard error, unless its other end is gone."""
     with contextlib.suppress(OSError, ValueError):  # closed at its other end
         print(line, file=sys.stderr, flush=True)
+
+
+def say_once_a_host(line: str) -> None:
+    """Say what every rank of a host has to say before it ends.
+
+    Local rank 0 says it. The others wait until the launcher ends them: it would end rank 0 without
+    its word if another were gone first. One that nobody ends within TURN_S was alone with it, and
+    says it itself.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(TURN_S)
+    say(line)
 
 
 def _before_fork() -> None:

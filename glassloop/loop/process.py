@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glassloop.base.card_errors import first_line, lacks_memory
 from glassloop.formula.dist import leave
-from glassloop.loop.guard import Guard, say
+from glassloop.loop.guard import Guard, say, say_once_a_host
 from glassloop.loop.replica import ReplicasDiffer, SharedPassFailed
 from glassloop.loop.run import Run
 from glassloop.loop.signals import StoppedEarly
@@ -35,10 +35,8 @@ def begun(guard: Guard, build: Callable[[], Run]) -> Run | int:
         except (ValueError, OSError, ContractBroken) as error:
             if os.environ.get("GLASSLOOP_TRACEBACK"):
                 raise
-            # Once a host: hosts may refuse differently.
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                say(refusal(error))
             leave()
+            say_once_a_host(refusal(error))  # hosts may refuse differently
             return 2
         except RuntimeError as error:
             if not lacks_memory(error) or os.environ.get("GLASSLOOP_TRACEBACK"):

@@ -205,6 +205,24 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(words, extra, said,
     assert "Loading weights" not in output
 
 
+SLOW_RANK_0 = """
+import os, time
+if os.environ["LOCAL_RANK"] == "0":
+    time.sleep(3)
+import train_loop
+from glassloop.loop.guard import end_process
+end_process(train_loop.main())
+"""
+
+
+def test_a_rank_0_that_is_slower_still_says_the_refusal(words, tmp_path):
+    """The launcher ends all ranks as soon as one has ended."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_RANK_0)
+    output = launch(script, *words, "batch.ranks=3", expect=1)
+    assert output.count("refused: batch.ranks = 3, but 2 processes were started") == 1
+
+
 def test_two_ranks_make_one_tracked_run_without_secrets(words, tmp_path):
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")

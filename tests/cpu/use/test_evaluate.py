@@ -182,7 +182,11 @@ def test_the_precision_on_record_is_the_one_computed_in(run, tmp_path, capsys):
 
 
 def test_a_refusal_is_said_once_a_host(run, capsys, monkeypatch):
-    for rank, times in (("0", 1), ("1", 0)):
+    """A rank that its launcher does not end meanwhile was alone with it, and says it."""
+    slept = []
+    monkeypatch.setattr("glassloop.loop.guard.time.sleep", slept.append)
+    for rank, waits in (("0", []), ("1", [20.0])):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["evaluate", str(run / "nothing")]) == 2
-        assert capsys.readouterr().err.count("refused") == times
+        assert slept == waits
+        assert capsys.readouterr().err.count("refused") == 1
