@@ -16,6 +16,7 @@ from typing import TypeGuard
 import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +42,7 @@ def attach_lora(
     paths += [n for n, _ in hf.named_parameters() if named_by(n, lora.target_parameters)]
     check_patterns(lora, ", ".join(lora.targets), paths)
     check_tokens(lora, hf.config.to_dict())
+    outside = outside_of_decoder(hf, lora.targets)
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=_plain(lora.alpha),  # type: ignore[arg-type]
@@ -55,7 +57,7 @@ def attach_lora(
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
-        exclude_modules=outside_of_decoder(hf, lora.targets),
+        exclude_modules=excluded(hf, lora.targets, outside),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -73,6 +75,8 @@ def attach_lora(
                 f"lora.targets = {', '.join(lora.targets)}: PEFT cannot adapt them in "
                 f"{type(hf).__name__} ({error}): name only layers outside its experts"
             ) from error
+    # Without experts' tensors in 4 bits: another copy of the model does not have them.
+    model.peft_config["default"].exclude_modules = outside  # type: ignore[union-attr]
     model.peft_config["default"].target_parameters = list(lora.target_parameters) or None  # type: ignore[union-attr, assignment]
     check_plain_layers(model, lora)  # type: ignore[arg-type]
     draw_adapters(model, seed=seed, base_name=base_name, commit=commit)  # type: ignore[arg-type]
@@ -143,13 +147,21 @@ def check_parameters(lora: LoraConfig, names: Sequence[str]) -> None:
 def check_targets(hf: PreTrainedModel, targets: tuple[str, ...]) -> None:
     """Raise ValueError for a target that names no linear layer.
 
-    The message names those that exist.
+    The message names those that exist. Also for one that PEFT takes for experts: a layer of that
+    name would get no adapter.
     """
     linear = linear_names(hf)
     if unknown := [target for target in targets if target not in linear]:
         raise ValueError(
             f"lora.targets = {', '.join(unknown)}: {type(hf).__name__} has no such linear layer. "
             f"It has {', '.join(linear)}. Name those, or set lora.targets=all-linear."
+        )
+    if taken := names_of_experts(hf, targets):
+        others = [name for name in targets if name not in taken] or adaptable_names(hf)
+        raise ValueError(
+            f"lora.targets = {', '.join(taken)}: PEFT takes {'these' if taken[1:] else 'this'} for "
+            f"experts of {type(hf).__name__}, and layers of the same name get no adapter: set "
+            f"lora.targets={','.join(others)}; lora.target_parameters trains experts"
         )
 
 
@@ -169,6 +181,30 @@ def linear_names(hf: PreTrainedModel) -> tuple[str, ...]:
     return tuple(found)
 
 
+def names_of_experts(hf: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:
+    """Those names of layers that PEFT takes for a model's experts.
+
+    It does so for mixtures whose experts were single layers before transformers 5.
+    """
+    taken = []
+    for name in names:
+        one = peft.LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(one, model=hf, conversions=None)
+        except ValueError:  # half of what is one tensor now
+            taken.append(name)
+        else:
+            taken += [] if name in (one.target_modules or ()) else [name]
+    return tuple(taken)
+
+
+def adaptable_names(hf: PreTrainedModel) -> tuple[str, ...]:
+    """The layers of lora.targets=all-linear: all that PEFT can adapt."""
+    names = linear_names(hf)
+    taken = names_of_experts(hf, names)
+    return tuple(name for name in names if name not in taken)
+
+
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Whether a layer's output is x Wᵀ and no more.
 
@@ -182,7 +218,7 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
 
 PEFT_S = r"^base_model\.model\.|\.base_layer"  # what PEFT adds to a layer's name
 PLAIN = ("FalconLinear",)  # classes of transformers' models that compute x Wᵀ in other words
-MLP = ("gate_proj", "up_proj", "down_proj")  # names that PEFT takes for a layer's experts too
+MLP = ("gate_proj", "up_proj", "down_proj")  # names of experts too, in most mixtures
 
 
 def default_names(hf: PreTrainedModel) -> tuple[str, ...]:
@@ -196,6 +232,17 @@ def default_names(hf: PreTrainedModel) -> tuple[str, ...]:
         if any(True for _ in expert_parameters(hf))
         else names
     )
+
+
+def excluded(hf: PreTrainedModel, targets: tuple[str, ...], outside: str | None) -> str | None:
+    """Pattern of targets' names that get no adapter; None without any.
+
+    They lie `outside` the decoder, or hold an expert's tensor in 4 bits.
+    """
+    held = [name for name, _ in hf.named_modules() if ".parametrizations." in name]
+    in_4_bits = any(name.rpartition(".")[2] in targets for name in held)
+    patterns = [outside, r".*\.parametrizations\..*" if in_4_bits else None]
+    return "|".join(filter(None, patterns)) or None
 
 
 def outside_of_decoder(hf: PreTrainedModel, targets: tuple[str, ...]) -> str | None:

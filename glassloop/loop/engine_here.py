@@ -17,7 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from glassloop.base.source import BaseSource, loading_errors
 from glassloop.config import ALL_LINEAR, Config
 from glassloop.config.arguments import with_old_engine
-from glassloop.engines.adapters import check_parameters, default_names, linear_names
+from glassloop.engines.adapters import (
+    MLP,
+    adaptable_names,
+    check_parameters,
+    check_targets,
+    default_names,
+)
 from glassloop.formula.dist import gather_objects, in_turn
 from glassloop.loop.launch import on_cuda
 from glassloop.plan.engine import Choice, choose_engine
@@ -85,14 +91,16 @@ def with_linear_names(
     """Name the layers of lora.targets=all-linear, from the model's structure without weights.
 
     A default that names layers which the model lacks is all-linear too. `values`: of the model's
-    config. Raises ValueError for lora.target_parameters that the model lacks.
+    config. Raises ValueError for lora.target_parameters that the model lacks, and for targets that
+    PEFT takes for its experts.
     """
     default = "targets" not in config.lora.model_fields_set
     family = FAMILIES.get(str(values.get("model_type")))
     named = ALL_LINEAR not in config.lora.targets and (
         not default or (family is not None and not family.joined)
     )
-    if named and not config.lora.target_parameters:
+    experts = family is None and set(MLP) & set(config.lora.targets)  # may be named so
+    if named and not config.lora.target_parameters and not experts:
         return config
     model = config.model
 
@@ -104,7 +112,9 @@ def with_linear_names(
             hf = AutoModelForCausalLM.from_config(
                 settings, trust_remote_code=model.trust_remote_code
             )
-        return linear_names(hf), default_names(hf), [name for name, _ in hf.named_parameters()]
+        if not default and ALL_LINEAR not in config.lora.targets:
+            check_targets(hf, config.lora.targets)
+        return adaptable_names(hf), default_names(hf), [name for name, _ in hf.named_parameters()]
 
     names, usual, parameters = in_turn(first, read, "reading the model's structure")
     check_parameters(config.lora, parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,58 @@ def test_a_router_gets_no_adapter_though_it_is_a_linear_layer(
     run.begin()
     assert update_once(run, 1) is not None
     run.close()
+
+
+DENSE = dict(moe_intermediate_size=32, num_experts=3, num_experts_per_tok=2, mlp_only_layers=[1])
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+PLAIN = ["gate_proj", "up_proj", "down_proj"]
+SHARED = [*ATTENTION, *PLAIN, "shared_expert_gate"]
+
+
+def saved_mixture(kind: str, folder: Path, tokenizer: Any) -> Path:
+    """A mixture with layers beside its experts that are named as experts were."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **DENSE, shared_expert_intermediate_size=32)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "names"), [("qwen3_moe", ATTENTION), ("qwen2_moe", SHARED)])
+def test_all_linear_of_a_mixture_is_every_layer_that_peft_can_adapt(
+    tmp_path: Path, tiny_tokenizer, kind: str, names: list[str]
+) -> None:
+    """PEFT takes three names of a Qwen3-MoE for its experts, and none of a Qwen2-MoE."""
+    folder = saved_mixture(kind, tmp_path / "model", tiny_tokenizer)
+    run = finished_run(tmp_path, folder, lora={"targets": ["all-linear"]})
+    saved = open_trained(run)
+    assert sorted(saved.config.lora.targets) == sorted(names)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    linear = [n for n, one in plain.named_modules() if isinstance(one, torch.nn.Linear)]
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        peft = PeftModel.from_pretrained(plain, str(saved.checkpoint))
+    stranger, weights = dict(peft.named_parameters()), adapter_weights(saved)
+    layers = {name.rpartition(".lora_")[0] for name in weights}
+    assert len(layers) == sum(name.rpartition(".")[2] in names for name in linear)
+    for name, matrix in weights.items():
+        assert torch.equal(stranger[name.replace(".weight", ".default.weight")], matrix), name
+
+
+def test_names_that_peft_takes_for_experts_are_refused_before_weights_are_read(
+    run_of, tmp_path: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved_mixture("qwen3_moe", tmp_path / "model", tiny_tokenizer)
+
+    def fail(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("glassloop.engines.build.load_base", fail)
+    for targets, said in (
+        (["q_proj", "down_proj"], "down_proj: PEFT takes this for experts .*targets=q_proj; "),
+        (PLAIN, "up_proj, down_proj: PEFT takes these .*targets=q_proj,k_proj,v_proj,o_proj; "),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_of(model={"id": str(folder)}, lora={"targets": targets})
 
 
 PARTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
