@@ -25,8 +25,8 @@ from glassloop.base.source import (
     without_sdpa,
 )
 from glassloop.config import ModelConfig
+from glassloop.config.quantised import rounds_again, unread_quantization
 
-REQUANTISED = ("fp8", "mxfp4")  # quantization_config.quant_method that requantised.py reads
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -162,7 +162,7 @@ def kept_quantization(
     if own is None:
         return None, []
     kind = own.get("quant_method")
-    if model.requantize and kind in REQUANTISED and model.quantization == "nf4":
+    if rounds_again(own, model):
         return None, [
             f"model.id = {model.id} comes quantised as {kind}: model.requantize rounds its weights "
             "to NF4 once more"
@@ -177,23 +177,8 @@ def compare_own_quantization(
 
     Raises BaseError unless they are NF4 by bitsandbytes.
     """
-    kind = (
-        own.get("bnb_4bit_quant_type")
-        if own.get("load_in_4bit")
-        else own.get("quant_method", "unknown")
-    )
-    if kind != "nf4":
-        again = "set model.requantize=true to round its weights to NF4 once more, or "
-        cure = again if kind in REQUANTISED and model.quantization == "nf4" else ""
-        raise BaseError(
-            f"model.id = {model.id} comes quantised as {kind}, not as NF4 by bitsandbytes: {cure}"
-            "take the unquantised repository"
-        )
-    if model.quantization != "nf4":
-        raise BaseError(
-            f"model.id = {model.id} comes quantised as NF4, but model.quantization = "
-            f"{model.quantization}: set it to nf4"
-        )
+    if (problem := unread_quantization(own, model)) is not None:
+        raise BaseError(problem)
     notes = [f"model.id = {model.id} comes quantised: its own NF4 weights are used"]
     double = bool(own.get("bnb_4bit_use_double_quant"))
     if double != model.double_quantization:

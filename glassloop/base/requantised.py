@@ -25,9 +25,10 @@ from torch import Tensor
 
 from glassloop.base.copies import check_free_space
 from glassloop.base.files import names_of_index
-from glassloop.base.reading import REQUANTISED, own_quantization
+from glassloop.base.reading import own_quantization
 from glassloop.base.source import BaseError, BaseSource, files_of, loading_errors
 from glassloop.config import ModelConfig
+from glassloop.config.quantised import REQUANTISED
 
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
 ACTIVATIONS = (".input_scale", ".activation_scale")  # of inputs, which are not quantised here

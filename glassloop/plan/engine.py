@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glassloop.config import Config, MemoryConfig
+from glassloop.config.quantised import unread_quantization
 from glassloop.config.support import beyond
 from glassloop.plan.support import longest_row, unsupported
 from glassloop.plan.targets import with_targets
@@ -85,9 +86,12 @@ def planned_engine(config: Config) -> tuple[Config, str]:
     """The config with CUDA's engine and targets, and why.
 
     Raises ValueError for fields that the chosen engine does not use, and for a model that a named
-    `fused` does not support.
+    `fused` does not support, or one that comes quantised in a way that is not read.
     """
     model = config_values(config.model.id)
+    own = (model or {}).get("quantization_config")
+    if isinstance(own, dict) and (problem := unread_quantization(own, config.model)) is not None:
+        raise ValueError(problem)
     named_fused = config.execution.engine == "fused"
     if named_fused and (problem := unsupported(model or {})) is not None:
         raise ValueError(f"execution.engine = fused: {problem}: set execution.engine=peft")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from glassloop.base.quantised import load_base
 from glassloop.base.requantised import from_fp8, from_mxfp4, in_sixteen_bits
 from glassloop.base.source import resolve_source
 from glassloop.base.streamed import load_streamed
+from glassloop.cli.plan import main as plan
 from glassloop.config import ModelConfig
+from glassloop.config.arguments import parse
+from glassloop.doctor.checks import check_engine
+from glassloop.doctor.findings import PROBLEM
 from glassloop.plan.support import groups_of
 
 CPU = torch.device("cpu")
@@ -146,6 +151,34 @@ def test_without_a_request_they_are_refused_with_the_setting(
     assert any(hasattr(module, "quant_state") for module in hf.modules())
     _, second = load(model_of(folder, tmp_path, requantize=True, **fields))
     assert second.from_cache and second.checksum == report.checksum
+
+
+PUBLISHED: list[tuple[dict[str, Any], str]] = [
+    ({"quant_method": "gptq"}, "comes quantised as gptq, not as NF4 by bitsandbytes: take"),
+    ({"quant_method": "awq"}, "comes quantised as awq, "),
+    ({"quant_method": "fp8"}, r"comes quantised as fp8, .*model\.requantize=true"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "comes quantised as 8 bits, not"),
+    ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "comes quantised as fp4, "),
+]
+
+
+@pytest.mark.parametrize(("own", "said"), PUBLISHED, ids=[said[19:24] for _, said in PUBLISHED])
+def test_a_plan_and_doctor_refuse_what_a_run_does_not_read(
+    fp8_folder: Path, tmp_path: Path, own: dict[str, Any], said: str
+) -> None:
+    values = json.loads((fp8_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": own}))
+    with pytest.raises(ValueError, match=said):
+        load(model_of(tmp_path, tmp_path / "cache"))
+    words = [f"model.id={tmp_path}", "data.source=scam"]
+    with pytest.raises(ValueError, match=said):
+        plan(["--rows", "40", *words])
+    (finding,) = check_engine(parse(words), on_cuda=False)
+    assert re.search(said, finding.text) and finding.level == PROBLEM
+
+
+def test_a_plan_takes_what_a_run_reads(fp8_folder: Path) -> None:
+    assert plan(["--rows", "40", f"model.id={fp8_folder}", "model.requantize=true"]) == 0
 
 
 def test_attention_that_a_model_lacks_is_refused_before_its_weights_are_read(
