@@ -42,9 +42,8 @@ def test_each_trial_drops_its_model_before_the_next_is_built(
     monkeypatch.setattr(trials, "make_parts", make_parts)
     monkeypatch.setattr(trials, "enter", lambda _scene, parts: parts)
     monkeypatch.setattr(trials, "_attempt", attempt)
-    scene: Any = SimpleNamespace(
-        parts=SimpleNamespace(accelerator=None, replica=SimpleNamespace(pad_id=0)), rows=()
-    )
+    replica = SimpleNamespace(pad_id=0, plain_engine=SimpleNamespace(attention="sdpa"))
+    scene: Any = SimpleNamespace(parts=SimpleNamespace(accelerator=None, replica=replica), rows=())
     config: Any = Config()
     found = list(trials._other_engines(scene, config, torch.zeros(1)))
     assert beside == [0, 0, 0] and len(found) == 3
