@@ -250,16 +250,18 @@ def test_a_model_with_dense_layers_and_experts_is_refused_with_targets_that_fit(
     )
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"target_parameters alone trains experts .2 such tensors.*"
+        ValueError, match=r"gate_proj, up_proj, down_proj: PEFT takes these for experts of Qwen"
     ) as told:
         engine_of(tmp_path)
-    cure = str(told.value).rpartition("lora.targets=")[2].split(",")
+    cure = str(told.value).rpartition("lora.targets=")[2].partition(";")[0].split(",")
     assert cure == ["q_proj", "k_proj", "v_proj", "o_proj"]
     engine = engine_of(tmp_path, lora=LoraConfig(r=4, alpha=8, targets=tuple(cure)))
     assert len([n for n, p in engine.hf.named_parameters() if p.requires_grad]) == 2 * 4 * 2
 
 
-def test_what_peft_refuses_names_the_targets(engine_of: EngineOf, tmp_path: Path) -> None:
+def test_what_peft_refuses_names_the_targets(
+    engine_of: EngineOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = Qwen3MoeConfig(
         **COMMON,
         moe_intermediate_size=64,
@@ -268,10 +270,17 @@ def test_what_peft_refuses_names_the_targets(engine_of: EngineOf, tmp_path: Path
         mlp_only_layers=[0],
     )
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"lora.targets = gate_proj: PEFT cannot adapt them in Qwen"
-    ):
+    with pytest.raises(ValueError, match=r"gate_proj: PEFT takes this for experts of Qwen"):
         engine_of(tmp_path, lora=LoraConfig(r=4, alpha=8, targets=("gate_proj",)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not such layers")
+
+    monkeypatch.setattr("peft.get_peft_model", refuse)
+    with pytest.raises(
+        ValueError, match=r"targets = q_proj: PEFT cannot adapt them in Qwen.*not such"
+    ):
+        engine_of(tmp_path, lora=LoraConfig(r=4, alpha=8, targets=("q_proj",)))
 
 
 def test_adapter_config_names_base_and_commit(
