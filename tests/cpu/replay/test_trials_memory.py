@@ -48,6 +48,9 @@ def test_each_trial_drops_its_model_before_the_next_is_built(
     found = list(trials._other_engines(scene, config, torch.zeros(1)))
     assert beside == [0, 0, 0] and len(found) == 3
     assert all(("out of memory" in one.note) == fails for one in found)
+    replica.plain_engine.attention = "eager"  # a Gemma 2's, though its config has sdpa
+    notes = {one.name: one.note for one in trials._other_engines(scene, config, torch.zeros(1))}
+    assert notes[trials.EAGER] == "not tried: the run used it" and len(beside) == 5
 
 
 class Config:
