@@ -6,13 +6,14 @@ import difflib
 import json
 import textwrap
 from dataclasses import asdict
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from glassloop.config import Config
 from glassloop.config.names import PEER_NAMES, field_names, is_section
 from glassloop.config.options import Options
 from glassloop.record.jsonl import KINDS
-from glassloop.record.meaning import meanings, table
+from glassloop.record.meaning import meanings, table, unit_of
 
 SCHEMA = 1  # of --json
 STATE = "checkpoints/update_NNNNNN/state.json"
@@ -114,12 +115,13 @@ def _of_config(name: str) -> dict[str, Any]:
         model = model.model_fields[section].annotation
         assert is_section(model)
     info = model.model_fields[last]
+    kind = _type_text(info.annotation)
     default = info.get_default(call_default_factory=True)
-    kind = getattr(info.annotation, "__name__", None) or str(info.annotation)
     return {
         "name": name,
         "where": "config.yaml, command line",
-        "type": kind if isinstance(info.annotation, type) else _type_text(info.annotation),
+        "type": kind,
+        "unit": unit_of(last) if {"int", "float"} & set(kind.split(" | ")) else "",
         "default": list(default) if isinstance(default, tuple) else default,
         "text": " ".join((info.description or "").split()),
         "other_names": sorted(
@@ -129,8 +131,20 @@ def _of_config(name: str) -> dict[str, Any]:
 
 
 def _type_text(annotation: Any) -> str:
-    text = str(annotation).replace("typing.", "").replace("NoneType", "None")
-    return text.replace("Literal", "one of ")
+    """A field's type in the words of its values: 'auto' | 'gpu' | int."""
+    inner = [one for one in get_args(annotation) if one is not Ellipsis]
+    origin = get_origin(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Annotated:
+        return _type_text(inner[0])
+    if origin is Literal:
+        return " | ".join(map(repr, inner))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_text, inner))
+    if origin is tuple:
+        return f"list of {_type_text(inner[0])}"
+    return str(getattr(annotation, "__name__", annotation))
 
 
 def _lines(one: dict[str, Any]) -> list[str]:

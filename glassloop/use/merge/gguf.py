@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +85,8 @@ def convert(folder: Path, kind: str, converter: Path) -> Path:
             raise ValueError(
                 f"--gguf {kind}: {converter.name} did not convert {folder} (exit code "
                 f"{done.returncode}: {last_words(done.stderr)}). The merged weights are whole"
+                f"{_missing_package(done.stderr)}. To convert them alone: python {converter} "
+                f"{folder} --outfile {out} --outtype {kind}"
             )
         half.replace(out)
     finally:
@@ -95,6 +98,12 @@ def last_words(text: str) -> str:
     """The last line of a process's stderr, at most 300 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"
+
+
+def _missing_package(text: str) -> str:
+    """The cure if a package was missing; else empty."""
+    found = re.search(r"No module named '([\w-]+)", last_words(text))
+    return "" if found is None else f". What it lacks: pip install {found[1]}"
 
 
 def point_modelfile_at(file: Path) -> bool:

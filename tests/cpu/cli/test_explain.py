@@ -105,3 +105,15 @@ def test_a_wrong_name_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[
     assert "grad_norm_pre_clip" in said(capsys, "grad_nor", code=2)
     assert "name a field" in said(capsys, code=2)
     assert conform("explain", json.loads(said(capsys, "update", "--json")))["fields"]
+
+
+def test_a_config_field_says_its_values_and_its_unit_in_plain_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "'auto' | 'gpu' | 'host' | 'sharded' | int | str" in said(capsys, "memory.base")
+    assert "unit      s\n" in said(capsys, "execution.collective_timeout_s")
+    assert "unit" not in said(capsys, "data.answer_tokens"), "texts have no unit"
+    for name in field_names():
+        (one,) = json.loads(said(capsys, name, "--json"))["fields"][:1]
+        for inner in ("Annotated", "Union", "FieldInfo", "Metadata", "<", "NoneType"):
+            assert inner not in one["type"], f"{name}: {one['type']}"
