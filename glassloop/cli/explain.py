@@ -131,7 +131,7 @@ def _of_config(name: str) -> dict[str, Any]:
 
 
 def _type_text(annotation: Any) -> str:
-    """A field's type in the words of its values: 'auto' | 'gpu' | int."""
+    """A field's type in plain words: 'auto' | int."""
     inner = [one for one in get_args(annotation) if one is not Ellipsis]
     origin = get_origin(annotation)
     if annotation is type(None):

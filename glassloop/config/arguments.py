@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from glassloop.config.config import Config, as_dict
 from glassloop.config.hardware import EXAMPLES, hardware_values
 from glassloop.config.layers import check_said_once, merge, nested, with_mappings
-from glassloop.config.names import ConfigError, check_names, is_section, unknown_name
+from glassloop.config.names import ConfigError, check_names, field_names, is_section, unknown_name
 from glassloop.config.options import OF_A_RUN, refuse_misspelt
 from glassloop.config.presets import EXPECTATIONS, PRESETS
 from glassloop.config.resumed import values_of_run
@@ -298,12 +298,32 @@ def _named(table: dict[str, Any], name: str, what: str) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     """Explain each complaint in one line: field, value, what is wrong."""
     lines = []
+    kinds: dict[str, list[str]] = {}  # what a field of several kinds takes, by field
+    fields = set(field_names())
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"] if not str(part)[:1].isupper())
+        parts = [str(part) for part in item["loc"] if not str(part)[:1].isupper()]
+        name, field = ".".join(parts), ".".join(parts[:2])
         if item["type"] == "extra_forbidden":
             lines.append(unknown_name(name))
         elif item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):
             lines.append(str(item.get("ctx", {})["error"]))  # our own checks name their fields
+        elif field in fields and len(parts) == 3 and not parts[2].isdigit():
+            kinds.setdefault(f"{field} = {item['input']!r}", []).append(_should_be(item))
         else:
             lines.append(f"{name} = {item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}")
+    lines += [f"{said}: input should be {', or '.join(each)}" for said, each in kinds.items()]
     return "\n".join(dict.fromkeys(lines))
+
+
+def _should_be(item: Any) -> str:
+    """What one kind of a field's value should be, in words."""
+    limits = item.get("ctx", {})
+    plain = {
+        "literal_error": f"{limits.get('expected')}",
+        "int_parsing": "a whole number",
+        "float_parsing": "a number",
+        "greater_than_equal": f"a number of at least {limits.get('ge', 0):g}",
+        "greater_than": f"a number above {limits.get('gt', 0):g}",
+        "string_pattern_mismatch": "a size such as 12GiB",
+    }
+    return plain.get(item["type"], item["msg"][0].lower() + item["msg"][1:])

@@ -124,7 +124,8 @@ def row_lines(outlook: Outlook) -> list[str]:
     blank = " " * LABEL
     has = f"memory.host_gib={config.memory.host_gib}"
     if config.memory.host_gib == "auto":
-        has += f": {work.host_has_gib:.0f} GiB of a host that is not here"
+        each = " a rank" if work.ranks > 1 else ""
+        has += f": {work.host_has_gib:.0f} GiB{each} of a host that is not here"
     lines = [
         f"{'rows':<{LABEL}}the longest that trains, alone in its pass{_together(outlook)}, every "
         "token supervised; "

@@ -109,6 +109,7 @@ def work_of(
         between=(config.data.max_tokens, max(share, config.data.max_tokens))
         if share and chooses_passes(config)
         else None,
+        longest_row=config.data.max_tokens,
     )
 
 

@@ -207,12 +207,11 @@ def smaller_settings(work: Work, *, ranks: int, rows_per_update: int) -> Sequenc
     """
     kept = f"batch.rows_per_update={rows_per_update}"
     if work.packed:
+        smaller = [max(work.tokens // part, work.longest_row) for part in (2, 4)]
         sizes = [
-            (
-                f"execution.pass_tokens={work.tokens // part}",
-                replace(work, tokens=work.tokens // part),
-            )
-            for part in (2, 4)
+            (f"execution.pass_tokens={size}", replace(work, tokens=size))
+            for size in dict.fromkeys(smaller)
+            if size < work.tokens
         ]
     else:
         smaller = [

@@ -47,6 +47,7 @@ class Work:
         split: ranks that share each row; a rank has its part of the places.
         between: packed passes whose size the engine `fused` chooses: tokens of the longest row,
             and of a rank's whole share of an update.
+        longest_row: data.max_tokens; no packed pass is smaller.
     """
 
     rows: int
@@ -72,6 +73,7 @@ class Work:
     tiers: Tiers | None = None
     between: tuple[int, int] | None = None
     trained_tokens: int = 0
+    longest_row: int = 1
 
     @property
     def places(self) -> int:

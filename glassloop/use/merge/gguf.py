@@ -101,7 +101,7 @@ def last_words(text: str) -> str:
 
 
 def _missing_package(text: str) -> str:
-    """The cure if a package was missing; else empty."""
+    """Say how to install a package that was missing."""
     found = re.search(r"No module named '([\w-]+)", last_words(text))
     return "" if found is None else f". What it lacks: pip install {found[1]}"
 

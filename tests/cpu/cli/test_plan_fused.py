@@ -130,7 +130,7 @@ def test_a_plan_fits_the_terminal(columns, words, capsys, monkeypatch):
 def test_the_longest_row_of_each_card_is_planned_with_the_host_it_takes(capsys):
     text = flat(said(capsys, "r1_8b_scam", "execution.engine=fused", "memory.profile=min"))
     rows = text[text.index("rows the longest that trains") :]
-    assert "memory.host_gib=auto: 56 GiB of a host that is not here" in rows
+    assert "memory.host_gib=auto: 56 GiB a rank of a host that is not here" in rows
     found = re.search(r"4090 ([\d,]+) (\d+\.\d) inputs alone of the others on the host", rows)
     assert found is not None
     tokens, host = int(found[1].replace(",", "")), float(found[2])
@@ -172,3 +172,13 @@ def test_positions_are_named_where_a_card_goes_beyond_them(capsys, tiny_llama, t
     ]
     assert f"the model has {positions:,} positions" in known
     assert "positions" not in flat(said(capsys, "r1_8b_scam", "model.id=random:llama-8b", *words))
+
+
+@pytest.mark.parametrize("layout", ["packed", "split"])
+def test_a_cure_is_no_pass_that_the_config_refuses(layout, capsys):
+    words = ("model.id=random:llama-8b", f"execution.layout={layout}", "data.max_tokens=300000")
+    cards = as_json(capsys, *words, "--ranks", "2", "--rows", "40")["cards"]
+    cures = {one["cure"] for one in cards if one["cure"]}
+    assert cures or layout == "packed"
+    for cure in cures:
+        as_json(capsys, *words, "--ranks", "2", "--rows", "40", *cure.split())

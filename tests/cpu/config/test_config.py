@@ -110,12 +110,21 @@ def test_hardware_changes_how_an_update_is_carried_out_and_not_what_it_is(
         (["--resume", "runs/x"], "leave the preset out"),
         (["oops"], "unrecognized arguments: oops"),
         (["run.name=../x"], "run.name = '../x'"),
+        (
+            ["memory.base=8gib"],
+            "memory.base = '8gib': input should be 'auto', 'gpu', 'host' or 'sharded', "
+            "or a whole number, or a size such as 12GiB",
+        ),
+        (["memory.base=-1"], "or a number of at least 0, or a size"),
+        (["memory.host_gib=lots"], "memory.host_gib = 'lots': input should be 'auto', or a number"),
+        (["memory.profile=0"], "memory.profile = '0': input should be 'min' or 'fill', or a num"),
     ],
 )
 def test_what_cannot_be_is_refused_with_name_value_and_cure(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         parse(["r1_8b_scam", *words])
     assert said in str(refusal.value)
+    assert "literal[" not in str(refusal.value), "a kind of value is no part of a field's name"
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
