@@ -318,7 +318,8 @@ def _explain(error: ValidationError) -> str:
 def _should_be(item: Any) -> str:
     """What one kind of a field's value should be, in words."""
     limits = item.get("ctx", {})
-    plain = {
+    other = str(item["msg"])
+    plain: dict[str, str] = {
         "literal_error": f"{limits.get('expected')}",
         "int_parsing": "a whole number",
         "float_parsing": "a number",
@@ -326,4 +327,4 @@ def _should_be(item: Any) -> str:
         "greater_than": f"a number above {limits.get('gt', 0):g}",
         "string_pattern_mismatch": "a size such as 12GiB",
     }
-    return plain.get(item["type"], item["msg"][0].lower() + item["msg"][1:])
+    return plain.get(item["type"]) or other[0].lower() + other[1:]

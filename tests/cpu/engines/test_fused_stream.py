@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import random
+import shutil
 
 import pytest
 import torch
 
 from glassloop.config import LoraConfig, ModelConfig
+from glassloop.config.arguments import parse
 from glassloop.data.batches import build_pass
 from glassloop.data.rows import Row
+from glassloop.doctor.checks import check_engine
+from glassloop.doctor.findings import PROBLEM
 from glassloop.engines.adapters import attach_lora
 from glassloop.formula.optim import FlatAdapters
+from glassloop.plan.engine import planned_engine
+from glassloop.plan.families import Unsupported
 from glassloop.plan.support import groups_of
 from glassloop.predict.tiers import Tiers
 
@@ -241,3 +248,18 @@ def test_as_few_layers_stream_as_needed():
         streamed(60, profile="fill") == 0 and streamed(4, "gpu") == 0 and streamed(60, "host") == 80
     )
     assert streamed(60, 12) == 68 and streamed(60, "12GiB") == 80 - 12 * GIB // layer
+
+
+def test_a_model_that_fused_does_not_support_is_refused_by_its_field(tiny_llama, tmp_path):
+    folder = tmp_path / "dynamic"
+    shutil.copytree(tiny_llama, folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(Unsupported, match=r"^the model's config has rope_type = 'dynamic', fused"):
+        streamed(folder)
+    config = parse([f"model.id={folder}", "execution.engine=fused"])
+    with pytest.raises(ValueError, match=r"rope_type = 'dynamic'.*set execution.engine=peft$"):
+        planned_engine(config)
+    (found,) = check_engine(config, on_cuda=True)
+    assert found.level == PROBLEM and "rope_type = 'dynamic'" in found.text
