@@ -167,7 +167,7 @@ def say(line: str) -> None:
 
 
 def say_once_a_host(line: str) -> None:
-    """Say what every rank of a host has to say before it ends.
+    """Say what every rank of a host would say.
 
     Local rank 0 says it. The others wait until the launcher ends them: it would end rank 0 without
     its word if another were gone first. One that nobody ends within TURN_S was alone with it, and
