@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -82,11 +83,12 @@ def convert(folder: Path, kind: str, converter: Path) -> Path:
     )
     try:
         if done.returncode != 0 or not half.is_file():
+            alone = ["python", str(converter), str(folder), "--outfile", str(out)]
             raise ValueError(
                 f"--gguf {kind}: {converter.name} did not convert {folder} (exit code "
                 f"{done.returncode}: {last_words(done.stderr)}). The merged weights are whole"
-                f"{_missing_package(done.stderr)}. To convert them alone: python {converter} "
-                f"{folder} --outfile {out} --outtype {kind}"
+                f"{_missing_package(done.stderr)}. To convert them alone: "
+                f"{shlex.join([*alone, '--outtype', kind])}"
             )
         half.replace(out)
     finally:

@@ -63,11 +63,12 @@ def test_what_cannot_be_converted_is_named_and_leaves_the_merge_whole(
 
 
 def test_a_failed_conversion_says_what_to_type(merged: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "convert_hf_to_gguf.py"
+    broken = tmp_path / "a folder" / "convert_hf_to_gguf.py"
+    broken.parent.mkdir()
     broken.write_text("import no_such_package.vocab", encoding="utf-8")
     with pytest.raises(ValueError, match="pip install no_such_package") as refused:
         convert(merged, "q8_0", broken)
-    assert f"python {broken} {merged} --outfile {merged}/model-q8_0.gguf" in str(refused.value)
+    assert f"python '{broken}' {merged} --outfile {merged}/model-q8_0.gguf" in str(refused.value)
 
 
 def test_the_converter_is_found_or_refused_with_the_way_to_get_it(
