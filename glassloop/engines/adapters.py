@@ -194,7 +194,8 @@ def names_of_experts(hf: PreTrainedModel, names: Sequence[str]) -> tuple[str, ..
         except ValueError:  # half of what is one tensor now
             taken.append(name)
         else:
-            taken += [] if name in (one.target_modules or ()) else [name]
+            if name not in (one.target_modules or ()):
+                taken.append(name)
     return tuple(taken)
 
 

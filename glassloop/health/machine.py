@@ -102,7 +102,9 @@ class Sampler:
     def start(self) -> None:
         """Begin to read, until `close`."""
         if self.every_s is not None and self._thread is None:
-            self._thread = threading.Thread(target=self._read_on, name="machine", daemon=True)
+            self._thread = threading.Thread(
+                target=self._read_on, args=(self.every_s,), name="machine", daemon=True
+            )
             self._thread.start()
 
     def close(self) -> None:
@@ -138,11 +140,11 @@ class Sampler:
             if len(self._readings) < MOST_READINGS:
                 self._readings.append(self._newest)
 
-    def _read_on(self) -> None:
+    def _read_on(self, every_s: float) -> None:
         while not self._over.is_set():
             began = time.thread_time()
             self.read_once()
-            self._over.wait(pause_s(self.every_s or 0.0, time.thread_time() - began))
+            self._over.wait(pause_s(every_s, time.thread_time() - began))
 
 
 def pause_s(every_s: float, reading_s: float) -> float:

@@ -179,7 +179,7 @@ class JsonlObserver:
             return
         if self._text == "ids":
             sample = dataclasses.replace(sample, prompt=None, expected=None)
-        self._append(SAMPLES, [json.dumps(dataclasses.asdict(sample), ensure_ascii=False)])
+        self._append(SAMPLES, [to_json(sample)])
 
     def on_event(self, event: Event) -> None:
         self._append(EVENTS, [to_json(under_policy(event, self._text, self._update_ids))])
